@@ -10,64 +10,57 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
 import random
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
 import bench_measure as measure
-import bench_moved
 import bench_profile
+import bench_record
 import bench_report
 import torch
-from bench_models import MODELS, PARTIAL, QUICK_MODELS, REFERENCES, SEED, SELDOM, VARIANTS, Model, build_variant
+from bench_models import MODELS, PARTIAL, QUICK_MODELS, SEED, SELDOM, VARIANTS, Model, build_variant
 
 from partial_lora.adapter import module_masks
 from partial_lora.files import write_atomic, write_json
-from partial_lora.runs import directory
 
-ROOT = Path(__file__).resolve().parents[1]
+SPARSITY = 0.87
+EVERY = 3  # repetitions for one of SELDOM
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, read and checked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    others = [name for name in VARIANTS if name not in REFERENCES]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
-    parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the floors and LoRA")
-    parser.add_argument("--sparsity", type=float, default=0.87)
     parser.add_argument("--repeats", type=int, default=28)
-    parser.add_argument("--every", type=int, default=3, help=f"repetitions for one of {' and '.join(SELDOM)}")
     parser.add_argument("--profile", action="store_true", help="write profile.md, seconds by operation, instead")
-    options = bench_moved.parsed(parser, argv)
-    if min(*options.ranks, options.repeats, options.every) < 1:
-        parser.error("--ranks, --repeats and --every are whole numbers of at least 1")
-    if not 0 < options.sparsity < 1:
-        parser.error(f"--sparsity is {options.sparsity}: it is the share removed, between 0 and 1")
+    options = bench_record.parsed(parser, argv)
+    if min(*options.ranks, options.repeats) < 1:
+        parser.error("--ranks and --repeats are whole numbers of at least 1")
     return options
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure, or profile, and write record and page."""
     options = arguments(argv)
+    command = shlex.join(["python", "scripts/bench_adapter.py", *argv]) if argv else "make bench"
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
-    head = {"command": _command(options), "machine": describe_machine(malloc=measure.keep_freed_memory())}
+    head = {"command": command, "machine": bench_record.describe_machine(measure.keep_freed_memory())}
     if options.profile:
         options.out.mkdir(parents=True, exist_ok=True)
         profiles = {**head, "profiles": _profiles(options)}
         write_json(options.out / "profile.json", profiles)
         write_atomic(options.out / "profile.md", bench_profile.page(profiles))
         return
-    settings = {name: getattr(options, name) for name in ("variants", "sparsity", "repeats", "every", "quick")}
+    settings = {"sparsity": SPARSITY, "repeats": options.repeats, "every": EVERY, "quick": options.quick}
     cells = _cells(options)
     result = {**head, "settings": settings, "cells": cells, "aims": bench_report.judge(cells)}
-    bench_moved.write(options.out, "adapter", result, bench_report.page, bench_report.figures)
+    bench_record.write(options.out, "adapter", result, bench_report.page, bench_report.figures)
 
 
 def _cells(options: argparse.Namespace) -> list[dict]:
@@ -81,18 +74,17 @@ def _cells(options: argparse.Namespace) -> list[dict]:
     return cells
 
 
-def build_cell(options: argparse.Namespace, model: Model, rank: int) -> tuple[dict, measure.Batch]:
-    """The references and the chosen variants over the same frozen weights, each after one step, and their batch."""
+def build_cell(model: Model, rank: int) -> tuple[dict, measure.Batch]:
+    """All variants over the same frozen weights, each after one step, and their batch."""
     torch.manual_seed(SEED)
     base, batch = model.build(), model.batch()
     variants = {}
     for name in VARIANTS:
-        if name in REFERENCES or name in options.variants:
-            before = measure.alive()
-            built = build_variant(name, base, model, rank, options.sparsity)
-            optimizer = measure.optimizer_of(built)
-            state = measure.state_bytes(built, optimizer, batch, before)
-            variants[name] = {"model": built, "optimizer": optimizer, "state": state}
+        before = measure.alive()
+        built = build_variant(name, base, model, rank, SPARSITY)
+        optimizer = measure.optimizer_of(built)
+        state = measure.state_bytes(built, optimizer, batch, before)
+        variants[name] = {"model": built, "optimizer": optimizer, "state": state}
     return variants, batch
 
 
@@ -100,7 +92,7 @@ def measure_cell(options: argparse.Namespace, model_name: str, rank: int) -> dic
     """Everything about one model at one rank: bytes once, seconds in shuffled rounds."""
     load, started = os.getloadavg()[0], time.perf_counter()
     model = (QUICK_MODELS if options.quick else MODELS)[model_name]
-    variants, batch = build_cell(options, model, rank)
+    variants, batch = build_cell(model, rank)
     measured = {
         name: {
             **variant["state"],
@@ -116,7 +108,7 @@ def measure_cell(options: argparse.Namespace, model_name: str, rank: int) -> dic
     gc.disable()
     for repetition in range(-1, options.repeats):  # the first is thrown away
         gc.collect()
-        names = [name for name in variants if name not in SELDOM or repetition < 0 or repetition % options.every == 0]
+        names = [name for name in variants if name not in SELDOM or repetition < 0 or repetition % EVERY == 0]
         for name in shuffle.sample(names, len(names)):
             spent = measure.step(variants[name]["model"], variants[name]["optimizer"], batch)
             if repetition >= 0:
@@ -146,55 +138,11 @@ def kept_entries(model: torch.nn.Module) -> int:
     )
 
 
-def describe_machine(malloc: list[str]) -> dict:
-    """Return the machine, the versions and the commit that the numbers were made with."""
-    made = directory.new({"seed": SEED})
-    return {
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "malloc": malloc,
-        "versions": made["versions"],
-        "git_commit": made["git_commit"],
-        "uncommitted": _uncommitted(),
-        "started": made["started"],
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _uncommitted() -> bool | None:
-    """Return True where the measured code or the benchmark differs from the commit; None without git."""
-    sources = ("partial_lora/adapter", "partial_lora/masks.py", "scripts/bench_*.py")
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *sources]
-    try:
-        return bool(subprocess.run(command, capture_output=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command that measures the same again: `make bench`, or the script with what differs from its defaults."""
-    defaults, words = vars(arguments([])), []
-    for name, value in vars(options).items():
-        if value != defaults[name] and name != "out":
-            given = value if isinstance(value, list) else [] if value is True else [value]
-            words += [f"--{name}", *map(str, given)]
-    return " ".join(["python", "scripts/bench_adapter.py", *words]) if words else "make bench"
-
-
 def _profiles(options: argparse.Namespace) -> list[dict]:
     profiles = []
     for name, rank in product(options.models, options.ranks):
         model = (QUICK_MODELS if options.quick else MODELS)[name]
-        profile = bench_profile.profile(*build_cell(options, model, rank))
+        profile = bench_profile.profile(*build_cell(model, rank))
         profiles.append({"model": name, "title": model.title, "rank": rank, **profile})
         print(f"{name} rank {rank}: profiled", flush=True)
     return profiles

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import bench_measure as measure
 import torch
-from bench_report import NAMES, markdown
+from bench_record import markdown
+from bench_report import NAMES
 
 ROUNDS = 4
 REFERENCE = "short_floor"  # its operations are exactly the frozen part of an adapted model

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import bench_moved
+import bench_record
 import numpy as np
 from bench_measure import STAGES
 from bench_models import PARTIAL, REFERENCES, SELDOM
+from bench_record import markdown
 from scipy.stats import bootstrap, quantile_test, trim_mean
-from tabulate import tabulate
 
 CONFIDENCE = 0.95
 ENOUGH = 8  # repetitions; an interval resampled from fewer would claim more than it knows
@@ -119,7 +119,7 @@ NAMES = {
 }
 
 
-def figures(result: Mapping) -> bench_moved.Figures:
+def figures(result: Mapping) -> bench_record.Figures:
     """The ratios of a result that have intervals."""
     return {
         f"{cell['model']} rank {cell['rank']}, {NAMES[name]}: {what}": (each["ratio"], each["low"], each["high"])
@@ -144,7 +144,8 @@ def page(result: Mapping) -> str:
         cells = [cell for cell in result["cells"] if cell["model"] == model]
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
         parts += [title, "Time:", table(cells, _times), "Memory and files, MiB:", table(cells, _memory)]
-    parts += ["## How it is measured", _method(result), "## Where", _where(result)]
+    parts += ["## How it is measured", _method(result), "## Where"]
+    parts.append(bench_record.where(result["machine"], [load for cell in result["cells"] for load in cell["load"]], 1))
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,11 +155,6 @@ def _aims(aims: Sequence[Mapping]) -> str:
         {**aim, "variant": NAMES[aim["variant"]], "at most": aim["limit"], "measured": _interval(aim)} for aim in aims
     ]
     return markdown([{name: row[name] for name in shown} for row in rows])
-
-
-def markdown(rows: Sequence[Mapping]) -> str:
-    """Rows {column: text} as a Markdown table."""
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def table(cells: Sequence[Mapping], columns: Callable[[Mapping, Mapping, Mapping], Mapping]) -> str:
@@ -237,18 +233,5 @@ def _method(result: Mapping) -> str:
         "SHiRA has exactly as many entries in every module as rows and columns keep there. Its own r can only be a"
         " whole number and would miss it, so the vectors and positions of its layers are replaced after injection.",
         "File: adapter_model.safetensors as save_pretrained writes it. Compact: the whole folder of kept values only.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _where(result: Mapping) -> str:
-    machine = result["machine"]
-    loads = [load for cell in result["cells"] for load in cell["load"]]
-    changed = ", with changes not committed" if machine["uncommitted"] else ""
-    lines = [
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['capability']}",
-        ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        f"commit {machine['git_commit']}{changed}; started {machine['started']}",
-        f"load average {min(loads):.2f} to {max(loads):.2f}, of which the benchmark is 1",
     ]
     return "\n".join(f"- {line}" for line in lines)

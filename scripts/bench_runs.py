@@ -24,11 +24,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import bench_moved
+import bench_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMAND = [sys.executable, "-m", "partial_lora"]
+RUNS = 24  # of a sweep
 SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
 COMMANDS = {
     "`import peft`": [sys.executable, "-c", "import peft"],
@@ -88,7 +89,7 @@ def timed(command: Sequence[str], **given) -> dict[str, float]:
 
 def starts(options: argparse.Namespace) -> dict:
     """Measure sweeps of short runs by either start, and what commands that train nothing take."""
-    seeds = f"seed={','.join(map(str, range(options.runs)))}"
+    seeds = f"seed={','.join(map(str, range(RUNS)))}"
     sweeps: dict[str, list] = {"fresh": [], "fork": []}
     commands: dict[str, list] = {name: [] for name in COMMANDS}
     for _ in range(options.repeats):
@@ -99,13 +100,13 @@ def starts(options: argparse.Namespace) -> dict:
                 records = [
                     json.loads(path.read_text()) for path in Path(place).glob("results/runs/*/*/*/*/result.json")
                 ]
-            assert [record["status"] for record in records] == ["finished"] * options.runs
+            assert [record["status"] for record in records] == ["finished"] * RUNS
             # Not its processors' seconds: a forked worker is nobody's child once the process that forked it has ended.
             trained = sum(record["seconds"]["train"] for record in records)
             found.append({"seconds": whole["seconds"], "of_training": trained})
         for name, found in commands.items():
             found.append(timed(COMMANDS[name]))
-    return {"runs": options.runs, "sweeps": sweeps, "commands": commands}
+    return {"runs": RUNS, "sweeps": sweeps, "commands": commands}
 
 
 def starts_page(found: Mapping) -> list[str]:
@@ -144,6 +145,11 @@ def end_of(process: subprocess.Popen) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{' '.join(process.args)}: ended with code {process.returncode}")
     return json.loads(out.splitlines()[-1])
+
+
+def jobs_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Return the settings of the jobs that are measured, by their names."""
+    return TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
 
 
 def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
@@ -253,7 +259,7 @@ def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
 
 def steps(options: argparse.Namespace) -> dict:
     """Measure every job in every loop, in turns."""
-    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    jobs = jobs_of(options)
     found: dict[str, dict[str, list]] = {name: {loop: [] for loop in LOOPS} for name in jobs}
     for _ in range(options.repeats):
         for name, job in jobs.items():
@@ -280,7 +286,7 @@ def steps_page(found: Mapping) -> list[str]:
 
 def methods(options: argparse.Namespace) -> dict:
     """Measure a step of every method on one thread, each with as many parameters, in turns."""
-    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    jobs = jobs_of(options)
     found: dict[str, dict[str, list]] = {name: {method: [] for method in METHODS} for name in jobs}
     for _ in range(options.repeats):
         for name, job in jobs.items():
@@ -368,7 +374,7 @@ def long_page(found: Mapping) -> list[str]:
 
 def threads(options: argparse.Namespace) -> dict:
     """Measure a step of PEFT's LoRA by every way to wait, of a run alone and of two side by side."""
-    jobs = TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+    jobs = jobs_of(options)
     found = {name: {way: {"alone": [], "two": []} for way in WAITING} for name in jobs}
     for _ in range(options.repeats):
         for name, job in jobs.items():
@@ -424,32 +430,33 @@ def page(record: Mapping) -> str:
     return "\n".join(lines)
 
 
-def figures(record: Mapping) -> bench_moved.Figures:
+def figures(record: Mapping) -> bench_record.Figures:
     """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, methods to plain
     LoRA of a lower rank, ways to wait to one thread."""
-    found = {}
-    if "starts" in record:
-        sweeps = record["starts"]["found"]["sweeps"]
-        fork, fresh = ([each["seconds"] for each in sweeps[start]] for start in ("fork", "fresh"))
-        found["a forked run / a fresh one"] = bench_moved.ratio_of_medians(fork, fresh)
-    for job, loops in record.get("steps", {"found": {}})["found"].items():
+    found = {part: each["found"] for part, each in record.items()}
+    ratios: dict[str, tuple[float, float, float]] = {}
+
+    def add(what: str, variants: Mapping[str, Sequence[Mapping]], one: str, other: str, key: str = "step") -> None:
+        both = ([each[key] for each in variants[name]] for name in (one, other))
+        ratios[what] = bench_record.ratio_of_medians(*both)
+
+    if "starts" in found:
+        add("a forked run / a fresh one", found["starts"]["sweeps"], "fork", "fresh", "seconds")
+    for job, loops in found.get("steps", {}).items():
         for loop in LOOPS[1:]:
-            steps_of = ([each["step"] for each in loops[name]] for name in (loop, "bare"))
-            found[f"{job}: {LOOP_TITLES[loop]} / bare loop"] = bench_moved.ratio_of_medians(*steps_of)
-    for job, each in record.get("methods", {"found": {}})["found"].items():
+            add(f"{job}: {LOOP_TITLES[loop]} / bare loop", loops, loop, "bare")
+    for job, each in found.get("methods", {}).items():
         for method in (method for method in each if method != "low_rank"):
-            steps_of = ([run["step"] for run in each[name]] for name in (method, "low_rank"))
-            found[f"{job}: {method} / low_rank"] = bench_moved.ratio_of_medians(*steps_of)
-    for way, each in record.get("long", {"found": {}})["found"].items():
+            add(f"{job}: {method} / low_rank", each, method, "low_rank")
+    for way, each in found.get("long", {}).items():
         for variant in ("lora", "rows_columns"):
-            steps_of = ([run["step"] for run in each[name]] for name in (variant, "low_rank"))
-            found[f"a long text, {way}: {LONG_TITLES[variant]} / rank 2"] = bench_moved.ratio_of_medians(*steps_of)
-    for job, ways in record.get("threads", {"found": {}})["found"].items():
-        for way in list(WAITING)[1:]:
-            for how in ("alone", "two"):
-                steps_of = ([each["step"] for each in ways[name][how]] for name in (way, "one thread"))
-                found[f"{job}, {how}: {way} / one thread"] = bench_moved.ratio_of_medians(*steps_of)
-    return found
+            add(f"a long text, {way}: {LONG_TITLES[variant]} / rank 2", each, variant, "low_rank")
+    for job, ways in found.get("threads", {}).items():
+        for how in ("alone", "two"):
+            waits = {way: each[how] for way, each in ways.items()}
+            for way in list(WAITING)[1:]:
+                add(f"{job}, {how}: {way} / one thread", waits, way, "one thread")
+    return ratios
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -462,15 +469,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=24, help="of a sweep")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    options = bench_moved.parsed(parser, words)
+    options = bench_record.parsed(parser, words)
     file = options.out / "runs.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     made = {"command": f"python scripts/bench_runs.py {shlex.join(words)}", "repeats": options.repeats}
     record[options.part] = {"made": made | {"cpus": os.cpu_count()}, "found": PARTS[options.part][0](options)}
-    bench_moved.write(options.out, "runs", record, page, figures)
+    bench_record.write(options.out, "runs", record, page, figures)
 
 
 if __name__ == "__main__":

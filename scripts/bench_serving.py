@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
 
-import bench_moved
+import bench_record
 import torch
 from torch import Tensor
 
@@ -159,10 +159,10 @@ def page(record: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figures(record: Mapping) -> bench_moved.Figures:
+def figures(record: Mapping) -> bench_record.Figures:
     """The time of the masked form against the others', in every case."""
     return {
-        f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": bench_moved.ratio_of_medians(
+        f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": bench_record.ratio_of_medians(
             case["add"]["masked 16"], case["add"][other]
         )
         for case in record["cases"]
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write serving.json and serving.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=60)
-    options = bench_moved.parsed(parser, argv)
+    options = bench_record.parsed(parser, argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         " the forms take turns in random order."
     }
     record = {"made": made, "bytes": sizes, "cases": cases}
-    bench_moved.write(options.out, "serving", record, page, figures)
+    bench_record.write(options.out, "serving", record, page, figures)
     draw(cases, sizes, options.out)
 
 

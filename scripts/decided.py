@@ -26,7 +26,6 @@ from evidence.paired import (
     SCORE,
     Claim,
     Pair,
-    Verdict,
     between,
     differences,
     interval,
@@ -35,7 +34,7 @@ from evidence.paired import (
     scores,
 )
 from evidence.runs import BUDGET, THRESHOLD, collect
-from evidence.tables import in_words, readable_differences, readable_scores
+from evidence.tables import readable_differences, readable_scores, tabled
 
 from partial_lora import cli
 from partial_lora.calibration.reliability import every_two, mean_difference
@@ -92,15 +91,6 @@ def form_of(config: dict) -> str:
     return ", ".join([name, *words])
 
 
-def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of every form, set and point at the rate that validation prefers, of those with most seeds."""
-    chosen = []
-    for place, every in runs.groupby(["task", "mixture", "method", "operating_point"], sort=False):
-        own = race.once(every, filter(None, place))
-        chosen.append(own[own["learning_rate"] == race.best_rate(own)])
-    return pd.concat(chosen, ignore_index=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             validation=[each[each["primary"]] for each in validation],
             loss=[each["loss"] for each in validation],
             calibration_seconds=[_calibrated_for(record) for record in records],
+            seconds=[sum(record["seconds"].values()) for record in records],
         )
-        write(at_best_rates(runs), options.results, problems)
+        best = race.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
+        write(best.reset_index(drop=True), options.results, problems)
         return 0
 
     return cli.guarded(command)
@@ -195,11 +187,6 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     if not first.keys() & second.keys():
         return NONE
     return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
-
-
-def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Return verdicts as rows."""
-    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
 
 
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:

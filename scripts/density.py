@@ -39,6 +39,8 @@ from partial_lora.report.records import half_interval
 from partial_lora.runs import compose, config
 from partial_lora.runs.schema import Config
 
+OUT = Path("results/density")
+LEARNING_RATE = 1e-4  # so small that a step's change of the outputs is of the first order
 DENSITIES = (1.0, 0.25, 0.05, 0.01)
 STEPS = (1, 10, 75)
 BATCH = 8
@@ -61,23 +63,20 @@ FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, and draw; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/density"))
     parser.add_argument("--seeds", type=int, default=3)
-    # So small that a step's change of the outputs is of the first order.
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--draw", action="store_true", help="only the table and the figure")
     options, overrides = parser.parse_known_args(arguments)
-    path = options.out / "coordinates.csv"
+    path = OUT / "coordinates.csv"
 
     def work(composed: Config) -> int:
-        options.out.mkdir(parents=True, exist_ok=True)
-        measure(Check(config.plain(composed)), path, range(options.seeds), options.learning_rate)
+        OUT.mkdir(parents=True, exist_ok=True)
+        measure(Check(config.plain(composed)), path, range(options.seeds))
         return 0
 
     def command() -> int:
         code = 0 if options.draw else compose.compose("density", overrides, work)
         if code == 0:
-            draw(pd.read_csv(path), options.out)
+            draw(pd.read_csv(path), OUT)
         return code
 
     return cli.guarded(command)
@@ -100,7 +99,7 @@ class Check(Subject):
         return batch
 
 
-def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float) -> None:
+def measure(check: Check, path: Path, seeds: Sequence[int]) -> None:
     """Add a row for every form, density, seed and number of steps that the file does not have.
 
     Raises PartialLoraError where the file is of another task, model or learning rate: one slope over both would mean
@@ -109,9 +108,9 @@ def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float
     done, place = set(), (check.config.task.name, check.config.model.name)
     if path.exists():
         known = pd.read_csv(path)
-        for own, column in zip((*place, learning_rate), ("task", "model", "learning_rate"), strict=True):
+        for own, column in zip((*place, LEARNING_RATE), ("task", "model", "learning_rate"), strict=True):
             if set(known[column]) - {own}:
-                raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {own}: choose another --out")
+                raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {own}: move it away")
         done = {(row.form, row.density, row.seed) for row in known.itertuples() if row.step == max(STEPS)}
     else:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
@@ -122,18 +121,16 @@ def measure(check: Check, path: Path, seeds: Sequence[int], learning_rate: float
                 for form, settings in FORMS.items():
                     if (form, density, seed) in done or (density == 1 and form != next(iter(FORMS))):
                         continue  # at density 1 all of them are plain LoRA, but for a frozen A
-                    changes = changes_of_outputs(check, settings, density, seed, learning_rate)
+                    changes = changes_of_outputs(check, settings, density, seed)
                     with path.open("a", newline="", encoding="utf-8") as file:
                         csv.writer(file).writerows(
-                            (*place, form, density, seed, learning_rate, step, change)
+                            (*place, form, density, seed, LEARNING_RATE, step, change)
                             for step, change in changes.items()
                         )
                     print(f"{form}, density {density}, seed {seed}: {changes}", flush=True)
 
 
-def changes_of_outputs(
-    check: Check, settings: Mapping, density: float, seed: int, learning_rate: float
-) -> dict[int, float]:
+def changes_of_outputs(check: Check, settings: Mapping, density: float, seed: int) -> dict[int, float]:
     """Train an adapter and return the root mean square change of the logits after each of `STEPS`."""
     torch.manual_seed(seed)
     own = check.config.method
@@ -147,7 +144,7 @@ def changes_of_outputs(
     )
     adapted = get_peft_model(check.model, adapter)
     try:
-        optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], learning_rate)
+        optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], LEARNING_RATE)
         held_out, changes = check.held_out(seed), {}
 
         def outputs() -> Tensor:

@@ -44,8 +44,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, or a results directory")
     parser.add_argument("--figure", choices=FIGURES, help="of a results directory, the runs that it shows")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="of a results directory")
-    parser.add_argument("--rows", type=int, default=1_000, help="of each split at most")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
     imports.refuse_hub_code()
     missing = False
@@ -62,7 +60,7 @@ def main(arguments: list[str]) -> int:
             import datasets  # and torch, for those who measure
 
             datasets.disable_progress_bars()
-            content = measure(run, most=options.rows, device=options.device)
+            content = measure(run)
             last = list(content["cka"].values())[-1]
             print(f"{directory / DYNAMICS}: CKA after the last block {last:.3f}", flush=True)
         except PartialLoraError as error:

@@ -17,17 +17,20 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from evidence.paired import Pair
+from evidence.paired import Pair, differences_by_example
 from evidence.runs import NONE, POINTS, gather
 from matplotlib.figure import Figure
 
+from partial_lora import cli
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report.drawing import save_both
-from partial_lora.report.statistics import bootstrap, by_example, ends_of, estimate, mean_squares, over_sets
+from partial_lora.report.statistics import bootstrap, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (3, 5, 8)
 DRAWS = 300
@@ -40,8 +43,10 @@ Held = dict[str, tuple[float, float]]  # by interval: how often it held the trut
 def pairs(results_dir: Path) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (task, "method − method, point", d (seeds, examples)) of all pairs of methods with three seeds or more.
 
-    Of each set: dense methods and, at an operating point, what has masks or a budget by `svd`.
+    Of each set: dense methods and, at an operating point, what has masks or a budget by `svd`. Raises PartialLoraError
+    where there are none.
     """
+    found = False
     runs = gather(results_dir).comparable
     runs = runs[runs["importance"].isin(["svd", NONE]) & (runs["mixture"] == "") & (runs["metric"] == "accuracy")]
     runs = runs[~runs["method"].isin(["probe", "full"])]
@@ -51,12 +56,14 @@ def pairs(results_dir: Path) -> Iterator[tuple[str, str, np.ndarray]]:
             sides = {
                 name: dict(zip(own["seed"], own["outcome"], strict=True)) for name, own in at_point.groupby("method")
             }
-            for place, first in enumerate(sides):
-                for second in list(sides)[place + 1 :]:
-                    seeds = sorted(Pair(sides[first], sides[second], "accuracy").seeds)
-                    if len(seeds) >= min(SEEDS):
-                        frames = ([sides[name][seed].predictions for seed in seeds] for name in (first, second))
-                        yield task, f"{first} − {second}, {point}", by_example(*frames, "accuracy")
+            for first, second in combinations(sides, 2):
+                pair = Pair(sides[first], sides[second], "accuracy")
+                d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= min(SEEDS) else None
+                if d is not None:  # None where predictions were not kept
+                    found = True
+                    yield task, f"{first} − {second}, {point}", d
+    if not found:
+        raise PartialLoraError(f"{results_dir}: expected two methods with predictions of {min(SEEDS)} seeds on a task")
 
 
 def components(d: np.ndarray) -> tuple[float, float, float]:
@@ -199,14 +206,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
     parser.add_argument("--repetitions", type=int, default=500)
     options = parser.parse_args(arguments)
-    numbers, fits = simulate(options.results, options.repetitions)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
-    command = shlex.join(["python", "scripts/interval_coverage.py", *(arguments or sys.argv[1:])])
-    write_atomic(options.out / "coverage.md", page(numbers, fits, command, options.repetitions))
-    for file in [options.out / "coverage.md", options.out / "coverage.csv", *draw(numbers, options.out)]:
-        print(f"wrote {file}")
-    return 0
+
+    def command() -> int:
+        numbers, fits = simulate(options.results, options.repetitions)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
+        words = shlex.join(["python", "scripts/interval_coverage.py", *(arguments or sys.argv[1:])])
+        write_atomic(options.out / "coverage.md", page(numbers, fits, words, options.repetitions))
+        for file in [options.out / "coverage.md", options.out / "coverage.csv", *draw(numbers, options.out)]:
+            print(f"wrote {file}")
+        return 0
+
+    return cli.guarded(command)
 
 
 if __name__ == "__main__":

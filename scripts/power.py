@@ -23,6 +23,7 @@ import pandas as pd
 from interval_coverage import components, pairs
 from scipy.special import nctdtr, stdtrit
 
+from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.report import race, records
 
@@ -167,14 +168,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="the folder of cpu, longer and forms")
     parser.add_argument("--out", type=Path, default=Path("results/power"))
     options = parser.parse_args(arguments)
-    seeds = seeds_by_set(options.results / "cpu")
-    steps = steps_by_set(options.results / name for name in HISTORIES)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "power.csv", seeds.to_csv(index=False, float_format="%.5g"))
-    text = page(seeds, steps, shlex.join(["python", "scripts/power.py", *(arguments or sys.argv[1:])]))
-    write_atomic(options.out / "power.md", text)
-    print(text)
-    return 0
+
+    def command() -> int:
+        seeds = seeds_by_set(options.results / "cpu")
+        steps = steps_by_set(options.results / name for name in HISTORIES)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.out / "power.csv", seeds.to_csv(index=False, float_format="%.5g"))
+        text = page(seeds, steps, shlex.join(["python", "scripts/power.py", *(arguments or sys.argv[1:])]))
+        write_atomic(options.out / "power.md", text)
+        print(text)
+        return 0
+
+    return cli.guarded(command)
 
 
 if __name__ == "__main__":

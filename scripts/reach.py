@@ -8,7 +8,7 @@ The head is fitted on the fit draw; the gradient G of every module's weight is t
 the largest share of G's energy, its sum of squares, that a form of 13 % of dense LoRA's parameters can hold once it has
 turned to it. *Start* is the share that the change of the weight by the first step of gradient descent holds, where A is
 random and B is zero: the square of the cosine between both. Masks are random, of one density everywhere. Beside them
-stand the accuracies of results/forms. Rows go to OUT/reach.csv set by set.
+stand the accuracies of results/forms. Rows go to results/reach/reach.csv set by set.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from partial_lora.report.drawing import save_both
 from partial_lora.runs import compose, config
 from partial_lora.runs.schema import Config
 
+OUT, FORMS = Path("results/reach"), Path("results/forms/forms.csv")
 RANK, BUDGET = 16, 0.13
 LOW = round(RANK * BUDGET)  # the rank of a dense adapter of that size
 ROWS, BATCH = 128, 32  # training rows that the gradient is of
@@ -231,21 +232,19 @@ def draw(table: pd.DataFrame, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a task unless only a drawing is asked for, and draw; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/reach"))
-    parser.add_argument("--forms", type=Path, default=Path("results/forms/forms.csv"))
     parser.add_argument("--draw", action="store_true", help="only the table and the figure")
     options, overrides = parser.parse_known_args(arguments)
-    path = options.out / "reach.csv"
+    path = OUT / "reach.csv"
 
     def work(composed: Config) -> int:
-        options.out.mkdir(parents=True, exist_ok=True)
+        OUT.mkdir(parents=True, exist_ok=True)
         measure(Gradients(config.plain(composed)), path)
         return 0
 
     def command() -> int:
         code = 0 if options.draw else compose.compose("reach", ["preset=cpu", "trainer.tuned=null", *overrides], work)
         if code == 0:
-            draw(beside(pd.read_csv(path), pd.read_csv(options.forms)), options.out)
+            draw(beside(pd.read_csv(path), pd.read_csv(FORMS)), OUT)
         return code
 
     return cli.guarded(command)

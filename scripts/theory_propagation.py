@@ -14,7 +14,6 @@ example with all its tokens.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,8 @@ from partial_lora.masks import Mask
 from partial_lora.report.drawing import save_both
 from partial_lora.runs.config import conf_dir
 
-ROOT = Path(__file__).resolve().parent.parent
+OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
+MODELS, IMAGES = ("tiny_vit", "vit_s14"), 8
 RANK, DENSITY, SEED = 16, 0.13, 0
 SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # |T| / |W| of the dense update, Frobenius
 POWER_ITERATIONS = 10
@@ -389,22 +389,12 @@ def draw(record: Mapping, out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny_vit", "vit_s14"])
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "theory")
-    arguments = parser.parse_args()
-    record = {
-        "rank": RANK,
-        "density": DENSITY,
-        "seed": SEED,
-        "images": arguments.images,
-        "models": [measured(name, arguments.images) for name in arguments.models],
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "propagation.json", record)
-    write_atomic(arguments.out / "propagation.md", page(record))
-    draw(record, arguments.out)
+    record = {"rank": RANK, "density": DENSITY, "seed": SEED, "images": IMAGES}
+    record["models"] = [measured(name, IMAGES) for name in MODELS]
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_json(OUT / "propagation.json", record)
+    write_atomic(OUT / "propagation.md", page(record))
+    draw(record, OUT)
     print(page(record))
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from rich.console import Group
 
@@ -23,7 +23,7 @@ from partial_lora.report import page, records, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, half_interval
-from partial_lora.runs.config import conf_dir
+from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -60,15 +60,8 @@ def form_of(config: Mapping) -> str:
 
 @cache
 def masks_of(method: str) -> dict:
-    """Return the masks of a method's group file, as far as they name a form."""
-
-    def content(group: str, name: str) -> dict:
-        return yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
-
-    of_method, masks = content("method", method), dict(_PEFTS)
-    for default in of_method.get("defaults", []):
-        masks |= content("mask", default["override /mask"]) if "override /mask" in default else {}
-    return masks | of_method.get("mask", {})
+    """Return the masks that a method has of itself."""
+    return asdict(composed(f"method={method}").mask)
 
 
 def row_of(result: Mapping) -> dict:
@@ -143,15 +136,15 @@ def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
     return cell
 
 
-def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
+def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFrame:
     """Return the runs of every cell at its best learning rate, and how many rates were tried.
 
     `edge` is whether that rate is the lowest or highest of these; `spent` is the seconds of all runs of the cell.
     Raises PartialLoraError as `once`.
     """
     chosen = []
-    for place, every in table.groupby(CELL, sort=False):
-        cell = once(every, place)
+    for place, every in table.groupby(list(cells), sort=False):
+        cell = once(every, filter(None, place))
         best = best_rate(cell)
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])

@@ -670,6 +670,8 @@ def value_of(run: Run, key: str) -> object:
         value = value.get(part) if isinstance(value, Mapping) else None
     if isinstance(value, Mapping):  # a group of settings is called by its name
         value = value.get("name")
+    if isinstance(value, list):  # of which a table could make no rows
+        value = rates.word(value)
     return NONE if value is None else value
 
 

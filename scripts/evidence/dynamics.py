@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DYNAMICS = "dynamics.json"
 VERSION = 1
+MOST = 1_000  # rows of each split
 Cell = tuple[Hashable, Mapping[int, Run]]  # runs by seed; cells with the same first stand beside each other
 
 
@@ -96,11 +97,11 @@ def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Ma
     return {place: [cell for _, cell in of] for place, of in gathered(cells, itemgetter(0)).items()}
 
 
-def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dict:
+def measure(run: FinishedRun, *, device: str = "auto") -> dict:
     """Measure a run and write its dynamics.json; gives the content.
 
-    most: rows of each split at most, drawn by a fixed seed. The labels of training rows are those that were trained
-    on. Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
+    Of each split MOST rows count, drawn by a fixed seed. The labels of training rows are those that were trained on.
+    Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
     there.
     """
     from torch.utils.data import DataLoader
@@ -117,7 +118,7 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
         raise PartialLoraError(f"{run.directory}: a mixture, expected a run of one task: it has no one metric to draw")
     evaluate.refuse_changed_files(run)
     task = build.task_of(run.config)
-    task = replace(task, train=_drawn(task.train, most), test=_drawn(task.test, most))
+    task = replace(task, train=_drawn(task.train), test=_drawn(task.test))
     trained = RunModel(run, device)
     transform = build.transform_of(run.config.model, run.config.task)
     judge = build.judge_of(run.config, task, transform, Alone())
@@ -146,10 +147,10 @@ def measure(run: FinishedRun, *, most: int = 1_000, device: str = "auto") -> dic
     return content
 
 
-def _drawn(rows: Dataset, most: int) -> Dataset:
-    if len(rows) <= most:
+def _drawn(rows: Dataset) -> Dataset:
+    if len(rows) <= MOST:
         return rows
-    return rows.select(np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)))
+    return rows.select(np.sort(np.random.default_rng(0).choice(len(rows), MOST, replace=False)))
 
 
 def drift(frozen: nn.Module, trained: RunModel, batches: Iterable[Mapping], blocks: str) -> dict[str, float]:

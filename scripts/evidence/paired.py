@@ -96,7 +96,7 @@ def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
     Raises PartialLoraError where there is no seed that all have.
     """
     seeds = _in_common(pairs)
-    d = _by_example(pairs, seeds)
+    d = differences_by_example(pairs, seeds)
     one = _over_seeds([d] if d is not None else [_scores(pairs, seeds)], pairs[0].metric, d is not None)
     if d is None or not draws:
         return one
@@ -111,7 +111,7 @@ def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     """
     _refuse_falling(tasks)
     seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
-    arrays = [_by_example(pairs, seeds) for pairs in tasks.values()]
+    arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
     known = all(d is not None for d in arrays)
     parts = arrays if known else [_scores(pairs, seeds) for pairs in tasks.values()]
     return _over_seeds(parts, next(iter(tasks.values()))[0].metric, known)
@@ -159,7 +159,7 @@ def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
     return np.mean(each, axis=0)[:, None]
 
 
-def _by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
+def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
     """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
     other examples."""
     arrays = []

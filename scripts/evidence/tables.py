@@ -169,9 +169,14 @@ def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
 
 
 def _of_verdicts(table: Table) -> str:
-    shown = pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in table.verdicts])
+    shown = tabled(table.verdicts)
     several = bool(shown["among"].max() > 1)
     return _tabulated(shown[["claim", "where", *["alone"] * several, "verdict", "found"]], "pipe")
+
+
+def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as rows."""
+    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
 
 
 def in_words(verdict: Verdict) -> str:

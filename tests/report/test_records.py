@@ -333,9 +333,10 @@ def test_runs_are_averaged_over_all_that_the_keys_do_not_tell_apart(runs):
     assert table["operating_point"].tolist() == ["–", "–"]  # the one has none, the other several
 
 
-@pytest.mark.parametrize("key", records._COLUMNS)
-def test_every_column_can_be_grouped_by(runs, key):
+@pytest.mark.parametrize("key", [*records._COLUMNS, "model.target_modules"])
+def test_every_column_and_a_setting_of_many_values_can_be_grouped_by(runs, key):
     frame = records.table(runs)
+    frame[key] = [records.value_of(run, key) for run in runs]
     table = records.group(frame, [key])
     assert table["n"].sum() == len(runs)
     shown = tables.readable(table, by=[key])

@@ -18,7 +18,7 @@ import torch
 
 VARIANTS = ["floor", "short_floor", "lora", "rows_columns", "element", "shira"]
 CELLS = [(model, rank) for model in ("vit_b16", "llama_8l") for rank in (8, 16)]
-ONE = ("--models", "vit_b16", "--variants", "rows_columns", "--repeats", "2", "--ranks", "2")
+ONE = ("--models", "vit_b16", "--repeats", "2", "--ranks", "2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ def in_this_process():
 def out(tmp_path_factory):
     """The folder of a quick run of all models and variants."""
     out = tmp_path_factory.mktemp("bench")
-    bench_adapter.main(["--quick", "--ranks", "8", "16", "--repeats", "16", "--every", "2", "--out", str(out)])
+    bench_adapter.main(["--quick", "--ranks", "8", "16", "--repeats", "24", "--out", str(out)])
     return out
 
 
@@ -48,7 +48,7 @@ def result(out) -> dict:
 
 @pytest.mark.parametrize(
     "words",
-    [["--ranks", "8", "0"], ["--repeats", "0"], ["--sparsity", "1"], ["--models", "resnet"]],
+    [["--ranks", "8", "0"], ["--repeats", "0"], ["--models", "resnet"]],
 )
 def test_wrong_words_are_refused_before_anything_is_built(words, monkeypatch, capsys):
     monkeypatch.setattr(bench_models, "build_variant", None)
@@ -64,10 +64,10 @@ def test_every_model_rank_and_variant_is_measured(result):
         assert cell["modules"] == {"vit_b16": 8, "llama_8l": 14}[cell["model"]]
         assert list(cell["variants"]) == list(cell["ratios"]) == VARIANTS
         for name, variant in cell["variants"].items():
-            every = 2 if name in ("element", "shira") else 1
-            assert variant["repetitions"] == list(range(0, 16, every))
+            every = bench_adapter.EVERY if name in ("element", "shira") else 1
+            assert variant["repetitions"] == list(range(0, 24, every))
             assert {stage: len(each) for stage, each in variant["seconds"].items()} == dict.fromkeys(
-                ("forward", "backward", "optimizer"), 16 // every
+                ("forward", "backward", "optimizer"), 24 // every
             )
     assert {"torch", "peft", "partial-lora"} <= set(result["machine"]["versions"])
 
@@ -206,7 +206,7 @@ def test_a_profile_has_the_operations_that_an_adapter_adds(tmp_path):
     assert bench_profile.own_operations(spent, floor) == {"mm": 2.0 + 1.5, "add": -0.5}
     bench_adapter.main(["--quick", "--profile", *ONE, "--out", str(tmp_path)])
     (profile,) = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["profiles"]
-    assert set(profile["own"]) == set(profile["same"]) == {"floor", "short_floor", "lora", "rows_columns"}
+    assert set(profile["own"]) == set(profile["same"]) == set(VARIANTS)
     assert sum(profile["own"]["short_floor"].values()) == 0
     assert profile["own"]["rows_columns"]["aten::index_select"] > 0
     page = (tmp_path / "profile.md").read_text(encoding="utf-8")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import interval_coverage
 import numpy as np
 import pandas as pd
+import power
 import pytest
 from recorded_runs import leave
+
+from partial_lora.runs.directory import PREDICTIONS
 
 
 def test_experiments_have_the_truth_and_the_components_that_they_say() -> None:
@@ -34,3 +37,14 @@ def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None
     assert len(numbers) == (3 + 3) * 3 * 2  # kinds of one set, and of five; seeds; intervals
     assert numbers["coverage"].between(0, 1).all()
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".md", ".csv", ".png", ".svg"}
+
+
+@pytest.mark.parametrize("script", [interval_coverage, power])
+def test_records_without_predictions_are_named_in_a_line(script, tmp_path, capsys) -> None:
+    for seed in range(3):
+        for method in ("lora", "partial"):
+            (leave(tmp_path / "cpu", method, seed=seed, budget=0.13) / PREDICTIONS).unlink()
+    results = tmp_path / "cpu" if script is interval_coverage else tmp_path
+    assert script.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "cpu") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Arguments and files of all benchmarks, and the ratios that have moved since the figures committed last.
+"""Record of a benchmark: its arguments, the machine, its files, and the ratios that have moved since the last commit.
 
 Compared are ratios of what was measured side by side, which depend less on the machine than seconds do. A ratio has
 moved where its interval and that of before have nothing in common.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import bootstrap
 from tabulate import tabulate
 
 from partial_lora.files import write_atomic, write_json
+from partial_lora.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench"
@@ -34,6 +38,58 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     if options.quick and options.out == OUT:
         parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     return options
+
+
+def describe_machine(malloc: Sequence[str] = ()) -> dict:
+    """Return the machine, the versions and the commit that the numbers were made with."""
+    made = directory.new({"seed": 0})
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "malloc": list(malloc),
+        "versions": made["versions"],
+        "git_commit": made["git_commit"],
+        "uncommitted": _uncommitted(),
+        "started": made["started"],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _uncommitted() -> bool | None:
+    """Return True where the measured code or the benchmark differs from the commit; None without git."""
+    sources = ("partial_lora/adapter", "partial_lora/masks.py", "scripts/bench_*.py")
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *sources]
+    try:
+        return bool(subprocess.run(command, capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def where(machine: Mapping, loads: Sequence[float], threads: int, usable: int | None = None) -> str:
+    """Return the lines of a page on the machine; usable: its processors that the benchmark could have, if counted."""
+    cpus = f"{machine['cpus']} CPUs" if usable is None else f"{usable} of {machine['cpus']} CPUs usable"
+    changed = ", with changes not committed" if machine["uncommitted"] else ""
+    lines = [
+        f"{machine['cpu']}, {cpus}, {machine['capability']}",
+        ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        f"commit {machine['git_commit']}{changed}; started {machine['started']}",
+        f"load average {min(loads):.2f} to {max(loads):.2f}, of which the benchmark is {threads}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """Rows {column: text} as a Markdown table."""
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def write(

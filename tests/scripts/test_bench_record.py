@@ -6,8 +6,7 @@ import json
 
 import bench_adapter
 import bench_calibration
-import bench_calibration_page
-import bench_moved
+import bench_record
 import bench_report
 import bench_runs
 import bench_serving
@@ -33,13 +32,13 @@ def test_a_ratio_has_moved_where_the_intervals_have_nothing_in_common() -> None:
         "same": (1, 1, 1),
         "new": (5, 5, 5),
     }
-    assert bench_moved.moved(before, now) == ["down", "up"]
-    page = bench_moved.section(before, now)
+    assert bench_record.moved(before, now) == ["down", "up"]
+    page = bench_record.section(before, now)
     assert "2 of 4" in page
     assert "| up " in page
     assert "| touches" not in page
-    assert "|" not in bench_moved.section(before, before)
-    assert "|" not in bench_moved.section(None, now)
+    assert "|" not in bench_record.section(before, before)
+    assert "|" not in bench_record.section(None, now)
 
 
 @pytest.mark.parametrize("repetitions", [6, 200])
@@ -48,20 +47,20 @@ def test_the_interval_of_a_ratio_of_medians_holds_it(repetitions) -> None:
     for _ in range(60):
         machine = random.uniform(1, 3, repetitions)  # slow for both at once
         one, other = machine * random.normal(1, 0.1, repetitions), 2 * machine * random.normal(1, 0.1, repetitions)
-        ratio, low, high = bench_moved.ratio_of_medians(one, other)
+        ratio, low, high = bench_record.ratio_of_medians(one, other)
         assert ratio == np.median(one) / np.median(other)
         held += low <= 0.5 <= high
     assert held >= 52
 
 
 def test_what_is_committed_is_read_from_there(tmp_path) -> None:
-    assert bench_moved.committed(tmp_path / "adapter.json") is None
-    assert bench_moved.committed(BENCH / "no.json") is None
+    assert bench_record.committed(tmp_path / "adapter.json") is None
+    assert bench_record.committed(BENCH / "no.json") is None
 
 
 FIGURES = {
     "adapter": bench_report.figures,
-    "calibration": bench_calibration_page.figures,
+    "calibration": bench_calibration.figures,
     "serving": bench_serving.figures,
     "runs": bench_runs.figures,
 }
@@ -69,7 +68,7 @@ FIGURES = {
 
 PAGES = {
     "adapter": bench_report.page,
-    "calibration": bench_calibration_page.page,
+    "calibration": bench_calibration.page,
     "serving": bench_serving.page,
     "runs": bench_runs.page,
 }
@@ -82,7 +81,7 @@ def test_the_records_here_have_figures_to_compare_and_their_pages_are_of_them(na
     found = FIGURES[name](record)
     assert found
     assert all(low <= ratio <= high for ratio, low, high in found.values())
-    assert not bench_moved.moved(found, found)
+    assert not bench_record.moved(found, found)
     now, committed = (
         text.partition("## Since the figures")[0].rstrip()
         for text in (PAGES[name](record), (BENCH / f"{name}.md").read_text(encoding="utf-8"))
