@@ -23,6 +23,7 @@ from partial_lora.report import page, records, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, half_interval
+from partial_lora.report.statistics import Estimate, holm
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -157,7 +158,8 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
     A difference is between runs of the same seeds, at one size. Where one of the two has a size of its own, the
-    reference counts at its largest size. Halves of intervals are of 95 %, by Student's t over seeds.
+    reference counts at its largest size. Halves of intervals are of 95 %, by Student's t over seeds. `holds`: the
+    difference holds among all of its task and size (`statistics.holm`).
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
@@ -173,12 +175,20 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
             | {"seeds": len(own), "test": own.mean(), "half": half_interval(own.std(), len(own))}
             | {"difference": difference.mean() if form != reference else math.nan, "paired": len(difference)}
-            | {"difference_half": half_interval(difference.std(), len(difference))}
+            | {"difference_half": half_interval(difference.std(), len(difference)), "p": _significance(difference)}
             | cell[["parameters", "step_seconds", "saved_bytes", "file_size", "spent"]].mean().to_dict()
         )
     numbers = pd.DataFrame(rows)
+    together = numbers.groupby(["task", "size"])["p"]
+    numbers["holds"] = together.transform(lambda each: [level > 0 for level in holm(list(each))]).astype(bool)
     order = numbers["test"].where(numbers["metric"].isin(LOWER_IS_BETTER), -numbers["test"])
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
+
+
+def _significance(difference: pd.Series) -> float:
+    """Return the significance of a difference over seeds; NaN where they say nothing of chance."""
+    error = difference.std() / math.sqrt(max(len(difference), 1))
+    return Estimate(difference.mean(), error, len(difference) - 1).p(0, 0) if error > 1e-12 else math.nan
 
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
@@ -191,6 +201,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
+            "among all": [_verdict(row.metric, row.difference) if row.holds else NONE for row in rows],
             "seeds": part["seeds"],
             "parameters": [f"{value:,.0f}" for value in part["parameters"]],
             "kept for the backward pass, MB": [summary.cell(value / 1e6, ".1f") for value in part["saved_bytes"]],
@@ -198,6 +209,10 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
         }
         parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
     return parts
+
+
+def _verdict(metric: str, difference: float) -> str:
+    return "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
 
 
 def in_words(size: str) -> str:
@@ -221,13 +236,20 @@ def on_screen(table: pd.DataFrame, reference: str) -> Group:
     return Group(*(tables.drawn(title, part.drop(columns=list(part.columns[-2:]))) for title, part in parts.items()))
 
 
+def _origin(reference: str) -> str:
+    return (
+        f"Differences are from {reference}, of runs of the same seeds, with 95 % intervals of each by itself. "
+        "Among all: what is left among all of a table (Holm's correction)."
+    )
+
+
 def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
     """Write the ranking of records into out/stem.md and .csv; return it as text, and the rows of all runs."""
     table = rows_of(results)
     numbers = compared(at_best_rates(table), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join([_origin(reference), *parts]) + "\n"
     write_atomic(out / f"{stem}.md", text)
     return text, table
 
@@ -322,6 +344,6 @@ def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, 
         figures,
         folded={"All numbers (times in seconds, sizes in bytes)": shown},
         command=command,
-        origin=f"Differences are from {reference}, of runs of the same seeds.",
+        origin=_origin(reference),
         refused=refused,
     )
