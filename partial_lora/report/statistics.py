@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,7 @@ from partial_lora.report.records import BLOCK, LEVEL, Predictions
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
-_DRAWS_OF_EXAMPLES = 10_000
+DRAWS = 10_000  # of a bootstrap
 _COUNTS_AT_ONCE = 2**22  # counts of examples in draws: 32 MiB, and as much again for a copy as floats
 _AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
@@ -163,19 +164,39 @@ class Comparison:
     seeds: how many both have; all numbers are of these.
     """
 
-    estimate: Estimate
+    difference: float
     low: float
     high: float
+    verdict: str
+    reason: str | None
     bootstrap_low: float
     bootstrap_high: float
-    verdict: str
+    error: float
+    freedom: float
     seeds: int
     examples: int
-    reason: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        found: Estimate,
+        metric: str,
+        seeds: int,
+        examples: int,
+        *,
+        drawn: tuple[float, float] = (math.nan, math.nan),
+        margin: float | None = MARGIN,
+        **more: Any,
+    ) -> Any:
+        """Return what an estimate says, as this class; drawn: the ends of the bootstrap's interval."""
+        reason = "one seed" if seeds == 1 else None
+        said = judge(found, metric, seeds, margin=margin), reason
+        numbers = found.difference, *found.interval(), *said, *drawn, found.error, found.freedom
+        return cls(*numbers, seeds, examples, **more)
 
     @property
-    def difference(self) -> float:
-        return self.estimate.difference
+    def estimate(self) -> Estimate:
+        return Estimate(self.difference, self.error, self.freedom)
 
 
 def compare(
@@ -184,8 +205,7 @@ def compare(
     metric: str,
     *,
     margin: float | None = MARGIN,
-    seed: int = 0,
-    draws: int = 10_000,
+    draws: int = DRAWS,
 ) -> Comparison:
     """Compare the predictions {seed: one row an example} of two methods by the metric of their task.
 
@@ -196,18 +216,7 @@ def compare(
     if not seeds:
         raise PartialLoraError(f"no seed that both have: {sorted(first)} and {sorted(second)}")
     d = by_example(*([frames[number] for number in seeds] for frames in (first, second)), metric)
-    found, drawn = estimate(d), (math.nan, math.nan)
-    if draws:
-        drawn = ends_of(bootstrap(d, np.random.default_rng(seed), draws))
-    return Comparison(
-        found,
-        *found.interval(),
-        *drawn,
-        verdict=judge(found, metric, len(seeds), margin=margin),
-        seeds=len(seeds),
-        examples=d.shape[1],
-        reason="one seed" if len(seeds) == 1 else None,
-    )
+    return Comparison.of(estimate(d), metric, *d.shape, drawn=drawn_again(d, draws), margin=margin)
 
 
 def judge(
@@ -252,6 +261,11 @@ def ends_of(drawn: np.ndarray) -> tuple[float, float]:
     """Return the ends of the 95 % interval of drawn differences."""
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def drawn_again(d: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
+    """Return the ends of the bootstrap's interval of d (seeds, examples), by a fixed seed; NaN of no draws."""
+    return ends_of(bootstrap(d, np.random.default_rng(0), draws)) if draws else (math.nan, math.nan)
 
 
 def bootstrap(differences: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
@@ -354,7 +368,7 @@ def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tup
         return None
     if set(each) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
-    return ends_of(bootstrap(each[None], np.random.default_rng(0), _DRAWS_OF_EXAMPLES))
+    return drawn_again(each[None])
 
 
 def reliability(records: Iterable[Mapping]) -> float:

@@ -11,7 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import stdev
@@ -386,13 +386,7 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
         comparison = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
     except (PartialLoraError, ValueError, KeyError) as error:
         return one_line(error)
-    return {
-        **{name: getattr(comparison, name) for name in ("difference", "low", "high", "verdict", "reason")},
-        **{name: getattr(comparison, name) for name in ("bootstrap_low", "bootstrap_high")},
-        **{name: getattr(comparison.estimate, name) for name in ("error", "freedom")},
-        "pairs": comparison.seeds,
-        "examples": comparison.examples,
-    }
+    return {"pairs" if name == "seeds" else name: value for name, value in asdict(comparison).items()}
 
 
 def _row(folder: Folder, base: Folder, told: Mapping[str, str]) -> dict:

@@ -19,14 +19,14 @@ from evidence.runs import Outcome
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import LEVEL, NONE, point_order
 from partial_lora.report.statistics import (
+    DRAWS,
     MARGIN,
+    Comparison,
     Estimate,
-    bootstrap,
     by_example,
-    ends_of,
+    drawn_again,
     estimate,
     holm,
-    judge,
     over_sets,
     together,
 )
@@ -60,48 +60,30 @@ class Pair:
         return self.first.keys() & self.second.keys()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The first method's score less the second's, and its 95 % interval; NaN where there is none.
+@dataclass(frozen=True, kw_only=True)
+class Difference(Comparison):
+    """The first method's score less the second's, on one task or over several; NaN where there is no interval.
 
-    bootstrap_low, bootstrap_high: the bootstrap's, of one task. over: what is taken for chance: seeds and examples;
-    examples, of one seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task;
-    examples: of all tasks together; up, down: tasks on which the first is above and below. verdict: in the words of
-    report/statistics.py, of the interval by itself; of one seed nothing is decided, since how much seeds differ is not
-    known.
+    bootstrap_low, bootstrap_high: of one task. over: what is taken for chance: seeds and examples; examples, of one
+    seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task; examples: of all
+    tasks together; up, down: tasks on which the first is above and below.
     """
 
-    difference: float
-    low: float
-    high: float
-    error: float
-    freedom: float
-    seeds: int
-    examples: int
     over: str
-    verdict: str
     up: int
     down: int
-    bootstrap_low: float = math.nan
-    bootstrap_high: float = math.nan
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.difference, self.error, self.freedom)
 
 
-def between(pairs: Sequence[Pair], *, draws: int = 10_000) -> Difference:
+def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
     """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
 
     Raises PartialLoraError where there is no seed that all have.
     """
     seeds = _in_common(pairs)
     d = differences_by_example(pairs, seeds)
-    one = _over_seeds([d] if d is not None else [_scores(pairs, seeds)], pairs[0].metric, d is not None)
-    if d is None or not draws:
-        return one
-    low, high = ends_of(bootstrap(d, np.random.default_rng(0), draws))
-    return replace(one, bootstrap_low=low, bootstrap_high=high)
+    if d is None:
+        return _over_seeds([_scores(pairs, seeds)], pairs[0].metric, predicted=False)
+    return _over_seeds([d], pairs[0].metric, predicted=True, drawn=drawn_again(d, draws))
 
 
 def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
@@ -123,7 +105,7 @@ def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     each = [between(pairs, draws=0) for pairs in tasks.values()]
     found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
     seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
-    return _difference(found, metric, seeds, examples, SETS, [one.difference for one in each])
+    return Difference.of(found, metric, seeds, examples, over=SETS, **_signs(one.difference for one in each))
 
 
 def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
@@ -138,19 +120,18 @@ def _in_common(pairs: Sequence[Pair]) -> list[int]:
     return seeds
 
 
-def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool) -> Difference:
+def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **more: tuple[float, float]) -> Difference:
     """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
     seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
     over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
-    return _difference(estimate(*parts), metric, seeds, examples, over, [d.mean() for d in parts])
+    more |= {"over": over, **_signs(d.mean() for d in parts)}
+    return Difference.of(estimate(*parts), metric, seeds, examples, **more)
 
 
-def _difference(
-    found: Estimate, metric: str, seeds: int, examples: int, over: str, each: Sequence[float]
-) -> Difference:
-    up, down = (sum(sign * one > 0 for one in each) for sign in (1, -1))
-    numbers = (found.difference, *found.interval(), found.error, found.freedom)
-    return Difference(*numbers, seeds, examples, over, judge(found, metric, seeds), up, down)
+def _signs(differences: Iterable[float]) -> dict[str, int]:
+    """How many are above zero and how many below."""
+    each = list(differences)
+    return {"up": sum(one > 0 for one in each), "down": sum(one < 0 for one in each)}
 
 
 def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
