@@ -48,7 +48,7 @@ WORSE = "undecided (worse, perhaps by less than two points)"
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
-BY_GRADIENT = f"{PARTIAL}, by gradient"
+BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 REFERENCES = ("lora", "low_rank", UNIFORM)
 # Differences that no planned claim is about.
 BESIDE = [
@@ -57,6 +57,7 @@ BESIDE = [
     (UNIFORM, "low_rank"),
     (BY_GRADIENT, PARTIAL),
     (BY_GRADIENT, UNIFORM),
+    (PARTIAL, AT_ONE_RATE),
     ("entries", "lora"),
     ("entries", "low_rank"),
     (ELEMENT, "entries"),
@@ -114,10 +115,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=[sum(record["seconds"].values()) for record in records],
         )
         best = race.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
-        write(best.reset_index(drop=True), options.results, problems)
+        write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
         return 0
 
     return cli.guarded(command)
+
+
+def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of one share everywhere at the rate of calibrated shares, where its own is another.
+
+    At the best rate of each, shares and rates differ together; here shares alone do.
+    """
+    rows = [runs.iloc[:0]]
+    for task, own in best[best["operating_point"] == BUDGET].groupby("task"):
+        rates = own.groupby("method")["learning_rate"].first()
+        if {PARTIAL, UNIFORM} <= set(rates.index) and rates[PARTIAL] != rates[UNIFORM]:
+            of_task = runs[(runs["task"] == task) & (runs["operating_point"] == BUDGET)]
+            same = of_task[(of_task["method"] == UNIFORM) & (of_task["learning_rate"] == rates[PARTIAL])]
+            same = race.once(same, [task, UNIFORM])
+            if set(own.loc[own["method"] == PARTIAL, "seed"]) <= set(same["seed"]):
+                rows.append(same.assign(method=AT_ONE_RATE))
+    return pd.concat(rows)
 
 
 def prices(runs: pd.DataFrame) -> pd.DataFrame:
@@ -131,6 +149,7 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
                 {"set": each["task"].iloc[0], "form": form, "test": f"{100 * each['test'].mean():.2f}"}
                 | {"rate": f"{each['learning_rate'].iloc[0]:g}", **leads}
                 | {"seeds": len(each), "parameters": f"{each['adapter_parameters'].median():,.0f}"}
+                | {"saturated modules": _saturated(each)}
                 | {"kept for the backward pass, MB": f"{each['saved_activation_bytes'].median() / 1e6:.1f}"}
                 | {"seconds a step": f"{each['step_seconds'].median():.3f}"}
                 | {"minutes of calibration": _minutes(each["calibration_seconds"], own["calibration_seconds"])}
@@ -162,6 +181,12 @@ def agreements(runs: pd.DataFrame) -> pd.DataFrame:
             numbers = {key: NONE if value is None else f"{value:.2f}" for key, value in known.items()}
             rows.append({"set": own["task"].iloc[0], "pairs of": name, **numbers, "pairs": alike["pairs"]})
     return pd.DataFrame(rows)
+
+
+def _saturated(own: pd.DataFrame) -> str:
+    """Return how many modules train at least as many numbers as they can change entries of W (median), of how many."""
+    counts = pd.DataFrame([run.record["parameters"] for run in own["run"]])
+    return f"{counts['saturated_modules'].median():.0f} of {counts['adapted_modules'].median():.0f}"
 
 
 def _calibrated_for(record: Mapping) -> float:
