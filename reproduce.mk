@@ -416,7 +416,7 @@ race: $(VENV)/.installed
 # The claims with the power to decide them (conf/experiment/decided.yaml): sets, and stages of each, in this order.
 DECIDED ?= digits trec sst2 gtsrb cifar10 signdigits flowers17
 STAGES ?= first which point shares
-RACE_BEST ?= entries,dora
+RACE_BEST ?= entries,oft
 IN_digits = task=digits task.test_share=0.5 trainer.max_steps=300
 IN_trec = task=trec model=$(TEXT_MODEL_cpu) trainer.max_steps=300
 IN_sst2 = task=sst2 model=$(TEXT_MODEL_cpu) trainer.max_steps=300

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def forms(gradient: np.ndarray, seed: int) -> Iterator[tuple[str, float, float]]
     energy = gradient**2
     top = tuple(np.argsort(energy.sum(axis=1 - axis))[-sizes[axis] :] for axis in (0, 1))
     yield "rows and columns, largest", rows_columns(gradient, *top, RANK), start(gradient, [top] * RANK, generator)
-    own = [some(sizes) for _ in range(RANK)]
+    own = list(zip(*(_in_turn(generator, size, kept) for size, kept in zip((m, n), sizes, strict=True)), strict=True))
     yield "units", units(gradient, own), start(gradient, own, generator)
     counts = zip(*(_dealt(generator, RANK, size, kept) for size, kept in zip((m, n), sizes, strict=True)), strict=True)
     entries = [some(each) for each in counts]
@@ -107,6 +107,11 @@ def forms(gradient: np.ndarray, seed: int) -> Iterator[tuple[str, float, float]]
     drawn = generator.permutation(m * n)[: RANK * sum(sizes)]
     share = float(energy.ravel()[drawn].sum() / energy.sum())
     yield "random_weights", share, share  # all of them move at once, each along its own gradient
+
+
+def _in_turn(generator: np.random.Generator, size: int, kept: int) -> np.ndarray:
+    """Return the kept entries of each unit (RANK, kept), dealt from one random order, as mask=units deals them."""
+    return generator.permutation(size)[np.arange(RANK * kept).reshape(RANK, kept) % size]
 
 
 def _dealt(generator: np.random.Generator, groups: int, size: int, kept: int) -> np.ndarray:
@@ -159,24 +164,15 @@ def measure(subject: Gradients, path: Path) -> None:
 # --- Beside the accuracies of results/forms
 
 
-def _forms_of(name: str) -> Callable[[str], bool]:
-    """Return which rows of results/forms are of a form, however A is drawn and B A is scaled."""
-    if name == "rows and columns":
-        return lambda form: form in ("partial", "partial, PEFT's draw", "partial row_exponent=0")
-    if name == "rows and columns, largest":
-        return lambda form: form.startswith("ticket")
-    words = {"units": "partial mask=units", "entries": "entries"}
-    return lambda form: form.startswith(words[name]) if name in words else form == name
+NAMES = {"rows and columns": "partial", "rows and columns, largest": "ticket", "units": "partial mask=units"}
 
 
 def beside(measured: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame:
-    """Return the measured shares with the best test score of each form and what it is above low_rank's."""
+    """Return the measured shares with the test score of each form and what it is above low_rank's."""
     tested = tested[tested["size"].isin(["0.13", "own"])]
-    best = []
-    for row in measured.itertuples():
-        own = tested[(tested["task"] == row.task) & tested["form"].map(_forms_of(row.form))]
-        best.append(own["test"].max() if len(own) else np.nan)
-    table = measured.assign(test=best)
+    scores = tested.set_index(["task", "form"])["test"]
+    named = zip(measured["task"], measured["form"].replace(NAMES), strict=True)
+    table = measured.assign(test=[scores.get(each, np.nan) for each in named])
     reference = table[table["form"] == "low_rank"].set_index("task")["test"]
     return table.assign(above=table["test"] - table["task"].map(reference))
 
@@ -198,7 +194,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     parts = [
         "    python scripts/reach.py --draw",
         "# What share of a real gradient's energy each form can reach, at 13 % of dense LoRA's parameters",
-        "Of all modules' energy together, and the median of a module; test: the form's best score in results/forms.",
+        "Of all modules' energy together, and the median of a module; test: the form's score in results/forms.",
         shown.to_markdown(index=False, disable_numparse=True),
         "Rank correlation (Spearman's) of each share with the test score, over forms of equal size:",
         "\n".join(lines),

@@ -51,12 +51,19 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
 
 def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm() -> None:
     """Of four forms one is decided by itself alone, and one among all; no spread says nothing of chance."""
-    differences = {"sure": [0.10, 0.11, 0.12], "alone": [0.08, 0.11, 0.15], "unsure": [-0.1, 0.1, 0.2], "same": [0.1] * 3}
+    differences = {
+        "sure": [0.10, 0.11, 0.12],
+        "alone": [0.08, 0.11, 0.15],
+        "unsure": [-0.1, 0.1, 0.2],
+        "same": [0.1] * 3,
+    }
     base = [0.5, 0.6, 0.55]
     tests = {"low_rank": base} | {
         form: [one + more for one, more in zip(base, each, strict=True)] for form, each in differences.items()
     }
-    rows = [run for form, each in tests.items() for run in runs(form, {(1e-3, s): (1, 1, t) for s, t in enumerate(each)})]
+    rows = [
+        run for form, each in tests.items() for run in runs(form, {(1e-3, s): (1, 1, t) for s, t in enumerate(each)})
+    ]
     found = race.compared(race.at_best_rates(pd.DataFrame(rows)), "low_rank").set_index("form")
     p = {form: ttest_1samp(each, 0).pvalue for form, each in differences.items() if form != "same"}
     assert p["sure"] < 0.05 / 3 < 0.05 / 2 < p["alone"] < 0.05 < p["unsure"]
