@@ -1,14 +1,14 @@
 """Shares of a real gradient that each form of adapter can reach, and its first step does (docs/evidence/theory.md, 6).
 
-    python scripts/reach.py task=digits                              # or `make reach`: four sets, a minute or two each
+    python scripts/reach.py task=digits                              # or `make reach`: four sets, some minutes each
     python scripts/reach.py task=gtsrb model.image_size=56 data_dir=../shared/data
     python scripts/reach.py --draw                                       # the table and the figure of what was measured
 
 The head is fitted on the fit draw; the gradient G of every module's weight is that of other training rows. *Reach* is
 the largest share of G's energy, its sum of squares, that a form of 13 % of dense LoRA's parameters can hold once it has
 turned to it. *Start* is the share that the change of the weight by the first step of gradient descent holds, where A is
-random and B is zero: the square of the cosine between both. Masks are random, of one density everywhere. Beside them
-stand the accuracies of results/forms. Rows go to results/reach/reach.csv set by set.
+random and B is zero: the square of the cosine between both. Masks are random, of one density everywhere. Shares are
+means over four draws. Beside them stand the accuracies of results/forms. Rows go to results/reach/reach.csv set by set.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ RANK, BUDGET = 16, 0.13
 LOW = round(RANK * BUDGET)  # the rank of a dense adapter of that size
 ROWS, BATCH = 128, 32  # training rows that the gradient is of
 SWEEPS = 3
+DRAWS = 4  # of masks and of A for every module; one draw of a module with most of the energy would decide a set
 Units = list[tuple[np.ndarray, np.ndarray]]  # of each unit of the rank the rows of B and the columns of A that it has
 
 
@@ -83,7 +84,7 @@ def start(gradient: np.ndarray, supports: Units, generator: np.random.Generator)
     return float((change * gradient).sum() ** 2 / ((change**2).sum() * (gradient**2).sum()))
 
 
-def forms(gradient: np.ndarray, seed: int) -> Iterator[tuple[str, float, float]]:
+def forms(gradient: np.ndarray, seed: int | Sequence[int]) -> Iterator[tuple[str, float, float]]:
     """Yield (form, reach, start) of every form at one gradient (out, in), its masks drawn by the seed."""
     generator, (m, n) = np.random.default_rng(seed), gradient.shape
     sizes = kept_count(m, 1 - BUDGET), kept_count(n, 1 - BUDGET)
@@ -148,9 +149,11 @@ def measure(subject: Gradients, path: Path) -> None:
     torch.manual_seed(0)
     task, rows = subject.config.task.name, []
     for module, (name, gradient) in enumerate(subject.of_weights().items()):
-        for form, reach, first in forms(gradient, module):
-            rows.append((form, float((gradient**2).sum()), reach, first, name))
-    table = pd.DataFrame(rows, columns=["form", "energy", "reach", "start", "module"])
+        for draw in range(DRAWS):
+            for form, reach, first in forms(gradient, [module, draw]):
+                rows.append((form, name, float((gradient**2).sum()), reach, first))
+    drawn = pd.DataFrame(rows, columns=["form", "module", "energy", "reach", "start"])
+    table = drawn.groupby(["form", "module"], sort=False).mean().reset_index()
     weights = table["energy"] / table.groupby("form")["energy"].transform("sum")
     shares = table.assign(reach=weights * table["reach"], start=weights * table["start"])
     found = shares.groupby("form", sort=False)[["reach", "start"]].sum()
