@@ -72,7 +72,8 @@ def estimate(*parts: np.ndarray) -> Estimate:
     """Return the mean difference over seeds and examples, from d (seeds, examples), with its error.
 
     For several parts, tasks with other examples under the same seeds, it is the mean of their means: these count alike,
-    and a seed may be lucky on all of them. No component is taken for less than zero. With one seed the error is over
+    and a seed may be lucky on all of them. No component is taken for less than zero. Two seeds that happen to agree
+    are not taken for seeds that do not differ: they keep their one degree of freedom. With one seed the error is over
     examples alone; with one seed and one example it is NaN.
     """
     of_seeds = np.mean([d.mean(axis=1) for d in parts], axis=0)
@@ -88,7 +89,8 @@ def estimate(*parts: np.ndarray) -> Estimate:
             extra += [(by_example / shares, examples - 1), (-rest / shares, (seeds - 1) * (examples - 1))]
     if seeds > 1:  # the spread of the seeds' means has e in it; where it is less than that, var(a) is taken for zero
         spread = of_seeds.var(ddof=1) / seeds
-        extra += left if spread < sum(share for share, _ in left) else [(spread, seeds - 1)]
+        least = sum(share for share, _ in left)
+        extra += left if spread < least and seeds > 2 else [(max(spread, least), seeds - 1)]
     variance = sum(share for share, _ in extra)
     squares = sum(share**2 / freedom for share, freedom in extra if freedom)
     return Estimate(float(of_seeds.mean()), math.sqrt(variance), variance**2 / squares if squares else seeds - 1)

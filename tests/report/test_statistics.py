@@ -128,6 +128,14 @@ def test_the_error_is_that_of_the_components_entry_by_entry(by_seed: float, by_e
     assert found.interval() == pytest.approx(stats.t.interval(0.95, freedom, d.mean(), np.sqrt(variance)))
 
 
+def test_two_seeds_that_agree_say_little_of_how_much_seeds_differ() -> None:
+    d = np.random.default_rng(3).normal(size=(3, 400))
+    d -= d.mean(axis=1, keepdims=True)  # seeds agree
+    two, three = estimate(d[:2]), estimate(d)
+    assert two.freedom < 2 < 100 < three.freedom
+    assert two.interval()[1] > 4 * three.interval()[1] > 0
+
+
 def test_of_parts_seeds_are_lucky_on_all_and_examples_on_one() -> None:
     drawn = np.random.default_rng(4)
     luck = drawn.normal(size=(5, 1))
@@ -225,7 +233,7 @@ def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_
     assert own.mean() == pytest.approx(matthews_corrcoef(label, output))
     numbers = drawn.normal(size=60)
     near, far = (
-        {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(2)} for scale in (0.1, 2.0)
+        {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(3)} for scale in (0.1, 2.0)
     )
     assert [compare(*pair, "mse").verdict for pair in ((near, far), (far, near))] == ["better", "worse"]
     assert compare(near, far, "mse").difference < 0

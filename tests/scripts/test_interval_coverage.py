@@ -34,7 +34,7 @@ def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None
     settings = ["--results", str(tmp_path / "cpu"), "--out", str(tmp_path / "out"), "--repetitions", "2"]
     assert interval_coverage.main(settings) == 0
     numbers = pd.read_csv(tmp_path / "out" / "coverage.csv")
-    assert len(numbers) == (3 + 3) * 3 * 2  # kinds of one set, and of five; seeds; intervals
+    assert len(numbers) == (3 + 3) * 4 * 2  # kinds of one set, and of five; seeds; intervals
     assert numbers["coverage"].between(0, 1).all()
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".md", ".csv", ".png", ".svg"}
 
