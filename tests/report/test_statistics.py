@@ -219,7 +219,7 @@ def test_verdicts(low: float, high: float, said: str) -> None:
 def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_and_less_may_be_better() -> None:
     drawn = np.random.default_rng(0)
     label = drawn.integers(2, size=60)
-    good, poor = (right_or_wrong(label, drawn.uniform(size=(2, 60)) < share) for share in (0.95, 0.6))
+    good, poor = (right_or_wrong(label, drawn.uniform(size=(3, 60)) < share) for share in (0.95, 0.6))
     comparison = compare(good, poor, "matthews", draws=200)
     means = [np.mean([matthews_corrcoef(label, each["prediction"]) for each in side.values()]) for side in (good, poor)]
     assert comparison.difference == pytest.approx(means[0] - means[1])
