@@ -326,6 +326,14 @@ def compare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _as_number(word: object) -> object:
+    """Return a text that is a number as one: to YAML 1.1, 1e6 and 1e-2 are texts."""
+    try:
+        return float(word) if isinstance(word, str) else word
+    except ValueError:
+        return word
+
+
 def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     """Return the keys of `compare` itself, checked, and the other settings."""
     import yaml
@@ -341,7 +349,8 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
         own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
     named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
     require(named, "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
-    numbers = all(type(each) in (int, float) and each > 0 for each in own["budgets"] or [None])
+    own["budgets"] = [_as_number(each) for each in own["budgets"] or [None]]
+    numbers = all(type(each) in (int, float) and each > 0 for each in own["budgets"])
     require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
     for key, least in (("seeds", 1), ("rates", 2)):
         require(type(own[key]) is int and own[key] >= least, key, own[key], f"a whole number, at least {least}")

@@ -28,6 +28,7 @@ from partial_lora.report.records import (
     warnings_of,
     without_common_start,
 )
+from partial_lora.runs.directory import INTERRUPTED
 from partial_lora.runs.rates import starting_point
 from partial_lora.tasks.metrics import SHARES
 
@@ -73,6 +74,7 @@ def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
         result = result or {}
         began = datetime.fromisoformat(result["started"]).astimezone().strftime("%Y-%m-%d %H:%M")
         method, point, score = method_of(result), operating_point(result), result["status"]
+        score = INTERRUPTED if result.get("error") == INTERRUPTED else score
         if test := (result.get("metrics") or {}).get("test"):
             score = f"{test['primary']} {measured(test['primary'], test[test['primary']])}"
     named = method if point in ("", NONE) else f"{method}, {point}"

@@ -6,25 +6,31 @@ from pathlib import Path
 
 from partial_lora.errors import PartialLoraError, shortlist
 
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}  # by their folders' names
+# By the names of their folders, in any case.
+_SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
     """Return the sub-folder of each split of a folder; nothing for a folder whose sub-folders are all classes.
 
-    Raises PartialLoraError, about task.data_files, where the two cannot be told apart.
+    Raises PartialLoraError, about task.data_files, where the two cannot be told apart, and for two folders of a split.
     """
     key = f"task.data_files={folder}"
-    names = sorted(part.name for part in folder.iterdir() if part.is_dir())
-    splits = [name for name in names if name in _SPLITS]
-    if "train" not in splits:
-        similar = [name for name in names if name.lower() in _SPLITS]
-        if similar:  # they would pass for classes
+    names = sorted(part.name for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))
+    of_splits: dict[str, Path] = {}
+    for name in names:
+        split = _SPLITS.get(name.lower())
+        if split in of_splits:
             raise PartialLoraError(
-                f"{key}: it has a folder {similar[0]} but none called train, only {shortlist(names)}; call the "
-                "training folder train or, if all of them are classes, set task.data_files={train: FOLDER}"
+                f"{key}: it has the folders {of_splits[split].name} and {name}, expected one of them"
             )
-        return {}
-    if {"val", "validation"} <= set(splits):
-        raise PartialLoraError(f"{key}: it has the folders val and validation, expected one of them")
-    return {_SPLITS[name]: folder / name for name in splits}
+        if split:
+            of_splits[split] = folder / name
+    if of_splits and (len(of_splits) < len(names) or "train" not in names):
+        first = next(iter(of_splits.values())).name
+        lacks = "beside others:" if "train" in names else "but none called train, only"
+        raise PartialLoraError(
+            f"{key}: it has a folder {first} {lacks} {shortlist(names)}; call the folders of splits train, validation "
+            "and test or, if all of them are classes, set task.data_files={train: FOLDER}"
+        )
+    return of_splits

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +28,8 @@ from partial_lora.tasks.folders import split_folders
 
 FILES = "files"  # the path of a task that has only the user's files
 Label = str | int | float | bool
+
+logger = logging.getLogger(__name__)
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _OTHER_SEPARATORS = (";", "\t", "|", ",")  # tried where a header lacks its own
@@ -147,16 +151,24 @@ def _split_folders(key: str, folder: Path) -> dict[str, Dataset]:
 def _image_folder(key: str, folder: Path, split: str) -> Dataset:
     """Read every image in a sub-folder, at any depth, with the sub-folder's name as its label; in the order of names.
 
-    Hidden files, and files whose name does not end as an image's does, are left out.
+    Hidden files and folders, and files whose name does not end as an image's does, are left out.
     """
     # Not by datasets' imagefolder: it takes a class called test for a split, and labels by the innermost folder.
     suffixes = PIL.Image.registered_extensions()
     images, labels = [], []
     for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
         for file in sorted(label.rglob("*")):
-            if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file():
-                images.append(str(file.absolute()))
-                labels.append(label.name)
+            hidden = any(part.startswith(".") for part in file.relative_to(label).parts)
+            if hidden or file.suffix.lower() not in suffixes or file.is_dir():
+                continue
+            if not file.exists():
+                raise PartialLoraError(
+                    f"{key}={folder}: {file.relative_to(folder)} is a link to a file that is not there"
+                )
+            images.append(str(file.absolute()))
+            labels.append(label.name)
+        if label.name not in labels[-1:]:
+            logger.warning("%s=%s: no image in %s, which is no class then", key, folder, label.name)
     if not images:
         raise PartialLoraError(f"{key}={folder}: no image in any sub-folder, expected one sub-folder a class")
     features = Features({"image": Image(), "label": Value("string")})
@@ -201,6 +213,7 @@ def _delimited(
         header = next(lines, "")
     if separator not in header:
         separator = max((separator, *_OTHER_SEPARATORS), key=header.count)
+    _check_quotes(file, encoding, separator)
     # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
     frame = pd.read_csv(
         file,
@@ -211,12 +224,35 @@ def _delimited(
         low_memory=False,
         encoding=encoding,
     )
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cells for names of the rows
+        raise ValueError(
+            f"its rows have more cells than its header, which has {len(frame.columns)}; quote texts with {separator!r}"
+        )
     if not {label_column, *text_columns} & set(frame.columns) and _is_row(frame):
         raise ValueError(f"its first line is a row, {header.strip()[:_SHOWN]!r}; put the column names before it")
     if label_column in frame.columns and label_column not in text_columns:
         cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
         frame[label_column] = pd.Series(parse_labels(cells, regression), dtype=object)
     return frame
+
+
+def _check_quotes(file: Path, encoding: str, separator: str) -> None:
+    """Raise ValueError for a quotation mark that joins rows, as pandas reads them: a text that ends within a line."""
+    csv.field_size_limit(2**31 - 1)  # characters of a text; 131,072 by default
+    with open(file, encoding=encoding, newline="") as lines:
+        rows, before = csv.reader(lines, delimiter=separator, strict=True), 0
+        while True:
+            try:
+                next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if rows.line_num > before + 1:
+                    raise ValueError(
+                        f"line {before + 1}: a quotation mark joins it with line {rows.line_num}; double the marks in "
+                        f"quoted texts ({error})"
+                    ) from error
+            before = rows.line_num
 
 
 def _encoding(file: Path) -> str:
@@ -285,22 +321,24 @@ def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[L
     """Convert the texts of a column, None for an empty cell: all to booleans, or all to numbers, or none.
 
     They become numbers where that loses nothing: no code has a leading zero, and no two classes are the same number.
+    Words lose the spaces around them, which would make classes of their own.
     Fractions may be written in any way (0.5 and 0.50), since they are no classes; so may all numbers where `regression`
     says that they are real.
     """
     texts = {cell: cell.strip() for cell in cells if cell is not None}
     if texts and texts.keys() <= _TRUTHS.keys():
         return [_TRUTHS.get(cell) for cell in cells]
+    words: list[Label | None] = [None if cell is None else texts[cell] for cell in cells]
     known = {text for text in texts.values() if not _UNKNOWN.fullmatch(text)}
     if not known or not all(map(_NUMBER.fullmatch, known)):
-        return list(cells)
+        return words
     try:
         whole = all(abs(int(text)) < _WHOLE for text in texts.values())
     except ValueError:  # a fraction, or an unknown one
         whole = False
     number = int if whole else float
     if not regression and not _lossless({text: number(text) for text in known}, regression):
-        return list(cells)
+        return words
     return [None if cell is None else number(texts[cell]) for cell in cells]
 
 
@@ -509,6 +547,11 @@ def encode_labels(
                     )
         return (), {split: rows.cast_column("label", Value("float32")) for split, rows in splits.items()}
     names = tuple(label_name(label) for label in sorted(set(labels["train"])))
+    if len(names) == 1:
+        raise PartialLoraError(
+            f"task={name}: all training rows have the label {names[0]}, expected two classes or more (of a folder of "
+            "images, one sub-folder a class)"
+        )
     return names, {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
 
 

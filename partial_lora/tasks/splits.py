@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,12 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
     except ValueError as error:
         single = [classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)] if classes else []
         reason = first_line(error)
+        least_cut = min(math.ceil(share * len(rows)), len(rows) - math.ceil(share * len(rows)))
+        if least_cut < len(classes) and not single:
+            reason = (
+                f"{least_cut} rows do not hold one of each of {len(classes)} classes: add rows, set "
+                "task.validation_share or task.test_share, or give a file for every split"
+            )
         if single:
             reason = (
                 f"class {shortlist(single)} has a single row and needs at least {least} rows, or more if "

@@ -73,6 +73,7 @@ def test_a_list_of_runs_has_one_line_of_each_whatever_its_record_is():
     (_, *line) = summary.run_line(place, record())
     assert line == ["digits", "vit", "partial, threshold 0.9", "seed0", "accuracy 98.61 %", str(place)]
     assert summary.run_line(place, record(status="failed", metrics={}))[-2] == "failed"
+    assert summary.run_line(place, record(status="failed", error="interrupted", metrics={}))[-2] == "interrupted"
     for broken in (None, {"status": "finished"}, record(config=1)):
         assert summary.run_line(place, broken)[-2:] == ("no record", str(place))
     assert summary.run_line(place, record(metrics=[1]))[-1] == str(place)

@@ -166,6 +166,7 @@ def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
         (["methods=[partial"], "methods"),
         (["methods=[1]"], "methods"),
         (["methods=[low_rank]", "budgets=[some]"], "budgets"),
+        (["methods=[low_rank]", "budgets=[-1e-1]"], "budgets"),
         (["methods=[low_rank]", "seeds=0"], "seeds"),
         (["methods=[low_rank]", "seeds=true"], "seeds"),
         (["methods=[low_rank]", "rates=1"], "rates"),

@@ -105,6 +105,8 @@ def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> N
         ("latin.csv", b"text,label\ncaf\xe9,b\n", "line 2 is not UTF-8"),
         ("nameless.csv", b"a cat,cat\na dog,dog\nanother cat,cat\n", "first line"),
         ("numbers.csv", b"so much,3\nmore,4\n", "first line"),
+        ("wide.csv", b"text,label\nHello, Bob,dog\nHi, Al,cat\n", "more cells than its header"),
+        ("quote.tsv", b'text\tlabel\n"he said so\tdog\nHi\tcat\n"she, too\tcat\n', "line 2: "),
         ("broken.jsonl", b'{"text": "a", "label": 1}\n{"text":\n', "line 2"),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n', "column text"),
         ("list.json", b"[1, 2]", ""),
@@ -135,6 +137,9 @@ def test_one_file_is_cut_into_three_splits_with_every_class_in_each(tmp_path: Pa
     assert counts(few) == [{0: 27, 1: 27}, {0: 3, 1: 3}, {0: 5, 1: 5}]
     assert sizes(load(file, train_samples=10**6)) == sizes(task)
     refused("task.train_samples=1: ", "2 classes", of=file, train_samples=1)
+    small = table(tmp_path, "small.csv", text=TEXTS * 2, label=["a", "b", "c"] * 8)
+    refused("task=own: ", "3 classes", "task.validation_share", of=small)
+    refused("task=own: ", "label a", of=csv(tmp_path, ["a"] * 12))
 
 
 def test_a_class_too_small_to_cut_is_named_with_the_rows_that_it_needs(tmp_path: Path) -> None:
@@ -219,21 +224,26 @@ def test_images_are_read_from_bytes_with_or_without_the_library_s_own_marks(tmp_
 # --- Folders of images.
 
 
-def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path) -> None:
+def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> None:
     whole = Path(images(tmp_path / "whole", "wolf", "fox", count=9))
     for label in ("wolf", "fox"):
         picture(whole / label / "deeper" / "10.png")
     (whole / "wolf" / "notes.txt").write_text("not an image")
     (whole / "fox" / ".hidden.png").write_text("not an image")
+    picture(whole / "fox" / ".thumbnails" / "0.png")
+    (whole / "hare").mkdir()
     task = load(str(whole), "image")
     assert task.labels == ("fox", "wolf")
     assert counts(task) == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 2, 1: 2}]
+    assert "hare" in caplog.text
+    (whole / "wolf" / "lost.png").symlink_to(tmp_path / "nothing.png")
+    refused(f"task.data_files={whole}: ", "wolf/lost.png", of=str(whole), modality="image")
     parts = tmp_path / "parts"
-    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+    for split, count in (("train", 4), ("valid", 2), ("Test", 3)):
         images(parts / split, "wolf", "fox", count=count)
-    folders = {"train": str(parts / "train"), "validation": str(parts / "val"), "test": str(parts / "test")}
+    folders = {"train": str(parts / "train"), "validation": str(parts / "valid"), "test": str(parts / "Test")}
     assert sizes(load(str(parts), "image")) == sizes(load(folders, "image")) == [8, 4, 6]
-    foxes = str(parts / "test" / "fox")
+    foxes = str(parts / "Test" / "fox")
     refused(f"task.data_files={foxes}: ", of=foxes, modality="image")
 
 
@@ -242,6 +252,7 @@ def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Pat
         ("tests", ("training", "test"), "only test, training"),
         ("capitals", ("Train", "Val"), "only Train, Val"),
         ("twice", ("train", "val", "validation"), "val and validation"),
+        ("beside", ("extra", "train", "test"), "extra, test, train"),
     ):
         for folder in folders:
             images(tmp_path / name / folder, "wolf", "fox")
@@ -311,6 +322,7 @@ def test_whole_numbers_are_classes_though_written_as_floats(tmp_path: Path, kind
         (["0", "-0"], ("-0", "0")),
         (["1e3", "10"], ("10", "1e3")),
         (["1.0", "one"], ("1.0", "one")),
+        (["wolf ", "fox", " wolf"], ("fox", "wolf")),
         (["9223372036854775807", "1"], ("1", "9223372036854775807")),
         (["9223372036854775808", "1"], ("1", "9223372036854775808")),
         (["9007199254740993.0", "1.0"], ("1.0", "9007199254740993.0")),
