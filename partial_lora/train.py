@@ -101,9 +101,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         if sparsity or tuner_size(config, shapes):
             record["fixed"] = fixed_point(config.calibration)
         if reads_weights:
-            record["warnings"] += draws.warnings
-            for warning in draws.warnings:
-                logger.warning("beware: %s", warning)
+            record["warnings"] += draws.warnings  # logged as they were drawn
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)
