@@ -111,9 +111,9 @@ def calibrate(
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
             store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, with axis "joint" where
-            both axes share it; with a budget, the count begins again for each threshold tried. Called before all these,
-            once the intact model has been scored, as progress(0, total, expected=seconds), right to about a factor of
-            two. None: a bar, on a terminal.
+            both axes share it; with a budget, the count begins again for each threshold tried. The first call is
+            progress(0, total, expected=seconds), once the intact model has been scored; the estimate is right to about
+            a factor of two. None: a bar, on a terminal.
 
     Raises:
         PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline

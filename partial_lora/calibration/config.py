@@ -19,8 +19,8 @@ UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, suc
 class Traits:
     """Facts about a method that its name tells, before any model is there."""
 
-    # What says how many parameters it trains: sparsities or a count that are "calibrated"; the "budget", which it
-    # spends by a rule of its own (null: PAPER_BUDGET); nothing but its "own" settings.
+    # Who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget (null:
+    # PAPER_BUDGET); "own", the method's own keys.
     size: str = "own"
     masked: bool = False  # its adapter is masked, as `mask` says
     ranked: bool = False  # it ranks rows and columns by importance, calibrated or not

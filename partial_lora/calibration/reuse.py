@@ -147,7 +147,7 @@ class Reuse:
             return
 
         def need(place: tuple[int, int]) -> tuple:
-            """Order by need, the least first: later blocks; earlier ones of this batch, then of others; this block."""
+            """Order blocks as they are given up: later ones, earlier ones of this batch, of others, this block last."""
             of, at = place
             return at == block, at <= block, of != batch, at
 
