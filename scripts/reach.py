@@ -171,13 +171,14 @@ NAMES = {"rows and columns": "partial", "rows and columns, largest": "ticket", "
 
 
 def beside(measured: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame:
-    """Return the measured shares with the test score of each form and what it is above low_rank's."""
+    """Return the measured shares with the test score of each form, and how far it is above low_rank's (same seeds)."""
     tested = tested[tested["size"].isin(["0.13", "own"])]
-    scores = tested.set_index(["task", "form"])["test"]
-    named = zip(measured["task"], measured["form"].replace(NAMES), strict=True)
-    table = measured.assign(test=[scores.get(each, np.nan) for each in named])
-    reference = table[table["form"] == "low_rank"].set_index("task")["test"]
-    return table.assign(above=table["test"] - table["task"].map(reference))
+    scores = tested.assign(above=tested["difference"].where(tested["form"] != "low_rank", 0.0))
+    named = measured.assign(name=measured["form"].replace(NAMES))
+    found = named.merge(
+        scores[["task", "form", "test", "above"]], "left", left_on=["task", "name"], right_on=["task", "form"]
+    )
+    return measured.assign(test=found["test"].to_numpy(), above=found["above"].to_numpy())
 
 
 def draw(table: pd.DataFrame, out: Path) -> None:
@@ -186,7 +187,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     for task, part in table.groupby("task", sort=False):
         equal = part.dropna(subset=["test"]).query("form != 'lora'")
         if len(equal) > 2:
-            pair = [spearmanr(equal[name], equal["test"]).statistic for name in ("reach", "start")]
+            pair = [spearmanr(equal[name], equal["above"]).statistic for name in ("reach", "start")]
             lines.append(f"- {task}: {len(equal)} forms, reach {pair[0]:+.2f}, start {pair[1]:+.2f}")
     shown = table.assign(
         **{name: [f"{100 * value:.2f}" for value in table[name]] for name in ("reach", "start", "reach_median")},
@@ -199,7 +200,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
         "# What share of a real gradient's energy each form can reach, at 13 % of dense LoRA's parameters",
         "Of all modules' energy together, and the median of a module; test: the form's score in results/forms.",
         shown.to_markdown(index=False, disable_numparse=True),
-        "Rank correlation (Spearman's) of each share with the test score, over forms of equal size:",
+        "Rank correlation (Spearman's) of each share with the difference to low_rank, over forms of equal size:",
         "\n".join(lines),
     ]
     write_atomic(out / "reach.md", "\n\n".join(parts) + "\n")

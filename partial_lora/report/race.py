@@ -231,9 +231,10 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
 
 
 def on_screen(table: pd.DataFrame, reference: str) -> Group:
-    """Return the ranking for a terminal of 80 columns; the memory and time of a step are in the files and the page."""
+    """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(compared(at_best_rates(table), reference), reference)
-    return Group(*(tables.drawn(title, part.drop(columns=list(part.columns[-2:]))) for title, part in parts.items()))
+    narrow = {title: part.drop(columns=["among all", *part.columns[-2:]]) for title, part in parts.items()}
+    return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
 def _origin(reference: str) -> str:

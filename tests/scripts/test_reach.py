@@ -107,10 +107,11 @@ def test_accuracies_of_a_form_are_those_of_its_name(tmp_path) -> None:
             "task": "t",
             "size": "0.13",
             "test": [0.5, 0.4, 0.45, 0.9, 0.6, 0.8, 0.7],
+            "difference": [np.nan, -0.12, 0, 0, 0.1, 0.3, 0.2],  # of the seeds that both have
         }
     )
     table = reach.beside(measured, tested)
-    assert table["above"].tolist() == pytest.approx([0, -0.1, 0.1, 0.2])
+    assert table["above"].tolist() == pytest.approx([0, -0.12, 0.1, 0.2])
     reach.draw(table, tmp_path)
     assert "reach +0.00" not in (tmp_path / "reach.md").read_text(encoding="utf-8")
     assert (tmp_path / "reach.png").is_file()
