@@ -184,8 +184,13 @@ def agreements(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _saturated(own: pd.DataFrame) -> str:
-    """Return how many modules train at least as many numbers as they can change entries of W (median), of how many."""
+    """Return how many modules train at least as many numbers as they can change entries of W (median), of how many.
+
+    Older records do not say it.
+    """
     counts = pd.DataFrame([run.record["parameters"] for run in own["run"]])
+    if "saturated_modules" not in counts:
+        return NONE
     return f"{counts['saturated_modules'].median():.0f} of {counts['adapted_modules'].median():.0f}"
 
 

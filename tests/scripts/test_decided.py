@@ -53,6 +53,21 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     assert set(of) >= {("partial", "lora"), ("partial", "low_rank")}
 
 
+def test_one_share_everywhere_is_also_set_beside_calibrated_shares_at_their_rate(tmp_path) -> None:
+    parameters = record()["parameters"] | {"saturated_modules": 3, "adapted_modules": 4}
+    for task, best in (("digits", 1e-3), ("trec", 2e-3)):
+        for seed in SEEDS:
+            run(tmp_path, "partial", 20 + seed, task=task, seed=seed, **KEPT, parameters=parameters)
+            for rate in {1e-3, best}:
+                right = {"wrong": 30 if rate == best else 40, "validation": 0.9 if rate == best else 0.8}
+                run(tmp_path, "uniform", task=task, seed=seed, rate=rate, **right, **KEPT, calibration=None, fixed={})
+    assert decided.main([str(tmp_path)]) == 0
+    table = (tmp_path / "tables" / "decided.md").read_text()
+    assert "3 of 4" in table
+    lines = [line for line in table.splitlines() if "| uniform, partial's rate" in line]
+    assert {line.split("|")[1].strip() for line in lines} & {"digits", "trec"} == {"trec"}
+
+
 def test_shares_by_gradient_stand_beside_those_of_the_search(tmp_path) -> None:
     def sparsity(*shares: float) -> dict:
         return {f"layer{at}": {"rows": share, "columns": share} for at, share in enumerate(shares)}
