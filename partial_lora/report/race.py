@@ -239,8 +239,8 @@ def on_screen(table: pd.DataFrame, reference: str) -> Group:
 
 def _origin(reference: str) -> str:
     return (
-        f"Differences are from {reference}, of runs of the same seeds, with 95 % intervals of each by itself. "
-        "Among all: what is left among all of a table (Holm's correction)."
+        f"Differences are from {reference}, of runs of the same seeds; the 95 % intervals are of each by itself. "
+        "The column 'among all' has the verdicts that are left among all rows of its table (Holm's correction)."
     )
 
 

@@ -34,17 +34,18 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
         rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
         single = [classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)] if classes else []
+        aside = math.ceil(share * len(rows))
+        smaller = min(aside, len(rows) - aside)
         reason = first_line(error)
-        least_cut = min(math.ceil(share * len(rows)), len(rows) - math.ceil(share * len(rows)))
-        if least_cut < len(classes) and not single:
-            reason = (
-                f"{least_cut} rows do not hold one of each of {len(classes)} classes: add rows, set "
-                "task.validation_share or task.test_share, or give a file for every split"
-            )
         if single:
             reason = (
                 f"class {shortlist(single)} has a single row and needs at least {least} rows, or more if "
                 "task.train_samples draws some: add rows, leave it out, or give a file for every split"
+            )
+        elif smaller < len(classes):
+            reason = (
+                f"{smaller} rows do not hold one of each of {len(classes)} classes: add rows, set "
+                "task.validation_share or task.test_share, or give a file for every split"
             )
         per_class = " per class" if classes else ""
         raise PartialLoraError(

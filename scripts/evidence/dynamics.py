@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DYNAMICS = "dynamics.json"
 VERSION = 1
-MOST = 1_000  # rows of each split
+MOST = 1_000  # rows of each split, at most
 Cell = tuple[Hashable, Mapping[int, Run]]  # runs by seed; cells with the same first stand beside each other
 
 
@@ -100,9 +100,9 @@ def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Ma
 def measure(run: FinishedRun, *, device: str = "auto") -> dict:
     """Measure a run and write its dynamics.json; gives the content.
 
-    Of each split MOST rows count, drawn by a fixed seed. The labels of training rows are those that were trained on.
-    Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that are not
-    there.
+    Of each split at most MOST rows count, drawn by a fixed seed. The labels of training rows are those that were
+    trained on. Raises PartialLoraError for a mixture, a model without `model.blocks`, changed files, and weights that
+    are not there.
     """
     from torch.utils.data import DataLoader
 

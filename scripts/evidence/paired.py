@@ -129,7 +129,7 @@ def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **mor
 
 
 def _signs(differences: Iterable[float]) -> dict[str, int]:
-    """How many are above zero and how many below."""
+    """Counts of those above zero and those below."""
     each = list(differences)
     return {"up": sum(one > 0 for one in each), "down": sum(one < 0 for one in each)}
 

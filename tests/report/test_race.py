@@ -50,7 +50,7 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
 
 
 def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm() -> None:
-    """Of four forms one is decided by itself alone, and one among all; no spread says nothing of chance."""
+    """Four forms: one is decided among all, one by itself alone, one not, and one has no spread to judge it by."""
     differences = {
         "sure": [0.10, 0.11, 0.12],
         "alone": [0.08, 0.11, 0.15],
