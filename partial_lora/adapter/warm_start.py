@@ -123,6 +123,9 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
     where = str(Path(lora, subfolder or ""))
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "token": token}
     paths = [saved_file(lora, name, **options) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    for path in paths:
+        if not path.is_file():  # PEFT would look for it on the hub
+            raise PartialLoraError(f"{where} has no {path.name}: expected a LoRA's folder, or OWNER/NAME of the hub.")
     try:
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:

@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.folders import is_image
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 STDIN = "-"
 
 
@@ -76,17 +75,17 @@ def is_stream(argument: str) -> bool:
 def _images(argument: str) -> list[str]:
     """Return an image file, or those in a folder: by name, before those of its sub-folders; no hidden ones."""
     if not os.path.exists(argument):
-        hint = "" if Path(argument).suffix.lower() in IMAGES else "; the run's model reads images, not texts"
+        hint = "" if is_image(argument) else "; the run's model reads images, not texts"
         raise PartialLoraError(f"{argument or repr(argument)}: no such image file or folder{hint}")
     if not os.path.isdir(argument):
         return [argument]
     found = []
     for parent, folders, names in os.walk(argument):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = [name for name in sorted(names) if os.path.splitext(name)[1].lower() in IMAGES]
+        images = [name for name in sorted(names) if is_image(name)]
         found += [os.path.join(parent, name) for name in images if not name.startswith(".")]
     if not found:
-        raise PartialLoraError(f"{argument}: no image in this folder ({', '.join(IMAGES)})")
+        raise PartialLoraError(f"{argument}: no image in this folder")
     return found
 
 

@@ -1,13 +1,30 @@
-"""A folder of images with one sub-folder a split; read without the libraries that read images."""
+"""Folders of images: which files are images, and which sub-folders are splits; read without the libraries of tasks."""
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError, shortlist
 
 # By the names of their folders, in any case.
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    from PIL import Image
+
+    kinds = Image.registered_extensions().items()
+    return frozenset(
+        suffix for suffix, kind in kinds if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
+    )
+
+
+def is_image(file: str | os.PathLike) -> bool:
+    """Return whether a file's name ends as that of an image that Pillow reads (of a film, a page or data it is not)."""
+    return os.path.splitext(file)[1].lower() in _suffixes()
 
 
 def split_folders(folder: Path) -> dict[str, Path]:

@@ -16,7 +16,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
-import PIL.Image
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
 from datasets.naming import camelcase_to_snakecase
@@ -24,7 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.tasks.folders import split_folders
+from partial_lora.tasks.folders import is_image, split_folders
 
 FILES = "files"  # the path of a task that has only the user's files
 Label = str | int | float | bool
@@ -154,12 +153,11 @@ def _image_folder(key: str, folder: Path, split: str) -> Dataset:
     Hidden files and folders, and files whose name does not end as an image's does, are left out.
     """
     # Not by datasets' imagefolder: it takes a class called test for a split, and labels by the innermost folder.
-    suffixes = PIL.Image.registered_extensions()
     images, labels = [], []
     for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
         for file in sorted(label.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(label).parts)
-            if hidden or file.suffix.lower() not in suffixes or file.is_dir():
+            if hidden or not is_image(file) or file.is_dir():
                 continue
             if not file.exists():
                 raise PartialLoraError(

@@ -244,6 +244,7 @@ def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
         ),
         (adapt(sparsity=0.5), several, "default", r"2 .*\['default', 'more'\]"),
         (adapt(sparsity=0.5), "me/nothing", "default", "me/nothing"),
+        (adapt(sparsity=0.5), "nothing", "default", "^nothing has no adapter_config.json: "),  # without asking the hub
     ):
         with pytest.raises(PartialLoraError, match=message) as refusal:
             warm_start(model, source, name)

@@ -30,7 +30,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder `photos` with sub-folders, in the current directory, beside an empty one."""
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    for name in ("b.JPG", "a.png", "notes.txt", ".hidden.png", "z/1.webp", "c/2.gif", ".cache/3.png"):
+    for name in ("b.JPG", "a.png", "notes.txt", ".hidden.png", "form.pdf", "z/1.webp", "c/2.jfif", ".cache/3.png"):
         file = tmp_path / "photos" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -39,7 +39,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_are_files_folders_and_lines_in_the_order_in_which_they_were_named(photos) -> None:
     Path("list.txt").write_bytes(b"photos/b.JPG\r\nno such.png\n")
     stream, total = read("photos/notes.txt", "photos", "@list.txt", "photos/a.png", modality="image")
-    in_folder = ["photos/a.png", "photos/b.JPG", "photos/c/2.gif", "photos/z/1.webp"]
+    in_folder = ["photos/a.png", "photos/b.JPG", "photos/c/2.jfif", "photos/z/1.webp"]
     expected = ["photos/notes.txt", *in_folder, "photos/b.JPG", "no such.png", "photos/a.png"]
     assert total is None  # of lines nobody knows how many there are
     assert [each.text for each in stream] == [each.content for each in stream] == expected

@@ -228,7 +228,8 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> No
     whole = Path(images(tmp_path / "whole", "wolf", "fox", count=9))
     for label in ("wolf", "fox"):
         picture(whole / label / "deeper" / "10.png")
-    (whole / "wolf" / "notes.txt").write_text("not an image")
+    for name in ("notes.txt", "form.pdf"):
+        (whole / "wolf" / name).write_text("not an image")
     (whole / "fox" / ".hidden.png").write_text("not an image")
     picture(whole / "fox" / ".thumbnails" / "0.png")
     (whole / "hare").mkdir()
