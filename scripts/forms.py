@@ -3,7 +3,8 @@
     python scripts/forms.py results/forms --reference low_rank
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
-the reference is of runs of the same seeds, with the 95 % interval of Student's t over seeds.
+the reference is of runs of the same seeds, with the 95 % interval of Student's t over seeds. Where dense LoRA was
+trained, too, a table says how far the best rate of each form and size is from dense LoRA's.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import pandas as pd
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
 from partial_lora.report import race, records
 from partial_lora.report.drawing import legend_below, panels, plain, save_both
+from partial_lora.report.records import NONE
 from partial_lora.tasks.metrics import SHARES
 
 
@@ -37,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
         text, table = race.write([run.record for run in runs], options.results, options.stem, options.reference)
+        if (rates := best_rates(race.compared(race.at_best_rates(table), options.reference))) is not None:
+            text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"
+            write_atomic(options.results / f"{options.stem}.md", text)
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
@@ -48,6 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     return cli.guarded(command)
+
+
+def best_rates(numbers: pd.DataFrame) -> str | None:
+    """Return the best learning rate of every form by its size, and how far it is from dense LoRA's, as a table.
+
+    Dense LoRA of all modules is the whole size; other sizes are shares of its parameters. None where no task has it.
+    """
+    shares = numbers["size"].where(numbers["form"] != "lora", "1")
+    known = numbers.assign(share=pd.to_numeric(shares, errors="coerce")).query("share <= 1")
+    rates = known.pivot(index=["task", "form"], columns="share", values="learning_rate")
+    rates = rates.sort_index(axis=1, ascending=False)
+    if 1 not in rates:
+        return None
+    dense = rates[1].xs("lora", level="form")
+    rates = rates[rates.index.get_level_values("task").isin(dense.index)]
+    steps = np.log2(rates.div(dense, axis=0, level="task"))
+    cells = {
+        f"{100 * share:g} %": [
+            NONE if np.isnan(rate) else f"{rate:g}" + (f" ({step:+.2g})" if step else "")
+            for rate, step in zip(rates[share], steps[share], strict=True)
+        ]
+        for share in rates
+    }
+    return pd.DataFrame(cells, index=rates.index).reset_index().to_markdown(index=False, disable_numparse=True)
 
 
 def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
