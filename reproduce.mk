@@ -392,7 +392,8 @@ FORMS = methods=[lora,low_rank,random_weights,entries,ticket,partial] methods=[p
 	methods=[partial]+mask=units methods=[partial]+mask=groups+mask.fan_in=dense+mask.row_exponent=0 \
 	methods=[partial]+mask=frozen+mask.fan_in=dense \
 	methods=[partial]+mask.row_exponent=0 methods=[partial]+mask.fan_in=dense+mask.row_exponent=0 \
-	methods=[entries]+mask.fan_in=kept methods=[entries]+mask.fan_in=kept+mask.row_exponent=1
+	methods=[entries]+mask.fan_in=kept methods=[entries]+mask.fan_in=kept+mask.row_exponent=1 \
+	methods=[partial]+budgets=[0.6,0.05,0.01] methods=[partial]+method.rank=auto+budgets=[0.05,0.01]
 SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+method.alpha=8
 SOME_TEXTS = methods=[lora]+model.target_modules=[query,value]+method.rank=9+method.alpha=9
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
@@ -400,7 +401,7 @@ spaced = $(subst +,$(empty) $(empty),$(1))
 # The runs of a comparison. 1: the experiment and its results; 2: the task; 3: methods, and settings of all of them.
 define COMPARED
 $(BIN)/partial-lora compare experiment=$(1) results_dir=results/$(1) $(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 \
-	budgets=[0.13,0.02] $(call spaced,$(2) $(3)) || test $$? = 1
+	$(if $(findstring budgets,$(3)),,budgets=[0.13,0.02]) $(call spaced,$(2) $(3)) || test $$? = 1
 
 endef
 forms: $(VENV)/.installed

@@ -161,7 +161,7 @@ def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: s
 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])
-@pytest.mark.parametrize(("target", "runs"), [("forms", 10), ("race", 1)])
+@pytest.mark.parametrize(("target", "runs"), [("forms", 12), ("race", 1)])
 def test_what_is_refused_ends_a_target_and_a_run_that_failed_does_not(
     target: str, runs: int, code: int, ends: bool
 ) -> None:
