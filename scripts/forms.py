@@ -23,7 +23,7 @@ from partial_lora.files import write_atomic
 from partial_lora.report import race, records
 from partial_lora.report.drawing import legend_below, panels, plain, save_both
 from partial_lora.report.records import NONE
-from partial_lora.tasks.metrics import SHARES
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
         text, table = race.write([run.record for run in runs], options.results, options.stem, options.reference)
-        if (rates := best_rates(race.compared(race.at_best_rates(table), options.reference))) is not None:
+        numbers = race.compared(race.at_best_rates(table), options.reference)
+        origin, _, ranked = text.partition("\n\n")
+        text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
+        if (rates := best_rates(numbers)) is not None:
             text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"
-            write_atomic(options.results / f"{options.stem}.md", text)
+        write_atomic(options.results / f"{options.stem}.md", text)
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
@@ -54,6 +57,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     return cli.guarded(command)
+
+
+def verdicts(numbers: pd.DataFrame) -> str:
+    """Return, for every task and size, the forms that are better and worse than the reference, and those in between.
+
+    A form stands among all (of its task and size) where `holds` says so, and alone where its own p is below 0.05.
+    """
+    rows = []
+    for (task, size), part in numbers.dropna(subset=["difference"]).groupby(["task", "size"]):
+        better = (part["difference"] > 0) != part["metric"].isin(LOWER_IS_BETTER)
+        alone = part["p"] < 0.05
+        cells = {
+            "better, among all": better & part["holds"],
+            "better, alone": better & alone & ~part["holds"],
+            "cannot be told apart": ~alone & ~part["holds"],
+            "worse, alone": ~better & alone & ~part["holds"],
+            "worse, among all": ~better & part["holds"],
+        }
+        listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
+        rows.append({"task": task, "size": race.in_words(size), **listed})
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
+def _named(row) -> str:
+    number = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
+    return f"{row.form} {number}"
 
 
 def best_rates(numbers: pd.DataFrame) -> str | None:
