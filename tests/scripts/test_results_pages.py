@@ -42,24 +42,15 @@ decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate; 
 decided/tables/decided: digits|trec, budget 0.13: partial, by gradient − partial
 decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial; partial − lora
 decided/tables/decided: digits|trec, budget 0.13: uniform − lora; low_rank − lora
-race/race: trec, budget 0.13: entries − low_rank; random_weights − low_rank; hira − low_rank; gralora − low_rank;\
- oft − low_rank; partial − low_rank; lokr − low_rank; unilora − low_rank; loha − low_rank; pissa − low_rank;\
- dora − low_rank; fourierft − low_rank
+race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
+race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
+race/race: digits, budget 0.13: low_rank
 race/race: gtsrb, budget own: lora − low_rank
-race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank; oft − low_rank; entries − low_rank;\
- gralora − low_rank; unilora − low_rank; lokr − low_rank; partial − low_rank; pissa − low_rank; rslora − low_rank;\
- loraplus − low_rank
-race/race: digits, budget 0.13: low_rank; rslora − low_rank; random_weights − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank; random_weights − low_rank; partial; partial rank=auto;\
- partial mask=units; low_rank
-race/race: gtsrb, budget 0.02: oft − low_rank; entries − low_rank; unilora − low_rank; random_weights − low_rank;\
- partial − low_rank; hira − low_rank; rslora − low_rank; lokr − low_rank; pissa − low_rank; loraplus − low_rank;\
- gralora − low_rank
-race/race: digits, budget 0.02: low_rank; hira − low_rank; unilora − low_rank; oft − low_rank; entries − low_rank;\
- random_weights − low_rank; partial − low_rank; loraplus − low_rank; pissa − low_rank; gralora − low_rank;\
- rslora − low_rank; loha − low_rank
-race/race: trec, budget 0.02: lokr − low_rank; unilora − low_rank; hira − low_rank; oft − low_rank;\
- fourierft − low_rank; gralora − low_rank; pissa − low_rank; loha − low_rank
+race/race: gtsrb, budget 0.02: oft − low_rank; entries − low_rank; unilora − low_rank; random_weights − low_rank
+forms/forms: trec, budget 0.02: entries − low_rank
+race/race: digits, budget 0.02: low_rank
+race/race: gtsrb, budget 0.02: partial − low_rank
+forms/forms: trec, budget 0.02: partial; partial rank=auto; partial mask=units; low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
