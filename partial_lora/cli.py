@@ -193,8 +193,7 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
     example = place / directory.EXAMPLE
     commands = next_commands(
         str(named if is_latest else place),
-        modality=config.model.modality,
-        method=config.method.name,
+        plain(config),
         example=str((link if is_latest else place) / example.name) if example.is_file() else None,
     )
     commands.append(f"partial-lora report {shlex.quote(str(results))}")
@@ -824,7 +823,9 @@ def runs(arguments: Sequence[str]) -> int:
     place = parser.parse_args(list(arguments)).results_dir
     from partial_lora.report import summary
 
-    rows = sorted(summary.run_line(path, directory.read_result(path)) for path in place.glob(directory.RUNS))
+    found = [(path, directory.read_result(path)) for path in sorted(place.glob(directory.RUNS))]
+    found.sort(key=lambda run: str((run[1] or {}).get("started") or ""))  # an ISO time in UTC
+    rows = [summary.run_line(path, result) for path, result in found]
     if not rows:
         raise PartialLoraError(f"{place}: expected runs in {place}/runs; `partial-lora train` makes them")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

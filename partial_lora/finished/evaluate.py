@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from partial_lora.calibration.peers import Alone
-from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.errors import PartialLoraError, require, shortlist
 from partial_lora.files import write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
@@ -68,6 +68,13 @@ def evaluate_run(
             "another task"
         )
     is_own = task == own
+    if split != "test" and task.name == own.name and "test" in files_by_split(task.data_files):
+        require(
+            "test" in files_by_split(own.data_files),
+            "task.data_files.test",
+            files_by_split(task.data_files)["test"],
+            f"none for --split {split}: it was cut from rows that the run's test split had left",
+        )
     if _source(task, split) in {_source(own, each) for each in SPLITS}:
         refuse_changed_files(run)
     size = batch_size or run.config.trainer.eval_batch_size

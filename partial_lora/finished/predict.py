@@ -283,7 +283,7 @@ def rows_of(
 
     layout: the task's `format`; winogrande's puts the options where the prompt has a _, and scores what follows.
     """
-    problem = problem_of_question(prompt, options)
+    problem, options = problem_of_question(prompt, options), [option.strip() for option in options]
     if layout == "winogrande":
         before, _, after = prompt.partition("_")
         prompts, answers = [before + option for option in options], [f" {after.strip()}"] * len(options)

@@ -10,7 +10,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
 from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
 from partial_lora.runs.compose import in_one_line
-from partial_lora.runs.config import check_files, conf_dir, plain
+from partial_lora.runs.config import check_files, conf_dir, plain, with_files
 from partial_lora.runs.schema import Config, TaskConfig
 from partial_lora.tasks.folders import split_folders
 from partial_lora.training.config import TrainerConfig
@@ -72,8 +72,9 @@ def evaluation_settings(
 ) -> tuple[TaskConfig, TrainerConfig]:
     """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
 
-    `task=NAME` takes that group file in place of the run's own task. member: as `one_task` takes it. Raises
-    PartialLoraError, in one line, for any other key, and as `config.resolve` does.
+    `task=NAME` takes that group file in place of the run's own task, and its files out of `data_dir`, or of the run's
+    where that has them. member: as `one_task` takes it. Raises PartialLoraError, in one line, for any other key, and as
+    `config.resolve` does.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -88,7 +89,7 @@ def evaluation_settings(
         raise PartialLoraError(
             f"--member {own.member}: the run's model has no heads; leave it out to evaluate another task"
         )
-    allowed = {f"trainer.{key}" for key in _TRAINER}
+    allowed = {f"trainer.{key}" for key in _TRAINER} | ({"data_dir"} if of_another else set())
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -101,7 +102,7 @@ def evaluation_settings(
     trainer = {key: getattr(own.config.trainer, key) for key in _TRAINER}
     if trainer["device"] == "cuda":  # the run trained there, and this machine may have none
         trainer["device"] = "auto"
-    node = {"trainer": trainer}
+    node = {"trainer": trainer, "data_dir": run.config.data_dir}
     if not of_another:
         for name in _CUTS:
             if f"task.{name}" in keys:
@@ -120,6 +121,9 @@ def evaluation_settings(
             if missing := sorted(OmegaConf.missing_keys(composed[group])):
                 raise PartialLoraError(f"{group}.{missing[0]}: expected a value, its group file sets none")
         task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
+        folder = composed.data_dir if of_another else None
+        if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):
+            task = with_files(task, Path(folder))
         check_files(task)
     if not of_another:
         _refuse_another_cut(recorded.data_files, task.data_files)

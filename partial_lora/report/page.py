@@ -206,8 +206,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "said": said,
         "commands": next_commands(
             place,
-            modality=config["task"].get("modality") or "",
-            method=config["method"]["name"],
+            config,
             example=f"{place}/{EXAMPLE}" if example.is_file() else None,
         ),
         "metrics": _of_splits(run.record["metrics"]) if len(test) > 3 else None,

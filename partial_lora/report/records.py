@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
-from partial_lora.runs.directory import PREDICTIONS, RESULT, RUNS
+from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT, RUNS
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
@@ -144,7 +144,7 @@ def record(directory: Path) -> dict:
         raise ValueError("foreign, no record of a run")
     if result["status"] != "finished":
         detail = f": {result['error']}" if result.get("error") else ""
-        raise UnfinishedError(f"{result['status']}{detail}")
+        raise UnfinishedError(INTERRUPTED if result.get("error") == INTERRUPTED else f"{result['status']}{detail}")
     if not result.get("metrics"):
         raise UnfinishedError("calibrated only, nothing was trained")
     return result
@@ -680,7 +680,8 @@ def _plain(value: object) -> str:
     try:
         return repr(float(str(value)))
     except ValueError:
-        return str(value).lower() if isinstance(value, bool) else str(value)
+        word = str(value).lower() if isinstance(value, bool) else str(value)
+        return NONE if word == "null" else word
 
 
 def _check_key(runs: Sequence[Run], key: str, option: str) -> None:

@@ -233,15 +233,24 @@ def _lines(lines: Mapping[str, str | Text]) -> Table:
     return drawn
 
 
-def next_commands(run: str, *, modality: str, method: str, example: str | None = None) -> list[str]:
+def next_commands(run: str, config: Mapping, example: str | None = None) -> list[str]:
     """Return the commands that take a finished run, as they are typed: predict and export.
 
-    run: its path. example: a file to predict, where there is one.
+    run: its path. config: its settings. example: a file to predict, where there is one.
     """
-    inputs = shlex.quote(example) if example else "IMAGE …" if modality == "image" else "TEXT …"
+    task, member = config["task"], ""
+    if members := task.get("members"):
+        name = next(iter(members))
+        task, member = members[name], f" --member {shlex.quote(name)}"
+    if task.get("modality") == "image":
+        inputs = shlex.quote(example) if example else "IMAGE …"
+    elif task.get("kind") == "choice":
+        inputs = r"$'PROMPT\tOPTION\tOPTION'"
+    else:
+        inputs = r"$'TEXT\tTEXT'" if len(task.get("text_columns") or ()) == 2 else "TEXT …"
     return [
-        f"partial-lora predict {shlex.quote(run)} {inputs}",
-        f"partial-lora export {shlex.quote(run)} --to {'compact' if method in MASKED else 'peft'}",
+        f"partial-lora predict {shlex.quote(run)}{member} {inputs}",
+        f"partial-lora export {shlex.quote(run)} --to {'compact' if config['method']['name'] in MASKED else 'peft'}",
     ]
 
 

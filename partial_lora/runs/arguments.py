@@ -13,7 +13,9 @@ import yaml
 
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
+from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import list_keys
+from partial_lora.training.config import AUTO
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -178,17 +180,30 @@ def _primary(file: str, content: Mapping) -> dict:
 
 
 def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
-    """Return the primary config of a run's config.yaml, which has every key: a group that is chosen comes after it.
+    """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
 
-    Where another model or task is chosen, nothing of the run's own stays. `overwrite` and `trainer.tuned_elsewhere` are
-    left out, since they concern that one run.
+    Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
+    seed. A learning rate that was chosen for the run by its method and size is chosen again. `overwrite` and
+    `trainer.tuned_elsewhere` are left out, since they concern that one run.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
-    chosen = {override.partition("=")[0] for override in overrides} & {"model", "task"}
+    chosen = {override.partition("=")[0] for override in overrides} & {*_OF_RECORDS} - {"mask"}
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
-    settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
+    method = dict(content["method"])
+    if method.pop("ranks", "one") == "auto":
+        method["rank"] = "auto"
+    if "method" in chosen:
+        method = {key: method[key] for key in ("rank", "alpha", "dropout") if key in method}
+        settings["mask"] = {"seed": content["mask"].get("seed")}
+    settings["method"] = method
+    if "trainer" not in chosen:
+        trainer = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
+        of_itself = chosen & {"method", "calibration"} and trainer.get("tuned") is None
+        if of_itself and trainer.get("learning_rate") == suited(content):
+            trainer["learning_rate"] = AUTO
+        settings["trainer"] = trainer
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
 
 

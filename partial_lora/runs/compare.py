@@ -11,9 +11,10 @@ from time import monotonic
 
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import is_locked
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain, run_directory
-from partial_lora.runs.directory import read_result
+from partial_lora.runs.directory import LOCK, read_result
 from partial_lora.runs.info import outline
 from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SIZED, defaults
@@ -129,7 +130,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             ((_, config),) = planned.runs
             entry.overwrite = config.overwrite
             settings = plain(config)
-            dense = config.trainer.learning_rate if own_rate else defaults()["trainer.learning_rate"]
+            given = own_rate or config.trainer.learning_rate != suited(settings)  # in a file, or a mapping
+            dense = config.trainer.learning_rate if given else defaults()["trainer.learning_rate"]
             steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder
             entry.centre = dense * 2.0**steps
             try:
@@ -179,6 +181,8 @@ def compare(
                 code = launch(entry.arguments(new))
                 if code > 2:
                     return code
+                if held := [str(places[run]) for run in new if is_locked(places[run] / LOCK)]:
+                    raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
                 took += [(monotonic() - began) / len(new)] * len(new)
             left = max(left - len(runs), 0)
             found = {run: read_result(place) for run, place in places.items()}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -69,7 +69,7 @@ def resolve(composed: DictConfig) -> Config:
     fits = not task.members or task.kind != "label" or config.calibration.score in _SCORES
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
-        task = _with_files(task, Path(config.data_dir))
+        task = with_files(task, Path(config.data_dir))
     config, trainer = replace(config, task=task), config.trainer
     config = replace(config, calibration=_with_budget(config.calibration, config.method.name))
     if trainer.tuned is None and trainer.learning_rate != AUTO:
@@ -115,6 +115,7 @@ def _check_surroundings(config: Config) -> None:
     known = data_dir is None or Path(data_dir).is_dir()
     require(known, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
     check_files(config.task)
+    _refuse_results_among_rows(config)
 
 
 def _installed(module: str) -> bool:
@@ -125,12 +126,27 @@ def _installed(module: str) -> bool:
 
 def check_files(task: TaskConfig) -> None:
     """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
+    for key, path in _files_of(task):
+        require(Path(path).exists(), key, path, "an existing file or folder")
+
+
+def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:
+    """Give the key and the path of each of a task's files and folders."""
     files = task.data_files
     if files is None or task.path == "members":
         return
     for split, path in files.items() if isinstance(files, Mapping) else [(None, files)]:
-        key = f"task.data_files.{split}" if split else "task.data_files"
-        require(Path(str(path)).exists(), key, path, "an existing file or folder")
+        yield f"task.data_files.{split}" if split else "task.data_files", str(path)
+
+
+def _refuse_results_among_rows(config: Config) -> None:
+    """Refuse results in a folder of images: its pictures would become rows, and every run change the run's id."""
+    place = Path(config.results_dir).resolve()
+    for key, path in _files_of(config.task):
+        folder = Path(path).resolve()
+        if folder.is_dir() and place.is_relative_to(folder):
+            hidden = any(part.startswith(".") for part in place.relative_to(folder).parts)
+            require(hidden, "results_dir", config.results_dir, f"a folder outside of {key}={path}")
 
 
 # --- The members of a mixture.
@@ -223,14 +239,14 @@ def _member(name: str, own: Mapping) -> TaskConfig:
 # --- A folder of many tasks' rows, NAME/{train,validation,test}.parquet, so that a sweep can be over tasks.
 
 
-def _with_files(task: TaskConfig, folder: Path) -> TaskConfig:
+def with_files(task: TaskConfig, folder: Path) -> TaskConfig:
     """Return a task that reads the files that `data_dir` has for it; of a mixture each member does.
 
     A task out of a package, and a task with `task.data_files` of its own, stay as they are. Raises PartialLoraError, in
     one line, where the folder has no training rows of a task.
     """
     if task.members:
-        return replace(task, members={name: _with_files(member, folder) for name, member in task.members.items()})
+        return replace(task, members={name: with_files(member, folder) for name, member in task.members.items()})
     if task.path.startswith("bundled:") or task.data_files is not None:
         return task
     files = {split: folder / task.name / f"{split}.parquet" for split in ("train", "validation", "test")}
@@ -391,11 +407,22 @@ def _uses(method: Mapping, key: str) -> bool:
 def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
     if not path.is_dir():
-        return file_sha256(path)
+        return _hashed(path)
     names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    content = [(name.as_posix(), file_sha256(names[name])) for name in sorted(shown)]
+    content = [(name.as_posix(), _hashed(names[name])) for name in sorted(shown)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _hashed(file: Path) -> str:
+    """Return the SHA-256 of a file's content, read once while it has the same size and time."""
+    known = file.stat()
+    return _hashed_once(file.resolve(), known.st_size, known.st_mtime_ns)
+
+
+@functools.cache
+def _hashed_once(file: Path, size: int, changed: int) -> str:
+    return file_sha256(file)
 
 
 def run_directory(config: Config) -> Path:

@@ -41,6 +41,7 @@ RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results direct
 REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
+_CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
 _OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
 
 
@@ -130,6 +131,7 @@ def missing(directory: Path, result: Mapping) -> str | None:
     if _is_trained(result):
         names += [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
     sizes = dict.fromkeys(names) | (result.get("files") or {})  # earlier records have no sizes
+    sizes.pop(_CARD, None)
     for name, size in sizes.items():
         file = Path(directory) / name
         if not file.is_file():

@@ -120,7 +120,7 @@ def read_files(
         data_files: a PATH is a parquet, csv, tsv, json or jsonl file, or a folder with one sub-folder a class.
         text_columns: columns that hold texts, whatever they look like in a csv file.
         label_column, regression: for `parse_labels`, the column of a csv file that has labels, if not `label`, and
-            whether they are real numbers.
+            whether they are real numbers. Where the training rows' are words, those of other splits are, too.
 
     Raises PartialLoraError that names the file which is missing, empty or of another format than its name says.
     """
@@ -128,11 +128,14 @@ def read_files(
     if not isinstance(data_files, Mapping):
         path, key = Path(data_files), "task.data_files"
         return _split_folders(key, path) if path.is_dir() else {"train": _read_table(key, path, "train", *table)}
-    rows = {}
-    for split, file in data_files.items():
-        key, path = f"task.data_files.{split}", Path(file)
-        rows[split] = _image_folder(key, path, split) if path.is_dir() else _read_table(key, path, split, *table)
-    return rows
+    rows: dict[str, Dataset] = {}
+    for split in sorted(data_files, key=lambda split: split != "train"):
+        key, path = f"task.data_files.{split}", Path(data_files[split])
+        words = "train" in rows and rows["train"].features.get(table[1]) == Value("string")
+        rows[split] = (
+            _image_folder(key, path, split) if path.is_dir() else _read_table(key, path, split, *table, words=words)
+        )
+    return {split: rows[split] for split in data_files}
 
 
 def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | None:
@@ -174,9 +177,16 @@ def _image_folder(key: str, folder: Path, split: str) -> Dataset:
 
 
 def _read_table(
-    key: str, file: Path, split: str, text_columns: Sequence[str], label_column: str, regression: bool | None
+    key: str,
+    file: Path,
+    split: str,
+    text_columns: Sequence[str],
+    label_column: str,
+    regression: bool | None,
+    *,
+    words: bool = False,
 ) -> Dataset:
-    """Read one file; several read together would all get the label names of the first."""
+    """Read one file; several read together would all get the label names of the first. words: labels stay texts."""
     suffix = file.suffix.lower()
     if not file.exists():
         raise PartialLoraError(f"{key}={file}: no such file")
@@ -184,7 +194,7 @@ def _read_table(
         raise PartialLoraError(f"{key}={file}: the file is empty")
     try:
         if suffix in _SEPARATORS:
-            frame = _delimited(file, _SEPARATORS[suffix], text_columns, label_column, regression)
+            frame = _delimited(file, _SEPARATORS[suffix], text_columns, label_column, regression, words)
             return Dataset.from_pandas(frame, preserve_index=False, split=NamedSplit(split))
         if suffix in (".json", ".jsonl"):
             return Dataset(_objects(file), split=NamedSplit(split))
@@ -203,7 +213,7 @@ def _read_table(
 
 
 def _delimited(
-    file: Path, separator: str, text_columns: Sequence[str], label_column: str, regression: bool | None
+    file: Path, separator: str, text_columns: Sequence[str], label_column: str, regression: bool | None, words: bool
 ) -> pd.DataFrame:
     """Read a csv or tsv file with a header. An empty cell has no value; "NA", "None" and "nan" are words."""
     encoding = _encoding(file)
@@ -230,7 +240,7 @@ def _delimited(
         raise ValueError(f"its first line is a row, {header.strip()[:_SHOWN]!r}; put the column names before it")
     if label_column in frame.columns and label_column not in text_columns:
         cells = [None if pd.isna(cell) else cell for cell in frame[label_column]]
-        frame[label_column] = pd.Series(parse_labels(cells, regression), dtype=object)
+        frame[label_column] = pd.Series(parse_labels(cells, regression, words=words), dtype=object)
     return frame
 
 
@@ -315,8 +325,8 @@ _UNKNOWN = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)  # among number
 _WHOLE, _FLOAT = 2**63, 2**53  # from here on, whole numbers do not fit a column, and floats are no longer exact
 
 
-def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[Label | None]:
-    """Convert the texts of a column, None for an empty cell: all to booleans, or all to numbers, or none.
+def parse_labels(cells: Sequence[str | None], regression: bool | None, *, words: bool = False) -> list[Label | None]:
+    """Convert the texts of a column, None for an empty cell: all to booleans, or all to numbers, or none (`words`).
 
     They become numbers where that loses nothing: no code has a leading zero, and no two classes are the same number.
     Words lose the spaces around them, which would make classes of their own.
@@ -324,19 +334,19 @@ def parse_labels(cells: Sequence[str | None], regression: bool | None) -> list[L
     says that they are real.
     """
     texts = {cell: cell.strip() for cell in cells if cell is not None}
-    if texts and texts.keys() <= _TRUTHS.keys():
+    if not words and texts and texts.keys() <= _TRUTHS.keys():
         return [_TRUTHS.get(cell) for cell in cells]
-    words: list[Label | None] = [None if cell is None else texts[cell] for cell in cells]
+    stripped: list[Label | None] = [None if cell is None else texts[cell] for cell in cells]
     known = {text for text in texts.values() if not _UNKNOWN.fullmatch(text)}
-    if not known or not all(map(_NUMBER.fullmatch, known)):
-        return words
+    if words or not known or not all(map(_NUMBER.fullmatch, known)):
+        return stripped
     try:
         whole = all(abs(int(text)) < _WHOLE for text in texts.values())
     except ValueError:  # a fraction, or an unknown one
         whole = False
     number = int if whole else float
     if not regression and not _lossless({text: number(text) for text in known}, regression):
-        return words
+        return stripped
     return [None if cell is None else number(texts[cell]) for cell in cells]
 
 

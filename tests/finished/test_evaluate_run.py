@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -125,6 +126,19 @@ def test_another_task_is_taken_whole(run, evaluate) -> None:
     assert evaluation["metrics"] == pytest.approx(run.result["metrics"]["test"], abs=1e-6)
 
 
+def test_another_task_has_its_files_out_of_a_folder_of_tasks(run, tmp_path) -> None:
+    """Of the folder that is named, else of the run's own where it has the task."""
+    train = tmp_path / "cifar100" / "train.parquet"
+    train.parent.mkdir()
+    pictures(6, 0).to_parquet(str(train))
+    inside = dataclasses.replace(run, config=dataclasses.replace(run.config, data_dir=str(tmp_path)))
+    for of, given in ((run, [f"data_dir={tmp_path}"]), (inside, [])):
+        assert evaluation_settings(of, ["task=cifar100", *given])[0].data_files == {"train": str(train)}
+    assert evaluation_settings(inside, ["task=cifar10"])[0].data_files is None
+    with refusal(f"data_dir={tmp_path}: "):
+        evaluation_settings(run, ["task=cifar10", f"data_dir={tmp_path}"])
+
+
 def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate) -> None:
     own = finished_runs.choice_run()
     rows = [
@@ -216,6 +230,8 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
     own = with_files(run, tmp_path, {"train": finished_runs.picture_files()["train"]})  # its test split is cut from it
     for files_of in (f".train={tmp_path}/more.parquet", f"={tmp_path}/more.parquet", f"={tmp_path}/photos"):
         refused(own, "task.data_files.train", f"task.data_files{files_of}")
+    test = f"task.data_files.test={finished_runs.picture_files()['test']}"
+    refused(own, "task.data_files.test", test, "--split=validation")  # else it were cut from the run's test rows, too
 
 
 def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:

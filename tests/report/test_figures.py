@@ -82,6 +82,13 @@ def test_the_curve_is_the_history(tmp_path, saved):
     assert 0 <= bottom <= 0.025 < 0.2 < top < 0.55  # of losses, none of which is below zero
 
 
+def test_of_equal_scores_the_one_with_the_least_loss_is_the_best(tmp_path, saved):
+    at = [(10, 0.9, 0.5), (20, 0.9, 0.3), (30, 0.8, 0.1)]
+    history = [{"step": step, "eval_accuracy": score, "eval_loss": loss} for step, score, loss in at]
+    figures.training_curve(record(test=0.9, history=history), tmp_path / "training.png")
+    assert data(saved[0].axes[1].lines[1]) == [[20, 0.9]]
+
+
 def test_a_metric_that_validation_did_not_log_gives_way_to_the_loss(tmp_path, saved):
     f1 = record(metrics={"validation": {"primary": "f1", "f1": 0.5}}, history=[{"eval_f1": 0.5, "step": 10}])
     losses = f1 | {"history": [{"eval_loss": 2.0, "step": 10}, {"eval_loss": 1.0, "step": 20}]}

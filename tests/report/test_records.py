@@ -303,6 +303,7 @@ def runs(tmp_path_factory):
         (["calibration.budget=120000"], 1),
         (["calibration.budget=1200001"], 1),  # met to the last parameter
         (["calibration.budget=120000,1200001"], 2),
+        (["calibration.budget=null"], 4),
     ],
 )
 def test_conditions_are_met_together_and_values_by_what_they_are(runs, conditions, count):

@@ -79,6 +79,20 @@ def test_a_list_of_runs_has_one_line_of_each_whatever_its_record_is():
     assert summary.run_line(place, record(metrics=[1]))[-1] == str(place)
 
 
+def test_the_next_command_names_what_its_task_needs():
+    texts = {"modality": "text", "text_columns": ["text"]}
+    choice = texts | {"kind": "choice"}
+    for task, inputs in (
+        ({"modality": "image"}, " IMAGE …"),
+        (texts, " TEXT …"),
+        (texts | {"text_columns": ["one", "other"]}, r" $'TEXT\tTEXT'"),
+        (choice, r" $'PROMPT\tOPTION\tOPTION'"),
+        ({"members": {"opinions": texts, "topics": texts}}, " --member opinions TEXT …"),
+    ):
+        config = {"task": task, "method": {"name": "partial"}}
+        assert summary.next_commands("latest", config)[0] == f"partial-lora predict latest{inputs}"
+
+
 def test_modules_that_a_lower_rank_would_serve_are_counted():
     assert "saturated" not in of_calibration()
     few = {module: {"rows": 0.99, "columns": 0.5} for module in record()["sparsity"]}  # 12 rows and 192 columns

@@ -9,10 +9,11 @@ import re
 import pytest
 from commands import here
 from recorded_runs import record
+from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.files import write_json
-from partial_lora.runs import arguments, compare
+from partial_lora.runs import arguments, compare, directory
 from partial_lora.runs.config import run_directory
 
 
@@ -156,6 +157,21 @@ def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
     launched: list[list[str]] = []
     code = compare.compare(entries, rates=3, seeds=2, launch=lambda each: launched.append(each) or 130, say=print)
     assert (code, len(launched)) == (130, 1)
+
+
+def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path) -> None:
+    """Else its rate would pass for one that failed."""
+    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    held = next(iter(compare.places_of(entry, [(entry.centre, 0)]).values()))
+    with directory.locked(held), refusal("", held):
+        compare.compare([entry], rates=3, seeds=2, launch=lambda each: 2, say=print)
+
+
+@pytest.mark.parametrize("given", ["trainer: {learning_rate: 3e-5}", "trainer.learning_rate: 3e-5"])
+def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path) -> None:
+    (tmp_path / "own.yaml").write_text(f"model: tiny_vit\n{given}\n", encoding="utf-8")
+    own = (str(tmp_path / "own.yaml"), f"results_dir={tmp_path}")
+    assert [each.centre for each in compare.entries(["lora", "low_rank"], [0.3], own)] == [3e-5, 6e-5]
 
 
 @pytest.mark.parametrize(

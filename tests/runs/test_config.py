@@ -561,7 +561,39 @@ def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_pat
     del record["mask"]["fan_in"]  # of a run before there was the key, which then had its default
     assert composed(settings_file(tmp_path, yaml.safe_dump(record))).mask.fan_in == "dense"
     assert composed(own, "model=tiny_vit", "task=digits").task == composed("task=digits").task
-    assert composed(own, "method=uniform").method == dataclasses.replace(first.method, name="uniform")
+    assert composed(own, "method=uniform").method == dataclasses.replace(
+        composed("method=uniform").method, **kept_of(first)
+    )
+
+
+def kept_of(config: Config) -> dict:
+    """What another method keeps of a run's."""
+    return {key: getattr(config.method, key) for key in ("rank", "alpha", "dropout", "ranks")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        (["calibration=fixed"], "calibration=threshold"),
+        (["calibration=quick"], "calibration=threshold"),
+        (["calibration=budget"], "calibration=fixed"),
+        (["importance=imp"], "importance=svd"),
+        (["method.rank=auto"], "method.rank=8"),
+        (["method=low_rank"], "method=lora"),
+        (["method=lokr"], "method=oft"),
+        (["mask.fan_in=dense", "mask.row_exponent=0"], "method=uniform"),
+    ],
+)
+def test_a_group_beside_the_settings_of_a_run_is_as_it_is_by_itself(tmp_path: Path, overrides, chosen) -> None:
+    own = settings_file(tmp_path, yaml.safe_dump(config.plain(composed("model=tiny_vit", *overrides))))
+    assert composed(own, chosen) == composed("model=tiny_vit", chosen)
+
+
+def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_stays(tmp_path: Path) -> None:
+    first = composed("model=tiny_vit", "mask.seed=4", "trainer.learning_rate=3e-4", "method.rank=8")
+    found = composed(settings_file(tmp_path, yaml.safe_dump(config.plain(first))), "method=entries")
+    assert found.mask == composed("method=entries", "mask.seed=4").mask
+    assert (found.trainer.learning_rate, found.method.rank) == (3e-4, 8)
 
 
 @pytest.mark.parametrize(
@@ -598,3 +630,15 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
         compose.compose("train", [f"--config-dir={tmp_path}", "--config-name=config"], lambda config: 0)
     with refusal("--config-dir nowhere: "):
         compose.compose("train", ["--config-dir", "nowhere"], lambda config: 0)
+
+
+def test_results_among_the_rows_of_a_task_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would become rows of it, and change the ids of its runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    rows = ["model=tiny_vit", "task=image_folder"]
+    for rows_at, place in (("photos", "photos/results"), (".", "results"), ("{train: photos}", "photos")):
+        with refusal("results_dir="):
+            composed(*rows, f"task.data_files={rows_at}", f"results_dir={place}")
+    for place in ("results", "photos/.results"):
+        assert composed(*rows, "task.data_files=photos", f"results_dir={place}").results_dir == place

@@ -453,3 +453,14 @@ def test_a_column_of_few_values_beside_a_free_text_is_the_labels(tmp_path: Path)
     for others in ({"source": ["a", "b"] * 6}, {"stars": range(12)}):
         with refusal("task.label_column"):  # two of them, or none
             load(table(tmp_path, "other.csv", **columns | others), validation_share=0.25)
+
+
+def test_labels_of_a_csv_file_are_words_where_those_of_the_training_rows_are(tmp_path: Path) -> None:
+    """By itself a file whose labels are true and false alone has truths, and the training rows would not know them."""
+    rows = {"train": "one,true\ntwo,false\nthree,half-true\n" * 12, "test": "four,true\nfive,false\n"}
+    for split, lines in rows.items():
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + lines)
+    files = {split: str(tmp_path / f"{split}.csv") for split in ("test", "train")}
+    task = load(files)
+    assert task.labels == ("false", "half-true", "true")
+    assert [task.labels[label] for label in task.test["label"]] == ["true", "false"]
