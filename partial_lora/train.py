@@ -17,10 +17,12 @@ from transformers import set_seed
 
 from partial_lora import files, methods, models
 from partial_lora.adapter import module_sparsity
+from partial_lora.adapter.model import unmoved
 from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
+from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.targets import target_names
 from partial_lora.runs import build
@@ -158,6 +160,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
+    if still := unmoved(adapted):
+        record["warnings"].append(f"not trained, since the model never calls them: {shortlist(still)}")
+        logger.warning(record["warnings"][-1])
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()
 

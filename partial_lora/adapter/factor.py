@@ -485,6 +485,11 @@ class DenseView(Tensor):
             return result.as_subclass(cls)  # .data, .detach(), a slice: writing there must raise too
         return result
 
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        """Return an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return memo.setdefault(id(self), self.as_subclass(Tensor).detach().clone())
+
     def __reduce_ex__(self, protocol: int) -> object:
         """Pickle as an ordinary tensor, for torch.save too: the reader may not know this class."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -503,7 +508,8 @@ def _writes(name: str, args: tuple, kwargs: dict) -> bool:
     if isinstance(kwargs.get("out"), DenseView):
         return True
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place and bool(args) and isinstance(args[0], DenseView)
+    written = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]  # a list: torch._foreach_add_
+    return in_place and any(isinstance(each, DenseView) for each in written)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -9,10 +9,10 @@ import peft.mapping
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from torch import Tensor, nn
+from torch import Tensor, backends, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
+from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel, whole
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
@@ -73,9 +73,15 @@ class PartialLoraModel(LoraModel):
             given = [f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) is not None]
             raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
         for name in targets:
-            if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            parent = modules[name.rpartition(".")[0]]
+            if isinstance(parent, nn.MultiheadAttention):
                 raise PartialLoraError(
                     f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
+                )
+            if isinstance(parent, nn.TransformerEncoderLayer) and backends.mha.get_fastpath_enabled():
+                raise PartialLoraError(
+                    f"target module {name} is inside nn.TransformerEncoderLayer, which in evaluation never calls it:"
+                    " torch.backends.mha.set_fastpath_enabled(False) first, wherever the adapter is used."
                 )
             if peft_config.columns == "frozen" and isinstance(modules[name], nn.Embedding):
                 raise PartialLoraError(f"target module {name} is an embedding: columns='frozen' cannot draw its A.")
@@ -271,6 +277,20 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
         name: {axis: getattr(masks, axis).sparsity for axis in AXES}
         for name, masks in module_masks(model, adapter_name).items()
     }
+
+
+def unmoved(model: nn.Module) -> list[str]:
+    """Return the names of the adapted modules whose factor B is all zeros, as before training: no gradient got there.
+
+    Where parameters are sharded, all processes call this together.
+    """
+    return [
+        base_name(name)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for factor in layer.lora_B.values()
+        if not any(whole(parameter).any() for parameter in factor.parameters())
+    ]
 
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:

@@ -27,11 +27,17 @@ Point = tuple[str, str, float]  # module, axis, level
 
 
 def linearised(
-    answer: Answer, modules: Mapping[str, nn.Linear], removed: Removed, axes: Sequence[str], rows: range
+    answer: Answer,
+    modules: Mapping[str, nn.Linear],
+    removed: Removed,
+    axes: Sequence[str],
+    rows: range,
+    reached: set[str],
 ) -> tuple[Tensor, Tensor, Changes]:
     """Return the outputs of some rows of a batch, which of them compete, and how these change at every level.
 
     answer: the outputs of a slice of the batch (rows, all), and the places of those that compete (rows, outputs).
+    reached: gets the names of the modules that were called.
     Where a module's input does not hold one item for each row (shared positions, windows, an expert's tokens), each
     row goes through the model by itself.
     """
@@ -48,8 +54,9 @@ def linearised(
     with wrapped(modules, noted), torch.enable_grad():
         outputs, places = answer(slice(rows.start, rows.stop))
         competing = outputs.gather(1, places).sum(0).unbind()  # rows may be summed: they do not depend on each other
+    reached |= {name for name, of in calls.items() if of}
     if len(rows) > 1 and any(len(entering) != len(rows) for of in calls.values() for entering, _ in of):
-        singly = [linearised(answer, modules, removed, axes, rows[at : at + 1]) for at in range(len(rows))]
+        singly = [linearised(answer, modules, removed, axes, rows[at : at + 1], reached) for at in range(len(rows))]
         all_outputs, all_places, parts = zip(*singly, strict=True)
         changes = {name: {axis: torch.cat([part[name][axis] for part in parts]) for axis in axes} for name in modules}
         return torch.cat(all_outputs), torch.cat(all_places), changes

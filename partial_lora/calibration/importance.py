@@ -108,7 +108,7 @@ def exact(weight: Tensor, *, k: int | None = None, energy: float = 0.9) -> Score
     squares, right = torch.linalg.eigh(_lower_gram(weight))
     squares, right = squares.flip(0).clamp(min=0), right.flip(1)
     if k is None:
-        held = squares.cumsum(0)
+        held = torch.where(squares > 1e-14 * squares[0], squares, 0).cumsum(0)  # what is below is rounding
         k = min(int((held < energy * held[-1]).sum()) + 1, len(squares))
     if squares[k - 1] <= 1e-14 * squares[0]:
         return None
@@ -588,7 +588,7 @@ def data_scores(
 
 
 def _checked(module: str, weight: Tensor, rows: object, columns: object) -> Scores:
-    rows, columns = torch.as_tensor(rows).detach().cpu(), torch.as_tensor(columns).detach().cpu()
+    rows, columns = (torch.as_tensor(each).detach().cpu().double() for each in (rows, columns))  # NumPy has no bfloat16
     if (rows.shape, columns.shape) != (weight.shape[:1], weight.shape[1:]):
         raise PartialLoraError(
             f"importance: expected scores of {tuple(weight.shape)} rows and columns of {module}, "

@@ -664,11 +664,11 @@ class FewShotScore:
         the intact model finds likeliest compete; the logits of the others are taken not to change.
         """
         tallies = {module: {axis: [] for axis in axes} for module in modules}
-        passes = 0
+        passes, reached = 0, set()
         with differentiable(model, {}):
             for index, batch in enumerate(self._batches):
                 answer, rows = partial(self._competing, model, batch), range(len(batch["labels"]))
-                outputs, places, changes = linearised(answer, modules, removed, axes, rows)
+                outputs, places, changes = linearised(answer, modules, removed, axes, rows, reached)
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
                 self.evaluations.blocks += passes * self._reuse.depth
@@ -680,6 +680,12 @@ class FewShotScore:
                             values = self.measure.judged(outputs.scatter_add(1, places, moved), batch)
                             tally.add(index, values, keep=isinstance(self.measure, Whole))
         self.evaluations.passes += passes
+        for module in modules:
+            if module not in reached:
+                raise PartialLoraError(
+                    f"calibration.search=gradient: no input reaches {module}; its weight may be read without a call: "
+                    "expected scan or bisect, or other target_modules"
+                )
         scores = {
             module: {axis: [self._bounds(tally)[0] for tally in own] for axis, own in of_module.items()}
             for module, of_module in tallies.items()

@@ -68,7 +68,9 @@ class Setting:
         return self.lora() | {name: getattr(self, name) for name in names}
 
     def chosen(self, masks: Mapping[str, Mapping[str, Mask]]) -> dict:
-        """Return the arguments of an adapter with these masks, by module and axis."""
+        """Return the arguments of an adapter with these masks, by module and axis; a frozen A keeps all columns."""
+        if self.columns == "frozen":
+            masks = {name: axes | {"columns": Mask.full(axes["columns"].size)} for name, axes in masks.items()}
         indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
         return self.masked() | {"count": "exact", "selection": "top", "indices": indices}
 

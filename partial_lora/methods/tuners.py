@@ -53,6 +53,7 @@ _SIZE_KEYS = {  # the key that sets the number of trainable parameters, where it
     "VBLORA": "num_vectors",
     "WAVEFT": "n_frequency",
 }
+_SHARED = {"LILY"}
 _BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have to divide the weights' sizes
 _STEPS = {"GRALORA": "gralora_k", "HRA": 2}  # sizes are multiples of this number, or of this key
 _SEEDS = {"generator_seed", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed", "random_seed"}
@@ -312,6 +313,11 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
 
     Where the options have target_modules, only these count.
     """
+    if setting.peft_type in _SHARED:
+        raise PartialLoraError(
+            f"calibration.budget: {setting.peft_type} shares factors between modules of one name, so no module has a "
+            "size of its own; expected null, and the size among the options of method.peft"
+        )
     names = options.get("target_modules", list(setting.shapes))
     bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
     try:

@@ -97,6 +97,8 @@ def skeleton_of(model: nn.Module) -> Skeleton:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plain = {name: each.weight for name, each in linears.items() if each.weight.is_floating_point()}
     config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model that reads images, too
+        config = config.get_text_config()
     output = model.get_output_embeddings() if hasattr(config, "vocab_size") else None
     return Skeleton(
         modules={name: type(module).__name__ for name, module in model.named_modules()},

@@ -27,6 +27,7 @@ from partial_lora.models import quantization as quantizations
 from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
 from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, quiet
 
+_HEAD_STD = 0.02  # of a new head, where a config has none: that of BERT
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # [SEP] is not 2, which CLIP's class takes for an old mistake
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
@@ -57,7 +58,8 @@ def load_encoder(
         pickles=True,
         instead=OFFLINE_TEXT_MODEL,
     )
-    draw_head(model.get_submodule(head_name(model)), std=model.config.initializer_range)
+    std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None) or _HEAD_STD
+    draw_head(model.get_submodule(head_name(model)), std=std)
     # Else the Trainer multiplies the loss, and so the gradient, by the steps of accumulation and the processes.
     model.accepts_loss_kwargs = False
     return model.eval()

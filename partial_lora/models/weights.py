@@ -132,7 +132,7 @@ class Geometry:
                     raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
         try:
             return AutoConfig.for_model(self.architecture, **self.model_args, **self.head)
-        except (ValueError, TypeError, StrictDataclassError) as error:
+        except (ValueError, TypeError, LookupError, AssertionError, StrictDataclassError) as error:
             raise self._impossible(error) from error
 
     def empty(self) -> PreTrainedModel:
@@ -141,7 +141,7 @@ class Geometry:
         try:
             with torch.device("meta"):
                 return self.auto.from_config(config)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        except (ValueError, TypeError, RuntimeError, LookupError, AssertionError, ArithmeticError) as error:
             raise self._impossible(error) from error
 
     def check_attention(self, implementation: str) -> None:

@@ -39,6 +39,9 @@ def in_grammar(argument: str, is_sweep: bool = False) -> str:
     key, equals, text = argument.partition("=")
     if argument.startswith(("-", "~")) or not (equals and key):
         return argument
+    if key.startswith("model.model_args"):  # a mapping of any keys, which Hydra lets be added with two signs alone
+        argument = f"++{argument}"
+        key = f"++{key}"
     override, is_list = parsed(argument), key.lstrip("+") in list_keys()
     is_path = not is_list and os.path.exists(os.path.expanduser(text))
     if override is None:

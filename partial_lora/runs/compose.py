@@ -50,7 +50,8 @@ class Plan:
 
     def name(self, overrides: Sequence[str]) -> str:
         """Return the overrides of swept keys, which tell a run from the others."""
-        return " ".join(override for override in overrides if override.partition("=")[0] in self.swept)
+        words = (override.lstrip("+") for override in overrides)
+        return " ".join(word for word in words if word.partition("=")[0] in self.swept)
 
 
 def plan(arguments: Sequence[str]) -> Plan:
@@ -76,7 +77,7 @@ def plan(arguments: Sequence[str]) -> Plan:
             launcher=choices["hydra/launcher"],
             sweeper=choices["hydra/sweeper"],
             sweep_dir=Path(master.hydra.sweep.dir),
-            swept=frozenset(override.get_key_element() for override in parsed if override.is_sweep_override()),
+            swept=frozenset(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()),
             direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
 

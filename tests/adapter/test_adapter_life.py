@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from adapter_models import (
@@ -283,6 +285,7 @@ WRITES = [
     lambda factor, value: factor.weight.data.fill_(0),
     lambda factor, value: factor.weight[0].fill_(0),
     lambda factor, value: torch.nn.init.zeros_(factor.weight),
+    lambda factor, value: torch._foreach_add_([factor.weight], [value]),
     lambda factor, value: factor.weight.requires_grad_(False),
     lambda factor, value: setattr(factor.weight, "requires_grad", False),
 ]
@@ -304,6 +307,9 @@ def test_the_dense_view_is_saved_as_an_ordinary_tensor(masked, factor, tmp_path)
     found = torch.load(tmp_path / "weight.pt", weights_only=True)["weight"]
     assert type(found) is torch.Tensor
     assert torch.equal(found, factor.weight.clone())
+    copied = copy.deepcopy({"weight": factor.weight.detach()})["weight"]
+    assert type(copied) is torch.Tensor
+    assert torch.equal(copied, found)
     assert (factor.out_features, factor.in_features) == found.shape
 
 

@@ -200,6 +200,7 @@ class Odd(nn.Module):
         self.grouped = nn.Conv2d(9, 9, 3, groups=3)
         self.transposed = nn.ConvTranspose2d(8, 8, 3)
         self.norm = nn.LayerNorm(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ class Odd(nn.Module):
         ("norm", "LayerNorm"),
         ("attention", "MultiheadAttention"),
         ("out_proj", "MultiheadAttention"),
+        ("linear1", "TransformerEncoderLayer"),
     ],
 )
 def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):

@@ -193,6 +193,17 @@ def test_of_a_linear_model_the_curves_are_those_of_a_scan(measure, axes):
 # The search
 
 
+class Read(nn.Linear):
+    """A linear layer around which the model goes to the weight."""
+
+    def __init__(self, own: nn.Linear) -> None:
+        super().__init__(own.in_features, own.out_features)
+        self.load_state_dict(own.state_dict())
+
+    def __call__(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def found_by(model, batches, **kind):
     scored = FewShotScore(model, batches, blocks="vit.blocks")
     return calibrate(model, scored, search="gradient", **GRID | kind), scored
@@ -308,3 +319,9 @@ def test_what_cannot_be_predicted_is_refused_by_its_key(model, batches):
             calibrated()
     with pytest.raises(PartialLoraError, match=r"^calibration\.scope=cumulative: .*gradient"):
         found_by(model, batches, scope="cumulative")
+    last = list(model.vit.blocks)[-1].mlp
+    own = last.fc2  # its weight is read without a call, as some models of timm do
+    last.fc2 = Read(own)
+    with pytest.raises(PartialLoraError, match=r"^calibration\.search=gradient: .*fc2"):
+        found_by(model, batches)
+    last.fc2 = own

@@ -58,6 +58,12 @@ def test_all_of_the_energy_of_a_square_weight_scores_one_everywhere():
     np.testing.assert_allclose(columns, 1, atol=1e-6)
 
 
+def test_all_of_the_energy_of_a_weight_of_low_rank_is_in_its_rank():
+    rows, columns = importance.svd(weight((30, 5)) @ weight((5, 12)), energy=1.0)
+    assert float(rows.sum()) == pytest.approx(5)
+    assert float(columns.sum()) == pytest.approx(5)
+
+
 def test_svd_works_below_full_rank_and_refuses_a_k_above_it():
     matrix = torch.outer(torch.arange(1.0, 7.0), torch.tensor([3.0, 0.0, 4.0]))
     rows, columns = importance.svd(matrix)
@@ -245,6 +251,9 @@ def test_scores_may_be_given_and_are_checked():
     matrix, good = torch.zeros(3, 2), (torch.ones(3), torch.ones(2))
     rows, columns = importance.scores_of("m", matrix, {"m": ([1, 2, 3], [1, 2])}, seed=0, options={})
     assert (rows.tolist(), columns.tolist()) == ([1, 2, 3], [1, 2])
+    halves = {"m": (torch.tensor([1, 2, 3]).bfloat16(), torch.ones(2).bfloat16())}  # which NumPy does not know
+    rows, _ = importance.scores_of("m", matrix, halves, seed=0, options={})
+    assert rows.numpy().tolist() == [1, 2, 3]
     with pytest.raises(PartialLoraError, match=r"\bm\b"):
         importance.scores_of("m", matrix, {"other": good}, seed=0, options={})
     with pytest.raises(PartialLoraError, match=r"\(3, 2\) .*m"):

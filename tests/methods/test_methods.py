@@ -349,6 +349,11 @@ def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
     assert module_masks(model) == module_masks(get_peft_model(load("tiny_vit"), config))
 
 
+def test_the_most_important_rows_meet_a_frozen_a_that_keeps_all_columns() -> None:
+    model, _ = fixed("targeted", "calibration.sparsity=0.75", "mask=frozen")
+    assert set(map(tuple, map(dict.values, module_sparsity(model).values()))) == {(0.75, 0.0)}
+
+
 def test_modules_have_the_share_of_the_first_pattern_that_names_them() -> None:
     model, setting = fixed("partial", "calibration.sparsity={attn.qkv: 0.75, .*fc1: {rows: 0.5, columns: 0}, .*: 0.25}")
     shares = {"qkv": (0.75, 0.75), "fc1": (0.5, 0.0)}

@@ -100,6 +100,7 @@ def test_without_a_budget_the_options_decide() -> None:
         ("C3A", {"block_size": 7}, None, "C3A"),  # does not divide the weights
         ("IA3", {}, 100_000, "not applicable"),
         ("FROD", {}, 2500, "calibration.budget"),  # looks at the weights
+        ("LILY", {}, 2500, "calibration.budget"),  # shares factors between modules
     ],
 )
 def test_what_peft_cannot_build_is_refused_by_name(kind: str, options: dict, size: int | None, names: str) -> None:

@@ -234,6 +234,8 @@ def test_weights_of_another_geometry_are_refused(pretrained, name, changes, key)
         ("tiny_bert", {"architecture": "vit"}, r"model\.architecture=vit"),
         ("tiny_bert", {"model_args": BERT | {"hiden_size": 3}}, r"model\.model_args\.hiden_size"),
         ("tiny_bert", {"model_args": BERT | {"hidden_size": "wide"}}, r"model\.model_args=.*hidden_size"),
+        ("tiny_bert", {"model_args": BERT | {"hidden_act": "swish2"}}, r"model\.model_args=.*swish2"),
+        ("tiny_bert", {"model_args": BERT | {"pad_token_id": 500}}, r"model\.model_args="),
         ("tiny_bert", {"model_args": BERT | {"vocab_size": 99}}, r"model\.model_args\.vocab_size=99.*260"),
         ("tiny_llama", {"model_args": LLAMA | {"num_attention_heads": 5}}, r"model\.model_args="),
         ("tiny_llama", {"model_args": LLAMA | {"vocab_size": 99}}, r"model\.model_args\.vocab_size=99.*260"),

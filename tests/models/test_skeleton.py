@@ -7,6 +7,7 @@ import functools
 import pytest
 import skeletons
 from configured import ALL, settings
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from partial_lora import models
 from partial_lora.errors import PartialLoraError
@@ -42,6 +43,16 @@ def test_another_geometry_is_built() -> None:
     assert found == skeleton_of(models.empty(family="causal", architecture="llama", model_args=args))
     with pytest.raises(PartialLoraError, match=r"^model\.model_args\.layers"):
         skeleton(family="causal", architecture="llama", model_args={"layers": 2}, outputs=2)
+
+
+def test_all_linear_leaves_out_the_tied_output_of_a_model_that_reads_images_too() -> None:
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"num_key_value_heads": 1, "vocab_size": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    found = skeleton_of(AutoModelForCausalLM.from_config(config))
+    assert (found.output, found.config["vocab_size"]) == ("lm_head", 64)
+    assert "lm_head" not in found.targets("all-linear")
 
 
 def test_weights_of_4_bits_and_a_model_with_an_adapter_are_refused_with_the_way_out() -> None:

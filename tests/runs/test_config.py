@@ -566,6 +566,16 @@ def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_pat
     )
 
 
+def test_an_argument_that_the_models_file_does_not_name_can_be_given(tmp_path: Path) -> None:
+    named = composed("model=vit_s14").model.model_args
+    assert "depth" not in named
+    for given in ("model.model_args.depth=6", "model.model_args={depth: 6}"):
+        assert composed("model=vit_s14", given).model.model_args == named | {"depth": 6}
+    swept = compose.plan(["-m", "model=tiny_vit", "model.model_args.depth=1,2"])
+    names = [swept.name(overrides) for overrides, _ in swept.runs]
+    assert names == ["model.model_args.depth=1", "model.model_args.depth=2"]
+
+
 def kept_of(config: Config) -> dict:
     """What another method keeps of a run's."""
     return {key: getattr(config.method, key) for key in ("rank", "alpha", "dropout", "ranks")}
