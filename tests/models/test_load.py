@@ -266,3 +266,19 @@ def test_a_digest_tells_every_weight_and_buffer_but_the_heads_and_is_the_same_ev
         changed.state_dict()[name].view(-1)[-1] += 1
         assert (models.weights_digest(changed, "2") == digest) == name.startswith("2."), name
     assert models.weights_digest(small("22"), "2") != digest  # a module's name, not any prefix of it
+
+
+def test_an_encoder_whose_config_has_no_range_of_its_own_gets_a_head_as_berts() -> None:
+    widths = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    args = {"vocab_size": 300, "d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **widths}
+    bart = models.load(
+        name="bart",
+        family="encoder",
+        architecture="bart",
+        model_args=args,
+        weights="random",
+        labels=["a", "b"],
+        image_size=None,
+    )
+    head = bart.get_submodule(models.head_name(bart, "encoder"))
+    assert 0.01 < float(head.weight.std()) < 0.03
