@@ -318,10 +318,10 @@ def compare(arguments: Sequence[str]) -> int:
     out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     references = [run for entry in entries if entry.method == own["reference"] for run in entry.done.values()]
     reference = race.form_of(references[0]["config"]) if references else own["reference"]
-    _, table = race.write(runs.values(), out, "compare", reference)
-    Console().print(race.on_screen(table, reference))
+    _, numbers = race.write(runs.values(), out, "compare", reference)
+    Console().print(race.on_screen(numbers, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
-    print(race.write_page(table, out, reference=reference, command=command, refused=refused))
+    print(race.write_page(numbers, out, reference=reference, command=command, refused=refused))
     return 0
 
 

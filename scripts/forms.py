@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, skipped = records.read(options.results)
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-        text, table = race.write([run.record for run in runs], options.results, options.stem, options.reference)
-        numbers = race.compared(race.at_best_rates(table), options.reference)
+        records_of = [run.record for run in runs]
+        text, numbers = race.write(records_of, options.results, options.stem, options.reference)
         origin, _, ranked = text.partition("\n\n")
         text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
         if (rates := best_rates(numbers)) is not None:
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        draw(table, options.results, options.stem)
+        draw(race.rows_of(records_of), options.results, options.stem)
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
             settings = {"reference": options.reference, "command": command, "refused": skipped}
-            print(race.write_page(table, options.results, **settings))
+            print(race.write_page(numbers, options.results, **settings))
         return 0
 
     return cli.guarded(command)

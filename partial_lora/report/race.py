@@ -230,9 +230,9 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
 
 
-def on_screen(table: pd.DataFrame, reference: str) -> Group:
+def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
-    parts = titled(compared(at_best_rates(table), reference), reference)
+    parts = titled(numbers, reference)
     narrow = {title: part.drop(columns=["among all", *part.columns[-2:]]) for title, part in parts.items()}
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
@@ -245,14 +245,13 @@ def _origin(reference: str) -> str:
 
 
 def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of records into out/stem.md and .csv; return it as text, and the rows of all runs."""
-    table = rows_of(results)
-    numbers = compared(at_best_rates(table), reference)
+    """Write the ranking of records (`compared`) into out/stem.md and .csv; return it as text, and its numbers."""
+    numbers = compared(at_best_rates(rows_of(results)), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"
     write_atomic(out / f"{stem}.md", text)
-    return text, table
+    return text, numbers
 
 
 # --- Who is better at no higher cost.
@@ -325,10 +324,9 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_page(table: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
+def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
     """Write out/report/index.html: the ranking, a Pareto figure for every cost, and a table with all numbers."""
-    numbers = compared(at_best_rates(table), reference).reset_index(drop=True)
-    figures = []
+    numbers, figures = numbers.reset_index(drop=True), []
     (out / "report").mkdir(parents=True, exist_ok=True)
     for cost, (label, _) in _COSTS.items():
         if numbers[cost].notna().any():

@@ -90,20 +90,22 @@ def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, 
     assert race.form_of({"mask": mask, "method": method}) == name
 
 
+def ranked(table: pd.DataFrame) -> pd.DataFrame:
+    return race.compared(race.at_best_rates(table), "low_rank")
+
+
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
     table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
-    text = race.write_page(
-        table, tmp_path, reference="low_rank", command="partial-lora compare", refused=["oft: not applicable"]
-    ).read_text()
+    settings = {"reference": "low_rank", "command": "partial-lora compare", "refused": ["oft: not applicable"]}
+    text = race.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
     assert "<use xlink:href=" in text  # as letters and markers are drawn
     assert "num_trainable_params" in text
     assert "oft: not applicable" in text
     assert 'id="tab-1"' not in text  # one task
     two = pd.concat([table, table.assign(task="cars")])
-    settings = {"reference": "low_rank", "command": "", "refused": []}
-    text = race.write_page(two, tmp_path, **settings).read_text()
+    text = race.write_page(ranked(two), tmp_path, **settings).read_text()
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
     assert "<b>cars, 13 % of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
