@@ -219,6 +219,21 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
 
 
+def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Return verdicts of single sets with a row for each claim and a column for each set.
+
+    A cell has the difference in points, its verdict among all, and the verdict alone where that is another.
+    """
+    places = verdicts["where"].str.split(", ", n=1, expand=True)
+    among = verdicts["verdict"].str.partition(", among")[0]
+    alone = verdicts["alone"].where(verdicts["alone"] != among).str.replace(r"undecided \((.*)\)", r"\1", regex=True)
+    cells = verdicts["found"].str.partition(" points")[0] + ": " + among + (" (alone: " + alone + ")").fillna("")
+    table = pd.DataFrame({"claim": verdicts["claim"], "at": places[1], "set": places[0], "cell": cells})
+    table["order"] = table.groupby(["claim", "at"], sort=False).ngroup()
+    table = table.pivot(index=["order", "claim", "at"], columns="set", values="cell").fillna(NONE)
+    return table.reset_index().drop(columns="order")
+
+
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
     """Write the verdicts, the scores and the differences of runs at their best rates."""
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
@@ -236,9 +251,10 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     if numbers["task"].eq(ALL_SETS).any():
         alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
         each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
+        each_set = each_set[each_set["found"] != NO_RUNS]
         parts += [
-            "# The same of each set by itself, among all of these",
-            each_set.loc[each_set["found"] != NO_RUNS, COLUMNS].to_markdown(index=False),
+            f"# The same of each set by itself, among all {len(each_set)}",
+            by_set(each_set).to_markdown(index=False, disable_numparse=True),
         ]
     parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
