@@ -1,7 +1,7 @@
 #!/bin/sh
 # Let Optuna look for the learning rate and the rank: it goes by the validation score, never by the test score.
 #
-#     pip install 'partial-lora[sweeps]'
+#     pip install '.[sweeps]'
 #     sh examples/optuna_sweep.sh
 #     MODEL=vit_s14 TRIALS=20 sh examples/optuna_sweep.sh trainer.max_steps=null
 #

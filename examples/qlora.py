@@ -1,6 +1,6 @@
 """QLoRA: the frozen weights in 4 bits (nf4), a masked adapter in full precision on top.
 
-    pip install 'partial-lora[quantization]'
+    pip install '.[quantization]'
     python examples/qlora.py
 
 Prints: the bytes of the base model in 4 bits, the number of trainable parameters, and the loss of five steps.

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Run a sweep on a Slurm cluster: every combination of the values below becomes a job of its own.
 #
-#     pip install 'partial-lora[sweeps]'
+#     pip install '.[sweeps]'
 #     sh examples/slurm_sweep.sh                                              # here: the jobs are processes
 #     LAUNCHER=submitit_slurm MODEL=vit_b16 TASK=cifar10 sh examples/slurm_sweep.sh \
 #         hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 trainer.max_steps=null

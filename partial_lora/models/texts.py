@@ -211,7 +211,7 @@ def tokenizer_in(folder: Path, *, name: str, weights: str) -> PreTrainedTokenize
         if [*folder.glob("*.model")] and find_spec("sentencepiece") is None:
             raise PartialLoraError(
                 f"model={name}: the tokenizer of {weights} needs sentencepiece, which is not installed: "
-                "pip install 'partial-lora[sentencepiece]'"
+                "pip install sentencepiece"
             ) from error
         raise PartialLoraError(f"model={name}: cannot read the tokenizer of {weights} ({one_line(error)})") from error
     if len(loaded) <= len(loaded.all_special_tokens):  # transformers makes an empty one where the files are missing

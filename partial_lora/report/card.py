@@ -51,10 +51,9 @@ _TEMPLATE = """---
 {{ settings }}
 {{ versions }}.
 """
-_OF_REPOSITORY = """The command:
+_OF_REPOSITORY = """The command, of partial-lora {version}:
 
 ```
-pip install partial-lora=={version}
 partial-lora train config.yaml
 ```
 

@@ -183,12 +183,12 @@ def _middle(interval) -> float | int:
     return int(middle) if isinstance(start, int) and isinstance(end, int) else middle
 
 
-_SWEEPS = "pip install 'partial-lora[sweeps]'"
+_SWEEPS = "partial-lora's extra `sweeps`"
 _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
     "joblib": _SWEEPS,
     "submitit_local": _SWEEPS,
     "submitit_slurm": _SWEEPS,
-    "ray": "pip install 'partial-lora[ray]'",
+    "ray": "partial-lora's extra `ray`",
     "optuna": _SWEEPS,
 }
 # Flags by which Hydra prints something and runs nothing.

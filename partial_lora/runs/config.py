@@ -108,7 +108,7 @@ def _check_surroundings(config: Config) -> None:
     where = trainer.tuned_elsewhere
     require(where is None, "trainer.tuned_elsewhere", where, "null: a run notes there how trainer.tuned was found")
     missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
-    to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: `partial-lora[trackers]`)"
+    to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
         accelerate_file(trainer.accelerate_config)  # runs.launch checks it together with the keys of the trainer
