@@ -21,14 +21,17 @@ WHERE = ["task", "model", "mixture", "operating_point"]
 # the two methods whose difference it has; a|b: of both in turn. Measure svd where no other is named.
 SOURCES = {
     "README.md": """
-forms/forms: gtsrb|trec, budget 0.13: low_rank; partial − low_rank; entries − low_rank; random_weights − low_rank
-forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
-forms/forms: trec, budget own: lora on query, value − low_rank
-forms/forms: gtsrb|trec, budget own: lora − low_rank
-forms/forms: digits|gtsrb|trec, budget 0.02: low_rank; entries − low_rank; random_weights − low_rank
-race/race: digits|gtsrb|trec, budget 0.02: oft − low_rank
-forms/forms: digits|gtsrb|trec, budget 0.02: partial − low_rank
-forms/forms: trec, budget 0.02: partial rank=auto
+race/race: gtsrb|trec, budget 0.13: low_rank
+race/race: gtsrb|trec, budget 0.02: low_rank
+race/race: gtsrb|trec, budget 0.13: partial − low_rank
+race/race: gtsrb|trec, budget 0.02: partial − low_rank
+race/race: gtsrb|trec, budget 0.13: entries − low_rank
+race/race: gtsrb|trec, budget 0.02: entries − low_rank
+race/race: gtsrb|trec, budget 0.13: random_weights − low_rank
+race/race: gtsrb|trec, budget 0.02: random_weights − low_rank
+race/race: gtsrb|trec, budget 0.13: oft − low_rank
+race/race: gtsrb|trec, budget 0.02: oft − low_rank
+race/race: gtsrb|trec, budget own: lora − low_rank
 decided/tables/decided: digits|trec, budget 0.13: partial − lora; partial − uniform
 """,
     "results/README.md": """
