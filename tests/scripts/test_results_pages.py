@@ -32,19 +32,27 @@ race/race: gtsrb|trec, budget 0.02: random_weights − low_rank
 race/race: gtsrb|trec, budget 0.13: oft − low_rank
 race/race: gtsrb|trec, budget 0.02: oft − low_rank
 race/race: gtsrb|trec, budget own: lora − low_rank
-decided/tables/decided: digits|trec, budget 0.13: partial − lora; partial − uniform
+decided/tables/decided: digits|sst2|trec, budget 0.13: partial − lora
+decided/tables/decided: all sets, budget 0.13: partial − uniform
 """,
     "results/README.md": """
-decided/tables/decided: digits|trec, budget 0.13: partial − lora; partial − low_rank; partial − targeted;\
- partial − random_weights
-decided/tables/decided: trec, budget 0.13: partial − entries; entries − low_rank; entries − lora;\
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − lora
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − low_rank
+decided/tables/decided: digits|trec|all sets, budget 0.13: partial − targeted
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − random_weights
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − entries
+decided/tables/decided: digits|trec|all sets, budget 0.13: partial, by gradient − partial
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: uniform − lora
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: low_rank − lora
+decided/tables/decided: trec, threshold 0.9: partial − targeted
+decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate
+decided/tables/decided: trec, threshold 0.9: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − partial, shrink 0.5; partial − partial, shrink 2
+decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
+decided/tables/decided: trec, budget 0.13: entries − low_rank; entries − lora;\
  partial mask=element, PEFT's draw − entries; partial − partial, PEFT's draw
-decided/tables/decided: digits|trec, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate; partial − shuffled;\
- partial − partial, shrink 0.5; partial − partial, shrink 2
-decided/tables/decided: digits|trec, budget 0.13: partial, by gradient − partial
-decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial; partial − lora
-decided/tables/decided: digits|trec, budget 0.13: uniform − lora; low_rank − lora
+decided/tables/decided: trec, threshold 0.9: partial − lora
 race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
 race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
 race/race: digits, budget 0.13: low_rank
