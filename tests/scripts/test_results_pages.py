@@ -33,12 +33,12 @@ race/race: gtsrb|trec, budget 0.13: oft − low_rank
 race/race: gtsrb|trec, budget 0.02: oft − low_rank
 race/race: gtsrb|trec, budget own: lora − low_rank
 decided/tables/decided: digits|sst2|trec, budget 0.13: partial − lora
-decided/tables/decided: all sets, budget 0.13: partial − uniform
+decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
 """,
     "results/README.md": """
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − lora
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − low_rank
-decided/tables/decided: digits|trec|all sets, budget 0.13: partial − targeted
+decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − targeted
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − random_weights
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − uniform
 decided/tables/decided: trec, budget 0.13: partial − entries
