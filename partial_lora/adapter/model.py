@@ -284,13 +284,13 @@ def unmoved(model: nn.Module) -> list[str]:
 
     Where parameters are sharded, all processes call this together.
     """
-    return [
-        base_name(name)
+    factors = (
+        (base_name(name), [factor] if isinstance(factor, Tensor) else factor.parameters())  # AdaLoRA's is a parameter
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
         for factor in layer.lora_B.values()
-        if not any(whole(parameter).any() for parameter in factor.parameters())
-    ]
+    )
+    return [name for name, parameters in factors if not any(whole(parameter).any() for parameter in parameters)]
 
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:

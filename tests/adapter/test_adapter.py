@@ -19,7 +19,7 @@ from adapter_models import (
     tokens,
     vit,
 )
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -266,6 +266,8 @@ def test_modules_that_no_gradient_reaches_are_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
 
+    adalora = AdaLoraConfig(target_modules=["called", "read"], total_step=10)
+    assert unmoved(get_peft_model(Reads(), adalora)) == []  # its B is drawn
     for config in (PartialLoraConfig, LoraConfig):
         model = get_peft_model(Reads(), config(r=2, target_modules=["called", "read"]))
         assert unmoved(model) == ["called", "read"]
