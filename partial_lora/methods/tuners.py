@@ -53,7 +53,7 @@ _SIZE_KEYS = {  # the key that sets the number of trainable parameters, where it
     "VBLORA": "num_vectors",
     "WAVEFT": "n_frequency",
 }
-_SHARED = {"LILY"}
+_SHARED = {"LILY"}  # types whose factors modules of one name share
 _BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have to divide the weights' sizes
 _STEPS = {"GRALORA": "gralora_k", "HRA": 2}  # sizes are multiples of this number, or of this key
 _SEEDS = {"generator_seed", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed", "random_seed"}

@@ -177,10 +177,8 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
         above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
     _banded(below, validation, label="validation", linewidth=1.5, **_VALIDATION)
     if validation:  # of the best the one with the least loss: the checkpoint that training ends with
-        sign, loss = (
-            1 if metric in LOWER_IS_BETTER or metric == "loss" else -1,
-            dict(point[:2] for point in of_validation),
-        )
+        sign = 1 if metric in LOWER_IS_BETTER or metric == "loss" else -1
+        loss = {step: mean for step, mean, *_ in of_validation}
         step, best, *_ = min(validation, key=lambda point: (sign * point[1], loss.get(point[0], 0.0)))
         label = f"best on validation: {measured(metric, best)}, step {step}"
         below.plot([step], [best], "o", markersize=10, markerfacecolor="none", color="black", label=label)
