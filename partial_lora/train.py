@@ -17,7 +17,6 @@ from transformers import set_seed
 
 from partial_lora import files, methods, models
 from partial_lora.adapter import module_sparsity
-from partial_lora.adapter.model import unmoved
 from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
@@ -32,7 +31,7 @@ from partial_lora.runs.directory import finite, timed
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
-from partial_lora.training.cost import Cost, file_bytes, measured
+from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.trackers import Tracking
 from partial_lora.training.trainer import build_trainer, mixed_precision
@@ -121,6 +120,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
     aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
+    unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
     computed_by = record["versions"] | {"precision": record["mixed_precision"]}
@@ -150,7 +150,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         seed=config.seed,
         sharded=sharded,
         versions=computed_by,
-        callbacks=[tracking, *aids.callbacks, cost],
+        callbacks=[tracking, *aids.callbacks, cost, unreached],
         final_after=aids.final_after,
         heads=setting.whole(),
     )
@@ -160,8 +160,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
-    if still := unmoved(adapted):
-        record["warnings"].append(f"not trained, since the model never calls them: {shortlist(still)}")
+    if unreached.names:
+        record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
         logger.warning(record["warnings"][-1])
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()

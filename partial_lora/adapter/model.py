@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, backends, nn
 
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel, whole
+from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
@@ -277,20 +277,6 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
         name: {axis: getattr(masks, axis).sparsity for axis in AXES}
         for name, masks in module_masks(model, adapter_name).items()
     }
-
-
-def unmoved(model: nn.Module) -> list[str]:
-    """Return the names of the adapted modules whose factor B is all zeros, as before training: no gradient got there.
-
-    Where parameters are sharded, all processes call this together.
-    """
-    factors = (
-        (base_name(name), [factor] if isinstance(factor, Tensor) else factor.parameters())  # AdaLoRA's is a parameter
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for factor in layer.lora_B.values()
-    )
-    return [name for name, parameters in factors if not any(whole(parameter).any() for parameter in parameters)]
 
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from partial_lora.adapter.model import base_name
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import size_of
 from partial_lora.training.size import counts_of, with_bytes
@@ -245,6 +246,27 @@ class Cost(TrainerCallback):
             "step_seconds": median(_seconds(*step) for step in self._times) if self._times else None,
             "saved_activation_bytes": self._saved and self._saved.bytes,
         }
+
+
+class Unreached(TrainerCallback):
+    """Find the adapted modules that no gradient reaches in any step: the model reads their weight without a call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        trained = {name: [each for each in layer.parameters() if each.requires_grad] for name, layer in layers.items()}
+        self._waiting = {base_name(name): own for name, own in trained.items() if own}
+        self._trained, self._sees = [each for each in model.parameters() if each.requires_grad], False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._waiting:
+            self._sees |= any(each.grad is not None for each in self._trained)  # DeepSpeed keeps gradients elsewhere
+            waiting = self._waiting.items()
+            self._waiting = {name: own for name, own in waiting if all(each.grad is None for each in own)}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the modules, in the base model."""
+        return list(self._waiting) if self._sees else []
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

@@ -19,13 +19,12 @@ from adapter_models import (
     tokens,
     vit,
 )
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.adapter.factor import MaskedFactor
-from partial_lora.adapter.model import unmoved
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask
 
@@ -255,23 +254,3 @@ def test_dropout_has_the_mean_and_the_spread_it_should(kind, granularity, probab
     assert not torch.equal(again[1], result)
     evaluated = model.eval()(x).reshape(TOKENS, -1)
     assert torch.equal(evaluated, (2 * kept * rows).float().expand(TOKENS, -1))
-
-
-def test_modules_that_no_gradient_reaches_are_named() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
-
-    adalora = AdaLoraConfig(target_modules=["called", "read"], total_step=10)
-    assert unmoved(get_peft_model(Reads(), adalora)) == []  # its B is drawn
-    for config in (PartialLoraConfig, LoraConfig):
-        model = get_peft_model(Reads(), config(r=2, target_modules=["called", "read"]))
-        assert unmoved(model) == ["called", "read"]
-        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
-        model(torch.ones(3, 6)).sum().backward()
-        optimizer.step()
-        assert unmoved(model) == ["read"]

@@ -393,3 +393,25 @@ def test_model_of_another_kind_is_refused_in_one_line():
     with pytest.raises(PartialLoraError, match=r"model\.architecture") as caught:
         size.activations(image, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
     assert "\n" not in str(caught.value)
+
+
+def test_modules_whose_weight_is_read_without_a_call_are_found() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
+
+    for config in (
+        PartialLoraConfig(r=2, target_modules=["called", "read"], sparsity=0.5),
+        LoraConfig(target_modules="all-linear"),
+    ):
+        model = get_peft_model(Reads(), config)
+        unreached = cost.Unreached(model)
+        unreached.on_pre_optimizer_step(None, None, None)
+        assert unreached.names == []  # no gradient is here to be seen: DeepSpeed keeps them elsewhere
+        model(torch.ones(3, 6)).sum().backward()
+        unreached.on_pre_optimizer_step(None, None, None)
+        assert unreached.names == ["read"]
