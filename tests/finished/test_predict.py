@@ -158,6 +158,9 @@ def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
         row = {"prompts": [choice.prompts], "options": [choice.options], "label": [0]}
         expected = transform.options(datasets.Dataset.from_dict(row, features=questions.CHOICE_FEATURES), cache_bytes=0)
         assert predicting.rows_of(transform, layout, *question) == expected.to_list()
+        prompt, options = question  # space around an option is none of it, as in training
+        padded = [f" {option} " for option in options]
+        assert predicting.rows_of(transform, layout, prompt, padded) == expected.to_list()
     problem = predicting.rows_of(transform, "winogrande", "no place for a name", ["cup", "box"])
     assert "_" in str(problem)
 

@@ -78,6 +78,7 @@ def _without(group, name):
         (record(test=math.nan, seed=3), "accuracy is nan"),
         (record(test=None, seed=3), "accuracy is None"),
         (record(seed=3, status="failed", error="CUDA out of memory"), "failed: CUDA out of memory"),
+        (record(seed=3, status="failed", error="interrupted"), "interrupted"),
         (record(seed=3, metrics={}), "calibrated only"),
         (record(seed=2), "its seed is 2"),
     ],
@@ -94,7 +95,9 @@ def test_a_record_of_no_finished_run_is_left_out_and_its_field_is_named(tmp_path
     assert problem.path == "runs/digits/vit/partial-0/seed3/result.json"
     assert names in problem.why
     assert "\n" not in str(problem)
-    assert problem.is_broken == (names not in ("missing", "failed: CUDA out of memory", "calibrated only"))
+    assert problem.why.startswith("interrupted") == (names == "interrupted")
+    unfinished = ("missing", "failed: CUDA out of memory", "interrupted", "calibrated only")
+    assert problem.is_broken == (names not in unfinished)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
-from recorded_runs import record
+from recorded_runs import place, record
 from rich.console import Console
 
+from partial_lora import cli
 from partial_lora.report import summary
 
 
@@ -77,6 +78,14 @@ def test_a_list_of_runs_has_one_line_of_each_whatever_its_record_is():
     for broken in (None, {"status": "finished"}, record(config=1)):
         assert summary.run_line(place, broken)[-2:] == ("no record", str(place))
     assert summary.run_line(place, record(metrics=[1]))[-1] == str(place)
+
+
+def test_runs_are_listed_in_the_order_of_time(tmp_path, capsys):
+    for minute, task in ((2, "alpha"), (0, "zebra"), (1, "beta")):
+        place(tmp_path, record(task=task, started=f"2026-11-28T10:00:0{minute}+00:00"))
+    cli.runs([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["zebra", "beta", "alpha"]
 
 
 def test_the_next_command_names_what_its_task_needs():
