@@ -140,7 +140,7 @@ def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_results_among_rows(config: Config) -> None:
-    """Refuse results in a folder of images: its pictures would become rows, and every run change the run's id."""
+    """Refuse results in a folder of images: their pictures would become rows, and each run would change the ids."""
     place = Path(config.results_dir).resolve()
     for key, path in _files_of(config.task):
         folder = Path(path).resolve()

@@ -23,7 +23,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def is_image(file: str | os.PathLike) -> bool:
-    """Return whether a file's name ends as that of an image that Pillow reads (of a film, a page or data it is not)."""
+    """Return whether a file's name ends as that of an image that Pillow reads; films, pages and data are none."""
     return os.path.splitext(file)[1].lower() in _suffixes()
 
 

@@ -127,7 +127,7 @@ def test_another_task_is_taken_whole(run, evaluate) -> None:
 
 
 def test_another_task_has_its_files_out_of_a_folder_of_tasks(run, tmp_path) -> None:
-    """Of the folder that is named, else of the run's own where it has the task."""
+    """Files come out of the folder that is named, else out of the run's own where that has the task."""
     train = tmp_path / "cifar100" / "train.parquet"
     train.parent.mkdir()
     pictures(6, 0).to_parquet(str(train))
