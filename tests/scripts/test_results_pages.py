@@ -66,6 +66,8 @@ forms/forms: trec, budget 0.02: partial; partial rank=auto; partial mask=units; 
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
+""",
+    "results/claims.md": """
 cpu/tables/table1: all sets|digits|gtsrb, budget 0.13: partial − lora
 cpu/tables/table1: all sets, threshold 0.9: partial − lora
 cpu/tables/table2: all sets, budget 0.13: partial − targeted
