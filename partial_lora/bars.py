@@ -30,6 +30,7 @@ class _Lines:
     began: float
     at: int
     printed: float
+    ended: bool = False
 
 
 class Bars:
@@ -44,7 +45,6 @@ class Bars:
         self._console, self._clock = console, clock
         self._tasks: dict[str, int] = {}
         self._lines: dict[str, _Lines] = {}
-        self._ended: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -63,7 +63,8 @@ class Bars:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def note(self, line: str) -> None:
         """Print a line beside the bars."""
@@ -96,10 +97,12 @@ class Bars:
             self._lines[stage] = _Lines(now, done, now)
             self.note(f"{stage} …")
         lines = self._lines[stage]
-        if total is not None and done >= total and stage not in self._ended:
-            self._ended.add(stage)
+        if lines.ended:  # validation begins again after every epoch
+            return
+        if total is not None and done >= total:
+            lines.ended = True
             self.note(f"{stage} done")
-        elif stage not in self._ended and now - lines.printed >= _EVERY and done > lines.at:
+        elif now - lines.printed >= _EVERY and done > lines.at:
             lines.printed = now
             if total is not None:
                 left = round((now - lines.began) / (done - lines.at) * (total - done))

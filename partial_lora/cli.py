@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
-    if {"-sc", "--shell-completion"} & {*arguments[:2]}:
+    if {"-sc", "--shell-completion"} & {*arguments}:
         return guarded(lambda: _complete(arguments))
     return guarded(lambda: COMMANDS[name][0](others) if name in COMMANDS else _overview(arguments))
 
@@ -62,13 +62,14 @@ def guarded(command: Callable[[], int]) -> int:
     files.redact_output()
     imports.refuse_hub_code()
     try:
-        return command()
+        with handling(leave, (signal.SIGTERM, signal.SIGHUP)):  # so that nothing is left half-written
+            return command()
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
         return 1 if isinstance(error, ProofError) else USAGE_ERROR
     except BrokenPipeError:  # of a reader that has seen enough (`| head`)
         _forget_stdout()
-        return 0
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -139,23 +140,21 @@ def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Se
 
 
 def _ended(outcome: launch.Outcome, config: Config, stage: str) -> launch.Outcome:
-    """Return how a run ended; draw it if it ended well, and link it as `latest` if it was trained."""
-    if stage == "train" and not outcome.exit_code and not outcome.elsewhere:
-        directory.link_latest(config.results_dir, outcome.directory)
-    _draw(outcome, config, stage)
+    """Return how a run ended; link it as `latest` if it was trained, and draw it, unless only its record is left."""
+    is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
+    if not outcome.exit_code and not outcome.elsewhere and is_whole(outcome.directory):
+        if stage == "train":
+            directory.link_latest(config.results_dir, outcome.directory)
+        if not directory.is_drawn(outcome.directory, stage):
+            _draw(outcome.directory, config)
     return outcome
 
 
-def _draw(outcome: launch.Outcome, config: Config, stage: str) -> None:
-    """Draw a finished run that has not been drawn yet. A run of which only the record is left is not drawn."""
-    is_whole = directory.is_finished if stage == "train" else directory.is_calibrated
-    if outcome.status not in ("finished", "skipped") or outcome.elsewhere or not is_whole(outcome.directory):
-        return
-    if not directory.is_drawn(outcome.directory, stage):
-        with _libraries():  # a drawing that reads the rows of its task needs them, too
-            from partial_lora.report import page
+def _draw(place: Path, config: Config) -> None:
+    with _libraries():  # a drawing that reads the rows of its task needs them, too
+        from partial_lora.report import page
 
-            page.draw_run(outcome.directory, plain(config))
+        page.draw_run(place, plain(config))
 
 
 def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console: Console) -> None:
@@ -191,17 +190,18 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
 
     is_latest = link.resolve() == place.resolve()
     example = place / directory.EXAMPLE
-    commands = next_commands(
-        str(named if is_latest else place),
-        plain(config),
-        example=str((link if is_latest else place) / example.name) if example.is_file() else None,
-    )
-    commands.append(f"partial-lora report {shlex.quote(str(results))}")
+    commands = [f"partial-lora report {shlex.quote(str(results))}"]
+    if directory.is_finished(place):  # else its record is all there is
+        commands[:0] = next_commands(
+            str(named if is_latest else place),
+            plain(config),
+            example=str((link if is_latest else place) / example.name) if example.is_file() else None,
+        )
     return [*lines, f"next: {commands[0]}", *(f"      {command}" for command in commands[1:])]
 
 
 def info(arguments: list[str]) -> int:
-    """Print trainable parameters, memory and file size of a run that is not run; return the exit code.
+    """Print a run's trainable parameters, memory and file size, without running it; return the exit code.
 
     A text model without a named task is counted with a task of two classes.
     """
@@ -303,7 +303,7 @@ def compare(arguments: Sequence[str]) -> int:
     code = search.compare(
         entries, rates=own["rates"], seeds=own["seeds"], launch=functools.partial(_stage, "train"), say=print
     )
-    if code > USAGE_ERROR:
+    if code:
         return code
     refused = [f"{entry.name}: {entry.refused}" for entry in entries if entry.refused]
     for line in refused:
@@ -667,7 +667,7 @@ def generate(arguments: Sequence[str]) -> int:
             f"{run.directory}: model={run.config.model.name} writes no texts, expected a run of a causal language model"
         )
     one_task(run, parsed.member)
-    prompt = sys.stdin.read() if parsed.prompt == "-" else parsed.prompt
+    prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
     if not prompt.strip() or "" in parsed.stop:
         raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
     with _libraries():
@@ -709,12 +709,11 @@ def export(arguments: Sequence[str]) -> int:
 
     from partial_lora.finished.run import finished_run
 
-    with handling(leave, (signal.SIGTERM, signal.SIGHUP)):
-        run = finished_run(parsed.run)
-        with _libraries():
-            from partial_lora.finished import export
-            from partial_lora.report import card
-        done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
+    run = finished_run(parsed.run)
+    with _libraries():
+        from partial_lora.finished import export
+        from partial_lora.report import card
+    done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
     written = "written again, as it was" if done.existed else "written"
     print(f"{done.folder}: {written} ({done.size:,} bytes)")
     if done.proof:

@@ -66,13 +66,14 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"
-    reads_weights = calibrated or config.method.name in RANKED
+    # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
+    reads_weights = config.method.name in RANKED or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
         targets = target_names(model, **config.model.trained_modules)
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
-        scores = None
+        scores = draws = None
         if reads_weights:
             with timed(record, "calibrate" if calibrated else "importance"):
                 draws = build.draws_of(config, task.train)

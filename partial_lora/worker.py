@@ -62,10 +62,7 @@ def work(place: Path, stage: str) -> int:
         signal.signal(number, leave)
     settings = directory.worker_settings(place)
     is_main = os.environ.get("RANK", "0") == "0"
-    record = directory.new(settings)
-    earlier = directory.read_result(place, directory.EARLIER)
-    if earlier is not None:
-        directory.add_earlier(record, earlier)
+    record = directory.new(settings, directory.read_result(place, directory.EARLIER))
     try:
         if is_main:
             files.write_json(place / directory.RESULT, record)

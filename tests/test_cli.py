@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import yaml
 from commands import begun, command, environment, here
 
+from partial_lora import cli
 from partial_lora.runs import build, keys, schema
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
@@ -148,7 +151,7 @@ def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
     run, _ = record(place, threshold=0.9, seed=0)
     own, other = (json.loads(path.read_text()) for path in (alone, run / "calibration.json"))
     assert own["modules"] == other["modules"]
-    used = here(place, "train", *TINY, f"calibration.file={alone}", "seed=7")
+    used = here(place, "train", *TINY, f"calibration.file={alone}", "seed=7", first=no_draws)
     assert used.returncode == 0, used.stderr
     result = record(place, seed=7)[1]
     assert result["sparsity"] == json.loads((run / "result.json").read_text())["sparsity"]
@@ -322,6 +325,43 @@ def test_a_run_ends_with_its_paths_unbroken_and_goes_by_latest_and_by_its_id(pla
         done = here(place, "evaluate", name, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["folder"].startswith(f"{run}/")
+
+
+def test_a_run_of_which_the_record_is_left_is_neither_the_latest_nor_offered_for_predictions(
+    place: Path, trained
+) -> None:
+    run = Path(trained.stdout.splitlines()[0].removeprefix("train "))
+    kept = place / "kept" / run.relative_to("results")
+    kept.mkdir(parents=True)
+    for name in ("result.json", "predictions.parquet"):
+        shutil.copy(place / run / name, kept / name)
+    done = here(place, "train", *TINY, "results_dir=kept", "keep_records=true")
+    assert done.returncode == 0, done.stderr
+    assert "not run again" in done.stdout
+    assert "predict" not in done.stdout
+    assert "next: partial-lora report kept" in done.stdout
+    assert not (place / "kept" / "latest").exists()
+
+
+def test_a_command_leaves_its_blocks_when_it_is_terminated_and_says_so_when_its_reader_is_gone(monkeypatch) -> None:
+    left = []
+
+    def terminated() -> int:
+        with contextlib.ExitStack() as stack:
+            stack.callback(left.append, "left")
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    def unread() -> int:
+        raise BrokenPipeError
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.guarded(terminated)
+    assert (ended.value.code, left) == (128 + signal.SIGTERM, ["left"])
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(cli, "_forget_stdout", lambda: None)
+    assert cli.guarded(unread) == 128 + signal.SIGPIPE
 
 
 def test_report_tabulates_the_runs(place: Path, trained) -> None:

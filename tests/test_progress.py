@@ -84,7 +84,7 @@ def test_a_terminal_shows_counts_modules_and_losses() -> None:
 
 def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
     assert drawn(terminal=False).split("\n") == [
-        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train …", "", "")
+        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train …", "")
     ]
 
 
@@ -98,7 +98,6 @@ def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_le
         "train 3/9, loss 1.250, 0:02:00 left",
         "train 5/9, loss 1.250, 0:01:40 left",
         "train done",
-        "",
     ]
 
 
@@ -107,4 +106,4 @@ def test_a_log_of_a_stage_without_a_known_end_says_how_far_it_is() -> None:
     with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
         for done in (1, 2, 3):
             bars.update({"stage": "predict", "done": done, "total": None})
-    assert written.getvalue().splitlines() == ["predict …", "predict 3/?", ""]
+    assert written.getvalue().splitlines() == ["predict …", "predict 3/?"]

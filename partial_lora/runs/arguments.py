@@ -166,6 +166,9 @@ def _primary(file: str, content: Mapping) -> dict:
             chosen[key] = value
         else:
             OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
+    for node in ("hydra", "hydra.sweeper", "hydra.sweeper.params"):
+        own = OmegaConf.select(keys, node, default={})
+        require(isinstance(own, Mapping), f"{file}: {node}", own, "keys and values, or no such line")
     settings = OmegaConf.to_container(keys)
     for group, _, name in (key.partition(".") for key in list_keys()):
         if isinstance(settings.get(group), dict) and isinstance(word := settings[group].get(name), str):
@@ -226,6 +229,9 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         key, _, value = argument.partition("=")
+        if key in GROUPS and value == "null":
+            none = f", or ~{key} for none" if key in ("preset", "experiment") else ""
+            raise PartialLoraError(f"{argument}: expected one name{none}")
         if key.lstrip("+") in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
         if key in ("hydra.launcher", "hydra.sweeper"):

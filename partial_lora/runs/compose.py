@@ -137,6 +137,9 @@ def _resolved(composed) -> Config:
     from omegaconf import open_dict, read_write
 
     HydraConfig.instance().set_config(composed)
+    rates = [each for each in composed.hydra.overrides.task if each.lstrip("+").startswith("trainer.learning_rate=")]
+    if rates and composed.trainer.tuned is not None:
+        raise PartialLoraError(f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null")
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     return resolve(composed)
@@ -193,7 +196,7 @@ _PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
 }
 # Flags by which Hydra prints something and runs nothing.
 _HELP = {"--help", "-h"}
-_SHOWS = {"--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
+_SHOWS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}
 
 
 def compose(

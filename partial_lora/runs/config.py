@@ -59,10 +59,8 @@ def resolve(composed: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
-    for group in ("method", "importance"):
-        name, known = composed[group].name, sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
-        by_type = composed[group].get("peft_type") is not None  # a tuner of PEFT goes by any name
-        require(name in known or by_type, f"{group}.name", name, f"one of {', '.join(known)}")
+    name, known = composed.importance.name, sorted(file.stem for file in (conf_dir() / "importance").glob("*.yaml"))
+    require(name in known, "importance.name", name, f"one of {', '.join(known)}")
     config = OmegaConf.to_object(composed)  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
@@ -70,14 +68,13 @@ def resolve(composed: DictConfig) -> Config:
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
-    config, trainer = replace(config, task=task), config.trainer
-    config = replace(config, calibration=_with_budget(config.calibration, config.method.name))
-    if trainer.tuned is None and trainer.learning_rate != AUTO:
-        return config
-    if trainer.tuned is None:
+    calibration = _with_budget(config.calibration, config.method.name)
+    config, trainer = replace(config, task=task, calibration=calibration), config.trainer
+    if trainer.tuned is not None:  # before the run has its id, which the rate decides
+        return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
+    if trainer.learning_rate == AUTO:
         return replace(config, trainer=replace(trainer, learning_rate=suited(plain(config))))
-    rate = tuned(trainer.tuned, plain(config), trainer.tuned_on)  # before the run has its id, which the rate decides
-    return replace(config, trainer=replace(trainer, **rate))
+    return config
 
 
 @functools.cache

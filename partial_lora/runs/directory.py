@@ -36,7 +36,7 @@ PAGE = "index.html"
 PICTURE = "predictions.png"  # test images, and what was predicted of them
 EXAMPLE = "example.png"  # one of them, as an input for `partial-lora predict`
 LOCK = ".lock"
-LATEST = "latest"  # in a results directory, a link to the run of the last command
+LATEST = "latest"  # in a results directory, a link to the run that `train` finished last
 RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
 REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
@@ -62,13 +62,14 @@ def find(name: Path | str) -> Path:
     Any other name is returned as it is. Raises PartialLoraError, with the paths, where several runs have that start.
     """
     place = Path(name)
+    if place.is_symlink() and place.name == LATEST:  # another run may become the latest while a command works
+        return place.parent / os.readlink(place)
     if place.exists():
         return place
     start, seed = (place.parent, place.name) if re.fullmatch(r"seed\d+", place.name) else (place, "seed*")
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
-        link = results / LATEST
-        return results / os.readlink(link) if link.is_symlink() else link
+        return find(results / LATEST)
     found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
     if len(found) > 1:
         raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
@@ -186,10 +187,11 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
 def remove_refused(directory: Path, results_dir: Path | str) -> None:
     """Remove the directory of a run that never began, and those above it that are empty then."""
     shutil.rmtree(directory)
-    for parent in directory.parents:
-        if parent == Path(results_dir) or any(parent.iterdir()):
-            return
-        parent.rmdir()
+    with suppress(OSError):  # it is not empty, or another run has removed it
+        for parent in directory.parents:
+            if parent == Path(results_dir):
+                return
+            parent.rmdir()
 
 
 def remove_checkpoints(directory: Path) -> None:
@@ -238,9 +240,12 @@ def locked(directory: Path) -> Iterator[int]:
 LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
-def new(settings: Mapping) -> dict:
-    """Return the record of a run that has just begun."""
-    return {
+def new(settings: Mapping, earlier: Mapping | None = None) -> dict:
+    """Return the record of a run that has just begun.
+
+    earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
+    """
+    record = {
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
@@ -261,6 +266,11 @@ def new(settings: Mapping) -> dict:
         "metrics": {},
         "history": [],
     }
+    if earlier is not None:
+        record |= {"started": earlier["started"], "attempts": earlier.get("attempts", 1) + 1}
+        kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
+        record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
+    return record
 
 
 def finite(value: object) -> object:
@@ -278,14 +288,6 @@ def timed(record: dict, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
-
-
-def add_earlier(record: dict, earlier: Mapping) -> None:
-    """Add to a run's record the attempt before it: when it began, and the seconds that need not be spent again."""
-    record["started"] = earlier["started"]
-    record["attempts"] = earlier.get("attempts", 1) + 1
-    kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
-    record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
 
 
 def _tuning(trainer: Mapping) -> str:

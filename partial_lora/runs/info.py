@@ -141,7 +141,8 @@ def check(config: Config, *, here: bool) -> None:
     for key, name in [*whole, *(("new_modules", name) for name in model.new_modules)]:
         require(name in bare.modules, f"model.{key}", name, f"a module of {bare.kind}")
     shapes = bare.targets(**model.trained_modules)
-    if fixed_sparsity(config, shapes) is None and is_calibrated(config) and calibration.budget is not None:
+    fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
+    if is_calibrated(config) and calibration.budget is not None:
         parameter_count(calibration.budget, shapes, config.method.rank, config.mask.counted)
 
 

@@ -67,7 +67,7 @@ class Outcome:
     def reason(self) -> str:
         """Why the run did not end well, in a line that says where to read on."""
         if self.status == "interrupted":
-            return f"interrupted by {self.signal}; the same command goes on from there"
+            return f"interrupted by {self.signal}; the same command, without overwrite=true, goes on from there"
         log = self.directory / directory.LOG
         return f"{self.error} (log: {log})" if log.is_file() else self.error
 
@@ -91,10 +91,8 @@ def launch(
         stop: gives the signals that count as received, whether or not this process was sent them.
 
     Raises:
-        PartialLoraError: another process holds the directory, or it cannot be written; or this process is already one
-            of several that torchrun or accelerate has started.
+        PartialLoraError: another process holds the directory, or it cannot be written.
     """
-    refuse_foreign_world()
     place, cluster = directory_of(config, stage), cluster_of(config.trainer, config.model.quantization)
     if cluster.rank:
         return _follow(config, stage, place, cluster, stop)
@@ -388,8 +386,8 @@ def _run_process(
 ) -> tuple[int, failures.Failure | None]:
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
-    Its output is added to `log`, its progress goes to `watch`, and it inherits the descriptor `lock`, which names it,
-    so that it holds the lock until it ends even if this process dies. The first signal that asks this process to stop
+    Its output is added to `log`, and its progress goes to `watch`. It inherits the descriptor `lock`, into which its
+    pid is written, and so holds the lock to its end, even if this process dies. The first signal that asks this process to stop
     is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop: as
     `launch` takes it.
     """
@@ -572,7 +570,8 @@ def _record_failure(place: Path, failure: failures.Failure | None, cluster: Clus
     """Write into the record of a run which process failed first; process 0 may not have lived to do so."""
     result = directory.read_result(place)
     if result is None:
-        result = directory.new(yaml.safe_load((place / directory.CONFIG).read_text(encoding="utf-8")))
+        settings = yaml.safe_load((place / directory.CONFIG).read_text(encoding="utf-8"))
+        result = directory.new(settings, directory.read_result(place, directory.EARLIER))
     recorded = failure is None or (failure.rank == 0 and failure.explained)
     if result["status"] == "running" or (result["status"] == "failed" and not recorded):
         reason = _silent_end(code) if failure is None else failure.text(cluster.processes)

@@ -100,10 +100,10 @@ def accelerate_file(file: str | Path) -> dict:
     kind = content["distributed_type"]
     known = sorted(_ALIKE | {"FSDP", "DEEPSPEED"})
     require(kind in known, f"{ACCELERATE_CONFIG}: distributed_type", kind, f"one of {', '.join(known)}")
-    for name in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
+    for name, least in {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}.items():
         value = content.get(name)
-        whole = value is None or (isinstance(value, int) and value >= (name in ("num_processes", "num_machines")))
-        require(whole, f"{ACCELERATE_CONFIG}: {name}", value, "a whole number")
+        whole = value is None or (type(value) is int and value >= least)
+        require(whole, f"{ACCELERATE_CONFIG}: {name}", value, f"a whole number, at least {least}")
     if kind == "FSDP":
         version = (content.get("fsdp_config") or {}).get("fsdp_version", 1)
         require(str(version) == "2", f"{ACCELERATE_CONFIG}: fsdp_version", version, "2")
@@ -346,8 +346,10 @@ class MethodConfig:
 
     def _check_tuner(self) -> None:
         kind, options = self.peft_type, self.peft
+        plain_name("method.name", self.name)
         if kind is None:
             require(self.name != "peft", "method.peft_type", None, "one of PEFT's tuners, such as LOKR")
+            require(self.name in TRAITS, "method.name", self.name, f"one of {', '.join(TRAITS)}")
             require(options is None, "method.peft", options, f"null, for method={self.name}")
             return
         is_tuner = self.name not in TRAITS or traits_of(self.name).tuner

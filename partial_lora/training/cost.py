@@ -212,8 +212,10 @@ class Cost(TrainerCallback):
         self._watching = ExitStack()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if self._steps == 0:
+            self._watched = min(_WARM, state.max_steps - state.global_step)
         self._steps += 1
-        if self._saved is None and self._steps == min(_WARM, state.max_steps - state.global_step + self._steps - 1):
+        if self._steps == self._watched:
             self._watch(args.device.type)
         self._began = _now(args.device)
 
@@ -222,7 +224,7 @@ class Cost(TrainerCallback):
         self._watching.close()
         if self._optimizer is None:
             self._optimizer = optimizer_bytes(optimizer)
-        if self._steps != _WARM or not self._times:
+        if self._steps != self._watched or not self._times:
             self._times.append((self._began, ended))
 
     def _watch(self, kind: str) -> None:

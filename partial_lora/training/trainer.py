@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
+from joblib import cpu_count
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -466,11 +467,14 @@ def mixed_precision(requested: str, device: str) -> str:
     return "bf16" if native else "no"
 
 
-def data_workers(requested: int | None, device: str, world_size: int) -> int:
-    """Return the number of processes that load data for this one: none on a CPU, where they would compete with it."""
+def data_workers(requested: int | None, device: str, processes: int) -> int:
+    """Return the number of processes that load data for this one, of so many that share a machine's cores.
+
+    None on a CPU, where they would compete with it.
+    """
     if requested is not None:
         return requested
-    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size - 1))
+    return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, cpu_count() // processes - 1))
 
 
 def build_trainer(
@@ -556,7 +560,7 @@ def build_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=data_workers(config.num_workers, device, world_size),
+        dataloader_num_workers=data_workers(config.num_workers, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )

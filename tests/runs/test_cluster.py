@@ -82,6 +82,7 @@ TWO = {"num_machines": 2, "main_process_ip": "a"}
         ({"distributed_type": "MEGATRON_LM"}, {}, "accelerate_config: distributed_type=MEGATRON_LM"),
         ({"compute_environment": "AMAZON_SAGEMAKER"}, {}, "accelerate_config: compute_environment=AMAZON_SAGEMAKER"),
         ({"num_processes": "two"}, {}, "accelerate_config: num_processes=two"),
+        ({"num_processes": True}, {}, "accelerate_config: num_processes=true"),
         ({"num_machines": 0}, {}, "accelerate_config: num_machines=0"),
         ({"num_machines": 2}, {}, "main_process_ip=null"),
         (TWO, {"machine_rank": 2}, "machine_rank=2"),

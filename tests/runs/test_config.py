@@ -65,6 +65,10 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}"], ["task.data_files.train"]),
         (["task.data_files=/nowhere"], ["task.data_files"]),
         (["method.name=foo"], ["method.name"]),
+        (["method.name=pissa"], ["method.name"]),
+        (["method=lokr", "method.name=../elsewhere"], ["method.name"]),
+        (["preset=null"], ["preset=null"]),
+        (["method=null"], ["method=null"]),
         (["importance.name=foo"], ["importance.name"]),
         (["model.family=clip"], ["model.text_weights"]),
         (["model.quantization=nf4"], ["model.quantization=nf4"]),
@@ -537,6 +541,9 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
     )  # and nothing of the usual model's
     swept = compose.plan(["-m", settings_file(tmp_path, "model: tiny_vit\n"), "seed=0,1"])
     assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+    for empty in ("hydra:", "hydra: {sweeper: }", "hydra: {sweeper: {params: }}"):  # its lines are commented out
+        with refusal(f"{tmp_path}/own.yaml: hydra"):
+            compose.plan([settings_file(tmp_path, f"{empty}\n")])
     params = "{model.target_modules: [[qkv], [qkv, proj]], method: 'lora,full', seed: [7]}"
     swept = compose.plan([settings_file(tmp_path, f"hydra.mode: MULTIRUN\nhydra.sweeper.params: {params}\n")])
     found = [(each.model.target_modules, each.method.name, each.seed) for _, each in swept.runs]

@@ -68,7 +68,7 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
     assert results.find("low_rank") == Path("low_rank")  # no id; whoever needs a run says so
     Path("results").rename("other")
     assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [
-        "other/latest",
+        "other/runs/digits/vit/low_rank-1f330000/seed0",  # which it names, also after another run has ended
         "other/runs/digits/vit/low_rank-1f330000/seed0",
     ]
     assert results.find("latest") == Path("latest")

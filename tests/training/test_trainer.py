@@ -159,7 +159,7 @@ def test_no_process_loads_data_beside_a_cpu_by_default(monkeypatch) -> None:
     assert data_workers(3, "cpu", 1) == 3
     found = []
     for cores in (1, 6, 64):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("partial_lora.training.trainer.cpu_count", lambda cores=cores: cores)
         found.append((cores, data_workers(None, "cuda", 1)))
     assert found == [(1, 1), (6, 5), (64, 8)]
 
