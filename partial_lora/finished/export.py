@@ -122,7 +122,7 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
     """
     with quiet():
         model = build.model_of(run.config.model, run.labels())
-        return model.dequantize() if whole and _is_quantised(run) else model
+        return model.dequantize() if whole and run.config.model.quantization else model
 
 
 def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
@@ -186,7 +186,13 @@ def _write_compact(run: FinishedRun, folder: Path) -> None:
 
 def _write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
-    merged = adapted_model(run, whole=True).merge_and_unload(safe_merge=True)
+    adapted = adapted_model(run, whole=True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:  # a tuner that cannot, or weights that are no numbers
+        raise PartialLoraError(
+            f"{run.directory}: PEFT does not merge method={run.method} ({one_line(error)}); export it with --to peft"
+        ) from error
     with quiet():
         _save(merged, run, folder)
 
@@ -212,7 +218,7 @@ def _prove_peft(run: FinishedRun, folder: Path, bound: float | None = None) -> s
             _save(base_model(run, whole=True), run, Path(base))
         others = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=Path(base), adapter=folder)}
     own = _logits(adapted_model(run, whole=True), samples.inputs)
-    return _compared(own, others, folder, _bound(run) if bound is None else bound)
+    return _compared(own, others, folder, _BOUND[run.config.model.dtype] if bound is None else bound)
 
 
 def _prove_compact(run: FinishedRun, folder: Path) -> str:
@@ -238,19 +244,11 @@ def _prove_merged(run: FinishedRun, folder: Path) -> str:
         f"{library} alone{_whole(run)}": logits_elsewhere(samples, model=folder, library=library)
         for library in libraries
     }
-    return _compared(_logits(own, samples.inputs), others, folder, _bound(run))
-
-
-def _is_quantised(run: FinishedRun) -> bool:
-    return run.config.model.quantization is not None
+    return _compared(_logits(own, samples.inputs), others, folder, _BOUND[run.config.model.dtype])
 
 
 def _whole(run: FinishedRun) -> str:
-    return f" ({run.config.model.quantization} weights whole again)" if _is_quantised(run) else ""
-
-
-def _bound(run: FinishedRun) -> float:
-    return _BOUND[run.config.model.dtype]
+    return f" ({run.config.model.quantization} weights whole again)" if run.config.model.quantization else ""
 
 
 def _transform(run: FinishedRun) -> Transform:
@@ -311,7 +309,7 @@ def _compared(own: Tensor, others: Mapping[str, Tensor], folder: Path, bound: fl
 
 def _prove_serve(run: FinishedRun, folder: Path) -> str:
     """Prove what `_prove_peft` proves for the LoRA for servers, as closely as its number format allows."""
-    return _prove_peft(run, folder, max(_bound(run), _BOUND["bfloat16"]))
+    return _prove_peft(run, folder, max(_BOUND[run.config.model.dtype], _BOUND["bfloat16"]))
 
 
 WRITE = {
@@ -373,7 +371,7 @@ def transformers_logits():
         assert [row[: len(own)] for row, own in zip(found, known)] == known, "other tokens"
         with torch.no_grad():
             return pipeline.model.eval()(**inputs).logits
-    options = {"top_k": None, "truncation": True} if kind == "text-classification" else {"top_k": len(labels)}
+    options = {"top_k": None, "truncation": True} if kind == "text-classification" else {"top_k": len(labels) or 1}
     answers = pipeline(job["raw"], function_to_apply="none", **options)
     by_label = [{each["label"]: each["score"] for each in answer} for answer in answers]
     return torch.tensor([[each[label] for label in labels or each] for each in by_label])

@@ -71,10 +71,8 @@ class _Words(TextStreamer):
         self._held += text
         stops = [self._held.find(each) for each in self._stop if each in self._held]
         self._ended = stream_end or bool(stops)
-        if self._ended:
-            ready = self._held[: min(stops, default=None)].rstrip()
-        else:
-            ready = self._held[: len(self._held) - max(map(len, self._stop), default=0)].rstrip()
+        length, longest = len(self._held), max(map(len, self._stop), default=0)
+        ready = self._held[: min(stops, default=length) if self._ended else max(0, length - longest)].rstrip()
         self._held = self._held[len(ready) :]
         if not self._begun:
             ready = ready.lstrip()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.folders import is_image
-
-STDIN = "-"
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def read_inputs(
     """
     if sum(map(is_stdin, arguments)) > 1:
         raise PartialLoraError("-: standard input can be read once, and is named twice")
-    parse = _image_path if modality == "image" else _question if kind == "choice" else _pair if pairs else _text
+    parse = _question if kind == "choice" else _pair if pairs and modality == "text" else _text
     sources: list[tuple[Iterable[Input], int | None]] = []
     for argument in arguments:
         if is_stdin(argument):
@@ -64,7 +62,7 @@ def read_inputs(
 
 def is_stdin(argument: str) -> bool:
     """Return whether an argument stands for the lines of standard input."""
-    return argument in (STDIN, f"@{STDIN}")
+    return argument in ("-", "@-")
 
 
 def is_stream(argument: str) -> bool:
@@ -125,11 +123,7 @@ def _lines(stream: BinaryIO, name: str, parse: Callable[[str], Input]) -> Iterat
         except UnicodeDecodeError:
             line = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
             parsed = Input(line, line, "not UTF-8")
-        yield Input(parsed.text, parsed.content, parsed.problem, place)
-
-
-def _image_path(line: str) -> Input:
-    return Input(line, line)
+        yield replace(parsed, place=place)
 
 
 def _text(line: str) -> Input:

@@ -167,11 +167,7 @@ def files_by_split(data_files: str | Mapping | None) -> dict[str, str]:
 
 def _refuse_another_cut(recorded: str | Mapping | None, files: str | Mapping | None) -> None:
     """Refuse a test split that is cut from other training rows: they may hold rows that the run was trained on."""
-    if isinstance(files, Mapping):
-        is_cut = "test" not in files
-    else:  # one file, or a folder of images without a sub-folder for the test split
-        is_cut = files is not None and Path(files).exists() and not Path(files, "test").is_dir()
-    if is_cut and files != recorded:
+    if files is not None and files != recorded and "test" not in files_by_split(files):
         raise PartialLoraError(
             "task.data_files.train: a finished run keeps it, else splits would hold rows it was trained on; expected "
             "task.data_files.test=FILE"

@@ -53,18 +53,18 @@ def folder_of(
         return bundled.fetch_model(weights.removeprefix(bundled.PREFIX))
     if Path(weights).is_dir():
         return Path(weights)
-    folder = _download_all(weights, name, text, text and pickles, instead)
-    if broken := _broken_files(folder):
+    for _ in range(2):
+        folder = _download_all(weights, name, text, text and pickles, instead)
+        broken = _broken_files(folder)
+        if not broken:
+            return folder
         for file in broken:
-            logger.warning("%s in the hub's cache is broken: it is removed and downloaded again", file)
+            logger.warning("%s in the hub's cache is broken: it is removed", file)
             file.resolve().unlink()
             file.unlink()
-        folder = _download_all(weights, name, text, text and pickles, instead)
-        for file in _broken_files(folder):
-            raise PartialLoraError(
-                f"model={name}: {weights} was downloaded twice and {file.name} is broken; try again later"
-            )
-    return folder
+    raise PartialLoraError(
+        f"model={name}: {weights} was downloaded twice and {broken[0].name} is broken; try again later"
+    )
 
 
 def name_after(model: PreTrainedModel, weights: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,14 +57,16 @@ _OF_REPOSITORY = """The command, of partial-lora {version}:
 partial-lora train config.yaml
 ```
 
-`config.yaml` lies beside this page and has every setting; of files of one's own it has the names, not where they lay.
+`config.yaml` lies beside this page and has every setting. It names your own files without their folders.
 """
-_OF_FOLDER = """The settings that are not partial-lora's defaults, of files their names alone:
+_OF_FOLDER = """The settings that are not partial-lora's defaults; files are named without their folders:
 
 ```yaml
 {settings}```
 """
 _HERE = "path/to/this/folder"
+_PIPELINE = f'```python\nfrom transformers import pipeline\n\nanswer = pipeline("{{kind}}", "{_HERE}")\n```'
+_LLAMA = "`base.gguf` is the base model in llama.cpp's format.\n\n```\nllama-cli -m base.gguf --lora adapter.gguf\n```"
 _LIBRARIES = {"compact": "partial-lora", "merged": "transformers", "gguf": "llama.cpp"}  # peft for other forms
 
 
@@ -93,6 +95,8 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     base = config.model.weights.partition("@")[0]
     name = f"{config.task.name}-{config.model.name}-{config.method.name}" if repo is None else repo.partition("/")[2]
     version, settings = run.result["versions"]["partial-lora"], yaml.safe_dump(_settings(run.config), sort_keys=False)
+    kind = _pipeline(config.model, members[0])
+    others = {"merged": _PIPELINE.format(kind=kind), "gguf": _LLAMA}
     data = ModelCardData(
         base_model=base if is_on_hub(base) else None,
         datasets=datasets or None,
@@ -100,11 +104,11 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         license=license,
         metrics=[numbers["metric"]],
         model_name=name,
-        pipeline_tag=_pipeline(config.model, members[0]),
+        pipeline_tag=kind,
         tags=list(TAGS),
         eval_results=[
             EvalResult(
-                task_type=_pipeline(config.model, members[0]),
+                task_type=kind,
                 dataset_type=datasets[0] if datasets else config.task.name,
                 dataset_name=config.task.name,
                 dataset_split="test",
@@ -119,7 +123,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         title=name,
         what=_what(run, numbers, file),
         scores=_scores(run, numbers),
-        loading=_OTHERS[form](run) if form in _OTHERS else _loading(run, repo, form == "compact"),
+        loading=others.get(form) or _loading(run, repo, form == "compact"),
         made=_made(run),
         settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=version, settings=settings),
         versions="Made with " + ", ".join(f"{name} {of}" for name, of in run.result["versions"].items()),
@@ -148,15 +152,13 @@ def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
         "partial": "Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
         "lora": "LoRA",
     }.get(run.method, f"`method={run.method}` of partial-lora")
+    labels = run.labels()
+    named = f" Its labels: {shortlist(list(labels), most=20)}." if labels else ""
     return (
         f"An adapter of {_base(config.model)} for {_task(config.task)}. It was trained by {method}. What was trained is"
         f" {whole}, in {', '.join(f'`{name}`' for name in config.model.target_modules)}{head}."
-        f" `{file.name}` is {file.stat().st_size:,} bytes.{_labels(run.labels())}"
+        f" `{file.name}` is {file.stat().st_size:,} bytes.{named}"
     )
-
-
-def _labels(labels: Sequence[str]) -> str:
-    return f" Its labels: {shortlist(list(labels), most=20)}." if labels else ""
 
 
 def _settings(config: Config) -> dict:
@@ -196,20 +198,6 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
         f"\n\nOne run, seed {run.result['seed']}. The interval is over test examples alone: another seed would move the"
         f" score, too.{note}"
     )
-
-
-def _pipeline_code(run: FinishedRun) -> str:
-    kind = _pipeline(run.config.model, next(iter((run.config.task.members or {"": run.config.task}).values())))
-    return f'```python\nfrom transformers import pipeline\n\nanswer = pipeline("{kind}", "{_HERE}")\n```'
-
-
-def _llama_code(run: FinishedRun) -> str:
-    return (
-        "`base.gguf` is the base model in llama.cpp's format.\n\n```\nllama-cli -m base.gguf --lora adapter.gguf\n```"
-    )
-
-
-_OTHERS = {"merged": _pipeline_code, "gguf": _llama_code}
 
 
 def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:

@@ -116,9 +116,16 @@ def rows_of(settings: Mapping, *, fetch: bool = False):
         return None
 
 
+def rgb(image):
+    """Return an image in 8 bits a colour, as the model saw it."""
+    from partial_lora.tasks.sources import eight_bits  # whoever has an image has loaded this
+
+    return eight_bits(image).convert("RGB")
+
+
 def thumbnail(image) -> str:
     """Return a small copy of an image as a data URI."""
-    small = image.convert("RGB")
+    small = rgb(image)
     if max(small.size) < _SIDE // 2:  # pixels of a tiny image stay squares
         factor = _SIDE // max(small.size)
         small = small.resize((small.width * factor, small.height * factor), resample=0)

@@ -39,7 +39,7 @@ from partial_lora.report.drawing import (
     sized,
     words_of,
 )
-from partial_lora.report.examples import are_of, hardest, predictions
+from partial_lora.report.examples import are_of, hardest, predictions, rgb
 from partial_lora.report.records import (
     NONE,
     PLACE,
@@ -219,14 +219,14 @@ def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
     for number, index in enumerate(shown, 1):
         axes = figure.add_subplot(down, _ACROSS, number)
         axes.set_axis_off()
-        axes.imshow(rows[index]["image"].convert("RGB"))
+        axes.imshow(rgb(rows[index]["image"]))
         label, predicted = str(table["label_name"][index]), str(table["prediction_name"][index])
         right = label == predicted
         words = predicted if right else f"{predicted}, not {label}"
-        axes.set_title(words, fontsize=9, color="black" if right else VERMILLION)
+        axes.set_title(words.replace("$", r"\$"), fontsize=9, color="black" if right else VERMILLION)
     right = (table["label"] == table["prediction"]).sum()
     figure.suptitle(titled(f"{right} of {len(table)} test images are right", result), fontsize=10)
-    rows[0]["image"].convert("RGB").save(folder / EXAMPLE)
+    rgb(rows[0]["image"]).save(folder / EXAMPLE)
     return save(figure, folder / PICTURE)
 
 
@@ -333,7 +333,9 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
         if ticks:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
         for key, alike in part.groupby(_METHOD, sort=False):
-            _marked(axes, alike["test_mean"], alike["place"], key, xerr=alike["test_half"], markersize=6.5)
+            own = look(*key)
+            style = {"color": own.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **own.markers}
+            axes.errorbar(alike["test_mean"], alike["place"], xerr=alike["test_half"], **style)
         _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
         tests = np.array([test for group in part["group"] for test in seeds[group]])
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
@@ -401,12 +403,6 @@ def _cut_off(axes: Axes, part: pd.DataFrame) -> None:
             text, end, side = (f"◂ {value}", left, "left") if on_left else (f"{value} ▸", right, "right")
             color = look(row.method, row.operating_point).color
             axes.text(end, height, text, color=color, ha=side, va="center", fontsize=8)
-
-
-def _marked(axes: Axes, x: pd.Series, y: pd.Series, key: tuple[str, str], **style) -> None:
-    """Mark one method at one operating point, with bars where a spread is known."""
-    own = look(*key)
-    axes.errorbar(x, y, color=own.color, linestyle="", capsize=3, **own.markers, **style)
 
 
 def _listed(axes: Axes, names: Sequence[str], metric: str, label: str | None = None, *, points: bool = False) -> None:

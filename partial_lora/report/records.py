@@ -406,17 +406,16 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
                         settings[name] |= {key: each[key]} if key in each else {}
         short = _short_keys({key for each in settings.values() for key in each})
         for same in alike:
-            words = [
-                [f"{short[key]}={rates.word(value)}" for key, value in settings[each.name].items()] for each in same
-            ]
-            said = [", ".join(each) for each in words]
-            with_rate = [f"{one}, {each.row['learning_rate']:g}" for one, each in zip(said, same, strict=True)]
-            for each, own, one, rated in zip(same, words, said, with_rate, strict=True):
-                if said.count(one) > 1:
-                    alone = with_rate.count(rated) == said.count(one)  # the rate tells none of them apart
-                    own += [] if alone else [f"learning_rate={each.row['learning_rate']:g}"]
-                    own += [each.id] if with_rate.count(rated) > 1 else []
-                told[each.name] = ", ".join(own) or NONE
+            words = {
+                each: ", ".join(f"{short[key]}={rates.word(value)}" for key, value in settings[each.name].items())
+                for each in same
+            }
+            for twins in gathered(same, words.get).values():
+                by_rate = gathered(twins, lambda each: f"learning_rate={each.row['learning_rate']:g}")
+                for rate, of_rate in by_rate.items():
+                    for each in of_rate:
+                        more = [rate] * (len(by_rate) > 1) + [each.id] * (len(of_rate) > 1)
+                        told[each.name] = ", ".join(filter(None, [words[each], *more])) or NONE
     return told
 
 
@@ -680,7 +679,7 @@ def _plain(value: object) -> str:
     try:
         return repr(float(str(value)))
     except ValueError:
-        word = str(value).lower() if isinstance(value, bool) else str(value)
+        word = str(value).lower() if isinstance(value, bool) else str(value).strip()
         return NONE if word == "null" else word
 
 

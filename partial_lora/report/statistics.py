@@ -321,6 +321,9 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         from partial_lora.training.metrics import function_of  # torch and its kin: for these metrics alone
 
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
+        if metric == "pearson":
+            whole, without = _pearson(label, output)
+            return whole - (len(label) - 1) * (without - without.mean())
         score = function_of(metric, len(frame["logits"].iloc[0]) if "logits" in frame else None)
         every = np.arange(len(label))
         # Examples of one label and one output are alike: one of each kind is left out.
@@ -328,6 +331,19 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         without = np.array([score(output[every != one], label[every != one]) for one in kinds])[which.ravel()]
         return score(output, label) - (len(label) - 1) * (without - without.mean())
     raise PartialLoraError(f"the predictions do not say {metric}: examples cannot be compared by it")
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return Pearson's correlation, and what it is without each example (N,); 0 where one of the two is constant.
+
+    Without an example: from the sums over all others, of centred numbers.
+    """
+    x, y = (each.astype(float) - each.mean(dtype=float) for each in (x, y))
+    n = len(x) - 1
+    xx, xy, yy = (n * (a @ b - a * b) for a, b in ((x, x), (x, y), (y, y)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        without = (xy - x * y) / np.sqrt((xx - x**2) * (yy - y**2))
+        return float(np.nan_to_num(x @ y / np.sqrt((x @ x) * (y @ y)))), np.nan_to_num(without, posinf=0, neginf=0)
 
 
 def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:

@@ -21,6 +21,7 @@ import pandas as pd
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError, one_line
@@ -253,7 +254,7 @@ def drawn(title: str, shown: pd.DataFrame) -> Table:
         heading = name if folds else name.replace(" ", "\n")
         table.add_column(heading, justify="left" if name in WORDS else "right", overflow="fold", no_wrap=not folds)
     for cells in shown.itertuples(index=False, name=None):
-        table.add_row(*map(str, cells))
+        table.add_row(*(Text(str(cell)) for cell in cells))  # as it is written: to rich [qkv] would be markup
     return table
 
 

@@ -43,9 +43,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
             )
         if split:
             of_splits[split] = folder / name
-    if of_splits and (len(of_splits) < len(names) or "train" not in names):
+    if of_splits and (len(of_splits) < len(names) or "train" not in of_splits):
         first = next(iter(of_splits.values())).name
-        lacks = "beside others:" if "train" in names else "but none called train, only"
+        lacks = "beside others:" if "train" in of_splits else "but none called train, only"
         raise PartialLoraError(
             f"{key}: it has a folder {first} {lacks} {shortlist(names)}; call the folders of splits train, validation "
             "and test or, if all of them are classes, set task.data_files={train: FOLDER}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.sources import first_line
+from partial_lora.tasks.sources import eight_bits, first_line
 from partial_lora.tasks.texts import cached
 
 # Raised by Pillow for a file of another format, one that is cut short, and one that claims to be far too large.
@@ -116,27 +116,6 @@ class ImageTransform:
 
 def _bytes(pixels: Tensor) -> bytes:
     return pixels.contiguous().numpy().tobytes()
-
-
-def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert a grey image of 16 bits, of whole numbers or of floats to one of 8 bits; return any other as it is.
-
-    Pillow would clip its values to 255: white. Whole numbers of unknown width (mode I) count as 16 bits where one is
-    above 255, and always in a PGM file, which Pillow scales to 16 bits. Raises ValueError for numbers outside of 16
-    bits, and for floats outside of 0 and 1.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    most = 1 if image.mode == "F" else 65535
-    if not (low >= 0 and high <= most):  # also where one is NaN
-        raise ValueError(f"grey values (mode {image.mode}) from {low} to {high}, expected all within 0 and {most}")
-    if image.mode == "F":
-        values = np.round(values * 255)
-    elif image.mode != "I" or image.format == "PPM" or high > 255:
-        values = values >> 8
-    return PIL.Image.fromarray(values.astype(np.uint8))
 
 
 def _check_images(rows: Dataset) -> None:

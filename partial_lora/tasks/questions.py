@@ -6,11 +6,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from string import ascii_uppercase
 from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset, Features, List, Value
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.sources import label_name, row_name
 
 Row = Mapping[str, Any]  # a row's columns, without those that have no value
@@ -99,7 +100,7 @@ def winogrande(row: Row) -> Choice:
 
 def gsm8k(row: Row) -> Completion:
     """GSM8K (Cobbe et al. 2021): a solution in words, whose last line is #### and a number."""
-    return Completion(f"Question: {row['question']}\nAnswer:", row["answer"])
+    return Completion(f"Question: {row['question']}\nAnswer:", label_name(row["answer"]))
 
 
 def _school_question(prompt: str, row: Row) -> Choice:
@@ -232,7 +233,7 @@ def _by_text(answer: str, options: Sequence[str]) -> int | None:
 
 
 def _by_letter(answer: str, options: Sequence[str]) -> int | None:
-    place = ord(answer.upper()) - ord("A") if len(answer) == 1 else -1
+    place = ascii_uppercase.find(answer.upper()) if len(answer) == 1 else -1
     return place if 0 <= place < len(options) else None
 
 
@@ -358,6 +359,10 @@ def _formatted(
                 f"task={name}: {key} reads a column {column}; the columns of the {split} split are "
                 f"{', '.join(rows.column_names)}"
             ) from None
+        except (TypeError, AttributeError) as error:
+            raise PartialLoraError(
+                f"{row_name(name, split, number)} cannot be read by {key} ({one_line(error)})"
+            ) from error
 
 
 def _check_columns(rows: Dataset, name: str, key: str, columns: Sequence[str]) -> None:

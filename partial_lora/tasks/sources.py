@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
 from datasets.naming import camelcase_to_snakecase
@@ -67,6 +68,27 @@ def digits() -> Dataset:
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     data = {"image": list(pixels), "label": bunch.target.tolist()}
     return Dataset.from_dict(data, features=features, split=NamedSplit("train"))
+
+
+def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert a grey image of 16 bits, of whole numbers or of floats to one of 8 bits; return any other as it is.
+
+    Pillow would clip its values to 255: white. Whole numbers of unknown width (mode I) count as 16 bits where one is
+    above 255, and always in a PGM file, which Pillow scales to 16 bits. Raises ValueError for numbers outside of 16
+    bits, and for floats outside of 0 and 1.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    most = 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= most):  # also where one is NaN
+        raise ValueError(f"grey values (mode {image.mode}) from {low} to {high}, expected all within 0 and {most}")
+    if image.mode == "F":
+        values = np.round(values * 255)
+    elif image.mode != "I" or image.format == "PPM" or high > 255:
+        values = values >> 8
+    return PIL.Image.fromarray(values.astype(np.uint8))
 
 
 def first_line(error: BaseException) -> str:
@@ -131,7 +153,7 @@ def read_files(
     rows: dict[str, Dataset] = {}
     for split in sorted(data_files, key=lambda split: split != "train"):
         key, path = f"task.data_files.{split}", Path(data_files[split])
-        words = "train" in rows and rows["train"].features.get(table[1]) == Value("string")
+        words = "train" in rows and _is_text(rows["train"].features.get(table[1]))
         rows[split] = (
             _image_folder(key, path, split) if path.is_dir() else _read_table(key, path, split, *table, words=words)
         )
@@ -309,8 +331,8 @@ def _objects(file: Path) -> pa.Table:
     for name in dict.fromkeys(column for row in rows for column in row):
         try:
             columns[name] = pa.array([row.get(name) for row in rows])
-        except pa.ArrowException as error:
-            raise ValueError(f"column {name} has values of several types") from error
+        except (pa.ArrowException, OverflowError) as error:
+            raise ValueError(f"column {name} has values of several types, or numbers of more than 64 bits") from error
     return pa.table(columns)
 
 
@@ -329,25 +351,25 @@ def parse_labels(cells: Sequence[str | None], regression: bool | None, *, words:
     """Convert the texts of a column, None for an empty cell: all to booleans, or all to numbers, or none (`words`).
 
     They become numbers where that loses nothing: no code has a leading zero, and no two classes are the same number.
-    Words lose the spaces around them, which would make classes of their own.
+    Labels lose the spaces around them, which would make classes of their own; one of spaces alone is none.
     Fractions may be written in any way (0.5 and 0.50), since they are no classes; so may all numbers where `regression`
     says that they are real.
     """
-    texts = {cell: cell.strip() for cell in cells if cell is not None}
-    if not words and texts and texts.keys() <= _TRUTHS.keys():
-        return [_TRUTHS.get(cell) for cell in cells]
-    stripped: list[Label | None] = [None if cell is None else texts[cell] for cell in cells]
-    known = {text for text in texts.values() if not _UNKNOWN.fullmatch(text)}
+    stripped: list[Label | None] = [cell.strip() or None if cell else None for cell in cells]
+    texts = {text for text in stripped if text is not None}
+    if not words and texts and texts <= _TRUTHS.keys():
+        return [_TRUTHS.get(text) for text in stripped]
+    known = {text for text in texts if not _UNKNOWN.fullmatch(text)}
     if words or not known or not all(map(_NUMBER.fullmatch, known)):
         return stripped
     try:
-        whole = all(abs(int(text)) < _WHOLE for text in texts.values())
+        whole = all(abs(int(text)) < _WHOLE for text in texts)
     except ValueError:  # a fraction, or an unknown one
         whole = False
     number = int if whole else float
     if not regression and not _lossless({text: number(text) for text in known}, regression):
         return stripped
-    return [None if cell is None else number(texts[cell]) for cell in cells]
+    return [None if text is None else number(text) for text in stripped]
 
 
 def _lossless(numbers: Mapping[str, int | float], regression: bool | None) -> bool:
@@ -553,7 +575,10 @@ def encode_labels(
                         f"{row_name(name, split, row)} has the label {label!r}, expected a number, since this is "
                         "regression (task.regression)"
                     )
-        return (), {split: rows.cast_column("label", Value("float32")) for split, rows in splits.items()}
+        return (), {
+            split: rows.remove_columns("label").add_column("label", np.asarray(labels[split], np.float32))
+            for split, rows in splits.items()
+        }
     names = tuple(label_name(label) for label in sorted(set(labels["train"])))
     if len(names) == 1:
         raise PartialLoraError(
@@ -588,8 +613,8 @@ def _plain_labels(rows: Dataset, name: str, split: str) -> list[Label]:
     """Return the labels as they are written; raises where one is missing."""
     labels = _arrow_column(rows, "label").to_pylist()
     for row, label in enumerate(labels, 1):
-        if label is None or (isinstance(label, float) and not math.isfinite(label)):
-            raise PartialLoraError(f"{row_name(name, split, row)} has no label, it is {label}")
+        if label is None or label == "" or (isinstance(label, float) and not math.isfinite(label)):
+            raise PartialLoraError(f"{row_name(name, split, row)} has no label, it is {label!r}")
     return labels
 
 

@@ -230,6 +230,9 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
     own = with_files(run, tmp_path, {"train": finished_runs.picture_files()["train"]})  # its test split is cut from it
     for files_of in (f".train={tmp_path}/more.parquet", f"={tmp_path}/more.parquet", f"={tmp_path}/photos"):
         refused(own, "task.data_files.train", f"task.data_files{files_of}")
+    for split in ("train", "Test"):  # with a test split of its own it is cut from nothing
+        shutil.copytree(tmp_path / "photos", tmp_path / "splits" / split)
+    evaluation_settings(own, [f"task.data_files={tmp_path}/splits"])
     test = f"task.data_files.test={finished_runs.picture_files()['test']}"
     refused(own, "task.data_files.test", test, "--split=validation")  # else it were cut from the run's test rows, too
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from finished_runs import changed, choice_run, image_run, override, trained
+from finished_runs import changed, choice_run, image_run, override, pictures, trained
 from PIL import Image
 from plain_libraries import in_this_process
 from refusals import refusal
@@ -96,6 +96,26 @@ def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, o
             *checked.get(to, ["transformers alone"]),
             *timm_too,
         ]
+
+
+def test_a_number_of_an_image_is_checked_as_classes_are(tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    rows = {split: pictures(count, 0) for split, count in (("train", 8), ("test", 3))}
+    numbers = {
+        split: of.remove_columns("label").add_column("label", [each + 0.5 for each in of["label"]])
+        for split, of in rows.items()
+    }
+    own = override(finished_runs.files(numbers, "numbers"))
+    run = trained("numbers", "model=tiny_vit", "task=image_table", "method=lora", own)
+    assert export.export(run, "merged", tmp_path / "out", check=True).proof
+
+
+def test_a_tuner_that_peft_does_not_merge_is_exported_by_itself(tmp_path):
+    lily = ("method=peft", "method.peft_type=LILY")
+    run = trained("lily", "model=tiny_vit", "task=cifar10", *lily, override(finished_runs.picture_files()))
+    with refusal(str(run.directory), "--to peft"):
+        export.export(run, "merged", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
 
 
 def test_the_adapter_has_the_pooler_that_trained():

@@ -88,6 +88,11 @@ def test_inputs_are_shown_of_the_same_rows_alone():
     assert shown[1:] == ["", ""]
 
 
+def test_grey_of_16_bits_is_shown_as_a_model_sees_it():
+    grey = Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16))
+    assert np.asarray(examples.rgb(grey))[..., 0].ravel().tolist() == [4 * each for each in range(64)]
+
+
 def test_texts_and_options_are_printed():
     rows = Dataset.from_dict({"text": ["one", "two " * 500], "text_pair": ["a", "b"], "label": [0, 0]})
     (worst,) = examples.with_inputs(examples.hardest([classes([0.9, 0.2])], 1), rows, [0, 0])

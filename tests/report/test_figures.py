@@ -7,13 +7,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from PIL import Image
 from recorded_runs import leave, place, record, rows_of
 
 from partial_lora.report import drawing, figures, records
 from partial_lora.report.drawing import look
 from partial_lora.report.records import Predictions
+from partial_lora.runs.directory import PICTURE, PREDICTIONS
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 HISTORY = [
@@ -24,6 +27,14 @@ HISTORY = [
     ),
     {"train_loss": 0.3, "train_runtime": 30.0, "step": 60},
 ]
+
+
+def test_names_of_classes_are_no_mathematics(tmp_path):
+    names = ["$1_$2", "US$ & CA$"]
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]})
+    predicted = {"prediction": [1, 1], "prediction_name": names[1:] * 2, "logits": [[0.0, 1.0]] * 2}
+    pd.DataFrame({"label": [0, 1], "label_name": names} | predicted).to_parquet(tmp_path / PREDICTIONS)
+    assert figures.draw_predictions(record(), tmp_path, rows) == tmp_path / PICTURE
 
 
 def calibrated(depth=3, kinds=KINDS, start="timm_model.blocks"):

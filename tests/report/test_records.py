@@ -301,6 +301,7 @@ def runs(tmp_path_factory):
         (["learning_rate=1e-3"], 8),
         (["trainer.learning_rate=0.0010"], 8),
         (["method=lora,partial"], 8),
+        (["method=lora, partial"], 8),
         (["operating_point=budget 0.13"], 1),
         (["operating_point=budget 120,000"], 1),
         (["calibration.budget=120000"], 1),

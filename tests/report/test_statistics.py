@@ -232,6 +232,13 @@ def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_
     assert own - own.mean() == pytest.approx(pseudo - pseudo.mean())
     assert own.mean() == pytest.approx(matthews_corrcoef(label, output))
     numbers = drawn.normal(size=60)
+    output = numbers + drawn.normal(size=60)
+    without = [np.corrcoef(np.delete(numbers, j), np.delete(output, j))[0, 1] for j in range(60)]
+    pseudo = 60 * np.corrcoef(numbers, output)[0, 1] - 59 * np.array(without)
+    own = per_example(frame(numbers, output), "pearson")
+    assert own - own.mean() == pytest.approx(pseudo - pseudo.mean())
+    assert own.mean() == pytest.approx(np.corrcoef(numbers, output)[0, 1])
+    assert per_example(frame(numbers, np.zeros(60)), "pearson").tolist() == [0] * 60  # a constant says nothing
     near, far = (
         {seed: frame(numbers, numbers + drawn.normal(0, scale, size=60)) for seed in range(3)} for scale in (0.1, 2.0)
     )

@@ -157,6 +157,12 @@ def test_the_table_on_screen_fits_80_columns(tmp_path):
     assert [str(column.header) for column in table.columns].count("method") == 1
 
 
+def test_a_terminal_shows_words_in_brackets_as_they_are_written():
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(tables.drawn("t", pd.DataFrame({"form": ["target_modules=[qkv]", "[/x/y]"], "n": [1, 2]})))
+    assert {"target_modules=[qkv]", "[/x/y]"} <= set(console.file.getvalue().split())
+
+
 # The answer
 
 

@@ -121,6 +121,11 @@ def test_a_format_that_rows_do_not_have_is_named(tmp_path: Path, settings: dict,
     refused(key, tmp_path, [ROWS["arc"][0]] * 4, **settings)
 
 
+def test_columns_of_a_format_that_are_of_another_type_are_named(tmp_path: Path) -> None:
+    row = ROWS["arc"][0] | {"choices": "a, b"}  # as a table that was saved as csv has them
+    refused("task=own: row 1 .*task.format=arc", tmp_path, [row] * 4, **choice("arc"))
+
+
 # A table of the user's own
 
 COLUMNS = {"kind": "choice", "prompt_columns": ["q"], "option_columns": ["a", "b"], "answer_column": "right"}
@@ -139,6 +144,11 @@ def test_answers_are_texts_letters_or_places(tmp_path: Path, name: str, answers:
     assert task.test["label"][:] == labels * 5
     assert task.test[0]["prompts"] == ["Which?"] * 2
     assert task.test[0]["options"] == [" red", " blue"]
+
+
+def test_a_letter_that_has_two_capitals_is_no_place(tmp_path: Path) -> None:
+    letters = [question("ß", a="ß", b="ŉ"), question("ŉ", a="ß", b="ŉ")]
+    assert load(tmp_path, letters * 5, **COLUMNS).test["label"][:2] == [0, 1]
 
 
 def test_a_column_of_numbers_is_read_in_one_way_for_all_rows(tmp_path: Path, caplog) -> None:

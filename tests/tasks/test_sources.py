@@ -251,7 +251,6 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> No
 def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Path) -> None:
     for name, folders, names in (
         ("tests", ("training", "test"), "only test, training"),
-        ("capitals", ("Train", "Val"), "only Train, Val"),
         ("twice", ("train", "val", "validation"), "val and validation"),
         ("beside", ("extra", "train", "test"), "extra, test, train"),
     ):
@@ -289,6 +288,24 @@ def test_fractions_are_regression_unless_they_are_classes_by_name(tmp_path: Path
     assert classes.labels == ("0.5", "2", "3.25")
     refused("task.metrics: ", "pearson, spearman, mse", "f1", of=file, label_column="score", metrics=["f1"])
     refused("task=own: row 1 of the train split ", "'dog'", "task.regression", of=animals(tmp_path), regression=True)
+
+
+def test_numbers_too_large_for_a_class_are_real_all_the_same(tmp_path: Path) -> None:
+    prices = [20_000_001, 350_000, 7] * 4
+    task = both(table(tmp_path, "houses.jsonl", text=TEXTS, label=prices), regression=True)
+    assert task.test["label"][:] == np.float32(prices).tolist()
+    with refusal(f"task.data_files.train={tmp_path}/hashes.jsonl", "id"):
+        both(table(tmp_path, "hashes.jsonl", text=TEXTS, label=ANIMALS, id=[2**63 + 1] * 12))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_label_of_spaces_alone_is_none(tmp_path: Path, kind: str) -> None:
+    file = table(tmp_path, f"own.{kind}", text=TEXTS, label=["", *ANIMALS[1:]])
+    refused("task=own: row 1 of the train split ", of=file)
+
+
+def test_truths_of_a_csv_file_lose_their_spaces(tmp_path: Path) -> None:
+    assert both(csv(tmp_path, ["true", "false "] * 6)).labels == ("False", "True")
 
 
 @pytest.mark.parametrize("labels", [["0.5", "0.50", "2"], ["1e-3", "1"], [".5", "1."], ["-1.25", "3.800"]])
@@ -461,6 +478,8 @@ def test_labels_of_a_csv_file_are_words_where_those_of_the_training_rows_are(tmp
     for split, lines in rows.items():
         (tmp_path / f"{split}.csv").write_text("text,label\n" + lines)
     files = {split: str(tmp_path / f"{split}.csv") for split in ("test", "train")}
-    task = load(files)
-    assert task.labels == ("false", "half-true", "true")
-    assert [task.labels[label] for label in task.test["label"]] == ["true", "false"]
+    pd.read_csv(files["train"], dtype=str).to_parquet(tmp_path / "train.parquet")
+    for train in (files["train"], str(tmp_path / "train.parquet")):
+        task = load(files | {"train": train})
+        assert task.labels == ("false", "half-true", "true")
+        assert [task.labels[label] for label in task.test["label"]] == ["true", "false"]
