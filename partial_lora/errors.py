@@ -16,7 +16,7 @@ class PartialLoraError(Exception):
 
 
 class UnfitPackageError(PartialLoraError, ImportError):
-    """A package is missing, or is of a version that this one does not go with."""
+    """A package is missing, or its version does not work with this one."""
 
 
 def one_line(error: BaseException, most: int | None = 300) -> str:

@@ -137,8 +137,8 @@ def seal(built: Path, folder: Path) -> None:
 
 
 def _mark(folder: Path) -> None:
-    sizes = {name: {"size": (folder / name).stat().st_size} for name in _files(folder)}
-    entries = {name: size | {"sha256": file_sha256(folder / name)} for name, size in sizes.items()}
+    paths = {name: folder / name for name in _files(folder)}
+    entries = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
     (folder / MARKER).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
 
 

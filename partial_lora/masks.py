@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -141,7 +141,7 @@ class Mask:
         return dense
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.size == other.size and np.array_equal(self.kept, other.kept)
+        return type(other) is type(self) and all(map(np.array_equal, self._values(), other._values()))
 
     def __hash__(self) -> int:
         return hash((self.size, self.digest))
@@ -150,7 +150,10 @@ class Mask:
         return self  # nobody can change it
 
     def __reduce__(self) -> tuple:
-        return Mask, (self.size, self.kept)  # through the constructor, which makes the indices read-only
+        return type(self), self._values()  # through the constructor, which makes the indices read-only
+
+    def _values(self) -> tuple:
+        return tuple(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,16 +185,6 @@ class TiedMask(Mask):
     def reach(self) -> float:
         """The share that is not fixed at zero: all."""
         return 1.0
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TiedMask) or not super().__eq__(other):
-            return False
-        return np.array_equal(self.places, other.places) and np.array_equal(self.signs, other.signs)
-
-    __hash__ = Mask.__hash__
-
-    def __reduce__(self) -> tuple:
-        return TiedMask, (self.size, self.kept, self.places, self.signs)
 
 
 def random_keys(size: int, *, mask_seed: int, module: str, axis: str) -> np.ndarray:

@@ -337,15 +337,15 @@ class PartialLoraConfig(LoraConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
-        options = cls._split_kwargs(kwargs)[0]
-        path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **options)
+        refuse_options(lora)
+        hub_options = cls._split_kwargs(kwargs)[0]
+        path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
         saved = sidecar.read(path)
         modules = saved["modules"]
         check_values(path.parent, modules)
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
         options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
-        cls(**options, sparsity=0)  # refuses what is wrong in adapter_config.json
         try:
             config = cls(**options | sidecar.settings(saved))
         except PartialLoraError as error:

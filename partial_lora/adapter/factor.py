@@ -47,8 +47,6 @@ class MaskedFactor(nn.Module):
 
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
-    rank: int
-    in_groups = False  # True for a convolution in groups, which a gather of features would mix up
 
     def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
         super().__init__()
@@ -56,13 +54,15 @@ class MaskedFactor(nn.Module):
         self.full = len(mask.kept) == mask.size
         self.shape = dense.weight.shape
         self.is_convolution = not isinstance(dense, nn.Linear)
-        # How the dense factor is applied to its input.
-        self._apply_weight = F.linear
-        if not self.is_convolution:
-            self.out_features, self.in_features = self.shape  # as of the layer that it replaces
+        groups = getattr(dense, "groups", 1)
+        self.in_groups = groups > 1  # a gather of features would mix groups up
+        self.rank = self.shape[1 - self.axis] * groups
+        if self.is_convolution:
+            settings = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups")}
+            self._apply_weight = partial(_convolve, **settings)
         else:
-            settings = ("stride", "padding", "dilation", "groups")
-            self._apply_weight = partial(_convolve, **{name: getattr(dense, name) for name in settings})
+            self._apply_weight = F.linear
+            self.out_features, self.in_features = self.shape  # as of the layer that it replaces
         self._places = {"kept": mask.kept}
         if entries:
             self._places |= _within_features(mask.kept, self.shape, self.axis)
@@ -255,10 +255,6 @@ class FactorA(MaskedFactor):
 
     axis_name, axis = "columns", 1
 
-    @property
-    def rank(self) -> int:
-        return self.shape[0]
-
     def draw_for_kept(self) -> None:
         """Rescale A from PEFT's draw for all inputs to a draw for the kept ones: the same values times 1/√density."""
         self.kept.data *= self.mask.reach**-0.5
@@ -334,14 +330,6 @@ class FactorB(MaskedFactor):
     """B (out × rank), whose rows (output features or channels) are masked."""
 
     axis_name, axis = "rows", 0
-
-    @property
-    def rank(self) -> int:
-        return self.shape[1] * (self._apply_weight.keywords["groups"] if self.is_convolution else 1)
-
-    @property
-    def in_groups(self) -> bool:
-        return self.rank != self.shape[1]
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""

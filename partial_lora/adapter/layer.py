@@ -32,7 +32,7 @@ def adapted_linear(
         weight: W (out × in), which gets no gradient.
         bias: b (out), which may get a gradient.
         a: the masked A; b: the masked B, both of a linear layer.
-        scaling: alpha / rank.
+        scaling: the module's factor of B A.
         dropout: the probability of zeroing a feature of x on its way into A; 0 in evaluation.
 
     Returns (..., out) in the dtype of W x. Where the factors have a wider dtype than x, the adapter is computed in it,
@@ -40,8 +40,7 @@ def adapted_linear(
     """
     tokens = x.reshape(-1, x.shape[-1])
     kept_a, kept_b = a.kept, b.kept
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := _autocast_dtype(x)) is not None:
         tokens, weight, bias, kept_a, kept_b = (
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
             for tensor in (tokens, weight, bias, kept_a, kept_b)
@@ -49,6 +48,13 @@ def adapted_linear(
     # On matrices, so that the function returns no view: later code may write into it, as into any layer's output.
     result = _AdaptedLinear.apply(tokens, weight, bias, kept_a, kept_b, a, b, scaling, dropout)
     return result.view(*x.shape[:-1], result.shape[-1])
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype of autocast where it is on for a tensor's device; None on devices without it, such as meta."""
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -78,10 +84,9 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kind = gradient.device.type
-        if not torch.is_autocast_enabled(kind):
+        if _autocast_dtype(gradient) is None:
             return _AdaptedLinear._gradients(ctx, gradient)
-        with torch.autocast(kind, enabled=False):  # all casts were done in the forward pass
+        with torch.autocast(gradient.device.type, enabled=False):  # all casts were done in the forward pass
             return _AdaptedLinear._gradients(ctx, gradient)
 
     @staticmethod
@@ -309,10 +314,11 @@ def as_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict's tensors, with the factors of embeddings named and transposed like other layers' factors."""
     named = {}
     for key, tensor in tensors.items():
-        path, _, rest = key.partition(".lora_embedding_")
-        factor, _, adapter = rest.partition(".")
-        name = {"A": "lora_B", "B": "lora_A"}.get(factor)
-        named[".".join(filter(None, (path, name, adapter, "weight"))) if name else key] = tensor.T if name else tensor
+        path, is_embedded, rest = key.partition(".lora_embedding_")
+        if is_embedded:
+            factor, adapter = {"A": "lora_B", "B": "lora_A"}[rest[0]], rest[1:]  # of a file: no adapter, ""
+            key, tensor = f"{path}.{factor}{adapter}.weight", tensor.T
+        named[key] = tensor
     return named
 
 

@@ -150,12 +150,11 @@ class PartialLoraModel(LoraModel):
             path, _, name = key.rpartition(".")
             factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
-                config = model.peft_config[path.rpartition(".")[2]]
-                dense = factor.fill(state.pop(key)) if name == "kept" else state[key]
-                dense = factor.padded(dense, config.saved_rank)
                 layer, own, adapter = path.rsplit(".", 2)
+                value = state.pop(key)
+                dense = factor.fill(value) if name == "kept" else value
+                dense = factor.padded(dense, model.peft_config[adapter].saved_rank)
                 if isinstance(model.get_submodule(layer), PartialEmbedding):
-                    state.pop(key, None)
                     state[f"{layer}.{EMBEDDED[own]}.{adapter}"] = dense.T.contiguous()
                 else:
                     state[f"{path}.weight"] = dense

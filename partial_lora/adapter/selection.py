@@ -88,14 +88,13 @@ def _of_units(geometry: Geometry, sparsity: float, *, mask_seed: int, module: st
     Units take the next ones in turn from one random order, which starts again at its end. So units are disjoint while
     it lasts, and 16 units of 6 % reach 96 % of W's rows.
     """
-    shape = geometry.b if axis == "rows" else geometry.a
-    size, units = shape[:2] if axis == "rows" else shape[1::-1]
+    kept = np.zeros(geometry.b if axis == "rows" else geometry.a, dtype=bool)
+    of_units = kept.swapaxes(0, 1) if axis == "rows" else kept  # (units, rows or columns, ...): a view of `kept`
+    units, size = of_units.shape[:2]
     order = np.argsort(random_keys(size, mask_seed=mask_seed, module=module, axis=axis), kind="stable")
     count = kept_count(size, sparsity)
     taken = order[np.arange(units * count).reshape(units, count) % size]
-    kept = np.zeros(shape, dtype=bool)
-    for unit in range(units):
-        kept[(taken[unit], unit) if axis == "rows" else (unit, taken[unit])] = True
+    of_units[np.arange(units)[:, None], taken] = True
     return Mask(kept.size, np.flatnonzero(kept))
 
 

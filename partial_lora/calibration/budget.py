@@ -54,7 +54,7 @@ def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[st
 def saturated(
     shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float, granularity: str = "rows_columns"
 ) -> list[str]:
-    """Return the modules, of W (out, in), that train at least as many numbers as they can change entries of W.
+    """Return the modules that train at least as many numbers as there are entries of W (out, in) that they can change.
 
     Rows I and columns J change |I| |J| entries of W by rank * (|I| + |J|) numbers; where these are no fewer, a lower
     rank with more rows and columns reaches more of W at the same size. Units of the rank and single entries are taken
@@ -112,7 +112,7 @@ def meet(
 
 
 def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
-    """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest` where none does.
+    """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest`, at most 1, where none does.
 
     It starts with the highest, since a low threshold leads deep into the curves.
     """

@@ -69,7 +69,7 @@ _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", 
 
 @dataclass
 class ImportanceConfig:
-    """Measure of importance, and its keys: each names the measures that read it (importance.OPTIONS)."""
+    """Measure of importance, and its keys: each names the measures that read it."""
 
     name: str = "svd"  # a file of conf/importance
     k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold importance.energy

@@ -56,7 +56,7 @@ def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
 
 
 class Curves:
-    """All points of curves that have been needed; no point is evaluated beyond what a question needs.
+    """The curves of one calibration, evaluated point by point as questions need them.
 
     modules: what may be zeroed. importance: returns the (rows, columns) scores of a module by its name, larger = keep;
     called when first needed. store: what is known already, and where to keep it.

@@ -5,7 +5,9 @@ The model's head is usually new, so calibration scores the model with a head tha
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from partial_lora import progress
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
-from partial_lora.calibration.importance import NEEDS_DATA, OPTIONS, ModuleScores, data_scores, scores_of
+from partial_lora.calibration.importance import MEASURES, NEEDS_DATA, ModuleScores, data_scores, scores_of
 from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
@@ -176,9 +178,10 @@ def importance_few_shot(
 
 
 def options_of(config: ImportanceConfig, rank: int, alpha: float) -> dict[str, object]:
-    """Return the options of the measure: its keys and, if it trains an adapter, that adapter's rank and alpha."""
-    options = {name: getattr(config, name) for name in OPTIONS[config.name]}
-    return options | ({"rank": rank, "alpha": alpha} if config.name == "adapter" else {})
+    """Return the options that the measure takes: its keys, and the adapter's rank and alpha if it trains one."""
+    takes = inspect.signature((MEASURES | NEEDS_DATA)[config.name]).parameters
+    known = dataclasses.asdict(config) | {"rank": rank, "alpha": alpha}
+    return {name: value for name, value in known.items() if name in takes}
 
 
 def calibrate_few_shot(

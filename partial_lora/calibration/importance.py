@@ -30,17 +30,6 @@ ModuleScores = Mapping[str, Scores]  # by module
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
-# Up to here the exact leverage scores take 2 seconds on 2 cores, and the randomized ones save little.
-EXACT_SIZE = 2048
-# For 14336 x 4096, on 2 cores: exact 15 to 19 s; 5 to 9 iterations on n / 8 = 512 dimensions 6 s, on 1024 dimensions
-# as long as exact.
-WIDEST = 1 / 8
-FIRST_WIDTH = 128
-ITERATIONS = 12
-# The change still to come when the iteration stops, by its own estimate, which is up to 4 times too low, as the fast
-# part of the change dies first; 1e-3 is promised.
-TOLERANCE = 3e-5
-
 logger = logging.getLogger(__name__)
 
 
@@ -74,8 +63,8 @@ def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None
 
     W ~ P_k L_k Q_k': row i scores |P_k[i, :]|^2, column j scores |Q_k[j, :]|^2, so either sums to k. Without `k`, k is
     the smallest that holds `energy` of the squared spectrum; at full rank every row of a square matrix scores 1.
-    The scores of a weight with more than EXACT_SIZE rows and columns may differ from the exact ones by 1e-3 (a score
-    is at most 1); `seed` and `module` decide the random start and nothing else.
+    Q_k and L_k come from the eigenvectors of W'W, for the shorter side, then P_k = W Q_k / L_k: tens of times faster
+    than the SVD of W, and in float64 the squaring costs no digit that W has.
     Source: the paper's importance; that `energy` decides k is the project's own. Raises PartialLoraError for a k above
     the rank, and for a weight that is zero or not finite.
     """
@@ -83,35 +72,18 @@ def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None
         columns, rows = svd(weight.T, module=module, seed=seed, k=k, energy=energy)
         return rows, columns
     weight = weight.detach()
-    largest = float(weight.abs().max())
-    if not 0 < largest < math.inf:
+    if not 0 < float(weight.abs().max()) < math.inf:
         raise PartialLoraError(f"importance=svd: {module or 'the weight'} is zero or not finite, so it has no spectrum")
-    scores = None
-    if k is None or 1 <= k <= weight.shape[1]:
-        if weight.shape[1] > EXACT_SIZE:
-            start = int(random_keys(1, mask_seed=seed, module=module, axis="svd")[0])
-            scores = randomized(weight, torch.Generator().manual_seed(start), k=k, energy=energy)
-        scores = exact(weight, k=k, energy=energy) if scores is None else scores
-    if scores is None:
+    squares, right = torch.linalg.eigh(_lower_gram(weight))
+    squares, right = squares.flip(0), right.flip(1)
+    squares = squares[squares > 1e-14 * squares[0]]  # as many as the rank: what is below is rounding
+    if k is None:
+        held = squares.cumsum(0)
+        k = int((held < energy * held[-1]).sum()) + 1
+    if not 1 <= k <= len(squares):
         raise PartialLoraError(
             f"importance.k={k}: expected 1 to the rank of {module or 'the weight'} {tuple(weight.shape)}"
         )
-    return scores
-
-
-def exact(weight: Tensor, *, k: int | None = None, energy: float = 0.9) -> Scores | None:
-    """Return leverage scores of W (m, n), m >= n, from the eigenvectors of W'W; None for a k above the rank.
-
-    Q_k and L_k come from the n x n matrix, then P_k = W Q_k / L_k: tens of times faster than the SVD of W, and in
-    float64 the squaring costs no digit that W has.
-    """
-    squares, right = torch.linalg.eigh(_lower_gram(weight))
-    squares, right = squares.flip(0).clamp(min=0), right.flip(1)
-    if k is None:
-        held = torch.where(squares > 1e-14 * squares[0], squares, 0).cumsum(0)  # what is below is rounding
-        k = min(int((held < energy * held[-1]).sum()) + 1, len(squares))
-    if squares[k - 1] <= 1e-14 * squares[0]:
-        return None
     leading = right[:, :k] / squares[:k].sqrt()
     rows = [(part.double() @ leading).square().sum(1) for part in weight.split(4096)]
     return torch.cat(rows), right[:, :k].square().sum(1)
@@ -126,100 +98,6 @@ def _lower_gram(weight: Tensor, width: int = 512) -> Tensor:
         for first in range(0, size, width):
             gram[first:, first : first + width] += rows[:, first:].T @ rows[:, first : first + width]
     return gram
-
-
-def randomized(weight: Tensor, generator: torch.Generator, *, k: int | None, energy: float) -> Scores | None:
-    """Return leverage scores of W (m, n), m >= n, within 1e-3 of the exact ones; None where `exact` is to be preferred.
-
-    Subspace iteration from a random start until the scores settle: the change still to come is extrapolated from their
-    last two changes, which shrink geometrically. The subspace has twice k dimensions or more, and as many as allowed
-    where the scores settle too slowly. Without `k` it grows until half of it holds `energy` of the squared norm of W,
-    which proves that as many singular vectors hold it: no subspace of that size holds more. None where even WIDEST * n
-    dimensions are too few or settle too slowly, and where rounding in float32 could decide k, or which of two
-    directions is the k-th.
-    Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1.
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight = (weight / weight.abs().max()).float()
-    widest = int(WIDEST * weight.shape[1])
-    wanted = energy * float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
-    width = FIRST_WIDTH if k is None else max(FIRST_WIDTH, _oversampled(k))
-    if width > widest:
-        return None
-    basis = torch.empty(weight.shape[1], 0, device=weight.device)
-    while True:
-        added = torch.randn(len(basis), width - basis.shape[1], generator=generator).to(weight.device)
-        basis, change, wider = torch.cat([basis, added], 1), _Convergence(), widest
-        for step, (left, spectrum, right) in enumerate(_iterate(weight, basis)):
-            held = spectrum.square().cumsum(0)
-            rank = int((held < wanted).sum()) + 1 if k is None else k
-            if _oversampled(rank) > width:
-                if step < 2:
-                    continue
-                if held[-1] + (widest // 2 - width) * spectrum[-1] ** 2 < wanted:
-                    return None  # not even the widest could hold it: no later direction holds more than the last one
-                wider = 2 * width
-                break
-            scores = left[:, :rank].square().sum(1), right[:, :rank].square().sum(1)
-            change.update(rank, scores)
-            if change.too_slow(ITERATIONS - step):
-                break
-            if change.remaining() <= TOLERANCE:
-                near = k is None and (held[max(rank - 2, 0) : rank] - wanted).abs().min() < 1e-6 * wanted
-                if near or spectrum[rank - 1] - spectrum[rank] < 1e-5 * spectrum[0]:
-                    return None
-                return scores[0].double(), scores[1].double()
-        if width == widest:
-            return None
-        basis, width = right, min(wider, widest)
-
-
-def _oversampled(k: int) -> int:
-    """Return the dimensions of the subspace for k directions: a step shrinks their error by about (s_2k / s_k)^2."""
-    return 2 * k + 16
-
-
-def _iterate(weight: Tensor, basis: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield left vectors (m, l), singular values (l,) and right vectors (n, l) of W in ever better subspaces.
-
-    Each product is made orthogonal again, or float32 would keep the strongest direction alone.
-    """
-    for _ in range(ITERATIONS):
-        left, _ = torch.linalg.qr(weight @ basis)
-        basis, small = torch.linalg.qr(weight.T @ left)  # W ~ left left' W = left small' basis'
-        inner_right, spectrum, inner_left = torch.linalg.svd(small.double())
-        yield left @ inner_left.T.float(), spectrum, basis @ inner_right.float()
-
-
-class _Convergence:
-    """Estimate of the change still to come in a sequence of scores, if it shrinks as the last two changes did."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Scores] | None = None
-        self._changes: list[float] = []
-
-    def update(self, rank: int, scores: Scores) -> None:
-        """Take the next scores; those of another rank begin a new sequence."""
-        if self._last is not None and self._last[0] == rank:
-            pairs = zip(scores, self._last[1], strict=True)
-            self._changes.append(max(float((one - other).abs().max()) for one, other in pairs))
-        else:
-            self._changes = []
-        self._last = rank, scores
-
-    def remaining(self, steps: int = 0) -> float:
-        """Return an estimate of the change after so many further steps; infinite while there is nothing to go by."""
-        if len(self._changes) < 2:
-            return math.inf
-        before, change = self._changes[-2:]
-        if change <= 1e-7:
-            return 0.0
-        rate = change / before
-        return change * rate ** (steps + 1) / (1 - rate) if rate < 1 else math.inf
-
-    def too_slow(self, steps: int) -> bool:
-        """Return True where `steps` more will not be enough, and enough have been seen to trust the rate."""
-        return len(self._changes) > 3 and self.remaining(steps) > 10 * TOLERANCE
 
 
 # --- Measures of the weight and of examples
@@ -525,16 +403,6 @@ NEEDS_DATA: dict[str, Callable[..., dict[str, Scores]]] = {
     "imp": imp,
     "activation": activation,
     "adapter": adapter,
-}
-# The keys of the group `importance` that each measure takes.
-OPTIONS = {
-    "svd": ("k", "energy"),
-    "magnitude": (),
-    "random": (),
-    "snip": (),
-    "imp": ("rounds", "fraction", "steps", "learning_rate"),
-    "activation": (),
-    "adapter": ("steps", "learning_rate"),
 }
 
 Importance = str | Callable[..., Scores] | Mapping[str, Scores]

@@ -50,12 +50,7 @@ def reliability(first: Sparsity, second: Sparsity) -> dict:
     """
     agreement = correlation(first, second)
     r = agreement["pearson"]
-    corrected = None if r is None else 2 * r / (1 + r) if r > 0 else r
-    return {key: agreement[key] for key in ("pearson", "spearman")} | {
-        "spearman_brown": corrected,
-        "n": agreement["n"],
-        "said": agreement["said"],
-    }
+    return agreement | {"spearman_brown": None if r is None else 2 * r / (1 + r) if r > 0 else r}
 
 
 def verdict(corrected: float | None) -> str:

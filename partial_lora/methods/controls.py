@@ -125,21 +125,25 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
     sizes = {module: m + n for module, (m, n) in shapes.items()}
     even = budget / sum(sizes.values())
     groups = {size: [module for module in sizes if sizes[module] == size] for size in sorted(set(sizes.values()))}
-    shares = [even * len(group) for group in groups.values()]
+    # By the parameters that the groups so far spend: the units nearest to their shares, and how far they are from them.
+    # So as many sums are kept as differ, and not all combinations of units.
+    nearest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for size, group in groups.items():
+        share = even * len(group)
+        counts = sorted({max(0, round(share) + move) for move in _MOVES})
+        before, nearest = nearest, {}
+        for (spent, (distance, units)), count in product(before.items(), counts):
+            found = round(distance + abs(count - share), 6), (*units, count)
+            nearest[spent + size * count] = min(found, nearest.get(spent + size * count, found))
 
-    def missed(units: tuple[int, ...]) -> int:
-        return abs(budget - sum(size * count for size, count in zip(groups, units, strict=True)))
+    def missed(spent: int) -> int:
+        return abs(budget - spent)
 
-    def distance(units: tuple[int, ...]) -> float:
-        return sum(abs(count - share) for count, share in zip(units, shares, strict=True))
-
-    choices = [sorted({max(0, round(share) + move) for move in _MOVES}) for share in shares]
-    possible = [units for units in product(*choices) if any(units)]
-    within = [units for units in possible if missed(units) <= TOLERANCE * budget]
+    within = [spent for spent in nearest if missed(spent) <= TOLERANCE * budget]
     if within:
-        chosen = min(within, key=lambda units: (round(distance(units), 6), missed(units)))
+        chosen = min(within, key=lambda spent: (nearest[spent][0], missed(spent), nearest[spent][1]))
     else:
-        chosen = min(possible, key=missed, default=(0,) * len(groups))
+        chosen = min(nearest, key=lambda spent: (missed(spent), nearest[spent][1]))
         if missed(chosen) > FARTHEST * budget:
             raise PartialLoraError(
                 f"method=low_rank: not applicable: no ranks give a dense adapter of about {budget:,} trainable "
@@ -149,7 +153,7 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
             "method=low_rank: %.1f %% off the budget, the nearest that ranks come", 100 * missed(chosen) / budget
         )
     ranks = {}
-    for group, count in zip(groups.values(), chosen, strict=True):
+    for group, count in zip(groups.values(), nearest[chosen][1], strict=True):
         keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")
         extra = set(np.argsort(keys)[: count % len(group)].tolist())
         ranks |= {module: count // len(group) + (place in extra) for place, module in enumerate(group)}

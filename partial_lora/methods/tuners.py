@@ -28,7 +28,7 @@ from partial_lora.methods.setting import Setting, Training
 logger = logging.getLogger(__name__)
 
 
-# Tuners that need more than frozen weights and labels or are methods of their own here; why, or what to take instead.
+# Types of tuners that a run refuses: why, or what to take instead.
 _REFUSED = {
     "ADALORA": "take method=adalora",
     "LN_TUNING": "it trains layers of the model itself and not an adapter",

@@ -139,7 +139,9 @@ def _resolved(composed) -> Config:
     HydraConfig.instance().set_config(composed)
     rates = [each for each in composed.hydra.overrides.task if each.lstrip("+").startswith("trainer.learning_rate=")]
     if rates and composed.trainer.tuned is not None:
-        raise PartialLoraError(f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null")
+        raise PartialLoraError(
+            f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
+        )
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     return resolve(composed)

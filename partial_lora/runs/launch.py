@@ -387,9 +387,9 @@ def _run_process(
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
     Its output is added to `log`, and its progress goes to `watch`. It inherits the descriptor `lock`, into which its
-    pid is written, and so holds the lock to its end, even if this process dies. The first signal that asks this process to stop
-    is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop: as
-    `launch` takes it.
+    pid is written, and so holds the lock to its end, even if this process dies. The first signal that asks this process
+    to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop:
+    as `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 
 import numpy as np
@@ -91,92 +90,10 @@ def test_the_scores_follow_their_rows_and_ignore_the_scale():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [16, 400])
-def test_a_weight_in_half_precision_scores_as_the_numbers_it_holds(dtype, size, monkeypatch):
-    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
-    matrix = structured((500, size), "power").to(dtype)
+def test_a_weight_in_half_precision_scores_as_the_numbers_it_holds(dtype, size):
+    matrix = weight((500, size)).to(dtype)
     for half, whole in zip(importance.svd(matrix, k=4), importance.svd(matrix.double(), k=4), strict=True):
         torch.testing.assert_close(half, whole, atol=1e-5, rtol=0)
-
-
-SPECTRA = {
-    "flat": lambda i: torch.ones_like(i),
-    "slow": lambda i: i**-0.25,
-    "root": lambda i: i**-0.5,
-    "power": lambda i: 1 / i,
-    "exponential": lambda i: torch.exp(-i / 8),
-    "steps": lambda i: 2.0 ** -(i // 6),
-    "outlier": lambda i: torch.where(i < 3, 100.0, 1 / i),
-    "low rank": lambda i: (i < 12) + 1e-9,
-    "near ties": lambda i: 2.0 ** -(i // 6) * (1 - 2e-5 * i),
-}
-
-
-def structured(shape: tuple[int, int], spectrum: str, seed: int = 0, local: bool = False) -> torch.Tensor:
-    """A weight with these singular values; `local`: its singular vectors live on few rows, so some score near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(shape, generator=generator), torch.randn(shape[1], shape[1], generator=generator)
-    if local:
-        left, right = torch.eye(*shape) + 0.02 * left, torch.eye(shape[1]) + 0.02 * right
-    values = SPECTRA[spectrum](torch.arange(1.0, shape[1] + 1))
-    return (torch.linalg.qr(left)[0] * values) @ torch.linalg.qr(right)[0].T
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """The subspace starts as narrow as these weights are small."""
-    monkeypatch.setattr(importance, "FIRST_WIDTH", 16)
-
-
-def randomized(matrix: torch.Tensor, seed: int = 0, k: int | None = None, energy: float = 0.9):
-    return importance.randomized(matrix, torch.Generator().manual_seed(seed), k=k, energy=energy)
-
-
-@pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("asked", [{"k": 1}, {"k": 9}, {"energy": 0.5}, {"energy": 0.9}])
-def test_randomized_scores_are_within_a_thousandth_or_it_gives_way(spectrum, asked, local):
-    matrix = structured((420, 320), spectrum, local=local)
-    scores, expected = randomized(matrix, **asked), importance.exact(matrix, **asked)
-    for some, exact in zip(scores or expected, expected, strict=True):
-        assert float((some - exact).abs().max()) < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("spectrum", "asked"),
-    [
-        ("root", {"k": 9}),
-        ("power", {}),
-        ("exponential", {}),
-        ("outlier", {"k": 9}),
-        ("outlier", {}),
-        ("steps", {"k": 5}),
-    ],
-)
-def test_randomized_does_the_work_where_the_subspace_is_narrow(spectrum, asked):
-    assert randomized(structured((420, 320), spectrum), **asked) is not None
-
-
-@pytest.mark.parametrize(
-    ("spectrum", "asked"),
-    [
-        ("flat", {}),  # 90 % of it takes 90 % of the directions
-        ("flat", {"k": 4}),  # no four directions stand out
-        ("root", {"k": 40}),  # wider than an eighth
-        ("low rank", {"k": 14}),  # above the rank
-        ("outlier", {"k": 1}),  # the two largest are alike
-    ],
-)
-def test_randomized_gives_way_where_it_cannot_tell(spectrum, asked):
-    assert randomized(structured((420, 320), spectrum), **asked) is None
-
-
-@pytest.mark.parametrize("nudge", [-1e-7, 1e-7])
-def test_randomized_gives_way_where_rounding_decides_k(nudge):
-    matrix = structured((420, 320), "power")
-    squares = torch.linalg.svdvals(matrix.double()).square()
-    energy = float(squares[:5].sum() / squares.sum()) + nudge
-    assert randomized(matrix, energy=energy) is None
-    assert randomized(matrix, energy=energy + 1e-4) is not None
 
 
 def test_a_weight_of_many_rows_is_taken_in_parts():
@@ -184,34 +101,14 @@ def test_a_weight_of_many_rows_is_taken_in_parts():
     gram = importance._lower_gram(matrix, width=7)
     torch.testing.assert_close(gram.tril(), (matrix.double().T @ matrix.double()).tril())
     left, _, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    rows, columns = importance.exact(matrix, k=3)
+    rows, columns = importance.svd(matrix, k=3)
     np.testing.assert_allclose(rows, np.square(left[:, :3]).sum(1), atol=1e-12)
     np.testing.assert_allclose(columns, np.square(right[:3]).sum(0), atol=1e-9)
 
 
-def test_only_a_large_weight_is_randomized(monkeypatch):
-    matrix = structured((320, 420)[::-1], "power").T  # wide, so its rows are the short side
-    exact = importance.svd(matrix, k=9)
-    monkeypatch.setattr(importance, "EXACT_SIZE", 319)
-    found = importance.svd(matrix, module="m", seed=1, k=9)
-    assert not torch.equal(found[0], exact[0])
-    for some, expected in zip(found, exact, strict=True):
-        assert some.dtype == torch.float64
-        assert float((some - expected).abs().max()) < 1e-3
-    assert torch.equal(importance.svd(matrix, module="m", seed=1, k=9)[0], found[0])
-    assert not torch.equal(importance.svd(matrix, module="m", seed=2, k=9)[0], found[0])
-    assert not torch.equal(importance.svd(matrix, module="n", seed=1, k=9)[0], found[0])
-    flat = structured((420, 320), "flat")
-    assert torch.equal(importance.svd(flat)[0], importance.exact(flat)[0])
-    with pytest.raises(PartialLoraError, match=r"importance.k=20: .* \(420, 320\)"):
-        importance.svd(torch.outer(flat[:, 0], flat[0]), k=20)
-
-
-def test_the_random_start_leaves_the_random_state_alone(monkeypatch):
-    monkeypatch.setattr(importance, "EXACT_SIZE", 100)
-    before = torch.get_rng_state()
-    importance.svd(structured((420, 320), "power"), k=9)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_number_of_directions_above_the_rank_is_refused():
+    with pytest.raises(PartialLoraError, match=r"importance.k=20: .* \(42, 32\)"):
+        importance.svd(torch.outer(torch.arange(42.0), torch.arange(32.0)), k=20)
 
 
 def test_magnitude_is_the_squared_norm():
@@ -268,14 +165,6 @@ def test_scores_may_be_given_and_are_checked():
 def test_a_measure_that_needs_data_is_not_taken_by_name_alone(name):
     with pytest.raises(PartialLoraError, match=f"^importance={name}: "):
         importance.name_of(name)
-
-
-def test_the_options_of_every_measure_are_those_it_takes():
-    measures = importance.MEASURES | importance.NEEDS_DATA
-    assert importance.OPTIONS.keys() == measures.keys()
-    shared = {"weight", "module", "model", "modules", "batches", "loss", "seed", "rank", "alpha"}
-    for name, measure in measures.items():
-        assert set(inspect.signature(measure).parameters) - shared == set(importance.OPTIONS[name])
 
 
 def measured(scores, **changes):

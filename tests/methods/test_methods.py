@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,34 @@ def test_low_rank_holds_alpha_over_rank_and_spreads_ranks_evenly() -> None:
         for shape in setting.shapes.values()
     }
     assert all(max(each) - min(each) <= 1 for each in by_shape.values())
+
+
+def nearest_by_trying(budget: int, shapes: dict) -> tuple[float, int]:
+    """The literal twin: of all units within two of their shares that fit to 1 %, how near the nearest are."""
+    sizes = [sum(shape) for shape in shapes.values()]
+    shares = {size: budget / sum(sizes) * sizes.count(size) for size in sorted(set(sizes))}
+    around = [{max(0, round(share) + move) for move in (-2, -1, 0, 1, 2)} for share in shares.values()]
+    found = []
+    for units in itertools.product(*around):
+        missed = abs(budget - sum(size * count for size, count in zip(shares, units, strict=True)))
+        far = sum(abs(count - share) for count, share in zip(units, shares.values(), strict=True))
+        found += [(round(far, 6), missed)] if missed <= 0.01 * budget else []
+    return min(found)
+
+
+def test_ranks_of_many_sizes_are_the_nearest_that_fit() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        shapes = {f"m{index}": tuple(map(int, draw.integers(8, 60, 2))) for index in range(5)}
+        budget = int(draw.integers(2000, 9000))
+        ranks, sizes = ranks_within(budget, shapes, 0), {module: sum(shape) for module, shape in shapes.items()}
+        units = {size: sum(ranks[each] for each in sizes if sizes[each] == size) for size in set(sizes.values())}
+        shares = {size: budget / sum(sizes.values()) * list(sizes.values()).count(size) for size in units}
+        own = round(sum(abs(units[size] - shares[size]) for size in units), 6)
+        missed = abs(budget - sum(size * count for size, count in units.items()))
+        assert (own, missed) == pytest.approx(nearest_by_trying(budget, shapes))
+    many = {f"m{index}": (10 + index, 20) for index in range(14)}  # in all combinations they would not fit a memory
+    assert sum(rank * sum(many[module]) for module, rank in ranks_within(5000, many, 0).items()) in range(4950, 5051)
 
 
 def test_low_rank_adapts_fewer_modules_where_rank_one_is_too_much_and_says_where_none_fits() -> None:

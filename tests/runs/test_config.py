@@ -67,8 +67,6 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method.name=foo"], ["method.name"]),
         (["method.name=pissa"], ["method.name"]),
         (["method=lokr", "method.name=../elsewhere"], ["method.name"]),
-        (["preset=null"], ["preset=null"]),
-        (["method=null"], ["method=null"]),
         (["importance.name=foo"], ["importance.name"]),
         (["model.family=clip"], ["model.text_weights"]),
         (["model.quantization=nf4"], ["model.quantization=nf4"]),

@@ -189,6 +189,8 @@ def test_ray_runs_jobs_too(place: Path, swept) -> None:
     ("arguments", "key"),
     [
         (["task=[digits,cifar10]"], "task=[digits,cifar10]: "),
+        (["preset=null"], "preset=null: "),
+        (["method=null"], "method=null: "),
         (["hydra/launcher=foo"], "hydra/launcher=foo: "),
         (["hydra/sweeper=foo"], "hydra/sweeper=foo: "),
         (["hydra.launcher=joblib"], "hydra.launcher=joblib: "),
