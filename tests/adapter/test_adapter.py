@@ -169,7 +169,10 @@ def test_indices_move_with_the_module():
 
 def test_shapes_are_known_on_the_meta_device():
     model = adapt(llama, sparsity=0.5).to("meta")
-    assert model(torch.zeros(2, 6, dtype=torch.long, device="meta")).logits.shape == (2, 6, 50)
+    logits = model(torch.zeros(2, 6, dtype=torch.long, device="meta")).logits
+    assert logits.shape == (2, 6, 50)
+    logits.sum().backward()  # as whoever plans a step without its memory does
+    assert all(each.grad.device.type == "meta" for each in model.parameters() if each.requires_grad)
 
 
 def test_lost_masks_are_noticed():
