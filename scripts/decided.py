@@ -49,6 +49,7 @@ AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN,
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
+CAPS_OFF = f"{PARTIAL}, caps at 0.99"
 REFERENCES = ("lora", "low_rank", UNIFORM)
 # Differences that no planned claim is about.
 BESIDE = [
@@ -58,8 +59,12 @@ BESIDE = [
     (BY_GRADIENT, PARTIAL),
     (BY_GRADIENT, UNIFORM),
     (PARTIAL, AT_ONE_RATE),
+    (CAPS_OFF, PARTIAL),
+    (CAPS_OFF, AT_ONE_RATE),
     ("entries", "lora"),
     ("entries", "low_rank"),
+    ("oft", "lora"),
+    ("oft", "low_rank"),
     (ELEMENT, "entries"),
 ]
 CLAIMS = {
