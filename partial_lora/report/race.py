@@ -180,7 +180,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]
-    numbers["holds"] = together.transform(lambda each: [level > 0 for level in holm(list(each))]).astype(bool)
+    numbers["holds"] = together.transform(lambda each: each <= holm(list(each))).astype(bool)
     order = numbers["test"].where(numbers["metric"].isin(LOWER_IS_BETTER), -numbers["test"])
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 

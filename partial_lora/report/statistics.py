@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -66,6 +66,18 @@ class Estimate:
             return float(below <= self.difference <= above)
         tails = [stdtr(self.freedom, side / self.error) for side in (above - self.difference, self.difference - below)]
         return float(np.minimum(1, 2 * np.min(tails)))
+
+    def sides(self, above: float = 0.0, below: float = 0.0) -> tuple[float, float]:
+        """Return the significance at which the interval first lies above one number, and that for below another."""
+        return self.p(above, -math.inf), self.p(math.inf, below)
+
+    def ends(self, levels: tuple[float, float]) -> tuple[float, float]:
+        """Return the lower end of the interval of one significance, and the upper end of that of another."""
+        return self.interval(1 - levels[0])[0], self.interval(1 - levels[1])[1]
+
+    def upward(self, metric: str) -> Estimate:
+        """Return it with the sign by which above zero is better."""
+        return replace(self, difference=-self.difference) if metric in LOWER_IS_BETTER else self
 
 
 def estimate(*parts: np.ndarray) -> Estimate:
@@ -139,18 +151,27 @@ def over_sets(each: Sequence[Estimate]) -> Estimate:
 def holm(significances: Sequence[float]) -> list[float]:
     """Return the significance at which each of several comparisons may be judged, by the step-down of Holm (1979).
 
-    The most significant of n may be judged at 5 % / n, the next at 5 % / (n - 1), and so on; after the first that
-    misses its own level none is judged (0). So the chance that any judgement is wrong is at most 5 %. NaN, a
-    comparison that cannot be judged, is not counted among the n, and stays undecided.
+    The most significant of n may be judged at 5 % / n, the next at 5 % / (n - 1), and so on; from the first that misses
+    its own level on all have that level. So the chance that any judgement is wrong is at most 5 %, if every
+    significance is of one hypothesis: of one end of an interval, or of both about one number. NaN, a comparison that
+    cannot be judged, is not counted among the n; its level is 0.
     """
-    known = [place for place, p in enumerate(significances) if not math.isnan(p)]
+    known = sorted((place for place, p in enumerate(significances) if not math.isnan(p)), key=significances.__getitem__)
+    steps = [(1 - LEVEL) / (len(known) - step) for step in range(len(known))]
+    missed = next((step for step, place in enumerate(known) if significances[place] > steps[step]), len(known))
     levels = [0.0] * len(significances)
-    for step, place in enumerate(sorted(known, key=lambda place: significances[place])):
-        level = (1 - LEVEL) / (len(known) - step)
-        if significances[place] > level:
-            break
-        levels[place] = level
+    for step, place in enumerate(known):
+        levels[place] = steps[min(step, missed)]
     return levels
+
+
+def by_sides(significances: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the levels of both ends of intervals, by Holm's correction of each side for itself.
+
+    A difference that is surely below one number may still be wrongly called above another. So what is decided on one
+    side leaves no level to the other. An end errs half as often as the interval: both sides together in 5 %.
+    """
+    return list(zip(*map(holm, zip(*significances, strict=True)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -222,30 +243,25 @@ def compare(
 
 
 def judge(
-    found: Estimate, metric: str, seeds: int, significance: float = 1 - LEVEL, margin: float | None = MARGIN
+    found: Estimate,
+    metric: str,
+    seeds: int,
+    levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL),
+    margin: float | None = MARGIN,
 ) -> str:
-    """Return the verdict (`Comparison`) on an estimate by its interval of a significance, 5 % or what `holm` says."""
-    low, high = found.interval(1 - significance)
+    """Return the verdict (`Comparison`) on an estimate by the ends of its interval: 5 %, or what `by_sides` says."""
+    low, high = found.upward(metric).ends(levels)
     if seeds == 1 or math.isnan(low):
         return "undecided"
-    if metric in LOWER_IS_BETTER:
-        low, high, margin = -high, -low, None
     if low > 0:
         return "better"
-    if margin is not None and low > -margin:
+    if margin is not None and metric not in LOWER_IS_BETTER and low > -margin:
         return "matches"
     return "worse" if high < 0 else "undecided"
 
 
-def significance(found: Estimate, metric: str, seeds: int, margin: float | None = MARGIN) -> float:
-    """Return the significance at which `judge` first says more than "undecided"; NaN where it never does."""
-    if seeds == 1:
-        return math.nan
-    return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(-(margin or 0), 0)
-
-
 def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
-    """Return rows of differences with what is left of their verdicts among all of them (`holm`).
+    """Return rows of differences with what is left of their verdicts among all of them (`by_sides`).
 
     rows: with difference, error, freedom, metric, and a column `seeds` that counts these; those without a difference
     have no verdict. among: how many were corrected for, those that one seed cannot decide left out.
@@ -253,9 +269,9 @@ def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
     known = rows[rows["difference"].notna()]
     columns = (known[name] for name in ("difference", "error", "freedom", "metric", seeds))
     found = [(Estimate(*numbers), metric, int(count)) for *numbers, metric, count in zip(*columns, strict=True)]
-    p = [significance(*each) for each in found]
-    judged = [judge(*each, level) for each, level in zip(found, holm(p), strict=True)]
-    among = sum(not math.isnan(one) for one in p)
+    p = [one.upward(metric).sides() if count > 1 else (math.nan, math.nan) for one, metric, count in found]
+    judged = [judge(*each, levels) for each, levels in zip(found, by_sides(p), strict=True)]
+    among = sum(not math.isnan(one) for one, _ in p)
     return rows.assign(together=pd.Series(judged, known.index, dtype=object), among=among)
 
 

@@ -24,9 +24,9 @@ from partial_lora.report.statistics import (
     Comparison,
     Estimate,
     by_example,
+    by_sides,
     drawn_again,
     estimate,
-    holm,
     over_sets,
     together,
 )
@@ -311,19 +311,20 @@ class Claim:
     fails_below: float
     worse: str = WORSE
 
-    def judge(self, found: Estimate, metric: str, significance: float) -> str:
-        low, high = found.interval(1 - significance)
-        above, below = self.holds_above, self.fails_below
-        if metric in LOWER_IS_BETTER:
-            (low, high), above, below = (-high, -low), 0, 0
+    def judge(self, found: Estimate, metric: str, levels: tuple[float, float]) -> str:
+        above, below = self._bounds(metric)
+        low, high = found.upward(metric).ends(levels)
         if low > above:
             return HOLDS
         if high < below:
             return FAILS
         return self.worse if high < 0 else OPEN
 
-    def significance(self, found: Estimate, metric: str) -> float:
-        return found.p(0, 0) if metric in LOWER_IS_BETTER else found.p(self.holds_above, self.fails_below)
+    def significances(self, found: Estimate, metric: str) -> tuple[float, float]:
+        return found.upward(metric).sides(*self._bounds(metric))
+
+    def _bounds(self, metric: str) -> tuple[float, float]:
+        return (0, 0) if metric in LOWER_IS_BETTER else (self.holds_above, self.fails_below)
 
 
 AS_GOOD = Claim("{first} is as good as {second}, to within a point", -MARGIN, -MARGIN)
@@ -375,7 +376,7 @@ def _corrected(verdicts: Sequence[Verdict], of: Sequence[tuple[Claim, Mapping] |
         (claim, Estimate(row["difference"], row["error"], row["freedom"]), row["metric"])
         for claim, row in filter(None, of)
     ]
-    levels = iter(holm([claim.significance(found, metric) for claim, found, metric in known]))
+    levels = iter(by_sides(claim.significances(found, metric) for claim, found, metric in known))
     numbers = iter(known)
     made = []
     for verdict, each in zip(verdicts, of, strict=True):
@@ -383,7 +384,7 @@ def _corrected(verdicts: Sequence[Verdict], of: Sequence[tuple[Claim, Mapping] |
             made.append(replace(verdict, alone=OPEN))
             continue
         claim, found, metric = next(numbers)
-        alone, among = (claim.judge(found, metric, level) for level in (1 - LEVEL, next(levels)))
+        alone, among = (claim.judge(found, metric, level) for level in ((1 - LEVEL,) * 2, next(levels)))
         made.append(replace(verdict, verdict=among, alone=alone, among=len(known)))
     return made
 

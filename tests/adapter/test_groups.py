@@ -21,6 +21,13 @@ def tied(size: int, sparsity: float, seed: int = 0) -> TiedMask:
     return TiedMask.tied(size, sparsity, mask_seed=seed, module="block.fc", axis="rows")
 
 
+def test_groups_are_equal_where_members_and_signs_are() -> None:
+    mask = tied(12, 0.5)
+    assert mask == tied(12, 0.5)
+    for places, signs in ((mask.places, -mask.signs), (mask.places[::-1], mask.signs)):
+        assert mask != TiedMask(12, mask.kept, places, signs)
+
+
 def test_groups_are_dealt_in_the_order_of_the_random_keys() -> None:
     for size, sparsity in ((40, 0.7), (41, 0.87), (7, 0.3), (5, 0.9)):
         mask, keys = tied(size, sparsity), random_keys(size, mask_seed=0, module="block.fc", axis="rows")

@@ -27,6 +27,15 @@ def test_experiments_have_the_truth_and_the_components_that_they_say() -> None:
     assert np.std(means) == pytest.approx(0.3, rel=0.1)
 
 
+def test_of_sets_that_differ_random_effects_hold_the_truth_and_a_bootstrap_of_those_at_hand_does_not() -> None:
+    sets = [interval_coverage.fitted((0.0, 0.0, 1e-6), 50, between=0.03)] * 5
+    found = interval_coverage.of_all_sets(sets, 3, 100)
+    (components, wide), (bootstrap, narrow) = (found[name] for name in ("components", "bootstrap"))
+    assert components == pytest.approx(0.95, abs=0.04)
+    assert bootstrap < 0.1
+    assert narrow < 0.001 < wide
+
+
 def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None:
     for seed in range(8):
         leave(tmp_path / "cpu", "lora", seed=seed, wrong=20 + seed)
