@@ -509,7 +509,7 @@ def fig4(known: pd.DataFrame, results_dir: Path) -> Numbers:
     low_rank is the end of a level where nothing is sparse: dense, of about the rank that its parameters come to.
     """
     known = known[known["method"].isin(_OF_EQUAL_SIZE) & known["point"].str.startswith("budget")]
-    of_dense = (known["rank"].astype(float) * known["share"]).round().clip(lower=1).astype(int)
+    of_dense = (known["rank"] * known["share"]).astype(float).round().clip(lower=1).astype(int)
     sparse = known["method"] != "low_rank"
     known = known.assign(rank=known["rank"].where(sparse, of_dense), sparsity=known["sparsity"].where(sparse, 0.0))
     table, notes = means(known, [*PLACE, "method", "point", "rank"])

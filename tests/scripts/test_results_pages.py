@@ -154,3 +154,12 @@ def test_every_number_on_a_page_is_that_of_its_row(page: str) -> None:
             where,
             method,
         )
+
+
+def test_what_is_bold_in_the_readme_s_table_holds_among_all() -> None:
+    numbers = pd.read_csv(ROOT / "results" / "race" / "race.csv")
+    holds = {f"{100 * row.difference:+.2f}".replace("-", "−") for row in numbers.itertuples() if row.holds}
+    table = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    cells = re.findall(rf"(\*\*)?{SIGNED} \[", "\n".join(table))
+    assert len(cells) == 18
+    assert {number for bold, number in cells if bold} == {number for _, number in cells} & holds
