@@ -7,6 +7,7 @@
 # make examples   every script of examples/ and three of them as notebooks, in about ten minutes
 # make docs    the documentation site, in build/site (docs-serve: on a port of this machine, while you write)
 # make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
+# make browser, clean   Chromium for the tests of the page; what make has installed and built goes
 # make first … calibration-analyses, reproduce   the evidence: every table, figure and benchmark of results/ (reproduce.mk)
 
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-# The evidence: everything in results/ comes out of these targets.
+# The evidence: what results/ holds comes out of these targets, density/ and theory/ apart (results/folders.md).
 #
 # make tune                          learning rates of every method on the studied task (results/tune, results/tuning.json)
 # make reproduce-tune                the same, and of the other sets those of lora, partial and targeted
@@ -374,6 +374,7 @@ longer: $(VENV)/.installed
 # What the sets of DATA=FOLDER would take without rates of their own: the file has those of digits alone.
 DIGITS_RATE = $(BIN)/partial-lora train -m experiment=table1 preset=cpu results_dir=results/digits_rate \
 	trainer.tuned=results/digits_rate/tuning.json $(call of_images,$(IMAGES_cpu))
+digits-rate sst2-rate: override PRESET = cpu  # as their runs have it, whatever else is made
 digits-rate: $(VENV)/.installed
 	$(if $(FILES_AT),$(DIGITS_RATE) $(DENSE))
 	$(if $(FILES_AT),$(DIGITS_RATE))

@@ -244,7 +244,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
     numbers = pd.concat([scores(runs), differences(runs, [*pairs, *BESIDE])], ignore_index=True)
     claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
-    verdicts = judged(numbers, *((*claim, point) for point, claim in claims))
+    several = numbers["task"].eq(ALL_SETS)
+    verdicts = judged(numbers[several] if several.any() else numbers, *((*claim, point) for point, claim in claims))
     shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
     planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
@@ -253,7 +254,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
         "# The claims at a margin of two points, among all of them",
         made[COLUMNS].to_markdown(index=False),
     ]
-    if numbers["task"].eq(ALL_SETS).any():
+    if several.any():
         alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
         each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
         each_set = each_set[each_set["found"] != NO_RUNS]
@@ -261,7 +262,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
             f"# The same of each set by itself, among all {len(each_set)}",
             by_set(each_set).to_markdown(index=False, disable_numparse=True),
         ]
-    parts += [f"Without runs so far: {'; '.join(planned)}."] if planned else []
+    missing = "No runs on two sets so far" if several.any() else "Without runs so far"
+    parts += [f"{missing}: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     if not (alike := agreements(runs)).empty:

@@ -52,7 +52,7 @@ decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − par
  partial − partial, shrink 2
 decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
 decided/tables/decided: trec, budget 0.13: entries − low_rank; entries − lora;\
- partial mask=element, PEFT's draw − entries; partial − partial, PEFT's draw
+ partial mask=element, PEFT's draw − entries; oft − lora; oft − low_rank; partial − partial, PEFT's draw
 decided/tables/decided: trec, threshold 0.9: partial − lora
 race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
 race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
