@@ -48,6 +48,7 @@ decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: low_rank − lor
 decided/tables/decided: trec, threshold 0.9: partial − targeted
 decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate
 decided/tables/decided: trec, threshold 0.9: partial − uniform
+decided/tables/decided: trec, budget 0.13: partial, caps at 0.99 − partial
 decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − partial, shrink 0.5;\
  partial − partial, shrink 2
 decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
