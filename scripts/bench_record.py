@@ -24,7 +24,7 @@ from partial_lora.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench"
-ENOUGH = 8  # repetitions to resample from
+ENOUGH = 8  # repetitions; an interval resampled from fewer would claim more than it knows
 
 Figures = Mapping[str, tuple[float, float, float]]
 """Ratios and the ends of their intervals: {what: (ratio, low, high)}."""

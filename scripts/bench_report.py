@@ -8,11 +8,10 @@ import bench_record
 import numpy as np
 from bench_measure import STAGES
 from bench_models import PARTIAL, REFERENCES, SELDOM
-from bench_record import markdown
+from bench_record import ENOUGH, markdown
 from scipy.stats import bootstrap, quantile_test, trim_mean
 
 CONFIDENCE = 0.95
-ENOUGH = 8  # repetitions; an interval resampled from fewer would claim more than it knows
 
 
 def step_seconds(variant: Mapping) -> np.ndarray:

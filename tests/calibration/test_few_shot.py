@@ -20,17 +20,21 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 HEAD = "timm_model.head"
 
 
-@pytest.fixture
-def model() -> nn.Module:
+def tiny_vit(labels: list[str]) -> nn.Module:
     torch.manual_seed(0)
     return models.load(
         name="tiny_vit",
         weights="random",
         architecture="vit_tiny_patch16_224",
         model_args=TINY,
-        labels=["a", "b", "c"],
+        labels=labels,
         image_size=32,
     )
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_vit(["a", "b", "c"])
 
 
 @pytest.fixture
@@ -125,15 +129,7 @@ def digits() -> tuple[tasks.Task, tasks.ImageTransform]:
 
 
 def ten_classes() -> nn.Module:
-    torch.manual_seed(0)
-    return models.load(
-        name="tiny_vit",
-        weights="random",
-        architecture="vit_tiny_patch16_224",
-        model_args=TINY,
-        labels=[str(digit) for digit in range(10)],
-        image_size=32,
-    )
+    return tiny_vit([str(digit) for digit in range(10)])
 
 
 TARGETS = ["timm_model.blocks.0.attn.qkv", "timm_model.blocks.1.mlp.fc2"]

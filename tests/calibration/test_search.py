@@ -84,6 +84,7 @@ def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure():
 
 
 def test_no_more_passes_are_expected_than_can_be_needed() -> None:
+    assert passes_expected(10, 3, search="bisect", repair=True) == 40  # and again for the repair
     assert passes_expected(10, 3, search="bisect") == 20  # two levels tried of each curve, whatever is found
     for search in ("scan", "bisect"):
         for levels in (1, 3, 19):

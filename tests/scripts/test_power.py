@@ -1,4 +1,4 @@
-"""Power against simulation, steps of literal histories, and the claims of `make decided` from literal records."""
+"""Power against simulation, and steps of literal histories."""
 
 from __future__ import annotations
 
