@@ -374,7 +374,8 @@ longer: $(VENV)/.installed
 # What the sets of DATA=FOLDER would take without rates of their own: the file has those of digits alone.
 DIGITS_RATE = $(BIN)/partial-lora train -m experiment=table1 preset=cpu results_dir=results/digits_rate \
 	trainer.tuned=results/digits_rate/tuning.json $(call of_images,$(IMAGES_cpu))
-digits-rate sst2-rate: override PRESET = cpu  # as their runs have it, whatever else is made
+# As their runs have it, whatever else is made.
+digits-rate sst2-rate: override PRESET = cpu
 digits-rate: $(VENV)/.installed
 	$(if $(FILES_AT),$(DIGITS_RATE) $(DENSE))
 	$(if $(FILES_AT),$(DIGITS_RATE))

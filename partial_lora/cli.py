@@ -49,7 +49,7 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130 and 143 interrupted."""
+    """Run a command line; return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130, 141, 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
     if {"-sc", "--shell-completion"} & {*arguments}:

@@ -71,6 +71,12 @@ def trainings(target: str, preset: str, data: str = "data", made=commands) -> li
     return [each[2:] for each in made(target, preset, data) if each[1] == "train"]
 
 
+@pytest.mark.parametrize("target", ["digits-rate", "sst2-rate"])
+def test_what_was_made_in_one_preset_takes_its_sets_and_models_whatever_else_is_made(target: str) -> None:
+    assert commands(target, "paper") == commands(target, "cpu")
+    assert all("calibration.max_samples=160" in words for words in trainings(target, "cpu"))
+
+
 def searches(preset: str) -> list[tuple[str, ...]]:
     return [each for each in trainings("reproduce-tune", preset) if "experiment=tune" in each]
 
