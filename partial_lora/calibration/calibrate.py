@@ -51,7 +51,6 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.targets import target_linears
 
-_POINTS = ("search", "axes", "scope", "levels", "max_sparsity")  # settings that decide which points a calibration has
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 
 Progress = Callable[..., None]
@@ -72,7 +71,6 @@ def calibrate(
     chance: float | None = None,
     above_chance: bool | None = None,
     settings: Mapping | None = None,
-    known: Calibration | None = None,
     store: Path | None = None,
     peers: Peers | None = None,
     progress: Callable[..., None] | None = None,
@@ -104,10 +102,9 @@ def calibrate(
         chance: the score of guessing, by default `score.chance`; a budget never lowers the threshold's line below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
-        known: an earlier result for the same model and score; what its curves decide is not evaluated again. "gradient"
-            ignores it.
         store: a JSON file of the curves found so far, kept up to date. Its name must identify the model, the score and
-            the importance scores, which are not in the file. A second call with the same settings evaluates nothing.
+            the importance scores, which are not in the file. A second call with the same settings evaluates nothing,
+            one with another threshold or budget what the curves do not decide.
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
             store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
         progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, with axis "joint" where
@@ -117,7 +114,7 @@ def calibrate(
 
     Raises:
         PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline
-            score that is not finite, a `known` that does not fit, and an error of any of the peers.
+            score that is not finite, and an error of any of the peers.
     """
     began = time.perf_counter()
     peers = peers or Alone()
@@ -137,8 +134,6 @@ def calibrate(
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
     count = None if config.budget is None else budgets.parameter_count(config.budget, shapes, rank, granularity)
-    if known is not None:
-        _check_known(known, config, list(modules))
 
     @cache
     def scores(module: str) -> Scores:
@@ -155,7 +150,7 @@ def calibrate(
             if config.search == "gradient" and not hasattr(score, "predicted"):
                 raise PartialLoraError("calibration.search=gradient: expected a score with `predicted`: a FewShotScore")
             curves = Curves(model, score, modules, scores, shared)
-            shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, known, peers, progress)
+            shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, peers, progress)
             shared.changed = True
 
             def paid() -> tuple[int, float]:
@@ -188,7 +183,6 @@ def _algorithm_1(
     chance: float | None,
     units: tuple[budgets.Shapes, int],
     count: int | None,
-    known: Calibration | None,
     peers: Peers,
     progress: Progress | None,
 ) -> dict:
@@ -205,9 +199,6 @@ def _algorithm_1(
     baseline = gathered(peers, curves.intact)[0]
     one = curves.pass_seconds or time.perf_counter() - began
     store.check_baseline(baseline)
-    gradient = config.search == "gradient"
-    if known is not None and not gradient:
-        _add_known(store, known)
     if progress is not None and grid:
         total = len(modules) * len(axes)
         passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
@@ -219,7 +210,8 @@ def _algorithm_1(
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
 
     # (2) For each module and axis, the level up to which enough of that score is left.
-    way = (_Predicted if gradient else _Measured)(curves, store, config, modules, grid, enough, peers, progress)
+    kind = _Predicted if config.search == "gradient" else _Measured
+    way = kind(curves, store, config, modules, grid, enough, peers, progress)
     if count is None:
         threshold = config.threshold
         levels = way.levels(threshold, line(baseline=baseline, threshold=threshold, chance=above))
@@ -432,9 +424,6 @@ def choose_levels(
     return {module: levels[module] for module in modules}
 
 
-# --- What is known already
-
-
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:
     """Return the key of a result in the store; settings newer than the first stores enter unless they are defaults."""
     point: dict = {"threshold": config.threshold}
@@ -452,38 +441,3 @@ def _request(config: CalibrationConfig, chance: float | None, count: int | None,
     if config.chance == "majority":
         request["above_chance"] = chance
     return json.dumps(request)
-
-
-def _check_known(known: Calibration, config: CalibrationConfig, modules: Sequence[str]) -> None:
-    """Raise PartialLoraError, in one line, where an earlier calibration has other points."""
-    for name in _POINTS:
-        expected = getattr(config, name)
-        if getattr(known, name) != expected:
-            raise PartialLoraError(
-                f"known: its {name} is {getattr(known, name)}, expected {expected}; "
-                "give a calibration with the same settings"
-            )
-    if list(known.modules) != list(modules):
-        differing = sorted(known.modules.keys() ^ set(modules)) or list(modules)
-        raise PartialLoraError(
-            f"known: its modules are not those to calibrate ({differing[0]}); "
-            "give a calibration of the same model and target_modules"
-        )
-
-
-def _add_known(store: Store, known: Calibration) -> None:
-    """Add the points of an earlier calibration to a store that does not know them as well.
-
-    Raises PartialLoraError where the two have different baseline scores.
-    """
-    baseline = store.baseline
-    if baseline is None or not math.isclose(known.baseline, baseline, rel_tol=1e-6, abs_tol=1e-9):
-        raise PartialLoraError(
-            f"known: its baseline score is {known.baseline}, this model's is {baseline}; "
-            "give a calibration of the same model and score"
-        )
-    for module, axis, _, after in walk(known.chosen, known.scope):
-        curve = store.curve(module, axis, after)
-        for level, (low, high) in curve_of(known.points(module, axis)).items():
-            if level not in curve or high - low < curve[level][1] - curve[level][0]:
-                curve[level], store.changed = (low, high), True

@@ -12,14 +12,10 @@ from pathlib import Path
 from partial_lora.calibration.search import (
     BOTH,
     CURVE_AXES,
-    SEARCHES,
-    UNKNOWN,
     Levels,
-    curve_of,
     line,
     passes,
     sparsity_levels,
-    walk,
 )
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import write_json
@@ -35,7 +31,7 @@ _FEW, _SPARSE = 64, 0.2  # examples, and density of the whole adapter
 class Calibration:
     """Sparsities of each module and axis, and the curves they were read from.
 
-    joint: the score with all of them at once; None where it is no number, or where it was not evaluated (`at`).
+    joint: the score with all of them at once; None where it is no number.
     threshold: as it was set, or as it was found for `budget`. scaled: densities were then scaled to spend the budget,
     so that sparsities lie between the levels. chance: the score of guessing; above_chance: the threshold is a share of
     the part above it. repaired: {"joint_before", "steps", "threshold", "evaluations"} of a repair.
@@ -75,23 +71,16 @@ class Calibration:
     @property
     def chosen(self) -> Levels:
         """Level that was chosen from each curve, before a budget scaled it or a repair relaxed it."""
-        entries = {name: {axis: self._entry(name, axis) for axis in CURVE_AXES[self.axes]} for name in self.modules}
+        of_axis = {axis: AXES[0] if axis == BOTH else axis for axis in CURVE_AXES[self.axes]}
         return {
-            name: {axis: entry.get("level", entry["sparsity"]) for axis, entry in of.items()}
-            for name, of in entries.items()
+            name: {axis: axes[own].get("level", axes[own]["sparsity"]) for axis, own in of_axis.items()}
+            for name, axes in self.modules.items()
         }
 
     @property
     def grid(self) -> list[float]:
         """Levels that may be chosen, in rising order."""
         return sparsity_levels(self.levels, self.max_sparsity)
-
-    def points(self, module: str, axis: str) -> list[list]:
-        """Return the curve of a module and axis ("joint" where its axes share one), by rising level."""
-        return self._entry(module, axis)["curve"]
-
-    def _entry(self, module: str, axis: str) -> dict:
-        return self.modules[module][AXES[0] if axis == BOTH else axis]
 
     def line(self, threshold: float) -> float:
         """Return the score that is just enough at a threshold."""
@@ -101,60 +90,6 @@ class Calibration:
         """Return True where a score is enough at a threshold."""
         chance = self.chance if self.above_chance else None
         return passes(score, baseline=self.baseline, threshold=threshold, chance=chance)
-
-    def at(self, threshold: float) -> Calibration:
-        """Return the sparsities at another threshold, from the points that are stored; the joint score is not known.
-
-        They are neither repaired nor scaled to a budget. Raises PartialLoraError where the points do not decide them:
-        the curves of a cumulative scope do not, once an earlier choice is another one.
-        """
-        if not 0 < threshold <= 1:
-            raise PartialLoraError(f"calibration.threshold={threshold}: expected a share in (0, 1]")
-        undecided, moved = 0, False
-        modules: dict[str, dict[str, dict]] = {module: {} for module in self.modules}
-        for module, axis, before, _ in walk(self.chosen, self.scope):
-            level = None if moved else self._search(module, axis, threshold)
-            undecided += level is None
-            moved = self.scope != "independent" and level != before
-            for each in AXES if axis == BOTH else (axis,):
-                modules[module][each] = {"sparsity": level, "curve": self.points(module, axis)}
-        if undecided:
-            raise PartialLoraError(
-                f"calibration: at threshold {threshold:g}, {undecided} point{'s are' if undecided > 1 else ' is'} "
-                f"undecided; calibrate(..., threshold={threshold:g}, known=calibration) evaluates what is needed"
-            )
-        read = dataclasses.replace(
-            self,
-            joint=None,
-            threshold=threshold,
-            modules=modules,
-            budget=None,
-            scaled=False,
-            evaluations=0,
-            seconds=0.0,
-            cached=True,
-            repaired=None,
-            warnings=[],
-            usual=[],
-        )
-        read.warnings.extend(warnings_of(read, jointly=False))
-        read.usual.extend(usual_of(read, jointly=False))
-        return read
-
-    def _search(self, module: str, axis: str, threshold: float) -> float | None:
-        """Return the level that the search finds on a stored curve; None where a point that it tries is undecided."""
-        curve = curve_of(self.points(module, axis))
-
-        def survives(level: float) -> bool:
-            low, high = curve.get(level, UNKNOWN)
-            if self.passes(high, threshold) and not self.passes(low, threshold):
-                raise LookupError
-            return self.passes(low, threshold)
-
-        try:
-            return SEARCHES[self.search](survives, self.grid)
-        except LookupError:
-            return None
 
     def summary(self) -> dict:
         """Return the calibration as a run's result.json has it: everything but settings and curves."""
@@ -196,13 +131,10 @@ class Calibration:
         return loaded
 
 
-def warnings_of(
-    calibration: Calibration, *, jointly: bool = True, size: int | None = None, density: float | None = None
-) -> list[str]:
+def warnings_of(calibration: Calibration, *, size: int | None = None, density: float | None = None) -> list[str]:
     """Return what a calibration's numbers warn of, one sentence each, the gravest first.
 
-    jointly: the joint score was evaluated, so that None means that it is no number. size: scored examples. density: of
-    the adapter as a whole.
+    size: scored examples. density: of the adapter as a whole.
     """
     baseline, chance, threshold = calibration.baseline, calibration.chance, calibration.threshold
     budget, words = calibration.budget is not None, []
@@ -234,17 +166,17 @@ def warnings_of(
             words.append("every level of every module passes: the score does not tell modules apart")
         elif not any(level for axes in levels.values() for level in axes.values()):
             words.append("no reduction: no module can lose anything, the sign of a poorly suited model")
-    if jointly and calibration.joint is None:
+    if calibration.joint is None:
         words.append("the joint score, with all sparsities at once, is not a number")
     if size is not None and density is not None and size < _FEW and density < _SPARSE:
         words.append(f"few examples: only {size} of them decide to leave out {1 - density:.0%} of the adapter")
     return words
 
 
-def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
+def usual_of(calibration: Calibration) -> list[str]:
     """Return sentences that would alarm about a pruned model, and are usual here since training zeroes nothing of W.
 
-    Nine in ten of the calibrations in results/ have either sentence. jointly: as in `warnings_of`.
+    Nine in ten of the calibrations in results/ have either sentence.
     """
     joint, threshold, chance, words = calibration.joint, calibration.threshold, calibration.chance, []
     if calibration.grid:
@@ -253,7 +185,7 @@ def usual_of(calibration: Calibration, *, jointly: bool = True) -> list[str]:
         if 0 < len(never) < len(levels):
             what = "modules never fail" if len(never) > 1 else "module never fails"
             words.append(f"{len(never)} {what}, even at sparsity {highest:g}")
-    if not jointly or joint is None or threshold is None:
+    if joint is None or threshold is None:
         return words
     if not calibration.passes(joint, threshold):
         needed, where = calibration.line(threshold), None

@@ -145,3 +145,10 @@ def test_a_killed_calibration_keeps_every_finished_module(model, batches, tmp_pa
     assert rest.modules == whole.modules
     most = 2 * 4  # of the module it died in
     assert rest.evaluations <= whole.evaluations - reached + 1 + most
+
+
+def test_a_store_that_cannot_be_written_costs_nothing_but_time(model, batches, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    found = calibrate(model, Counted(batches), threshold=0.8, store=tmp_path / "file" / "curves.json", **GRID)
+    assert found.sparsity == calibrate(model, Counted(batches), threshold=0.8, **GRID).sparsity
+    assert caplog.text.count("cannot be written") == 1

@@ -69,8 +69,8 @@ def of_levels(*levels, curve=(), **changes):
     return Calibration(modules=modules, **USUAL | changes)
 
 
-def warned(*levels, size=160, density=0.5, jointly=True, **changes):
-    return warnings_of(of_levels(*levels, **changes), jointly=jointly, size=size, density=density)
+def warned(*levels, size=160, density=0.5, **changes):
+    return warnings_of(of_levels(*levels, **changes), size=size, density=density)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,6 @@ def warned(*levels, size=160, density=0.5, jointly=True, **changes):
         ((0.8, 0.8), {}, ["every level"]),
         ((0.8, 0.2), {"joint": 0.1}, []),
         ((0.4, 0.0), {"joint": None}, ["joint score"]),
-        ((0.4, 0.0), {"joint": None, "jointly": False}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.19}, ["few examples.* 63 .* 81%"]),
         ((0.4, 0.0), {"size": 64, "density": 0.19}, []),
         ((0.4, 0.0), {"size": 63, "density": 0.2}, []),
@@ -125,6 +124,17 @@ def test_what_is_the_rule_is_no_warning(levels, changes, expected):
     assert len(usual) == len(expected)
     for words, pattern in zip(usual, expected, strict=True):
         assert re.search(pattern, words)
+
+
+def test_older_files_are_read(model, batches, tmp_path):
+    path, new = tmp_path / "calibration.json", ("axes", "scope", "levels", "max_sparsity", "chance", "above_chance")
+    searched = {"levels": 0.2, "max_sparsity": 0.8}
+    found = calibrate(model, Counted(batches), target_modules=TARGETS, **searched, settings=searched)
+    found.save(path)
+    content = json.loads(path.read_text())
+    assert content["version"] == 1
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in (*new, "repaired")}))
+    assert Calibration.load(path) == found
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
