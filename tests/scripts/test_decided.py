@@ -98,3 +98,16 @@ def test_a_folder_without_runs_is_refused_by_name(tmp_path, capsys) -> None:
 def test_what_a_calibration_has_of_its_own_is_in_a_form_s_name() -> None:
     own = {"calibration__shrink": 0.5, "calibration__search": "gradient", "calibration__max_sparsity": 0.99}
     assert decided.form_of(record(**KEPT, **own)["config"]) == "partial, shrink 0.5, by gradient, caps at 0.99"
+
+
+def test_the_verdict_alone_stands_beside_the_one_among_all_where_they_differ() -> None:
+    rows = [
+        ("digits, budget 0.13", "holds", "undecided, among all 2", "+0.50 [+0.10, +0.90] points, n=8"),
+        ("trec, budget 0.13", "holds", "holds, among all 2", "+0.70 [+0.60, +0.80] points, n=8"),
+    ]
+    verdicts = pd.DataFrame(
+        [("a claim", *row) for row in rows], columns=["claim", "where", "alone", "verdict", "found"]
+    )
+    (row,) = decided.by_set(verdicts).to_dict("records")
+    assert row["digits"] == "+0.50 [+0.10, +0.90]: undecided (alone: holds)"
+    assert row["trec"] == "+0.70 [+0.60, +0.80]: holds"

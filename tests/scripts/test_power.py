@@ -41,3 +41,8 @@ def test_a_set_has_stopped_where_the_last_quarter_of_its_longest_runs_gained_les
         (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
     (row,) = power.steps_by_set([tmp_path / "cpu", tmp_path / "longer"]).to_dict("records")
     assert (row["steps"], row["gain"], row["stopped"]) == (16, pytest.approx(0.005), True)
+
+
+def test_where_one_source_varies_the_degrees_of_freedom_are_its_own() -> None:
+    assert power.error((1.0, 0.0, 1e-9), 300, 6)[1] == pytest.approx(5, rel=1e-3)
+    assert power.error((0.0, 1.0, 1e-9), 300, 6)[1] == pytest.approx(299, rel=1e-3)
