@@ -49,8 +49,8 @@ known = $(if $(strip $(1)),$(2))
 # A run that failed ends a sweep with 1, settings that are refused with 2.
 RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2) $(LAUNCH)) || test $$? = 1
 
-# A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures. RATED are
-# the others whose learning rates are searched for; the rest take the studied task's (trainer.tuned_on).
+# A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures. Learning
+# rates of the others are searched for, too, and of RATED_MIXTURES; other mixtures take the studied task's (trainer.tuned_on).
 FILES_AT = $(wildcard $(DATA))
 MODEL_cpu = vit_s14
 TEXT_MODEL_cpu = minilm_l6
@@ -62,8 +62,6 @@ MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
 OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160 calibration.seed=0)
 OF_IMAGES_cpu = task.test_samples=1000 trainer.tuned_on=digits
 OF_TEXTS_cpu = model=$(TEXT_MODEL_cpu) task.test_samples=1000
-RATED_IMAGES_cpu = $(IMAGES_cpu)
-RATED_TEXTS_cpu = $(TEXTS_cpu)
 FEW_cpu = task.train_samples=150 trainer.epochs=12
 TUNED_cpu = results/tuning.json
 SEARCHED_cpu = results/tune
@@ -80,8 +78,6 @@ TEXTS_paper = sst2 cola mnli mrpc qnli qqp rte stsb
 MIXED_IMAGES_paper = cifar10 svhn
 MIXED_TEXTS_paper = sst2 mrpc
 OF_TEXTS_paper = model=$(TEXT_MODEL_paper)
-RATED_IMAGES_paper = $(IMAGES_paper)
-RATED_TEXTS_paper = $(TEXTS_paper)
 RATED_MIXTURES_paper = mixture
 FEW_paper = task.train_samples=500 trainer.epochs=100
 TUNED_paper = results/paper/tuning.json
@@ -119,7 +115,6 @@ SEARCHED = $(SEARCHED_$(PRESET))
 TUNE = $(call RUN,tune,results_dir=$(SEARCHED) $(1))
 HIGHER = trainer.learning_rate=3e-4,1e-3,3e-3,1e-2,3e-2
 WIDER = trainer.learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1
-HIGHER_OF_TEXTS = $(or $(HIGHER_OF_TEXTS_$(PRESET)),$(HIGHER))
 HIGHEST = trainer.learning_rate=3e-3,1e-2,3e-2,1e-1,3e-1
 LOWER = trainer.learning_rate=1e-5,3e-5,1e-4,3e-4,1e-3
 # Figure 6's, with its one calibration: sparser adapters take larger rates.
@@ -146,20 +141,16 @@ endef
 
 # Of images, of texts, and of mixtures: what is searched for on the tasks given, whichever there are.
 define TUNE_OTHERS
-$(call known,$(1),$(call TUNE_OTHER,$(call of_images,$(1)),partial$(comma)targeted,$(RATES_OF_IMAGES),$(RATES_OF_IMAGES)))
-$(call known,$(2),$(call TUNE_OTHER,$(call of_texts,$(2)) $(SEARCH_OF_TEXTS_$(PRESET)),partial$(comma)targeted,$(HIGHER_OF_TEXTS)))
+$(call known,$(1),$(call TUNE_OTHER,$(call of_images,$(1)),partial$(comma)targeted,$(RATES_OF_IMAGES_$(PRESET)),$(RATES_OF_IMAGES_$(PRESET))))
+$(call known,$(2),$(call TUNE_OTHER,$(call of_texts,$(2)) $(SEARCH_OF_TEXTS_$(PRESET)),partial$(comma)targeted,$(HIGHER_OF_TEXTS_$(PRESET))))
 $(call known,$(3),$(call known,$(MIXED_IMAGES),$(call TUNE_OTHER,$(MIXED_IMAGES),partial)))
 $(call known,$(4),$(call known,$(MIXED_TEXTS),$(call TUNE_OTHER,$(MIXED_TEXTS),partial)))
 
 endef
 
-RATES_OF_IMAGES = $(RATES_OF_IMAGES_$(PRESET))
-RATED_IMAGES = $(RATED_IMAGES_$(PRESET))
-RATED_TEXTS = $(RATED_TEXTS_$(PRESET))
-RATED_MIXTURES = $(RATED_MIXTURES_$(PRESET))
 define TUNE_ALL
 $(TUNE_STUDIED)
-$(call TUNE_OTHERS,$(RATED_IMAGES),$(RATED_TEXTS),$(RATED_MIXTURES),$(RATED_MIXTURES))
+$(call TUNE_OTHERS,$(IMAGES_$(PRESET)),$(TEXTS_$(PRESET)),$(RATED_MIXTURES_$(PRESET)),$(RATED_MIXTURES_$(PRESET)))
 
 endef
 
@@ -180,9 +171,9 @@ unrated = $(foreach task,$(1),$(if $(and $(call RATED,$(task),$(2),lora),$(call 
 of_images_left = $(call unrated,$(1),$(MODEL_$(PRESET)),$(2))
 of_texts_left = $(call unrated,$(1),$(TEXT_MODEL_$(PRESET)),$(2))
 LEFT_studied = $(if $(call of_images_left,$(patsubst task=%,%,$(STUDIED)),targeted),$(TUNE_STUDIED))
-LEFT_images = $(call TUNE_OTHERS,$(call of_images_left,$(RATED_IMAGES),targeted))
-LEFT_texts = $(call TUNE_OTHERS,,$(call of_texts_left,$(RATED_TEXTS),targeted))
-LEFT_mixtures = $(call TUNE_OTHERS,,,$(call of_images_left,$(RATED_MIXTURES)),$(call of_texts_left,$(RATED_MIXTURES)))
+LEFT_images = $(call TUNE_OTHERS,$(call of_images_left,$(IMAGES_$(PRESET)),targeted))
+LEFT_texts = $(call TUNE_OTHERS,,$(call of_texts_left,$(TEXTS_$(PRESET)),targeted))
+LEFT_mixtures = $(call TUNE_OTHERS,,,$(call of_images_left,$(RATED_MIXTURES_$(PRESET))),$(call of_texts_left,$(RATED_MIXTURES_$(PRESET))))
 
 .PHONY: rates-studied rates-images rates-texts rates-mixtures
 rates-images rates-texts rates-mixtures: | rates-studied

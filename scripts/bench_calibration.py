@@ -13,20 +13,17 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import bench_record
 import torch
+from analyses import Subject
 from bench_record import markdown, where
-from torch import nn
-from transformers import set_seed
 
 from partial_lora.calibration.calibrate import calibrate
-from partial_lora.calibration.few_shot import batches_of, few_shot_head, importance_few_shot
+from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import literal_passes, sparsity_levels
-from partial_lora.models.targets import target_names
-from partial_lora.runs import build
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
 from partial_lora.runs.schema import Config
@@ -34,52 +31,32 @@ from partial_lora.runs.schema import Config
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
 
 
-class Literal:
-    """A score that is nothing but a full pass: it does not stop early, and reuses nothing."""
-
-    def __init__(self, score: FewShotScore) -> None:
-        self._score = score
-
-    def __call__(self, model: nn.Module) -> float:
-        return self._score(model)
-
-
-class Question:
-    """A model with its few-shot head, the scored draw and the importance of every module, to be calibrated."""
+class Question(Subject):
+    """A model, the batches of its few-shot draws and the importance of every module, to be calibrated."""
 
     def __init__(self, config: Config) -> None:
-        model, chosen = config.model, config.calibration
-        task, transform = build.task_of(config), build.transform_of(model, config.task)
-        set_seed(config.seed)
-        self.model = build.model_of(model, task.labels)
-        self.blocks, self.head = model.blocks, model.head
-        draws = build.draws_of(config, task.train)
-        self.fit, self.scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
-        self.search = {name: getattr(chosen, name) for name in ("threshold", "levels", "max_sparsity")}
-        self.importance = importance_few_shot(
-            self.model,
-            task.train,
-            transform,
-            replace(config.importance, name="svd"),
-            modules=target_names(self.model, model.target_modules, head=self.head),
-            draws=draws,
-            head=self.head,
-            seed=chosen.seed,
-        )
+        super().__init__(plain(config))
+        draws = self.draws()
+        self.fit = batches_of(self.task.train, draws.fit, self.transform)
+        self.scored = batches_of(self.task.train, draws.scored, self.transform)
+        self.scores = self.importance("svd", draws)
 
     def measured(self, side: str) -> dict:
         """One calibration of all modules with nothing known, timed and counted."""
         load = os.getloadavg()[0]
-        with few_shot_head(self.model, self.head, self.fit):
-            score = FewShotScore(self.model, self.scored, "accuracy", self.blocks)
+        model, chosen = self.config.model, self.config.calibration
+        with few_shot_head(self.model, model.head, self.fit):
+            score = FewShotScore(self.model, self.scored, "accuracy", model.blocks)
             began, spent = time.perf_counter(), time.process_time()
             calibration = calibrate(
                 self.model,
-                Literal(score) if side == "literal" else score,
-                target_modules=list(self.importance),
-                importance=self.importance,
+                score.__call__ if side == "literal" else score,  # a full pass alone stops early and reuses nothing
+                target_modules=list(self.scores),
+                importance=self.scores,
                 search="bisect" if side == "bisect" else "scan",
-                **self.search,
+                threshold=chosen.threshold,
+                levels=chosen.levels,
+                max_sparsity=chosen.max_sparsity,
             )
             wall, cpu = time.perf_counter() - began, time.process_time() - spent
         return {
@@ -111,16 +88,16 @@ def main(argv: Sequence[str]) -> None:
     machine = bench_record.describe_machine()
     config = composed(*(QUICK if options.quick else []))
     settings, question = plain(config), Question(config)
-    names = list(question.importance)
+    names = list(question.scores)
     sides = {}
     for side in ("scan", "bisect", "literal"):
         sides[side] = question.measured(side)
         print(f"{side}: {len(names)} modules in {sides[side]['wall_seconds']:.0f} s", flush=True)
     blocks, examples = (
-        len(question.model.get_submodule(question.blocks)),
+        len(question.model.get_submodule(config.model.blocks)),
         sum(len(b["labels"]) for b in question.scored),
     )
-    levels = sparsity_levels(question.search["levels"], question.search["max_sparsity"])
+    levels = sparsity_levels(config.calibration.levels, config.calibration.max_sparsity)
     result = {
         "command": shlex.join(["python", "scripts/bench_calibration.py", *argv]),
         "machine": machine,

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 
+import analyses  # before torch, which then finds its threads counted
 import numpy as np
 import pandas as pd
 import torch
-from analyses import Subject
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from torch import Tensor
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.guarded(command)
 
 
-class Check(Subject):
+class Check(analyses.Subject):
     """A model with a fitted, frozen head, and the rows to train on and to look at."""
 
     def batches(self, seed: int) -> Iterator[Mapping[str, Tensor]]:

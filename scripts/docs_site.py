@@ -28,12 +28,11 @@ from mkdocs.structure.files import File
 from omegaconf import MISSING
 
 from partial_lora import cli
-from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.files import flatten
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
 from partial_lora.runs.keys import meanings
-from partial_lora.runs.schema import Config, MaskConfig, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.runs.schema import SECTIONS, Config, MethodConfig, ModelConfig, TaskConfig
 from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +129,7 @@ def keys() -> str:
     """Return a table for every group of the schema: its keys with their types, defaults, ranges and comments."""
     meaning, allowed, usual = meanings(), ranges(), flatten(plain(composed()))
     tables = []
-    for group, kind in SECTIONS.items():
+    for group, kind in {"": Config, **SECTIONS}.items():
         lines = [f"## {group or 'Of the run'}", "", kind.__doc__, "", "| key | type | default | range | meaning |"]
         lines.append("|---" * 5 + "|")
         for each in fields(kind):
@@ -145,18 +144,6 @@ def keys() -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
-
-
-SECTIONS = {
-    "": Config,
-    "model": ModelConfig,
-    "task": TaskConfig,
-    "method": MethodConfig,
-    "importance": ImportanceConfig,
-    "calibration": CalibrationConfig,
-    "mask": MaskConfig,
-    "trainer": TrainerConfig,
-}
 
 
 def _value(value: object) -> str:

@@ -18,10 +18,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import analyses  # before torch, which then finds its threads counted
 import numpy as np
 import pandas as pd
 import torch
-from analyses import Subject
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
-class Gradients(Subject):
+class Gradients(analyses.Subject):
     """A frozen model with a fitted head."""
 
     def of_weights(self) -> dict[str, np.ndarray]:

@@ -62,27 +62,22 @@ def least_precision(p: float, q: float, delta: float) -> float:
     return max(0.0, (least_error(p, q) - delta) / (1 - delta))
 
 
-def error_deviation(target: np.ndarray, a: int, b: int, *, counted: bool = True) -> float:
-    """Return the standard deviation over masks of the least error against T (m, n), r >= t.
-
-    counted: exactly a rows and b columns are kept; else each on its own at the same rate.
-    """
+def error_deviation(target: np.ndarray, a: int, b: int) -> float:
+    """Return the standard deviation over masks of a rows and b columns of the least error against T (m, n), r >= t."""
     squares = shares(target)
     (m, n), (p, q) = squares.shape, (a / squares.shape[0], b / squares.shape[1])
-    p_both = p * (a - 1) / max(1, m - 1) if counted else p**2  # P(two given rows are kept)
-    q_both = q * (b - 1) / max(1, n - 1) if counted else q**2
+    p_both, q_both = p * (a - 1) / max(1, m - 1), q * (b - 1) / max(1, n - 1)  # P(two given rows, columns are kept)
     rows, columns, entries = ((mass**2).sum() for mass in (squares.sum(1), squares.sum(0), squares))
     second = p_both * q_both + (p - p_both) * q_both * rows + p_both * (q - q_both) * columns
     second += (p - p_both) * (q - q_both) * entries
     return math.sqrt(max(0.0, second - (p * q) ** 2))
 
 
-def least_errors(target: np.ndarray, a: int, b: int, *, draws: int, rng: Generator, counted: bool = True) -> np.ndarray:
+def least_errors(target: np.ndarray, a: int, b: int, *, draws: int, rng: Generator) -> np.ndarray:
     """Simulate the least error: one value for every draw of I and J (draws,), r >= t."""
     squares = shares(target)
     rows, columns = (
-        indicators(size, kept, draws=draws, rng=rng, counted=counted)
-        for size, kept in zip(squares.shape, (a, b), strict=True)
+        indicators(size, kept, draws=draws, rng=rng) for size, kept in zip(squares.shape, (a, b), strict=True)
     )
     return 1 - ((rows @ squares) * columns).sum(1)
 
@@ -94,11 +89,9 @@ def shares(matrix: np.ndarray) -> np.ndarray:
     return squares / squares.sum()
 
 
-def indicators(size: int, kept: int, *, draws: int, rng: Generator, counted: bool = True) -> np.ndarray:
+def indicators(size: int, kept: int, *, draws: int, rng: Generator) -> np.ndarray:
     """Draw masks of rows or of columns, 1 where kept (draws, size)."""
     keys = rng.random((draws, size))
-    if not counted:
-        return (keys < kept / size).astype(np.float64)
     drawn = np.zeros((draws, size))
     np.put_along_axis(drawn, np.argpartition(keys, kept - 1, axis=1)[:, :kept], 1.0, axis=1)
     return drawn

@@ -325,11 +325,12 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
     figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
-    seeds = {group: of["test"].tolist() for group, of in frame.groupby("group")}
+    seeds = {key: of["test"].tolist() for key, of in frame.groupby(["group", "precision"])}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         part = part.assign(place=range(len(part)))
-        ticks = [(test, row.place) for row in part.itertuples() if row.n > 1 for test in seeds[row.group]]
+        rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
+        ticks = [(test, row.place) for row, own in rows if row.n > 1 for test in own]
         if ticks:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
         for key, alike in part.groupby(_METHOD, sort=False):
@@ -337,7 +338,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
             style = {"color": own.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **own.markers}
             axes.errorbar(alike["test_mean"], alike["place"], xerr=alike["test_half"], **style)
         _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
-        tests = np.array([test for group in part["group"] for test in seeds[group]])
+        tests = np.array([test for _, own in rows for test in own])
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
         low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
         fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], metric, "x")

@@ -53,7 +53,7 @@ from partial_lora.report.records import (
     warnings_of,
 )
 from partial_lora.report.statistics import over_examples
-from partial_lora.report.summary import measured, next_commands, percent
+from partial_lora.report.summary import measured, named_in_full, next_commands, percent
 from partial_lora.report.tables import Differences
 from partial_lora.runs.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
@@ -201,7 +201,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     place, example = _place_of(run.directory), run.directory / EXAMPLE
     classes = None if predicted is None else counted(predicted)
     content = {
-        "title": _title([run]),
+        "title": named_in_full(run.record),
         "score": measured(metric, run.row["test"]),
         "said": said,
         "commands": next_commands(
@@ -511,7 +511,7 @@ def _of_classes(classes: Classes) -> dict:
 def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: Mapping[str, str] = {}) -> list[dict]:
     """Return what the page shows of the runs of every folder, which differ in their seed alone.
 
-    titles: by folder; by default all names of a run.
+    titles: by folder; the page of a run shows none.
     """
     settings = [_words(runs[0].record["config"]) for runs in groups]
     shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
@@ -524,7 +524,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
         made.append(
             {
                 "id": f"run-{place}",
-                "title": titles.get(runs[0].row["group"]) or _title(runs),
+                "title": titles.get(runs[0].row["group"]),
                 "path": runs[0].row["group"],
                 "facts": _facts(runs),
                 "own": {key: value for key, value in own.items() if (key, value) not in shared},
@@ -590,16 +590,9 @@ def _of_seed(run: Run) -> dict[str, str]:
         "seed": str(run.row["seed"]),
         "test": measured(run.row["metric"], run.row["test"]),
         "train": f"{run.row['train_seconds']:,.1f} s",
-        "started": str(run.record.get("started") or NONE)[:16].replace("T", " "),
+        "started (UTC)": str(run.record.get("started") or NONE)[:16].replace("T", " "),
         "commit": run.row["commit"],
     }
-
-
-def _title(runs: Sequence[Run]) -> str:
-    row = runs[0].row
-    names = [row["method"], *([] if row["operating_point"] == NONE else [row["operating_point"]])]
-    names += [row["model"], row["task"], *([f"seed {row['seed']}"] if len(runs) == 1 else [])]
-    return " · ".join(names)
 
 
 def _words(config: Mapping) -> dict[str, str]:

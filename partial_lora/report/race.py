@@ -11,7 +11,6 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from rich.console import Group
@@ -303,25 +302,8 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
     return save_both(figure, out, stem), inline(figure, names, stem=stem)
 
 
-_PEFT_COLUMNS = {  # as PEFT's method_comparison calls them, and in its units
-    "task": "task",
-    "size": "budget",
-    "form": "experiment_name",
-    "test": "test",
-    "half": "± 95 %",
-    "parameters": "num_trainable_params",
-    "step_seconds": "step_time",
-    "saved_bytes": "saved_activation_bytes",
-    "file_size": "file_size",
-    "spent": "train_time of the whole search",
-    "learning_rate": "learning_rate",
-    "rates": "rates",
-    "seeds": "seeds",
-}
-
-
 def _plain(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return summary.cell(value, ",.0f" if abs(value) >= 1000 else ".4g")
 
 
 def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
@@ -333,10 +315,7 @@ def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Faint marks: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
-    metrics = numbers["metric"].unique()
-    columns = _PEFT_COLUMNS | ({"test": f"test_{metrics[0]}"} if len(metrics) == 1 else {"metric": "metric"})
-    everything = numbers[list(columns)].rename(columns=columns)
-    shown = everything.map(lambda value: _plain(value) if isinstance(value, float | np.floating) else value)
+    shown = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(
         out,
         titled(numbers, reference),

@@ -89,6 +89,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
         except ValueError as error:
             path = f"{directory.relative_to(results_dir)}/{RESULT}"
             problems.append(LeftOut(path, str(error), not isinstance(error, UnfinishedError)))
+    runs.sort(key=lambda run: (run.directory.parent, run.row["seed"]))  # seed10 after seed9
     return runs, problems
 
 
@@ -119,7 +120,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
         [
             run.row
             | {
-                "differs": differs[run.row["group"]],
+                "differs": differs[run.row["group"], run.row["precision"]],
                 "usual": run.row["conditions"] == usual[panel_of(run.row)].row["conditions"],
             }
             for run in runs
@@ -341,6 +342,11 @@ class Folder:
         return self.runs[0].record["config"]
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Its name and precision: of one name there are several where seeds differ in precision."""
+        return self.name, self.row["precision"]
+
+    @property
     def id(self) -> str:
         """The end of the folder's name, by which a run is found."""
         return self.name.rpartition("-")[2]
@@ -383,8 +389,8 @@ def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Fold
     return usual
 
 
-def told_apart(every: Sequence[Folder]) -> dict[str, str]:
-    """Return by folder the settings that tell it from others that would read alike: "rank=64, label_noise=0.4", or "–".
+def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
+    """Return by `Folder.key` the settings that tell it from others that would read alike: "rank=64", or "–".
 
     They are the conditions that are not usual for its task and model, and the settings of its method that vary among
     the folders of one method at one operating point and are no defaults. The learning rate, or the id, is added where
@@ -394,12 +400,12 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
     for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
         shared = conditions(usual[place].runs[0].record)
         settings = {
-            each.name: {key: own for key, own, _ in rates.differing(conditions(each.runs[0].record), shared)}
+            each.key: {key: own for key, own, _ in rates.differing(conditions(each.runs[0].record), shared)}
             for each in of_place
         }
         alike = gathered(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
         for same in alike:
-            own = {each.name: of_method(each.config) for each in same}
+            own = {each.key: of_method(each.config) for each in same}
             for key in sorted({key for each in own.values() for key in each}):
                 if len({repr(each.get(key)) for each in own.values()}) > 1:
                     for name, each in own.items():
@@ -407,7 +413,7 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
         short = _short_keys({key for each in settings.values() for key in each})
         for same in alike:
             words = {
-                each: ", ".join(f"{short[key]}={rates.word(value)}" for key, value in settings[each.name].items())
+                each: ", ".join(f"{short[key]}={rates.word(value)}" for key, value in settings[each.key].items())
                 for each in same
             }
             for twins in gathered(same, words.get).values():
@@ -415,7 +421,7 @@ def told_apart(every: Sequence[Folder]) -> dict[str, str]:
                 for rate, of_rate in by_rate.items():
                     for each in of_rate:
                         more = [rate] * (len(by_rate) > 1) + [each.id] * (len(of_rate) > 1)
-                        told[each.name] = ", ".join(filter(None, [words[each], *more])) or NONE
+                        told[each.key] = ", ".join(filter(None, [words[each], *more])) or NONE
     return told
 
 

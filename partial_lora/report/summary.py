@@ -41,7 +41,7 @@ def summary(result: Mapping) -> Table:
         adapter += f" of {numbers['adapter_dense']:,} of the dense adapter ({numbers['share_of_dense']:.1%})"
     return _lines(
         {
-            "run": _title(result),
+            "run": named_in_full(result),
             f"test {numbers['metric']}": measured(numbers["metric"], numbers["test"]),
             **_by_member(result["metrics"]["test"]),
             "adapter, trainable": adapter,
@@ -93,7 +93,7 @@ def calibration_summary(result: Mapping) -> Group:
     if repaired := calibration.get("repaired"):
         score += f", {cell(number(repaired['joint_before']), '.4f')} before {repaired['steps']} steps of repair"
     lines = {
-        "calibration": _title(result),
+        "calibration": named_in_full(result),
         "mean sparsity": f"{' · '.join(chosen)} over {len(sparsity)} modules",
         "saturated": _saturated(result),
         "score": score,
@@ -202,7 +202,8 @@ def _reliability(halves: Mapping | None) -> str:
     return f"{halves['spearman_brown']:.2f} (split-half, Spearman-Brown; {halves['pearson']:.2f} between the halves)"
 
 
-def _title(result: Mapping) -> str:
+def named_in_full(result: Mapping) -> str:
+    """Return the names of a run: method, model, task, operating point, seed."""
     config = result["config"]
     names = [method_of(result), config["model"]["name"], config["task"]["name"]]
     point = operating_point(result)
@@ -274,6 +275,6 @@ def cell(value: float, form: str) -> str:
 def size_text(size: float) -> str:
     """Return a number of parameters in a few letters."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit:
+        if size >= 0.9995 * unit:  # from here on three digits round up to the next unit
             return f"{size / unit:.3g} {letter}"
     return f"{size:.0f}"

@@ -390,14 +390,14 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     return {"pairs" if name == "seeds" else name: value for name, value in asdict(comparison).items()}
 
 
-def _row(folder: Folder, base: Folder, told: Mapping[str, str]) -> dict:
+def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> dict:
     tests = [run.row["test"] for run in folder.runs]
     averaged = ("adapter_parameters", "share_of_dense", *COSTS)
     return {
         **{name: folder.row[name] for name in ("task", "model")},
         "operating_point": base.row["operating_point"],
         **{name: folder.row[name] for name in ("method", "metric")},
-        "differs": told[folder.name],
+        "differs": told[folder.key],
         "n": len(tests),
         "test_mean": _mean(tests),
         "test_std": stdev(tests) if len(tests) > 1 else np.nan,
@@ -406,7 +406,7 @@ def _row(folder: Folder, base: Folder, told: Mapping[str, str]) -> dict:
         **{name: folder.row[name] for name in ("learning_rate", "tuning")},
         "group": folder.name,
         "reference": base.name,
-        "reference_differs": told[base.name],
+        "reference_differs": told[base.key],
     }
 
 

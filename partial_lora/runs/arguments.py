@@ -14,7 +14,7 @@ import yaml
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
 from partial_lora.runs.rates import suited
-from partial_lora.runs.schema import list_keys
+from partial_lora.runs.schema import SECTIONS, list_keys
 from partial_lora.training.config import AUTO
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ def as_text(argument: str) -> str:
 
 # --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
 
-_OF_RECORDS = ("model", "task", "method", "importance", "calibration", "mask", "trainer")  # groups of every run's file
 OWN = "own"  # Hydra's name for the file
 
 
@@ -126,7 +125,7 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
 
 def is_record(settings: Mapping) -> bool:
     """Return whether the settings of a file are a run's config.yaml, and no command line."""
-    return all(isinstance(settings.get(group), Mapping) for group in _OF_RECORDS)
+    return all(isinstance(settings.get(group), Mapping) for group in SECTIONS)
 
 
 def is_file(argument: str) -> bool:
@@ -195,7 +194,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
-    chosen = {override.partition("=")[0] for override in overrides} & {*_OF_RECORDS} - {"mask"}
+    chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
     method = dict(content["method"])
     if method.pop("ranks", "one") == "auto":

@@ -346,12 +346,12 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
-        return _no_such_key(lines[0].split("'")[1])
+        return no_such_key(lines[0].split("'")[1])
     if cause := _of_key(error):
         key = cause.full_key
         place = f"{files[0]}: " if f"In '{OWN}'" in lines[0] else ""
         if isinstance(cause, ConfigKeyError):
-            return place + _no_such_key(key)
+            return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
     if any("Available options" in line for line in lines):
@@ -373,7 +373,3 @@ def _of_key(error: BaseException | None) -> BaseException | None:
     while error is not None and not getattr(error, "full_key", None):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _no_such_key(key: str) -> str:
-    return no_such_key(key, "hydra" if key.startswith("hydra.") else "job")

@@ -24,6 +24,7 @@ from partial_lora.files import at_home, file_sha256, redacted
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import suited, tuned
 from partial_lora.runs.schema import (
+    SECTIONS,
     Config,
     ModelConfig,
     TaskConfig,
@@ -349,9 +350,8 @@ def load(settings: Mapping) -> Config:
     if isinstance(task.get("members"), Mapping):
         members = {name: made(TaskConfig, own) for name, own in task["members"].items()}
         settings = {**settings, "task": {**task, "members": members}}
-    groups = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    groups = {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind) and name in settings}
-    return made(Config, {**settings, **{name: made(kind, settings[name]) for name, kind in groups.items()}})
+    groups = {name: made(kind, settings[name]) for name, kind in SECTIONS.items() if name in settings}
+    return made(Config, {**settings, **groups})
 
 
 # --- The id of a run, and where its files go.
@@ -479,12 +479,9 @@ _ELSEWHERE = {  # what other tools call it: PEFT, transformers, TRL, Lightning, 
 _KEYS = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
 
 
-def no_such_key(key: str, about: str = "job") -> str:
-    """Return one line that names the key, the one that was probably meant, and where all are listed.
-
-    about: whose keys, as `--cfg` has it: job or hydra.
-    """
-    meant = None if about == "hydra" else _meant(key)
+def no_such_key(key: str) -> str:
+    """Return one line that names the key, the one that was probably meant, and where all are listed."""
+    about, meant = ("hydra", None) if key.startswith("hydra.") else ("job", _meant(key))
     hint = "" if meant is None else f"did you mean {meant}? "
     return f"{key}: no such key; {hint}`partial-lora train --cfg {about}` lists the keys there are"
 

@@ -8,12 +8,11 @@ import io
 import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from itertools import takewhile
 
 import yaml
 
-from partial_lora.runs.schema import Config
+from partial_lora.runs.schema import SECTIONS, Config
 
 COMMON = (
     *("task.data_files", "task.text_columns", "task.label_column", "task.train_samples"),
@@ -71,9 +70,8 @@ def meanings() -> dict[str, str]:
 
     Keys that settings are derived into, and nobody sets, are left out.
     """
-    groups = {field.name: field.default_factory for field in fields(Config) if is_dataclass(field.default_factory)}
-    known = {key: text for key, text in _comments(Config) if key not in groups}
-    known |= {f"{group}.{key}": text for group, kind in groups.items() for key, text in _comments(kind)}
+    known = {key: text for key, text in _comments(Config) if key not in SECTIONS}
+    known |= {f"{group}.{key}": text for group, kind in SECTIONS.items() for key, text in _comments(kind)}
     return {key: text for key, text in known.items() if not text.startswith(_DERIVED)}
 
 

@@ -515,9 +515,13 @@ def defaults() -> Mapping[str, Any]:
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
+SECTIONS = {each.name: each.default_factory for each in fields(Config) if is_dataclass(each.default_factory)}
+
+
 @cache
 def list_keys() -> frozenset[str]:
     """Return the keys whose values are lists, each by its full key."""
-    groups = {field.name: field.default_factory for field in fields(Config) if is_dataclass(field.default_factory)}
-    typed = {f"{group}.{key.name}" for group, kind in groups.items() for key in fields(kind) if key.type[:5] == "list["}
+    typed = {
+        f"{group}.{key.name}" for group, kind in SECTIONS.items() for key in fields(kind) if key.type[:5] == "list["
+    }
     return frozenset(typed | {"task.members"})

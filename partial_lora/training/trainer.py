@@ -459,7 +459,7 @@ def mixed_precision(requested: str, device: str) -> str:
     """Return the number format that training computes in: "no" (fp32), "bf16" or "fp16".
 
     "auto" is bf16 on an accelerator that computes it natively, else fp32. On a CPU it is always fp32: a result must not
-    depend on which CPU it is (scripts/precision.py times a step in either format).
+    depend on which CPU it is.
     """
     if requested != "auto":
         return requested

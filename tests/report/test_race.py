@@ -99,9 +99,11 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     text = race.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
     assert "<use xlink:href=" in text  # as letters and markers are drawn
-    assert "num_trainable_params" in text
+    assert "step_seconds" in text
     assert "oft: not applicable" in text
     assert 'id="tab-1"' not in text  # one task
+    one = pd.DataFrame([run for name in ("partial", "low_rank") for run in runs(name, {(2e-3, 0): (0.9, 1.0, 0.5)})])
+    assert ">nan<" not in race.write_page(ranked(one), tmp_path / "one", **settings).read_text()  # it has no interval
     two = pd.concat([table, table.assign(task="cars")])
     text = race.write_page(ranked(two), tmp_path, **settings).read_text()
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]

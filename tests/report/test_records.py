@@ -365,3 +365,9 @@ def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path
         Predictions(tmp_path).of(group, [0], "accuracy")
     assert Predictions(tmp_path).outputs(group, 0) is None
     assert not Predictions(tmp_path).exist(group, [1])
+
+
+def test_seeds_are_in_the_order_of_their_numbers(tmp_path):
+    for seed in (10, 9, 0):
+        place(tmp_path, record(seed=seed))
+    assert [run.row["seed"] for run in records.read(tmp_path)[0]] == [0, 9, 10]

@@ -173,3 +173,8 @@ def test_a_calibration_ends_with_a_learning_rate_to_try_first(tmp_path, monkeypa
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
     assert f"0.001 at density {density:.3g}, from dense LoRA's 0.001 (the default)" in aware
     assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)
+
+
+@pytest.mark.parametrize(("size", "text"), [(999, "999"), (999_499, "999 k"), (999_936, "1 M"), (999_999_999, "1 G")])
+def test_a_size_never_needs_a_power_of_ten(size, text):
+    assert summary.size_text(size) == text

@@ -143,7 +143,7 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
 )
 def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
     assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
-    assert "mean" not in config.no_such_key(key, "hydra")
+    assert "mean" not in config.no_such_key(f"hydra.{key}")
     assert {each.partition("=")[0] for each in config._ELSEWHERE} <= {*schema.defaults(), *config.GROUPS}
     names = [name for names in config._ELSEWHERE.values() for name in names.split()]
     assert len(names) == len(set(names))

@@ -84,3 +84,14 @@ def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch
     config = config_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
     assert (config.model.name, config.model.quantization) == ("qwen2_5_14b", "nf4")
     assert launch.cluster_of(replace(config.trainer, num_processes=1), "nf4").kind == "ddp"
+
+
+@pytest.mark.parametrize("script", ["density", "reach"])
+def test_threads_are_counted_before_torch_is_there(script: str) -> None:
+    code = (
+        "import sys; from partial_lora.runs import launch; launch.openmp = lambda: print('torch' in sys.modules) or {}"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}
+    command = [sys.executable, "-c", f"{code}; import {script}"]
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

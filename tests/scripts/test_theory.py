@@ -112,13 +112,12 @@ def test_the_error_of_a_mask_is_that_of_the_nearest_update_inside_it(rng) -> Non
     assert simulated == pytest.approx(relative_error(target, theory.best_update(target, *drawn, 3)))
 
 
-@pytest.mark.parametrize("counted", [True, False])
-def test_the_least_error_of_an_uneven_target_is_one_minus_p_q(counted, rng) -> None:
+def test_the_least_error_of_an_uneven_target_is_one_minus_p_q(rng) -> None:
     target, a, b = low_rank(64, 48, 8, rng) * np.exp(rng.standard_normal((64, 1))), 8, 3
-    errors = theory.least_errors(target, a, b, draws=3000, rng=rng, counted=counted)
+    errors = theory.least_errors(target, a, b, draws=3000, rng=rng)
     least = theory.least_error(a / 64, b / 48)
     assert agrees(errors, least)
-    assert agrees((errors - least) ** 2, theory.error_deviation(target, a, b, counted=counted) ** 2)
+    assert agrees((errors - least) ** 2, theory.error_deviation(target, a, b) ** 2)
     for delta in (0.05, 0.3):
         assert np.quantile(errors, 1 - delta) >= theory.least_precision(a / 64, b / 48, delta)
 
