@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -207,7 +208,7 @@ def info(arguments: list[str]) -> int:
     """
     shown = _print_json_outline if "--json" in arguments else _print_outline
     keys = [key for each in arguments for key in (settings_of(each) if is_file(each) else [each])]
-    named = any(re.match(r"\+*task\b", key) for key in keys)
+    named = any(re.match(r"\+*task\b", str(key)) for key in keys)
 
     def outlined(config: Config) -> int:
         from partial_lora.runs.info import outline, without_task
@@ -357,8 +358,10 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     own["reference"] = own["reference"] or ("low_rank" if "low_rank" in names else names[0])
     require(own["reference"] in names, "reference", own["reference"], f"one of {', '.join(names)}")
     others = [each for each in settings if each.partition("=")[0] not in own]
-    for each in others:
-        require(not each.startswith("seed="), "seed", each.partition("=")[2], "seeds=N: compare takes seeds 0 to N − 1")
+    instead = {"seed": "seeds=N: compare takes seeds 0 to N − 1", "method": "methods=[…]"}
+    instead |= {"calibration.budget": "budgets=[…]"}
+    for key, _, value in (each.partition("=") for each in others):
+        require(key not in instead, key, value, instead.get(key, ""))
     written = [settings_of(each) for each in others if is_file(each)]
     in_file = any("results_dir" in each and not is_record(each) for each in written)
     if not in_file and not any(each.startswith("results_dir=") for each in others):
@@ -399,6 +402,7 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
 _whole = _number(int, lambda number: 0 <= number < 2**32, "a whole number of at least 0")
 _positive = _number(int, lambda number: 1 <= number < 2**32, "a whole number of at least 1")
 _temperature = _number(float, lambda number: 0 <= number < float("inf"), "a number of at least 0")
+_weight = _number(float, math.isfinite, "a finite number")
 _share = _number(float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
 
 
@@ -735,7 +739,9 @@ def merge(arguments: Sequence[str]) -> int:
         metavar="[BASE] RUN_DIR",
         help=f"{_RUN}; BASE may name the base model, to be sure: another one is refused",
     )
-    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one number for each run")
+    parser.add_argument(
+        "--weights", nargs="+", type=_weight, required=True, metavar="W", help="one number for each run"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--how",

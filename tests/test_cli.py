@@ -364,6 +364,14 @@ def test_a_command_leaves_its_blocks_when_it_is_terminated_and_says_so_when_its_
     assert cli.guarded(unread) == 128 + signal.SIGPIPE
 
 
+def test_a_weight_of_merge_is_a_finite_number(capsys) -> None:
+    for weight in ("nan", "inf", "much"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["merge", "one", "other", "--weights", weight, "1", "--out", "merged"])
+        assert ended.value.code == 2
+        assert "--weights" in capsys.readouterr().err
+
+
 def test_report_tabulates_the_runs(place: Path, trained) -> None:
     done = here(place, "report", "results")
     assert done.returncode == 0, done.stderr
@@ -567,6 +575,9 @@ def test_info_needs_no_task_and_has_a_line_for_programs(place: Path) -> None:
     (place / "own.yaml").write_text("model: bert_base\ntask: digits\n")
     for named in (["model=bert_base", "task=digits"], ["own.yaml"]):
         assert here(place, "info", *named).returncode == 2
+    (place / "own.yaml").write_text("model: tiny_vit\n1: 2\n")
+    refused = here(place, "info", "own.yaml")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_env_has_versions_and_no_place_of_this_machine(place: Path) -> None:

@@ -17,7 +17,7 @@ from partial_lora.errors import PartialLoraError, require, shortlist
 from partial_lora.files import write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import files_by_split, one_task
+from partial_lora.finished.task import CUTS, files_by_split, one_task
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id, run_ids
 from partial_lora.runs.schema import TaskConfig
@@ -77,6 +77,9 @@ def evaluate_run(
         )
     if _source(task, split) in {_source(own, each) for each in SPLITS}:
         refuse_changed_files(run)
+        for key in CUTS if split not in files_by_split(task.data_files) else ():
+            kept = getattr(own, key)
+            require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
     size = batch_size or run.config.trainer.eval_batch_size
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)

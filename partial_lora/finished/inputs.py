@@ -78,7 +78,7 @@ def _images(argument: str) -> list[str]:
     if not os.path.isdir(argument):
         return [argument]
     found = []
-    for parent, folders, names in os.walk(argument):
+    for parent, folders, names in os.walk(argument, followlinks=True):  # as training reads folders of links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = [name for name in sorted(names) if is_image(name)]
         found += [os.path.join(parent, name) for name in images if not name.startswith(".")]

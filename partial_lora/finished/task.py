@@ -64,7 +64,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
 
 _TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
 # Splits that are cut in another way would hold rows that the run was trained on.
-_CUTS = ("split_seed", "validation_share", "test_share", "train_samples", "train_split")
+CUTS = ("split_seed", "validation_share", "test_share", "train_samples", "train_split")
 
 
 def evaluation_settings(
@@ -104,7 +104,7 @@ def evaluation_settings(
         trainer["device"] = "auto"
     node = {"trainer": trainer, "data_dir": run.config.data_dir}
     if not of_another:
-        for name in _CUTS:
+        for name in CUTS:
             if f"task.{name}" in keys:
                 raise PartialLoraError(
                     f"task.{name}: a finished run keeps it, else splits would hold rows it was trained on"

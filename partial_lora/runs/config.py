@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -405,7 +406,9 @@ def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
     if not path.is_dir():
         return _hashed(path)
-    names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    # A class may be a link to a folder: its images are rows, which rglob would pass over.
+    found = (Path(parent, name) for parent, _, names in os.walk(path, followlinks=True) for name in names)
+    names = {file.relative_to(path): file for file in found if file.is_file()}
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     content = [(name.as_posix(), _hashed(names[name])) for name in sorted(shown)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -481,6 +484,8 @@ _KEYS = {name: key for key, names in _ELSEWHERE.items() for name in names.split(
 
 def no_such_key(key: str) -> str:
     """Return one line that names the key, the one that was probably meant, and where all are listed."""
+    if key.startswith("task.data_files."):  # a task without files has no mapping that a split could be added to
+        return f"{key}: the task has no files yet; expected task.data_files={{train: FILE, test: FILE}}"
     about, meant = ("hydra", None) if key.startswith("hydra.") else ("job", _meant(key))
     hint = "" if meant is None else f"did you mean {meant}? "
     return f"{key}: no such key; {hint}`partial-lora train --cfg {about}` lists the keys there are"

@@ -237,6 +237,13 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
     refused(own, "task.data_files.test", test, "--split=validation")  # else it were cut from the run's test rows, too
 
 
+def test_the_own_task_by_name_is_cut_as_the_run_cut_it(run, evaluate, tmp_path) -> None:
+    train = {"train": finished_runs.picture_files()["train"]}  # its test split is cut from it
+    own, by_name = with_files(run, tmp_path, train), ("task=cifar10", override(train))
+    assert evaluate(*by_name, of=own)["examples"] == evaluate(of=own)["examples"]
+    refused(own, "task.split_seed", *by_name, "task.split_seed=1")
+
+
 def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:
     renamed = files({"train": pictures(20, 0), "test": pictures(7, 100)}, "renamed")
     for path in renamed.values():

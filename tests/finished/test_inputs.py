@@ -48,6 +48,12 @@ def test_images_are_files_folders_and_lines_in_the_order_in_which_they_were_name
     assert read("photos", "photos/a.png", modality="image")[1] == 5
 
 
+def test_a_folder_of_links_is_read_as_training_reads_it(photos) -> None:
+    Path("links").mkdir()
+    Path("links", "c").symlink_to(Path("photos", "c").resolve())
+    assert [each.content for each in read("links", modality="image")[0]] == ["links/c/2.jfif"]
+
+
 def test_texts_are_arguments_and_lines(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_bytes("\ufeffgrün\r\nno\u2028break\x0bhere\nlast".encode())

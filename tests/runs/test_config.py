@@ -144,6 +144,7 @@ def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides:
 def test_the_key_that_was_meant_is_named_and_nothing_is_guessed(key: str, meant: str | None) -> None:
     assert f"did you mean {meant}?" in config.no_such_key(key) if meant else "mean" not in config.no_such_key(key)
     assert "mean" not in config.no_such_key(f"hydra.{key}")
+    assert "{train: FILE" in config.no_such_key("task.data_files.test")
     assert {each.partition("=")[0] for each in config._ELSEWHERE} <= {*schema.defaults(), *config.GROUPS}
     names = [name for names in config._ELSEWHERE.values() for name in names.split()]
     assert len(names) == len(set(names))
@@ -182,6 +183,17 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     older = config.plain(chosen)
     del older["calibration"]["memory"], older["keep_records"]
     assert config.load(older) == chosen
+
+
+def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"store_{name}").mkdir()
+        (tmp_path / f"store_{name}" / "1.png").write_text(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cat").symlink_to(tmp_path / f"store_{name}")
+    settings = ("model=tiny_vit", "task=image_folder")
+    ids = {config.run_id(composed(*settings, f"task.data_files={tmp_path / name}")) for name in "ab"}
+    assert len(ids) == 2
 
 
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
