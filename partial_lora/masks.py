@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -238,7 +239,7 @@ def _calibrated_sparsity(path: Path) -> float | Sparsity:
 
 def _share(value: object, key: str) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < 1:
-        raise PartialLoraError(f"{key} is {value!r}: it is the share removed, a number in [0, 1).")
+        raise PartialLoraError(f"{key} is {reprlib.repr(value)}: it is the share removed, a number in [0, 1).")
     return float(value)
 
 

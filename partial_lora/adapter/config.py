@@ -205,7 +205,7 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
             raise PartialLoraError("columns is 'frozen': it needs granularity 'rows_columns'.")
-        if self.fan_in == "kept" and self.init_lora_weights == "gaussian":
+        if self.fan_in == "kept" and str(self.init_lora_weights).lower() == "gaussian":
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
         self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
@@ -384,7 +384,7 @@ def refuse_options(config: LoraConfig) -> None:
         if option.name not in PASSED and not is_default:
             reason = REFUSED.get(option.name, "this version of partial-lora does not know the option")
             raise PartialLoraError(f"{option.name}={value!r} does not go with Partial-LoRA: {reason}.")
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+    if not isinstance(config.init_lora_weights, bool) and str(config.init_lora_weights).lower() != "gaussian":
         raise PartialLoraError(
             f"init_lora_weights={config.init_lora_weights!r} does not go with Partial-LoRA: its values depend on each"
             " other, so that no part of them can be left out; use True, 'gaussian' or False."

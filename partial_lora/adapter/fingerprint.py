@@ -92,10 +92,13 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> Fingerprint:
     dtypes = "+".join(sorted({_kind_of(parameter) for _, _, parameter in parameters}))
     if not all(_readable(parameter) for _, _, parameter in parameters):
         return Fingerprint(dtypes, None, (), ())
+    # A tied parameter has several owners, of which one has an adapter and so the diagonal from before merging.
+    merged = {id(parameter): owner for _, owner, parameter in parameters if _REMEMBERED in vars(owner)}
     digest = hashlib.sha256()
     for name, owner, parameter in parameters:
         if not _is_plain(parameter):
             continue
+        owner = merged.get(id(parameter), owner)
         digest.update(f"{name} {tuple(parameter.shape)} {_name_of(parameter.dtype)}\n".encode())
         digest.update(_bytes(_diagonal_as_loaded(name, owner, parameter)))
     return Fingerprint(dtypes, short(digest), _samples(parameters), _linear_samples(parameters))

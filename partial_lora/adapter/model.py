@@ -60,6 +60,8 @@ class PartialLoraModel(LoraModel):
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
         """Return the modules that PEFT is about to adapt, {name: geometry}; refuse those that cannot be masked."""
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise PartialLoraError("the base model is split by tensor parallelism: load it without tp_plan.")
         modules = dict(model.named_modules())
         adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         names = [name for name in modules if name and not name.startswith(adapted)]

@@ -117,6 +117,7 @@ def calibrate(
             score that is not finite, and an error of any of the peers.
     """
     began = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names an adapter does not have
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"

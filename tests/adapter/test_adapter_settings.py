@@ -38,6 +38,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+from partial_lora import Calibration
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_sparsity, trainable_parameters
 from partial_lora.adapter import config as options
 from partial_lora.adapter.factor import MaskedFactor
@@ -422,7 +423,7 @@ def drawn(base, granularity="rows_columns", seed=5, **settings):
 
 
 @pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian"])
 def test_the_kept_values_are_those_plain_lora_draws(init, granularity):
     dense, partial = drawn(vit, granularity, init_lora_weights=init)
     assert torch.initial_seed() == 5
@@ -435,6 +436,23 @@ def test_the_kept_values_are_those_plain_lora_draws(init, granularity):
             assert factor.weight.count_nonzero() == factor.kept.count_nonzero()
     same_start = torch.equal(logits(partial, images()), logits(vit(), images()))
     assert same_start == (init is not False)
+
+
+def test_a_base_that_is_split_over_processes_is_refused_and_left_alone():
+    model = llama()
+    model._tp_size = 2  # as after from_pretrained(..., tp_plan="auto")
+    with pytest.raises(PartialLoraError, match="tp_plan"):
+        get_peft_model(model, PartialLoraConfig(target_modules=["q_proj"], sparsity=0.5))
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
+
+
+def test_a_whole_calibration_is_no_sparsity_and_is_not_printed():
+    found = Calibration(
+        baseline=1.0, joint=1.0, threshold=0.9, modules={f"module.{number}": {} for number in range(99)}
+    )
+    with pytest.raises(PartialLoraError, match="sparsity") as error:
+        PartialLoraConfig(target_modules=["q_proj"], sparsity=found)
+    assert len(str(error.value)) < 200
 
 
 def facts(model):

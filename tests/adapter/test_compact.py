@@ -14,6 +14,7 @@ from adapter_models import (
     adapt,
     convnext,
     fill,
+    gpt2,
     images,
     layers,
     llama,
@@ -503,6 +504,15 @@ def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_w
     assert torch.equal(logits(model, images()), answers)
     monkeypatch.undo()
     load_compact(model, tmp_path, adapter_name="other").set_adapter("other")
+
+
+@pytest.mark.parametrize(("base", "target"), [(gpt2, "wte"), (qwen2, "embed_tokens"), (qwen2, "lm_head")])
+def test_merging_and_unmerging_leave_a_tied_weight_what_it_was(tmp_path, base, target):
+    model = fill(adapt(base, target_modules=[target], sparsity=0.5))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    write_compact(model, tmp_path)
+    load_compact(base(), tmp_path)
 
 
 # What cannot be written

@@ -363,3 +363,8 @@ def test_bad_arguments_are_named(model, arguments, key):
 def test_a_baseline_that_is_no_number_is_refused(model):
     with pytest.raises(PartialLoraError, match=r"frozen model is inf"):
         calibrate(model, lambda model: math.inf, target_modules=TARGETS)
+
+
+def test_a_compiled_model_is_calibrated_by_the_names_that_an_adapter_has(model, score):
+    found = calibrate(torch.compile(model, backend="eager"), score, target_modules=["mlp.fc2"], levels=0.4)
+    assert found.sparsity == calibrate(model, score, target_modules=["mlp.fc2"], levels=0.4).sparsity
