@@ -337,10 +337,11 @@ def starting_rate(
 
     At the same rate, Adam's first step moves the outputs p √q times as far as dense LoRA's, with p the density of rows
     and q of columns (docs/evidence/theory.md): the density to the power 1.5. An A that is drawn for the kept columns,
-    or whole, takes 0.5 off this power; an exponent takes off itself. At power 1.5 the best rate, by measurement, is dense
-    LoRA's / √density: it makes up for a third of the power. That it does so in between is an assumption. The rates of
-    `partial` that were searched for at 13 % and less (results/tuning.json) grow as the density to the power -0.5 on
-    average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this one.
+    or whole, takes 0.5 off this power; an exponent takes off itself. At power 1.5 the best rate, by measurement, is
+    dense LoRA's / √density: it makes up for a third of the power. That it does so in between is an assumption. The
+    rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the density to the power
+    -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
+    one.
 
     At power 0 dense LoRA's rate stays, down to a density of 0.05. Below it so few rows move, each so far, that the best
     rate falls, by measurement (results/forms/forms.md) about as √density.

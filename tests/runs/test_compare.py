@@ -13,7 +13,7 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.files import write_json
-from partial_lora.runs import arguments, compare, directory
+from partial_lora.runs import compare, directory, schema
 from partial_lora.runs.config import run_directory
 
 
@@ -110,7 +110,7 @@ def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> No
     chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
     assert not [each for each in cli._own_settings(chosen)[1] if each.startswith("results_dir=")]
-    record = "".join(f"{group}: {{}}\n" for group in arguments._OF_RECORDS) + "results_dir: there\n"
+    record = "".join(f"{group}: {{}}\n" for group in schema.SECTIONS) + "results_dir: there\n"
     for content in ("task: digits\n", record):  # a run's config.yaml has the folder of that run, for other results
         (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
         assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
