@@ -387,6 +387,7 @@ FORMS = methods=[lora,low_rank,random_weights,entries,ticket,partial] methods=[p
 	methods=[partial]+mask.row_exponent=0 methods=[partial]+mask.fan_in=dense+mask.row_exponent=0 \
 	methods=[entries]+mask.fan_in=kept methods=[entries]+mask.fan_in=kept+mask.row_exponent=1 \
 	methods=[partial]+budgets=[0.6,0.05,0.01] methods=[partial]+method.rank=auto+budgets=[0.05,0.01]
+FEWER_FORMS = methods=[lora,low_rank,random_weights,entries,partial] methods=[partial]+budgets=[0.6,0.05,0.01]
 SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+method.alpha=8
 SOME_TEXTS = methods=[lora]+model.target_modules=[query,value]+method.rank=9+method.alpha=9
 FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
@@ -399,6 +400,7 @@ $(BIN)/partial-lora compare experiment=$(1) results_dir=results/$(1) $(if $(FILE
 endef
 forms: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS) $(if $(findstring trec,$(task)),$(SOME_TEXTS),$(SOME_IMAGES)),$(call COMPARED,forms,$(task),$(form))))
+	$(if $(FILES_AT),$(foreach form,$(FEWER_FORMS),$(call COMPARED,forms,task=signdigits,$(form))))
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
