@@ -360,7 +360,7 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     others = [each for each in settings if each.partition("=")[0] not in own]
     instead = {"seed": "seeds=N: compare takes seeds 0 to N − 1", "method": "methods=[…]"}
     instead |= {"calibration.budget": "budgets=[…]"}
-    for key, _, value in (each.partition("=") for each in others):
+    for key, _, value in (each.lstrip("+~").partition("=") for each in others):
         require(key not in instead, key, value, instead.get(key, ""))
     written = [settings_of(each) for each in others if is_file(each)]
     in_file = any("results_dir" in each and not is_record(each) for each in written)

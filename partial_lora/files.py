@@ -62,6 +62,18 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
     return flat
 
 
+def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield as os.walk does, in order, without hidden folders, and through links, but none to a folder above."""
+
+    def leads_back(link: Path) -> bool:
+        return link.is_symlink() and link.resolve() in {part.resolve() for part in link.parents}
+
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        shown = (each for each in sorted(folders) if not each.startswith("."))
+        folders[:] = [each for each in shown if not leads_back(Path(parent, each))]
+        yield parent, folders, names
+
+
 def at_home(path: Any) -> Any:
     """Return a path, or a mapping of paths, with the home folder in place of `~`; all else as it is."""
     if isinstance(path, Mapping):

@@ -17,7 +17,7 @@ from partial_lora.errors import PartialLoraError, require, shortlist
 from partial_lora.files import write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import CUTS, files_by_split, one_task
+from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.runs import build, directory
 from partial_lora.runs.config import plain, run_id, run_ids
 from partial_lora.runs.schema import TaskConfig
@@ -77,7 +77,8 @@ def evaluate_run(
         )
     if _source(task, split) in {_source(own, each) for each in SPLITS}:
         refuse_changed_files(run)
-        for key in CUTS if split not in files_by_split(task.data_files) else ():
+        keys = CUT_FIRST if split == "test" else CUTS
+        for key in keys if split not in files_by_split(task.data_files) else ():
             kept = getattr(own, key)
             require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
     size = batch_size or run.config.trainer.eval_batch_size
@@ -124,7 +125,7 @@ def _own_rows(run: FinishedRun, member: str) -> Task:
 def _source(task: TaskConfig, split: str) -> str | None:
     """Return the source of a split's rows: its own file, else the training rows' file, else a data set."""
     files = files_by_split(task.data_files)
-    return files.get(split) or files.get("train") or task.path
+    return files.get(split) or files.get("train") or f"{task.path} {task.subset}"
 
 
 def refuse_changed_files(run: FinishedRun) -> None:

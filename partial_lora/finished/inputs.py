@@ -9,6 +9,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import walk
 from partial_lora.tasks.folders import is_image
 
 
@@ -78,8 +79,7 @@ def _images(argument: str) -> list[str]:
     if not os.path.isdir(argument):
         return [argument]
     found = []
-    for parent, folders, names in os.walk(argument, followlinks=True):  # as training reads folders of links
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for parent, _, names in walk(argument):  # a class may be a link to a folder
         images = [name for name in sorted(names) if is_image(name)]
         found += [os.path.join(parent, name) for name in images if not name.startswith(".")]
     if not found:

@@ -64,7 +64,8 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
 
 _TRAINER = ("device", "eval_batch_size")  # the keys that may be set beside the task
 # Splits that are cut in another way would hold rows that the run was trained on.
-CUTS = ("split_seed", "validation_share", "test_share", "train_samples", "train_split")
+CUT_FIRST = ("split_seed", "test_share", "train_split")  # test rows come off before all others
+CUTS = (*CUT_FIRST, "validation_share", "train_samples")
 
 
 def evaluation_settings(

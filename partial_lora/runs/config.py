@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -21,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home, file_sha256, redacted
+from partial_lora.files import at_home, file_sha256, redacted, walk
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import suited, tuned
 from partial_lora.runs.schema import (
@@ -406,11 +405,9 @@ def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
     if not path.is_dir():
         return _hashed(path)
-    # A class may be a link to a folder: its images are rows, which rglob would pass over.
-    found = (Path(parent, name) for parent, _, names in os.walk(path, followlinks=True) for name in names)
-    names = {file.relative_to(path): file for file in found if file.is_file()}
-    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    content = [(name.as_posix(), _hashed(names[name])) for name in sorted(shown)]
+    shown = (Path(parent, name) for parent, _, names in walk(path) for name in names if not name.startswith("."))
+    files = {file.relative_to(path): file for file in shown if file.is_file()}  # a class may be a link to a folder
+    content = [(name.as_posix(), _hashed(files[name])) for name in sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -484,8 +481,8 @@ _KEYS = {name: key for key, names in _ELSEWHERE.items() for name in names.split(
 
 def no_such_key(key: str) -> str:
     """Return one line that names the key, the one that was probably meant, and where all are listed."""
-    if key.startswith("task.data_files."):  # a task without files has no mapping that a split could be added to
-        return f"{key}: the task has no files yet; expected task.data_files={{train: FILE, test: FILE}}"
+    if key.startswith("task.data_files."):  # Hydra adds no split to a task without files, or with one path for all
+        return f"{key}: expected all files in one setting, task.data_files={{train: FILE, test: FILE}}"
     about, meant = ("hydra", None) if key.startswith("hydra.") else ("job", _meant(key))
     hint = "" if meant is None else f"did you mean {meant}? "
     return f"{key}: no such key; {hint}`partial-lora train --cfg {about}` lists the keys there are"

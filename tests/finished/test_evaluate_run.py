@@ -240,7 +240,11 @@ def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None
 def test_the_own_task_by_name_is_cut_as_the_run_cut_it(run, evaluate, tmp_path) -> None:
     train = {"train": finished_runs.picture_files()["train"]}  # its test split is cut from it
     own, by_name = with_files(run, tmp_path, train), ("task=cifar10", override(train))
-    assert evaluate(*by_name, of=own)["examples"] == evaluate(of=own)["examples"]
+    for more in ((), ("task.train_samples=30",)):  # test rows come off before these are counted
+        assert evaluate(*by_name, *more, of=own)["examples"] == evaluate(of=own)["examples"]
+    challenge = evaluation_settings(own, ["task=arc_challenge", "task.split_seed=1"])[0]  # from where arc_easy is, too
+    easy = evaluation_settings(own, ["task=arc_easy"])[0]
+    assert len({evaluate_run._source(task, "test") for task in (easy, challenge)}) == 2
     refused(own, "task.split_seed", *by_name, "task.split_seed=1")
 
 

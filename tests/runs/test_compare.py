@@ -191,7 +191,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         (["methods=[nothing]"], "method"),
         (["methods=[low_rank]", "trainer.nothing=1"], "trainer.nothing"),
         (["methods=[low_rank]", "seed=5"], "seed"),
-        (["methods=[low_rank]", "method=dora"], "method"),
+        (["methods=[low_rank]", "+method=dora"], "method"),
         (["methods=[low_rank]", "calibration.budget=0.02"], "calibration.budget"),
         (["methods=[low_rank]", "model=tiny_vit,tiny_clip"], "model"),
     ],
