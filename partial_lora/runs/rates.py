@@ -317,17 +317,24 @@ def _calibration(settings: Mapping) -> dict:
 
 # --- A learning rate to try first, where none was searched for.
 
-_OF_MASKS = ("columns", "fan_in", "row_exponent", "column_exponent")  # what decides how far a step moves the outputs
+_OF_MASKS = (
+    "granularity",
+    "columns",
+    "fan_in",
+    "row_exponent",
+    "column_exponent",
+)  # what decides how far a step moves the outputs
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
-_FEWEST = 0.05  # density down to which one rate serves all masks that know it
+_FEWEST = 0.05  # density of rows and columns down to which one rate serves all masks that know it
 
 
 def starting_rate(
     dense: float,
     density: float,
     *,
+    granularity: str = "rows_columns",
     columns: str = "masked",
     fan_in: str = "dense",
     row_exponent: float = 0.0,
@@ -343,19 +350,19 @@ def starting_rate(
     -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
     one.
 
-    At power 0 dense LoRA's rate stays, down to a density of 0.05. Below it so few rows move, each so far, that the best
+    At power 0 dense LoRA's rate stays. Of whole rows below a density of 0.05 so few move, each so far, that the best
     rate falls: by measurement (results/forms/forms.md) nearly as the density on one set of four, and hardly on another.
     √density is between the two.
 
     Args:
         dense: the rate that suits dense LoRA.
         density: the share of dense LoRA's parameters that trains, in (0, 1].
-        columns, fan_in, row_exponent, column_exponent: of `mask`.
+        granularity, columns, fan_in, row_exponent, column_exponent: of `mask`.
     """
     knows_columns = fan_in == "kept" or columns == "frozen"
     power = round(1.5 - 0.5 * knows_columns - row_exponent - column_exponent, 9)
     if power <= 0:
-        return dense * min(1.0, math.sqrt(density / _FEWEST))
+        return dense * (min(1.0, math.sqrt(density / _FEWEST)) if granularity == "rows_columns" else 1.0)
     return dense * density ** (-power / 3)
 
 

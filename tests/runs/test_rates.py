@@ -237,6 +237,8 @@ def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_densi
         assert rates.starting_rate(dense, density, fan_in="kept", **aware) == known
         assert rates.starting_rate(dense, density, columns="frozen", **aware) == known
     assert rates.starting_rate(dense, density, row_exponent=1.0, column_exponent=1.0) == known
+    for form in ("units", "element"):  # which reach more rows
+        assert rates.starting_rate(dense, density, granularity=form, fan_in="kept", row_exponent=1.0) == dense
     for row in (0.3, 0.7):  # whose sum is 1 in either order, but not in binary
         assert rates.starting_rate(dense, density, fan_in="kept", row_exponent=row, column_exponent=1 - row) == known
     between = [rates.starting_rate(dense, density, fan_in="kept", row_exponent=power) for power in (0.0, 0.3, 0.6)]
