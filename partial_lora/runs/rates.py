@@ -317,13 +317,8 @@ def _calibration(settings: Mapping) -> dict:
 
 # --- A learning rate to try first, where none was searched for.
 
-_OF_MASKS = (
-    "granularity",
-    "columns",
-    "fan_in",
-    "row_exponent",
-    "column_exponent",
-)  # what decides how far a step moves the outputs
+# Keys of `mask` that decide how far a step moves the outputs.
+_OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
