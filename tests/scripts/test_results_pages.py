@@ -65,6 +65,7 @@ race/race: digits, budget 0.02: low_rank
 race/race: gtsrb, budget 0.02: partial − low_rank
 forms/forms: trec, budget 0.02: partial; partial rank=auto; partial mask=units; low_rank
 forms/forms: gtsrb, budget 0.02: partial rank=auto − low_rank
+forms/forms: signdigits, budget 0.02: partial − low_rank; entries − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
 forms/forms: gtsrb, budget 0.13: partial − low_rank
