@@ -57,6 +57,7 @@ decided/tables/decided: trec, budget 0.13: entries − low_rank; entries − lor
 decided/tables/decided: trec, threshold 0.9: partial − lora
 race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
 race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
+forms/forms: trec, budget 0.13: ticket − low_rank
 race/race: digits, budget 0.13: low_rank
 race/race: gtsrb, budget own: lora − low_rank
 race/race: gtsrb, budget 0.02: oft − low_rank; entries − low_rank; unilora − low_rank; random_weights − low_rank
@@ -64,7 +65,7 @@ forms/forms: trec, budget 0.02: entries − low_rank
 race/race: digits, budget 0.02: low_rank
 race/race: gtsrb, budget 0.02: partial − low_rank
 forms/forms: trec, budget 0.02: partial; partial rank=auto; partial mask=units; low_rank
-forms/forms: gtsrb, budget 0.02: partial rank=auto − low_rank
+forms/forms: gtsrb, budget 0.02: partial rank=auto − low_rank; partial mask=units − low_rank
 forms/forms: signdigits, budget 0.02: partial − low_rank; entries − low_rank
 forms/forms: trec, budget own: lora on query, value − low_rank
 forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
