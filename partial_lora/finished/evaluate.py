@@ -122,7 +122,7 @@ def _own_rows(run: FinishedRun, member: str) -> Task:
     return build.task_of(run.config, mixtures=True).members[names.index(member)]
 
 
-def _source(task: TaskConfig, split: str) -> str | None:
+def _source(task: TaskConfig, split: str) -> str:
     """Return the source of a split's rows: its own file, else the training rows' file, else a data set."""
     files = files_by_split(task.data_files)
     return files.get(split) or files.get("train") or f"{task.path} {task.subset}"

@@ -14,7 +14,7 @@ import yaml
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
 from partial_lora.runs.rates import suited
-from partial_lora.runs.schema import SECTIONS, defaults, list_keys
+from partial_lora.runs.schema import SECTIONS, list_keys
 from partial_lora.training.config import AUTO
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     if "trainer" not in chosen:
         trainer = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
         of_itself = chosen & {"method", "calibration"} and trainer.get("tuned") is None
-        if of_itself and trainer.get("learning_rate") in (suited(content), defaults()["trainer.learning_rate"]):
+        if of_itself and trainer.get("learning_rate") == suited(content):
             trainer["learning_rate"] = AUTO
         settings["trainer"] = trainer
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}

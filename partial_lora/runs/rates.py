@@ -319,10 +319,8 @@ def _calibration(settings: Mapping) -> dict:
 
 # Keys of `mask` that decide how far a step moves the outputs.
 _OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
+_LEAST_DENSITY = 0.05  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
-
-
-_FEWEST = 0.05  # density of rows and columns down to which one rate serves all masks that know it
 
 
 def starting_rate(
@@ -345,9 +343,9 @@ def starting_rate(
     -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
     one.
 
-    At power 0 dense LoRA's rate stays. Of whole rows below a density of 0.05 so few move, each so far, that the best
-    rate falls: by measurement (results/forms/forms.md) nearly as the density on one set of four, and hardly on another.
-    √density is between the two.
+    At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.05. There so few rows
+    move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
+    on gtsrb and hardly on trec; √density lies between.
 
     Args:
         dense: the rate that suits dense LoRA.
@@ -357,7 +355,7 @@ def starting_rate(
     knows_columns = fan_in == "kept" or columns == "frozen"
     power = round(1.5 - 0.5 * knows_columns - row_exponent - column_exponent, 9)
     if power <= 0:
-        return dense * (min(1.0, math.sqrt(density / _FEWEST)) if granularity == "rows_columns" else 1.0)
+        return dense * (min(1.0, math.sqrt(density / _LEAST_DENSITY)) if granularity == "rows_columns" else 1.0)
     return dense * density ** (-power / 3)
 
 

@@ -515,6 +515,7 @@ def defaults() -> Mapping[str, Any]:
     return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
+# The groups of a run's settings, and the dataclass of each.
 SECTIONS = {each.name: each.default_factory for each in fields(Config) if is_dataclass(each.default_factory)}
 
 
