@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +85,9 @@ def at_home(path: Any) -> Any:
 def building(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.building-", dir=folder.parent))
+    beside = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex[:8]}")
     try:
+        beside.mkdir()  # a signal may come at once
         yield beside
         replace_folder(beside, folder)
     finally:
@@ -95,7 +96,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 def replace_folder(built: Path, folder: Path) -> None:
     """Give the folder `built` the name `folder`, once all of it is on disk, then remove what had that name."""
-    for path in (built, *built.rglob("*")):  # mkdtemp and safetensors let only the owner in
+    for path in (built, *built.rglob("*")):  # safetensors and a strict umask let only the owner in
         path.chmod(0o755 if path.is_dir() else 0o644)
     sync(built)
     before = built.with_name(f"{built.name}.replaced")

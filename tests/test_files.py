@@ -20,6 +20,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import (
     HIDDEN,
     MARKER,
+    building,
     cache_dir,
     fault,
     file_sha256,
@@ -109,6 +110,20 @@ def test_failed_build_leaves_no_entry(tmp_path):
     with pytest.raises(PartialLoraError, match="no connection"):
         verified_folder(tmp_path / "entry", fail)
     assert [path.name for path in tmp_path.iterdir()] == [".entry.lock"]
+
+
+def test_a_signal_as_soon_as_the_folder_is_there_leaves_none(tmp_path):
+    def signal(frame, event: str, function) -> None:
+        if event == "c_return" and function is os.mkdir:
+            raise KeyboardInterrupt
+
+    sys.setprofile(signal)
+    try:
+        with pytest.raises(KeyboardInterrupt), building(tmp_path / "folder"):
+            pass
+    finally:
+        sys.setprofile(None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def run(script: str, *arguments: object) -> subprocess.Popen:
