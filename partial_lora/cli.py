@@ -224,12 +224,13 @@ def info(arguments: list[str]) -> int:
 
 def _print_json_outline(config: Config, run: Outline) -> None:
     names = {group: getattr(config, group).name for group in ("model", "task", "method")}
-    rates = {"learning_rate": config.trainer.learning_rates, "first_learning_rate": _first_rate(config, run)}
+    first, _ = _first_rate(config, run) or (None, "")
+    rates = {"learning_rate": config.trainer.learning_rates, "first_learning_rate": first}
     print(json.dumps(names | dataclasses.asdict(run) | rates, allow_nan=False))
 
 
-def _first_rate(config: Config, run: Outline) -> str | None:
-    """Return the learning rate to try first, in words; None for an adapter that is not masked."""
+def _first_rate(config: Config, run: Outline) -> tuple[float, str] | None:
+    """Return the learning rate to try first, and why; None for an adapter that is not masked."""
     if config.method.name not in MASKED:
         return None
     return starting_point(plain(config), run.counts["adapter_trainable"] / run.counts["adapter_dense"])
@@ -253,7 +254,7 @@ def _print_outline(config: Config, run: Outline) -> None:
     rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
     text += f"\nlearning rate: {rates}"
     if first := _first_rate(config, run):
-        text += f"; to try first: {first}"
+        text += "; to try first: {:.2g} {}".format(*first)
     print(text, *(f"beware: {line}" for line in config.warnings), sep="\n")
 
 

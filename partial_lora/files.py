@@ -105,12 +105,15 @@ def replace_folder(built: Path, folder: Path) -> None:
         if folder.exists():
             folder.rename(before)
         built.rename(folder)
+        _sync(folder.parent)
     except BaseException:
         if before.exists() and not folder.exists():
             before.rename(folder)
         raise
-    _sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    finally:
+        if before.exists() and folder.exists():
+            before.rename(built)  # whoever builds removes that, whenever a signal comes
+    shutil.rmtree(built, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:

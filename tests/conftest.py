@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # What the libraries of Hugging Face keep is neither taken from nor left in the home of whoever runs the tests.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
 os.environ["HF_HOME"] = _HF_HOME.name
+
+for _name in ("NO_PROXY", "no_proxy"):  # tests that call this machine mean it, and no proxy
+    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1")))
 
 gc.disable()  # until all tests are found: importing what they need makes millions of objects that stay
 
@@ -63,6 +67,15 @@ def _refused(name: str, answer: Callable[[], object]) -> Callable[[], object]:
         return answer()
 
     return ask
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """A port of this machine for processes to meet at: bound, so that nobody else is given it, but free to listen at."""
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Every process writes what it found into a folder that both share; the tests comp
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -105,9 +104,6 @@ def main(rank: int, folder: Path, port: int) -> None:
     os._exit(0)  # gloo's threads sometimes abort a process that ends by itself
 
 
-def start(folder: Path) -> None:
+def start(folder: Path, port: int) -> None:
     """Let two processes train. An error in one of them is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     torch.multiprocessing.start_processes(main, args=(folder, port), nprocs=WORLD, start_method="fork")

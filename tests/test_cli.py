@@ -571,6 +571,7 @@ def test_info_needs_no_task_and_has_a_line_for_programs(place: Path) -> None:
         counted = json.loads(done.stdout)
         assert (counted["model"], counted["outputs"]) == (model, outputs)
         assert counted["counts"]["adapter_trainable"] <= 0.13 * counted["counts"]["adapter_dense"]
+        assert counted["first_learning_rate"] == counted["learning_rate"]["adapter"] == 1e-3
     assert "model.gradient_checkpointing=true" in here(place, "info", "model=llama3_1_8b").stdout
     (place / "own.yaml").write_text("model: bert_base\ntask: digits\n")
     for named in (["model=bert_base", "task=digits"], ["own.yaml"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -112,18 +113,25 @@ def test_failed_build_leaves_no_entry(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".entry.lock"]
 
 
-def test_a_signal_as_soon_as_the_folder_is_there_leaves_none(tmp_path):
-    def signal(frame, event: str, function) -> None:
-        if event == "c_return" and function is os.mkdir:
+@pytest.mark.parametrize("function", [os.mkdir, os.rename, os.unlink])
+@pytest.mark.parametrize("has_its_name", [False, True])
+def test_a_signal_leaves_a_folder_as_it_was_or_will_be_and_none_beside_it(tmp_path, function, has_its_name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def signal(frame, event: str, called) -> None:
+        if event == "c_return" and called is function and (folder / "new").exists() == has_its_name:
             raise KeyboardInterrupt
 
     sys.setprofile(signal)
     try:
-        with pytest.raises(KeyboardInterrupt), building(tmp_path / "folder"):
-            pass
+        with contextlib.suppress(KeyboardInterrupt), building(folder) as built:
+            (built / "new").touch()
     finally:
         sys.setprofile(None)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len(list(folder.iterdir())) == 1
 
 
 def run(script: str, *arguments: object) -> subprocess.Popen:

@@ -48,8 +48,8 @@ def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
     removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
     values = weight.detach()
     own = values.index_select(dimension, removed)
-    values.index_fill_(dimension, removed, 0)
     try:
+        values.index_fill_(dimension, removed, 0)
         yield
     finally:
         values.index_copy_(dimension, removed, own)

@@ -175,14 +175,14 @@ class Reuse:
 def wrapped(modules: Mapping[str, nn.Module], wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
     """Put `wrapper(name, forward)` in the place of every module's forward, and put the forward back afterwards."""
     own = {name: vars(module).get("forward") for name, module in modules.items()}
-    for name, module in modules.items():
-        module.forward = wrapper(name, module.forward)
     try:
+        for name, module in modules.items():
+            module.forward = wrapper(name, module.forward)
         yield
     finally:
         for name, module in modules.items():
             if own[name] is None:
-                del module.forward
+                vars(module).pop("forward", None)
             else:
                 module.forward = own[name]
 

@@ -62,8 +62,8 @@ class BoundedScore(Protocol):
 def frozen(model: nn.Module) -> Iterator[None]:
     """Turn dropout and gradients off for as long as the block lasts; every module's training flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count how often they change
             yield
     finally:

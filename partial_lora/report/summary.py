@@ -161,7 +161,7 @@ def _starting_point(result: Mapping) -> str:
         return ""
     kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
     dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
-    return f"to try first: {starting_point(config, kept / dense)}"
+    return "to try first: {:.2g} {}".format(*starting_point(config, kept / dense))
 
 
 def _by_member(test: Mapping) -> dict[str, str]:

@@ -106,7 +106,7 @@ class Entry:
 
 
 def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
-    """Return the methods at every budget, and once those that no budget resizes, each checked as `train` checks it.
+    """Return each method at every budget, or once if no budget resizes it, each entry checked as `train` checks it.
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
@@ -114,8 +114,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     own_rate = bool(rates) and not rates[-1].endswith("=auto")
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
-    for method in methods:
-        for budget in [None] if method in OWN_SIZE else budgets:
+    for method in dict.fromkeys(methods):
+        for budget in [None] if method in OWN_SIZE else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
                 if method in _SIZED_ALIKE and not own_calibration:

@@ -398,7 +398,7 @@ def _run_process(
             watch(event)
 
     requests = _StopRequests()
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as words, progress.handling(requests):
+    with progress.handling(requests), tempfile.TemporaryDirectory(prefix="partial-lora-") as words:
         with open(log, "ab") as file:
             worker = (start or _start)(command, {**environment, failures.VARIABLE: words}, file.fileno(), lock)
         requests.worker = worker
@@ -595,9 +595,13 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def stop(number: int, frame: object) -> None:
-        for each in progress.STOPPING:
-            signal.signal(each, signal.SIG_IGN)
-        # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills what is left then.
+        # torchrun passes the signal on, waits as long as PET_SHUTDOWN_TIMEOUT says, and kills what is left then: all of
+        # that while it handles this exception. One that Python or a library has dropped is raised again.
+        handled = sys.exc_info()[1]
+        while handled is not None and not isinstance(handled, SignalException):
+            handled = handled.__context__
+        if handled is not None:
+            return
         raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
 
     for number in progress.STOPPING:
@@ -608,6 +612,8 @@ def main() -> None:
         failures.report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
         sys.exit(1)
     except SignalException as stopped:
+        for number in progress.STOPPING:
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except Exception as error:
         failures.report(redacted(f"accelerate launch: {type(error).__name__}: {one_line(error, None)}"))

@@ -320,6 +320,7 @@ def _calibration(settings: Mapping) -> dict:
 # Keys of `mask` that decide how far a step moves the outputs.
 _OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
 _LEAST_DENSITY = 0.05  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
+_OF_ENTRIES = 3.0  # by measurement (results/forms/forms.md): what single entries want, in rates of other masks
 FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
@@ -345,13 +346,18 @@ def starting_rate(
 
     At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.05. There so few rows
     move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
-    on gtsrb and hardly on trec; √density lies between.
+    on gtsrb and hardly on trec; √density lies between. Single entries want a higher rate (_OF_ENTRIES). Groups keep dense
+    LoRA's: they set nothing to zero.
 
     Args:
         dense: the rate that suits dense LoRA.
         density: the share of dense LoRA's parameters that trains, in (0, 1].
         granularity, columns, fan_in, row_exponent, column_exponent: of `mask`.
     """
+    if granularity == "groups":
+        return dense
+    if granularity == "element":
+        dense *= _OF_ENTRIES
     knows_columns = fan_in == "kept" or columns == "frozen"
     power = round(1.5 - 0.5 * knows_columns - row_exponent - column_exponent, 9)
     if power <= 0:
@@ -386,20 +392,18 @@ def suited(settings: Mapping, dense: float | None = None) -> float:
 def dense_rate(settings: Mapping) -> tuple[float, str]:
     """Return the learning rate of dense LoRA for a run's model and task, and where it is from.
 
-    The rate was searched for (`trainer.tuned`, else FILE), or is the default.
+    The rate was searched for (`trainer.tuned`), or is the default, from which `trainer.learning_rate=auto` starts.
     """
     trainer, method = settings["trainer"], settings["method"]
-    file = Path(trainer.get("tuned") or FILE)
-    if file.is_file():
+    if file := trainer.get("tuned"):
         lora = {**settings, "method": {**method, "name": "lora"}}
         with suppress(PartialLoraError):  # the file has no rate for such a run
-            return tuned(str(file), lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
+            return tuned(file, lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
     return schema.defaults()["trainer.learning_rate"], "the default"
 
 
-def starting_point(settings: Mapping, density: float) -> str:
-    """Return the learning rate for a run to try first and what it is derived from, in words."""
+def starting_point(settings: Mapping, density: float) -> tuple[float, str]:
+    """Return the learning rate for a masked run of that density to try first, and what it is derived from, in words."""
     dense, source = dense_rate(settings)
     mask = {name: settings["mask"][name] for name in _OF_MASKS if name in settings["mask"]}
-    rate = starting_rate(dense, density, **mask)
-    return f"{rate:.2g} at density {density:.3g}, from dense LoRA's {dense:g} ({source})"
+    return starting_rate(dense, density, **mask), f"at density {density:.3g}, from dense LoRA's {dense:g} ({source})"

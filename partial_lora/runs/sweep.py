@@ -54,14 +54,14 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     Raises PartialLoraError where a sampler has nothing to go by.
     """
     _check_sampler(plan, stage)
-    ledger = Ledger.new(plan.sweep_dir)
     configs = [] if plan.is_sampled else [config for _, config in plan.runs]
-    job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
     # This module reports failed jobs in place of the plug-ins, and Python handles signals in place of Ray.
     logging.getLogger("hydra_plugins").addHandler(logging.NullHandler())
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
     begun = time.time()
+    ledger = Ledger.new(plan.sweep_dir)
     try:
+        job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
         with _reporting(ledger, plan):
             trouble = _sweep(plan, ledger, partial(hydra, job))
             with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -181,6 +182,21 @@ def test_weights_come_back_however_a_calibration_ends(model, batches, scope):
         assert_unchanged(model, before)
         assert_unchanged(model, score.weights)
     assert all(module.training for module in model.modules())
+
+
+def test_weights_come_back_from_a_signal_amid_zeroing(model, batches):
+    def interrupted(frame, event: str, function) -> None:
+        if event == "c_return" and function.__name__ == "index_fill_":
+            raise KeyboardInterrupt
+
+    before = weights_of(model)
+    sys.setprofile(interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, Counted(batches), threshold=0.8, **GRID)
+    finally:
+        sys.setprofile(None)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(

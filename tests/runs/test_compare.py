@@ -102,7 +102,7 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert centres == {"low_rank": 2e-3, "dora": 1e-3, "hira": 32e-3}  # 45 times, on the ladder of all
     (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = compare.entries(["low_rank"], [1234567], overrides)
+    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate.commands.launch
 import pytest
 import yaml
 from commands import is_alive
@@ -175,6 +177,26 @@ def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_p
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert written(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
     assert failures.first(tmp_path / "words") is None
+
+
+def test_a_request_to_stop_that_is_dropped_is_heard_when_it_is_repeated(monkeypatch) -> None:
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "")  # to be put back as it was
+    waited = []
+
+    def launched() -> None:
+        with contextlib.suppress(Exception):  # as libraries do, and Python in a finalizer
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:  # torchrun's: here it waits for its workers
+            signal.raise_signal(signal.SIGTERM)
+            waited.append("to the end")
+            raise
+
+    monkeypatch.setattr(accelerate.commands.launch, "main", launched)
+    with progress.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
+        launch.main()
+    assert (ended.value.code, waited) == (128 + signal.SIGTERM, ["to the end"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

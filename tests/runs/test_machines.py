@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -50,11 +49,8 @@ def alone(place: Path) -> tuple[Path, dict]:
 
 
 @pytest.fixture(scope="module")
-def together(place: Path, alone) -> list[tuple[int, str, str]]:
+def together(place: Path, alone, port: int) -> list[tuple[int, str, str]]:
     """What two machines say whose run is described by a file: the model in parts, a step in two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     described = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "FSDP",

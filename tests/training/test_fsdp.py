@@ -17,9 +17,9 @@ from partial_lora.training import checkpoints, fsdp
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> tuple[Path, list[dict]]:
+def found(tmp_path_factory, port: int) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("sharded")
-    sharded_worker.start(folder)
+    sharded_worker.start(folder, port)
     return folder, [load_file(folder / f"found_{rank}.safetensors") for rank in range(sharded_worker.WORLD)]
 
 
