@@ -190,8 +190,8 @@ def worst_distances(number: int, *, draws: int, rng: Generator) -> np.ndarray:
     return np.array([worst_distance(rng.uniform(-1, 1, number)) for _ in range(draws)])
 
 
-# ---------------------------------------------------------------------------------------- entries of B, with A free
-# Row i of B keeps the entries S_i. A target is exact where some A and some B inside the mask have B A = T.
+# ------------------------------------------------------------------------------------------------- single entries
+# Row i of B keeps the entries S_i, and A is free but for `most_error`. A target is exact where some A and some B inside the mask have B A = T.
 
 
 def block_rank(m: int, t: int, p: float, delta: float) -> int:
@@ -263,30 +263,22 @@ def entry_mask(m: int, r: int, p: float, *, rng: Generator, counted: bool = Fals
     return keys <= np.partition(keys, last, axis=None)[last]
 
 
-def exact_factors(
-    left: np.ndarray, right: np.ndarray, mask: np.ndarray, *, rng: Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return B inside `mask` (m, r) and A (r, n), B A as near to C V = left (m, t) right (t, n) as A = G V allows.
+def most_error(r: int, t: int, p: float, q: float) -> float:
+    """Return an upper bound on E min_D |T - D|^2 / |T|^2 where entries of B are masked, and those of A: rank t <= r."""
+    assert 0 < min(p, q) <= max(p, q) <= 1 <= t <= r
+    return (1 - p * q) / (1 - p * q + (r // t) * p * q)
 
-    G is Gaussian; exact, almost surely, where every row keeps at least t entries: any t rows of G are a basis.
+
+def shared_directions(target: np.ndarray, left: np.ndarray, right: np.ndarray, t: int, p: float, q: float) -> np.ndarray:
+    """Return the D inside the masks of B, `left` (m, r), and A, `right` (r, n), whose mean error is `most_error`.
+
+    Every singular direction of the target (m, n) of rank t has floor(r / t) units of the rank.
     """
-    mixing = rng.standard_normal((mask.shape[1], left.shape[1]))
-    factor = np.zeros(mask.shape)
-    for row, kept in enumerate(mask):
-        if kept.any():
-            factor[row, kept] = np.linalg.lstsq(mixing[kept].T, left[row], rcond=None)[0]
-    return factor, mixing @ right
-
-
-def reachable_dimension(mask: np.ndarray, t: int, *, rng: Generator) -> int:
-    """Return the dimension of {B G : B inside mask (m, r), G (r, t)}: the Jacobian's rank at a random point.
-
-    A target's C outside it is not exact.
-    """
-    factor, mixing = rng.standard_normal(mask.shape) * mask, rng.standard_normal((mask.shape[1], t))
-    by_factor = np.kron(np.eye(len(mask)), mixing)[mask.ravel()]
-    by_mixing = np.kron(factor.T, np.eye(t))
-    return int(np.linalg.matrix_rank(np.vstack([by_factor, by_mixing])))
+    u, values, v = np.linalg.svd(target, full_matrices=False)
+    k = left.shape[1] // t
+    units = [slice(g * k, (g + 1) * k) for g in range(t)]
+    kept = [left[:, own].astype(float) @ right[own] for own in units]
+    return sum(values[g] * np.outer(u[:, g], v[g]) * kept[g] for g in range(t)) / (1 - p * q + k * p * q)
 
 
 # ------------------------------------------------------------------------------- what moving inside the mask does to L
@@ -491,6 +483,10 @@ def of_entries(setting: Setting, rng: Generator) -> list[dict]:
             *simulated("at least", (m, enough), full),
         ),
         line(f"rank that is necessary for almost every target ({needed / t:.3g} x target rank)", needed),
+        line(
+            f"entries of B and of A: least squared error at rank {setting.rank}, at most",
+            most_error(setting.rank, t, p, p),
+        ),
     ]
     if needed > t and (within := simulated("at most", (m, needed - 1), lambda mask: dimension_bound(mask, t) == m * t)):
         what = "of masks one rank lower, those that do not rule almost all targets out"

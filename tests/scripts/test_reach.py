@@ -76,6 +76,9 @@ def test_in_the_mean_a_mask_reaches_pq_and_a_first_step_what_it_moves_of_the_ent
     assert mean.loc["rows and columns", "reach"] == pytest.approx(sizes[0] * sizes[1] / (96 * 80), rel=0.06)
     assert mean.loc["random_weights", "reach"] == pytest.approx(reach.RANK * sum(sizes) / (96 * 80), rel=0.05)
     assert mean.loc["low_rank", "start"] == pytest.approx(reach.LOW / 80, rel=0.15)
+    of_rows, kept = sizes[0] / 96 * reach.RANK / 80, sizes[1]  # were the rows of A orthonormal
+    found_of_rows = mean.loc["rows and columns", "start"]
+    assert found_of_rows == pytest.approx(of_rows * kept / (kept + reach.RANK + 1), rel=0.15)
     assert (found["start"] <= found["reach"] + 1e-9)[~found["form"].isin(["units", "entries"])].all()
 
 
