@@ -50,7 +50,7 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit code: 0 done, 1 a run failed, 2 a wrong input, 130, 141, 143 interrupted."""
+    """Run a command line; return its exit code: 0 done, 1 a run failed, 2 a wrong input, above 128 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, others = (arguments[0], arguments[1:]) if arguments else (None, [])
     if {"-sc", "--shell-completion"} & {*arguments}:
@@ -104,7 +104,8 @@ def _overview(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, words) in COMMANDS.items():
         commands.add_parser(name, help=words)
-    return COMMANDS[parser.parse_args(arguments).command][0]([])
+    parser.parse_args(arguments)  # prints what is asked for, and exits
+    return USAGE_ERROR
 
 
 # --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
@@ -821,9 +822,9 @@ def runs(arguments: Sequence[str]) -> int:
     """List the runs of a results directory, the last one last; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="partial-lora runs",
-        description="List the runs of a results directory, the last one last: task, model, method, operating point, "
-        "seed, test score (or how the run stands), path. Other commands take the path, the start of the run's id, or "
-        "`latest`.",
+        description="List the runs of a results directory, the last one last: when it began, task, model, method, "
+        "operating point, seed, test score (or how the run stands), path. Other commands take the path, the start of "
+        "the run's id, or `latest`.",
     )
     parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     place = parser.parse_args(list(arguments)).results_dir
@@ -905,7 +906,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare, "rank methods at equal size, each at its best learning rate"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
-    "runs": (runs, "list the runs of a results directory: task, method, score, when, path"),
+    "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),
     "generate": (generate, "continue a prompt with a finished run of a language model"),
     "env": (env, "print versions, platform and devices, for a report of a bug"),
     "report": (report, "make tables, figures and a page of finished runs"),

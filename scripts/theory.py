@@ -190,8 +190,9 @@ def worst_distances(number: int, *, draws: int, rng: Generator) -> np.ndarray:
     return np.array([worst_distance(rng.uniform(-1, 1, number)) for _ in range(draws)])
 
 
-# ------------------------------------------------------------------------------------------------- single entries
-# Row i of B keeps the entries S_i, and A is free but for `most_error`. A target is exact where some A and some B inside the mask have B A = T.
+# ------------------------------------------------------------------------------------------------------- single entries
+# Row i of B keeps the entries S_i, and A is free but for `most_error`. A target is exact where some A and some B inside
+# the mask have B A = T.
 
 
 def block_rank(m: int, t: int, p: float, delta: float) -> int:
@@ -269,7 +270,9 @@ def most_error(r: int, t: int, p: float, q: float) -> float:
     return (1 - p * q) / (1 - p * q + (r // t) * p * q)
 
 
-def shared_directions(target: np.ndarray, left: np.ndarray, right: np.ndarray, t: int, p: float, q: float) -> np.ndarray:
+def shared_directions(
+    target: np.ndarray, left: np.ndarray, right: np.ndarray, t: int, p: float, q: float
+) -> np.ndarray:
     """Return the D inside the masks of B, `left` (m, r), and A, `right` (r, n), whose mean error is `most_error`.
 
     Every singular direction of the target (m, n) of rank t has floor(r / t) units of the rank.

@@ -71,7 +71,7 @@ def _refused(name: str, answer: Callable[[], object]) -> Callable[[], object]:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    """A port of this machine for processes to meet at: bound, so that nobody else is given it, but free to listen at."""
+    """A port of this machine for processes to meet at: bound, so that nobody else is given it, yet free to listen."""
     with socket.socket() as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(("127.0.0.1", 0))

@@ -58,7 +58,7 @@ def saturated(
 
     Rows I and columns J change |I| |J| entries of W by rank * (|I| + |J|) numbers; where these are no fewer, a lower
     rank with more rows and columns reaches more of W at the same size. Units of the rank and single entries are taken
-    to keep different rows and columns as long as there are any.
+    to keep different rows and columns as long as there are any, and to change all entries of W where these cross.
     """
     units, unit = masked_units(shapes, rank, granularity)
     found = []

@@ -241,7 +241,8 @@ def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
 
 def _made(run: FinishedRun) -> str:
     trainer, result = run.config.trainer, run.result
-    long = f"{trainer.max_steps:,} steps" if trainer.max_steps else f"{trainer.epochs:g} epochs"
+    epochs = "1 epoch" if trainer.epochs == 1 else f"{trainer.epochs:g} epochs"
+    long = f"{trainer.max_steps:,} steps" if trainer.max_steps else epochs
     seconds = sum(value for value in result["seconds"].values() if value)
     rates = ", ".join(f"{part} {rate:g}" for part, rate in trainer.learning_rates.items())
     return (

@@ -286,7 +286,7 @@ def is_calibrated(config: Config) -> bool:
     `method=uniform` meets a budget without one, unless calibration.file or calibration.reliability is set.
     """
     calibration, method = config.calibration, config.method.name
-    met = method == UNIFORM and calibration.budget is not None and not (calibration.file or calibration.reliability)
+    met = method == "uniform" and calibration.budget is not None and not (calibration.file or calibration.reliability)
     return method in CALIBRATED and calibration.sparsity is None and not met
 
 

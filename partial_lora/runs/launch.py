@@ -185,7 +185,7 @@ def refuse_foreign_world() -> None:
 def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Callable[[], Sequence[int]]) -> Outcome:
     """Run this machine's part of a run whose directory is machine 0's: only workers touch it, once machine 0 has begun.
 
-    The message of the outcome is one line, from the run's record and this machine's workers.
+    Why it failed is one line, from the run's record and this machine's workers.
     """
     if _is_done(config, stage, place):
         return Outcome(place, "skipped")

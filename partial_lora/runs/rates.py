@@ -346,8 +346,8 @@ def starting_rate(
 
     At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.05. There so few rows
     move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
-    on gtsrb and hardly on trec; √density lies between. Single entries want a higher rate (_OF_ENTRIES). Groups keep dense
-    LoRA's: they set nothing to zero.
+    on gtsrb and hardly on trec; √density lies between. Single entries want a higher rate (_OF_ENTRIES). Groups keep
+    dense LoRA's: they set nothing to zero.
 
     Args:
         dense: the rate that suits dense LoRA.

@@ -204,7 +204,7 @@ def test_masks_of_an_exact_count_have_the_same_union_bound(rng) -> None:
 
 
 def exact_factors(left, right, mask, rng) -> tuple[np.ndarray, np.ndarray]:
-    """B inside `mask` (m, r) and A (r, n) with B A as near to left (m, t) right (t, n) as A = G V, G Gaussian, allows."""
+    """B inside `mask` (m, r) and A (r, n), B A as near to left (m, t) right (t, n) as Gaussian rows of A let it be."""
     mixing = rng.standard_normal((mask.shape[1], left.shape[1]))
     factor = np.zeros(mask.shape)
     for row, kept in enumerate(mask):
