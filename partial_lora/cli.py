@@ -352,7 +352,7 @@ def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
     named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
     require(named, "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
     own["budgets"] = [_as_number(each) for each in own["budgets"] or [None]]
-    numbers = all(type(each) in (int, float) and each > 0 for each in own["budgets"])
+    numbers = all(type(each) in (int, float) and 0 < each < math.inf for each in own["budgets"])
     require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
     for key, least in (("seeds", 1), ("rates", 2)):
         require(type(own[key]) is int and own[key] >= least, key, own[key], f"a whole number, at least {least}")

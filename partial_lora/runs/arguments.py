@@ -26,7 +26,8 @@ CONFIG_NAME = "config"
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    return [in_grammar(each, is_sweep) for each in _with_file(arguments)]
+    given = [in_grammar(each, is_sweep) for each in _with_file(arguments) if each not in ("-m", "--multirun")]
+    return [*given, "-m"] if is_sweep else given  # argparse takes no override after an option
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -121,6 +122,15 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     primary = _primary_of_record(settings, others) if is_record(settings) else _primary(files[0], settings)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
+
+
+def rate_in_file(config_name: str) -> list[str]:
+    """Return the learning rate that the user's own file sets, as an argument would; a record sets every key."""
+    from hydra.core.config_store import ConfigStore
+
+    own = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
+    trainer = {} if is_record(own) else own.get("trainer") or {}
+    return [f"trainer.learning_rate={trainer['learning_rate']}"] if "learning_rate" in trainer else []
 
 
 def is_record(settings: Mapping) -> bool:
@@ -233,6 +243,8 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name{none}")
         if key.lstrip("+") in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+        if key.lstrip("+").startswith("hydra.sweeper.params"):  # which Hydra looks for before it takes arguments
+            raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
 

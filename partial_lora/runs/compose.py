@@ -14,7 +14,17 @@ from pathlib import Path
 
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.arguments import CONFIG_NAME, OWN, as_text, for_hydra, in_grammar, is_file, parsed, refuse
+from partial_lora.runs.arguments import (
+    CONFIG_NAME,
+    OWN,
+    as_text,
+    for_hydra,
+    in_grammar,
+    is_file,
+    parsed,
+    rate_in_file,
+    refuse,
+)
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_key, resolve
 from partial_lora.runs.schema import Config
 
@@ -137,7 +147,8 @@ def _resolved(composed) -> Config:
     from omegaconf import open_dict, read_write
 
     HydraConfig.instance().set_config(composed)
-    rates = [each for each in composed.hydra.overrides.task if each.lstrip("+").startswith("trainer.learning_rate=")]
+    written = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
+    rates = [each for each in written if each.lstrip("+").startswith("trainer.learning_rate=")]
     if rates and composed.trainer.tuned is not None:
         raise PartialLoraError(
             f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
@@ -354,6 +365,9 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
             return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
+    if lines[0].startswith("You must specify"):  # of a file's `model: ???`
+        group = lines[0].split("'")[1]
+        return f"{group}=???: expected the name of a file in the group"
     if any("Available options" in line for line in lines):
         missing = next(line for line in lines if "Could not" in line)
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1

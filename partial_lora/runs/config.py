@@ -484,7 +484,7 @@ def no_such_key(key: str) -> str:
     if key.startswith("task.data_files."):  # Hydra adds no split to a task without files, or with one path for all
         return f"{key}: expected all files in one setting, task.data_files={{train: FILE, test: FILE}}"
     about, meant = ("hydra", None) if key.startswith("hydra.") else ("job", _meant(key))
-    hint = "" if meant is None else f"did you mean {meant}? "
+    hint = "" if meant in (None, key) else f"did you mean {meant}? "
     return f"{key}: no such key; {hint}`partial-lora train --cfg {about}` lists the keys there are"
 
 

@@ -394,8 +394,16 @@ class Config:
     @property
     def warnings(self) -> list[str]:
         """Warnings about the settings, a sentence each."""
-        method, budget = self.method, self.calibration.budget
+        method, calibration, budget = self.method, self.calibration, self.calibration.budget
         found = self.trainer.warnings
+        unused, beside = (), ""
+        if traits_of(method.name).size == "own":
+            unused, beside = ("sparsity", "file"), f"on method={method.name}"
+        elif calibration.file:
+            unused, beside = ("threshold", "budget", "repair", "shrink"), "beside calibration.file"
+        for key in unused:
+            if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
+                found.append(f"calibration.{key}={value} has no effect {beside}")
         if budget is not None and method.peft_type is None and traits_of(method.name).size == "own":
             advice = f"; {SIZED[method.name]} has that size" if method.name in SIZED else ""
             found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
@@ -221,6 +222,8 @@ def _read_table(
         if suffix in (".json", ".jsonl"):
             return Dataset(_objects(file), split=NamedSplit(split))
         if suffix in (".parquet", ".pq"):
+            if not pq.read_metadata(file).num_rows:  # of which datasets says nothing that helps
+                raise PartialLoraError(f"{key}={file}: the file has no rows")
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
         generated = isinstance(error, datasets.exceptions.DatasetGenerationError)

@@ -58,6 +58,12 @@ def test_a_finished_run_is_a_row(tmp_path):
     assert records.row({key: value for key, value in record().items() if key != "tuning"})["tuning"] == "untuned"
 
 
+def test_a_file_of_sparsities_need_not_say_its_point() -> None:
+    of_file = {"config": {"calibration": {"file": "c.json", "threshold": 0.9}}}
+    for point, name in ((None, records.NONE), (0.8, "threshold 0.8")):
+        assert records.operating_point(of_file | {"calibration": {"threshold": point, "budget": None}}) == name
+
+
 def _without(group, name):
     result = record(seed=3)
     del result[group][name]

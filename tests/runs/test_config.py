@@ -196,6 +196,16 @@ def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
     assert len(ids) == 2
 
 
+def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
+    (said,) = composed(
+        "method=lora", "calibration=fixed", "calibration.budget=null", "calibration.sparsity=0.9"
+    ).warnings
+    assert said.startswith("calibration.sparsity=0.9 ")
+    (tmp_path / "c.json").write_text("{}")
+    found = composed(f"calibration.file={tmp_path / 'c.json'}", "calibration.budget=0.05", "calibration.shrink=0.5")
+    assert [each.split("=")[0] for each in found.warnings] == ["calibration.budget", "calibration.shrink"]
+
+
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
     for method, is_spent in (("lora", False), ("dora", False), ("lorafa", False), ("low_rank", True), ("lokr", True)):
         found = composed(f"method={method}", "calibration=fixed").warnings
@@ -549,8 +559,12 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
         composed(settings_file(tmp_path, yaml.safe_dump({"model": described}))).model.model_args
         == described["model_args"]
     )  # and nothing of the usual model's
-    swept = compose.plan(["-m", settings_file(tmp_path, "model: tiny_vit\n"), "seed=0,1"])
-    assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+    for flag_first in (True, False):
+        words = ["-m"] * flag_first + [settings_file(tmp_path, "model: tiny_vit\n")] + ["-m"] * (not flag_first)
+        swept = compose.plan([*words, "seed=0,1"])
+        assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
+    with refusal("model=.*"):
+        composed(settings_file(tmp_path, "model: ???\n"))
     for empty in ("hydra:", "hydra: {sweeper: }", "hydra: {sweeper: {params: }}"):  # its lines are commented out
         with refusal(f"{tmp_path}/own.yaml: hydra"):
             compose.plan([settings_file(tmp_path, f"{empty}\n")])

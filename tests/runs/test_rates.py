@@ -102,9 +102,14 @@ def test_a_run_without_a_rate_is_refused_by_what_is_missing(file: Path, override
         tuned(file, overrides)
 
 
-def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path) -> None:
+def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path, tmp_path: Path) -> None:
     with refusal("trainer.learning_rate=0.1: "):
         tuned(file, "trainer.learning_rate=0.1")
+    own = tmp_path / "own.yaml"
+    own.write_text("model: tiny_vit\ntrainer.learning_rate: 0.1\n")
+    with refusal("trainer.learning_rate=0.1: "):
+        tuned(file, str(own))
+    assert tuned(file, str(own), "trainer.tuned=null").trainer.learning_rate == 0.1
     assert tuned(file, "trainer.tuned=null trainer.learning_rate=0.1").trainer.learning_rate == 0.1
 
 

@@ -121,6 +121,10 @@ def test_a_file_of_another_format_is_named(tmp_path: Path, name: str, content: b
     refused(f"task.data_files.test={file}: ", place, of={"train": animals(tmp_path), "test": str(file)})
 
 
+def test_a_table_of_columns_alone_has_no_rows(tmp_path: Path) -> None:
+    refused("task.data_files.train=", "no rows", of={"train": table(tmp_path, "own.parquet", text=[], label=[])})
+
+
 def test_a_cache_that_cannot_be_written_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
     file = table(tmp_path, "own.parquet", text=["a"])
