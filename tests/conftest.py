@@ -16,9 +16,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-# What the libraries of Hugging Face keep is neither taken from nor left in the home of whoever runs the tests.
-_HF_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
-os.environ["HF_HOME"] = _HF_HOME.name
+# What libraries keep is neither taken from nor left in the home of whoever runs the tests; it may not be writable.
+_HOME = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")
+for _name in ("HF_HOME", "MPLCONFIGDIR"):
+    os.environ[_name] = _HOME.name
 
 for _name in ("NO_PROXY", "no_proxy"):  # tests that call this machine mean it, and no proxy
     os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1")))
