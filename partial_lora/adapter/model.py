@@ -74,7 +74,14 @@ class PartialLoraModel(LoraModel):
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             given = [f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) is not None]
             raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
+        placed = getattr(model, "hf_device_map", None) or {}
+        offloaded = {part for part, place in placed.items() if place in ("cpu", "disk") and len({*placed.values()}) > 1}
         for name in targets:
+            if any(f"{name}.".startswith(f"{part}.") for part in offloaded):
+                raise PartialLoraError(
+                    f"target module {name} is offloaded by the base model's device_map, from where accelerate cannot"
+                    " fetch masked factors: keep it on a GPU, or load the base quantised."
+                )
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, nn.MultiheadAttention):
                 raise PartialLoraError(

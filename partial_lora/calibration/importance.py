@@ -298,10 +298,8 @@ def adapter(
     """
     named = "|".join(map(re.escape, modules))  # a list would match the ends of other names, too
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=f"({named})")
-    device = next(model.parameters()).device
-    own_numbers = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with differentiable(model, {}), own_numbers:
-        torch.manual_seed(seed)
+    with differentiable(model, {}), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         adapted = get_peft_model(model, config)
         try:
             layers = {name: model.get_submodule(name) for name in modules}

@@ -343,10 +343,9 @@ def _tokens(labels: Tensor) -> Tensor:
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross entropy (batch,), float64, of each row's tokens that count, given those before them."""
     following = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), following.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    return losses.double().view_as(following).sum(1)
+    counts = following != IGNORED
+    losses = F.cross_entropy(logits[:, :-1][counts].float(), following[counts], reduction="none").double()
+    return losses.new_zeros(counts.shape).masked_scatter(counts, losses).sum(1)
 
 
 SCORES: dict[str, Callable[[], Measure]] = {
@@ -470,7 +469,8 @@ def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Meas
     whole = {name: torch.cat([batch[name] for batch in widened]) for name in widened[0]}
     surest = torch.cat(list(sureness)).float().argsort(descending=True, stable=True)
     if _is_text(whole):
-        longest = torch.stack([whole["attention_mask"][of_unit].sum(1).max() for of_unit in by_unit])
+        lengths = whole["attention_mask"].sum(1).cpu()
+        longest = torch.stack([lengths[of_unit].max() for of_unit in by_unit])
         thirds = [third[longest[third].argsort(stable=True)] for third in surest.chunk(3)]
         chosen = [some for third in thirds for some in third.split(min(max(_OF_TEXTS, len(third) // 4), max(sizes)))]
     else:
@@ -511,6 +511,12 @@ def _cut(batch: Batch) -> Batch:
         return batch
     width = int(batch["attention_mask"].any(0).nonzero().max()) + 1
     return {name: each[:, :width] if each.ndim == 2 else each for name, each in batch.items()}
+
+
+def _together(output: Any, batch: Batch) -> tuple[Tensor, Batch]:
+    """Return the logits, and what a batch has beside the model's inputs on their device: logits of tokens are large."""
+    logits = logits_of(output)
+    return logits, {name: batch[name].to(logits.device) for name in _NO_INPUTS if name in batch}
 
 
 def batch_sizes(sizes: Sequence[int]) -> list[int]:
@@ -617,8 +623,8 @@ class FewShotScore:
         """Return the score by a full pass from the inputs on, whatever was altered."""
         with frozen(model):
             if not self._arranged:
-                logits = [self._logits(model, index, None) for index in range(len(self._batches))]
-                sureness = [self.measure.sureness(*pair).cpu() for pair in zip(logits, self._batches, strict=True)]
+                places = range(len(self._batches))
+                sureness = [self.measure.sureness(*self._answers(model, index, None)).cpu() for index in places]
                 self._take(arranged(self._batches, sureness, self.measure))
                 self._arranged = True
             self.evaluations.passes += 1
@@ -670,6 +676,7 @@ class FewShotScore:
             for index, batch in enumerate(self._batches):
                 answer, rows = partial(self._competing, model, batch), range(len(batch["labels"]))
                 outputs, places, changes = linearised(answer, modules, removed, axes, rows, reached)
+                outputs, places = (each.to(batch["labels"].device) for each in (outputs, places))
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
                 self.evaluations.blocks += passes * self._reuse.depth
@@ -696,7 +703,7 @@ class FewShotScore:
     def _competing(self, model: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the outputs of some rows of a batch (rows, all), and the places of those that compete."""
         batch = {name: value[rows] for name, value in batch.items()}
-        logits = logits_of(model(**self._inputs(model, batch))).to(batch["labels"].device)
+        logits, batch = _together(model(**self._inputs(model, batch)), batch)
         outputs, labels = self.measure.outputs(logits, batch), batch["labels"]
         outputs = outputs.reshape(len(labels), -1)
         if labels.is_floating_point() or outputs.shape[1] <= COMPETING:
@@ -709,12 +716,12 @@ class FewShotScore:
 
     def _see(self, model: nn.Module, index: int, module: str | None, tally: Tally) -> bool:
         """Add the model's answers to one batch to a tally; False if one of them is no number."""
-        values = self.measure.values(self._logits(model, index, module), self._batches[index])
+        values = self.measure.values(*self._answers(model, index, module)).cpu()
         tally.add(index, values, keep=isinstance(self.measure, Whole))
         return bool(values.isfinite().all())
 
-    def _logits(self, model: nn.Module, index: int, module: str | None) -> Tensor:
-        """Return the logits of a batch, on the device of its labels; only `module` differs from the intact model."""
+    def _answers(self, model: nn.Module, index: int, module: str | None) -> tuple[Tensor, Batch]:
+        """Return `_together` of the model's answers to a batch; only `module` differs from the intact model."""
         batch = self._batches[index]
         inputs = self._inputs(model, batch)
         if module is None:
@@ -724,7 +731,7 @@ class FewShotScore:
         self.evaluations.examples += self._sizes[index]
         self.evaluations.blocks += self._reuse.ran
         self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
-        return logits_of(output).to(batch["labels"].device)
+        return _together(output, batch)
 
     def _inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return the model's inputs out of a batch, on its device."""

@@ -288,8 +288,9 @@ def _samples(run: FinishedRun) -> Samples:
 
 
 def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device  # transformers loads quantised weights onto a GPU if there is one
     with torch.no_grad():
-        return model.eval()(**inputs).logits
+        return model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.cpu()
 
 
 def _compared(own: Tensor, others: Mapping[str, Tensor], folder: Path, bound: float) -> str:

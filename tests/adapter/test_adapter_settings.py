@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -222,6 +223,14 @@ def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):
     with pytest.raises(PartialLoraError, match=f"target module .*{target} .*{reason}"):
         get_peft_model(model, PartialLoraConfig(r=2, target_modules=[target]))
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_a_module_that_accelerate_offloads_is_refused_by_name():
+    for place, is_refused in (("cpu", True), (1, False)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model.hf_device_map = {"0": 0, "1": place}
+        with pytest.raises(PartialLoraError, match="target module 1 ") if is_refused else contextlib.nullcontext():
+            get_peft_model(model, PartialLoraConfig(r=2, target_modules=["0", "1"]))
 
 
 def test_a_convolution_in_groups_has_the_highest_rank():

@@ -469,7 +469,8 @@ def test_the_adapter_that_is_scored_is_a_dense_one_trained_briefly(steps, percep
     assert_same(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_no_trace_of_the_adapter_stays(perceptron, modules):
+def test_no_trace_of_the_adapter_stays(perceptron, modules, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the numbers of a GPU were drawn anew"))
     parts = dict(perceptron.named_modules())
     scores("adapter", perceptron, modules, draw())
     with pytest.raises(PartialLoraError, match=r"^importance=adapter: "):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from itertools import cycle
 
 import numpy as np
@@ -23,6 +24,7 @@ from scored_models import (
 from sklearn import metrics
 from torch import nn
 
+from partial_lora.calibration import score as measures
 from partial_lora.calibration.score import (
     BoundedScore,
     Correctness,
@@ -187,7 +189,7 @@ def test_a_lost_loss_stops_early_largest_losses_first():
 
     @torch.no_grad()
     def lost(index):
-        return -float(score.measure.values(score._logits(model, index, None), score._batches[index]).sum()) / score.size
+        return -float(score.measure.values(*score._answers(model, index, None)).sum()) / score.size
 
     losses = [lost(index) for index in range(3)]
     assert losses == sorted(losses, reverse=True)
@@ -565,3 +567,30 @@ def test_what_two_points_have_in_common_is_not_taken_for_the_same(model, monkeyp
     for point in right:
         exact = sum(right[point]) / 9
         assert bounds(point, lambda low, high: low < high, known) == (exact, exact)
+
+
+# Logits of tokens, which are a vocabulary long
+
+
+def test_the_logits_of_one_batch_are_held_at_a_time():
+    model, batches, _ = texts()
+    seen, held = [], []
+    model.register_forward_pre_hook(lambda *_: held.append(sum(logits() is not None for logits in seen)))
+    model.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output.logits)))
+    FewShotScore(model, batches, "loss")(model)
+    assert len(held) > 2
+    assert max(held) <= 1
+
+
+def test_only_tokens_that_count_are_made_numbers_of_four_bytes(monkeypatch):
+    compared, cross_entropy = [], measures.F.cross_entropy
+
+    def seen(logits, labels, **settings):
+        compared.append(labels)
+        return cross_entropy(logits, labels, **settings)
+
+    monkeypatch.setattr(measures.F, "cross_entropy", seen)
+    model, batches, _ = texts()
+    FewShotScore(model, batches, "loss")(model)
+    assert len(compared) >= len(batches)
+    assert all((labels >= 0).all() for labels in compared)
