@@ -92,6 +92,8 @@ def building(folder: Path) -> Iterator[Path]:
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if folder.exists():  # else a failed rename has left nothing but what had the name
+            shutil.rmtree(_replaced(beside), ignore_errors=True)
 
 
 def replace_folder(built: Path, folder: Path) -> None:
@@ -99,21 +101,22 @@ def replace_folder(built: Path, folder: Path) -> None:
     for path in (built, *built.rglob("*")):  # safetensors and a strict umask let only the owner in
         path.chmod(0o755 if path.is_dir() else 0o644)
     sync(built)
-    before = built.with_name(f"{built.name}.replaced")
+    before = _replaced(built)
     shutil.rmtree(before, ignore_errors=True)
     try:
         if folder.exists():
             folder.rename(before)
         built.rename(folder)
-        _sync(folder.parent)
     except BaseException:
         if before.exists() and not folder.exists():
             before.rename(folder)
         raise
-    finally:
-        if before.exists() and folder.exists():
-            before.rename(built)  # whoever builds removes that, whenever a signal comes
-    shutil.rmtree(built, ignore_errors=True)
+    _sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _replaced(built: Path) -> Path:
+    return built.with_name(f"{built.name}.replaced")
 
 
 def sync(folder: Path) -> None:

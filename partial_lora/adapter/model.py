@@ -75,7 +75,8 @@ class PartialLoraModel(LoraModel):
             given = [f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) is not None]
             raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
         placed = getattr(model, "hf_device_map", None) or {}
-        offloaded = {part for part, place in placed.items() if place in ("cpu", "disk") and len({*placed.values()}) > 1}
+        away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
+        offloaded = {part for part, place in placed.items() if place in away}
         for name in targets:
             if any(f"{name}.".startswith(f"{part}.") for part in offloaded):
                 raise PartialLoraError(

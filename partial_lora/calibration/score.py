@@ -516,6 +516,8 @@ def _cut(batch: Batch) -> Batch:
 def _together(output: Any, batch: Batch) -> tuple[Tensor, Batch]:
     """Return the logits, and what a batch has beside the model's inputs on their device: logits of tokens are large."""
     logits = logits_of(output)
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     return logits, {name: batch[name].to(logits.device) for name in _NO_INPUTS if name in batch}
 
 

@@ -232,8 +232,8 @@ def operating_point(result: Mapping) -> str:
     if result["calibration"] is None:
         return rates.operating_point(result["fixed"]) if result.get("fixed") else NONE
     settings = result["config"]["calibration"]
-    own = result["calibration"] if settings.get("file") else settings  # a file has its own point, if it says so
-    return NONE if own["threshold"] is own.get("budget") is None else rates.operating_point(own)
+    own = result["calibration"] if settings.get("file") else settings  # a file has its own point
+    return rates.operating_point(own)
 
 
 def precision(result: Mapping) -> str:

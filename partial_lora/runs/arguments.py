@@ -125,11 +125,11 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
 
 
 def rate_in_file(config_name: str) -> list[str]:
-    """Return the learning rate that the user's own file sets, as an argument would; a record sets every key."""
+    """Return the learning rate that the user's own file sets, as an argument would; not that of a run's record."""
     from hydra.core.config_store import ConfigStore
 
     own = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
-    trainer = {} if is_record(own) else own.get("trainer") or {}
+    trainer = (own.get("trainer") or {}) if CONFIG_NAME in own.get("defaults", ()) else {}
     return [f"trainer.learning_rate={trainer['learning_rate']}"] if "learning_rate" in trainer else []
 
 
@@ -243,7 +243,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name{none}")
         if key.lstrip("+") in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
-        if key.lstrip("+").startswith("hydra.sweeper.params"):  # which Hydra looks for before it takes arguments
+        if key.lstrip("+").startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
             raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")

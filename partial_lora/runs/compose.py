@@ -344,7 +344,8 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     from hydra._internal.utils import get_args_parser
     from omegaconf.errors import ConfigKeyError
 
-    overrides = get_args_parser().parse_known_args(list(arguments))[0].overrides
+    given = [each for each in arguments if each not in ("-m", "--multirun")]  # argparse takes no override after one
+    overrides = get_args_parser().parse_known_args(given)[0].overrides
     files = [each for each in overrides if is_file(each)]
     for argument in overrides:
         key, equals, text = argument.partition("=")

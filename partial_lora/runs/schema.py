@@ -400,7 +400,7 @@ class Config:
         if traits_of(method.name).size == "own":
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
-            unused, beside = ("threshold", "budget", "repair", "shrink"), "beside calibration.file"
+            unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 found.append(f"calibration.{key}={value} has no effect {beside}")

@@ -226,9 +226,9 @@ def test_modules_that_cannot_be_masked_are_refused_by_name(target, reason):
 
 
 def test_a_module_that_accelerate_offloads_is_refused_by_name():
-    for place, is_refused in (("cpu", True), (1, False)):
+    for places, is_refused in (((0, "cpu"), True), ((0, 1), False), (("cpu", "disk"), True), (("cpu", "cpu"), False)):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        model.hf_device_map = {"0": 0, "1": place}
+        model.hf_device_map = dict(zip("01", places, strict=True))
         with pytest.raises(PartialLoraError, match="target module 1 ") if is_refused else contextlib.nullcontext():
             get_peft_model(model, PartialLoraConfig(r=2, target_modules=["0", "1"]))
 

@@ -202,8 +202,14 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
     ).warnings
     assert said.startswith("calibration.sparsity=0.9 ")
     (tmp_path / "c.json").write_text("{}")
-    found = composed(f"calibration.file={tmp_path / 'c.json'}", "calibration.budget=0.05", "calibration.shrink=0.5")
-    assert [each.split("=")[0] for each in found.warnings] == ["calibration.budget", "calibration.shrink"]
+    found = composed(f"calibration.file={tmp_path / 'c.json'}", "calibration.budget=0.02", "calibration.shrink=0.5")
+    assert [each.split("=")[0] for each in found.warnings] == ["calibration.budget"]
+    assert found.trainer.learning_rate == 1e-3
+    own_size = ("method=loha", "calibration=fixed", "calibration.budget=null")
+    shares = [composed(*own_size, f"calibration.sparsity={share}") for share in (0.5, 0.9)]
+    assert shares[0].trainer.learning_rate == shares[1].trainer.learning_rate
+    with refusal("hydra.sweeper.params.seed=0"):
+        compose.refuse(["-m", "hydra.sweeper.params.seed=0"])
 
 
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
@@ -565,6 +571,9 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
         assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
     with refusal("model=.*"):
         composed(settings_file(tmp_path, "model: ???\n"))
+    words = ["seed=0,1", "-m", settings_file(tmp_path, "trainer.epocs: 3\n")]
+    with refusal(f"{tmp_path}/own.yaml: trainer.epocs"), compose.in_one_line(words):
+        compose.plan(words)
     for empty in ("hydra:", "hydra: {sweeper: }", "hydra: {sweeper: {params: }}"):  # its lines are commented out
         with refusal(f"{tmp_path}/own.yaml: hydra"):
             compose.plan([settings_file(tmp_path, f"{empty}\n")])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from refusals import refusal
 from searched_rates import best, run, search
 
@@ -110,6 +111,9 @@ def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path, tmp_path: Pa
     with refusal("trainer.learning_rate=0.1: "):
         tuned(file, str(own))
     assert tuned(file, str(own), "trainer.tuned=null").trainer.learning_rate == 0.1
+    record = tmp_path / "config.yaml"
+    record.write_text(yaml.safe_dump(config.plain(tuned(file, ""))))
+    assert composed(str(record), "importance=random").trainer.learning_rate == tuned(file, "").trainer.learning_rate
     assert tuned(file, "trainer.tuned=null trainer.learning_rate=0.1").trainer.learning_rate == 0.1
 
 
