@@ -32,19 +32,20 @@ race/race: gtsrb|trec, budget 0.02: random_weights − low_rank
 race/race: gtsrb|trec, budget 0.13: oft − low_rank
 race/race: gtsrb|trec, budget 0.02: oft − low_rank
 race/race: gtsrb|trec, budget own: lora − low_rank
-decided/tables/decided: digits|sst2|trec, budget 0.13: partial − lora
+decided/tables/decided: digits|sst2|trec|gtsrb, budget 0.13: partial − lora
 decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
 """,
     "results/README.md": """
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − lora
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − low_rank
+decided/tables/decided: gtsrb, budget 0.13: partial − lora
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − lora
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − low_rank
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − targeted
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − random_weights
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − uniform
 decided/tables/decided: trec, budget 0.13: partial − entries
 decided/tables/decided: digits|trec|all sets, budget 0.13: partial, by gradient − partial
 decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: uniform − lora
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: low_rank − lora
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: low_rank − lora
 decided/tables/decided: trec, threshold 0.9: partial − targeted
 decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate
 decided/tables/decided: trec, threshold 0.9: partial − uniform
