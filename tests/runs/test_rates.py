@@ -109,8 +109,8 @@ def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path, tmp_path: Pa
     own = tmp_path / "own.yaml"
     own.write_text("model: tiny_vit\ntrainer.learning_rate: 0.1\n")
     with refusal("trainer.learning_rate=0.1: "):
-        tuned(file, str(own))
-    assert tuned(file, str(own), "trainer.tuned=null").trainer.learning_rate == 0.1
+        tuned(file, "", str(own))
+    assert tuned(file, "", str(own), "trainer.tuned=null").trainer.learning_rate == 0.1
     record = tmp_path / "config.yaml"
     record.write_text(yaml.safe_dump(config.plain(tuned(file, ""))))
     assert composed(str(record), "importance=random").trainer.learning_rate == tuned(file, "").trainer.learning_rate
