@@ -397,14 +397,15 @@ class Config:
         method, calibration, budget = self.method, self.calibration, self.calibration.budget
         found = self.trainer.warnings
         unused, beside = (), ""
-        if traits_of(method.name).size == "own":
+        has_own_size = traits_of(method.name).size == "own"
+        if has_own_size:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
             unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 found.append(f"calibration.{key}={value} has no effect {beside}")
-        if budget is not None and method.peft_type is None and traits_of(method.name).size == "own":
+        if budget is not None and method.peft_type is None and has_own_size:
             advice = f"; {SIZED[method.name]} has that size" if method.name in SIZED else ""
             found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
         return found

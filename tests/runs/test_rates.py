@@ -279,6 +279,8 @@ def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
     rates.save(other, best(*search([0.9, 0.8, 0.7, 0.6]), *search([0.5, 0.6, 0.7, 0.8], "method=lora")))
     assert of(f"trainer.tuned={other}") == (3e-2, f"searched for, {other}")
     assert of("task=cifar10", f"trainer.tuned={other}", "trainer.tuned_on=digits")[0] == 3e-2
+    doubled = composed("model=tiny_vit", "method.rate_factor=2", "calibration=budget")
+    assert rates.starting_point(config.plain(doubled), 0.13)[0] == doubled.trainer.learning_rate == 2e-3
 
 
 @pytest.mark.parametrize(
