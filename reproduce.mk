@@ -26,7 +26,7 @@
 # make same-rate   random and targeted masks at threshold 0.9 with one learning rate (results/same_rate)
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
-# make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); 60 hours of a core
+# make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); 68 hours of a core
 # make power   how many seeds decide a margin of one and two points, and how long to train, from the records (results/power)
 # make reach   what share of real gradients each form of mask can reach (results/reach)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
@@ -395,7 +395,7 @@ spaced = $(subst +,$(empty) $(empty),$(1))
 # The runs of a comparison. 1: the experiment and its results; 2: the task; 3: methods, and settings of all of them.
 define COMPARED
 $(BIN)/partial-lora compare experiment=$(1) results_dir=results/$(1) $(if $(FILES_AT),data_dir=$(FILES_AT)) rates=3 \
-	$(if $(findstring budgets,$(3)),,budgets=[0.13,0.02]) $(call spaced,$(2) $(3)) || test $$? = 1
+	$(if $(SEEDS),seeds=$(SEEDS)) $(if $(findstring budgets,$(3)),,budgets=[0.13,0.02]) $(call spaced,$(2) $(3)) || test $$? = 1
 
 endef
 forms: $(VENV)/.installed

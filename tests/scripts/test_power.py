@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import power
 import pytest
+from checkout import needs_results
 from interval_coverage import fitted
 from recorded_runs import leave
 
 from partial_lora.report.statistics import estimate
+from partial_lora.runs import config
 
+RESULTS = config.conf_dir().parent / "results"
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 
 
@@ -46,3 +50,19 @@ def test_a_set_has_stopped_where_the_last_quarter_of_its_longest_runs_gained_les
 def test_where_one_source_varies_the_degrees_of_freedom_are_its_own() -> None:
     assert power.error((1.0, 0.0, 1e-9), 300, 6)[1] == pytest.approx(5, rel=1e-3)
     assert power.error((0.0, 1.0, 1e-9), 300, 6)[1] == pytest.approx(299, rel=1e-3)
+
+
+@needs_results
+@pytest.mark.parametrize("task", ["digits", "gtsrb", "sst2", "trec"])
+def test_the_test_rows_that_are_counted_with_are_those_of_the_runs(task: str) -> None:
+    predictions = next((RESULTS / "decided" / "runs" / task).rglob("predictions.parquet"))
+    assert len(pd.read_parquet(predictions)) == power.TEST_ROWS[task]
+
+
+@needs_results
+def test_the_page_has_the_steps_of_the_records_that_are_there() -> None:
+    page = (RESULTS / "power" / "power.md").read_text("utf-8")
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    for row in power.steps_by_set(RESULTS / name for name in power.HISTORIES).itertuples():
+        gain = f"{100 * row.gain:.1f}".removesuffix(".0")
+        assert [row.set, row.records, str(row.steps), str(row.methods), gain, str(row.stopped)] in shown

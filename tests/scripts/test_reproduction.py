@@ -58,9 +58,9 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def commands(target: str, preset: str, data: str = "data") -> list[tuple[str, ...]]:
+def commands(target: str, preset: str, data: str = "data", seeds: str = "") -> list[tuple[str, ...]]:
     """The words of what `make` would run of this project for a target."""
-    given = [f"PRESET={preset}", f"DATA={data}", "BIN=bin", "VENV=venv"]
+    given = [f"PRESET={preset}", f"DATA={data}", f"SEEDS={seeds}", "BIN=bin", "VENV=venv"]
     shown = subprocess.run(["make", "-n", *given, target], capture_output=True, text=True, check=True)
     lines = (line.partition(" || ")[0] for line in shown.stdout.replace("\\\n", " ").splitlines())
     words = (tuple(shlex.split(line)) for line in lines)
@@ -69,6 +69,13 @@ def commands(target: str, preset: str, data: str = "data") -> list[tuple[str, ..
 
 def trainings(target: str, preset: str, data: str = "data", made=commands) -> list[tuple[str, ...]]:
     return [each[2:] for each in made(target, preset, data) if each[1] == "train"]
+
+
+@pytest.mark.parametrize("target", ["race", "forms"])
+def test_a_comparison_has_as_many_seeds_as_are_asked_for(target: str) -> None:
+    asked = commands(target, "cpu", seeds="8")
+    assert asked != commands(target, "cpu")
+    assert all("seeds=8" in words for words in asked if words[1] == "compare")
 
 
 @pytest.mark.parametrize("target", ["digits-rate", "sst2-rate"])
