@@ -29,7 +29,14 @@ from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
 from partial_lora.adapter.config import PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
-from partial_lora.adapter.model import PartialLoraModel, adapter_tensors, base_modules, check_unmerged, module_masks
+from partial_lora.adapter.model import (
+    PartialLoraModel,
+    adapter_tensors,
+    base_modules,
+    check_unmerged,
+    config_of,
+    module_masks,
+)
 from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
@@ -153,10 +160,7 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
     """Return the config of an adapter that can be written; raise PartialLoraError for any other."""
     if not isinstance(model, PeftModel):
         raise PartialLoraError(f"a compact adapter is written from a PeftModel, not from a {type(model).__name__}.")
-    if adapter_name not in model.peft_config:
-        known = ", ".join(map(repr, model.peft_config))
-        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model has {known}.")
-    config = model.peft_config[adapter_name]
+    config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
         raise PartialLoraError(
             f"adapter {adapter_name!r} is a {type(config).__name__}, which masks nothing: use save_pretrained."
@@ -391,7 +395,7 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
         if adapter_name in model.peft_config:
             raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model has one of that name, choose another.")
     elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise PartialLoraError("the model has adapters but is no PeftModel: load into the base model itself.")
+        raise PartialLoraError("the model has adapters but is no PeftModel: load the base model again.")
     check_unmerged(model)
 
 

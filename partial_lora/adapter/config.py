@@ -478,8 +478,8 @@ VERSIONS = "### Framework versions"  # PEFT's last section
 
 USAGE = """{heading}
 
-Of each low-rank factor, only some rows and columns (or single entries) were trained; the others are zero, and
-`partial_lora.json` says which. So this is an ordinary LoRA adapter, and PEFT alone loads it:
+Fewer numbers were trained than the low-rank factors have, and `partial_lora.json` says which. The factors in this file
+are whole, so this is an ordinary LoRA adapter, and PEFT alone loads it:
 
 ```python
 from peft import PeftModel

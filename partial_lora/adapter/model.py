@@ -35,11 +35,14 @@ class PartialLoraModel(LoraModel):
             raise PartialLoraError("targets taken from a state_dict cannot be masked: name them in target_modules.")
         if any(isinstance(layer, LoraLayer) and adapter_name in layer.lora_A for layer in model.modules()):
             raise PartialLoraError(
-                f"the model already has an adapter {adapter_name!r}: unload() or delete_adapter() it first, or choose "
-                "another name."
+                f"the model already has an adapter {adapter_name!r}: load the base model again, unload() its PeftModel,"
+                " or choose another name."
             )
+        given = self.peft_config[adapter_name]
+        if given.task_type in _HEADS_LATER and given.modules_to_save is None:
+            given.modules_to_save = []  # PEFT adds the head's name after this, to the list that the copy shares
         # A copy: the config remembers the masks of one model, and the caller may use or change it for another.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = copy.copy(given)
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
@@ -72,7 +75,9 @@ class PartialLoraModel(LoraModel):
                 raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
         if not targets:
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-            given = [f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) is not None]
+            given = [
+                f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) not in (None, [])
+            ]
             raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
@@ -86,7 +91,8 @@ class PartialLoraModel(LoraModel):
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, nn.MultiheadAttention):
                 raise PartialLoraError(
-                    f"target module {name} is inside nn.MultiheadAttention, which never calls it: it would not train."
+                    f"target module {name} is inside nn.MultiheadAttention, which never calls it, so that it would not train:"
+                    " leave it out by exclude_modules."
                 )
             if isinstance(parent, nn.TransformerEncoderLayer) and backends.mha.get_fastpath_enabled():
                 raise PartialLoraError(
@@ -181,6 +187,7 @@ class PartialLoraModel(LoraModel):
         )
 
 
+_HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")  # of which PEFT names the head once the adapter is in the model
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
@@ -262,13 +269,22 @@ def check_unmerged(model: nn.Module) -> None:
             raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
 
 
+def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """Return the config of an adapter; raise PartialLoraError, naming those that are there, where it is missing."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        known = ", ".join(map(repr, configs)) or "none"
+        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {known}.")
+    return configs[adapter_name]
+
+
 def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, ModuleMasks]:
     """Return the masks in force, {module: masks}, read off the adapter itself; full ones for plain LoRA.
 
     Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
     masks = {}
-    partial = isinstance(model.peft_config[adapter_name], PartialLoraConfig)
+    partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
     for name, layer in adapter_layers(model, adapter_name).items():
         low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         if isinstance(low, FactorA) and isinstance(high, FactorB):
@@ -290,6 +306,7 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
     """Return the number of entries of the adapter that train, after masking; the head is not counted."""
+    config_of(model, adapter_name)  # raises where there is none
     return sum(
         numel(parameter)
         for layer in adapter_layers(model, adapter_name).values()

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, saved_file, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
-from partial_lora.adapter.model import adapter_layers, adapter_tensors, base_name, check_unmerged, module_masks
+from partial_lora.adapter.model import (
+    adapter_layers,
+    adapter_tensors,
+    base_name,
+    check_unmerged,
+    config_of,
+    module_masks,
+)
 from partial_lora.errors import PartialLoraError, one_line
 
 
@@ -87,13 +94,10 @@ class _Source:
 
 
 def _masked_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        known = ", ".join(map(repr, configs)) or "none"
-        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {known}.")
-    if not isinstance(configs[adapter_name], PartialLoraConfig):
+    config = config_of(model, adapter_name)
+    if not isinstance(config, PartialLoraConfig):
         raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
-    return configs[adapter_name]
+    return config
 
 
 def _masked_factors(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:

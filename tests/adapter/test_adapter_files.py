@@ -193,6 +193,12 @@ def test_the_card_is_that_of_plain_lora_with_a_tag_and_a_section_more(tmp_path):
     assert cards[0].text.index("## Partial-LoRA") < cards[0].text.index("### Framework versions")
 
 
+@pytest.mark.parametrize("form", [{"granularity": "groups"}, {"columns": "frozen"}])
+def test_the_card_of_a_form_without_zeros_names_none(tmp_path, form):
+    adapt(sparsity=0.6, **form).save_pretrained(tmp_path)
+    assert "zero" not in card_of(tmp_path).text
+
+
 def snippets(folder):
     return [part.partition("```")[0] for part in card_of(folder).text.split("```python\n")[1:]]
 

@@ -20,12 +20,20 @@ from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
     LoraConfig,
+    PeftModel,
     get_peft_model,
 )
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.errors import PartialLoraError
 
 granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 
@@ -45,6 +53,38 @@ def gradients(model, batch, seed=3):
     model.zero_grad()
     loss_of(model.train(), batch).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
+    shape = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    settings = {"r": 4, "target_modules": ["query", "value"], "task_type": task}
+    partial = get_peft_model(kind(shape), PartialLoraConfig(**settings, sparsity=0.6))
+    dense = get_peft_model(kind(shape), LoraConfig(**settings))
+
+    def whole(model):
+        return {name for name, each in model.named_parameters() if each.requires_grad and ".lora_" not in name}
+
+    assert whole(partial) == whole(dense)
+    assert head in partial.peft_config["default"].modules_to_save
+    partial.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(kind(shape), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
+    heads = (each.get_base_model().get_submodule(head).modules_to_save["default"] for each in (partial, again))
+    assert torch.equal(*(each.weight for each in heads))
+
+
+@pytest.mark.parametrize("read", [module_masks, module_sparsity, trainable_parameters])
+def test_an_adapter_that_is_not_there_is_named(read):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    for model in (base, get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5), "other")):
+        with pytest.raises(PartialLoraError, match="'default'"):
+            read(model)
 
 
 def test_an_adapter_with_a_broken_value_is_not_merged():
