@@ -439,7 +439,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     with bar("evaluate") as advance:
         done = evaluate_run(
             run,
-            task=task,
+            task,
             member=parsed.member,
             split=parsed.split,
             device=trainer.device,

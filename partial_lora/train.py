@@ -23,7 +23,7 @@ from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.calibration.peers import of_first
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
-from partial_lora.models.targets import target_names
+from partial_lora.models.targets import target_linears
 from partial_lora.runs import build
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
@@ -69,7 +69,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = config.method.name in RANKED or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
-        targets = target_names(model, **config.model.trained_modules)
+        targets = list(target_linears(model, **config.model.trained_modules))
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.

@@ -384,7 +384,7 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
             "noise": noise,
             "seeds": len(own),
             "examples": reliability.mean_of([part["examples"] for part in own]),
-            "between_seeds": reliability.mean_difference(reliability.every_two([part["sparsity"] for part in own])),
+            "between_seeds": reliability.mean_difference(combinations((part["sparsity"] for part in own), 2)),
             "to_reference": reliability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
             **{key: moments(part[key] for part in own) for key in ("density", "baseline", "joint")},
             **{key: moments(part["cost"][key] for part in own) for key in ("evaluations", "seconds")},

@@ -195,7 +195,7 @@ def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
     from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from partial_lora.models.targets import target_names
+    from partial_lora.models.targets import target_linears
     from partial_lora.runs import build
     from partial_lora.training.distributed import join
 
@@ -205,7 +205,7 @@ def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
     judge = build.judge_of(config, task, transform, world)
     set_seed(0)
     model = build.model_of(config.model, task.labels, task.class_names)
-    targets = target_names(model, **config.model.trained_modules)
+    targets = list(target_linears(model, **config.model.trained_modules))
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=list(targets)))
     if config.model.head:
         model.get_base_model().get_submodule(config.model.head).requires_grad_(True)

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +38,7 @@ from evidence.runs import BUDGET, THRESHOLD, collect
 from evidence.tables import readable_differences, readable_scores, tabled
 
 from partial_lora import cli
-from partial_lora.calibration.reliability import every_two, mean_difference
+from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
@@ -177,8 +178,8 @@ def agreements(runs: pd.DataFrame) -> pd.DataFrame:
         both = searched.keys() & predicted.keys()
         of_pairs = {
             "the search and gradients, one draw": [(searched[seed], predicted[seed]) for seed in both],
-            "the search, two draws": every_two(list(searched.values())),
-            "gradients, two draws": every_two(list(predicted.values())),
+            "the search, two draws": list(combinations(searched.values(), 2)),
+            "gradients, two draws": list(combinations(predicted.values(), 2)),
         }
         for name, pairs in of_pairs.items() if both else ():
             alike = mean_difference(pairs)

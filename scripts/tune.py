@@ -21,7 +21,6 @@ from statistics import fmean
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.directory import RUNS, read_result
 from partial_lora.runs.rates import (
-    FILE,
     KEY,
     differing,
     key_in,
@@ -161,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the runs, write the file and print its new entries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("results/tuning.json"), metavar="FILE")
     parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     given = parser.parse_args(arguments)
     try:

@@ -185,7 +185,7 @@ def _algorithm_1(
     units: tuple[budgets.Shapes, int],
     count: int | None,
     peers: Peers,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict:
     """Return the fields of `Calibration` that the steps of Algorithm 1 find.
 
@@ -200,7 +200,7 @@ def _algorithm_1(
     baseline = gathered(peers, curves.intact)[0]
     one = curves.pass_seconds or time.perf_counter() - began
     store.check_baseline(baseline)
-    if progress is not None and grid:
+    if grid:
         total = len(modules) * len(axes)
         passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
         left = passes_left(budget=count is not None) - store.points()
@@ -263,7 +263,7 @@ class _Measured:
     grid: Sequence[float]
     enough: Callable[..., bool]
     peers: Peers
-    progress: Progress | None
+    progress: Progress
 
     def levels(self, threshold: float, least: float) -> Levels:
         """Return the levels at the only threshold that is asked for. least: the score that is just enough."""
@@ -324,9 +324,8 @@ class _Predicted(_Measured):
 
     def report(self, levels: Levels) -> None:
         each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
-        if self.progress is not None:
-            for done, (module, axis, level) in enumerate(each, start=1):
-                self.progress(done, len(each), module=module, axis=axis, sparsity=level)
+        for done, (module, axis, level) in enumerate(each, start=1):
+            self.progress(done, len(each), module=module, axis=axis, sparsity=level)
 
 
 def _entries(
@@ -368,7 +367,7 @@ def choose_levels(
     *,
     scope: str,
     peers: Peers,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Levels:
     """Return the level of every curve, modules in the model's order whatever the scope.
 
@@ -382,8 +381,7 @@ def choose_levels(
         nonlocal done
         for axis, level in levels.items():
             done += 1
-            if progress is not None:
-                progress(done, total, module=module, axis=axis, sparsity=level)
+            progress(done, total, module=module, axis=axis, sparsity=level)
 
     def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
         levels = {}

@@ -6,8 +6,7 @@ sparsities share is the model's, what they do not share is chance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -109,7 +108,7 @@ def difference(first: Sparsity, second: Sparsity) -> dict:
     return correlation(first, second) | {"mean_absolute": distance}
 
 
-def mean_difference(pairs: Sequence[tuple[Sparsity, Sparsity]]) -> dict:
+def mean_difference(pairs: Iterable[tuple[Sparsity, Sparsity]]) -> dict:
     """Return the means of `difference` over pairs of calibrations: {pearson, spearman, mean_absolute, pairs, said}.
 
     A pair without a correlation does not enter that mean, and `said` counts it; None where no pair has one.
@@ -121,11 +120,6 @@ def mean_difference(pairs: Sequence[tuple[Sparsity, Sparsity]]) -> dict:
         "pairs": len(each),
         "said": said,
     }
-
-
-def every_two(calibrations: Sequence[Sparsity]) -> list[tuple[Sparsity, Sparsity]]:
-    """Return all pairs of different calibrations."""
-    return list(combinations(calibrations, 2))
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

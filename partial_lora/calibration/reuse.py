@@ -102,8 +102,7 @@ class Reuse:
         for block, states in reversed(leaving.items()):
             if len(states) != 1:
                 raise self._not_a_sequence(f"block {block - 1} ran {len(states)} times in one pass")
-        for block in sorted(leaving, reverse=True):
-            self._keep(batch, block, leaving[block][0], target)
+            self._keep(batch, block, states[0], target)
         if target and target not in self._checked and (batch, target) in self._entering:
             self._check(model, inputs, batch, target, output)
             self.ran = ran + len(self._names) - target

@@ -38,30 +38,28 @@ class Evaluation:
 
 def evaluate_run(
     run: FinishedRun,
+    task: TaskConfig,
     *,
-    task: TaskConfig | None = None,
     member: str | None = None,
-    split: str = "test",
-    device: str = "auto",
-    batch_size: int | None = None,
+    split: str,
+    device: str,
+    batch_size: int,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
 
     Args:
-        task: the settings of a task; None is the run's own. Its labels are matched by name; a causal model, which has
-            none, chooses options or writes texts, whichever the task asks for.
-        member: of a mixture, the task whose head and labels are meant, and whose rows if `task` is None.
-        batch_size: None takes the run's own.
+        task: the settings of a task, the run's own or another. Its labels are matched by name; a causal model, which
+            has none, chooses options or writes texts, whichever the task asks for.
+        member: of a mixture, the task whose head and labels are meant.
         advance: called with the number of rows that are done, and of all.
 
     The metrics are those of `task`. A second call for the same writes the same files again.
     Raises PartialLoraError where the task's labels or inputs are not those of the run.
     """
     start = time.perf_counter()
-    known = one_task(run, member, of_another=task is not None and not task.members)
+    known = one_task(run, member, of_another=not task.members)
     own = known.config.task
-    task = task or own
     if task.modality != run.config.task.modality:
         raise PartialLoraError(
             f"task={task.name} has {task.modality}s, and the run's model reads {run.config.task.modality}s: choose "
@@ -81,8 +79,7 @@ def evaluate_run(
         for key in keys if split not in files_by_split(task.data_files) else ():
             kept = getattr(own, key)
             require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
-    size = batch_size or run.config.trainer.eval_batch_size
-    config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=size))
+    config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=batch_size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
     places = _places(known.labels, other) if other.kind == "label" else None
     if places is not None:
@@ -93,7 +90,7 @@ def evaluate_run(
 
     @objectives.grouped
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        batches = DataLoader(rows, batch_size=size, collate_fn=transform.collate)  # in order, the last one smaller
+        batches = DataLoader(rows, batch_size=batch_size, collate_fn=transform.collate)  # in order
         logits, references = logits_of(model, batches, judge.reduce, advance)
         logits = logits if known.outputs is None else logits[:, known.outputs]
         return logits, references if places is None else places[references]

@@ -25,16 +25,6 @@ def target_linears(
     return {name: model.get_submodule(name) for name in shapes}
 
 
-def target_names(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    head: str | None = None,
-    new_modules: Sequence[str] = (),
-) -> list[str]:
-    """Return the full names of the modules to adapt, in the model's order; raises as `Skeleton.targets` does."""
-    return list(target_linears(model, target_modules, head, new_modules))
-
-
 # --- Chains: pairs of linear modules, where the first one's outputs are the second one's inputs, unit by unit.
 
 # (feeding modules, the module they feed), by the ends of their names inside one block. Between the two is at most a

@@ -11,8 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from partial_lora.adapter.compact import FILE_NAME
-from partial_lora.adapter.config import TAGS
+from partial_lora.adapter.config import COMPACT_FILE, TAGS
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.bundled import PREFIX
@@ -87,8 +86,8 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     except ValueError as error:
         raise PartialLoraError(f"{run.directory / directory.RESULT}: {error}") from error
     file = max(tensor_files(folder), key=lambda each: each.stat().st_size)
-    form = "gguf" if file.suffix == ".gguf" else {FILE_NAME: "compact", SAFETENSORS_WEIGHTS_NAME: "peft"}.get(file.name)
-    form = form or "merged"
+    named = {COMPACT_FILE: "compact", SAFETENSORS_WEIGHTS_NAME: "peft"}
+    form = "gguf" if file.suffix == ".gguf" else named.get(file.name, "merged")
     config = run.config
     members = list((config.task.members or {"": config.task}).values())
     datasets = sorted({each.path for each in members if is_on_hub(each.path)})

@@ -768,11 +768,16 @@ class Shown:
 
 
 def draw_gallery(
-    runs: Sequence[Run], table: pd.DataFrame, compared: pd.DataFrame, predictions: Predictions, results_dir: Path
+    runs: Sequence[Run],
+    frame: pd.DataFrame,
+    table: pd.DataFrame,
+    compared: pd.DataFrame,
+    predictions: Predictions,
+    results_dir: Path,
 ) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that the runs have something for.
 
-    table: of `records.group`; compared: the rows of `tables.differences`.
+    frame: of `records.table`; table: of `records.group`; compared: the rows of `tables.differences`.
     """
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -784,7 +789,7 @@ def draw_gallery(
             "grey line joins the rows that no smaller row beats. Grey dots were trained under other conditions.",
         ),
         "methods": (
-            methods(table, records.table(runs)),
+            methods(table, frame),
             "Test score of each row",
             "The mean test score with its 95 % interval over seeds (Student's t). Small ticks are the seeds. One seed "
             "has no interval. An interval without an end goes on beyond the panel.",

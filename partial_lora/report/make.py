@@ -65,7 +65,7 @@ def report(
     written = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
     compared = tables.differences(runs, predictions)
     written += tables.write_differences(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, folders, compared.rows, predictions, place)
+    drawn = figures.draw_gallery(runs, frame, folders, compared.rows, predictions, place)
     whole = page.write(
         place,
         runs=runs,

@@ -25,6 +25,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
@@ -32,10 +34,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from partial_lora.calibration.reliability import every_two, mean_difference
+from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import BLOCK, LEVEL, Predictions
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER
+from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 DRAWS = 10_000  # of a bootstrap
@@ -334,13 +336,12 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
     if metric in ("exact_match", "rouge_l") and metric in frame:
         return frame[metric].to_numpy(dtype=float)
     if metric in OF_ALL_TOGETHER:
-        from partial_lora.training.metrics import function_of  # torch and its kin: for these metrics alone
-
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
         if metric == "pearson":
             whole, without = _pearson(label, output)
             return whole - (len(label) - 1) * (without - without.mean())
-        score = function_of(metric, len(frame["logits"].iloc[0]) if "logits" in frame else None)
+        options = {"classes": len(frame["logits"].iloc[0])} if metric == "f1" and "logits" in frame else {}
+        score = partial(FUNCTIONS[metric], **options)
         every = np.arange(len(label))
         # Examples of one label and one output are alike: one of each kind is left out.
         kinds, which = np.unique([label, output], axis=1, return_index=True, return_inverse=True)[1:]
@@ -420,7 +421,7 @@ def reliability(records: Iterable[Mapping]) -> float:
     if corrected:
         return fmean(corrected)
     own = {record["seed"]: record["sparsity"] for record in records if _calibrated_itself(record)}
-    mean = mean_difference(every_two([own[seed] for seed in sorted(own)]))["pearson"]
+    mean = mean_difference(combinations((own[seed] for seed in sorted(own)), 2))["pearson"]
     return math.nan if mean is None else mean
 
 

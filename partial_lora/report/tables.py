@@ -199,14 +199,12 @@ def readable(
         ],
         "train (s)": _cells(table["train_seconds"], ",.1f"),
         "evaluate (s)": _cells(table["evaluate_seconds"], ",.1f"),
-        "learning rate": _cells(table["learning_rate"], "g"),
+        "learning rate": None if "learning_rate" in by else _cells(table["learning_rate"], "g"),
         "tuning": table["tuning"],
         "precision": table["precision"] if table["precision"].nunique() > 1 else None,
         "id": table["id"] if not by and _is_told(table) else None,
     }
-    of_key = {"learning rate": "learning_rate"}
-    shown = {name: cells for name, cells in columns.items() if cells is not None and of_key.get(name) not in by}
-    return pd.DataFrame(shown)
+    return pd.DataFrame({name: cells for name, cells in columns.items() if cells is not None})
 
 
 def _is_told(table: pd.DataFrame) -> bool:

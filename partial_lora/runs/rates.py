@@ -325,7 +325,6 @@ _OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponen
 _LEAST_DENSITY = 0.05  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
 # Best rates of single entries are 1.4 (at 13 %) to 4.5 times (at 2 %) dense LoRA's / √density (results/forms/forms.md).
 _OF_ENTRIES = 3.0
-FILE = Path("results/tuning.json")  # what scripts/tune.py writes unless it is told otherwise
 
 
 def starting_rate(

@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Transform(Protocol):
-    """Conversion of rows to the inputs of a model (`tasks.ImageTransform`, `tasks.TextTransform`).
+    """Conversion of rows to the inputs of a model.
 
     lengths: True where prepared rows have a column `length`, of tokens. warnings: sentences on what was cut or left
     out, known once rows are prepared.

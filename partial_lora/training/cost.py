@@ -34,6 +34,8 @@ _WARM = 2  # by this step everything exists that lasts
 
 # Parameters
 
+_ADAPTER = "default"  # PEFT's name of a run's adapter
+
 
 def describe_adapted(
     adapted: PeftModel, head: str | None, *, new_modules: Sequence[str] = (), dense: int
@@ -47,12 +49,7 @@ def describe_adapted(
 
 
 def measured(
-    model: nn.Module,
-    head: str | None,
-    adapter: str = "default",
-    new_modules: Sequence[str] = (),
-    *,
-    dense: int | None = None,
+    model: nn.Module, head: str | None, new_modules: Sequence[str] = (), *, dense: int | None = None
 ) -> dict[str, int | float | None]:
     """Return the parameters of a model that is set up to train, counted on its tensors, never on its settings.
 
@@ -81,7 +78,7 @@ def measured(
     trained = [parameter for key, parameter in adapter_parts.items() if key not in in_heads]
     lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if dense is None:
-        factors = [part[adapter] for layer in lora for part in (layer.lora_A, layer.lora_B) if adapter in part]
+        factors = [part[_ADAPTER] for layer in lora for part in (layer.lora_A, layer.lora_B) if _ADAPTER in part]
         dense = sum((part.weight if isinstance(part, nn.Module) else part).numel() for part in factors)
     in_head = [parameter for module in heads for parameter in module.parameters()]
     return counts_of(
@@ -89,14 +86,14 @@ def measured(
         dense=dense if trained else 0,
         trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
         head=sum(parameter.numel() for parameter in in_head if parameter.requires_grad),
-        modules=sum(any(adapter in getattr(layer, name) for name in layer.adapter_layer_names) for layer in layers),
-        saturated=sum(_is_saturated(layer, adapter) for layer in lora),
+        modules=sum(any(_ADAPTER in getattr(layer, name) for name in layer.adapter_layer_names) for layer in layers),
+        saturated=sum(map(_is_saturated, lora)),
     )
 
 
-def _is_saturated(layer: LoraLayer, adapter: str) -> bool:
+def _is_saturated(layer: LoraLayer) -> bool:
     """Return True where A and B train at least as many numbers as W has entries in the rows and columns they touch."""
-    factors = [part[adapter] for part in (layer.lora_B, layer.lora_A) if adapter in part]
+    factors = [part[_ADAPTER] for part in (layer.lora_B, layer.lora_A) if _ADAPTER in part]
     if len(factors) < 2 or not all(isinstance(factor, nn.Module) for factor in factors):  # AdaLoRA's are parameters
         return False
     sizes = zip(factors, (layer.out_features, layer.in_features), strict=True)

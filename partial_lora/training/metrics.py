@@ -7,7 +7,7 @@ import itertools
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,6 @@ def offline(name: str):
         return Offline(keep_in_memory=True, cache_dir=unused)
 
 
-def function_of(name: str, classes: int | None = None) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Return the bare function (predictions, references) -> float of a metric, to be called thousands of times."""
-    options = {"classes": classes} if name == "f1" else {}
-    return partial(FUNCTIONS[name], **options)
-
-
 def predicted(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Return the classes of logits (N, outputs), or the one output where references are real numbers (N,)."""
     if np.issubdtype(references.dtype, np.floating):
@@ -85,11 +79,6 @@ def mean_loss(logits: np.ndarray, references: np.ndarray) -> float:
     if np.issubdtype(references.dtype, np.floating):
         return mse(predicted(logits, references), references)
     return float(-np.take_along_axis(log_softmax(logits, axis=-1), references[:, None], axis=-1).mean())
-
-
-def split_metrics(names: Sequence[str], logits: np.ndarray, references: np.ndarray) -> dict:
-    """Return the metrics of a split and its loss; `primary` names the main one, the first."""
-    return {"primary": names[0], **metrics_of(names, logits, references), "loss": mean_loss(logits, references)}
 
 
 def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[str]) -> pandas.DataFrame:

@@ -167,10 +167,9 @@ class ByLabels(_TaskJudge):
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         logits, references = predict(self._rows(split))
-        return Judged(
-            metrics.split_metrics(self.task.metrics, logits, references),
-            metrics.predictions_of(logits, references, self.task.labels),
-        )
+        values = self.measure(EvalPrediction(logits, references))
+        frame = metrics.predictions_of(logits, references, self.task.labels)
+        return Judged({"primary": self.task.metrics[0], **values}, frame)
 
 
 @dataclass

@@ -48,17 +48,16 @@ def describe(
     target_modules: Sequence[str] | str,
     head: str | None,
     rank: int,
-    sparsity: float | Sparsity | None,
+    sparsity: float | Sparsity,
     granularity: str = "rows_columns",
     new_modules: Sequence[str] = (),
 ) -> dict[str, int | float | None]:
     """Return what training this model would hold and write.
 
-    `sparsity` is one share, {module: {rows, columns}}, or None for a method without an adapter. The result has the
-    counts of result.json's `parameters` and bytes: `adapter_bytes` of the tensors in a saved adapter (PEFT's format,
-    zeros where masked, the head and `new_modules` included), `compact_bytes` with the kept entries alone,
-    `gradient_bytes` and `optimizer_bytes` (AdamW), all in fp32. Raises PartialLoraError for names that the model does
-    not have.
+    `sparsity` is one share, or {module: {rows, columns}}. The result has the counts of result.json's `parameters` and
+    bytes: `adapter_bytes` of the tensors in a saved adapter (PEFT's format, zeros where masked, the head and
+    `new_modules` included), `compact_bytes` with the kept entries alone, `gradient_bytes` and `optimizer_bytes`
+    (AdamW), all in fp32. Raises PartialLoraError for names that the model does not have.
     """
     whole = [] if head is None else [("head", head)]
     whole += [("new_modules", name) for name in new_modules]
@@ -66,11 +65,10 @@ def describe(
         if name not in model.modules:
             raise PartialLoraError(f"model.{key}={name}: {model.kind} has no module of that name")
     head_count = sum(model.size(name) for _, name in whole)
-    base = model.size() - head_count
-    shapes = {} if sparsity is None else model.targets(target_modules, head, new_modules)
-    adapter = adapter_parameters(shapes, rank, sparsity, granularity) if shapes else {"dense": 0, "trainable": 0}
-    full = len(saturated(shapes, rank, sparsity, granularity)) if shapes else 0
-    counts = counts_of(base=base, head=head_count, **adapter, modules=len(shapes), saturated=full)
+    shapes = model.targets(target_modules, head, new_modules)
+    adapter = adapter_parameters(shapes, rank, sparsity, granularity)
+    full = len(saturated(shapes, rank, sparsity, granularity))
+    counts = counts_of(base=model.size() - head_count, head=head_count, **adapter, modules=len(shapes), saturated=full)
     return with_bytes(counts, adapter_bytes=_FP32 * (adapter["dense"] + head_count))
 
 

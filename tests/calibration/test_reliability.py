@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from partial_lora.calibration.reliability import (
     correlation,
     deviation_of,
     difference,
-    every_two,
     mean_difference,
     mean_of,
     reliability,
@@ -131,7 +131,7 @@ def test_a_difference_sees_a_shift_that_a_correlation_does_not() -> None:
 
 def test_means_are_over_every_pair_that_has_a_number() -> None:
     calibrations = [sparsities(0.1, 0.3, 0.2, 0.6), sparsities(0.2, 0.3, 0.2, 0.5), sparsities(0.5, 0.5, 0.5, 0.5)]
-    pairs = every_two(calibrations)
+    pairs = list(combinations(calibrations, 2))
     assert [(calibrations.index(a), calibrations.index(b)) for a, b in pairs] == [(0, 1), (0, 2), (1, 2)]
     found = mean_difference(pairs)
     each = [difference(*pair) for pair in pairs]

@@ -256,7 +256,7 @@ def test_labels_that_were_renamed_are_not_taken_for_the_run_s(run) -> None:
         rows.cast(datasets.Features(features)).to_parquet(path)
     moved = finished_runs.changed(run, "task", data_files=renamed)  # the same settings as its own record has
     with refusal("", "zebra", "blue"):
-        evaluate_run.evaluate_run(moved, device="cpu")
+        evaluate_run.evaluate_run(moved, moved.config.task, split="test", device="cpu", batch_size=64)
 
 
 def test_a_file_for_one_split_goes_with_one_path_for_all(run, tmp_path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.reuse import Reuse
-from partial_lora.models.targets import target_linears, target_names
+from partial_lora.models.targets import target_linears
 
 # Parameters without the head, counted on the published weights (model cards; transformers' and timm's own tables).
 PARAMETERS = {
@@ -69,7 +69,7 @@ def test_parameters_are_those_published_and_targets_the_linear_layers_of_the_blo
     if name in PARAMETERS:
         head = [] if whole["head"] is None else model.get_submodule(whole["head"]).parameters()
         assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in head) == PARAMETERS[name]
-    assert set(target_names(model, chosen["target_modules"], **whole)) == expected_targets(name)
+    assert set(target_linears(model, chosen["target_modules"], **whole)) == expected_targets(name)
     assert isinstance(model.get_submodule(chosen["blocks"]), (nn.ModuleList, nn.Sequential))
     for module in whole["new_modules"]:
         model.get_submodule(module)

@@ -51,11 +51,10 @@ def test_metrics_of_numbers() -> None:
     assert found["mse"] == pytest.approx((0.25 + 0 + 4 + 1) / 4)
 
 
-def test_a_split_has_its_primary_metric_and_the_loss_averaged_over_examples() -> None:
-    found = metrics.split_metrics(("accuracy", "f1"), LOGITS, CLASSES)
-    assert (found["primary"], found["accuracy"]) == ("accuracy", 0.6)
-    assert found["loss"] == pytest.approx(sklearn_metrics.log_loss(CLASSES, softmax(LOGITS, axis=-1)))
-    assert metrics.split_metrics(("pearson",), OUTPUTS, NUMBERS)["loss"] == pytest.approx(1.3125)
+def test_the_loss_is_averaged_over_examples() -> None:
+    expected = sklearn_metrics.log_loss(CLASSES, softmax(LOGITS, axis=-1))
+    assert metrics.mean_loss(LOGITS, CLASSES) == pytest.approx(expected)
+    assert metrics.mean_loss(OUTPUTS, NUMBERS) == pytest.approx(1.3125)
 
 
 def test_predictions_of_a_regression_are_numbers(tmp_path: Path) -> None:
