@@ -75,10 +75,9 @@ class PartialLoraModel(LoraModel):
                 raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
         if not targets:
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-            given = [
-                f"{key}={getattr(peft_config, key)!r}" for key in keys if getattr(peft_config, key) not in (None, [])
-            ]
-            raise PartialLoraError(f"{', '.join(given)}: no module is left to adapt.")
+            given = {key: getattr(peft_config, key) for key in keys}
+            shown = ", ".join(f"{key}={value!r}" for key, value in given.items() if value not in (None, []))
+            raise PartialLoraError(f"{shown}: no module is left to adapt.")
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
@@ -91,7 +90,7 @@ class PartialLoraModel(LoraModel):
             parent = modules[name.rpartition(".")[0]]
             if isinstance(parent, nn.MultiheadAttention):
                 raise PartialLoraError(
-                    f"target module {name} is inside nn.MultiheadAttention, which never calls it, so that it would not train:"
+                    f"target module {name} is inside nn.MultiheadAttention, which never calls it, and would not train:"
                     " leave it out by exclude_modules."
                 )
             if isinstance(parent, nn.TransformerEncoderLayer) and backends.mha.get_fastpath_enabled():
