@@ -561,10 +561,12 @@ def next_batch(sizes: Sequence[int], tally: Tally, needed: int) -> int:
 
 @dataclass
 class Evaluations:
-    """Work that a score has done: passes begun, examples seen, and blocks run, each on one example of a batch."""
+    """Work that a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same for
+    each example (one block on one example of a batch)."""
 
     passes: int = 0
     examples: int = 0
+    blocks: int = 0
     sample_blocks: int = 0
 
 
@@ -679,6 +681,7 @@ class FewShotScore:
                 outputs, places = (each.to(batch["labels"].device) for each in (outputs, places))
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
+                self.evaluations.blocks += passes * self._reuse.depth
                 self.evaluations.sample_blocks += passes * self._reuse.depth * len(rows)
                 for module, of_module in changes.items():
                     for axis, change in of_module.items():
@@ -728,6 +731,7 @@ class FewShotScore:
         else:
             output = self._reuse.altered(model, inputs, index, module)
         self.evaluations.examples += self._sizes[index]
+        self.evaluations.blocks += self._reuse.ran
         self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
         return _together(output, batch)
 
