@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -29,6 +30,15 @@ ORDER = (
 )
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 PACKAGE = Path(partial_lora.__file__).parent
+
+
+def test_the_page_draws_the_same_order() -> None:
+    page = (PACKAGE.parent / "docs" / "developing" / "house.md").read_text(encoding="utf-8")
+    block = page.split("## Packages")[1].split("```")[1]
+    drawn: dict[int, set[str]] = {}
+    for indent, names in re.findall(r"^( *)((?:\w+(?:\.py|/) {0,2})+)", block, re.MULTILINE):
+        drawn.setdefault(len(indent), set()).update(name.strip("/").removesuffix(".py") for name in names.split())
+    assert [drawn[indent] for indent in sorted(drawn, reverse=True)] == [set(names) for names in ORDER[:-1]]
 
 
 def test_every_public_name_is_there() -> None:

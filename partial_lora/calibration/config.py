@@ -127,7 +127,8 @@ class CalibrationConfig:
     # moves all densities towards a common one, with as many parameters: 0, not at all; 0.5, half-way (in logarithms);
     # 1, all the way; 2, as far beyond it
     shrink: float = 0.0
-    # the score: auto, the task's first metric (for generation and mse the loss), or another by name
+    # the score: auto, the task's first metric (generation and mse: the loss; choices: options; a mixture: accuracy), or
+    # another by name
     score: str = "auto"
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
     # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},

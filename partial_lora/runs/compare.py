@@ -165,17 +165,19 @@ def compare(
     returns its exit code; after an interrupted sweep no further run is made.
     """
     searched = [entry for entry in chosen if entry.refused is None]
-    left = runs_at_least(rates, seeds) * len(searched)
     took: list[float] = []  # seconds of every run that was not finished before
-    for entry in searched:
-        searching = search(entry.centre, rates, seeds)
+    for others, entry in zip(reversed(range(len(searched))), searched, strict=True):
+        searching, tried = search(entry.centre, rates, seeds), 0  # rates, with the seed that is under way
         runs = next(searching)
         while True:
             places = places_of(entry, runs)
             new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]
-            time = f"at most {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
-            known = f"{len(runs)} runs of seed {runs[0][1]}, {len(runs) - len(new)} finished"
-            say(f"{entry.name}: {known}; {left} left, {time}")
+            seed = runs[0][1]
+            tried = len(runs) if seed else tried + len(runs)
+            left = len(runs) - tried + runs_at_least(tried, seeds - seed) + others * runs_at_least(rates, seeds)
+            time = f"some {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
+            known = f"{len(runs)} runs of seed {seed}, {len(runs) - len(new)} finished"
+            say(f"{entry.name}: {known}; at least {left} left, {time}")
             if new:  # a record is enough: what is compared needs no weights
                 began = monotonic()
                 code = launch(entry.arguments(new))
@@ -184,7 +186,6 @@ def compare(
                 if held := [str(places[run]) for run in new if is_locked(places[run] / LOCK)]:
                     raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
                 took += [(monotonic() - began) / len(new)] * len(new)
-            left = max(left - len(runs), 0)
             found = {run: read_result(place) for run, place in places.items()}
             entry.done |= {places[run]: record for run, record in found.items() if worth(record) is not None}
             try:

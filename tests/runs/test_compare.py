@@ -153,6 +153,22 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
     assert len(launched) == 2 * made
 
 
+@pytest.mark.usefixtures("composed_once")
+def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes(tmp_path) -> None:
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    made: list[int] = []
+    said: list[str] = []
+
+    def launch(arguments: list[str]) -> int:
+        made.append(arguments[-1].count(",") + 1)
+        return leave_records(arguments, best=16e-3)  # three rungs above the first rate
+
+    compare.compare(entries, rates=2, seeds=2, launch=launch, say=said.append)
+    left = [int(re.search(r"(\d+) left", line)[1]) for line in said]
+    assert all(0 < least <= sum(made[place:]) for place, least in enumerate(left))
+    assert left[-1] == made[-1]
+
+
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
     entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list[list[str]] = []

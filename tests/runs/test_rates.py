@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +292,7 @@ def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
         (["method=partial", "mask.row_exponent=0", "mask.fan_in=dense"], 1e-3 * 0.13**-0.5),
         (["method=entries", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
         (["calibration=fixed", "calibration.sparsity=0.75", "mask.row_exponent=0"], 1e-3 * 0.25 ** -(1 / 3)),
+        (["calibration=fixed", "calibration.sparsity={.*: 0.98}", "mask.row_exponent=0"], 1e-3 * 0.13 ** -(1 / 3)),
         (["method=random_weights", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
         (["method=unilora", "calibration=fixed", "calibration.budget=0.02"], 2e-3 * 0.02**-0.5),
         (["method=loha", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
@@ -309,3 +311,17 @@ def test_the_rate_by_default_suits_the_method_and_its_density(overrides: list[st
 def test_what_is_no_learning_rate_is_refused(value: str) -> None:
     with refusal("trainer.learning_rate"):
         composed(f"trainer.learning_rate={value}")
+
+
+def test_the_page_has_the_factors_of_the_methods() -> None:
+    root = config.conf_dir().parent
+    page = (root / "docs" / "concepts" / "learning-rates.md").read_text(encoding="utf-8")
+    table = page.split("| method | factor |")[1].split("\n\n")[0]
+    shown = {
+        name.strip("`").replace("(IA)³", "ia3").replace("-", "").lower(): float(factor)
+        for names, factor in re.findall(r"^\| (.+?) \| (\d+) \|", table, re.MULTILINE)
+        for name in names.split(", ")
+        if not names.startswith(("dense LoRA", "`entries`"))
+    }
+    files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in root.glob("conf/method/*.yaml")}
+    assert shown == {name: of["rate_factor"] for name, of in files.items() if "rate_factor" in of}
