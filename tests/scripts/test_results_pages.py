@@ -34,19 +34,26 @@ race/race: gtsrb|trec, budget 0.13: oft − low_rank
 race/race: gtsrb|trec, budget 0.02: oft − low_rank
 race/race: gtsrb|trec, budget own: lora − low_rank
 decided/tables/decided: digits|sst2|trec|gtsrb, budget 0.13: partial − lora
+decided/tables/decided: gtsrb, budget 0.13: uniform − lora
 decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
+decided/tables/decided: gtsrb, budget 0.13: entries − uniform; entries − low_rank
 """,
     "results/README.md": """
 decided/tables/decided: gtsrb, budget 0.13: partial − lora
+decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
+decided/tables/decided: gtsrb, budget 0.13: entries − uniform
 decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − lora
 decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − low_rank
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − targeted
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − random_weights
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial − entries
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − targeted
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − random_weights
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − uniform
+decided/tables/decided: trec|gtsrb|all sets, budget 0.13: partial − entries
 decided/tables/decided: digits|trec|all sets, budget 0.13: partial, by gradient − partial
-decided/tables/decided: digits|trec|sst2|all sets, budget 0.13: uniform − lora
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: uniform − lora
 decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: low_rank − lora
+decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: random_weights − lora
+decided/tables/decided: trec|gtsrb|all sets, budget 0.13: entries − lora
+decided/tables/decided: gtsrb, budget 0.13: uniform − lora; targeted − lora; entries − lora; random_weights − lora
 decided/tables/decided: trec, threshold 0.9: partial − targeted
 decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate
 decided/tables/decided: trec, threshold 0.9: partial − uniform
@@ -54,10 +61,12 @@ decided/tables/decided: trec, budget 0.13: partial, caps at 0.99 − partial
 decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − partial, shrink 0.5;\
  partial − partial, shrink 2
 decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
+decided/tables/decided: gtsrb, budget 0.13: entries − uniform; entries − low_rank
 decided/tables/decided: trec, budget 0.13: entries − low_rank; entries − lora;\
  partial mask=element, PEFT's draw − entries; oft − lora; oft − low_rank; partial − partial, PEFT's draw
 decided/tables/decided: trec, threshold 0.9: partial − lora
 race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
+decided/tables/decided: gtsrb, budget 0.13: random_weights − low_rank
 race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
 forms/forms: trec, budget 0.13: ticket − low_rank
 race/race: digits, budget 0.13: low_rank
