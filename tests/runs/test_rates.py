@@ -258,7 +258,7 @@ def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_densi
 
 
 def test_rates_that_were_searched_for_are_within_a_step_of_the_one_to_try_first() -> None:
-    committed = Path(__file__).parents[2] / rates.FILE
+    committed = config.conf_dir().parent / "results" / "tuning.json"
     entries = {rates.key_in(entry): entry["learning_rate"] for entry in rates.load(committed)}
     masked = {key: rate for key, rate in entries.items() if key[2] == "partial" and key[-1].startswith("budget")}
     assert len(masked) > 9
