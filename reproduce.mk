@@ -447,6 +447,7 @@ endef
 # The rate that the first stage chose for partial, where it is done.
 RATE_digits = 2e-3
 RATE_trec = 1e-3
+RATE_gtsrb = 2e-3
 AT_ITS_RATE = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) \
 	trainer.learning_rate=$(or $(RATE_$(1)),auto) $(2) || test $$? = 1
 define SHARES
