@@ -305,10 +305,12 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
 
 def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
     """Return the number of entries of the adapter that train, after masking; the head is not counted."""
-    config_of(model, adapter_name)  # raises where there is none
+    layers = adapter_layers(model, adapter_name)
+    if not layers:
+        config_of(model, adapter_name)  # raises where there is none
     return sum(
         numel(parameter)
-        for layer in adapter_layers(model, adapter_name).values()
+        for layer in layers.values()
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
         for parameter in factor.parameters()
         if parameter.requires_grad

@@ -174,7 +174,7 @@ def compare(
             new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]
             seed = runs[0][1]
             tried = len(runs) if seed else tried + len(runs)
-            left = len(runs) - tried + runs_at_least(tried, seeds - seed) + others * runs_at_least(rates, seeds)
+            left = len(new) - tried + runs_at_least(tried, seeds - seed) + others * runs_at_least(rates, seeds)
             time = f"some {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
             known = f"{len(runs)} runs of seed {seed}, {len(runs) - len(new)} finished"
             say(f"{entry.name}: {known}; at least {left} left, {time}")

@@ -87,6 +87,12 @@ def test_an_adapter_that_is_not_there_is_named(read):
             read(model)
 
 
+def test_the_parameters_of_a_wrapped_model_are_counted():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
+    assert trainable_parameters(torch.nn.DataParallel(model)) == trainable_parameters(model) == 16
+
+
 def test_an_adapter_with_a_broken_value_is_not_merged():
     model = fill(adapt(sparsity=0.5))
     next(iter(layers(model).values())).lora_B["default"].kept.data[0, 0] = torch.nan

@@ -167,6 +167,10 @@ def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes(tmp_path)
     left = [int(re.search(r"(\d+) left", line)[1]) for line in said]
     assert all(0 < least <= sum(made[place:]) for place, least in enumerate(left))
     assert left[-1] == made[-1]
+    said.clear()
+    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    compare.compare(again, rates=2, seeds=2, launch=launch, say=said.append)
+    assert "at least 0 left" in said[-1]
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
