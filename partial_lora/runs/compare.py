@@ -167,8 +167,9 @@ def compare(
     searched = [entry for entry in chosen if entry.refused is None]
     took: list[float] = []  # seconds of every run that was not finished before
     for others, entry in zip(reversed(range(len(searched))), searched, strict=True):
-        searching, tried = search(entry.centre, rates, seeds), 0  # rates, with the seed that is under way
+        searching = search(entry.centre, rates, seeds)
         runs = next(searching)
+        tried = 0  # rates that the seed under way has tried
         while True:
             places = places_of(entry, runs)
             new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]

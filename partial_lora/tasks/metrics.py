@@ -15,7 +15,7 @@ FITTING = {  # metrics of a task, by what its labels are; the first is the usual
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # read as percentages
 LOWER_IS_BETTER = {"mse", "perplexity"}
 OF_ALL_TOGETHER = {"f1", "matthews", "pearson", "spearman"}  # not means over examples
-OF_EXAMPLES = {metric for fitting in FITTING.values() for metric in fitting} - {"perplexity"}  # what predictions say
+OF_EXAMPLES = {metric for fitting in FITTING.values() for metric in fitting} - {"perplexity"}  # told by predictions
 IGNORED = -100  # the label of a token that does not count, as in transformers
 
 
