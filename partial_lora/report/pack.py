@@ -25,6 +25,7 @@ from partial_lora.runs.directory import PREDICTIONS, RESULT
 from partial_lora.runs.packs import COLUMN, DYNAMICS, TYPED, Pack
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "exact_match", "rouge_l")
+_OF_TYPE = {"double": "_number", "float": "_number", "string": "_text"}
 _OF_DEFAULTS = {"group", "conditions"}  # columns of `records.row` that hold only under the defaults of one version
 
 
@@ -124,9 +125,7 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _typed(name: str, column: pa.ChunkedArray) -> str:
     """Return what a column of labels is called in a table of runs whose labels are of other types."""
-    kind = (
-        "_text" if pa.types.is_string(_plain(column).type) else "_number" if pa.types.is_floating(column.type) else ""
-    )
+    kind = _OF_TYPE.get(str(_plain(column).type), "")
     return f"{name}{kind}" if f"{name}{kind}" in TYPED else name
 
 
