@@ -54,7 +54,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save_both
-from partial_lora.runs import build, compose, config, directory
+from partial_lora.runs import build, compose, config, directory, identity
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -662,7 +662,7 @@ def folder_of(settings: Mapping, what: str) -> Path:
     drawn = ("fan_in", "row_exponent", "column_exponent")
     run["mask"] = {key: value for key, value in run["mask"].items() if key not in drawn}
     changed = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
-    digest = hashlib.sha256(json.dumps([config.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([identity.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
     names = what, settings["task"]["name"], f"{settings['model']['name']}-{digest}"
     return Path(settings["results_dir"]).joinpath("analyses", *names)
 

@@ -26,7 +26,7 @@ DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
 VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
 COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
 
-# A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its own name here.
+# A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its name here.
 TYPED = {f"{name}{kind}": name for name in ("label", "prediction") for kind in ("", "_number", "_text")}
 
 
@@ -55,14 +55,15 @@ class Pack:
     def predictions(self, path: str) -> pa.Table | None:
         """Return what a run predicted, with the columns of its own predictions that are kept; None without any.
 
-        Raises ValueError where the table of predictions does not belong to that of the runs.
+        Raises PartialLoraError where the table of predictions is broken or does not belong to that of the runs.
         """
         examples = self._runs["examples"][self._row[path]] if path in self._row else None
         if not examples:
             return None
         start, count = self._places.get(path, (0, 0))
         if count != examples:
-            raise ValueError(f"{PREDICTIONS_TABLE} has {count} of the {examples} examples of {path}")
+            file = self._results_dir / PREDICTIONS_TABLE
+            raise PartialLoraError(f"{file}: {count} examples of {path}, expected {examples}; restore the file")
         table = self._predictions.slice(start, count).drop_columns("run")
         table = table.select([name for name in table.column_names if table[name].null_count < count])
         return table.rename_columns([TYPED.get(name, name) for name in table.column_names])
