@@ -9,27 +9,30 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import one_writer, write_atomic
 from partial_lora.report import examples, race, records
 from partial_lora.runs import directory, packs
 from partial_lora.runs.directory import PREDICTIONS, RESULT
-from partial_lora.runs.packs import COLUMN, DYNAMICS, TYPED, Pack
+from partial_lora.runs.packs import COLUMN, DYNAMICS, Pack
+from partial_lora.runs.schema import upgraded
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "exact_match", "rouge_l")
+_TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers
+_SUFFIX = {"double": "_number", "string": "_text"}
 _OF_DEFAULTS = {"group", "conditions"}  # columns of `records.row` that hold only under the defaults of one version
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A pack that was written: its runs, those that were not in it before, what it left out, and what was removed."""
 
     runs: int
@@ -38,96 +41,104 @@ class Packed:
     removed: list[Path]
 
 
+class Content(NamedTuple):
+    """A run as a pack keeps it: its record, what was measured of it later, and its predictions, each None if absent."""
+
+    record: dict | None
+    dynamics: dict | None
+    predictions: pa.Table | None
+
+
 def pack(results_dir: Path, *, remove: bool = False) -> Packed:
-    """Write the finished runs of a results directory into its pack, which keeps what it has.
+    """Write the finished runs of a results directory into its pack, which keeps the runs that it has.
 
     remove: then remove the folders of packed runs, weights included, once the pack has been read back and holds what
     they hold. Raises PartialLoraError for a directory without runs, and where the pack that is there cannot be read.
     """
     results_dir = Path(results_dir)
+    runs, left_out = records.read(results_dir)
     with one_writer(results_dir / packs.RUNS_TABLE, "write"):
         earlier = packs.pack_of(results_dir)
-        runs, left_out = records.read(results_dir)
-        kept = [_kept(run.directory) for run in runs]
-        rows = [_row(run, results_dir, table) for run, table in zip(runs, kept, strict=True)]
+        contents = {path: _packed(earlier, path) for path in earlier.paths} if earlier else {}
+        before, loose = set(contents), {}
+        for run in runs:
+            path = run.directory.relative_to(results_dir).as_posix()
+            if (run.directory / RESULT).is_file():
+                try:
+                    contents[path] = _loose(run.directory)
+                    loose[path] = run.directory
+                except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                    left_out.append(records.LeftOut(f"{path}/{PREDICTIONS}", f"broken, {one_line(error)}", True))
         predictions = [
-            table.add_column(0, "run", pa.array([row["run"]] * len(table)).dictionary_encode())
-            for row, table in sorted(zip(rows, kept, strict=True), key=lambda pair: pair[0]["run"])
-            if table is not None
+            _rows(path, each.predictions) for path, each in sorted(contents.items()) if each.predictions is not None
         ]
         if predictions:
             _write(pa.concat_tables(predictions, promote_options="default"), results_dir / packs.PREDICTIONS_TABLE)
-        frame = pd.DataFrame(rows).sort_values("run", ignore_index=True)
-        _write(pa.Table.from_pandas(frame, preserve_index=False), results_dir / packs.RUNS_TABLE)
-        before = set(earlier.paths) if earlier else set()
-        removed = _remove([run for run in runs if run.directory.is_dir()], results_dir) if remove else []
-    return Packed(len(rows), len(set(frame["run"]) - before), left_out, removed)
+        rows = pd.DataFrame([_row(path, content) for path, content in sorted(contents.items())])
+        _write(pa.Table.from_pandas(rows, preserve_index=False), results_dir / packs.RUNS_TABLE)
+        if remove:
+            _remove(loose, results_dir)
+    return Packed(len(contents), len(contents.keys() - before), left_out, list(loose.values()) if remove else [])
 
 
-def _row(run: records.Run, results_dir: Path, predicted: pa.Table | None) -> dict:
+def _packed(earlier: Pack, path: str) -> Content:
+    return Content(earlier.json(path), earlier.json(path, DYNAMICS), earlier.predictions(path))
+
+
+def _loose(place: Path) -> Content:
+    """Return a run out of its folder; raises ValueError, KeyError or OSError where a file of it is broken."""
+    found = (place / name for name in (RESULT, DYNAMICS))
+    known = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in found]
+    predictions = examples.read(place / PREDICTIONS) if (place / PREDICTIONS).is_file() else None
+    return Content(*known, None if predictions is None else _kept(predictions))
+
+
+def _kept(table: pa.Table) -> pa.Table:
+    """Return the columns of predictions that comparisons and pages read.
+
+    The loss of every example, and the number of classes, stand for the logits.
+    """
+    names = [name for name in (*_KEPT, "member") if name in table.column_names]
+    columns = {name: table[name].cast(_TYPES.get(str(table[name].type), table[name].type)) for name in names}
+    columns["loss"] = pa.array(examples.losses_of(table), pa.float32())
+    if "logits" in table.column_names and "member" not in table.column_names:
+        columns["classes"] = pa.array([len(table["logits"][0])] * len(table))
+    return pa.table(columns)
+
+
+def _rows(path: str, predictions: pa.Table) -> pa.Table:
+    """Return a run's rows of predictions.parquet, labels in the column of their type."""
+    kinds = {name: _SUFFIX.get(str(predictions[name].type), "") for name in ("label", "prediction")}
+    named = predictions.rename_columns([f"{name}{kinds.get(name, '')}" for name in predictions.column_names])
+    return named.add_column(0, "run", pa.array([path] * len(named)).dictionary_encode())
+
+
+def _row(path: str, content: Content) -> dict:
     """Return a run's row of runs.parquet."""
-    record = run.record
+    record = upgraded(content.record)
+    run = records.run_of(record, Path(path))
     metrics = {
         f"{split}_{name}": float(value)
         for split, scores in record["metrics"].items()
         for name, value in scores.items()
         if isinstance(value, (int, float)) and "/" not in name  # of a mixture each member has its own, in the record
     }
-    versions = {f"version_{name}": version for name, version in record["versions"].items()}
     return {
-        "run": run.directory.relative_to(results_dir).as_posix(),
+        "run": path,
         **{name: value for name, value in run.row.items() if name not in _OF_DEFAULTS},
         "form": race.form_of(record["config"]),
         "size": race.size_in(record),
         **dict(sorted(metrics.items())),
-        **versions,
+        **{f"version_{name}": version for name, version in record["versions"].items()},
         "started": record.get("started"),
-        "examples": 0 if predicted is None else len(predicted),
-        **{column: _json(run.directory, name) for name, column in COLUMN.items()},
+        "examples": 0 if content.predictions is None else len(content.predictions),
+        COLUMN[RESULT]: _in_one_line(content.record),
+        COLUMN[DYNAMICS]: _in_one_line(content.dynamics),
     }
 
 
-def _json(place: Path, name: str) -> str | None:
-    """Return a JSON file of a run in one line, as it was written."""
-    try:
-        content = json.loads((place / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        content = packs.stored(place, name)
+def _in_one_line(content: Mapping | None) -> str | None:
     return None if content is None else json.dumps(content, separators=(",", ":"))
-
-
-def _kept(place: Path) -> pa.Table | None:
-    """Return the columns of a run's predictions that comparisons and pages read; None without predictions.
-
-    The loss of every example, and the number of classes, stand for the logits.
-    """
-    file = place / PREDICTIONS
-    table = examples.read(file) if file.is_file() else packs.predictions_of(place)
-    if table is None or not len(table):
-        return None
-    columns = {"index": table["index"].cast(pa.int32())} if "index" in table.column_names else {}
-    for name in (*_KEPT, "member"):
-        if name in table.column_names and name not in columns:
-            columns[name] = table[name]
-    columns = {_typed(name, column): _plain(column) for name, column in columns.items()}
-    columns["loss"] = pa.array(examples.losses_of(table), pa.float32())
-    if "classes" in table.column_names:
-        columns["classes"] = table["classes"]
-    elif "logits" in table.column_names and "member" not in table.column_names:
-        columns["classes"] = pa.array([len(table["logits"][0])] * len(table), pa.int32())
-    return pa.table(columns)
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
-
-
-def _typed(name: str, column: pa.ChunkedArray) -> str:
-    """Return what a column of labels is called in a table of runs whose labels are of other types."""
-    kind = (
-        "_text" if pa.types.is_string(_plain(column).type) else "_number" if pa.types.is_floating(column.type) else ""
-    )
-    return f"{name}{kind}" if f"{name}{kind}" in TYPED else name
 
 
 def _write(table: pa.Table, file: Path) -> None:
@@ -137,23 +148,15 @@ def _write(table: pa.Table, file: Path) -> None:
     write_atomic(file, buffer.getvalue())
 
 
-def _remove(runs: list[records.Run], results_dir: Path) -> list[Path]:
-    """Remove the folders of runs, each compared with the pack as it is read back; return them.
+def _remove(loose: Mapping[str, Path], results_dir: Path) -> None:
+    """Remove the folders of runs, each compared with the pack as it is read back.
 
     Raises PartialLoraError, and removes nothing more, where a run is not in the pack as it is in its folder.
     """
     written = Pack(results_dir)
-    for run in runs:
-        place, path = run.directory, run.directory.relative_to(results_dir).as_posix()
+    for path, place in loose.items():
         with directory.locked(place):
-            loose, predicted = json.loads((place / RESULT).read_text(encoding="utf-8")), written.predictions(path)
-            own = _kept(place)
-            alike = own is None if predicted is None else own is not None and _kept_alike(own, predicted)
-            if (
-                written.json(path) != loose
-                or not alike
-                or (written.json(path, DYNAMICS) is None) != (not (place / DYNAMICS).is_file())
-            ):
+            if not _alike(_loose(place), _packed(written, path)):
                 raise PartialLoraError(f"{place}: the pack does not hold what is there; nothing more is removed")
             shutil.rmtree(place)
         with suppress(OSError):  # not empty
@@ -162,9 +165,12 @@ def _remove(runs: list[records.Run], results_dir: Path) -> list[Path]:
     latest = results_dir / directory.LATEST
     if latest.is_symlink() and not latest.exists():
         latest.unlink()
-    return [run.directory for run in runs]
 
 
-def _kept_alike(own: pa.Table, packed: pa.Table) -> bool:
-    renamed = own.rename_columns([TYPED.get(name, name) for name in own.column_names])
-    return renamed.select(packed.column_names).to_pydict() == packed.to_pydict()
+def _alike(own: Content, other: Content) -> bool:
+    if (own.record, own.dynamics) != (other.record, other.dynamics):
+        return False
+    if own.predictions is None or other.predictions is None:
+        return own.predictions is other.predictions
+    frames = [each.predictions.to_pandas().sort_index(axis=1) for each in (own, other)]
+    return frames[0].equals(frames[1])

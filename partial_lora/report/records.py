@@ -731,12 +731,8 @@ class Predictions:
 
     def exist(self, group: str, seeds: Iterable[int]) -> bool:
         """Return True where any of these runs has its predictions."""
-        pack = packs.pack_of(self._results_dir)
-        return any(
-            self._file(group, seed).is_file()
-            or (pack is not None and pack.predictions(f"{group}/seed{seed}") is not None)
-            for seed in seeds
-        )
+        files = [self._file(group, seed) for seed in seeds]
+        return any(file.is_file() or packs.predictions_of(file.parent) is not None for file in files)
 
     def _frame(self, group: str, seed: int, *, whole: bool) -> pd.DataFrame:
         from pyarrow.parquet import ParquetFile

@@ -15,11 +15,11 @@ import yaml
 
 from partial_lora.calibration.config import BUDGETED, CALIBRATED, RANKED
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import file_sha256, walk
+from partial_lora.files import file_sha256, flatten, walk
 from partial_lora.runs import packs
 from partial_lora.runs.config import load, plain
 from partial_lora.runs.directory import CONFIG, RESULT
-from partial_lora.runs.schema import CHANGES, Config, computed_from, task_key, wherever
+from partial_lora.runs.schema import NOT_SETTINGS, Config, computed_from, task_key, wherever
 
 _FILES = {"calibration.file", "task.data_files"}
 _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
@@ -28,34 +28,35 @@ _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or fold
 def run_id(config: Config | Mapping) -> str:
     """Return eight hex digits that name everything a run computes from, its seed apart.
 
-    They are of the settings that differ from the schema's defaults, without those that the method has no use for. Files
-    enter by content, so a copy elsewhere gives the same id and an edited file another one. The members of a mixture
-    enter as tasks do, in the order of the outputs. Ids change when a default does; runs are found all the same.
+    They are of all settings but those that the method has no use for. Files enter by content, so a copy elsewhere gives
+    the same id and an edited file another one. The members of a mixture enter as tasks do, in the order of the outputs.
+    A new key changes ids; runs are found all the same.
     """
     settings = config if isinstance(config, Mapping) else plain(config)
     return _hex(computed(settings, digests(settings)))
 
 
 def _hex(settings: Mapping) -> str:
-    text = json.dumps({"changes": len(CHANGES), **settings}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = False) -> dict[str, Any]:
-    """Return the settings that a run computes from, by full key, where they are no defaults.
+    """Return the settings that a run computes from, by full key.
 
     contents: the digests of files by key (`digests`); a file without one enters by its name and its folder's. unused:
     keep the settings that the method has no use for.
     """
     members, method = list(settings.get("task", {}).get("members") or ()), settings.get("method")
     chosen = {}
-    for key, value in computed_from(settings).items():
-        if unused or method is None or _uses(method, key):  # settings of a task alone have no method
-            chosen[key] = contents.get(key, wherever(task_key(key, members), value))
+    for key, value in flatten(settings).items():
+        plain_key = task_key(key, members)
+        is_used = unused or method is None or _uses(method, key)  # settings of a task alone have no method
+        if is_used and plain_key not in NOT_SETTINGS:
+            chosen[key] = contents.get(key, wherever(plain_key, value))
     shares = settings.get("calibration", {}).get("sparsity")
-    if isinstance(shares, Mapping) and any(key.startswith("calibration.sparsity.") for key in chosen):
+    if isinstance(shares, Mapping):
         chosen["calibration.sparsity"] = list(shares)  # their order counts: the first pattern that matches decides
-    return chosen
+    return chosen | ({"task.members": members} if members else {})
 
 
 def _uses(method: Mapping, key: str) -> bool:

@@ -174,9 +174,8 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"
-    return (
-        environment | cluster_environment(cluster) | directory.worker_variables(plain(config), digests(plain(config)))
-    )
+    settings = plain(config)
+    return environment | cluster_environment(cluster) | directory.worker_variables(settings, digests(settings))
 
 
 def refuse_foreign_world() -> None:

@@ -26,9 +26,8 @@ DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
 VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
 COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
 
-# A column of one table holds one type, and labels are classes, numbers or texts: each kind has a column of its own.
-_OF_TYPE = {"int64": "", "double": "_number", "string": "_text"}
-TYPED = {f"{name}{suffix}": name for name in ("label", "prediction") for suffix in _OF_TYPE.values()}
+# A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its name here.
+TYPED = {f"{name}{kind}": name for name in ("label", "prediction") for kind in ("", "_number", "_text")}
 
 
 class Pack:
@@ -56,14 +55,15 @@ class Pack:
     def predictions(self, path: str) -> pa.Table | None:
         """Return what a run predicted, with the columns of its own predictions that are kept; None without any.
 
-        Raises ValueError where the table of predictions does not belong to that of the runs.
+        Raises PartialLoraError where the table of predictions is broken or does not belong to that of the runs.
         """
         examples = self._runs["examples"][self._row[path]] if path in self._row else None
         if not examples:
             return None
         start, count = self._places.get(path, (0, 0))
         if count != examples:
-            raise ValueError(f"{PREDICTIONS_TABLE} has {count} of the {examples} examples of {path}")
+            file = self._results_dir / PREDICTIONS_TABLE
+            raise PartialLoraError(f"{file}: {count} examples of {path}, expected {examples}; restore the file")
         table = self._predictions.slice(start, count).drop_columns("run")
         table = table.select([name for name in table.column_names if table[name].null_count < count])
         return table.rename_columns([TYPED.get(name, name) for name in table.column_names])
@@ -75,24 +75,23 @@ class Pack:
     @functools.cached_property
     def _places(self) -> Mapping[str, tuple[int, int]]:
         """The first row of each run and the number of its rows, which stand together."""
-        import pyarrow as pa
+        from pyarrow import compute
 
-        encoded = pa.compute.run_end_encode(self._predictions["run"].cast(pa.string()).combine_chunks())
-        ends = encoded.run_ends.to_pylist()
-        return {path: (start, end - start) for path, start, end in zip(encoded.values.to_pylist(), [0, *ends], ends)}
+        encoded = compute.run_end_encode(self._predictions["run"].cast("string").combine_chunks())
+        ends = [0, *encoded.run_ends.to_pylist()]
+        return {path: (ends[row], ends[row + 1] - ends[row]) for row, path in enumerate(encoded.values.to_pylist())}
 
 
 def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     import pyarrow as pa
-    from pyarrow import compute, parquet  # noqa: F401 - `pa.compute` needs its import
+    from pyarrow import parquet
 
     try:
         known = VERSION.items() <= (parquet.read_schema(file).metadata or {}).items()
         table = parquet.read_table(file, columns=columns) if known else None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise PartialLoraError(
-            f"{file}: cannot be read ({one_line(error)}), restore it or pack the runs again"
-        ) from error
+        reason = f"cannot be read ({one_line(error)})"
+        raise PartialLoraError(f"{file}: {reason}; restore it, or pack the runs again") from error
     if table is None:
         raise PartialLoraError(f"{file}: expected a table of `partial-lora pack`; move this file elsewhere")
     return table

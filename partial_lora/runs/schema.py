@@ -502,7 +502,8 @@ def upgraded_settings(settings: Mapping) -> dict:
 # --- The identity of a run: the settings that it computes from.
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
-# its settings, what memory it may use, how its learning rate was found, and the device, launch, worker and tracker keys.
+# its settings, what memory it may use, how its learning rate was found, and the device, launch, worker and tracker
+# keys.
 NOT_SETTINGS = {
     "seed",
     "results_dir",
