@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -48,6 +48,8 @@ _HEADER = "partial_lora."
 _INDICES = "#indices"  # a name that no module has
 # Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
+# Versions 0.1 and 0.2 left out every setting that had its default, of which these have another one now.
+_BEFORE = {"r": 8, "lora_alpha": 8, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
 
 
 def write_compact(
@@ -265,7 +267,7 @@ def encode(compact: Compact) -> bytes:
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
         for name, shares in assign_sparsity(config.shares, list(masks)).items():
             modules[name] += [shares[axis] for axis in AXES]
-    header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
+    header: dict[str, Any] = {"config": _written_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
     tensors = {
@@ -279,10 +281,14 @@ def encode(compact: Compact) -> bytes:
     return save(tensors, metadata={f"{_HEADER}{VERSION}": text})
 
 
-def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
-    """Return the settings that differ from their defaults, without those that the file holds elsewhere."""
-    default = PartialLoraConfig(sparsity=0).to_dict()
-    changed = {key: value for key, value in config.to_dict().items() if value != default[key] and key not in _LEFT_OUT}
+def _written_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
+    """Return our own settings, and those of LoRA that differ from their defaults, but none that is held elsewhere."""
+    default = {key: value for key, value in LoraConfig().to_dict().items() if key not in _BEFORE}
+    changed = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in _LEFT_OUT and (key not in default or value != default[key])
+    }
     targets = changed.get("target_modules")
     if not isinstance(targets, str) and set(targets or ()) == set(modules):
         del changed["target_modules"]  # the names are in the file already
@@ -348,7 +354,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             name: {axis: 1 - counts[name][axis] / size for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
-    options: dict[str, Any] = {"target_modules": list(modules)} | settings
+    options: dict[str, Any] = {"target_modules": list(modules)} | _BEFORE | settings
     config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)
     for name, entry in modules.items():

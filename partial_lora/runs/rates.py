@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partial_lora.calibration.config import MASKED, PAPER_BUDGET, traits_of
+from partial_lora.calibration.config import MASKED, traits_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
+from partial_lora.masks import AS_PEFT, PAPER_BUDGET
 from partial_lora.runs import schema
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
@@ -254,7 +255,10 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 
 
 def load(file: Path) -> list[dict]:
-    """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
+    """Return the entries of a file; raise PartialLoraError, naming it, where it is none.
+
+    Versions 0.1 and 0.2 left draw and scaling out where they were PEFT's.
+    """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]
@@ -266,7 +270,8 @@ def load(file: Path) -> list[dict]:
         raise PartialLoraError(f"trainer.tuned={file}: {expected}")
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
-    return entries
+    before = {f"mask.{key}": value for key, value in AS_PEFT.items()}
+    return [entry | {"settings": (before if entry["masks"] != NO_POINT else {}) | entry["settings"]} for entry in entries]
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
