@@ -48,8 +48,11 @@ _HEADER = "partial_lora."
 _INDICES = "#indices"  # a name that no module has
 # Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
-# Versions 0.1 and 0.2 left out every setting that had its default, of which these have another one now.
-_BEFORE = {"r": 8, "lora_alpha": 8, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
+# What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
+_ABSENT = {
+    **{"r": 8, "lora_alpha": 8, "mask_seed": 0, "row_exponent": 0.0, "column_exponent": 0.0},
+    **{"granularity": "rows_columns", "selection": "random", "count": "exact", "columns": "masked", "fan_in": "dense"},
+}
 
 
 def write_compact(
@@ -267,7 +270,7 @@ def encode(compact: Compact) -> bytes:
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
         for name, shares in assign_sparsity(config.shares, list(masks)).items():
             modules[name] += [shares[axis] for axis in AXES]
-    header: dict[str, Any] = {"config": _written_settings(config, masks), "modules": modules, "base": str(compact.base)}
+    header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
     tensors = {
@@ -281,14 +284,10 @@ def encode(compact: Compact) -> bytes:
     return save(tensors, metadata={f"{_HEADER}{VERSION}": text})
 
 
-def _written_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
-    """Return our own settings, and those of LoRA that differ from their defaults, but none that is held elsewhere."""
-    default = {key: value for key, value in LoraConfig().to_dict().items() if key not in _BEFORE}
-    changed = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in _LEFT_OUT and (key not in default or value != default[key])
-    }
+def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
+    """Return the settings that are not what the file means where it leaves them out, or that it holds elsewhere."""
+    default = LoraConfig().to_dict() | _ABSENT
+    changed = {k: value for k, value in config.to_dict().items() if k not in _LEFT_OUT and value != default.get(k)}
     targets = changed.get("target_modules")
     if not isinstance(targets, str) and set(targets or ()) == set(modules):
         del changed["target_modules"]  # the names are in the file already
@@ -327,18 +326,18 @@ def decode(content: bytes, path: Path) -> Compact:
 
 
 def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
-    settings, modules = dict(header["config"]), header["modules"]
-    granularity = settings.get("granularity", "rows_columns")
+    settings, modules = _ABSENT | header["config"], header["modules"]
+    granularity = settings["granularity"]
     geometries, counts, kept = {}, {}, {}
     for name, (b, a, rows, columns, *_) in modules.items():
         geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b))
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        trained = _trained_factors(settings.get("columns", "masked"))
+        trained = _trained_factors(settings["columns"])
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}
-    if settings.get("selection", "random") != "random":
+    if settings["selection"] != "random":
         sizes = [axes[axis] for axes in counts.values() for axis in AXES]
         every = tensors.pop(_INDICES)
         if every.dtype != torch.int32 or list(every.shape) != [sum(sizes)]:
@@ -347,14 +346,14 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             )
         parts = iter(every.split(sizes))
         masks_of["indices"] = {name: {axis: next(parts).numpy() for axis in AXES} for name in counts}
-    elif settings.get("count") == "bernoulli":
+    elif settings["count"] == "bernoulli":
         masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
     else:
         masks_of["sparsity"] = {  # the measured sparsity keeps as many again
             name: {axis: 1 - counts[name][axis] / size for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
-    options: dict[str, Any] = {"target_modules": list(modules)} | _BEFORE | settings
+    options: dict[str, Any] = {"target_modules": list(modules)} | settings
     config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)
     for name, entry in modules.items():
