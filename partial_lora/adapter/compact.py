@@ -49,10 +49,8 @@ _INDICES = "#indices"  # a name that no module has
 # Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
 # What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
-_ABSENT = {
-    **{"r": 8, "lora_alpha": 8, "mask_seed": 0, "row_exponent": 0.0, "column_exponent": 0.0},
-    **{"granularity": "rows_columns", "selection": "random", "count": "exact", "columns": "masked", "fan_in": "dense"},
-}
+_ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
+_ABSENT |= {"granularity": "rows_columns", "selection": "random", "count": "exact", "columns": "masked"}
 
 
 def write_compact(
@@ -61,7 +59,7 @@ def write_compact(
     """Write the kept values of an adapter into ``folder``, made if need be, and return the file's path.
 
     The file takes 4 bytes for each kept value in float32 (2 in bfloat16), including a head in modules_to_save; 4 bytes
-    for each index where the selection is "top"; and less than 400 bytes for each module (a head counts as one where
+    for each index where the selection is "top"; and about 400 bytes for each module (a head counts as one where
     there are only one or two others).
 
     Args:

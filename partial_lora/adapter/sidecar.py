@@ -27,9 +27,10 @@ def describe(
     """Return the content of the sidecar of an adapter with these ``masks``.
 
     Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, and
-    modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is random), shape [out, in], rank (where it
-    is not the adapter's), a, b (the shapes of the dense factors, for masks over entries only), sha256 {rows, columns}
-    of the kept indices as little-endian int64, and indices {rows, columns} where the selection is not random.
+    modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is
+    random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the dense factors, for masks
+    over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns}
+    where the selection is not random.
     """
     keys = ("granularity", "selection", "mask_seed", *_BEFORE, "sparsity")
     content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in keys}, "modules": {}}
@@ -89,7 +90,8 @@ def _check_keys(content: Mapping, name: str, needed: set[str], optional: Collect
 def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
     modules = content["modules"]
-    found = _BEFORE | {key: content[key] for key in ("granularity", "selection", "mask_seed", *_BEFORE) if key in content}
+    keys = ("granularity", "selection", "mask_seed", *_BEFORE)
+    found = _BEFORE | {key: content[key] for key in keys if key in content}
     # Older files have the measured sparsity alone, which keeps as many again.
     measured = {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()}
     found["sparsity"] = content.get("sparsity", measured)

@@ -43,11 +43,11 @@ def warm_start(
 
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
     B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
-    the signed mean of its columns or rows. Where the adapter has another scaling (its lora_alpha, or the exponents of
-    density), B' takes the values times the ratio of the two. Tensors that train whole beside the adapter (a head in modules_to_save,
-    biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the model starts with the
-    LoRA's outputs, and with higher sparsity further from them. Values are written in place, in the model's dtype, so
-    that optimizers stay valid.
+    the signed mean of its columns or rows. Where the adapter has another scaling, by lora_alpha or the exponents of
+    density, B' takes the values times the ratio of the two. Tensors that train whole beside the adapter (a head in
+    modules_to_save, biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the
+    model starts with the LoRA's outputs, and with higher sparsity further from them. Values are written in place, in
+    the model's dtype, so that optimizers stay valid.
 
         model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
         warm_start(model, "path/or/hub-id/of/a/lora")

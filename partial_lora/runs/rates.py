@@ -271,7 +271,10 @@ def load(file: Path) -> list[dict]:
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
     before = {f"mask.{key}": value for key, value in AS_PEFT.items()}
-    return [entry | {"settings": (before if entry["masks"] != NO_POINT else {}) | entry["settings"]} for entry in entries]
+    for entry in entries:
+        if entry["masks"] != NO_POINT:
+            entry["settings"] = before | entry["settings"]
+    return entries
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
