@@ -172,7 +172,9 @@ class PartialLoraConfig(LoraConfig):
     columns: Columns = field(
         default="masked", metadata={"help": "A: masked, or frozen (whole, and drawn by mask_seed)."}
     )
-    fan_in: FanIn | None = field(default=None, metadata={"help": "The inputs that A is drawn for: kept or dense (all)."})
+    fan_in: FanIn | None = field(
+        default=None, metadata={"help": "The inputs that A is drawn for: kept or dense (all)."}
+    )
     row_exponent: float | None = field(
         default=None, metadata={"help": "Scaling times (density of rows) ** -row_exponent."}
     )

@@ -378,6 +378,17 @@ def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
     assert module_masks(model) == module_masks(get_peft_model(load("tiny_vit"), config))
 
 
+@pytest.mark.parametrize("mask", ["rows_columns", "units", "element", "groups"])
+def test_python_and_the_command_line_have_the_same_defaults(mask: str) -> None:
+    run, adapter = composed("calibration=fixed", f"mask={mask}"), PartialLoraConfig(granularity=mask)
+    assert adapter.mask_seed == run.mask_seed
+    assert adapter.sparsity == 1 - run.calibration.budget
+    assert (adapter.r, adapter.lora_alpha) == (run.method.rank, run.method.alpha)
+    assert adapter.lora_dropout == run.method.dropout
+    for name in dataclasses.asdict(run.mask).keys() - {"seed"}:
+        assert getattr(adapter, name) == getattr(run.mask, name)
+
+
 def test_the_most_important_rows_meet_a_frozen_a_that_keeps_all_columns() -> None:
     model, _ = fixed("targeted", "calibration.sparsity=0.75", "mask=frozen")
     assert set(map(tuple, map(dict.values, module_sparsity(model).values()))) == {(0.75, 0.0)}
