@@ -299,8 +299,8 @@ class PartialLoraConfig(LoraConfig):
 
     def density_factor(self, module: str) -> float:
         """Return the factor p^-row_exponent · q^-column_exponent on the scaling of a module of the last model."""
-        masks = self.masks[module]
-        return masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
+        masks, row_exponent = self.masks[module], cast("float", self.row_exponent)  # `__post_init__` has set it
+        return masks.rows.reach**-row_exponent * masks.columns.reach**-self.column_exponent
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""
