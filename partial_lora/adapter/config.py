@@ -389,8 +389,9 @@ class PartialLoraConfig(LoraConfig):
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora; in a model, that used."""
-    used = isinstance(config, PartialLoraConfig) and module in config.masks
-    alpha = config.alpha_of(module) if used else _alpha_of(config, module)
+    alpha = _alpha_of(config, module)
+    if isinstance(config, PartialLoraConfig) and module in config.masks:
+        alpha = config.alpha_of(module)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
