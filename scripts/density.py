@@ -34,6 +34,7 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration import few_shot
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.masks import AS_PEFT
 from partial_lora.report.drawing import save
 from partial_lora.report.records import half_interval
 from partial_lora.runs import compose, config
@@ -46,16 +47,16 @@ STEPS = (1, 10, 75)
 BATCH = 8
 HELD_OUT = 64  # rows
 FORMS: dict[str, dict] = {
-    "rows and columns, as PEFT draws A": {},
-    "A drawn for the kept columns": {"fan_in": "kept"},
-    "… scaled by p^-0.5": {"fan_in": "kept", "row_exponent": 0.5},
-    "… scaled by p^-1": {"fan_in": "kept", "row_exponent": 1.0},
+    "rows and columns, as PEFT draws A": {**AS_PEFT},
+    "A drawn for the kept columns": {"row_exponent": 0},
+    "… scaled by p^-0.5": {"row_exponent": 0.5},
+    "… scaled by p^-1": {},
     "entries, as PEFT draws A": {"granularity": "element"},
     "entries, A drawn for the kept ones": {"granularity": "element", "fan_in": "kept"},
     "… entries, scaled by p^-1": {"granularity": "element", "fan_in": "kept", "row_exponent": 1.0},
-    "units, A drawn for the kept columns": {"granularity": "units", "fan_in": "kept"},
-    "frozen A": {"columns": "frozen"},
-    "frozen A, scaled by p^-1": {"columns": "frozen", "row_exponent": 1.0},
+    "units, A drawn for the kept columns": {"granularity": "units", "row_exponent": 0},
+    "frozen A": {"columns": "frozen", "row_exponent": 0},
+    "frozen A, scaled by p^-1": {"columns": "frozen"},
 }
 FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "change")
 

@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partial_lora.calibration.config import MASKED, PAPER_BUDGET, traits_of
+from partial_lora.calibration.config import MASKED, traits_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import redacted, write_json
+from partial_lora.masks import PAPER_BUDGET
 from partial_lora.runs import schema
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
@@ -254,7 +255,10 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 
 
 def load(file: Path) -> list[dict]:
-    """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
+    """Return the entries of a file; raise PartialLoraError, naming it, where it is none.
+
+    Versions 0.1 and 0.2 left draw and scaling out where they were PEFT's.
+    """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]
