@@ -491,7 +491,7 @@ def no_such_key(key: str) -> str:
 def no_such_option(option: str, value: str | None) -> str:
     """Return one line that names an unknown option, and the setting that was probably meant by it."""
     name = option.strip("-").replace("-", "_")
-    if name in ("config", "config_file", "config_path"):
+    if name in ("config", "config_file", "config_name", "config_path", "cn", "cp"):
         return f"{option}: no such option; a file of settings stands alone: {value or 'FILE.yaml'}"
     meant = name if name in GROUPS or name in defaults() else _meant(name)
     if meant and "=" not in meant:
