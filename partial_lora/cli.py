@@ -63,7 +63,8 @@ def guarded(command: Callable[[], int]) -> int:
     files.redact_output()
     imports.refuse_hub_code()
     try:
-        with handling(leave, (signal.SIGTERM, signal.SIGHUP)):  # so that nothing is left half-written
+        # So that nothing is left half-written, and nothing runs that a folder holds beside its settings.
+        with handling(leave, (signal.SIGTERM, signal.SIGHUP)), imports.none_of_this_folder():
             return command()
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)

@@ -96,6 +96,14 @@ def read_text(path: str | os.PathLike, most: int = _LARGEST) -> str:
     return content.decode("utf-8-sig")
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """Return the content of a JSON file that a user names; raises OSError as `read_text`, ValueError for no JSON."""
+    try:
+        return json.loads(read_text(path, 2**26))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
     """Return the plain data in a YAML file that a user names, read as Hydra reads it.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import reprlib
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import read_json
 
 AXES = ("rows", "columns")
 CHOICES = {  # of a mask, and of how A is drawn under it
@@ -223,11 +223,11 @@ def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsit
 
 def _calibrated_sparsity(path: Path) -> float | Sparsity:
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        modules = read_json(path)["modules"]
         sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
     except OSError as error:
         raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise PartialLoraError(
             f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
         ) from None

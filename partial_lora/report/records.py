@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import flatten
+from partial_lora.files import flatten, read_json
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import rates, schema
 from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT, RUNS
@@ -134,7 +134,7 @@ def record(directory: Path) -> dict:
     For a run that has not finished it is an UnfinishedError.
     """
     try:
-        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result = read_json(directory / RESULT)
     except FileNotFoundError as error:
         raise UnfinishedError("missing, the run never started or was interrupted") from error
     except OSError as error:

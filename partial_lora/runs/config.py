@@ -125,7 +125,7 @@ def _installed(module: str) -> bool:
 def check_files(task: TaskConfig) -> None:
     """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
     for key, path in _files_of(task):
-        require(Path(path).exists(), key, path, "an existing file or folder")
+        require(Path(path).is_file() or Path(path).is_dir(), key, path, "an existing file or folder")
 
 
 def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:

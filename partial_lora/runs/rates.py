@@ -19,7 +19,7 @@ from typing import Any
 
 from partial_lora.calibration.config import MASKED, PAPER_BUDGET, traits_of
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import redacted, write_json
+from partial_lora.files import read_json, redacted, write_json
 from partial_lora.runs import schema
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
@@ -256,7 +256,7 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 def load(file: Path) -> list[dict]:
     """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
         version, entries = content["version"], content["entries"]
         whole = version != VERSION or all(_is_whole(entry) for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -310,7 +310,7 @@ def _calibration(settings: Mapping) -> dict:
     if file is None:
         return {}
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
         if operating_point(content) == NO_POINT:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
