@@ -115,7 +115,10 @@ def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
 
     try:
         text = read_text(path)
-        if _values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > _MOST:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(root, yaml.ScalarNode):
+            raise ValueError("a single value")
+        if _values(root, {}) > _MOST:
             raise ValueError(f"more than {_MOST:,} values, with those that aliases repeat")
         return OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -41,7 +41,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # in place of a page
-    return parser.parse_intermixed_args(list(arguments))
+    parsed = parser.parse_intermixed_args(list(arguments))
+    for name in ("package", "resolve"):
+        if getattr(parsed, name) and not parsed.cfg:
+            refuse(f"--{name}: expected --cfg beside it")
+    return parsed
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -174,6 +178,8 @@ def _primary(file: str, content: Mapping) -> dict:
 
     keys, chosen = OmegaConf.create({}), {}
     for key, value in content.items():
+        if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+)*", str(key)):
+            raise PartialLoraError(f"{file}: {key!r}: expected a key, such as model or trainer.epochs")
         if key in CHOICES or (key in GROUPS and not isinstance(value, Mapping)):
             require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
             chosen[key] = value
@@ -188,6 +194,7 @@ def _primary(file: str, content: Mapping) -> dict:
             raise PartialLoraError(f"{file}: {reason}")
     swept = settings.get("hydra", {}).get("sweeper", {}).get("params", {})
     for key, values in swept.items():  # Hydra takes a list for one value
+        require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
         if isinstance(values, list):
             swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
@@ -249,12 +256,11 @@ def refused_of_files(key: str, value: object) -> str | None:
     elif key == "hydra.sweeper.direction":
         expected, fits = "minimize or maximize", value in ("minimize", "maximize")
     elif key == "hydra.mode" or key.startswith("hydra.sweeper.params."):
-        expected, fits = "values, and no keys beneath", isinstance(value, (str, int, float, list)) and "._" not in key
-    elif key.startswith(_FIELDS):
+        expected, fits = "values", isinstance(value, (str, int, float, list)) and "._" not in key
+    elif key.startswith(_FIELDS) and key != "hydra.sweeper.params":
         expected, fits = "a number in a file; the command line may set it", isinstance(value, (int, float))
     else:
-        expected = "no such line: of Hydra a file sets hydra.mode, hydra.sweeper.params and numbers of a launcher"
-        fits = False
+        expected, fits = "hydra.mode, values in hydra.sweeper.params, or numbers of a launcher or sweeper", False
     return None if fits else f"{key}={in_yaml(value)}: expected {expected}"
 
 
@@ -311,7 +317,7 @@ def _refuse_hidden_files(arguments: Sequence[str]) -> None:
     folder = parse(arguments).config_dir
     if folder is None:
         return
-    if not Path(folder).is_dir():
+    if not (folder and Path(folder).is_dir()):
         raise PartialLoraError(f"--config-dir {folder}: no such directory")
     for file in sorted(conf_dir().rglob("*.yaml")):
         name = file.relative_to(conf_dir())

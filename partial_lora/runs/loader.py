@@ -13,7 +13,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import flatten, read_yaml
 from partial_lora.runs.arguments import CHOICES, CONFIG_NAME, refused_of_files
 
@@ -55,7 +55,10 @@ class Loader(ConfigLoaderImpl):
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: bool, **named: bool
     ) -> DictConfig:
-        composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        try:
+            composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        except (RecursionError, AttributeError, TypeError) as error:  # `hydra: null`, or a file that chooses itself
+            raise PartialLoraError(f"{self._place}: cannot be composed ({one_line(error)})") from error
         if self._place:
             self._check(composed, config_name, overrides)
         return composed

@@ -115,6 +115,11 @@ def accelerate_file(file: str | Path) -> dict:
     return content
 
 
+# Arguments of timm and transformers by which other weights, or code of their own, would be read.
+_OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "trust_remote_code"}
+
+
 _METRICS = {  # metrics that a task of each kind may have
     "label": (*FITTING["classes"], *FITTING["real numbers"]),
     "choice": FITTING["places of options"],
@@ -182,6 +187,8 @@ class ModelConfig:
             )
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
+        elsewhere = sorted(_OF_WEIGHTS & self.model_args.keys())
+        require(not elsewhere, "model.model_args", elsewhere, "none of them: model.weights says where weights are")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         attention = self.attn_implementation
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,19 @@ def test_the_command_line_sets_every_field_of_a_launcher_beside_a_file(place: Pa
     ]
     found = planned("-m", own, "hydra/launcher=submitit_slurm", *fields, "seed=0,1")
     assert (found.launcher, len(found.runs)) == ("submitit_slurm", 2)
+
+
+def test_neither_a_device_nor_a_pipe_is_a_file(place: Path) -> None:
+    os.mkfifo("pipe")
+    Path("zero.yaml").symlink_to("/dev/zero")
+    Path("pipe.yaml").symlink_to("pipe")
+    for file in ("/dev/zero", "pipe"):
+        for key in ("task.data_files", "calibration.file", "trainer.tuned", "trainer.accelerate_config"):
+            with refusal(f"{key}={file}: "):
+                planned(f"{key}={file}")
+    for file in ("zero.yaml", "pipe.yaml"):
+        with refusal(f"{file}: "):
+            planned(file)
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
