@@ -833,7 +833,7 @@ def runs(arguments: Sequence[str]) -> int:
 
     found = [(path, directory.read_result(path)) for path in sorted(place.glob(directory.RUNS))]
     found.sort(key=lambda run: str((run[1] or {}).get("started") or ""))  # an ISO time in UTC
-    rows = [summary.run_line(path, result) for path, result in found]
+    rows = [[*map(_escaped, summary.run_line(path, result))] for path, result in found]
     if not rows:
         raise PartialLoraError(f"{place}: expected runs in {place}/runs; `partial-lora train` makes them")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

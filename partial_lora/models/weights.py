@@ -134,7 +134,7 @@ class Geometry:
                     raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
         try:
             return AutoConfig.for_model(self.architecture, **self.model_args, **self.head)
-        except (ValueError, TypeError, LookupError, AssertionError, StrictDataclassError) as error:
+        except (ValueError, TypeError, LookupError, AssertionError, AttributeError, StrictDataclassError) as error:
             raise self._impossible(error) from error
 
     def empty(self) -> PreTrainedModel:

@@ -295,7 +295,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
         key = key.lstrip("+~")
         known = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
-        if re.match(r"hydra\b", key) and not known:
+        if re.match(r"hydra\b", key) and not known and ("=" in argument or argument.startswith("~")):
             expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
             raise PartialLoraError(f"{argument}: no key of a run or a sweep; {expected}")
 
