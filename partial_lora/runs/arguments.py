@@ -266,7 +266,6 @@ def refused_of_files(key: str, value: object) -> str | None:
 
 # --- What Hydra would take for something else, or read past.
 
-
 # Options of Hydra that would stand in for a FILE.yaml, or read a pickle.
 _UNUSED = {"--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"}
 
@@ -279,8 +278,8 @@ def refuse(arguments: Sequence[str]) -> None:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, and for a plug-in's name with
-    a dot, which it would take for the plug-in's settings.
+    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, for a plug-in's name with a
+    dot, which it would take for the plug-in's settings, and for a key of Hydra that no run heeds.
     """
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -50,17 +50,18 @@ class Loader(ConfigLoaderImpl):
         sources[:] = [_Folder(_PROVIDER, each.path) if each.provider == _PROVIDER else each for each in sources]
         self._own, self._expected = ConfigLoaderImpl(own), {}
         self._written = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
-        self._place = file or (folder and f"--config-dir {folder}")
+        self._place = file or (None if folder is None else f"--config-dir {folder}")
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: bool, **named: bool
     ) -> DictConfig:
+        if self._place is None:
+            return super().load_configuration(config_name, overrides, run_mode, *options, **named)
         try:
             composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
         except (RecursionError, AttributeError, TypeError) as error:  # `hydra: null`, or a file that chooses itself
             raise PartialLoraError(f"{self._place}: cannot be composed ({one_line(error)})") from error
-        if self._place:
-            self._check(composed, config_name, overrides)
+        self._check(composed, config_name, overrides)
         return composed
 
     def _check(self, composed: DictConfig, config_name: str | None, overrides: Sequence[str]) -> None:
