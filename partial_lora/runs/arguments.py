@@ -312,17 +312,17 @@ def _refuse_options(arguments: Sequence[str]) -> None:
 
 
 def _refuse_hidden_files(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a --config-dir that is no folder, or has a file that the package's would hide."""
+    """Raise PartialLoraError for a --config-dir that is no folder, or has a name that is the package's or Hydra's."""
     folder = parse(arguments).config_dir
     if folder is None:
         return
     if not (folder and Path(folder).is_dir()):
         raise PartialLoraError(f"--config-dir {folder}: no such directory")
-    for file in sorted(conf_dir().rglob("*.yaml")):
-        name = file.relative_to(conf_dir())
+    of_package = [file.relative_to(conf_dir()) for file in sorted(conf_dir().rglob("*.yaml"))]
+    for name in (*of_package, Path("schema.yaml"), Path(f"{OWN}.yaml"), Path("hydra")):
         if (Path(folder) / name).exists():
-            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if name.parent == Path() else ""
+            is_whole = name.parent == Path() and name.suffix
+            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if is_whole else ""
             raise PartialLoraError(
-                f"--config-dir {folder}: {name} is the name of a file of the package, which goes before it; expected "
-                f"another name{other}"
+                f"--config-dir {folder}: {name} is a name of the package itself; expected another{other}"
             )

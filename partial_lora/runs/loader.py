@@ -75,9 +75,9 @@ class Loader(ConfigLoaderImpl):
         keys = _keys(composed)
         keys["hydra.overrides"] = sorted(keys.pop("hydra.overrides.hydra") + keys.pop("hydra.overrides.task"))
         for key, value in keys.items():
-            if key not in expected and not key.startswith("hydra.sweeper.params."):
-                value = None  # no field of a launcher or sweeper
-            if (key, value) not in expected.items() and (reason := refused_of_files(key, value)):
+            is_known = key in expected or key.startswith("hydra.sweeper.params.")
+            reason = refused_of_files(key, value) or (None if is_known else f"{key}={value}: no such field")
+            if reason and (key, value) not in expected.items():
                 raise PartialLoraError(f"{self._place}: {reason}")
 
     def _own_keys(self, choices: tuple[str, ...], config_name: str | None) -> dict[str, object]:

@@ -128,7 +128,7 @@ def test_lines_are_read_one_by_one_and_once() -> None:
 
         lines = 0
 
-        def __next__(self) -> bytes:
+        def readline(self, size: int = -1) -> bytes:
             self.lines += 1
             return b"again\n"
 

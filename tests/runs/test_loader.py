@@ -92,18 +92,12 @@ def test_no_group_file_does(place: Path, node: str) -> None:
 SWEPT = {"+hydra.job.env_set.X": 1}
 OF_CALLBACKS, CHOSEN = {"hydra": {"callbacks": {"x": TOUCH}}}, ["experiment=own"]
 WAYS = {  # a file, its content, its head, and what chooses it
-    "a group of Hydra's": ("hydra/launcher/own", TOUCH, "", ["hydra/launcher=own"]),
     "a package": ("experiment/own", {"x": TOUCH}, "# @package hydra.callbacks\n", CHOSEN),
     "a package in a list": ("experiment/own", {"defaults": [{"/trainer@hydra.callbacks.x": "own"}]}, GLOBAL, CHOSEN),
-    "a choice": ("experiment/own", {"defaults": [{"override /hydra/launcher": "own"}]}, GLOBAL, CHOSEN),
+    "a choice": ("experiment/own", {"defaults": [{"override /hydra/launcher": "../../trainer/own"}]}, GLOBAL, CHOSEN),
     "a reference": ("experiment/own", {"hydra": {"callbacks": "${trainer}"}}, GLOBAL, CHOSEN),
     "one of several": ("experiment/own", OF_CALLBACKS, GLOBAL, ["-m", "experiment=demo,own"]),
-    "a swept key": (
-        "experiment/own",
-        {"hydra": {"sweeper": {"params": {"+hydra.job.env_set.X": 1}}}},
-        GLOBAL,
-        ["-m", *CHOSEN],
-    ),
+    "a swept key": ("experiment/own", {"hydra": {"sweeper": {"params": SWEPT}}}, GLOBAL, ["-m", *CHOSEN]),
 }
 
 
@@ -112,10 +106,16 @@ def test_nor_does_a_file_by_any_other_way(place: Path, way: str) -> None:
     name, content, head, chosen = WAYS[way]
     written(Path(f"conf/{name}.yaml"), content, head)
     written(Path("conf/trainer/own.yaml"), TOUCH)
-    written(Path("conf/hydra/launcher/own.yaml"), TOUCH)
     with refusal(r"(--config-dir .*: )?.*\bhydra[./]"):
         planned("--config-dir=conf", *chosen)
     assert not Path("it_ran").exists()
+
+
+@pytest.mark.parametrize("name", ["own", "schema", "config", "hydra/launcher/own", "hydra/env/default", "task/digits"])
+def test_no_group_file_stands_in_for_one_of_the_package_or_of_hydras(place: Path, name: str) -> None:
+    written(Path(f"conf/{name}.yaml"), {"hydra": {"searchpath": ["pkg://it_ran"]}})
+    with refusal(rf"--config-dir conf: {name.partition('/')[0]}"):
+        planned(written(Path("file.yaml"), {"seed": 1}), "--config-dir=conf")
 
 
 @pytest.mark.parametrize("group", ["model", "task", "method", "importance", "calibration", "mask", "trainer"])
