@@ -152,6 +152,13 @@ def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
 
     with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: .*sdpa"):
         composed("model.attn_implementation=someone/attention")
+    for key, value in {
+        "_attn_implementation": "someone/attention",
+        "checkpoint_path": "a.pth",
+        "auto_map": "a.B",
+    }.items():
+        with pytest.raises(PartialLoraError, match=r"^model\.model_args=.*" + key):
+            composed(f"model.model_args.{key}={value}")
     assert composed("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
 
 
