@@ -63,7 +63,8 @@ def guarded(command: Callable[[], int]) -> int:
     files.redact_output()
     imports.refuse_hub_code()
     try:
-        with handling(leave, (signal.SIGTERM, signal.SIGHUP)):  # so that nothing is left half-written
+        # So that nothing is left half-written, and nothing runs that a folder holds beside its settings.
+        with handling(leave, (signal.SIGTERM, signal.SIGHUP)), imports.none_of_this_folder():
             return command()
     except PartialLoraError as error:
         print(f"partial-lora: {error}", file=sys.stderr)
@@ -832,7 +833,7 @@ def runs(arguments: Sequence[str]) -> int:
 
     found = [(path, packs.recorded(path)) for path in packs.directories(place)]
     found.sort(key=lambda run: str((run[1] or {}).get("started") or ""))  # an ISO time in UTC
-    rows = [summary.run_line(path, result) for path, result in found]
+    rows = [[*map(_escaped, summary.run_line(path, result))] for path, result in found]
     if not rows:
         raise PartialLoraError(f"{place}: expected runs in {place}/runs; `partial-lora train` makes them")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -7,6 +7,7 @@ shows a file that was cut short, changed, lost or added later.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,10 +19,13 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from partial_lora.errors import PartialLoraError
+import yaml
+
+from partial_lora.errors import PartialLoraError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,64 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]
         shown = (each for each in sorted(folders) if not each.startswith("."))
         folders[:] = [each for each in shown if not leads_back(Path(parent, each))]
         yield parent, folders, names
+
+
+_LARGEST = 2**18  # bytes of a file of settings
+_MOST = 100_000  # values in one, those that an alias repeats included
+
+
+def read_text(path: str | os.PathLike, most: int = _LARGEST) -> str:
+    """Return the text of a file that a user names; raises OSError for what is no file of at most so many bytes.
+
+    A device has no end, and a pipe may have no writer.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 2**10:,.0f} KiB", str(path))
+    return content.decode("utf-8-sig")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Return the content of a JSON file that a user names; raises OSError as `read_text`, ValueError for no JSON."""
+    try:
+        return json.loads(read_text(path, 2**26))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
+    """Return the plain data in a YAML file that a user names, read as Hydra reads it.
+
+    Raises PartialLoraError, in one line that begins with `name` (the path), for what is no YAML, is too large, or
+    becomes too large by its aliases.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = read_text(path)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(root, yaml.ScalarNode):
+            raise ValueError("a single value")
+        if _values(root, {}) > _MOST:
+            raise ValueError(f"more than {_MOST:,} values, with those that aliases repeat")
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no YAML ({one_line(error)})"
+        raise PartialLoraError(f"{name or path}: cannot be read: {reason}") from error
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """Return the number of values in a node of YAML, an alias counted as what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = _MOST + 1  # while it is counted: a node inside itself has no end
+        inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = chain.from_iterable(inside) if isinstance(node, yaml.MappingNode) else inside
+        known[id(node)] = 1 + sum(_values(each, known) for each in parts)
+    return known[id(node)]
 
 
 def at_home(path: Any) -> Any:

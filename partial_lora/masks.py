@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import reprlib
@@ -17,6 +16,7 @@ from typing import Literal, TypedDict, get_args
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import read_json
 
 AXES = ("rows", "columns")
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
@@ -252,11 +252,11 @@ def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsit
 
 def _calibrated_sparsity(path: Path) -> float | Sparsity:
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        modules = read_json(path)["modules"]
         sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
     except OSError as error:
         raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise PartialLoraError(
             f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
         ) from None

@@ -17,6 +17,7 @@ from tiny_wheel import bundle, write_wheel
 from transformers import AutoConfig, LlamaConfig
 
 import partial_lora
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer
 from partial_lora.models.texts import byte_tokenizer
@@ -132,11 +133,32 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
     assert done.stdout.split() == ["None", "NO", "False", "refused"], done.stderr  # nor is their lack complained of
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python heeds PYTHONSAFEPATH from 3.11 on")
+def test_code_beside_the_settings_of_somebody_else_is_not_imported(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("from pathlib import Path\nPath('it_ran').touch()\n")
+
+    def worker() -> int:
+        return subprocess.run([sys.executable, "-m", "partial_lora.errors"], check=False).returncode
+
+    assert cli.guarded(worker) == 0
+    assert not (tmp_path / "it_ran").exists()
+    worker()
+    assert (tmp_path / "it_ran").exists()  # as without it
+
+
 def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
     from partial_lora.runs.compose import composed
 
     with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: .*sdpa"):
         composed("model.attn_implementation=someone/attention")
+    for key, value in {
+        "_attn_implementation": "someone/attention",
+        "checkpoint_path": "a.pth",
+        "auto_map": "a.B",
+    }.items():
+        with pytest.raises(PartialLoraError, match=r"^model\.model_args=.*" + key):
+            composed(f"model.model_args.{key}={value}")
     assert composed("model.attn_implementation=sdpa").model.attn_implementation == "sdpa"
 
 

@@ -6,13 +6,13 @@ their digests, which the masks made again must match.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import read_json
 from partial_lora.masks import AXES, assign_sparsity
 
 FILE_NAME = "partial_lora.json"
@@ -57,7 +57,7 @@ def read(path: Path) -> dict:
     file, if it is missing, broken or of another version.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content["version"]
         if version == VERSION:
             _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
@@ -71,7 +71,7 @@ def read(path: Path) -> dict:
                 raise ValueError("sparsity is no number, or one for each module")
     except OSError as error:
         raise PartialLoraError(f"{path} cannot be read ({error.strerror}): the adapter has no masks.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None
     if version != VERSION:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from partial_lora.calibration.search import (
     sparsity_levels,
 )
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import write_json
+from partial_lora.files import read_json, write_json
 from partial_lora.masks import AXES, Sparsity
 
 VERSION = 1
@@ -114,7 +113,7 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Read calibration.json. Raises PartialLoraError, naming the file, for one that is broken."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']} instead of {VERSION}")
             settings = content.get("settings", {})

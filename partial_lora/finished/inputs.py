@@ -12,6 +12,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import walk
 from partial_lora.tasks.folders import is_image
 
+_LONGEST = 2**24  # bytes of a line
+
 
 @dataclass(frozen=True)
 class Input:
@@ -115,8 +117,10 @@ def _lines_of_file(argument: str, modality: str, parse: Callable[[str], Input]) 
 
 def _lines(stream: BinaryIO, name: str, parse: Callable[[str], Input]) -> Iterator[Input]:
     """Yield an input a line. Only a newline ends a line: texts may hold other characters that Unicode calls breaks."""
-    for number, raw in enumerate(stream, 1):
+    for number, raw in enumerate(iter(lambda: stream.readline(_LONGEST + 1), b""), 1):
         place = f"{name}, line {number}"
+        if len(raw) > _LONGEST:  # a device has no end
+            raise PartialLoraError(f"{place}: expected a line of at most {_LONGEST / 2**20:g} MiB")
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             parsed = parse(line) if line.strip() else Input(line, line, "an empty line")

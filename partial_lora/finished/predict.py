@@ -220,6 +220,8 @@ def read_image(image: object) -> Image.Image:
         return image
     if not isinstance(image, (str, Path)):
         raise _unlike(image, "the path of an image, or a PIL image")
+    if os.path.exists(image) and not os.path.isfile(image):  # a device has no end, and a pipe may have no writer
+        raise PartialLoraError(f"{image}: not an image that can be read (no regular file)")
     try:
         content = Path(image).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
         if content:

@@ -39,9 +39,13 @@ class FinishedRun:
 
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
-        if "labels" not in self.result:  # the record of a run made before records had them
+        labels = self.result.get("labels")  # none in the record of a run made before records had them
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise PartialLoraError(f"{self.directory / results.RESULT}: no labels in it, train the run again")
-        return list(self.result["labels"])
+        return list(labels)
+
+
+_MAPPINGS = ("metrics", "versions", "parameters", "seconds")  # of a record
 
 
 def finished_run(directory: Path) -> FinishedRun:
@@ -66,6 +70,9 @@ def finished_run(directory: Path) -> FinishedRun:
         raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
     if not result.get("metrics"):
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
+    broken = [key for key in _MAPPINGS if not isinstance(result.get(key, {}), Mapping)]
+    if broken:
+        raise PartialLoraError(f"{directory / results.RESULT}: a broken record of a run, {broken[0]} is no mapping")
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(

@@ -51,7 +51,9 @@ def load_weights(
                 **options,
             )
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({one_line(error)})") from error
+        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's own words advise to run what is in it
+        reason = "a pickle with more in it than weights, or a broken one" if is_pickle else one_line(error)
+        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({reason})") from error
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     for problem, keys in (("missing", report["missing_keys"]), ("of another shape", mismatched)):
         unfilled = sorted(key for key in keys if not may_be_new(model, key))
@@ -132,7 +134,7 @@ class Geometry:
                     raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
         try:
             return AutoConfig.for_model(self.architecture, **self.model_args, **self.head)
-        except (ValueError, TypeError, LookupError, AssertionError, StrictDataclassError) as error:
+        except (ValueError, TypeError, LookupError, AssertionError, AttributeError, StrictDataclassError) as error:
             raise self._impossible(error) from error
 
     def empty(self) -> PreTrainedModel:

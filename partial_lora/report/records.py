@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import flatten
+from partial_lora.files import flatten, read_json
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import packs, rates, schema
 from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT
@@ -134,7 +134,7 @@ def record(directory: Path) -> dict:
     For a run that has not finished it is an UnfinishedError.
     """
     try:
-        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result = read_json(directory / RESULT)
     except FileNotFoundError as error:
         result = packs.packed(directory)
         if result is None:
@@ -150,6 +150,9 @@ def record(directory: Path) -> dict:
         raise UnfinishedError(INTERRUPTED if result.get("error") == INTERRUPTED else f"{result['status']}{detail}")
     if not result.get("metrics"):
         raise UnfinishedError("calibrated only, nothing was trained")
+    history = result.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError("foreign, its history is no list of steps")
     return schema.upgraded(result)
 
 

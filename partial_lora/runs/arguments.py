@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
-from partial_lora.errors import PartialLoraError, one_line, require
+from partial_lora.errors import PartialLoraError, in_yaml, require
+from partial_lora.files import flatten, read_yaml
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
 from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SECTIONS, list_keys
@@ -26,8 +29,23 @@ CONFIG_NAME = "config"
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    given = [in_grammar(each, is_sweep) for each in _with_file(arguments) if each not in ("-m", "--multirun")]
-    return [*given, "-m"] if is_sweep else given  # argparse takes no override after an option
+    return [in_grammar(each, is_sweep) for each in _with_file(arguments)]
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Return Hydra's options and, as `overrides`, the settings; raises PartialLoraError for what is neither."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise PartialLoraError(message)
+
+    parser = get_args_parser()
+    parser.error = refuse  # in place of a page
+    parsed = parser.parse_intermixed_args(list(arguments))
+    for name in ("package", "resolve"):
+        if getattr(parsed, name) and not parsed.cfg:
+            refuse(f"--{name}: expected --cfg beside it")
+    return parsed
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -113,9 +131,6 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     if len(files) > 1:
         raise PartialLoraError(f"{files[1]}: expected KEY=VALUE, and one file at most; {files[0]} is one already")
     others = [each for each in arguments if each != files[0]]
-    named = [each for each in others if each.partition("=")[0] in ("--config-name", "-cn")]
-    if named:
-        raise PartialLoraError(f"{named[0]}: expected one or the other; {files[0]} is the config already")
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
@@ -135,7 +150,7 @@ def rate_in_file(config_name: str) -> list[str]:
 
 def is_record(settings: Mapping) -> bool:
     """Return whether the settings of a file are a run's config.yaml, and no command line."""
-    return all(isinstance(settings.get(group), Mapping) for group in SECTIONS)
+    return "hydra" not in settings and all(isinstance(settings.get(group), Mapping) for group in SECTIONS)
 
 
 def is_file(argument: str) -> bool:
@@ -146,14 +161,7 @@ def is_file(argument: str) -> bool:
 
 def settings_of(file: str) -> dict:
     """Return what a file sets; raise PartialLoraError, in one line that names it, where it is no mapping of keys."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no YAML ({one_line(error)})"
-        raise PartialLoraError(f"{file}: cannot be read: {reason}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict) or not content:
         raise PartialLoraError(f"{file}: expected a line KEY: VALUE for each setting, such as model: minilm_l6")
     if "defaults" in content:
@@ -170,20 +178,23 @@ def _primary(file: str, content: Mapping) -> dict:
 
     keys, chosen = OmegaConf.create({}), {}
     for key, value in content.items():
-        if key in GROUPS and not isinstance(value, Mapping):
+        if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+)*", str(key)):
+            raise PartialLoraError(f"{file}: {key!r}: expected a key, such as model or trainer.epochs")
+        if key in CHOICES or (key in GROUPS and not isinstance(value, Mapping)):
             require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
             chosen[key] = value
         else:
             OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
-    for node in ("hydra", "hydra.sweeper", "hydra.sweeper.params"):
-        own = OmegaConf.select(keys, node, default={})
-        require(isinstance(own, Mapping), f"{file}: {node}", own, "keys and values, or no such line")
     settings = OmegaConf.to_container(keys)
     for group, _, name in (key.partition(".") for key in list_keys()):
         if isinstance(settings.get(group), dict) and isinstance(word := settings[group].get(name), str):
             settings[group][name] = [word]
-    swept = settings.get("hydra", {}).get("sweeper", {}).get("params") or {}
+    for key, value in flatten({"hydra": settings.get("hydra", {})}).items():
+        if reason := refused_of_files(key, value):
+            raise PartialLoraError(f"{file}: {reason}")
+    swept = settings.get("hydra", {}).get("sweeper", {}).get("params", {})
     for key, values in swept.items():  # Hydra takes a list for one value
+        require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
         if isinstance(values, list):
             swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
@@ -222,7 +233,41 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
 
 
+# --- What of Hydra itself can be set.
+
+# The launchers and sweepers that a file may choose, and a sampler.
+CHOICES = {
+    "hydra/launcher": ("basic", "joblib", "submitit_local", "submitit_slurm", "ray"),
+    "hydra/sweeper": ("basic", "optuna"),
+    "hydra/sweeper/sampler": ("tpe",),
+}
+_FIELDS = ("hydra.launcher.", "hydra.sweeper.")
+
+
+def refused_of_files(key: str, value: object) -> str | None:
+    """Return why a file may not set a key of `hydra`, or choose in one of its groups; None where it may.
+
+    Files are data. Most keys of Hydra name what it is to run, read or write, and a launcher's texts are part of shell
+    scripts. So what a file says of a launcher or sweeper is a name out of a list, or a number.
+    """
+    if key in CHOICES:
+        expected = f"one of {', '.join(CHOICES[key])}"
+        fits = value in CHOICES[key]
+    elif key == "hydra.sweeper.direction":
+        expected, fits = "minimize or maximize", value in ("minimize", "maximize")
+    elif key == "hydra.mode" or key.startswith("hydra.sweeper.params."):
+        expected, fits = "values", isinstance(value, (str, int, float, list)) and "._" not in key
+    elif key.startswith(_FIELDS) and key != "hydra.sweeper.params":
+        expected, fits = "a number in a file; the command line may set it", isinstance(value, (int, float))
+    else:
+        expected, fits = "hydra.mode, values in hydra.sweeper.params, or numbers of a launcher or sweeper", False
+    return None if fits else f"{key}={in_yaml(value)}: expected {expected}"
+
+
 # --- What Hydra would take for something else, or read past.
+
+# Options of Hydra that would stand in for a FILE.yaml, or read a pickle.
+_UNUSED = {"--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"}
 
 
 def refuse(arguments: Sequence[str]) -> None:
@@ -233,8 +278,8 @@ def refuse(arguments: Sequence[str]) -> None:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, and for a plug-in's name with
-    a dot, which it would take for the plug-in's settings.
+    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, for a plug-in's name with a
+    dot, which it would take for the plug-in's settings, and for a key of Hydra that no run heeds.
     """
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -247,13 +292,18 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
+        key = key.lstrip("+~")
+        known = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
+        if re.match(r"hydra\b", key) and not known and ("=" in argument or argument.startswith("~")):
+            expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
+            raise PartialLoraError(f"{argument}: no key of a run or a sweep; {expected}")
 
 
 def _refuse_options(arguments: Sequence[str]) -> None:
     """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
     from hydra._internal.utils import get_args_parser
 
-    known = get_args_parser()._option_string_actions
+    known = get_args_parser()._option_string_actions.keys() - _UNUSED
     for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in known:
@@ -262,19 +312,17 @@ def _refuse_options(arguments: Sequence[str]) -> None:
 
 
 def _refuse_hidden_files(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a --config-dir that is no folder, or has a file that the package's would hide."""
-    from hydra._internal.utils import get_args_parser
-
-    folder = get_args_parser().parse_known_args(list(arguments))[0].config_dir
+    """Raise PartialLoraError for a --config-dir that is no folder, or has a name that is the package's or Hydra's."""
+    folder = parse(arguments).config_dir
     if folder is None:
         return
-    if not Path(folder).is_dir():
+    if not (folder and Path(folder).is_dir()):
         raise PartialLoraError(f"--config-dir {folder}: no such directory")
-    for file in sorted(conf_dir().rglob("*.yaml")):
-        name = file.relative_to(conf_dir())
+    of_package = [file.relative_to(conf_dir()) for file in sorted(conf_dir().rglob("*.yaml"))]
+    for name in (*of_package, Path("schema.yaml"), Path(f"{OWN}.yaml"), Path("hydra")):
         if (Path(folder) / name).exists():
-            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if name.parent == Path() else ""
+            is_whole = name.parent == Path() and name.suffix
+            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if is_whole else ""
             raise PartialLoraError(
-                f"--config-dir {folder}: {name} is the name of a file of the package, which goes before it; expected "
-                f"another name{other}"
+                f"--config-dir {folder}: {name} is a name of the package itself; expected another{other}"
             )

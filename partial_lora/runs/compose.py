@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,14 @@ from pathlib import Path
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError
 from partial_lora.runs.arguments import (
+    CHOICES,
     CONFIG_NAME,
     OWN,
     as_text,
     for_hydra,
     in_grammar,
     is_file,
+    parse,
     parsed,
     rate_in_file,
     refuse,
@@ -71,8 +72,8 @@ def plan(arguments: Sequence[str]) -> Plan:
     """
     from hydra.types import RunMode
 
-    with hydra_of(arguments) as (hydra, name, overrides, is_multirun):
-        master = None if is_multirun else _single_run(hydra, name, overrides)
+    with hydra_of(arguments) as (hydra, name, overrides, flags):
+        master = None if flags.multirun else _single_run(hydra, name, overrides)
         if master is not None:
             return _checked([([], master)])
         master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
@@ -111,22 +112,26 @@ def _single_run(hydra, name: str, overrides: list[str]):
 
 @contextmanager
 def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
-    """Give Hydra as `hydra.main` makes it, the primary config's name, the overrides, and whether -m is there."""
+    """Give Hydra, with a loader for which files are data; the primary config's name, the overrides, and all options."""
+    from hydra import version
     from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
-    from hydra.core.config_search_path import SearchPathQuery
+    from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
-    flags = get_args_parser().parse_args(for_hydra(arguments))
-    search_path = create_automatic_config_search_path(None, None, str(flags.config_path or conf_dir()))
-    if flags.config_dir:
-        folder = Path(flags.config_dir).absolute()
-        search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    from partial_lora.runs.loader import Loader
+
+    refuse(arguments)
+    flags = parse(for_hydra(arguments))
+    folder = Path(flags.config_dir).absolute() if flags.config_dir else None
     GlobalHydra.instance().clear()
+    version.setbase("1.3")
     _register_schema()
+    own = create_automatic_config_search_path(None, None, str(conf_dir()))
+    file = next(filter(is_file, arguments), None)
     try:
-        hydra = Hydra.create_main_hydra2("partial-lora", search_path)
-        yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags.multirun
+        hydra = Hydra("partial-lora", Loader(own, flags.overrides, file=file, folder=folder))
+        GlobalHydra.instance().initialize(hydra)
+        yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags
     finally:
         GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
@@ -199,14 +204,6 @@ def _middle(interval) -> float | int:
     return int(middle) if isinstance(start, int) and isinstance(end, int) else middle
 
 
-_SWEEPS = "partial-lora's extra `sweeps`"
-_PLUG_INS = {  # of Hydra, by the launchers and sweepers that they bring
-    "joblib": _SWEEPS,
-    "submitit_local": _SWEEPS,
-    "submitit_slurm": _SWEEPS,
-    "ray": "partial-lora's extra `ray`",
-    "optuna": _SWEEPS,
-}
 # Flags by which Hydra prints something and runs nothing.
 _HELP = {"--help", "-h"}
 _SHOWS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}
@@ -227,15 +224,13 @@ def compose(
     The exit code is the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one that
     was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
-    refuse(arguments)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of out of Hydra on several lines
     if _HELP & {*arguments}:
         with in_one_line(arguments):
             _print_help([each for each in arguments if each not in _HELP])
         return 0
-    hydra = partial(_hydra, command, arguments)
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
-        hydra(lambda composed: None)
+        with in_one_line(arguments):
+            _show(arguments)
         return 0
     with in_one_line(arguments):
         planned = plan(arguments)
@@ -247,7 +242,7 @@ def compose(
     if any(refused):
         return USAGE_ERROR
     if planned.is_sweep and sweep is not None:
-        return sweep(planned, hydra)
+        return sweep(planned, partial(_sweep, arguments))
     for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
         if planned.is_sweep and name != "basic":
             raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
@@ -275,6 +270,19 @@ def _print_help(arguments: Sequence[str]) -> None:
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
     print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
+
+
+def _show(arguments: Sequence[str]) -> None:
+    """Print what Hydra says of its own options, of what it composes, or of where it looks for files."""
+    from hydra._internal.utils import get_args_parser
+
+    with hydra_of(arguments) as (hydra, name, overrides, flags):
+        if flags.hydra_help:
+            hydra.hydra_help(name, get_args_parser(), flags)
+        elif flags.cfg:
+            hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
+        else:
+            hydra.show_info(flags.info, name, overrides)
 
 
 def _unfit(config: Config, launcher: str) -> str | None:
@@ -315,16 +323,10 @@ def _register_schema() -> None:
         store.store(name="schema", node=Config)
 
 
-def _hydra(command: str, arguments: list[str], job: Callable) -> None:
-    """Call `job` with every config that Hydra composes from the arguments; raises PartialLoraError in one line."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    _register_schema()
-    with in_one_line(arguments):
-        sys.argv = [f"partial-lora {command}", *for_hydra(arguments)]
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+def _sweep(arguments: Sequence[str], job: Callable) -> None:
+    """Call `job` with the settings of every run, by Hydra's launcher; raises PartialLoraError in one line."""
+    with in_one_line(arguments), hydra_of(arguments) as (hydra, name, overrides, _):
+        hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
 
 
 @contextmanager
@@ -341,11 +343,9 @@ def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
 
 def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
-    from hydra._internal.utils import get_args_parser
     from omegaconf.errors import ConfigKeyError
 
-    given = [each for each in arguments if each not in ("-m", "--multirun")]  # argparse takes no override after one
-    overrides = get_args_parser().parse_known_args(given)[0].overrides
+    overrides = parse(arguments).overrides
     files = [each for each in overrides if is_file(each)]
     for argument in overrides:
         key, equals, text = argument.partition("=")
@@ -376,7 +376,8 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
         folder, _, name = group.rpartition("/")
         line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
-        return line + (f"; {_PLUG_INS[name]} brings it" if name in _PLUG_INS else "")
+        extra = "ray" if name == "ray" else "sweeps"
+        return line + (f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(folder, ()) else "")
     for argument in arguments:
         if "," in argument and "ambiguous" in " ".join(lines).lower():
             return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"

@@ -122,7 +122,7 @@ def _installed(module: str) -> bool:
 def check_files(task: TaskConfig) -> None:
     """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
     for key, path in _files_of(task):
-        require(Path(path).exists(), key, path, "an existing file or folder")
+        require(Path(path).is_file() or Path(path).is_dir(), key, path, "an existing file or folder")
 
 
 def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:
@@ -406,7 +406,7 @@ def no_such_key(key: str) -> str:
 def no_such_option(option: str, value: str | None) -> str:
     """Return one line that names an unknown option, and the setting that was probably meant by it."""
     name = option.strip("-").replace("-", "_")
-    if name in ("config", "config_file", "config_path"):
+    if name in ("config", "config_file", "config_name", "config_path", "cn", "cp"):
         return f"{option}: no such option; a file of settings stands alone: {value or 'FILE.yaml'}"
     meant = name if name in GROUPS or name in defaults() else _meant(name)
     if meant and "=" not in meant:

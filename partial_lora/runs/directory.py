@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -20,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import lock, redacted
+from partial_lora.files import lock, read_json, redacted
 from partial_lora.runs.schema import upgraded
 
 RESULT = "result.json"
@@ -49,7 +48,7 @@ _OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
 def read_result(directory: Path, name: str = RESULT) -> dict | None:
     """Return the record of a run, in today's terms, or None where none can be read or it lacks a status."""
     try:
-        result = json.loads((Path(directory) / name).read_text(encoding="utf-8"))
+        result = read_json(Path(directory) / name)
     except (OSError, ValueError):
         return None
     return upgraded(result) if isinstance(result, dict) and "status" in result else None

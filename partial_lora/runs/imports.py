@@ -6,8 +6,10 @@ import gc
 import logging
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from partial_lora.runs.schema import ModelConfig
 
@@ -24,6 +26,25 @@ def refuse_hub_code() -> None:
     os.environ["USE_HUB_KERNELS"] = "NO"
     sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
     logging.getLogger(_ASKS_FOR_KERNELS).setLevel(logging.ERROR)
+
+
+@contextmanager
+def none_of_this_folder() -> Iterator[None]:
+    """Inside the block, keep programs that this process starts from importing what lies in the working directory.
+
+    That may be a folder of somebody else's, with settings to train by and a `numpy.py` beside them. Python heeds the
+    variable from 3.11 on. A checkout, which Python may have found in the working directory, is named instead.
+    """
+    root, earlier = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
+    paths = [each for each in (earlier, None if root in sysconfig.get_paths().values() else root) if each]
+    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    os.environ |= {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import os
 import runpy
@@ -351,10 +350,10 @@ def _has_one_rate(file: Mapping) -> bool:
     """Return True where a file of `accelerate config` leaves the optimizer or the schedule to DeepSpeed."""
     named = (file.get("deepspeed_config") or {}).get("deepspeed_config_file")
     try:
-        own = json.loads(Path(named).read_text(encoding="utf-8")) if named else {}
-    except (OSError, ValueError):  # accelerate says what is wrong with it
+        own = files.read_json(named) if named else {}
+    except (OSError, ValueError, TypeError):  # accelerate says what is wrong with it
         return False
-    return "optimizer" in own or "scheduler" in own
+    return isinstance(own, Mapping) and ("optimizer" in own or "scheduler" in own)
 
 
 _DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux

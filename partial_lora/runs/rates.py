@@ -19,7 +19,7 @@ from typing import Any
 
 from partial_lora.calibration.config import MASKED, traits_of
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import redacted, write_json
+from partial_lora.files import read_json, redacted, write_json
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.runs import schema
 
@@ -260,7 +260,7 @@ def load(file: Path) -> list[dict]:
     Versions 0.1 and 0.2 left draw and scaling out where they were PEFT's.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
         version, entries = content["version"], content["entries"]
         whole = version not in (2, VERSION) or all(_is_whole(entry) for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -319,7 +319,7 @@ def _calibration(settings: Mapping) -> dict:
     if file is None:
         return {}
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
         if operating_point(content) == NO_POINT:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

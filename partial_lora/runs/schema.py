@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Optional
 
-import yaml
 from omegaconf import MISSING, OmegaConf
 
 from partial_lora.calibration.budget import counted_of
@@ -28,8 +27,8 @@ from partial_lora.calibration.config import (
     ImportanceConfig,
     traits_of,
 )
-from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
-from partial_lora.files import at_home, flatten
+from partial_lora.errors import one_of, positive, require
+from partial_lora.files import at_home, flatten, read_yaml
 from partial_lora.masks import AS_PEFT, CHOICES, default_draw
 from partial_lora.tasks.metrics import FITTING
 from partial_lora.training.config import TrainerConfig
@@ -79,6 +78,10 @@ class MaskConfig:
 
 
 ACCELERATE_CONFIG = "trainer.accelerate_config"
+_STARTING = {  # keys of the file that name commands, or machines to start processes on
+    *("command_file", "commands", "mpirun_config", "deepspeed_hostfile", "deepspeed_multinode_launcher"),
+    *("tpu_env", "tpu_name", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_zone"),
+}
 _ALIKE = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU"}  # a whole model in every process
 
 
@@ -86,13 +89,9 @@ def accelerate_file(file: str | Path) -> dict:
     """Return the content of a file of `accelerate config` (YAML or JSON), checked as far as a run depends on it.
 
     Raises PartialLoraError, in one line that names the key, for a file that cannot be read, is no mapping, has a number
-    of processes or machines, a rank or a port that is not whole, or asks for what no run here does.
+    of processes or machines, a rank or a port that is not whole, asks for what no run here does, or names commands.
     """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = one_line(error)
-        raise PartialLoraError(f"{ACCELERATE_CONFIG}={file}: cannot be read as YAML: {reason}") from error
+    content = read_yaml(file, f"{ACCELERATE_CONFIG}={file}")
     expected = "a file that `accelerate config` makes"
     require(
         isinstance(content, dict) and "distributed_type" in content,
@@ -109,10 +108,21 @@ def accelerate_file(file: str | Path) -> dict:
         value = content.get(name)
         whole = value is None or (type(value) is int and value >= least)
         require(whole, f"{ACCELERATE_CONFIG}: {name}", value, f"a whole number, at least {least}")
+    sections = {name: content.get(name) or {} for name in ("fsdp_config", "deepspeed_config")}
+    for name, section in sections.items():
+        require(isinstance(section, Mapping), f"{ACCELERATE_CONFIG}: {name}", section, "keys and values")
+    for name, value in (content | sections["deepspeed_config"]).items():
+        alone = not value or name not in _STARTING or value == "standard"
+        require(alone, f"{ACCELERATE_CONFIG}: {name}", value, "no such line: it starts other programs")
     if kind == "FSDP":
-        version = (content.get("fsdp_config") or {}).get("fsdp_version", 1)
+        version = sections["fsdp_config"].get("fsdp_version", 1)
         require(str(version) == "2", f"{ACCELERATE_CONFIG}: fsdp_version", version, "2")
     return content
+
+
+# Arguments of timm and transformers by which other weights, or code of their own, would be read.
+_OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "trust_remote_code"}
 
 
 _METRICS = {  # metrics that a task of each kind may have
@@ -182,6 +192,8 @@ class ModelConfig:
             )
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
+        elsewhere = sorted(_OF_WEIGHTS & self.model_args.keys())
+        require(not elsewhere, "model.model_args", elsewhere, "none of them: model.weights says where weights are")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         attention = self.attn_implementation
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels

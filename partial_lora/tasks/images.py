@@ -130,8 +130,11 @@ def _check_images(rows: Dataset) -> None:
 
 def _check_image(image: Mapping, rows: Dataset, row: int) -> None:
     """Check a file to its end: a PNG by its checksums, a JPEG at an eighth of its size, others decoded."""
+    file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
     try:
-        with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+        if file is image["path"] and not os.path.isfile(file):  # a pipe may have no writer
+            raise OSError("no such file")
+        with PIL.Image.open(file) as opened:
             if opened.format == "PNG":
                 opened.verify()
             else:

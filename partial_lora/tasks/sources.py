@@ -185,9 +185,9 @@ def _image_folder(key: str, folder: Path, split: str) -> Dataset:
             hidden = any(part.startswith(".") for part in file.relative_to(label).parts)
             if hidden or not is_image(file) or file.is_dir():
                 continue
-            if not file.exists():
+            if not file.is_file():
                 raise PartialLoraError(
-                    f"{key}={folder}: {file.relative_to(folder)} is a link to a file that is not there"
+                    f"{key}={folder}: {file.relative_to(folder)} is no file, or a link to one that is not there"
                 )
             images.append(str(file.absolute()))
             labels.append(label.name)
@@ -211,7 +211,7 @@ def _read_table(
 ) -> Dataset:
     """Read one file; several read together would all get the label names of the first. words: labels stay texts."""
     suffix = file.suffix.lower()
-    if not file.exists():
+    if not file.is_file():
         raise PartialLoraError(f"{key}={file}: no such file")
     if file.stat().st_size == 0:
         raise PartialLoraError(f"{key}={file}: the file is empty")

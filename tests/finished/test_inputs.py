@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
+from partial_lora.finished import inputs
 from partial_lora.finished.inputs import Input, read_inputs
+from partial_lora.finished.predict import read_image
 from partial_lora.finished.run import _with_found_files
 from partial_lora.runs.schema import Config, TaskConfig
 
@@ -54,6 +56,18 @@ def test_a_folder_of_links_is_read_as_training_reads_it(photos) -> None:
     for name in "xy":  # and ends, though each leads to all of the others
         Path("links", name).symlink_to(".")
     assert [each.content for each in read("links", modality="image")[0]] == ["links/c/2.jfif"]
+
+
+def test_a_line_has_an_end_and_an_image_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_LONGEST", 8)
+    assert contents("-", stdin=b"12345678") == ["12345678"]
+    for arguments, stdin in ((["-"], b"1\n123456789"), (["@/dev/zero"], b"")):
+        with refusal(r".*line \d: "):
+            read(*arguments, stdin=stdin)
+    os.mkfifo(tmp_path / "pipe.png")
+    for place in ("/dev/zero", str(tmp_path / "pipe.png")):
+        with refusal(f"{place}: "):
+            read_image(place)
 
 
 def test_texts_are_arguments_and_lines(tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_lines_are_read_one_by_one_and_once() -> None:
 
         lines = 0
 
-        def __next__(self) -> bytes:
+        def readline(self, size: int = -1) -> bytes:
             self.lines += 1
             return b"again\n"
 

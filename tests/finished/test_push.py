@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +151,7 @@ def test_an_adapter_and_every_export_hold_the_page_of_their_run(tmp_path) -> Non
         page = ModelCard.load(folder / "README.md")
         assert "More Information Needed" not in page.text
         assert "| accuracy |" in page.text
-        settings = yaml.safe_load(page.text.partition("```yaml\n")[2].partition("```")[0])
+        settings = yaml.safe_load(page.text.partition("without their folders:")[2].partition("Made with")[0])
         assert settings["model.name"] == run.config.model.name
         assert not [value for value in settings.values() if isinstance(value, str) and value.startswith("/")]
         code = page.text.partition("```python\n")[2].partition("```")[0]
@@ -158,6 +159,22 @@ def test_an_adapter_and_every_export_hold_the_page_of_their_run(tmp_path) -> Non
         assert ("load_compact" in code, "pipeline(" in code) == (folder.name == "compact", folder.name == "merged")
     labels = ", ".join(image_run().labels())
     assert f"Its labels: {labels}." in ModelCard.load(image_run().adapter / "README.md").text
+
+
+def test_no_text_of_a_run_is_markup_on_its_page() -> None:
+    run = image_run()
+    evil = ["<script>alert(1)</script>", "[a](javascript:b)", "![c](https://d)", "a`b\n---\n# e", "```\n<img src=f>"]
+    result = run.result | {"labels": evil, "device": evil[0], "versions": run.result["versions"] | {evil[2]: evil[4]}}
+    run = dataclasses.replace(run, result=result)
+    run = finished_runs.changed(run, "model", weights="a/<b>", architecture=evil[0], target_modules=[evil[3]])
+    run = finished_runs.changed(run, "task", path="a/b)](c", text_columns=evil[3:])
+    for repo in (None, "me/mine"):
+        page = card.card(run, repo, run.adapter)
+        shown = "\n".join(line for line in page.text.splitlines() if not line.startswith("    "))
+        for markup in ("<", r"(?<!\\)\]\((javascript|c)", r"!\[", r"\n# e", r"\n---", r"(?<!\\)`\n"):
+            assert not re.search(markup, shown.replace("```\n", "")), markup
+        front = yaml.safe_load(str(page).split("---\n")[1])
+        assert not {"base_model", "datasets"} & front.keys()
 
 
 def test_a_run_whose_score_is_no_number_keeps_the_page_that_is_there(tmp_path) -> None:

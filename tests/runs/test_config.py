@@ -546,15 +546,16 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
     for arguments in (["nowhere.yaml"], [own, "nowhere.yaml"]):
         with refusal("nowhere.yaml: "):
             composed(*arguments)
-    with refusal("--config-name=mine: "):
-        composed(own, "--config-name=mine")
+    for option in ("--config-name=mine", "-cn=mine", "--config-path=.", "--experimental-rerun=a.pickle"):
+        with refusal(f"{option.partition('=')[0]}: "):
+            composed(own, option)
     shutil.copy(own, tmp_path / "config.yaml")
     with refusal(f"'{tmp_path}': ", tmp_path / "config.yaml"):
         composed(str(tmp_path))
     with refusal("'a b=': "):
         composed("a b=")
     with refusal("--config-dir .*: config.yaml "):  # the package's own goes before it
-        compose.compose("train", [f"--config-dir={tmp_path}", "--config-name=config"], lambda config: 0)
+        compose.compose("train", [f"--config-dir={tmp_path}"], lambda config: 0)
     with refusal("--config-dir nowhere: "):
         compose.compose("train", ["--config-dir", "nowhere"], lambda config: 0)
 

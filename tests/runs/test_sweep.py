@@ -203,7 +203,6 @@ def test_ray_runs_jobs_too(place: Path, swept) -> None:
 )
 def test_a_wrong_sweep_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, key) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     assert cli.main(["train", "-m", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -214,7 +213,6 @@ def test_a_wrong_sweep_is_one_line_and_writes_nothing(tmp_path, monkeypatch, cap
 
 def test_what_a_sampler_cannot_do_is_said_before_it_starts(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     assert cli.main(["calibrate", "-m", "hydra/sweeper=optuna", "calibration.threshold=0.5,0.9"]) == 2
     assert cli.main(["info", "-m", "hydra/launcher=joblib", "model=tiny_vit"]) == 2
     calibrating, counting = capsys.readouterr().err.strip().splitlines()
@@ -243,7 +241,7 @@ defaults:
   - override /hydra/sweeper: optuna
 hydra:
   sweeper:
-    storage: sqlite:///study.db
+    n_jobs: 1
     params:
       seed: choice(3,4)
       method.rank: choice(4,8)
@@ -259,7 +257,9 @@ def test_of_what_a_sampler_may_choose_one_example_is_checked(tmp_path, monkeypat
         "calibration.seed=int(interval(2,8))",
         "method.rank=2",
     )
-    found = plan(["-m", "--config-dir", "conf", "experiment=search", *space])
+    found = plan(
+        ["-m", "--config-dir", "conf", "experiment=search", "hydra.sweeper.storage=sqlite:///study.db", *space]
+    )
     ((_, settings),) = found.runs
     assert settings.trainer.learning_rate == pytest.approx(0.001)
     assert (settings.method.rank, settings.calibration.seed, settings.seed) == (2, 5, 3)
