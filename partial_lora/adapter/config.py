@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -197,10 +197,8 @@ class PartialLoraConfig(LoraConfig):
                 f"selection is {self.selection!r} with {has}: 'top' takes one of scores and indices, 'random' neither."
             )
         for name in ("row_exponent", "column_exponent"):
-            exponent = getattr(self, name)
-            if not isinstance(exponent, Real) or isinstance(exponent, bool) or not 0 <= exponent <= 1:
-                raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
-            setattr(self, name, float(exponent))
+            _check_number(name, getattr(self, name), Real, lambda exponent: 0 <= exponent <= 1, "a number in [0, 1]")
+            setattr(self, name, float(getattr(self, name)))
         if self.granularity in ("units", "groups") and self.selection != "random":
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
@@ -358,8 +356,9 @@ class PartialLoraConfig(LoraConfig):
 
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
-    return _alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora; ours is of its density."""
+    alpha = config.alpha_of(module) if isinstance(config, PartialLoraConfig) else _alpha_of(config, module)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _alpha_of(config: LoraConfig, module: str) -> float:
@@ -397,15 +396,16 @@ def refuse_options(config: LoraConfig) -> None:
             raise PartialLoraError(
                 f"{name} is {pattern!r}: expected names or a regular expression ({error})."
             ) from None
-        names = () if pattern is None or isinstance(pattern, str) else pattern
-        if not isinstance(names, Collection) or not all(isinstance(module, str) for module in names):
-            raise PartialLoraError(f"{name} is {pattern!r}: expected names of modules.")
+        _check_names(name, () if isinstance(pattern, str) else pattern)
+    _check_names("modules_to_save", config.modules_to_save)
     if config.bias not in BIASES:
         raise PartialLoraError(f"bias is {config.bias!r}: expected {' or '.join(map(repr, BIASES))}.")
-    _check_number("r", config.r, Integral, 1, math.inf)
-    _check_number("lora_alpha", config.lora_alpha, Real, -math.inf, math.inf)
-    _check_number("lora_dropout", config.lora_dropout, Real, 0, 1)
-    for name, kind, least in (("rank_pattern", Integral, 1), ("alpha_pattern", Real, -math.inf)):
+    rank = (Integral, lambda number: number >= 1, "a whole number, at least 1")
+    alpha = (Real, lambda number: number > 0, "a number above 0")
+    _check_number("r", config.r, *rank)
+    _check_number("lora_alpha", config.lora_alpha, *alpha)
+    _check_number("lora_dropout", config.lora_dropout, Real, lambda share: 0 <= share < 1, "a share in [0, 1)")
+    for name, expected in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         patterns = getattr(config, name) or {}
         if not isinstance(patterns, Mapping):
             raise PartialLoraError(f"{name} is {patterns!r}: expected {{module: number}}.")
@@ -414,18 +414,21 @@ def refuse_options(config: LoraConfig) -> None:
                 re.compile(module)
             except (re.error, TypeError) as error:
                 raise PartialLoraError(f"{name} has {module!r}: expected a name or a pattern ({error}).") from None
-            _check_number(f"{name}[{module!r}]", value, kind, least, math.inf)
+            _check_number(f"{name}[{module!r}]", value, *expected)
 
 
-def _check_number(name: str, value: Any, kind: type, least: float, most: float) -> None:
-    """Raise PartialLoraError where an option is not a number of a kind, Integral or Real, or out of range."""
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and least <= value <= most:
+def _check_names(name: str, names: Any) -> None:
+    """Raise PartialLoraError where an option is no list of names, or None."""
+    if names is None:
         return
-    what = "a whole number" if kind is Integral else "a number"
-    bounds = f", at least {least:g}" if math.isfinite(least) else ""
-    bounds += f" and at most {most:g}" if math.isfinite(most) else ""
-    raise PartialLoraError(f"{name} is {value!r}: expected {what}{bounds}.")
+    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(each, str) for each in names):
+        raise PartialLoraError(f"{name} is {names!r}: expected names of modules.")
+
+
+def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise PartialLoraError where an option is no finite number of a kind, Integral or Real, that fits."""
+    if not (isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and fits(value)):
+        raise PartialLoraError(f"{name} is {value!r}: expected {expected}.")
 
 
 def _plain(number: int | float) -> int | float:
