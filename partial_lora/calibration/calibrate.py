@@ -128,7 +128,6 @@ def calibrate(
     for key in ("sparsity", "file"):
         require(getattr(config, key) is None, f"calibration.{key}", getattr(config, key), "null: it is to be found")
     require(isinstance(model, nn.Module), "model", type(model).__name__, "a module of torch")
-    require(callable(score), "score", type(score).__name__, "a function of the model that returns a number")
     require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
     one_of("granularity", granularity, *CHOICES["granularity"], "rows")
     chance = getattr(score, "chance", None) if chance is None else chance

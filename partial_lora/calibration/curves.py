@@ -216,6 +216,7 @@ class Curves:
 
     def _score_of_model(self) -> float:
         self.evaluations += 1
+        require(callable(self._score), "score", self._score, "a function of the model that returns a number")
         score = self._score(self._model)
         with suppress(TypeError, ValueError, RuntimeError):
             if hasattr(score, "__float__"):  # a text has none, though it may be read as a number
