@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from partial_lora.runs.info import Outline
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, *files.FULL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,6 +245,7 @@ def _print_outline(config: Config, run: Outline) -> None:
     Console().print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
+    head += "" if run.is_known else ", a guess: the task does not say how many there are"
     passes = f"calibration takes at most {run.passes:,} passes" if run.passes else "nothing is calibrated"
     text = f"{run.sparsity_is}; {head}; {passes}"
     if run.memory:
@@ -308,7 +309,11 @@ def compare(arguments: Sequence[str]) -> int:
     )
     if code:
         return code
-    refused = [f"{entry.name}: {entry.refused}" for entry in entries if entry.refused]
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.refused:
+            reasons.setdefault(entry.refused, []).append(entry.name)
+    refused = [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
     runs = {place: record for entry in entries for place, record in entry.done.items()}

@@ -7,6 +7,7 @@ shows a file that was cut short, changed, lost or added later.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from partial_lora.errors import PartialLoraError
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
 
 
 # Whole or absent.

@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
@@ -326,21 +326,28 @@ class PartialLoraConfig(LoraConfig):
 
         Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / COMPACT_FILE).is_file() and not (folder / CONFIG_NAME).is_file():
+        hub_options = cls._split_kwargs(kwargs)[0]
+        written = saved_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options)
+        if written.with_name(COMPACT_FILE).is_file() and not written.is_file():
             raise PartialLoraError(f"{pretrained_model_name_or_path} holds a compact adapter: use load_compact.")
-        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not written.is_file():  # PEFT would look for it on the hub
+            raise PartialLoraError(f"{written} is not there: expected an adapter's folder, or OWNER/NAME of the hub.")
+        try:
+            lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PartialLoraError(
+                f"{written} is broken ({one_line(error)}): copy the adapter's folder again."
+            ) from None
         if type(lora) is not LoraConfig:
             raise PartialLoraError(
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
         refuse_options(lora)
-        hub_options = cls._split_kwargs(kwargs)[0]
         path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
         saved = sidecar.read(path)
         modules = saved["modules"]
-        check_values(path.parent, modules)
+        check_values(written.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
         options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
@@ -418,10 +425,9 @@ def refuse_options(config: LoraConfig) -> None:
 
 
 def _check_names(name: str, names: Any) -> None:
-    """Raise PartialLoraError where an option is no list of names, or None."""
-    if names is None:
-        return
-    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(each, str) for each in names):
+    """Raise PartialLoraError where an option is no collection of names, or None."""
+    listed = isinstance(names, Collection) and not isinstance(names, str)
+    if names is not None and not (listed and all(isinstance(each, str) and each for each in names)):
         raise PartialLoraError(f"{name} is {names!r}: expected names of modules.")
 
 
@@ -441,6 +447,8 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
 
     options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
     """
+    if not isinstance(folder, (str, PathLike)):
+        raise PartialLoraError(f"{folder!r} is no adapter: expected its folder, or OWNER/NAME of the hub.")
     path = Path(folder, subfolder or "", name)
     if Path(folder).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
@@ -452,14 +460,17 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
         ) from None
 
 
-def check_values(folder: Path, modules: Collection[str]) -> None:
+def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
     PEFT only warns of a missing factor, and refuses a truncated file after it has changed the model. Only the file's
-    header is read; a folder without such a file is left to PEFT. Raises PartialLoraError, naming file and module.
+    header is read; a pickle is left to PEFT. is_here: whether the folder is the user's, so that it has to have a file;
+    PEFT would look for it on the hub. Raises PartialLoraError, naming file and module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
+        if is_here and not (folder / WEIGHTS_NAME).is_file():
+            raise PartialLoraError(f"{path} is not there, but the adapter's masks are: copy it again.")
         return
     try:
         with safe_open(path, "pt") as file:

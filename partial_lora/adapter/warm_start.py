@@ -44,10 +44,10 @@ def warm_start(
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
     B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
     the signed mean of its columns or rows. Where the two are scaled differently (another lora_alpha, or row_exponent),
-    B' takes up the ratio, so that what is kept changes W as in the LoRA. Tensors that train whole beside the adapter (a head in modules_to_save,
-    biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the model starts with the
-    LoRA's outputs, and with higher sparsity further from them. Values are written in place, in the model's dtype, so
-    that optimizers stay valid.
+    B' takes up the ratio, so that what is kept changes W as in the LoRA. Tensors that train whole beside the adapter
+    (a head in modules_to_save, biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity
+    0 the model starts with the LoRA's outputs, and with higher sparsity further from them. Values are written in place,
+    in the model's dtype, so that optimizers stay valid.
 
         model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
         warm_start(model, "path/or/hub-id/of/a/lora")
@@ -127,15 +127,15 @@ def _from_model(lora: PeftModel) -> _Source:
 
 
 def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
-    where = str(Path(lora, subfolder or ""))
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "token": token}
     paths = [saved_file(lora, name, **options) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    where = str(Path(lora, subfolder or ""))
     for path in paths:
         if not path.is_file():  # PEFT would look for it on the hub
             raise PartialLoraError(f"{where} has no {path.name}: expected a LoRA's folder, or OWNER/NAME of the hub.")
     try:
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         files = " and ".join(path.name for path in paths)
         raise PartialLoraError(f"{where} has no {files} that can be read: {one_line(error)}") from None
     config = _checked(config, where)
@@ -198,4 +198,3 @@ def _tokens(config: LoraConfig) -> dict[str, list[int]] | None:
     """Return the tokens that train, by the name of their embedding; a list is of PEFT's own."""
     tokens = config.trainable_token_indices
     return {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
-

@@ -321,8 +321,8 @@ def _headline(
     frame = frame[[name for name in frame if name != "from partial" or (frame[name] != NONE).any()]]
     notes = [
         "Of each method's rows the one with the best mean score on validation is shown, however many seeds (n) it has; "
-        "its score is on the test split. The figure and the folded table have all rows. Differences are from partial at the same "
-        "operating point, of methods without one from partial at its best."
+        "its score is on the test split. The figure and the folded table have all rows. Differences are from partial "
+        "at the same operating point, of methods without one from partial at its best."
     ]
     return _table("The best of each method", frame, notes)
 

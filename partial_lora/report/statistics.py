@@ -391,7 +391,8 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
 def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
-    For a share it is Wilson's, else a bootstrap's, no wider than the metric can be. It does not cover how much another seed would move the metric.
+    For a share it is Wilson's, else a bootstrap's, no wider than the metric can be. It does not cover how much another
+    seed would move the metric.
     """
     from scipy.stats import binomtest  # half a second
 

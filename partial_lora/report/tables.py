@@ -292,8 +292,8 @@ def smallest_within(part: pd.DataFrame, best: pd.Series) -> pd.Series | None:
 def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, str] | None:
     """Return the ends of the 95 % interval of a row's test score, and what it is over; None where none is known.
 
-    With several seeds it is over these, by Student's t, and no wider than the metric can be; with a single seed it is over
-    the test examples.
+    With several seeds it is over these, by Student's t, and no wider than the metric can be; with a single seed it is
+    over the test examples.
     """
     mean, half, metric = row["test_mean"], row["test_half"], row["metric"]
     if not math.isnan(half):

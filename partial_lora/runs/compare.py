@@ -12,10 +12,11 @@ from time import monotonic
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
+from partial_lora.runs.build import task_of
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain, run_directory
 from partial_lora.runs.directory import LOCK, read_result
-from partial_lora.runs.info import outline
+from partial_lora.runs.info import check, outline
 from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SIZED, defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
@@ -128,6 +129,9 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 keys = ", ".join(sorted(planned.swept))
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
+            if not made:
+                check(config, here=True)
+                task_of(config, mixtures=True)  # all runs read these rows: what is wrong with them is said once, now
             entry.overwrite = config.overwrite
             settings = plain(config)
             given = own_rate or config.trainer.learning_rate != suited(settings)  # in a file, or a mapping

@@ -25,9 +25,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.tasks.folders import is_image, split_folders
+from partial_lora.tasks.folders import FILES, is_image, split_folders
 
-FILES = "files"  # the path of a task that has only the user's files
 Label = str | int | float | bool
 
 logger = logging.getLogger(__name__)
@@ -52,10 +51,7 @@ def read(
     if data_files:
         return read_files(data_files, text_columns, label_column, regression)
     if path == FILES:
-        raise PartialLoraError(
-            f"task={name} reads files of yours: set task.data_files={{train: PATH, test: PATH}}, or one PATH that a "
-            "test split is cut from"
-        )
+        raise PartialLoraError(f"task.data_files: task={name} reads files of yours; name them")
     return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
 
 
