@@ -465,7 +465,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     for name, value in metrics.items():
         table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
     Console().print(table)
-    print(f"wrote {done.folder}")
+    print(*(f"beware: {warning}" for warning in done.record["warnings"]), f"wrote {done.folder}", sep="\n")
     return 0
 
 

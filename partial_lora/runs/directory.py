@@ -49,7 +49,7 @@ def read_result(directory: Path, name: str = RESULT) -> dict | None:
     """Return the record of a run, or None where none can be read or it lacks a status."""
     try:
         result = json.loads((Path(directory) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return result if isinstance(result, dict) and "status" in result else None
 

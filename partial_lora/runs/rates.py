@@ -259,7 +259,7 @@ def load(file: Path) -> list[dict]:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]
         whole = version != VERSION or all(_is_whole(entry) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
     if version != VERSION:
         expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
@@ -313,7 +313,7 @@ def _calibration(settings: Mapping) -> dict:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         if operating_point(content) == NO_POINT:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PartialLoraError(f"calibration.file={file}: no calibration.json that says its threshold") from error
     return content
 

@@ -20,6 +20,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -221,8 +222,8 @@ def _read_table(
             if not pq.read_metadata(file).num_rows:  # of which datasets says nothing that helps
                 raise PartialLoraError(f"{key}={file}: the file has no rows")
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
-        generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
+    except (DatasetGenerationError, ValueError, OSError, RecursionError, pa.ArrowException) as error:
+        generated = isinstance(error, DatasetGenerationError)
         cause = first_line(error.__cause__ if generated and error.__cause__ else error)
         if isinstance(error, OSError) and error.filename not in (None, str(file)):  # perhaps the home folder
             raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
