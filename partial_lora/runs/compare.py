@@ -16,7 +16,7 @@ from partial_lora.runs.build import task_of
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain, run_directory
 from partial_lora.runs.directory import LOCK, read_result
-from partial_lora.runs.info import check, outline
+from partial_lora.runs.info import outline
 from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SIZED, defaults
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
@@ -130,7 +130,6 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
             if not made:
-                check(config, here=True)
                 task_of(config, mixtures=True)  # all runs read these rows: what is wrong with them is said once, now
             entry.overwrite = config.overwrite
             settings = plain(config)
