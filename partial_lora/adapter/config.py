@@ -433,7 +433,8 @@ def _check_names(name: str, names: Any) -> None:
 
 def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
     """Raise PartialLoraError where an option is no finite number of a kind, Integral or Real, that fits."""
-    if not (isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and fits(value)):
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and fits(value)):
         raise PartialLoraError(f"{name} is {value!r}: expected {expected}.")
 
 

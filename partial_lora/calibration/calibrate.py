@@ -125,8 +125,8 @@ def calibrate(
     own = config is None or isinstance(config, CalibrationConfig)
     require(own, "config", config, "a CalibrationConfig, or settings as keywords")
     config = replace(config or CalibrationConfig(), **changes)
-    for key in ("sparsity", "file"):
-        require(getattr(config, key) is None, f"calibration.{key}", getattr(config, key), "null: it is to be found")
+    for name in ("sparsity", "file"):
+        require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
     require(isinstance(model, nn.Module), "model", type(model).__name__, "a module of torch")
     require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
     one_of("granularity", granularity, *CHOICES["granularity"], "rows")
