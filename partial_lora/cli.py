@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from partial_lora.runs.info import Outline
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, *files.FULL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,6 +246,7 @@ def _print_outline(config: Config, run: Outline) -> None:
     Console().print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
+    head += "" if run.is_known else ", a guess: the task does not say how many there are"
     passes = f"calibration takes at most {run.passes:,} passes" if run.passes else "nothing is calibrated"
     text = f"{run.sparsity_is}; {head}; {passes}"
     if run.memory:
@@ -309,7 +310,11 @@ def compare(arguments: Sequence[str]) -> int:
     )
     if code:
         return code
-    refused = [f"{entry.name}: {entry.refused}" for entry in entries if entry.refused]
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.refused:
+            reasons.setdefault(entry.refused, []).append(entry.name)
+    refused = [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
     runs = {place: record for entry in entries for place, record in entry.done.items()}
@@ -461,7 +466,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     for name, value in metrics.items():
         table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
     Console().print(table)
-    print(f"wrote {done.folder}")
+    print(*(f"beware: {warning}" for warning in done.record["warnings"]), f"wrote {done.folder}", sep="\n")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 
 class PartialLoraError(Exception):
@@ -42,6 +44,23 @@ def require(holds: bool, key: str, value: object, expected: str) -> None:
     """Raise PartialLoraError, `key=value: expected ...`, where a condition does not hold."""
     if not holds:
         raise PartialLoraError(f"{key}={in_yaml(value)}: expected {expected}")
+
+
+def typed(settings: Any, group: str) -> None:
+    """Raise PartialLoraError for a value of settings, a dataclass, that is of another type than its field's.
+
+    Numbers become Python's own, which JSON knows, from numpy's.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), get_args(kind) or (kind,)
+        number = (float in kinds and isinstance(value, Real)) or (int in kinds and isinstance(value, Integral))
+        fits = kind is Any or (bool in kinds if isinstance(value, bool) else number or isinstance(value, kinds))
+        require(fits, f"{group}.{name}", value, " or ".join(_TYPES[each] for each in kinds if each in _TYPES))
+        if number and not isinstance(value, (int, float)):
+            setattr(settings, name, int(value) if isinstance(value, Integral) else float(value))
+
+
+_TYPES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def positive(key: str, value: float) -> None:

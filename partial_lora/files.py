@@ -30,6 +30,7 @@ from partial_lora.errors import PartialLoraError, one_line
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
 
 
 # Whole or absent.

@@ -392,6 +392,8 @@ def _factors(
 
 def _check_model(model: nn.Module, adapter_name: str) -> None:
     """Raise PartialLoraError for a model that takes no adapter of this name."""
+    if not isinstance(model, nn.Module):
+        raise PartialLoraError(f"a compact adapter is loaded into a model, not into a {type(model).__name__}.")
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, PartialLoraModel):
             raise PartialLoraError("the model has adapters of another method: load into the base model itself.")

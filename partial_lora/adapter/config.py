@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
@@ -219,10 +219,8 @@ class PartialLoraConfig(LoraConfig):
                 f"selection is {self.selection!r} with {has}: 'top' takes one of scores and indices, 'random' neither."
             )
         for name in ("row_exponent", "column_exponent"):
-            exponent = getattr(self, name)
-            if not isinstance(exponent, Real) or isinstance(exponent, bool) or not 0 <= exponent <= 1:
-                raise PartialLoraError(f"{name} is {exponent!r}: expected a number in [0, 1].")
-            setattr(self, name, float(exponent))
+            _check_number(name, getattr(self, name), Real, lambda exponent: 0 <= exponent <= 1, "a number in [0, 1]")
+            setattr(self, name, float(getattr(self, name)))
         if self.granularity in ("units", "groups") and self.selection != "random":
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
@@ -357,21 +355,28 @@ class PartialLoraConfig(LoraConfig):
 
         Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / COMPACT_FILE).is_file() and not (folder / CONFIG_NAME).is_file():
+        hub_options = cls._split_kwargs(kwargs)[0]
+        written = saved_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options)
+        if written.with_name(COMPACT_FILE).is_file() and not written.is_file():
             raise PartialLoraError(f"{pretrained_model_name_or_path} holds a compact adapter: use load_compact.")
-        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not written.is_file():  # PEFT would look for it on the hub
+            raise PartialLoraError(f"{written} is not there: expected an adapter's folder, or OWNER/NAME of the hub.")
+        try:
+            lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PartialLoraError(
+                f"{written} is broken ({one_line(error)}): copy the adapter's folder again."
+            ) from None
         if type(lora) is not LoraConfig:
             raise PartialLoraError(
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
                 f" and {sidecar.FILE_NAME} beside it."
             )
         refuse_options(lora)
-        hub_options = cls._split_kwargs(kwargs)[0]
         path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
         saved = sidecar.read(path)
         modules = saved["modules"]
-        check_values(path.parent, modules)
+        check_values(written.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
         options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
@@ -430,15 +435,16 @@ def refuse_options(config: LoraConfig) -> None:
             raise PartialLoraError(
                 f"{name} is {pattern!r}: expected names or a regular expression ({error})."
             ) from None
-        names = () if pattern is None or isinstance(pattern, str) else pattern
-        if not isinstance(names, Collection) or not all(isinstance(module, str) for module in names):
-            raise PartialLoraError(f"{name} is {pattern!r}: expected names of modules.")
+        _check_names(name, () if isinstance(pattern, str) else pattern)
+    _check_names("modules_to_save", config.modules_to_save)
     if config.bias not in BIASES:
         raise PartialLoraError(f"bias is {config.bias!r}: expected {' or '.join(map(repr, BIASES))}.")
-    _check_number("r", config.r, Integral, 1, math.inf)
-    _check_number("lora_alpha", config.lora_alpha, Real, -math.inf, math.inf)
-    _check_number("lora_dropout", config.lora_dropout, Real, 0, 1)
-    for name, kind, least in (("rank_pattern", Integral, 1), ("alpha_pattern", Real, -math.inf)):
+    rank = (Integral, lambda number: number >= 1, "a whole number, at least 1")
+    alpha = (Real, lambda number: number > 0, "a number above 0")
+    _check_number("r", config.r, *rank)
+    _check_number("lora_alpha", config.lora_alpha, *alpha)
+    _check_number("lora_dropout", config.lora_dropout, Real, lambda share: 0 <= share < 1, "a share in [0, 1)")
+    for name, expected in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         patterns = getattr(config, name) or {}
         if not isinstance(patterns, Mapping):
             raise PartialLoraError(f"{name} is {patterns!r}: expected {{module: number}}.")
@@ -447,18 +453,21 @@ def refuse_options(config: LoraConfig) -> None:
                 re.compile(module)
             except (re.error, TypeError) as error:
                 raise PartialLoraError(f"{name} has {module!r}: expected a name or a pattern ({error}).") from None
-            _check_number(f"{name}[{module!r}]", value, kind, least, math.inf)
+            _check_number(f"{name}[{module!r}]", value, *expected)
 
 
-def _check_number(name: str, value: Any, kind: type, least: float, most: float) -> None:
-    """Raise PartialLoraError where an option is not a number of a kind, Integral or Real, or out of range."""
+def _check_names(name: str, names: Any) -> None:
+    """Raise PartialLoraError where an option is no collection of names, or None."""
+    listed = isinstance(names, Collection) and not isinstance(names, str)
+    if names is not None and not (listed and all(isinstance(each, str) and each for each in names)):
+        raise PartialLoraError(f"{name} is {names!r}: expected names of modules.")
+
+
+def _check_number(name: str, value: Any, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise PartialLoraError where an option is no finite number of a kind, Integral or Real, that fits."""
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and least <= value <= most:
-        return
-    what = "a whole number" if kind is Integral else "a number"
-    bounds = f", at least {least:g}" if math.isfinite(least) else ""
-    bounds += f" and at most {most:g}" if math.isfinite(most) else ""
-    raise PartialLoraError(f"{name} is {value!r}: expected {what}{bounds}.")
+    if not (is_number and math.isfinite(value) and fits(value)):
+        raise PartialLoraError(f"{name} is {value!r}: expected {expected}.")
 
 
 def _plain(number: int | float) -> int | float:
@@ -471,6 +480,8 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
 
     options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
     """
+    if not isinstance(folder, (str, PathLike)):
+        raise PartialLoraError(f"{folder!r} is no adapter: expected its folder, or OWNER/NAME of the hub.")
     path = Path(folder, subfolder or "", name)
     if Path(folder).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
@@ -482,14 +493,17 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
         ) from None
 
 
-def check_values(folder: Path, modules: Collection[str]) -> None:
+def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
     PEFT only warns of a missing factor, and refuses a truncated file after it has changed the model. Only the file's
-    header is read; a folder without such a file is left to PEFT. Raises PartialLoraError, naming file and module.
+    header is read; a pickle is left to PEFT. is_here: whether the folder is the user's, so that it has to have a file;
+    PEFT would look for it on the hub. Raises PartialLoraError, naming file and module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
+        if is_here and not (folder / WEIGHTS_NAME).is_file():
+            raise PartialLoraError(f"{path} is not there, but the adapter's masks are: copy it again.")
         return
     try:
         with safe_open(path, "pt") as file:

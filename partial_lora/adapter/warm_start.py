@@ -77,13 +77,13 @@ def warm_start(
     _check_fit(source, config, own, factors)
     with torch.no_grad():
         for key, value in source.tensors.items():
-            if key in factors:
-                module, factor, _ = key.rsplit(".", 2)
-                theirs, ours = (scaling_of(each, module, each.r) for each in (source.config, config))
-                scale = theirs / ours if factor == "lora_B" else 1
-                factors[key].kept.copy_(factors[key].nearest(scale * value))
-            else:
+            if key not in factors:
                 own[key].copy_(value)
+                continue
+            kept = factors[key].kept.copy_(factors[key].nearest(value))
+            module, _, factor = key.removesuffix(".weight").rpartition(".")
+            if factor == "lora_B":
+                kept.mul_(scaling_of(source.config, module, config.r) / scaling_of(config, module, config.r))
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,15 @@ def _from_model(lora: PeftModel) -> _Source:
 
 
 def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
-    where = str(Path(lora, subfolder or ""))
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "token": token}
     paths = [saved_file(lora, name, **options) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    where = str(Path(lora, subfolder or ""))
     for path in paths:
         if not path.is_file():  # PEFT would look for it on the hub
             raise PartialLoraError(f"{where} has no {path.name}: expected a LoRA's folder, or OWNER/NAME of the hub.")
     try:
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         files = " and ".join(path.name for path in paths)
         raise PartialLoraError(f"{where} has no {files} that can be read: {one_line(error)}") from None
     config = _checked(config, where)

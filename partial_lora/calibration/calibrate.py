@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,8 @@ from partial_lora.calibration.search import (
     threshold_of,
     walk,
 )
-from partial_lora.errors import PartialLoraError, require
-from partial_lora.masks import AXES, Granularity, Sparsity
+from partial_lora.errors import PartialLoraError, one_of, require
+from partial_lora.masks import AXES, CHOICES, Granularity, Sparsity
 from partial_lora.models.targets import target_linears
 
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
@@ -121,15 +122,21 @@ def calibrate(
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
+    own = config is None or isinstance(config, CalibrationConfig)
+    require(own, "config", config, "a CalibrationConfig, or settings as keywords")
     config = replace(config or CalibrationConfig(), **changes)
-    require(config.sparsity is None, "calibration.sparsity", config.sparsity, "null: a calibration finds it")
+    for name in ("sparsity", "file"):
+        require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
+    require(isinstance(model, nn.Module), "model", type(model).__name__, "a module of torch")
+    require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
+    one_of("granularity", granularity, *CHOICES["granularity"], "rows")
     chance = getattr(score, "chance", None) if chance is None else chance
     if chance is None and config.chance == "majority":
         raise PartialLoraError(
             "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
         )
-    if chance is not None and not math.isfinite(chance):
-        raise PartialLoraError(f"calibration.chance={chance}: expected the score of guessing, a finite number")
+    known = chance is None or (isinstance(chance, Real) and math.isfinite(chance))
+    require(known, "calibration.chance", chance, "the score of guessing, a finite number")
     chance = None if chance is None else float(chance)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from partial_lora.errors import one_of, positive, require
+from partial_lora.errors import one_of, positive, require, typed
 from partial_lora.files import at_home, flatten
 
 UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
@@ -79,6 +79,7 @@ class ImportanceConfig:
     learning_rate: float = 1e-5  # imp, adapter: learning rate of these steps
 
     def __post_init__(self) -> None:
+        typed(self, "importance")
         require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
         require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
         require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
@@ -136,6 +137,7 @@ class CalibrationConfig:
     memory: int = 2**31  # bytes to keep between passes, which saves time; changes no result
 
     def __post_init__(self) -> None:
+        typed(self, "calibration")
         self.file = at_home(self.file)
         require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
         budget = self.budget
@@ -147,7 +149,8 @@ class CalibrationConfig:
         require(seeded, "calibration.seed", self.seed, "0 or more, or null for the run's seed")
         most = self.max_samples
         require(most is None or most >= 1, "calibration.max_samples", most, "at least 1")
-        require(0 < self.levels < 1, "calibration.levels", self.levels, "the step between two levels, in (0, 1)")
+        step = "the step between two levels, at least 0.0001 and below 1"
+        require(1e-4 <= self.levels < 1, "calibration.levels", self.levels, step)
         require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
         one_of("calibration.search", self.search, "scan", "bisect", "gradient")
         one_of("calibration.axes", self.axes, "separate", "joint")

@@ -31,7 +31,7 @@ from partial_lora.calibration.search import (
     digest_of,
     points_of,
 )
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
 
@@ -216,7 +216,12 @@ class Curves:
 
     def _score_of_model(self) -> float:
         self.evaluations += 1
-        return float(self._score(self._model))
+        require(callable(self._score), "score", self._score, "a function of the model that returns a number")
+        score = self._score(self._model)
+        with suppress(TypeError, ValueError, RuntimeError):
+            if hasattr(score, "__float__"):  # a text has none, though it may be read as a number
+                return float(score)
+        raise PartialLoraError(f"score: it returned a {type(score).__name__}, expected a number")
 
 
 class Store:
@@ -233,6 +238,7 @@ class Store:
         self.changed = False
         self._curves: dict[str, dict[str, Curve]] = {}
         if self.path is not None and self.path.exists():
+            require(not self.path.is_dir(), "store", self.path, "a file: this is a folder")
             try:
                 file = json.loads(self.path.read_text(encoding="utf-8"))
                 if file["version"] != VERSION or file["sha256"] != _digest(file["content"]):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from partial_lora.calibration.reuse import logits_of
 from partial_lora.calibration.score import differentiable
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.masks import random_keys
 
 Scores = tuple[Tensor, Tensor]  # of rows (m,) and of columns (n,)
@@ -78,6 +78,7 @@ def svd(weight: Tensor, *, module: str = "", seed: int = 0, k: int | None = None
     squares, right = squares.flip(0), right.flip(1)
     squares = squares[squares > 1e-14 * squares[0]]  # as many as the rank: what is below is rounding
     if k is None:
+        require(0 < energy <= 1, "importance.energy", energy, "a share in (0, 1]")
         held = squares.cumsum(0)
         k = int((held < energy * held[-1]).sum()) + 1
     if not 1 <= k <= len(squares):
@@ -410,16 +411,21 @@ def scores_of(module: str, weight: Tensor, importance: Importance, *, seed: int,
     """Return row scores (m,) and column scores (n,) of a module's weight (m, n), on the CPU.
 
     importance: a measure by name or as a function, or the scores themselves, {module: (rows, columns)}. Raises
-    PartialLoraError, naming the module, for scores that are missing, of another shape or not finite.
+    PartialLoraError, naming the module, for scores that are missing, of another shape or not finite, and for options
+    that the measure does not take.
     """
-    if isinstance(importance, Mapping):
-        if module not in importance:
-            raise PartialLoraError(f"importance: expected scores of {module}, found none")
-        rows, columns = importance[module]
-    else:
-        measure = MEASURES[name_of(importance)] if isinstance(importance, str) else importance
-        rows, columns = measure(weight.detach(), module=module, seed=seed, **options)
-    return _checked(module, weight, rows, columns)
+    name = name_of(importance)
+    try:
+        if isinstance(importance, Mapping):
+            if module not in importance:
+                raise PartialLoraError(f"importance: expected scores of {module}, found none")
+            rows, columns = importance[module]
+        else:
+            measure = MEASURES[name] if isinstance(importance, str) else importance
+            rows, columns = measure(weight.detach(), module=module, seed=seed, **options)
+        return _checked(module, weight, rows, columns)
+    except (TypeError, ValueError) as error:
+        raise PartialLoraError(f"importance={name}: no scores of {module} ({one_line(error)})") from error
 
 
 def data_scores(
@@ -471,6 +477,7 @@ def name_of(importance: Importance) -> str:
         return "given"
     if callable(importance):
         return getattr(importance, "__qualname__", type(importance).__qualname__)
+    require(isinstance(importance, str), "importance", importance, "a name, a function or {module: (rows, columns)}")
     if importance in NEEDS_DATA:
         raise PartialLoraError(
             f"importance={importance}: needs examples, which are not at hand here; pass what data_scores returns"

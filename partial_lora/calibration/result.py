@@ -125,7 +125,7 @@ class Calibration:
                 for axis, value in axes.items():
                     if not (isinstance(value, (int, float)) and 0 <= value < 1):
                         raise ValueError(f"{name}.{axis}: sparsity {value} is not in [0, 1)")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PartialLoraError(f"{path}: expected a calibration.json ({type(error).__name__}: {error})") from error
         return loaded
 

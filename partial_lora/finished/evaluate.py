@@ -105,6 +105,7 @@ def evaluate_run(
         "split": split,
         "examples": len(getattr(other, split)),
         "labels": known.labels,
+        "warnings": list(transform.warnings),
         "metrics": directory.finite(found.metrics),  # NaN, as of a model that broke down, is null in JSON
         "device": model.device,
         "mixed_precision": model.precision,

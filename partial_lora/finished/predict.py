@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,7 @@ class Predictor:
         max_new_tokens: int | None = None,
         member: str | None = None,
     ) -> None:
+        require(isinstance(run, (FinishedRun, Path, str)), "run", run, "a finished run, or its path")
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         asked = one_task(run, member)
         task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
@@ -103,7 +104,7 @@ class Predictor:
         self._transform: Any = build.transform_of(run.config.model, task)  # its methods depend on the kind of task
         self._model = RunModel(run, device)
 
-    def predict(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction]:
+    def predict(self, inputs: Iterable, batch_size: int | None = None) -> list[Prediction]:
         """Return a prediction for every input, in order.
 
         Args:
@@ -113,6 +114,9 @@ class Predictor:
         Raises PartialLoraError that names the first input that cannot be read, or a batch size below one.
         """
         require(batch_size is None or batch_size > 0, "batch_size", batch_size, "a positive number, or None")
+        listed = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
+        require(listed, "inputs", type(inputs).__name__, "a list of inputs")
+        inputs = list(inputs)
         size = self.window(batch_size)
         predictions = []
         for start in range(0, len(inputs), size):

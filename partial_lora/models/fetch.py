@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import file_sha256, redacted
+from partial_lora.files import FULL, file_sha256, redacted
 from partial_lora.models import bundled
 
 RANDOM = "random"  # weights that are drawn, not loaded
@@ -107,6 +108,11 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
         )
         return Path(folder)
     except (OSError, HFValidationError, HTTPError) as error:
+        if getattr(error, "errno", None) in FULL:
+            raise PartialLoraError(
+                f"{error.filename or HF_HUB_CACHE}: {error.strerror}; make room there, or set HF_HOME to a folder on "
+                "another disk"
+            ) from error
         error = unreachable or error
         first_line = (str(error).splitlines() or [""])[0]
         if _is_gated(error):

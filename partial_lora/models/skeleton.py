@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,10 +59,15 @@ class Skeleton:
         them. Raises PartialLoraError where nothing matches, or where a match is no linear layer with a plain weight.
         `head` and `new_modules` train whole, so patterns pass over them, as over PEFT's modules_to_save.
         """
+        if not isinstance(target_modules, Collection):
+            raise PartialLoraError(f"target_modules={target_modules}: expected names or a regular expression")
         if ALL_LINEAR in ([target_modules] if isinstance(target_modules, str) else target_modules):
             matched = [name for name in self.linears if name != self.output]
         elif isinstance(target_modules, str):
-            matched = [name for name in self.modules if re.fullmatch(target_modules, name)]
+            try:
+                matched = [name for name in self.modules if re.fullmatch(target_modules, name)]
+            except re.error as error:
+                raise PartialLoraError(f"target_modules={target_modules}: no regular expression ({error})") from error
         else:
             target_modules, ends = list(target_modules), {name: f".{name}" for name in self.modules}
             matched = [name for name in ends if ends[name].endswith(tuple(f".{target}" for target in target_modules))]

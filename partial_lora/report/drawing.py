@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from partial_lora.files import write_atomic
 from partial_lora.report.records import NONE
 from partial_lora.report.summary import size_text
-from partial_lora.tasks.metrics import SHARES
+from partial_lora.tasks.metrics import SHARES, within
 
 BLUE, VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
 _SKY, _PURPLE, _BLACK, _GREY = "#56B4E9", "#CC79A7", "#000000", "#808080"
@@ -114,8 +114,10 @@ def plain(axes: Axes) -> None:
 def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *, points: bool = False) -> None:
     """Name an axis of scores, shares in percent; or of their differences, of shares in points.
 
-    label: in place of "test METRIC".
+    It ends about where the metric does: what is longer is cut off there. label: in place of "test METRIC".
     """
+    ends = getattr(axes, f"get_{axis}lim")()
+    getattr(axes, f"set_{axis}lim")(within(ends, metric, difference=points, room=0.02))
     unit = " (points)" if points and metric in SHARES else ""
     getattr(axes, f"set_{axis}label")(f"{label or f'test {metric}'}{unit}", fontsize=9)
     if metric in SHARES:
@@ -134,14 +136,11 @@ def sized(axes: Axes, sizes: Collection[float], label: str = "trainable paramete
     axes.set_xlabel(label, fontsize=9)
 
 
-def fitted(axes: Axes, values: Collection[float], metric: str, axis: str = "y") -> None:
-    """Fit an axis of scores to the values; for shares it ends about 0 and 1, and what is longer is cut off there."""
+def fitted(axes: Axes, values: Collection[float], axis: str = "y") -> None:
+    """Fit an axis of scores to the values."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.01 * (abs(high) or 1)
-    low, high = low - room, high + room
-    if metric in SHARES:
-        low, high = max(low, -0.02), min(high, 1.02)
-    getattr(axes, f"set_{axis}lim")(low, high)
+    getattr(axes, f"set_{axis}lim")(low - room, high + room)
 
 
 def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:

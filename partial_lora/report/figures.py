@@ -306,7 +306,7 @@ def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
             mark.set_gid(f"row-{row.Index}")
         spread = part["test_std"].fillna(0)
         sized(axes, of_place["size"])
-        fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)], metric)
+        fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)])
         scored(axes, metric)
         _titled(axes, task, model)
         plain(axes)
@@ -337,11 +337,11 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
             own = look(*key)
             style = {"color": own.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **own.markers}
             axes.errorbar(alike["test_mean"], alike["place"], xerr=alike["test_half"], **style)
-        _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
         tests = np.array([test for _, own in rows for test in own])
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
         low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
-        fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], metric, "x")
+        fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
+        _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
         _titled(axes, task, model, part, of_place)
     return Drawing(figure, len(parts), len(whole))
 

@@ -320,9 +320,9 @@ def _headline(
     frame = pd.DataFrame(cells, dtype=object)
     frame = frame[[name for name in frame if name != "from partial" or (frame[name] != NONE).any()]]
     notes = [
-        "Of each method's rows with the most seeds (n), the one with the best validation score is shown; its score is "
-        "on the test split. The figure and the folded table have all rows. Differences are from partial at the same "
-        "operating point, of methods without one from partial at its best."
+        "Of each method's rows the one with the best mean score on validation is shown, however many seeds (n) it has; "
+        "its score is on the test split. The figure and the folded table have all rows. Differences are from partial "
+        "at the same operating point, of methods without one from partial at its best."
     ]
     return _table("The best of each method", frame, notes)
 
@@ -433,7 +433,7 @@ def _matrix(
             cells.get(each, NONE) for each in methods
         ]
     notes = [
-        "Of each method's rows with the most seeds, the one with the best validation score is shown. ± is half of the "
+        "Of each method's rows the one with the best mean score on validation is shown. ± is half of the "
         "95 % interval over seeds (n); with n=1 over test examples. The tabs say at which size each was trained."
     ]
     frame = pd.DataFrame({"method": methods} | columns, dtype=object)

@@ -20,7 +20,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
 from partial_lora.report import page, records, summary, tables
-from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
+from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, half_interval
 from partial_lora.report.statistics import Estimate, holm
@@ -284,10 +284,9 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         best = front(zip(of_task[cost], of_task["test"], strict=True), metric)
         for index, row in of_task.iterrows():
             color, marker = looks[row["form"]]
-            times = 100 if metric in SHARES else 1
-            half = 0 if math.isnan(row["half"]) else times * row["half"]
+            half = 0 if math.isnan(row["half"]) else row["half"]
             fade = 1.0 if (row[cost], row["test"]) in best else 0.3
-            point = (row[cost] / unit, times * row["test"])
+            point = (row[cost] / unit, row["test"])
             axes.errorbar(*point, yerr=half, color=color, linewidth=1, alpha=fade * 0.6)
             (mark,) = axes.plot(*point, marker, color=color, alpha=fade, markersize=6)
             mark.set_gid(f"{stem}-{index}")
@@ -297,7 +296,8 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
                 f"{label} {row[cost] / unit:.3g}"
             )
             handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
-        axes.set(title=task, xlabel=label, ylabel=f"test {metric}{' (%)' if metric in SHARES else ''}")
+        axes.set(title=task, xlabel=label)
+        scored(axes, metric)
         if cost == "parameters":
             sized(axes, of_task[cost])
         plain(axes)

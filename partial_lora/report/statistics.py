@@ -37,7 +37,7 @@ import pyarrow as pa
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import BLOCK, LEVEL, Predictions
-from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER
+from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, within
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 DRAWS = 10_000  # of a bootstrap
@@ -216,7 +216,8 @@ class Comparison:
         """Return what an estimate says, as this class; drawn: the ends of the bootstrap's interval."""
         reason = "one seed" if seeds == 1 else None
         said = judge(found, metric, seeds, margin=margin), reason
-        numbers = found.difference, *found.interval(), *said, *drawn, found.error, found.freedom
+        ends = within(found.interval(), metric, difference=True)
+        numbers = found.difference, *ends, *said, *drawn, found.error, found.freedom
         return cls(*numbers, seeds, examples, **more)
 
     @property
@@ -392,7 +393,8 @@ def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -
 def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
-    For a share it is Wilson's, else a bootstrap's. It does not cover how much another seed would move the metric.
+    For a share it is Wilson's, else a bootstrap's, no wider than the metric can be. It does not cover how much another
+    seed would move the metric.
     """
     from scipy.stats import binomtest  # half a second
 
@@ -405,7 +407,7 @@ def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tup
         return None
     if set(each) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
         return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
-    return drawn_again(each[None])
+    return within(drawn_again(each[None]), metric)
 
 
 def reliability(records: Iterable[Mapping]) -> float:

@@ -43,7 +43,7 @@ from partial_lora.report.records import (
 )
 from partial_lora.report.statistics import MARGIN, compare, over_examples, reliability, together
 from partial_lora.report.summary import cell, measured, percent, size_text
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES, within
 
 _UNTUNED = (
     "Untuned: one learning rate for every method and no search over it, so a difference between two methods may be "
@@ -262,8 +262,8 @@ def drawn(title: str, shown: pd.DataFrame) -> Table:
 def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
     """Return the row of every method at its best, by task, model and metric, the highest test score first.
 
-    table: of `records.group`. Rows under other conditions than most are left out. Of a method's rows those with the
-    most seeds compete, and the best on validation is taken (on test where nothing was validated): the best on test may
+    table: of `records.group`. Rows under other conditions than most are left out. Of a method's rows the best on
+    validation is taken (on test where nothing was validated), of equals the one with more seeds: the best on test may
     be so by chance.
     """
     chosen = []
@@ -271,8 +271,8 @@ def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
         sign = -1 if metric in LOWER_IS_BETTER else 1
         best = []
         for _, own in part.groupby("method", sort=False):
-            most = own[own["n"] == own["n"].max()]
-            best.append((sign * most["validation_mean"].fillna(most["test_mean"])).idxmax())
+            own = own.sort_values("n", ascending=False, kind="stable")
+            best.append((sign * own["validation_mean"].fillna(own["test_mean"])).idxmax())
         chosen += (sign * part.loc[best, "test_mean"]).sort_values(ascending=False, kind="stable").index.to_list()
     return table.loc[chosen]
 
@@ -292,14 +292,12 @@ def smallest_within(part: pd.DataFrame, best: pd.Series) -> pd.Series | None:
 def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, str] | None:
     """Return the ends of the 95 % interval of a row's test score, and what it is over; None where none is known.
 
-    With several seeds it is over these, by Student's t, and no wider than a share can be; with a single seed it is over
-    the test examples.
+    With several seeds it is over these, by Student's t, and no wider than the metric can be; with a single seed it is
+    over the test examples.
     """
     mean, half, metric = row["test_mean"], row["test_half"], row["metric"]
     if not math.isnan(half):
-        ends = mean - half, mean + half
-        low, high = (min(max(end, 0.0), 1.0) for end in ends) if metric in SHARES else ends
-        return low, high, "seeds"
+        return *within((mean - half, mean + half), metric), "seeds"
     try:
         (frame,) = predictions.of(row["group"], map(int, row["seeds"].split()), metric).values()
     except (PartialLoraError, ValueError, KeyError):

@@ -12,6 +12,7 @@ from time import monotonic
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
+from partial_lora.runs.build import task_of
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain
 from partial_lora.runs.directory import LOCK
@@ -130,6 +131,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 keys = ", ".join(sorted(planned.swept))
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
+            if not made:
+                task_of(config, mixtures=True)  # all runs read these rows: what is wrong with them is said once, now
             entry.overwrite = config.overwrite
             settings = plain(config)
             given = own_rate or config.trainer.learning_rate != suited(settings)  # in a file, or a mapping

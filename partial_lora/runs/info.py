@@ -22,6 +22,7 @@ from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity
 from partial_lora.runs.directory import LIBRARIES, git_commit
 from partial_lora.runs.launch import has_accelerator
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
+from partial_lora.tasks.folders import FILES
 from partial_lora.training import size
 
 
@@ -31,7 +32,8 @@ class Outline:
 
     counts: counts and bytes as `training.size` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights.
+    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. is_known:
+    whether the task or its files say how many outputs there are; else they are two.
     """
 
     counts: dict[str, int | float | None]
@@ -39,6 +41,7 @@ class Outline:
     outputs: int
     passes: int
     memory: dict[str, dict[str, int]]
+    is_known: bool = True
 
 
 def without_task(config: Config) -> Config:
@@ -51,10 +54,11 @@ def without_task(config: Config) -> Config:
 
 
 def outline(config: Config) -> Outline:
-    """Return the outline of a run; the head is for two classes where the task does not say how many it has."""
+    """Return the outline of a run; the head is for two classes where neither the task nor its files say how many."""
     model, method, calibration = config.model, config.method, config.calibration
     check_modality(model, config.task)
-    outputs = 0 if model.head is None else 1 if config.task.regression else config.task.classes or 2
+    known = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
+    outputs = 2 if known is None else known
     geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
     bare = skeleton(**geometry, outputs=outputs or 2)
     shapes = bare.targets(**model.trained_modules)
@@ -75,7 +79,19 @@ def outline(config: Config) -> Outline:
     else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
-    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts))
+    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts), known is not None)
+
+
+def _classes(config: Config, task: TaskConfig) -> int | None:
+    """Return how many outputs a task needs, by its settings or its files of rows; None where neither is at hand."""
+    if task.members:
+        counts = [_classes(config, member) for member in task.members.values()]
+        return None if None in counts else sum(counts)
+    if task.classes or not task.data_files:
+        return task.classes
+    from partial_lora.runs.build import task_of
+
+    return len(task_of(replace(config, task=task)).labels) or 1
 
 
 def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity, str]:
@@ -131,6 +147,9 @@ def check(config: Config, *, here: bool) -> None:
     """
     model, calibration = config.model, config.calibration
     check_modality(model, config.task)
+    for task in (config.task.members or {}).values() or (config.task,):
+        expected = f"{{train: PATH, test: PATH}}, or one PATH that a test split is cut from, for task={task.name}"
+        require(task.path != FILES or bool(task.data_files), "task.data_files", task.data_files, expected)
     if here and config.trainer.device == "cuda" and sys.platform == "linux":
         require(has_accelerator(), "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
     bare = stored_skeleton(family=model.family, architecture=model.architecture, model_args=model.model_args, outputs=2)

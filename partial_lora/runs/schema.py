@@ -312,7 +312,7 @@ class TaskConfig:
         share = self.validation_share
         require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         noise = self.label_noise
-        require(0 <= noise <= 1, "task.label_noise", noise, "a share in [0, 1]")
+        require(0 <= noise < 1, "task.label_noise", noise, "a share in [0, 1)")
         require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
         if isinstance(self.data_files, Mapping) and not is_mixture:  # a mixture has files by member
             splits = set(self.data_files)

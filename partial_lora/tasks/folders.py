@@ -8,6 +8,8 @@ from pathlib import Path
 
 from partial_lora.errors import PartialLoraError, shortlist
 
+FILES = "files"  # the path of a task that has only the user's files
+
 # By the names of their folders, in any case.
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
 

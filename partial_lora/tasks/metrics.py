@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,6 +14,12 @@ FITTING = {  # metrics of a task, by what its labels are; the first is the usual
     "texts": ("exact_match", "rouge_l", "perplexity"),
 }
 SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # read as percentages
+RANGES = {
+    **dict.fromkeys(SHARES, (0.0, 1.0)),
+    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
+    "mse": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+}
 LOWER_IS_BETTER = {"mse", "perplexity"}
 OF_ALL_TOGETHER = {"f1", "matthews", "pearson", "spearman"}  # not means over examples
 OF_EXAMPLES = {metric for fitting in FITTING.values() for metric in fitting} - {"perplexity"}  # told by predictions
@@ -66,6 +73,13 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     return float(function(predictions, references).statistic)
+
+
+def within(ends: Sequence[float], metric: str, *, difference: bool = False, room: float = 0.0) -> tuple[float, float]:
+    """Return the ends of an interval that reach no further, but for `room`, than a metric or a difference of it can."""
+    low, high = RANGES.get(metric, (-math.inf, math.inf))
+    low, high = (low - high, high - low) if difference else (low, high)
+    return max(ends[0], low - room), min(ends[1], high + room)
 
 
 FUNCTIONS: dict[str, Callable[..., float]] = {  # (predictions, references) -> a metric, each an array of one dimension

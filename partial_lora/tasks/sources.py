@@ -20,14 +20,14 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, NamedSplit, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.tasks.folders import is_image, split_folders
+from partial_lora.tasks.folders import FILES, is_image, split_folders
 
-FILES = "files"  # the path of a task that has only the user's files
 Label = str | int | float | bool
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,7 @@ def read(
     if data_files:
         return read_files(data_files, text_columns, label_column, regression)
     if path == FILES:
-        raise PartialLoraError(
-            f"task={name} reads files of yours: set task.data_files={{train: PATH, test: PATH}}, or one PATH that a "
-            "test split is cut from"
-        )
+        raise PartialLoraError(f"task.data_files: task={name} reads files of yours; name them")
     return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
 
 
@@ -225,8 +222,8 @@ def _read_table(
             if not pq.read_metadata(file).num_rows:  # of which datasets says nothing that helps
                 raise PartialLoraError(f"{key}={file}: the file has no rows")
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException) as error:
-        generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
+    except (DatasetGenerationError, ValueError, OSError, RecursionError, pa.ArrowException) as error:
+        generated = isinstance(error, DatasetGenerationError)
         cause = first_line(error.__cause__ if generated and error.__cause__ else error)
         if isinstance(error, OSError) and error.filename not in (None, str(file)):  # perhaps the home folder
             raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error

@@ -33,25 +33,36 @@ class TextTransform:
     """
 
     lengths = True  # prepared rows have a column `length`, of tokens
-    warnings = ()
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer, self._max_length = tokenizer, max_length
+        self._cut = self._prepared = 0  # rows
         self._inputs = tuple(self._encoded(["a"], None))
 
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence on the texts that were cut among all prepared rows, if any were."""
+        if not self._cut:
+            return []
+        share = f"{self._cut} of {self._prepared} texts ({self._cut / self._prepared:.0%})"
+        return [f"model.max_length={self._max_length}: {share} have more tokens and are cut to so many"]
+
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
-        """Return rows for `collate`: tokens without padding, their number `length`, and `label`.
+        """Return rows for `collate`: tokens without padding, `length` (their number), `cut` (or not), and `label`.
 
         On disk where they cannot need more than `cache_bytes`, else in memory.
         """
         features = Features(
             {name: List(Value("int32")) for name in self._inputs}
-            | {"length": Value("int32"), "label": rows.features["label"]}
+            | {"length": Value("int32"), "cut": Value("bool"), "label": rows.features["label"]}
         )
         if len(rows) * (self._max_length * 4 * len(self._inputs) + 12) > cache_bytes:
-            return in_memory(rows, self._tokenised, features)
-        key = {"tokenizer": fingerprint(self.tokenizer), "max_length": self._max_length}
-        return cached(rows, self._tokenised, features, key)
+            prepared = in_memory(rows, self._tokenised, features)
+        else:
+            key = {"tokenizer": fingerprint(self.tokenizer), "max_length": self._max_length, "columns": list(features)}
+            prepared = cached(rows, self._tokenised, features, key)
+        self._cut, self._prepared = self._cut + sum(prepared["cut"]), self._prepared + len(rows)
+        return prepared
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows."""
@@ -77,16 +88,22 @@ class TextTransform:
         return self._padded(self._encoded(list(first), list(second)))
 
     def _tokenised(self, batch: Mapping[str, list], _: Sequence[int]) -> dict[str, list]:
-        encoded = self._encoded(batch["text"], batch.get("text_pair"))
-        return encoded | {"length": [len(tokens) for tokens in encoded["input_ids"]], "label": batch["label"]}
+        texts = batch["text"], batch.get("text_pair")
+        encoded, whole = self._encoded(*texts), self._encoded(*texts, truncation=False)["input_ids"]
+        lengths = [len(tokens) for tokens in encoded["input_ids"]]
+        cut = [len(tokens) > length for tokens, length in zip(whole, lengths, strict=True)]
+        return encoded | {"length": lengths, "cut": cut, "label": batch["label"]}
 
-    def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None) -> dict[str, list[list[int]]]:
+    def _encoded(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, *, truncation: bool = True
+    ) -> dict[str, list[list[int]]]:
         encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),
-            truncation=True,
-            max_length=self._max_length,
+            truncation=truncation,
+            max_length=self._max_length if truncation else None,
             return_attention_mask=False,
+            verbose=False,
         )
         return dict(encoded)
 

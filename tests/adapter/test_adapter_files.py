@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +41,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import partial_lora
-from partial_lora.adapter import PEFT, PartialLoraConfig, module_masks, warm_start
+from partial_lora.adapter import PEFT, PartialLoraConfig, load_compact, module_masks, warm_start, write_compact
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
@@ -103,6 +105,34 @@ def test_a_saved_adapter_with_a_tensor_missing_or_cut_short_is_refused_before_a_
     path.write_bytes(whole[:-40])
     with pytest.raises(PartialLoraError, match=r"adapter_model\.safetensors"):
         PartialLoraConfig.from_pretrained(tmp_path)
+    path.unlink()  # PEFT would look for it on the hub
+    with pytest.raises(PartialLoraError, match=r"adapter_model\.safetensors"):
+        PartialLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"peft_type": "LO', "[]", '{"peft_type": "NOPE"}'])
+def test_an_adapter_whose_config_is_gone_or_broken_is_refused_by_its_name(tmp_path, content):
+    adapt(sparsity=0.6).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(PartialLoraError, match=r"adapter_config\.json") as refusal:
+        PartialLoraConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"adapter"])
+def test_what_is_no_name_of_a_folder_is_refused(folder):
+    model = adapt(sparsity=0.6)
+    for load in (PartialLoraConfig.from_pretrained, partial(load_compact, vit()), partial(warm_start, model)):
+        with pytest.raises(PartialLoraError, match=re.escape(repr(folder))):
+            load(folder)
+
+
+@pytest.mark.parametrize("model", [None, "vit"])
+def test_what_is_no_model_takes_no_compact_adapter(tmp_path, model):
+    write_compact(adapt(sparsity=0.6), tmp_path)
+    with pytest.raises(PartialLoraError, match=type(model).__name__):
+        load_compact(model, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
 
+PLAIN = {"lora_alpha": 6, "use_rslora": False, "alpha_pattern": {}, "row_exponent": 0.0, "column_exponent": 0.0}
 QKV = "timm_model.blocks.0.attn.qkv"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from refusals import refusal
 from scored_models import Counted, Named, full_accuracy, scored_draw, tiny_vit, with_zeroed
 from torch import nn
 
@@ -374,6 +377,38 @@ def test_bad_arguments_are_named(model, arguments, key):
     with pytest.raises(PartialLoraError, match=key) as error:
         calibrate(model, lambda model: 1.0, **GRID | arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        *(("calibration.threshold", {"threshold": value}) for value in ("a", None, True)),
+        ("calibration.budget", {"budget": "0.1"}),
+        ("calibration.levels", {"levels": 1e-9}),  # a grid of a billion levels
+        ("calibration.seed", {"seed": 0.5}),
+        ("calibration.repair", {"repair": "yes"}),
+        ("calibration.file", {"file": "calibration.json"}),
+        ("calibration.chance", {"chance": "a"}),
+        ("config", {"config": {"threshold": 0.9}}),
+        *(("rank", {"rank": value}) for value in (0, "16")),
+        ("granularity", {"granularity": "cell"}),
+        *(("target_modules", {"target_modules": value}) for value in (None, "(")),
+        *(("importance=", {"importance": value}) for value in (None, ["svd"], lambda weight, **others: None)),
+        ("importance.energy", {"importance_options": {"energy": -1}}),
+        ("importance=svd", {"importance_options": {"k": "a"}}),
+        ("store", {"store": Path("/")}),
+        *(("score", {"score": value}) for value in (None, lambda model: "0.5", lambda model: None)),
+        ("model", {"model": None}),
+    ],
+)
+def test_what_calibrate_cannot_use_is_refused_by_name(model, score, key, settings):
+    with refusal(key):
+        calibrate(**{"model": model, "score": score, **GRID, **settings})
+
+
+def test_numbers_of_numpy_are_as_good_as_others(model, score):
+    found = calibrate(model, score, threshold=np.float32(0.75), seed=np.int64(0), **GRID)
+    assert found.sparsity == calibrate(model, score, threshold=0.75, **GRID).sparsity
 
 
 def test_a_baseline_that_is_no_number_is_refused(model):

@@ -207,6 +207,13 @@ def test_what_is_no_input_is_named_and_the_others_go_on(photos, of, given, names
         predictor.predict([fine, given])
 
 
+@pytest.mark.parametrize("inputs", [None, "photo.png", b"photo.png", 3])
+def test_inputs_that_are_no_list_are_refused(predictor, inputs) -> None:
+    """Each letter of a text would be an input."""
+    with refusal("inputs"):
+        predictor.predict(inputs)
+
+
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
     predictor, photos, monkeypatch
 ) -> None:
@@ -363,6 +370,8 @@ def test_a_run_or_a_device_that_is_not_there_is_refused(run, photos, monkeypatch
         cli.predict([str(tmp_path / "none"), "a text"])
     with refusal(str(tmp_path)):
         Predictor(tmp_path)
+    with refusal("run"):
+        Predictor(None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refusal("device=cuda: "):
         cli.predict([str(run.directory), photos[0], "--device", "cuda"])

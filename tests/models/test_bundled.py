@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -109,6 +110,16 @@ def test_a_wheel_that_cannot_be_had_is_named_with_the_reason(tiny, tmp_path, mon
         monkeypatch.setenv("PIP_RETRIES", "1")
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     refused(rf"tiny-wheel==1\.0 .*{reason}.*PIP_FIND_LINKS")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_as_one_and_not_as_an_index_that_is_not_there(tiny, tmp_path, monkeypatch, code):
+    python = tmp_path / "python"
+    said = f"ERROR: Could not install packages due to an OSError: [Errno {code}] {os.strerror(code)}"
+    python.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(bundled.sys, "executable", str(python))
+    refused(f"cache .*{os.strerror(code)}.*PARTIAL_LORA_CACHE")
 
 
 def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +113,16 @@ def test_a_pickle_of_an_encoder_is_fetched_where_there_is_nothing_better_and_of_
     else:
         refused(f"model={name}: ", name, weights="someone/tiny")
         assert "pytorch_model.bin" not in served.fetched
+
+
+def test_a_full_disk_is_no_hub_that_is_not_there(hub, monkeypatch):
+    hub("tiny_vit")
+
+    def download(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/blob")
+
+    monkeypatch.setattr(fetch, "snapshot_download", download)
+    refused("/cache/blob: .*HF_HOME", "tiny_vit", weights="someone/tiny")
 
 
 @pytest.mark.parametrize(("name", "file"), [("tiny_vit", "model.safetensors"), ("tiny_bert", "pytorch_model.bin")])

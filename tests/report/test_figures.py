@@ -320,6 +320,17 @@ def runs(tmp_path):
     return records.read(tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    ("metric", "points", "ends"),
+    [("accuracy", False, (0, 1)), ("pearson", False, (-1, 1)), ("accuracy", True, (-1, 1)), ("mse", False, (0, 9.9))],
+)
+def test_an_axis_of_scores_ends_about_where_the_metric_does(metric, points, ends):
+    _, (axes,) = drawing.panels(1, wide=4, high=3)
+    axes.errorbar([0, 1], [0.5, 0.9], yerr=9)
+    drawing.scored(axes, metric, points=points)
+    assert axes.get_ylim() == pytest.approx(ends, abs=0.021 if metric != "mse" else 1)
+
+
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
     frame = records.table(runs)
     table = records.group(frame)

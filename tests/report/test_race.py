@@ -115,12 +115,20 @@ def test_what_another_form_beats_at_no_higher_cost_is_faint(tmp_path) -> None:
     rows = [("a", 0.9, 10), ("b", 0.8, 10), ("c", 0.8, 5), ("d", 0.95, 20), ("e", 0.8, 5)]
     table = pd.DataFrame(rows, columns=["form", "test", "parameters"])
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
-    falling = table.assign(**shared | {"task": "texts", "metric": "perplexity"})
+    falling = table.assign(**shared | {"task": "texts", "metric": "perplexity", "test": table["test"] + 1})
     both = pd.concat([table.assign(**shared), falling], ignore_index=True)
     (_, svg), _ = race.draw_front(both, "parameters", tmp_path, "front")
     drawn = svg.read_text()
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "stroke-opacity: 0.3" in mark] == [1, 5, 6, 8]
+
+
+def test_a_front_reaches_no_further_than_its_metric(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr(race, "save_both", lambda figure, *_: figures.append(figure))
+    row = {"form": "a", "test": 0.9, "parameters": 10, "task": "digits", "size": "0.13", "metric": "accuracy"}
+    race.draw_front(pd.DataFrame([row | {"half": 0.6, "seeds": 2, "learning_rate": 1e-3}]), "parameters", tmp_path, "f")
+    assert figures[0].axes[0].get_ylim()[1] <= 1.021
 
 
 def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexity_selects() -> None:

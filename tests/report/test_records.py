@@ -75,6 +75,7 @@ def _without(group, name):
     [
         (None, "missing"),
         (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 10**5, "not JSON"),
         ([1, 2], "foreign"),
         ({"status": "finished", "metrics": {"test": 1}}, "config"),
         (_without("seconds", "train"), "train"),

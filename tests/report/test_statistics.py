@@ -273,6 +273,17 @@ def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
         compare({0: predicted}, {1: predicted}, "accuracy")
 
 
+def test_no_interval_is_wider_than_its_metric_or_a_difference_of_it() -> None:
+    numbers = np.arange(6.0)
+    low, high = over_examples(frame(numbers, np.array([0, 1, 2, 3, 4, 9.0])), "pearson")
+    assert -1 <= low < high == 1
+    right = {seed: frame([0, 1] * 5, [0, 1] * 5) for seed in range(2)}
+    wrong = {seed: frame([0, 1] * 5, np.array([0, seed] * 5)) for seed in range(2)}
+    found = compare(right, wrong, "accuracy")
+    assert found.difference == 0.25
+    assert (found.low, found.high) == (-1, 1)  # of two seeds: t is 12.7
+
+
 def test_the_macro_f1_of_classes_that_do_not_all_occur_has_the_interval_of_the_macro_f1() -> None:
     logits = np.random.default_rng(0).normal(size=(60, 3)) * [1, 1, 0] - [0, 0, 9]
     predicted = frame(np.arange(60) % 2, logits.argmax(1), logits=list(logits))

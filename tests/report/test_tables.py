@@ -166,7 +166,7 @@ def test_a_terminal_shows_words_in_brackets_as_they_are_written():
 # The answer
 
 
-def test_the_best_of_a_method_is_chosen_on_validation_among_the_rows_with_most_seeds(tmp_path):
+def test_the_best_of_a_method_is_chosen_on_validation_whatever_the_seeds(tmp_path):
     def scored(validation, test, **changes):
         each = {"validation": validation, "test": test}
         splits = {name: {"primary": "accuracy", "accuracy": score} for name, score in each.items()}
@@ -176,13 +176,16 @@ def test_the_best_of_a_method_is_chosen_on_validation_among_the_rows_with_most_s
         place(tmp_path, scored(0.7, 0.9, seed=seed))
         place(tmp_path, scored(0.8, 0.6, seed=seed, budget=0.13))
         place(tmp_path, record("lora", 0.7, seed=seed))
-    place(tmp_path, scored(0.99, 0.99, budget=0.5))  # of one seed
+    place(tmp_path, scored(0.8, 0.7, budget=0.3))  # as good, but of one seed
     place(tmp_path, record("probe", 1.0, trainer__epochs=50.0))  # under other conditions than most
     best = tables.best_of_each(records.group(rows_of(tmp_path)))
     assert list(zip(best["method"], best["operating_point"], strict=True)) == [
         ("lora", "–"),
         ("partial", "budget 0.13"),
     ]
+    place(tmp_path, scored(0.99, 0.88, budget=0.5))
+    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    assert best[["method", "operating_point", "n"]].values.tolist()[0] == ["partial", "budget 0.5", 1]
     worse = record("lora", 3.0, metrics={"test": {"primary": "mse", "mse": 3.0}}, task="cars")
     place(tmp_path, worse)
     place(tmp_path, record("dora", metrics={"test": {"primary": "mse", "mse": 2.0}}, task="cars"))
@@ -212,7 +215,7 @@ def test_the_smallest_nearly_as_good_has_as_many_seeds(tmp_path):
     assert tables.smallest_within(table[table["method"] == "lora"], best) is None
 
 
-def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_a_share(tmp_path):
+def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_the_metric(tmp_path):
     for seed, wrong in enumerate((0, 40)):
         leave(tmp_path, "partial", wrong=wrong, seed=seed)
     leave(tmp_path, "lora", wrong=20)
@@ -224,6 +227,8 @@ def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_a_share(
     assert ends == pytest.approx([0.8506, 0.9343], abs=1e-4)  # Wilson's, of 180 in 200
     assert over == "examples"
     assert tables.interval(rows["dora"], predictions) is None
+    row = {"metric": "pearson", "test_mean": 0.9, "test_half": 0.3}
+    assert tables.interval(pd.Series(row), predictions) == (pytest.approx(0.6), 1.0, "seeds")
 
 
 # Differences

@@ -224,6 +224,16 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
     assert not list(tmp_path.glob("results*"))
 
 
+def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:
+    (tmp_path / "one.csv").write_text("text,label\n" + "a film,good\n" * 20)
+    chosen = ("compare", "model=tiny_bert", "task=text_table", "methods=[low_rank,lora,dora]")
+    for given, names in (((), "task.data_files"), (("task.data_files=one.csv",), "good")):
+        done = here(tmp_path, *chosen, *given)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("partial-lora: ")]
+        assert (done.returncode, names in line) == (2, True)
+    assert not list(tmp_path.glob("results*"))
+
+
 @pytest.fixture
 def composed_once(monkeypatch) -> None:
     """A test and the comparison that it looks at compose the same runs: each is composed at its first mention."""

@@ -32,7 +32,7 @@ method: {rank: 0, alpha: 0.0, dropout: 1.0, projections: 0}
 model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1, 1], max_length: 1, head: null,
   family: diffusion, dtype: int8, prompts: [a photo], text_weights: random, quantization: nf4, interpolation: lanczos,
   attn_implementation: hub/kernel, text_args: {hidden_size: 24}}
-task: {name: ../up, validation_share: 1.0, label_noise: 1.5, text_columns: [a, b, c], modality: sound, metrics: [bleu],
+task: {name: ../up, validation_share: 1.0, label_noise: 1.0, text_columns: [a, b, c], modality: sound, metrics: [bleu],
   train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
 trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup: 1.0, batch_size: 0,

@@ -110,6 +110,7 @@ def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> N
         ("broken.jsonl", b'{"text": "a", "label": 1}\n{"text":\n', "line 2"),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": 3}\n', "column text"),
         ("list.json", b"[1, 2]", ""),
+        ("deep.json", b"[" * 10**5, ""),
         ("broken.parquet", b"PAR1 no more", ""),
         ("table.xlsx", b"PK", "parquet, csv, tsv, json or jsonl"),
     ],

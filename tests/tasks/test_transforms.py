@@ -238,6 +238,20 @@ def test_tokens_are_those_of_the_tokenizer_padded_to_the_longest_of_the_batch(pa
             assert same(transform.encode(inputs) | {"labels": expected["labels"]}, expected)
 
 
+def test_texts_that_are_cut_are_counted_in_one_warning() -> None:
+    """[CLS] and [SEP] leave room for five words: two of six sentences have more, and four of six pairs."""
+    for pairs, warned in ((False, "6 of 18 texts (33%)"), (True, "12 of 18 texts (67%)")):
+        transform = tasks.TextTransform(tokenizer(), 7)
+        assert transform.warnings == []
+        for bound in (BOUND, BOUND, 0):  # made, then read, then in memory
+            transform.prepare(texts(pairs=pairs), cache_bytes=bound)
+        (warning,) = transform.warnings
+        assert warning.startswith(f"model.max_length=7: {warned}")
+    whole = tasks.TextTransform(tokenizer(), 10)
+    whole.prepare(texts(), cache_bytes=0)
+    assert whole.warnings == []  # the longest fits to the last token
+
+
 def test_texts_are_tokenised_once_and_only_by_the_same_tokenizer(monkeypatch) -> None:
     rows, own, other = texts(pairs=True), tokenizer(), tokenizer()
     first = tasks.TextTransform(own, 8).prepare(rows, cache_bytes=BOUND)
@@ -253,5 +267,5 @@ def test_texts_are_tokenised_once_and_only_by_the_same_tokenizer(monkeypatch) ->
 
 def test_a_model_without_token_types_is_given_none() -> None:
     transform = tasks.TextTransform(tokenizer(pairs=False), 8)
-    assert transform.prepare(texts(), cache_bytes=BOUND).column_names == ["input_ids", "length", "label"]
+    assert transform.prepare(texts(), cache_bytes=BOUND).column_names == ["input_ids", "length", "cut", "label"]
     assert set(transform.encode(["a film"])) == {"input_ids", "attention_mask"}

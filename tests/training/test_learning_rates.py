@@ -98,8 +98,8 @@ def test_a_training_is_that_of_a_bare_loop_with_a_group_for_every_parameter(tmp_
 
 
 def state_after(directory: Path, **changes: object) -> dict[str, Tensor]:
-    """Return what a training ends with whose adapter changes no output: its scaling is zero, so that it only decays."""
-    model = adapted(method=PartialLoraConfig, sparsity=0.5, lora_alpha=0)
+    """Return what a training ends with whose adapter changes no output: it is scaled to nothing, and only decays."""
+    model = adapted(method=PartialLoraConfig, sparsity=0.5, lora_alpha=1e-30)
     trainer(model, directory, weight_decay=DECAY, **changes, **HEADS).train()
     return trained_state(model)
 
