@@ -240,14 +240,12 @@ def _prove_merged(run: FinishedRun, folder: Path) -> str:
 
     transformers does so by a pipeline on raw texts or images, with its own tokenizer or image processor and labels.
     """
-    own, samples = adapted_model(run, whole=True).float(), _samples(run)
-    libraries = ["transformers"]
-    if isinstance(own.get_base_model(), TimmWrapperForImageClassification):
-        libraries.append("timm")
+    samples, libraries = _samples(run), ["transformers", *["timm"] * (run.config.model.family == "timm")]
     others = {
         f"{library} alone{_whole(run)}": logits_elsewhere(samples, model=folder, library=library)
         for library in libraries
     }
+    own = adapted_model(run, whole=True).float()  # now, so that one model at a time is in memory
     return _compared(own, samples.inputs, others, folder, share=_share(run))
 
 
