@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import peft.mapping
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
 
+from partial_lora.adapter import sidecar
 from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
@@ -240,6 +244,25 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
+    PeftModel.load_adapter = _with_its_masks(PeftModel.load_adapter)
+
+
+def _with_its_masks(load_adapter: Callable) -> Callable:
+    """Return PEFT's load_adapter, made to refuse values to train on that are of other masks than the adapter's.
+
+    Values of a smaller mask would fit a larger one, but the optimizer's state beside them, in a Trainer's checkpoint,
+    would not, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not their folder.
+    """
+
+    @functools.wraps(load_adapter)
+    def load(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, *args, **kwargs) -> Any:
+        config = model.peft_config.get(adapter_name)
+        path = Path(model_id, kwargs.get("subfolder") or "", sidecar.FILE_NAME)
+        if is_trainable and isinstance(config, PartialLoraConfig) and path.is_file():
+            sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
+        return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+
+    return load
 
 
 def base_name(key: str) -> str:

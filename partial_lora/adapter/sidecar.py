@@ -101,7 +101,9 @@ def settings(content: Mapping) -> dict[str, Any]:
 
 
 def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
-    """Refuse ``masks`` that are not among the sidecar's ``modules``, or differ in shapes or digests."""
+    """Refuse ``masks`` that are not of the sidecar's ``modules``, or differ in shapes or digests."""
+    if missing := sorted(modules.keys() - masks.keys()):
+        raise PartialLoraError(f"this model has no target module {missing[0]}, which the saved adapter has.")
     for module in masks:
         if module not in modules:
             raise PartialLoraError(f"{module} is a masked module that {FILE_NAME} does not have.")

@@ -159,12 +159,17 @@ def rows_of_llama(module: str, model: PretrainedConfig) -> Tensor | slice:
 
 
 def prove_gguf(run: FinishedRun, folder: Path) -> str:
-    """Prove that gguf's own reader finds the run's factors in the file, bit for bit."""
-    expected, _ = gguf_tensors(run)
-    found = {
-        tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors
-    }
-    return f"{prove_equal(folder / GGUF_FILE, expected, found)} tensors read back equal bit for bit"
+    """Prove that gguf's own reader finds the run's factors and their scaling in the file, bit for bit."""
+    expected, rank = gguf_tensors(run)
+    path = folder / GGUF_FILE
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    count, alpha = prove_equal(path, expected, found), reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+    if alpha != rank:
+        raise ProofError(f"{path}: {gguf.Keys.Adapter.LORA_ALPHA} is {alpha:g}, expected {rank}, for a scaling of 1")
+    changes = any(tensor.any() for name, tensor in expected.items() if name.endswith("lora_b"))
+    effect = "" if changes else "; all B are zero: the adapter changes nothing, so that this check can tell nothing"
+    return f"{count} tensors and alpha read back equal bit for bit{effect}"
 
 
 def prove_equal(place: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> int:

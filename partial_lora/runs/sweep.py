@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -60,15 +61,15 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
     begun = time.time()
     ledger = Ledger.new(plan.sweep_dir)
-    try:
+    with ledger.held():
         job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
+        if plan.launcher == "joblib":
+            _end_processes_of_joblib(ledger)
         with _reporting(ledger, plan):
             trouble = _sweep(plan, ledger, partial(hydra, job))
             with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own
                 _settle(ledger)
         entries, stops = ledger.entries(), ledger.stops()
-    finally:
-        ledger.close()
     names = {number: plan.name(entry["overrides"]) for number, entry in entries.items()}
     if not plan.is_sampled:
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
@@ -228,10 +229,16 @@ class Job:
 
     def __call__(self, composed) -> float | None:
         """Return the primary metric on validation, or None where nothing was trained."""
+        with _at_work:
+            return self._run(composed)
+
+    def _run(self, composed) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         hydra, here = HydraConfig.get(), self.parent == this_process()
         if not here:
+            if self.parent[0] == socket.gethostname():
+                end_with_sweep(self.ledger)
             files.redact_output()
             imports.refuse_hub_code()
             with suppress(PermissionError):  # the launcher has started a session for it
@@ -293,6 +300,7 @@ class Job:
 
 _WAIT = 0.2  # seconds between two looks at a lock
 _STOP = "stop"
+_SWEEP = "sweep"  # a file that the process of the sweep has locked
 
 
 @dataclass(frozen=True)
@@ -310,8 +318,18 @@ class Ledger:
         except OSError as error:
             raise directory.unwritable(sweep_dir, error) from error
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the ledger while the block lasts, then remove it. The kernel ends the hold with this process."""
+        with open(self.folder / _SWEEP, "w", encoding="utf-8") as file:
+            files.lock(file.fileno())
+            try:
+                yield
+            finally:
+                self.close()
+
     def close(self) -> None:
-        """Remove the folder: what has not started never will."""
+        """Remove the folder: what is under way stops, and what has not started never will."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, job: int, **entry: object) -> None:
@@ -358,6 +376,31 @@ class Ledger:
 
     def _claim(self, run: Path) -> Path:
         return self.folder / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.claim"
+
+
+_at_work = threading.Lock()  # of the one job that a process can have at a time
+
+
+@functools.cache  # once in a process, whatever number of jobs it gets
+def end_with_sweep(ledger: Ledger) -> None:
+    """Have this process stop its job, if any, and end once the sweep's process has ended, by kill -9 too."""
+
+    def wait() -> None:
+        with suppress(FileNotFoundError), open(ledger.folder / _SWEEP, "r+b") as file:  # NFS locks what may be written
+            files.lock(file.fileno(), wait=True)
+        ledger.close()
+        with _at_work:
+            os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_processes_of_joblib(ledger: Ledger) -> None:
+    """Have joblib's processes end with the sweep before they get a job, too: some never do, and wait for minutes."""
+    from joblib.parallel import LokyBackend, register_parallel_backend
+
+    backend = partial(LokyBackend, initializer=end_with_sweep, initargs=(ledger,))
+    register_parallel_backend("loky", backend)
 
 
 # --- The runs of a sweep as a table.

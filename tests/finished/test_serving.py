@@ -211,6 +211,51 @@ def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, mo
     assert proof.startswith("plain PEFT: logits differ")
 
 
+def with_other_values(run: FinishedRun, folder: Path, *, b: float = 1.0, alpha: float = 1.0) -> FinishedRun:
+    """A copy of a run, every B and its alpha times a factor."""
+    adapter = shutil.copytree(run.directory, folder) / "adapter"
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors = {name: tensor * (b if "lora_B" in name else 1) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    changed = json.loads(settings.read_text())
+    settings.write_text(json.dumps(changed | {"lora_alpha": changed["lora_alpha"] * alpha}))
+    return finished_run(folder)
+
+
+SPOILT = {
+    "zeroed": lambda folder: with_other_values(choice_run(), folder, b=0.0),
+    "halved": lambda folder: with_other_values(choice_run(), folder, b=0.5),
+    "of another scaling": lambda folder: with_other_values(choice_run(), folder, alpha=1.1),
+    "of another run": lambda folder: other_run(),
+}
+
+
+@pytest.mark.parametrize(("to", "dtype"), [*((to, "float32") for to in export.WRITE), ("merged", "bfloat16")])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_file_of_another_adapter_does_not_pass_in_any_format(tmp_path, monkeypatch, to, dtype, spoilt):
+    in_this_process(monkeypatch)
+    write, runs = export.WRITE[to], (choice_run(), SPOILT[spoilt](tmp_path / "run"))
+    own, other = (finished_runs.changed(run, "model", dtype=dtype) for run in runs)
+    monkeypatch.setitem(export.WRITE, to, lambda run, folder: write(other, folder))
+    with pytest.raises(export.ProofError, match=str(tmp_path / "out")):
+        export.export(own, to, tmp_path / "out", check=True)
+
+
+@pytest.mark.parametrize("to", export.WRITE)
+def test_where_an_adapter_changes_nothing_the_check_says_that_it_tells_nothing(tmp_path, monkeypatch, to):
+    in_this_process(monkeypatch)
+    run = with_other_values(choice_run(), tmp_path / "run", b=0.0)
+    assert "tell" in export.export(run, to, tmp_path / "out", check=True).proof
+    assert "tell" not in export.export(choice_run(), to, tmp_path / "other", check=True).proof
+
+
+def test_the_scaling_in_a_gguf_file_is_checked(tmp_path, monkeypatch):
+    add = gguf.GGUFWriter.add_float32
+    monkeypatch.setattr(gguf.GGUFWriter, "add_float32", lambda self, key, value: add(self, key, 2 * value))
+    with pytest.raises(export.ProofError, match=r"adapter\.lora\.alpha"):
+        export.export(choice_run(), "gguf", tmp_path / "out", check=True)
+
+
 # Several adapters as one
 
 

@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from commands import begun, command, here
+from commands import begun, command, here, is_alive
 from rich.console import Console
 
 from partial_lora import cli
@@ -138,9 +139,9 @@ def workers(place: Path) -> list[int]:
 LOCKS = "results/runs/*/*/*/*/.lock"  # which name a worker before it is another program than its parent
 
 
-def under_way(place: Path) -> subprocess.Popen:
+def under_way(place: Path, *launcher: str) -> subprocess.Popen:
     """A sweep of which two runs have their workers."""
-    running = begun(place, *LONG, *JOBLIB)
+    running = begun(place, *LONG, *(launcher or JOBLIB))
     deadline = time.monotonic() + 120
     while sum("worker" in lock.read_text() for lock in place.glob(LOCKS)) < 2 or len(workers(place)) < 2:
         assert running.poll() is None
@@ -174,6 +175,26 @@ def test_when_a_launcher_gives_up_no_worker_is_left_behind(tmp_path: Path) -> No
     assert workers(tmp_path) == []
     assert dict(statuses(out)) == {"seed=0": "failed", "seed=1": "failed", "seed=2": "not started"}
     assert "hydra/launcher=joblib hydra/sweeper=basic: TerminatedWorkerError" in err
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=4"),  # a process more than there are jobs
+        ("hydra/launcher=submitit_local",),  # whose processes are made to outlive their parent
+    ],
+)
+def test_no_process_of_a_sweep_outlives_its_launcher(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    running = under_way(tmp_path, *launcher)
+    family = {child.pid for child in psutil.Process(running.pid).children(recursive=True)}
+    assert family > {*workers(tmp_path)}
+    running.kill()
+    running.wait()
+    end = time.monotonic() + 60
+    while any(map(is_alive, family)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not list((tmp_path / "results" / "sweep").glob(".jobs-*"))
 
 
 def test_ray_runs_jobs_too(place: Path, swept) -> None:
