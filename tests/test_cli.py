@@ -550,6 +550,10 @@ def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> Non
     assert max(map(len, said.splitlines()[8:])) <= 90
     assert f"trainer.epochs=7.0  {known['trainer.epochs']}" in said
     assert "\nmodel=bert_base, " in said
+    methods = sorted(file.stem for file in (config.conf_dir() / "method").glob("*.yaml"))
+    listed = re.findall(r"^  (\w+)  +\S", said.partition("== Methods")[2].partition("== Keys")[0], re.MULTILINE)
+    assert sorted(listed) == methods  # each with what it is, those that mask first
+    assert set(listed[: len(listed) - len(set(methods) - {*MASKED})]) == {*MASKED}
     wrong = here(place, "info", "-h", "model=nope")
     assert (wrong.returncode, wrong.stderr.partition(": ")[2][:11]) == (2, "model=nope:")
     read = subprocess.run(

@@ -269,7 +269,9 @@ def _print_help(arguments: Sequence[str]) -> None:
         loader = hydra.config_loader
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
-    print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
+        folders = [Path(source.path, "method") for source in loader.get_sources() if source.scheme() == "file"]
+    methods = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    print(page(settings, groups, methods, shutil.get_terminal_size((120, 24)).columns), flush=True)
 
 
 def _show(arguments: Sequence[str]) -> None:
