@@ -12,13 +12,14 @@ from time import monotonic
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
+from partial_lora.runs import rates as learning_rates
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain, run_directory
 from partial_lora.runs.directory import LOCK, read_result
 from partial_lora.runs.info import outline
-from partial_lora.runs.rates import suited
-from partial_lora.runs.schema import SIZED, defaults
+from partial_lora.runs.schema import SIZED, Config
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.training.config import AUTO
 
 AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
 # Methods that no budget makes larger or smaller.
@@ -110,8 +111,6 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    rates = [each for each in overrides if each.startswith("trainer.learning_rate=")]
-    own_rate = bool(rates) and not rates[-1].endswith("=auto")
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
     for method in dict.fromkeys(methods):
@@ -129,17 +128,24 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
             entry.overwrite = config.overwrite
-            settings = plain(config)
-            given = own_rate or config.trainer.learning_rate != suited(settings)  # in a file, or a mapping
-            dense = config.trainer.learning_rate if given else defaults()["trainer.learning_rate"]
-            steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder
-            entry.centre = dense * 2.0**steps
             try:
-                entry.parameters = outline(config).counts["adapter_trainable"]
+                entry.parameters, entry.centre = _parameters_and_centre(config)
             except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
             made.append(entry)
     return made
+
+
+def _parameters_and_centre(config: Config) -> tuple[int, float]:
+    """Return the parameters of an entry, and the rung nearest to the learning rate that suits it.
+
+    Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
+    """
+    run = outline(config)
+    usual = learning_rates.dense_rate(run.width)
+    suited = learning_rates.auto(plain(config), width=run.width, density=run.density)
+    dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
+    return run.counts["adapter_trainable"], dense * 2.0 ** round(math.log2(suited / usual))
 
 
 def checked(arguments: Sequence[str]) -> Plan:

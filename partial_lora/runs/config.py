@@ -22,7 +22,7 @@ from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, 
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, file_sha256, redacted, walk
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
-from partial_lora.runs.rates import suited, tuned
+from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
     SECTIONS,
     Config,
@@ -73,8 +73,6 @@ def resolve(composed: DictConfig) -> Config:
     config, trainer = replace(config, task=task, calibration=calibration), config.trainer
     if trainer.tuned is not None:  # before the run has its id, which the rate decides
         return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
-    if trainer.learning_rate == AUTO:
-        return replace(config, trainer=replace(trainer, learning_rate=suited(plain(config))))
     return config
 
 
@@ -384,6 +382,8 @@ def run_ids(config: Config | Mapping) -> list[str]:
     if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
         changed["trainer.tuned"] = True
     method = settings.get("method")  # settings of a task alone have none
+    if changed.get("trainer.learning_rate") == AUTO:  # which it multiplies
+        changed["method.rate_factor"] = method.get("rate_factor", 1.0)
     used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
     texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
     return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]

@@ -18,6 +18,7 @@ from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.errors import require
 from partial_lora.masks import Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton, stored_skeleton
+from partial_lora.runs import rates
 from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.runs.directory import LIBRARIES, git_commit
 from partial_lora.runs.launch import has_accelerator
@@ -31,7 +32,8 @@ class Outline:
 
     counts: counts and bytes as `training.size` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights.
+    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. width: of the
+    model (`rates.width`).
     """
 
     counts: dict[str, int | float | None]
@@ -39,6 +41,13 @@ class Outline:
     outputs: int
     passes: int
     memory: dict[str, dict[str, int]]
+    width: int
+
+    @property
+    def density(self) -> float:
+        """The share of dense LoRA's parameters that trains."""
+        trained, dense = (self.counts[f"adapter_{name}"] for name in ("trainable", "dense"))
+        return trained / dense if dense else 0.0
 
 
 def without_task(config: Config) -> Config:
@@ -75,7 +84,7 @@ def outline(config: Config) -> Outline:
     else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
-    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts))
+    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts), rates.width(shapes.values()))
 
 
 def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity, str]:

@@ -535,7 +535,7 @@ def build_trainer(
         fp16=precision == "fp16",
         seed=seed,
         data_seed=seed,
-        num_train_epochs=config.epochs,
+        num_train_epochs=config.passes(len(train)),
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=batch_size // parts,
         gradient_accumulation_steps=accumulation,
