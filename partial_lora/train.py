@@ -35,7 +35,7 @@ from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import build_trainer, mixed_precision
+from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +171,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["seconds"]["train"] = round(trainer.seconds, 3)
     if unreached.names:
         record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
+        logger.warning(record["warnings"][-1])
+    if still_rising(trainer.state.log_history, judge.selects):
+        longer = trained.longer(len(rows["train"]))
+        record["warnings"].append(f"validation was still getting better at the end: {longer} trains twice as long")
         logger.warning(record["warnings"][-1])
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()

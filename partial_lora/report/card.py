@@ -246,7 +246,7 @@ def _made(run: FinishedRun) -> str:
     seconds = sum(value for value in result["seconds"].values() if value)
     rates = ", ".join(f"{part} {rate:.3g}" for part, rate in trainer.learning_rates.items())
     return (
-        f"Trained on {_task(run.config.task)} for {steps:,} steps of {trainer.batch_size} examples a step, learning rate:"
+        f"Trained on {_task(run.config.task)} for {steps:,} steps of {trainer.batch_size} examples, learning rate:"
         f" {rates}. It took {seconds:,.0f} seconds on {result.get('device') or 'an unknown device'}, with all that came"
         " before and after."
     )

@@ -29,8 +29,8 @@ from partial_lora.report.records import (
     warnings_of,
     without_common_start,
 )
-from partial_lora.runs.directory import INTERRUPTED
 from partial_lora.runs import rates
+from partial_lora.runs.directory import INTERRUPTED
 from partial_lora.tasks.metrics import SHARES
 from partial_lora.training.config import AUTO
 

@@ -322,7 +322,7 @@ def _calibration(settings: Mapping) -> dict:
 
 # --- The learning rate of a run that has none, `trainer.learning_rate=auto`: by what it trains, and for how long.
 
-_DENSE, _WIDTH = 2e-3, 384  # dense LoRA's on a model of this width: the best of 200 to 600 steps (results/forms/forms.md)
+_DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/forms/forms.md)
 
 # Keys of `mask` that decide how far a step moves the outputs.
 _OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
@@ -406,11 +406,14 @@ def auto(settings: Mapping, *, width: int, density: float) -> float:
     method = settings["method"]
     rate = dense_rate(width) * method.get("rate_factor", 1.0) / settings["trainer"].get("loraplus_ratio", 1.0) ** 0.25
     if method["name"] in MASKED:
-        return starting_rate(rate, density, **{key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]})
+        masks = {key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]}
+        return starting_rate(rate, density, **masks)
     return starting_rate(rate, density) if method["name"] in _AS_ENTRIES else rate
 
 
-def trainer_of(settings: Mapping, trainer: TrainerConfig, *, width: int, density: float, has_head: bool) -> TrainerConfig:
+def trainer_of(
+    settings: Mapping, trainer: TrainerConfig, *, width: int, density: float, has_head: bool
+) -> TrainerConfig:
     """Return the settings of training with the learning rates that `trainer.learning_rate=auto` comes to.
 
     The head has dense LoRA's rate, which suits it beside any adapter. settings, width, density: as `auto` takes them.

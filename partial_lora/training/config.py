@@ -10,7 +10,7 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
-_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 200  # a table of some hundred rows has not been learned after five passes
+_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300  # a table of some hundred rows has not been learned after five passes
 TRACKER_PACKAGES = {  # as pip calls them
     "tensorboard": "tensorboard",
     "mlflow": "mlflow-skinny",
@@ -25,7 +25,7 @@ _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
-    epochs: Optional[float] = 5.0  # passes over the training rows; null: 5, or as many as make 200 steps
+    epochs: Optional[float] = 5.0  # passes over the training rows; null: 5, or as many as make 300 steps
     max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
     save_steps: Optional[int] = None
@@ -78,6 +78,11 @@ class TrainerConfig:
     def steps_of_epoch(self, rows: int) -> int:
         """Return the steps of one pass; the last rows, which fill no batch, are left out."""
         return max(1, rows // self.batch_size)
+
+    def longer(self, rows: int) -> str:
+        """Return the setting that trains twice as long on so many rows."""
+        steps = self.max_steps
+        return f"trainer.max_steps={2 * steps}" if steps else f"trainer.epochs={2 * self.passes(rows):g}"
 
     @property
     def learning_rates(self) -> dict[str, Any]:
