@@ -3,7 +3,7 @@
     python scripts/first_day.py --data ../shared/data --out results/first_day
 
 Tables of 240 to 800 rows and 2 to 47 classes are cut out of real sets. Every method trains by its defaults, and again
-at multiples of the rate that the default came to. The best on validation of all these is the searched best, and the last
+at multiples of the rate that the default came to. The best on validation of all these is the searched best. The last
 line of first_day.md counts how often the default is within two points of it on test. The rule for rates was made from
 searches on the sets of FITTED alone. Runs that are finished are skipped, so that this can be interrupted and goes on.
 """
