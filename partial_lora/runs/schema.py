@@ -177,7 +177,8 @@ class ModelConfig:
                 len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one for each channel"
             )
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
-        require(self.image_size is None or self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel, or null")
+        size = self.image_size
+        require(size is None or size >= 1, "model.image_size", size, "at least 1 pixel, or null")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         attention = self.attn_implementation
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels

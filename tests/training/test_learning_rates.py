@@ -257,7 +257,7 @@ def test_a_run_that_leaves_its_rate_open_records_what_it_came_to() -> None:
     came_to, wished = run.result["training"], run.config.trainer
     assert (wished.learning_rate, wished.head_learning_rate) == (AUTO, None)
     assert came_to["learning_rate"] == records.row(run.result)["learning_rate"]
-    assert came_to["learning_rate"] == pytest.approx(1.5 * 2e-3 * came_to["density"] ** -0.5)
+    assert came_to["learning_rate"] == pytest.approx(2e-3 * came_to["density"] ** -(2 / 3))
     assert came_to["head_learning_rate"] == 2e-3
     logged = [entry for entry in run.result["history"] if "head_learning_rate" in entry]
     assert logged
