@@ -30,7 +30,7 @@ from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
-from partial_lora.runs import directory, imports, launch
+from partial_lora.runs import directory, imports, launch, packs
 from partial_lora.runs.arguments import is_file, is_record, settings_of
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
@@ -172,7 +172,7 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
     try:
-        console.print(closing(directory.read_result(outcome.directory)))
+        console.print(closing(packs.recorded(outcome.directory)))
     except ValueError as error:
         print(f"partial-lora: {outcome.directory / directory.RESULT}: {error}", file=sys.stderr)
     print(*_next_steps(outcome.directory, stage, config), sep="\n")
@@ -824,7 +824,7 @@ def runs(arguments: Sequence[str]) -> int:
     place = parser.parse_args(list(arguments)).results_dir
     from partial_lora.report import summary
 
-    found = [(path, directory.read_result(path)) for path in sorted(place.glob(directory.RUNS))]
+    found = [(path, packs.recorded(path)) for path in packs.directories(place)]
     found.sort(key=lambda run: str((run[1] or {}).get("started") or ""))  # an ISO time in UTC
     rows = [summary.run_line(path, result) for path, result in found]
     if not rows:
@@ -833,6 +833,31 @@ def runs(arguments: Sequence[str]) -> int:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def pack(arguments: Sequence[str]) -> int:
+    """Pack the finished runs of a results directory into two tables; return 1 where something broken is left out."""
+    parser = argparse.ArgumentParser(
+        prog="partial-lora pack",
+        description="Write the finished runs of a results directory into two tables: RESULTS_DIR/runs.parquet, a row a "
+        "run with its whole record, and predictions.parquet, a row a test example. Runs that are packed already stay; "
+        "report, runs, compare and train read them. Runs that failed or have not ended are counted and left out.",
+    )
+    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="then remove the folders of packed runs, their weights included, once the pack is read back and compared",
+    )
+    parsed = parser.parse_args(list(arguments))
+    with _libraries():
+        from partial_lora.report import pack, tables
+    done = pack.pack(parsed.results_dir, remove=parsed.remove)
+    for line in tables.said_of(done.left_out):
+        print(f"partial-lora: {line}", file=sys.stderr)
+    removed = f", {len(done.removed)} folders removed" if parsed.remove else ""
+    print(f"{parsed.results_dir / packs.RUNS_TABLE}: {done.runs} runs, {done.added} new{removed}")
+    return int(any(each.is_broken for each in done.left_out))
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -903,6 +928,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),
     "generate": (generate, "continue a prompt with a finished run of a language model"),
     "env": (env, "print versions, platform and devices, for a report of a bug"),
+    "pack": (pack, "pack the finished runs of a results directory into two tables"),
     "report": (report, "make tables, figures and a page of finished runs"),
     "export": (export, "write the adapter of a finished run for other programs"),
     "merge": (merge, "merge the adapters of several finished runs into one"),

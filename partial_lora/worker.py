@@ -60,9 +60,9 @@ def work(place: Path, stage: str) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background starts by ignoring it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    settings = directory.worker_settings(place)
+    settings, digests = directory.worker_settings(place)
     is_main = os.environ.get("RANK", "0") == "0"
-    record = directory.new(settings, directory.read_result(place, directory.EARLIER))
+    record = directory.new(settings, directory.read_result(place, directory.EARLIER), digests)
     try:
         if is_main:
             files.write_json(place / directory.RESULT, record)

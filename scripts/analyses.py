@@ -54,7 +54,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save_both
-from partial_lora.runs import build, compose, config, directory
+from partial_lora.runs import build, compose, config, directory, identity
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -652,19 +652,34 @@ def _refuse(message: str) -> None:
     raise PartialLoraError(message)
 
 
+_DECIDES = ("model", "task", "method", "importance", "calibration")  # groups of settings; no analysis trains
+
+
 def folder_of(settings: Mapping, what: str) -> Path:
     """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
 
-    The id is over the run's, and over the options that differ from their defaults. No analysis trains, so that how A is
-    drawn and scaled enters no id.
+    It is where an analysis with the same settings and options has left them, if there is one.
     """
-    run = {key: value for key, value in settings.items() if key != "analysis"}
-    drawn = ("fan_in", "row_exponent", "column_exponent")
-    run["mask"] = {key: value for key, value in run["mask"].items() if key not in drawn}
-    changed = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
-    digest = hashlib.sha256(json.dumps([config.run_id(run), changed], sort_keys=True).encode()).hexdigest()[:8]
-    names = what, settings["task"]["name"], f"{settings['model']['name']}-{digest}"
-    return Path(settings["results_dir"]).joinpath("analyses", *names)
+    parent = Path(settings["results_dir"]).joinpath("analyses", what, settings["task"]["name"])
+    name = settings["model"]["name"]
+    for file in sorted(parent.glob(f"{name}-*/analysis.json")):
+        earlier = load(file, what)
+        contents = earlier and earlier.get("digests")
+        if earlier and _asked(earlier["config"], contents or {}) == _asked(settings, contents and _digests(settings)):
+            return file.parent
+    digest = hashlib.sha256(json.dumps(_asked(settings, _digests(settings)), sort_keys=True).encode()).hexdigest()[:8]
+    return parent / f"{name}-{digest}"
+
+
+def _asked(settings: Mapping, contents: Mapping | None) -> list:
+    """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
+    current = config.plain(config.load({name: settings[name] for name in _DECIDES}))
+    options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
+    return [identity.computed(current, contents or {}, unused=True), options]
+
+
+def _digests(settings: Mapping) -> dict[str, str]:
+    return identity.digests({name: settings[name] for name in _DECIDES})
 
 
 def analyse(what: str, settings: dict, command: str) -> int:
@@ -683,9 +698,11 @@ def analyse(what: str, settings: dict, command: str) -> int:
     with directory.locked(folder), logged(folder / "analysis.log"):
         analysis = None if settings["overwrite"] else load(path, what)
         if analysis is None:
-            origin = directory.new(settings)
+            origin = directory.new(settings, digests=_digests(settings))
             analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
-            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")} | {"parts": {}}
+            analysis |= {key: origin[key] for key in ("config", "digests", "versions", "git_commit", "started")} | {
+                "parts": {}
+            }
         parts = ANALYSES[what].parts(settings)
         if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
             print("finished before, not run again (overwrite=true runs it again)")

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs.directory import RUNS, read_result
+from partial_lora.runs import packs
 from partial_lora.runs.rates import (
     KEY,
     differing,
@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     given = parser.parse_args(arguments)
     try:
-        folders = sorted(given.results_dir.glob(RUNS))
-        records = [record for folder in folders if (record := read_result(folder)) is not None]
+        folders = packs.directories(given.results_dir)
+        records = [record for folder in folders if (record := packs.recorded(folder)) is not None]
         entries, left_out = best_rates(records, load(given.out) if given.extend else ())
         for line in left_out:
             print(f"tune: left out: {line}", file=sys.stderr)

@@ -19,7 +19,8 @@ from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.runs import build, directory
-from partial_lora.runs.config import plain, run_id, run_ids
+from partial_lora.runs.config import plain
+from partial_lora.runs.identity import digests, run_id
 from partial_lora.runs.schema import TaskConfig
 from partial_lora.tasks import SPLITS, Task
 from partial_lora.training import metrics, objectives
@@ -128,17 +129,17 @@ def _source(task: TaskConfig, split: str) -> str:
 def refuse_changed_files(run: FinishedRun) -> None:
     """Raise PartialLoraError where the run's files have changed: splits cut from them would have other rows.
 
-    The id in a run's folder name depends on its settings and its files' content; a renamed folder is not checked.
+    Records of 0.2 and before do not say what the files held.
     """
-    name, _, identifier = run.directory.resolve().parent.name.rpartition("-")
+    before = run.result.get("digests") or {}
     try:
-        changed = name == run.method and identifier not in run_ids(run.config)
+        now = digests(plain(run.config)) if before else {}
     except FileNotFoundError:  # whoever reads them reports it
         return
-    if changed:
+    for key in (key for key in before if key.startswith("task.") and now.get(key) != before[key]):
         raise PartialLoraError(
-            f"task.data_files={run.config.task.data_files}: the files have changed since the run, so its splits cannot "
-            "be cut again; restore them, or name rows that the run has not seen: task.data_files.test=FILE"
+            f"{key}: the file has changed since the run, so its splits cannot be cut again; restore it, or name rows "
+            "that the run has not seen: task.data_files.test=FILE"
         )
 
 

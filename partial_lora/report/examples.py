@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.runs import packs
 from partial_lora.runs.directory import PREDICTIONS
 
 _SIDE = 112  # pixels of an image at most
@@ -38,15 +39,21 @@ def predictions(directories: Sequence[Path]) -> list[pa.Table]:
     """Return what the runs of these directories predicted, for those that kept it and agree about the examples."""
     tables: list[pa.Table] = []
     for directory in directories:
+        file = Path(directory) / PREDICTIONS
         try:
-            with ParquetFile(Path(directory) / PREDICTIONS) as file:  # pandas takes long to make lists of logits
-                table = file.read(use_threads=False)
+            table = read(file) if file.is_file() else packs.predictions_of(directory)
         except (OSError, ValueError):
             continue
-        named = {"label", "prediction"} <= set(table.column_names)
+        named = table is not None and {"label", "prediction"} <= set(table.column_names)
         if named and (not tables or table["label"].equals(tables[0]["label"])):
             tables.append(table)
     return tables
+
+
+def read(file: Path) -> pa.Table:
+    """Return what a run predicted, out of its own file; pandas would take long to make lists of logits."""
+    with ParquetFile(file) as opened:
+        return opened.read(use_threads=False)
 
 
 def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
@@ -58,7 +65,7 @@ def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
     """
     if not tables:
         return []
-    losses = np.mean([_losses(table) for table in tables], axis=0)
+    losses = np.mean([losses_of(table) for table in tables], axis=0)
     worst = np.argsort(-losses, kind="stable")[:count].tolist()
     return [
         Example(
@@ -135,16 +142,18 @@ def thumbnail(image) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _losses(table: pa.Table) -> np.ndarray:
+def losses_of(table: pa.Table) -> np.ndarray:
     """Return the loss of every example (N,); of a mixture by member, each with the columns that are its own."""
     columns = table.column_names
+    if "loss" in columns:  # of a packed run
+        return table["loss"].to_numpy().astype(float)
     if "member" in columns:
         losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
         for member in dict.fromkeys(members.tolist()):
             rows = np.flatnonzero(members == member)
             own = table.take(pa.array(rows))
             absent = [name for name in own.column_names if own[name].null_count == len(own)]
-            losses[rows] = _losses(own.drop_columns(["member", *absent]))
+            losses[rows] = losses_of(own.drop_columns(["member", *absent]))
         return losses
     if "scores" in columns:
         values, _, at_label = _end_to_end(table["scores"], table["label"])

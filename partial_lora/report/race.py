@@ -70,11 +70,9 @@ def row_of(result: Mapping) -> dict:
     selects: the metric on validation, which for generations is another than on test.
     """
     config, validation = result["config"], result["metrics"]["validation"]
-    budget = config["calibration"].get("budget")
-    has_budget = budget is not None and (result.get("calibration") or result.get("fixed"))
     numbers = records.row(result)
     return numbers | {
-        "size": size_of(budget) if has_budget else "own",
+        "size": size_in(result),
         "form": form_of(config),
         "targets": ", ".join(config["model"]["target_modules"]),
         "selects": validation["primary"],
@@ -87,8 +85,11 @@ def row_of(result: Mapping) -> dict:
     }
 
 
-def size_of(budget: float) -> str:
-    """Return a budget in words: a share of dense LoRA's parameters, or a number of them."""
+def size_in(result: Mapping) -> str:
+    """Return a record's budget in words, a share of dense LoRA's parameters or a number of them, or "own"."""
+    budget = result["config"]["calibration"].get("budget")
+    if budget is None or not (result.get("calibration") or result.get("fixed")):
+        return "own"
     return f"{budget:g}" if budget <= 1 else f"{budget:,.0f}"
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.runs import rates, schema
-from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT, RUNS
+from partial_lora.runs import packs, rates, schema
+from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
@@ -42,7 +42,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, its record, and its numbers as tables have them (`row`)."""
+    """A finished run: the directory that it has or had, its record, and its numbers as tables have them (`row`)."""
 
     directory: Path
     record: dict
@@ -69,14 +69,14 @@ class LeftOut:
 
 
 def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
-    """Return the finished runs under a results directory, and what was left out.
+    """Return the finished runs of a results directory, packed ones among them, and what was left out.
 
     A row's group is the folder that runs of other seeds share. A run that failed, has not finished or only calibrated
     is left out, and so is a result.json that is broken, foreign or copied from another run. Raises PartialLoraError
     where the directory holds no runs at all.
     """
     results_dir = Path(results_dir)
-    directories = sorted(path for path in results_dir.glob(RUNS) if path.is_dir())
+    directories = packs.directories(results_dir)
     if not directories:
         raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
     runs, problems = [], []
@@ -129,14 +129,16 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def record(directory: Path) -> dict:
-    """Return the record of a finished run; raises ValueError that says what is there instead.
+    """Return the record of a finished run, in today's terms; raises ValueError that says what is there instead.
 
     For a run that has not finished it is an UnfinishedError.
     """
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UnfinishedError("missing, the run never started or was interrupted") from error
+        result = packs.packed(directory)
+        if result is None:
+            raise UnfinishedError("missing, the run never started or was interrupted") from error
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -148,7 +150,7 @@ def record(directory: Path) -> dict:
         raise UnfinishedError(INTERRUPTED if result.get("error") == INTERRUPTED else f"{result['status']}{detail}")
     if not result.get("metrics"):
         raise UnfinishedError("calibrated only, nothing was trained")
-    return result
+    return schema.upgraded(result)
 
 
 def row(result: Mapping) -> dict:
@@ -708,9 +710,9 @@ _COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l",
 
 
 class Predictions:
-    """The predictions of the runs under a results directory, a row a test example.
+    """The predictions of the runs of a results directory, a row a test example.
 
-    Every file is read once, and only the columns that are compared.
+    Every file is read once, and only the columns that are compared; those of packed runs come out of the pack.
     """
 
     def __init__(self, results_dir: Path) -> None:
@@ -734,7 +736,8 @@ class Predictions:
 
     def exist(self, group: str, seeds: Iterable[int]) -> bool:
         """Return True where any of these runs has its predictions."""
-        return any(self._file(group, seed).is_file() for seed in seeds)
+        files = [self._file(group, seed) for seed in seeds]
+        return any(file.is_file() or packs.predictions_of(file.parent) is not None for file in files)
 
     def _frame(self, group: str, seed: int, *, whole: bool) -> pd.DataFrame:
         from pyarrow.parquet import ParquetFile
@@ -747,8 +750,11 @@ class Predictions:
                 columns = None if whole else [name for name in file.schema_arrow.names if name in _COMPARED]
                 self._frames[key] = file.read(columns, use_threads=False).to_pandas()
         except FileNotFoundError as error:
-            advice = "train it again with overwrite=true"
-            raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; {advice}") from error
+            packed = packs.predictions_of(self._results_dir / group / f"seed{seed}")
+            if packed is None:
+                advice = "train it again with overwrite=true"
+                raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; {advice}") from error
+            self._frames[key] = packed.to_pandas()
         except (OSError, ValueError) as error:
             raise ValueError(f"{group}/seed{seed}/{PREDICTIONS} cannot be read: {error}") from error
         return self._frames[key]

@@ -340,7 +340,9 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         if metric == "pearson":
             whole, without = _pearson(label, output)
             return whole - (len(label) - 1) * (without - without.mean())
-        options = {"classes": len(frame["logits"].iloc[0])} if metric == "f1" and "logits" in frame else {}
+        options = {}
+        if metric == "f1" and ("classes" in frame or "logits" in frame):
+            options["classes"] = int(frame["classes"].iloc[0]) if "classes" in frame else len(frame["logits"].iloc[0])
         score = partial(FUNCTIONS[metric], **options)
         every = np.arange(len(label))
         # Examples of one label and one output are alike: one of each kind is left out.

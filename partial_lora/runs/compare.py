@@ -14,9 +14,11 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.runs import rates as learning_rates
 from partial_lora.runs.compose import Plan, in_one_line, plan
-from partial_lora.runs.config import plain, run_directory
-from partial_lora.runs.directory import LOCK, read_result
+from partial_lora.runs.config import plain
+from partial_lora.runs.directory import LOCK
+from partial_lora.runs.identity import run_directory
 from partial_lora.runs.info import outline
+from partial_lora.runs.packs import recorded
 from partial_lora.runs.schema import SIZED, Config
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training.config import AUTO
@@ -178,7 +180,7 @@ def compare(
         tried = 0  # rates that the seed under way has tried
         while True:
             places = places_of(entry, runs)
-            new = [run for run, place in places.items() if entry.overwrite or worth(read_result(place)) is None]
+            new = [run for run, place in places.items() if entry.overwrite or worth(recorded(place)) is None]
             seed = runs[0][1]
             tried = len(runs) if seed else tried + len(runs)
             left = len(new) - tried + runs_at_least(tried, seeds - seed) + others * runs_at_least(rates, seeds)
@@ -193,7 +195,7 @@ def compare(
                 if held := [str(places[run]) for run in new if is_locked(places[run] / LOCK)]:
                     raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
                 took += [(monotonic() - began) / len(new)] * len(new)
-            found = {run: read_result(place) for run, place in places.items()}
+            found = {run: recorded(place) for run, place in places.items()}
             entry.done |= {places[run]: record for run, record in found.items() if worth(record) is not None}
             try:
                 runs = searching.send({run: worth(record) for run, record in found.items()})

@@ -1,11 +1,9 @@
-"""The settings of a run: composed values become a checked `Config`, which has an id and a place for its files."""
+"""The settings of a run: composed values become a checked `Config`, stored ones come back as one."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -18,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, RANKED, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home, file_sha256, redacted, walk
+from partial_lora.files import at_home, redacted
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
@@ -29,12 +27,11 @@ from partial_lora.runs.schema import (
     ModelConfig,
     TaskConfig,
     accelerate_file,
-    computed_from,
     defaults,
     plain_name,
-    task_key,
+    upgraded_settings,
 )
-from partial_lora.training.config import AUTO, TRACKER_PACKAGES
+from partial_lora.training.config import TRACKER_PACKAGES
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
@@ -342,7 +339,8 @@ def without_places(settings: object) -> object:
 
 
 def load(settings: Mapping) -> Config:
-    """Return the Config of nested mappings, as in config.yaml or a record; keys that are newer have their defaults."""
+    """Return the Config of nested mappings, as in config.yaml or a record of any version (`schema.CHANGES`)."""
+    settings = upgraded_settings(settings)
 
     def made(kind: type, values: Mapping) -> Any:
         return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
@@ -353,91 +351,6 @@ def load(settings: Mapping) -> Config:
         settings = {**settings, "task": {**task, "members": members}}
     groups = {name: made(kind, settings[name]) for name, kind in SECTIONS.items() if name in settings}
     return made(Config, {**settings, **groups})
-
-
-# --- The id of a run, and where its files go.
-
-_FILES = {"calibration.file", "task.data_files"}
-_PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
-
-
-def run_id(config: Config | Mapping) -> str:
-    """Return eight hex digits that name everything a run computes from, its seed apart.
-
-    The SHA-256 of the settings that differ from the schema's defaults, as sorted JSON, without those that the method
-    has no use for. Files enter by content, so a copy elsewhere gives the same id and an edited file another one. The
-    members of a mixture enter as tasks do, in the order of the outputs.
-    """
-    return run_ids(config)[0]
-
-
-def run_ids(config: Config | Mapping) -> list[str]:
-    """Return the id of a run and, where it differs, the id of all its settings, by which earlier versions named it."""
-    settings = config if isinstance(config, Mapping) else plain(config)
-    members, changed = list(settings.get("task", {}).get("members") or ()), computed_from(settings)
-    for key, value in changed.items():
-        own = task_key(key, members)
-        is_file = own in _FILES or own.startswith("task.data_files.")
-        if is_file or (own in _PLACES and Path(value).is_dir()):
-            changed[key] = _digest(Path(value))
-    if isinstance(shares := settings.get("calibration", {}).get("sparsity"), Mapping):
-        changed["calibration.sparsity"] = list(shares)  # their order counts: the first pattern that matches decides
-    if "trainer.tuned" in changed:  # whichever file it was: its rate is among the settings
-        changed["trainer.tuned"] = True
-    method = settings.get("method")  # settings of a task alone have none
-    if changed.get("trainer.learning_rate") == AUTO:  # which it multiplies
-        changed["method.rate_factor"] = method.get("rate_factor", 1.0)
-    used = {key: value for key, value in changed.items() if method is None or _uses(method, key)}
-    texts = (json.dumps(each, sort_keys=True) for each in (used, changed))
-    return [hashlib.sha256(text.encode()).hexdigest()[:8] for text in dict.fromkeys(texts)]
-
-
-def _uses(method: Mapping, key: str) -> bool:
-    """Return whether a setting changes what a method does.
-
-    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
-    """
-    if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
-        return True
-    is_tuner = method.get("peft_type") is not None
-    used = {"mask.seed": is_tuner or method["name"] == "vera", "calibration.budget": is_tuner}
-    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
-    if not path.is_dir():
-        return _hashed(path)
-    shown = (Path(parent, name) for parent, _, names in walk(path) for name in names if not name.startswith("."))
-    files = {file.relative_to(path): file for file in shown if file.is_file()}  # a class may be a link to a folder
-    content = [(name.as_posix(), _hashed(files[name])) for name in sorted(files)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _hashed(file: Path) -> str:
-    """Return the SHA-256 of a file's content, read once while it has the same size and time."""
-    known = file.stat()
-    return _hashed_once(file.resolve(), known.st_size, known.st_mtime_ns)
-
-
-@functools.cache
-def _hashed_once(file: Path, size: int, changed: int) -> str:
-    return file_sha256(file)
-
-
-def run_directory(config: Config) -> Path:
-    """Return a run's directory, results_dir/runs/task/model/method-id/seed; by its earlier id if only that is there."""
-    parent = Path(config.results_dir).joinpath("runs", config.task.name, config.model.name)
-    places = [parent / f"{config.method.name}-{each}" / f"seed{config.seed}" for each in run_ids(config)]
-    there = [place for place in places if place.is_dir()] or [place for place in places if place.parent.is_dir()]
-    return (there or places)[0]
-
-
-def calibration_directory(config: Config) -> Path:
-    """Return where `partial-lora calibrate` puts the sparsities of a model and task; each seed of the draws has one."""
-    config = replace(config, calibration=replace(config.calibration, seed=config.calibration_seed))
-    names = config.task.name, config.model.name, f"{config.importance.name}-{run_ids(config)[-1]}"
-    return Path(config.results_dir).joinpath("calibrations", *names)
 
 
 # --- A key that no group of settings has.

@@ -21,6 +21,7 @@ import yaml
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, redacted
+from partial_lora.runs.schema import upgraded
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -46,12 +47,12 @@ _OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
 
 
 def read_result(directory: Path, name: str = RESULT) -> dict | None:
-    """Return the record of a run, or None where none can be read or it lacks a status."""
+    """Return the record of a run, in today's terms, or None where none can be read or it lacks a status."""
     try:
         result = json.loads((Path(directory) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and "status" in result else None
+    return upgraded(result) if isinstance(result, dict) and "status" in result else None
 
 
 def find(name: Path | str) -> Path:
@@ -240,15 +241,17 @@ def locked(directory: Path) -> Iterator[int]:
 LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
-def new(settings: Mapping, earlier: Mapping | None = None) -> dict:
+def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> dict:
     """Return the record of a run that has just begun.
 
     earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
+    digests: of the files that the run reads, by key; None where they are not known.
     """
     record = {
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
+        "digests": digests,
         "preset": settings.get("preset"),
         "tuning": _tuning(settings.get("trainer", {})),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
@@ -315,12 +318,17 @@ def git_commit() -> str | None:
 VARIABLE = "PARTIAL_LORA_SETTINGS"
 
 
-def worker_variables(settings: Mapping) -> dict[str, str]:
-    """Return the environment variable that hands settings to a worker."""
-    return {VARIABLE: yaml.safe_dump(dict(settings), sort_keys=False)}
+def worker_variables(settings: Mapping, digests: Mapping) -> dict[str, str]:
+    """Return the environment variable that hands settings, and the digests of their files, to a worker."""
+    return {VARIABLE: yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)}
 
 
-def worker_settings(directory: Path) -> dict:
-    """Return the settings that were handed to this worker, and not on to its children; else those in config.yaml."""
+def worker_settings(directory: Path) -> tuple[dict, dict | None]:
+    """Return the settings that were handed to this worker, and not on to its children, and the digests of their files.
+
+    Without any, the settings are those in config.yaml.
+    """
     handed = os.environ.pop(VARIABLE, None)
-    return yaml.safe_load(handed or (directory / CONFIG).read_text(encoding="utf-8"))
+    if handed is not None:
+        return tuple(yaml.safe_load(handed))
+    return yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")), None

@@ -31,8 +31,9 @@ import yaml
 from partial_lora import files, progress
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.files import redacted
-from partial_lora.runs import directory, failures, imports, schema
-from partial_lora.runs.config import calibration_directory, plain, run_directory
+from partial_lora.runs import directory, failures, imports, packs, schema
+from partial_lora.runs.config import plain
+from partial_lora.runs.identity import calibration_directory, digests, run_directory
 from partial_lora.runs.schema import Config
 from partial_lora.training.config import TrainerConfig
 
@@ -96,6 +97,8 @@ def launch(
     place, cluster = directory_of(config, stage), cluster_of(config.trainer, config.model.quantization)
     if cluster.rank:
         return _follow(config, stage, place, cluster, stop)
+    if not place.is_dir() and _is_done(config, stage, place):
+        return Outcome(place, "skipped")  # a pack has it
     with directory.locked(place) as lock:
         if _is_done(config, stage, place):
             directory.remove_checkpoints(place)  # they stay where a run was ended right after its record was written
@@ -134,7 +137,9 @@ def _is_done(config: Config, stage: str, place: Path) -> bool:
         return False
     if stage == "calibrate":
         return directory.is_calibrated(place)
-    return directory.is_finished(place) or (config.keep_records and directory.is_recorded(place))
+    if directory.is_finished(place):
+        return True
+    return config.keep_records and (directory.is_recorded(place) or packs.packed(place) is not None)
 
 
 def _outcome(place: Path, code: int) -> Outcome:
@@ -169,7 +174,8 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"
-    return environment | cluster_environment(cluster) | directory.worker_variables(plain(config))
+    settings = plain(config)
+    return environment | cluster_environment(cluster) | directory.worker_variables(settings, digests(settings))
 
 
 def refuse_foreign_world() -> None:

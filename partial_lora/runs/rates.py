@@ -203,7 +203,7 @@ def word(value: object) -> str:
 
 # --- The file.
 
-VERSION = 2
+VERSION = 3  # 2: its settings are without those of CHANGES that were defaults then
 _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
 _SHOWN = 3  # settings that are named, at most, where a rate was searched for with other settings
 
@@ -260,15 +260,15 @@ def load(file: Path) -> list[dict]:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]
-        whole = version != VERSION or all(_is_whole(entry) for entry in entries)
+        whole = version not in (2, VERSION) or all(_is_whole(entry) for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
-    if version != VERSION:
+    if version not in (2, VERSION):
         expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
         raise PartialLoraError(f"trainer.tuned={file}: {expected}")
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
-    return entries
+    return [_upgraded(entry) for entry in entries] if version == 2 else entries
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
@@ -288,16 +288,21 @@ def save(file: Path, entries: Iterable[Mapping]) -> None:
     write_json(file, {"version": VERSION, "entries": [kept[key] for key in sorted(kept)]})
 
 
+def _upgraded(entry: Mapping) -> dict:
+    """Return an entry of version 2 in today's terms; an entry without an operating point has no settings of masks."""
+    before = {change.key: change.before for change in schema.CHANGES if change.key.startswith(_CALIBRATED)}
+    settings = entry["settings"] if entry["operating_point"] == NO_POINT else before | entry["settings"]
+    length = {key: value for key, value in settings.items() if _is_length(key)}
+    return {**entry, "settings": length | dict(sorted(settings.items()))}
+
+
 def _is_whole(entry: Mapping) -> bool:
     named = all(name in entry for name in _NEEDED)
     return named and isinstance(entry["settings"], dict) and float(entry["learning_rate"]) > 0
 
 
 def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
-    """Return the task, point and first few settings of a rate's search where they are not the run's own.
-
-    The words are part of the run's id, so they must not change.
-    """
+    """Return the task, point and first few settings of a rate's search where they are not the run's own."""
     if others:
         more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
         place = [*([f"task={on}"] if on else []), *([at] if at else [])]

@@ -1,8 +1,8 @@
 """The settings of a run: every key, its type, its default and its range.
 
 The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
-of range are refused by name before anything expensive starts. Defaults never change, because the id of a run leaves out
-values equal to them: a new key then leaves the ids of old runs alone.
+of range are refused by name before anything expensive starts. A default may change: CHANGES says what settings that are
+older than the change mean.
 """
 
 from __future__ import annotations
@@ -454,11 +454,58 @@ class Config:
         require(fits, "trainer.head_learning_rate", head_rate, expected)
 
 
+# --- Settings that are older than this version.
+
+
+@dataclass(frozen=True)
+class Change:
+    """What settings of before a version mean.
+
+    Attributes:
+        version: the first one with the key as it is now.
+        key: its full name.
+        before: the value of settings that lack the key.
+        name: what the key was called before.
+    """
+
+    version: str
+    key: str
+    before: Any = None
+    name: Optional[str] = None
+
+
+# Settings are stored whole. So a change of a default needs an entry only for settings that are older than its key.
+CHANGES = (
+    Change("0.3.0", "mask.fan_in", before="dense"),
+    Change("0.3.0", "mask.row_exponent", before=0.0),
+)
+
+
+def upgraded(record: Mapping) -> dict:
+    """Return a record, or anything with the settings of a run as its `config`, with the settings in today's terms."""
+    settings = record.get("config")
+    return {**record, "config": upgraded_settings(settings)} if isinstance(settings, Mapping) else dict(record)
+
+
+def upgraded_settings(settings: Mapping) -> dict:
+    """Return stored settings of a run, nested, in today's terms (CHANGES); groups that they lack stay missing."""
+    current = dict(settings)
+    for change in CHANGES:
+        group, _, name = change.key.rpartition(".")
+        own = current.get(group) if group else current
+        if isinstance(own, Mapping) and name not in own:
+            former = change.name and change.name.rpartition(".")[2]
+            kept = {key: value for key, value in own.items() if key != former}
+            kept[name] = own.get(former, change.before) if former else change.before
+            current = current | {group: kept} if group else kept
+    return current
+
+
 # --- The identity of a run: the settings that it computes from.
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
-# its settings, what memory it may use, the task whose learning rate may stand in (trainer.tuned_elsewhere names the
-# one that does), and the device, launch, worker and tracker keys.
+# its settings, what memory it may use, how its learning rate was found, and the device, launch, worker and tracker
+# keys.
 NOT_SETTINGS = {
     "seed",
     "results_dir",
@@ -470,7 +517,9 @@ NOT_SETTINGS = {
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
+    "trainer.tuned",
     "trainer.tuned_on",
+    "trainer.tuned_elsewhere",
     "trainer.device",
     "trainer.start",
     "trainer.save_total_limit",

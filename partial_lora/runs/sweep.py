@@ -30,7 +30,7 @@ from rich.text import Text
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.progress import STOPPING, handling
-from partial_lora.runs import directory, imports, launch
+from partial_lora.runs import directory, imports, launch, packs
 from partial_lora.runs.compose import Plan
 from partial_lora.runs.config import resolve
 from partial_lora.runs.schema import Config
@@ -275,7 +275,7 @@ class Job:
         end = {"status": outcome.status, "code": outcome.exit_code}
         if end["code"]:
             return end | {"reason": outcome.signal if outcome.status == "interrupted" else outcome.reason}
-        result = directory.read_result(outcome.directory)
+        result = packs.recorded(outcome.directory)
         if not result["metrics"]:
             return end | {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}
         test, validation = result["metrics"]["test"], result["metrics"]["validation"]

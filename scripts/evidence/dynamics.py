@@ -21,6 +21,8 @@ from partial_lora import files
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import Run, gathered
 from partial_lora.runs import directory as results
+from partial_lora.runs import packs
+from partial_lora.runs.packs import DYNAMICS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from partial_lora.finished.predict import RunModel
     from partial_lora.finished.run import FinishedRun
 
-DYNAMICS = "dynamics.json"
 VERSION = 1
 MOST = 1_000  # rows of each split, at most
 Cell = tuple[Hashable, Mapping[int, Run]]  # runs by seed; cells with the same first stand beside each other
@@ -42,6 +43,8 @@ def read_dynamics(directory: Path) -> dict | None:
     """
     try:
         content = json.loads((Path(directory) / DYNAMICS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        content = packs.stored(directory, DYNAMICS)
     except (OSError, ValueError):
         return None
     whole = isinstance(content, dict) and content.get("version") == VERSION and {"metrics", "cka"} <= content.keys()

@@ -59,7 +59,7 @@ from partial_lora.report.records import NONE, half_interval, number, point_order
 from partial_lora.report.statistics import MARGIN, reliability
 from partial_lora.report.summary import cell, measured, percent
 from partial_lora.report.tables import as_latex, origin, tabulated
-from partial_lora.runs.directory import read_result
+from partial_lora.runs import packs
 from partial_lora.tasks.metrics import SHARES
 
 ABOUT = {  # the title of each table, and the claim of the paper that it tests
@@ -653,10 +653,8 @@ def joint(runs: pd.DataFrame) -> pd.DataFrame:
 
 def calibrations(results_dir: Path) -> list[dict]:
     """The records of all calibrations, of runs or by themselves."""
-    folders = [
-        folder for pattern in ("runs/*/*/*/seed*", "calibrations/*/*/*") for folder in sorted(results_dir.glob(pattern))
-    ]
-    records = [record for folder in folders if (record := read_result(folder))]
+    folders = [*packs.directories(results_dir), *sorted(results_dir.glob("calibrations/*/*/*"))]
+    records = [record for folder in folders if (record := packs.recorded(folder))]
     return [record for record in records if record["status"] == "finished" and record.get("calibration")]
 
 

@@ -20,7 +20,7 @@ from partial_lora import cli
 from partial_lora.finished import evaluate as evaluate_run
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import evaluation_settings
-from partial_lora.runs import config
+from partial_lora.runs import config, identity
 from partial_lora.runs import directory as results
 
 pytestmark = pytest.mark.usefixtures("same_cache")
@@ -205,7 +205,7 @@ def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> N
 def with_files(run: FinishedRun, folder: Path, data_files: object) -> FinishedRun:
     """A copy of a run in a folder as `train` names it, with other files of its rows."""
     settings = finished_runs.changed(run, "task", data_files=data_files).config
-    directory = folder / f"{run.method}-{config.run_id(settings)}" / "seed0"
+    directory = folder / f"{run.method}-{identity.run_id(settings)}" / "seed0"
     shutil.copytree(run.directory, directory)
     record = json.loads((directory / results.RESULT).read_text())
     (directory / results.RESULT).write_text(json.dumps(record | {"config": config.plain(settings)}))

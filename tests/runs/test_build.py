@@ -14,7 +14,7 @@ from refusals import refusal
 from partial_lora import methods
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build, compose, config
+from partial_lora.runs import build, compose, config, identity
 from partial_lora.runs.schema import Config, ModelConfig, TaskConfig
 
 
@@ -128,4 +128,4 @@ def test_seeds_have_training_rows_of_their_own_and_the_same_test_rows_where_the_
     assert own[0][1] != own[1][1]
     assert rows("task.split_seed=0", "seed=3") == own[0]
     first, second = (compose.composed("task.split_seed=null", f"seed={seed}") for seed in (0, 3))
-    assert config.run_directory(first).parent == config.run_directory(second).parent
+    assert identity.run_directory(first).parent == identity.run_directory(second).parent

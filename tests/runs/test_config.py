@@ -1,18 +1,16 @@
-"""Settings: what is refused, by which key, and what a run's id depends on."""
+"""Settings: what is refused, by which key, and what they become."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import json
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from checkout import RESULTS, needs_results
 from finished_runs import override, written
 from method_settings import adapted
 from omegaconf import OmegaConf
@@ -21,7 +19,7 @@ from refusals import refusal
 from partial_lora import files, methods
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import compose, config, directory, schema
+from partial_lora.runs import compose, config, directory, identity, schema
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
 
@@ -185,17 +183,6 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     assert config.load(older) == chosen
 
 
-def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"store_{name}").mkdir()
-        (tmp_path / f"store_{name}" / "1.png").write_text(name)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "cat").symlink_to(tmp_path / f"store_{name}")
-    settings = ("model=tiny_vit", "task=image_folder")
-    ids = {config.run_id(composed(*settings, f"task.data_files={tmp_path / name}")) for name in "ab"}
-    assert len(ids) == 2
-
-
 def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
     (said,) = composed(
         "method=lora", "calibration=fixed", "calibration.budget=null", "calibration.sparsity=0.9"
@@ -221,7 +208,7 @@ def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
 def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_given() -> None:
     chosen = composed("method=entries")
     assert (chosen.mask.granularity, chosen.calibration.budget) == ("element", 0.13)
-    assert config.run_id(chosen) == config.run_id(composed("method=entries", "calibration=budget"))
+    assert identity.run_id(chosen) == identity.run_id(composed("method=entries", "calibration=budget"))
     assert composed("calibration.budget=0.05", "method=entries", "calibration=threshold").calibration.budget == 0.05
     assert composed("method=partial").calibration.budget is None
 
@@ -242,11 +229,11 @@ def test_the_ratio_of_loraplus_is_of_methods_that_train_a_product(method: str) -
 def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_count_in_their_order() -> None:
     assert composed("calibration=fixed").calibration.budget == composed("method=entries").calibration.budget == 0.13
     ids = [
-        config.run_id(composed("calibration=fixed", f"calibration.sparsity={share}")) for share in ("0", "0.0", "0.5")
+        identity.run_id(composed("calibration=fixed", f"calibration.sparsity={share}")) for share in ("0", "0.0", "0.5")
     ]
     assert ids[0] == ids[1] != ids[2]
     patterns = ("{.*qkv: 0.9, .*: 0.5}", "{.*: 0.5, .*qkv: 0.9}")
-    assert len({config.run_id(composed(f"calibration.sparsity={each}")) for each in patterns}) == 2
+    assert len({identity.run_id(composed(f"calibration.sparsity={each}")) for each in patterns}) == 2
     for method in ("entries", "ticket"):  # which never calibrate
         assert composed(f"method={method}", "calibration=fixed") == composed(f"method={method}")
     chosen = composed("calibration.sparsity={attn.qkv: {rows: 0.5, columns: 0}, .*: 0.9}")
@@ -326,119 +313,7 @@ def test_what_is_none_is_refused_with_the_words_that_make_it_a_text(argument: st
     assert composed(as_text).results_dir == argument.partition("=")[2]
 
 
-# Ids and directories
-
-
-def test_the_ids_of_runs_never_change() -> None:
-    first = (
-        "mask.fan_in=dense",
-        "mask.row_exponent=0",
-        "trainer.learning_rate=1e-3",
-        "trainer.epochs=5",
-        "trainer.batch_size=32",
-    )  # what group files said when these were written down
-    assert config.run_id(composed(*first)) == "3501512c"
-    assert config.run_id(composed("calibration=budget", "method=uniform", "model=tiny_vit", *first)) == "c8c12eb5"
-    place = config.run_directory(composed("seed=2", "results_dir=here", *first))
-    assert place == Path("here/runs/digits/vit_s14/partial-3501512c/seed2")
-
-
-def test_a_new_key_with_a_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config.plain(composed("method.rank=4"))
-    identifier = config.run_id(settings)
-    defaults = {**schema.defaults(), "method.a_new_key": "its default"}
-    monkeypatch.setattr(schema, "defaults", lambda: defaults)
-    settings["method"]["a_new_key"] = "its default"
-    assert config.run_id(settings) == identifier
-    settings["method"]["a_new_key"] = "another value"
-    assert config.run_id(settings) != identifier
-
-
-def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_happens() -> None:
-    usual = config.run_id(composed())
-    where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true", "trainer.tuned_on=mnist")
-    where += (
-        "trainer.device=cpu",
-        "trainer.num_processes=2",
-        "calibration.memory=0",
-        "task.cache_bytes=0",
-        "data_dir=.",
-    )
-    assert config.run_id(composed(*where)) == usual
-    what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
-    what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
-    what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
-    what += ("importance.rounds=4", "task.label_noise=0.2", "trainer.head_learning_rate=1", "trainer.loraplus_ratio=4")
-    assert len({usual, *(config.run_id(composed(each)) for each in what)}) == 1 + len(what)
-
-
-@pytest.mark.parametrize("method", ["partial", "entries", "ticket"])
-def test_methods_race_with_the_masks_of_their_own_group_files(method: str) -> None:
-    assert composed("experiment=race", f"method={method}").mask == composed(f"method={method}").mask
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
-def test_what_a_method_has_no_use_for_enters_no_id_and_earlier_runs_are_found(method: str, tmp_path: Path) -> None:
-    given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
-    usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
-    assert config.run_id(usual) == config.run_id(other)
-    assert config.calibration_directory(usual) != config.calibration_directory(other)
-    used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
-    for key, is_used in used.items():
-        assert (config.run_id(composed(*given, key)) != config.run_id(usual)) == is_used
-    new = config.run_directory(other)
-    old = new.with_name("seed0").parents[1] / f"{method}-{config.run_ids(other)[1]}" / "seed0"
-    old.mkdir(parents=True)  # as it was called before
-    assert config.run_directory(dataclasses.replace(other, seed=0)) == old
-    assert config.run_directory(other) == old.with_name("seed1")  # beside the other seed
-    new.mkdir(parents=True)
-    assert config.run_directory(other) == new
-
-
-@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "low_rank"])
-def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
-    usual, other = composed(f"method={method}"), composed(f"method={method}", "calibration.budget=0.5")
-    assert config.run_ids(usual) != config.run_ids(other) == [config.run_id(other)]
-
-
-@needs_results
-def test_every_committed_run_is_found() -> None:
-    files = list(RESULTS.glob("*/runs/digits/*/*/seed0/result.json"))
-    assert files
-    for file in files:
-        settings = config.load(json.loads(file.read_text())["config"])
-        own = dataclasses.replace(settings, results_dir=str(file.parents[5]))
-        assert config.run_directory(own) == file.parent
-
-
-@pytest.mark.parametrize("experiment", ["methods", "tune"])
-def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
-    chosen = (f"experiment={experiment}", "trainer.tuned=null")
-    first, second = (composed(*chosen, f"seed={seed}") for seed in (0, 1))
-    assert config.run_directory(first).parent == config.run_directory(second).parent
-    assert [each.calibration_seed for each in (first, second)] == [0, 1]
-    assert config.calibration_directory(first) != config.calibration_directory(second)  # which have no folder of a seed
-    assert config.run_id(first) != config.run_id(composed(*chosen, "seed=0", "calibration.seed=0"))
-
-
-@pytest.mark.parametrize("override", ["task.data_files={}", "model.weights={}", "task.path={}"])
-def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: str) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    (first / "cats").mkdir(parents=True)
-    (first / "cats" / "a.png").write_text("pixels")
-    shutil.copytree(first, second)
-
-    def ids() -> list[str]:
-        return [config.run_id(composed(override.format(folder))) for folder in (first, second)]
-
-    assert len(set(ids())) == 1
-    (second / "cats" / "a.png").rename(second / "cats" / "b.png")
-    assert len(set(ids())) == 2
-    (second / "cats" / "b.png").rename(second / "cats" / "a.png")
-    (second / ".DS_Store").write_text("of no image")
-    assert len(set(ids())) == 1
-    (second / "cats" / "a.png").write_text("others")
-    assert len(set(ids())) == 2
+# Paths and presets
 
 
 def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +351,7 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
 def test_a_preset_is_recorded_and_no_setting() -> None:
     chosen = composed("preset=paper", "trainer.tuned=null", "task=digits")
     assert directory.new(config.plain(chosen))["preset"] == "paper"
-    assert config.run_id(chosen) == config.run_id(dataclasses.replace(chosen, preset=None))
+    assert identity.run_id(chosen) == identity.run_id(dataclasses.replace(chosen, preset=None))
 
 
 # A folder of many tasks' files
@@ -512,11 +387,11 @@ def test_tasks_and_members_take_the_splits_that_are_there_unless_they_name_files
 
 
 def test_the_id_is_that_of_the_same_files_named_one_by_one_and_goes_by_their_content(folder: Path) -> None:
-    by_folder = config.run_id(composed(f"data_dir={folder}", "task=sst2"))
+    by_folder = identity.run_id(composed(f"data_dir={folder}", "task=sst2"))
     files = in_folder(folder, "sst2", "train", "test")
-    assert by_folder == config.run_id(composed("task=sst2", override(files)))
+    assert by_folder == identity.run_id(composed("task=sst2", override(files)))
     (folder / "sst2" / "train.parquet").write_text("edited rows")
-    assert by_folder != config.run_id(composed(f"data_dir={folder}", "task=sst2"))
+    assert by_folder != identity.run_id(composed(f"data_dir={folder}", "task=sst2"))
 
 
 @pytest.mark.parametrize("overrides", [["task=rte"], ["task=mixture", "task.members=[sst2,rte]"]])

@@ -417,11 +417,22 @@ def test_parts_that_cannot_be_trusted_are_done_again(finished, tmp_path: Path, m
     assert analysis["command"].endswith(words[-1])
 
 
+def test_an_analysis_is_found_by_what_it_was_asked_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    asked = settings("importance=random", f"results_dir={tmp_path}")
+    folder = tmp_path / "analyses" / "cost" / asked["task"]["name"] / "tiny_vit-00000000"
+    folder.mkdir(parents=True)
+    older = {key: value for key, value in asked["calibration"].items() if key != "score"}
+    content = {"what": "cost", "version": analyses.VERSION, "parts": {}, "status": "running"}
+    (folder / "analysis.json").write_text(json.dumps(content | {"config": asked | {"calibration": older}}))
+    assert analyses.folder_of(asked, "cost") == folder
+    assert analyses.folder_of(settings("importance=svd", f"results_dir={tmp_path}"), "cost") != folder
+
+
 def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
     def named(*overrides: str) -> str:
         return analyses.folder_of(settings(*overrides), "cost").name
 
-    assert named() == "tiny_vit-adf479f2" == named("--splits=5") == named("results_dir=elsewhere", "overwrite=true")
+    assert named() == named("--splits=5") == named("results_dir=elsewhere", "overwrite=true")
     assert len({named(), named("--splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from partial_lora.runs import compose, config
+from partial_lora.runs import compose, config, identity
 from partial_lora.runs import rates as rate_settings
 from partial_lora.runs.rates import NO_POINT
 
@@ -223,7 +223,7 @@ def on_digits(target: str) -> set[Path]:
     runs, methods = set(), {f"method={name}" for name in ("lora", "partial", "uniform")}
     for words in trainings(target, "cpu"):
         chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
-        runs |= {config.run_directory(settings(each)) for each in chosen if "task=digits" in words}
+        runs |= {identity.run_directory(settings(each)) for each in chosen if "task=digits" in words}
     return runs
 
 
@@ -234,7 +234,7 @@ def test_tables_share_the_runs_that_they_have_in_common() -> None:
     assert table1 | table4 < methods
     for name in ("fig4", "fig7"):
         firsts = (settings(combinations(words)[0]) for words in trainings(f"runs-{name}", "cpu"))
-        assert len(table1 & set(map(config.run_directory, firsts))) == 1
+        assert len(table1 & set(map(identity.run_directory, firsts))) == 1
 
 
 def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:

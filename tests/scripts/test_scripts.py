@@ -13,7 +13,7 @@ import pytest
 
 from partial_lora.runs import launch
 from partial_lora.runs.compose import composed
-from partial_lora.runs.config import run_directory
+from partial_lora.runs.identity import run_directory
 from partial_lora.runs.schema import Config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

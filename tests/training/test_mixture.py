@@ -28,7 +28,7 @@ from partial_lora.calibration.score import SCORES, FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
 from partial_lora.report import summary
-from partial_lora.runs import build, config, directory
+from partial_lora.runs import build, config, directory, identity
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
 from partial_lora.tasks import Task
@@ -95,8 +95,8 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
     same = Path(tmp_path / "copy.parquet")
     same.write_bytes(Path(tables["reviews"]).read_bytes())
     elsewhere = [override.replace(tables["reviews"], str(same)) for override in given]
-    first = config.run_id(composed(*given))
-    assert first == config.run_id(composed(*elsewhere)) == config.run_id(composed(*given, "task.cache_bytes=1"))
+    first = identity.run_id(composed(*given))
+    assert first == identity.run_id(composed(*elsewhere)) == identity.run_id(composed(*given, "task.cache_bytes=1"))
     others = [
         composed(*members(tables, "questions", "reviews")),
         composed(*members(tables, "reviews")),
@@ -104,7 +104,7 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
         composed(*[override.replace("text_columns: [a, b]", "text_columns: [a]") for override in given]),
         composed(*[override.replace(tables["reviews"], tables["questions"]) for override in given]),
     ]
-    assert len({first, *map(config.run_id, others)}) == len(others) + 1
+    assert len({first, *map(identity.run_id, others)}) == len(others) + 1
 
 
 @pytest.mark.parametrize(
