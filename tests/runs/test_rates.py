@@ -315,8 +315,8 @@ def test_a_run_that_leaves_its_rate_open_has_an_id_that_knows_the_factor() -> No
         for more in ([], ["method.rate_factor=2"], ["trainer.learning_rate=2e-3"])
     }
     assert len(ids) == 3
-    same = {
-        identity.run_id(composed("trainer.learning_rate=2e-3", f"method.rate_factor={factor}")) for factor in (1, 2)
+    beside = (composed("trainer.learning_rate=2e-3", f"method.rate_factor={factor}") for factor in (1, 2))
+    assert len({identity.run_id(chosen) for chosen in beside}) == 1
     }
     assert len(same) == 1
 
