@@ -34,12 +34,13 @@
 # make bench   time and memory of the adapter against dense LoRA, in about an hour, what calibration costs against
 #              Algorithm 1 done literally, in about a quarter of an hour, many adapters on one base, and whole runs; each
 #              page says what has moved since the figures committed last (results/bench)
+# make reports   tables, figures and an HTML page of every packed study, in its report/; of race the ranking
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided models coverage power reach bench calibration-analyses
+.PHONY: first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
 
 PRESET ?= cpu
 RESULTS = results/$(PRESET)
@@ -410,9 +411,10 @@ forms: $(VENV)/.installed
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
 RACERS = low_rank,partial,entries,random_weights,dora,vera,lokr,loha,hira,pissa,rslora,loraplus,psoft,oft,unilora,fourierft,randlora,gralora,lora
+RANKING = $(BIN)/python scripts/forms.py results/race --stem race --page
 race: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(call COMPARED,race,$(task),methods=[$(RACERS)]))
-	$(BIN)/python scripts/forms.py results/race --stem race --page
+	$(RANKING)
 
 # The claims with the power to decide them (conf/experiment/decided.yaml): sets, and stages of each, in this order.
 DECIDED ?= digits trec sst2 gtsrb cifar10 signdigits flowers17
@@ -473,6 +475,14 @@ sst2-rate: $(VENV)/.installed
 	$(SST2_RATE)
 	$(SST2_RATE) method=lora calibration=threshold trainer.tuned=null trainer.learning_rate=1e-3
 	$(BIN)/partial-lora report results/sst2_rate
+
+PACKED = $(patsubst results/%/runs.parquet,%,$(wildcard results/*/runs.parquet))
+define REPORTED
+$(if $(filter race,$(1)),$(RANKING),$(BIN)/partial-lora report results/$(1))
+
+endef
+reports: $(VENV)/.installed
+	$(foreach study,$(PACKED),$(call REPORTED,$(study)))
 
 coverage: $(VENV)/.installed
 	$(BIN)/python scripts/interval_coverage.py

@@ -25,9 +25,7 @@ def base() -> LlamaForCausalLM:
 
 
 # An adapter that was trained. Its B is zero before training, so it gets some values here.
-config = PartialLoraConfig(
-    r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87, fan_in="kept", row_exponent=1
-)
+config = PartialLoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87)
 model = get_peft_model(base(), config)
 with torch.no_grad():
     for parameter in model.parameters():

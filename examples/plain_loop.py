@@ -22,10 +22,8 @@ tokenizer = AutoTokenizer.from_pretrained(MODEL)
 base = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
 
 # %%
-# 87 % of the rows of B and of the columns of A are removed; fan_in and row_exponent make up for it in the first steps.
-config = PartialLoraConfig(
-    r=16, target_modules=["query", "value"], task_type="SEQ_CLS", sparsity=0.87, fan_in="kept", row_exponent=1
-)
+# 87 % of the rows of B and of the columns of A are removed. A and the scaling make up for it in the first steps.
+config = PartialLoraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS", sparsity=0.87)
 model = get_peft_model(base, config)  # the new head, `classifier`, trains whole
 model.print_trainable_parameters()
 

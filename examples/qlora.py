@@ -34,8 +34,6 @@ config = PartialLoraConfig(
     target_modules="all-linear",  # all but the output layer
     task_type="CAUSAL_LM",
     sparsity=0.87,
-    fan_in="kept",
-    row_exponent=1,
 )
 model = get_peft_model(base, config)
 model.print_trainable_parameters()

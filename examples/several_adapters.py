@@ -28,9 +28,7 @@ def base() -> LlamaForCausalLM:
 
 # Two adapters, trained apart and written as compact files. The mask seeds differ, so they change different entries.
 for seed, name in enumerate(("german", "french")):
-    config = PartialLoraConfig(
-        r=8, target_modules=TARGETS, task_type="CAUSAL_LM", sparsity=0.87, mask_seed=seed, fan_in="kept", row_exponent=1
-    )
+    config = PartialLoraConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM", sparsity=0.87, mask_seed=seed)
     model = get_peft_model(base(), config)
     with torch.no_grad():  # in place of a training
         for parameter in model.parameters():

@@ -39,9 +39,7 @@ prompts = [[{"role": "user", "content": f"What colour is {thing}?"}] for thing i
 answers = [[{"role": "assistant", "content": f"Ahoy! It is {colour}, matey."}] for colour in colours.values()]
 rows = Dataset.from_dict({"prompt": prompts, "completion": answers})
 
-config = PartialLoraConfig(
-    r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87, fan_in="kept", row_exponent=1
-)
+config = PartialLoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87)
 arguments = SFTConfig(
     "out/sft_trl",
     per_device_train_batch_size=6,

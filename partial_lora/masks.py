@@ -12,19 +12,48 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from os import PathLike
 from pathlib import Path
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
 
 AXES = ("rows", "columns")
+PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
+
+Granularity = Literal["rows_columns", "element", "units", "groups"]
+Selection = Literal["random", "top"]
+Count = Literal["exact", "bernoulli"]
+Columns = Literal["masked", "frozen"]
+FanIn = Literal["dense", "kept"]
 CHOICES = {  # of a mask, and of how A is drawn under it
-    "granularity": ("rows_columns", "element", "units", "groups"),
-    "selection": ("random", "top"),
-    "count": ("exact", "bernoulli"),
-    "columns": ("masked", "frozen"),
-    "fan_in": ("dense", "kept"),
+    "granularity": get_args(Granularity),
+    "selection": get_args(Selection),
+    "count": get_args(Count),
+    "columns": get_args(Columns),
+    "fan_in": get_args(FanIn),
 }
+
+
+class Draw(TypedDict):
+    """The inputs that A is drawn for, and the power of the density of rows that divides the scaling."""
+
+    fan_in: FanIn
+    row_exponent: float
+
+
+AS_PEFT: Draw = {"fan_in": "dense", "row_exponent": 0.0}
+
+
+def default_draw(granularity: str) -> Draw:
+    """Return the draw and scaling of a mask for which none are set (docs/concepts/learning-rates.md).
+
+    They follow the density, so that dense LoRA's learning rate suits whole rows and columns. Single entries keep
+    PEFT's: with the other they scored less (results/forms/forms.md). Groups are alike under both.
+    """
+    return AS_PEFT if granularity == "element" else {"fan_in": "kept", "row_exponent": 1.0}
+
+
 GATHER_DENSITY = 0.5
 """Up to this density of features, gathering them beats matrix products with the zero-filled factor."""
 

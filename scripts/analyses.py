@@ -6,7 +6,7 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; analysis.splits=3 is --splits 3. Files go to
-RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md, figure.png, figure.svg. Each part is
+RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md, figure.svg. Each part is
 saved when it is done, so a stopped analysis goes on where it was. Of a finished one table and figure are made again.
 """
 
@@ -53,7 +53,7 @@ from partial_lora.calibration.search import SEARCHES, literal_passes, sparsity_l
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.report.drawing import save_both
+from partial_lora.report.drawing import save
 from partial_lora.runs import build, compose, config, directory, identity
 from partial_lora.runs.schema import Config
 from partial_lora.tasks.splits import with_label_noise
@@ -719,7 +719,7 @@ def analyse(what: str, settings: dict, command: str) -> int:
             files.write_json(path, analysis)
         files.write_atomic(folder / "table.md", markdown(analysis))
         with matplotlib.rc_context(STYLE):
-            save_both(ANALYSES[what].figure(analysis), folder, "figure")
+            save(ANALYSES[what].figure(analysis), folder / "figure.svg")
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
 

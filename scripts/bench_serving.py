@@ -21,7 +21,7 @@ import bench_record
 import torch
 from torch import Tensor
 
-from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save_both
+from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
 
 RANK, LOW_RANK, SPARSITY = 16, 2, 0.87
 FORMS = ("dense 16", "dense 2", "masked 16")
@@ -154,7 +154,7 @@ def page(record: Mapping) -> str:
         "",
         *(f"Masked takes less time than {other} in {len(of)} of {len(cases)} cases." for other, of in wins.items()),
         "",
-        "![time and memory against the number of adapters](serving.png)",
+        "![time and memory against the number of adapters](serving.svg)",
     ]
     return "\n".join(lines) + "\n"
 
@@ -191,7 +191,7 @@ def draw(cases: Sequence[Mapping], sizes: Mapping[str, Mapping[str, Mapping[str,
         panel.minorticks_off()
         plain(panel)
     legend_below(figure, axes[0].get_lines())
-    save_both(figure, out, "serving")
+    save(figure, out / "serving.svg")
 
 
 def _looks(form: str) -> dict[str, object]:

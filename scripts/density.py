@@ -34,7 +34,8 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration import few_shot
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report.drawing import save_both
+from partial_lora.masks import AS_PEFT
+from partial_lora.report.drawing import save
 from partial_lora.report.records import half_interval
 from partial_lora.runs import compose, config
 from partial_lora.runs.schema import Config
@@ -46,16 +47,16 @@ STEPS = (1, 10, 75)
 BATCH = 8
 HELD_OUT = 64  # rows
 FORMS: dict[str, dict] = {
-    "rows and columns, as PEFT draws A": {},
-    "A drawn for the kept columns": {"fan_in": "kept"},
-    "… scaled by p^-0.5": {"fan_in": "kept", "row_exponent": 0.5},
-    "… scaled by p^-1": {"fan_in": "kept", "row_exponent": 1.0},
+    "rows and columns, as PEFT draws A": {**AS_PEFT},
+    "A drawn for the kept columns": {"row_exponent": 0},
+    "… scaled by p^-0.5": {"row_exponent": 0.5},
+    "… scaled by p^-1": {},
     "entries, as PEFT draws A": {"granularity": "element"},
     "entries, A drawn for the kept ones": {"granularity": "element", "fan_in": "kept"},
     "… entries, scaled by p^-1": {"granularity": "element", "fan_in": "kept", "row_exponent": 1.0},
-    "units, A drawn for the kept columns": {"granularity": "units", "fan_in": "kept"},
-    "frozen A": {"columns": "frozen"},
-    "frozen A, scaled by p^-1": {"columns": "frozen", "row_exponent": 1.0},
+    "units, A drawn for the kept columns": {"granularity": "units", "row_exponent": 0},
+    "frozen A": {"columns": "frozen", "row_exponent": 0},
+    "frozen A, scaled by p^-1": {"columns": "frozen"},
 }
 FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "change")
 
@@ -183,7 +184,7 @@ def slopes(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(measured: pd.DataFrame, out: Path) -> None:
-    """Write coordinates.md, the slopes, and coordinates.png and .svg, the changes against the density."""
+    """Write coordinates.md, the slopes, and coordinates.svg, the changes against the density."""
     table = slopes(measured)
     text = "Slope of log change of the logits against log density; mean over seeds, 95 % interval (Student's t).\n\n"
     write_atomic(out / "coordinates.md", text + table.to_markdown(index=False) + "\n")
@@ -199,7 +200,7 @@ def draw(measured: pd.DataFrame, out: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="density", title=f"after {step} step{'s' * (step > 1)}")
     figure.axes[0].set_ylabel("change of the logits (root mean square)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    save_both(figure, out, "coordinates")
+    save(figure, out / "coordinates.svg")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race, records
-from partial_lora.report.drawing import legend_below, panels, plain, save_both
+from partial_lora.report.drawing import legend_below, panels, plain, save
 from partial_lora.report.records import NONE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -133,7 +133,7 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
             axes.set_ylim(low, min(axes.get_ylim()[1], 100.5))
         plain(axes)
     legend_below(figure, [handles[form] for form in looks])
-    save_both(figure, out, stem)
+    save(figure, out / f"{stem}.svg")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report.drawing import save_both
+from partial_lora.report.drawing import save
 from partial_lora.report.statistics import bootstrap, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (2, 3, 5, 8)
@@ -160,7 +160,7 @@ def simulate(results_dir: Path, repetitions: int) -> tuple[pd.DataFrame, pd.Data
     return pd.DataFrame(rows), pd.DataFrame(fits)
 
 
-def draw(numbers: pd.DataFrame, out: Path) -> list[Path]:
+def draw(numbers: pd.DataFrame, out: Path) -> Path:
     """Draw the coverage of both intervals by the number of seeds, a panel for each kind of experiment."""
     five = numbers["set"] == FIVE
     panels = [*numbers[~five].groupby("experiments", sort=False), (FIVE, numbers[five])]
@@ -176,7 +176,7 @@ def draw(numbers: pd.DataFrame, out: Path) -> list[Path]:
     figure.axes[0].set_ylabel("share of intervals that hold the truth")
     handles = [figure.axes[0].plot([], [], color=color, marker=mark)[0] for color, mark in looks.values()]
     figure.legend(handles, list(looks), loc="outside lower center", ncols=2, frameon=False)
-    return save_both(figure, out, "coverage")
+    return save(figure, out / "coverage.svg")
 
 
 def page(numbers: pd.DataFrame, fits: pd.DataFrame, command: str, repetitions: int) -> str:
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
         words = shlex.join(["python", "scripts/interval_coverage.py", *(arguments or sys.argv[1:])])
         write_atomic(options.out / "coverage.md", page(numbers, fits, words, options.repetitions))
-        for file in [options.out / "coverage.md", options.out / "coverage.csv", *draw(numbers, options.out)]:
+        for file in [options.out / "coverage.md", options.out / "coverage.csv", draw(numbers, options.out)]:
             print(f"wrote {file}")
         return 0
 

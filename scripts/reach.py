@@ -32,7 +32,7 @@ from partial_lora.calibration.importance import gradients
 from partial_lora.calibration.score import differentiable
 from partial_lora.files import write_atomic
 from partial_lora.masks import kept_count
-from partial_lora.report.drawing import save_both
+from partial_lora.report.drawing import save
 from partial_lora.runs import compose, config
 from partial_lora.runs.schema import Config
 
@@ -182,7 +182,7 @@ def beside(measured: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, out: Path) -> None:
-    """Write reach.md, and reach.png and .svg: shares by form and set, and accuracies against both shares."""
+    """Write reach.md and reach.svg: shares by form and set, and accuracies against both shares."""
     lines = []
     for task, part in table.groupby("task", sort=False):
         equal = part.dropna(subset=["test"]).query("form != 'lora'")
@@ -226,7 +226,7 @@ def draw(table: pd.DataFrame, out: Path) -> None:
     handles = [left.plot([], [], markers[task], color="0.3", label=task)[0] for task in tasks]
     handles += [left.plot([], [], "s", color=colours[form], label=form)[0] for form in names if form != "lora"]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    save_both(figure, out, "reach")
+    save(figure, out / "reach.svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

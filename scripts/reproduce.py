@@ -3,7 +3,7 @@
     python scripts/reproduce.py table1 fig3 --results results/cpu
     python scripts/reproduce.py claims --results results/cpu     # what the tables say of the paper's claims
 
-Tables go to RESULTS/tables/NAME.{md,csv,tex}, figures to RESULTS/figures. What is missing is named;
+Tables go to RESULTS/tables/NAME.{md,csv}, figures to RESULTS/figures. What is missing is named;
 `make reproduce-NAME` trains what a table or figure is made of.
 """
 

@@ -1,7 +1,7 @@
 """Bounds for sparse adapters, each statement a function beside its simulation; docs/evidence/theory.md has the proofs.
 
     python scripts/theory.py --rows 768 --columns 768 --rank 16 --target-rank 4 --sparsity 0.5 0.87
-    python scripts/theory.py --figure results/theory/bounds.png
+    python scripts/theory.py --figure results/theory/bounds.svg
 
 W (m x n) is frozen and D = B A is added, B (m x r) and A (r x n). Masks keep a of the m rows of B, I, and b of the n
 columns of A, J, at densities p = a / m and q = b / n; or they keep the entries of B at a density p. T is a target

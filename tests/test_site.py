@@ -53,8 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(site: Path) -> dict[Path, Page]:
-    """The pages that are made of Markdown: all but the reports of runs, which link to files of their runs."""
-    return {path: Page(path.read_text("utf-8")) for path in site.rglob("*.html") if path.parent.name != "report"}
+    return {path: Page(path.read_text("utf-8")) for path in site.rglob("*.html")}
 
 
 def test_every_link_of_the_site_leads_to_a_file_and_an_anchor(site: Path) -> None:

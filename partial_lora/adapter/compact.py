@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -48,6 +48,9 @@ _HEADER = "partial_lora."
 _INDICES = "#indices"  # a name that no module has
 # Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
+# What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
+_ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
+_ABSENT |= {"granularity": "rows_columns", "selection": "random", "count": "exact", "columns": "masked"}
 
 
 def write_compact(
@@ -56,7 +59,7 @@ def write_compact(
     """Write the kept values of an adapter into ``folder``, made if need be, and return the file's path.
 
     The file takes 4 bytes for each kept value in float32 (2 in bfloat16), including a head in modules_to_save; 4 bytes
-    for each index where the selection is "top"; and less than 400 bytes for each module (a head counts as one where
+    for each index where the selection is "top"; and about 400 bytes for each module (a head counts as one where
     there are only one or two others).
 
     Args:
@@ -280,9 +283,9 @@ def encode(compact: Compact) -> bytes:
 
 
 def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
-    """Return the settings that differ from their defaults, without those that the file holds elsewhere."""
-    default = PartialLoraConfig(sparsity=0).to_dict()
-    changed = {key: value for key, value in config.to_dict().items() if value != default[key] and key not in _LEFT_OUT}
+    """Return the settings that are not what the file means where it leaves them out, or that it holds elsewhere."""
+    default = LoraConfig().to_dict() | _ABSENT
+    changed = {k: value for k, value in config.to_dict().items() if k not in _LEFT_OUT and value != default.get(k)}
     targets = changed.get("target_modules")
     if not isinstance(targets, str) and set(targets or ()) == set(modules):
         del changed["target_modules"]  # the names are in the file already
@@ -321,18 +324,18 @@ def decode(content: bytes, path: Path) -> Compact:
 
 
 def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
-    settings, modules = dict(header["config"]), header["modules"]
-    granularity = settings.get("granularity", "rows_columns")
+    settings, modules = _ABSENT | header["config"], header["modules"]
+    granularity = settings["granularity"]
     geometries, counts, kept = {}, {}, {}
     for name, (b, a, rows, columns, *_) in modules.items():
         geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b))
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        trained = _trained_factors(settings.get("columns", "masked"))
+        trained = _trained_factors(settings["columns"])
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}
-    if settings.get("selection", "random") != "random":
+    if settings["selection"] != "random":
         sizes = [axes[axis] for axes in counts.values() for axis in AXES]
         every = tensors.pop(_INDICES)
         if every.dtype != torch.int32 or list(every.shape) != [sum(sizes)]:
@@ -341,7 +344,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             )
         parts = iter(every.split(sizes))
         masks_of["indices"] = {name: {axis: next(parts).numpy() for axis in AXES} for name in counts}
-    elif settings.get("count") == "bernoulli":
+    elif settings["count"] == "bernoulli":
         masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
     else:
         masks_of["sparsity"] = {  # the measured sparsity keeps as many again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -32,7 +31,19 @@ from partial_lora.adapter.selection import (
 )
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
-from partial_lora.masks import CHOICES, Sparsity, assign_sparsity, read_sparsity
+from partial_lora.masks import (
+    CHOICES,
+    PAPER_BUDGET,
+    Columns,
+    Count,
+    FanIn,
+    Granularity,
+    Selection,
+    Sparsity,
+    assign_sparsity,
+    default_draw,
+    read_sparsity,
+)
 
 
 class _PeftType(str):
@@ -103,15 +114,17 @@ class PartialLoraConfig(LoraConfig):
     a convolution, rows are output channels and columns input channels; in an embedding (tokens × dimensions), rows are
     tokens and columns dimensions.
 
-    Where a module keeps a share p of its rows and q of its columns, ``fan_in`` can draw A for the kept columns, and the
-    exponents make the scaling alpha / rank · p^-row_exponent · q^-column_exponent. A saved adapter, and a config read
-    from it, hold this scaling as the alpha of each module (``alpha_pattern``).
+    Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
+    the scaling is alpha / rank · p^-row_exponent · q^-column_exponent, so that dense LoRA's learning rate suits every
+    density down to 5 %. A saved adapter, and a config read from it, hold this scaling as the alpha of each module
+    (``alpha_pattern``). Every default is that of the command line.
 
     Attributes:
+        r, lora_alpha: 16 and 16, in place of LoraConfig's 8 and 8.
         sparsity: the share removed, in [0, 1). One number for everything; or {module: number or {"rows": number,
             "columns": number}}, where a module is a full name or, as in ``target_modules``, a regular expression for
             the end of one (a full name wins, then the first match); or the path (str or PathLike) of a
-            calibration.json. 0 is plain LoRA; left out, it is 0, with a warning.
+            calibration.json. 0 is plain LoRA. None: 0.87, or what ``indices`` leave out.
         granularity: what stays or goes together: "rows_columns" (rows of B and columns of A), "units" (each unit of the
             rank has its own rows and columns, disjoint while they last), "element" (single entries of both; "rows" then
             stands for B and "columns" for A wherever both are named), or "groups" (rows and columns fall into random
@@ -129,9 +142,11 @@ class PartialLoraConfig(LoraConfig):
         columns: "masked", or "frozen": A stays whole, as ``mask_seed`` draws it, and only B's kept rows train. The
             sparsity of columns then has no meaning.
         fan_in: the inputs that A is drawn for: "dense", all of them, as in PEFT, or "kept", those that stay, so that
-            the features A x are as large at every sparsity as in plain LoRA.
-        row_exponent: the exponent of p in the scaling, in [0, 1]; 0 leaves the scaling alone.
-        column_exponent: likewise of q.
+            the features A x are as large at every sparsity as in plain LoRA. None: "kept"; "dense" for single entries
+            and for init_lora_weights="gaussian", which ignores the number of inputs.
+        row_exponent: the exponent of p in the scaling, in [0, 1]; 0 leaves the scaling alone. None: 1; 0 for single
+            entries.
+        column_exponent: likewise of q; 0 by default.
 
     Every other attribute is LoraConfig's own. ``rank_pattern`` gives some modules a rank of their own; a saved adapter
     has the highest rank everywhere, and pads lower ones with zeros. Options that do not go with masks (``use_dora``,
@@ -141,30 +156,37 @@ class PartialLoraConfig(LoraConfig):
     get_peft_model raises it, before the model is changed, where the settings do not fit the model's modules.
     """
 
+    r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
     sparsity: float | dict | str | PathLike | None = field(
-        default=None, metadata={"help": "Share of the adapter removed; 0: plain LoRA."}
+        default=None, metadata={"help": "Share of the adapter removed; 0: plain LoRA; None: 0.87."}
     )
-    granularity: str = field(
+    granularity: Granularity = field(
         default="rows_columns", metadata={"help": "What is masked: rows_columns, units, element or groups."}
     )
-    selection: str = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
+    selection: Selection = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
     mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
-    count: str = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
+    count: Count = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
     scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
     indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
-    columns: str = field(default="masked", metadata={"help": "A: masked, or frozen (whole, and drawn by mask_seed)."})
-    fan_in: str = field(default="dense", metadata={"help": "The inputs that A is drawn for: dense (all) or kept."})
-    row_exponent: float = field(default=0.0, metadata={"help": "Scaling times (density of rows) ** -row_exponent."})
+    columns: Columns = field(
+        default="masked", metadata={"help": "A: masked, or frozen (whole, and drawn by mask_seed)."}
+    )
+    fan_in: FanIn | None = field(
+        default=None, metadata={"help": "The inputs that A is drawn for: kept or dense (all)."}
+    )
+    row_exponent: float | None = field(
+        default=None, metadata={"help": "Scaling times (density of rows) ** -row_exponent."}
+    )
     column_exponent: float = field(default=0.0, metadata={"help": "Likewise of columns."})
 
     def __post_init__(self) -> None:
         refuse_options(self)  # first, before PEFT's own checks complain of a refused option
         if self.sparsity is None:
-            if self.indices is None:
-                warnings.warn(
-                    "sparsity is left out: nothing is masked, as in plain LoRA (0.87 keeps 13 %)", stacklevel=3
-                )
-            self.sparsity = 0.0
+            self.sparsity = 1 - PAPER_BUDGET if self.indices is None else 0.0
+        for name, value in default_draw(self.granularity).items():
+            if getattr(self, name) is None:
+                setattr(self, name, "dense" if name == "fan_in" and self._is_gaussian else value)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.check()
@@ -205,11 +227,15 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         if self.columns == "frozen" and self.granularity != "rows_columns":
             raise PartialLoraError("columns is 'frozen': it needs granularity 'rows_columns'.")
-        if self.fan_in == "kept" and str(self.init_lora_weights).lower() == "gaussian":
+        if self.fan_in == "kept" and self._is_gaussian:
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
         self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
+
+    @property
+    def _is_gaussian(self) -> bool:
+        return str(self.init_lora_weights).lower() == "gaussian"
 
     @property
     def shares(self) -> float | Sparsity:
@@ -269,14 +295,17 @@ class PartialLoraConfig(LoraConfig):
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
-        masks = self.masks[module]
-        scale = masks.rows.reach**-self.row_exponent * masks.columns.reach**-self.column_exponent
-        return _alpha_of(self, module) * scale
+        return _alpha_of(self, module) * self.density_factor(module)
+
+    def density_factor(self, module: str) -> float:
+        """Return the factor p^-row_exponent · q^-column_exponent on the scaling of a module of the last model."""
+        masks, row_exponent = self.masks[module], cast("float", self.row_exponent)  # `__post_init__` has set it
+        return masks.rows.reach**-row_exponent * masks.columns.reach**-self.column_exponent
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
-        if self.masks and (self.row_exponent or self.column_exponent or self.rank_pattern):
+        if self.masks and (self.rank_pattern or any(self.density_factor(module) != 1 for module in self.masks)):
             # On disk all modules have one rank; alpha keeps each scaling as it is here.
             options |= {"r": self.saved_rank, "rank_pattern": {}}
             alphas = {
@@ -346,6 +375,7 @@ class PartialLoraConfig(LoraConfig):
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
         options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
+        options |= {"row_exponent": 0.0, "column_exponent": 0.0}  # the scaling is in the alphas
         try:
             config = cls(**options | sidecar.settings(saved))
         except PartialLoraError as error:
@@ -358,8 +388,11 @@ class PartialLoraConfig(LoraConfig):
 
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
-    return _alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora; in a model, that used."""
+    alpha = _alpha_of(config, module)
+    if isinstance(config, PartialLoraConfig) and module in config.masks:
+        alpha = config.alpha_of(module)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _alpha_of(config: LoraConfig, module: str) -> float:

@@ -356,7 +356,7 @@ def _is_traced() -> bool:
 
 
 def mask_layer(
-    layer: LoraLayer, adapter_name: str, masks: ModuleMasks, *, fan_in: str = "dense", frozen: np.ndarray | None = None
+    layer: LoraLayer, adapter_name: str, masks: ModuleMasks, *, fan_in: str, frozen: np.ndarray | None = None
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 

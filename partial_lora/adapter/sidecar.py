@@ -18,7 +18,7 @@ from partial_lora.masks import AXES, assign_sparsity
 FILE_NAME = "partial_lora.json"
 VERSION = 1
 _KEYS = {"version", "granularity", "selection", "mask_seed", "modules"}
-_DEFAULTS = {"columns": "masked", "fan_in": "dense"}  # left out where they are so
+_BEFORE = {"count": "exact", "columns": "masked", "fan_in": "dense"}  # versions 0.1 and 0.2 left out what is so
 
 
 def describe(
@@ -26,17 +26,14 @@ def describe(
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: version, granularity, selection, mask_seed, count (for single entries only), columns (where A is frozen),
-    fan_in (where A is drawn for the kept inputs), sparsity as in the config, and modules. A module has: rows, columns
-    (the measured sparsity; the requested one for "bernoulli", whose number is random), shape [out, in], rank (where it
-    is not the adapter's), a, b (the shapes of the dense factors, for masks over entries only), sha256 {rows, columns}
-    of the kept indices as little-endian int64, and indices {rows, columns} where the selection is not random.
+    Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, and
+    modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is
+    random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the dense factors, for masks
+    over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns}
+    where the selection is not random.
     """
-    content: dict[str, Any] = {"version": VERSION}
-    for key in ("granularity", "selection", "mask_seed", "count", *_DEFAULTS, "sparsity"):
-        if (key != "count" or settings["granularity"] == "element") and settings[key] != _DEFAULTS.get(key):
-            content[key] = settings[key]
-    content["modules"] = {}
+    keys = ("granularity", "selection", "mask_seed", *_BEFORE, "sparsity")
+    content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in keys}, "modules": {}}
     requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
@@ -63,7 +60,7 @@ def read(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         version = content["version"]
         if version == VERSION:
-            _check_keys(content, "it", _KEYS, {"count", "sparsity", *_DEFAULTS})
+            _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
             needed = {*AXES, "shape", "sha256"}
             needed |= {"a", "b"} if content["granularity"] in OF_ENTRIES else set()
             needed |= {"indices"} if content["selection"] == "top" else set()
@@ -93,8 +90,8 @@ def _check_keys(content: Mapping, name: str, needed: set[str], optional: Collect
 def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
     modules = content["modules"]
-    found = {key: content[key] for key in ("granularity", "selection", "mask_seed")}
-    found |= {key: content[key] for key in ("count", *_DEFAULTS) if key in content}
+    keys = ("granularity", "selection", "mask_seed", *_BEFORE)
+    found = _BEFORE | {key: content[key] for key in keys if key in content}
     # Older files have the measured sparsity alone, which keeps as many again.
     measured = {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()}
     found["sparsity"] = content.get("sparsity", measured)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -44,10 +43,11 @@ def warm_start(
 
     A' (rank × kept columns) takes these columns of the LoRA's A (rank × in), B' (kept rows × rank) these rows of its
     B (out × rank), and single entries the same entries; what is masked stays zero. A group (granularity "groups") takes
-    the signed mean of its columns or rows. Tensors that train whole beside the adapter (a head in modules_to_save,
-    biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the model starts with the
-    LoRA's outputs, and with higher sparsity further from them. Values are written in place, in the model's dtype, so
-    that optimizers stay valid.
+    the signed mean of its columns or rows. Where the adapter has another scaling, by lora_alpha or the exponents of
+    density, B' takes the values times the ratio of the two. Tensors that train whole beside the adapter (a head in
+    modules_to_save, biases) take the LoRA's values where it has any. B is then no longer zero: with sparsity 0 the
+    model starts with the LoRA's outputs, and with higher sparsity further from them. Values are written in place, in
+    the model's dtype, so that optimizers stay valid.
 
         model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=..., sparsity=...))
         warm_start(model, "path/or/hub-id/of/a/lora")
@@ -62,16 +62,15 @@ def warm_start(
         token: for the hub repository.
 
     Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
-    shapes, another scaling (alpha / rank, or alpha / sqrt(rank) with rslora), a trained head or bias that the adapter
-    does not train, options of LoRA that do not go with masks, a merged adapter, a missing, broken or pickled file.
+    shapes, a trained head or bias that the adapter does not train, options of LoRA that do not go with masks, a merged
+    adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
-    plain = PartialLoraConfig(sparsity=0)
-    for name in ("columns", "row_exponent", "column_exponent", "rank_pattern"):
-        if getattr(config, name) != getattr(plain, name):
+    for name, usual in (("columns", "masked"), ("rank_pattern", {})):
+        if getattr(config, name) != usual:
             raise PartialLoraError(
                 f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"
-                f" {getattr(plain, name)!r}."
+                f" {usual!r}."
             )
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
     own, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
@@ -79,7 +78,10 @@ def warm_start(
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key in factors:
-                factors[key].kept.copy_(factors[key].nearest(value))
+                module, factor, _ = key.rsplit(".", 2)
+                theirs, ours = (scaling_of(each, module, each.r) for each in (source.config, config))
+                scale = theirs / ours if factor == "lora_B" else 1
+                factors[key].kept.copy_(factors[key].nearest(scale * value))
             else:
                 own[key].copy_(value)
 
@@ -181,7 +183,6 @@ def _check_fit(
     if source.config.r != config.r:
         raise PartialLoraError(f"{source.name} has r={source.config.r}, the adapter r={config.r}: give both the same.")
     for key, value in source.tensors.items():
-        module = key.rpartition(".")[0]
         if key not in own:
             what = "target_modules" if ".lora_" in key else "modules_to_save (or bias)"
             raise PartialLoraError(f"{source.name} has {key}, which the adapter does not train: add it to {what}.")
@@ -190,22 +191,9 @@ def _check_fit(
                 f"{source.name} has {key} in shape {list(value.shape)}, the adapter in {list(own[key].shape)}: it was"
                 " trained on another model."
             )
-        if key in factors:
-            module = module.rpartition(".")[0]
-            theirs, ours = (scaling_of(each, module, each.r) for each in (source.config, config))
-            if not math.isclose(theirs, ours, rel_tol=1e-6):
-                raise PartialLoraError(
-                    f"{module} is scaled by {theirs:g} in {source.name}, by {ours:g} in the adapter: give both the same"
-                    f" lora_alpha and use_rslora (here {_settings(source.config)} and {_settings(config)})."
-                )
 
 
 def _tokens(config: LoraConfig) -> dict[str, list[int]] | None:
     """Return the tokens that train, by the name of their embedding; a list is of PEFT's own."""
     tokens = config.trainable_token_indices
     return {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
-
-
-def _settings(config: LoraConfig) -> str:
-    pattern = f", alpha_pattern={config.alpha_pattern}" if config.alpha_pattern else ""
-    return f"lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}{pattern}"

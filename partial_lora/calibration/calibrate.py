@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from tqdm import tqdm
@@ -48,7 +48,7 @@ from partial_lora.calibration.search import (
     walk,
 )
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.masks import AXES, Sparsity
+from partial_lora.masks import AXES, Granularity, Sparsity
 from partial_lora.models.targets import target_linears
 
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
@@ -67,7 +67,7 @@ def calibrate(
     importance: Importance = "svd",
     importance_options: Mapping | None = None,
     rank: int = 16,
-    granularity: str = "rows_columns",
+    granularity: Granularity | Literal["rows"] = "rows_columns",
     chance: float | None = None,
     above_chance: bool | None = None,
     settings: Mapping | None = None,

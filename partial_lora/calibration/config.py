@@ -11,7 +11,6 @@ from typing import Any, Optional
 from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home, flatten
 
-PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
 UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
 
 

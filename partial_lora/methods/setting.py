@@ -35,8 +35,8 @@ class Setting:
     granularity: str = "rows_columns"
     count: str = "exact"
     columns: str = "masked"
-    fan_in: str = "dense"
-    row_exponent: float = 0.0
+    fan_in: str | None = None
+    row_exponent: float | None = None
     column_exponent: float = 0.0
     sparsity: Sparsity | None = None
     scores: ModuleScores | None = None

@@ -224,6 +224,7 @@ def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure whole or not at all; the same figure gives the same bytes on any day."""
     path = Path(path)
+    _lay_out(figure)
     content = io.BytesIO()
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with rc_context({"svg.hashsalt": "partial-lora"}):
@@ -241,5 +242,4 @@ def _lay_out(figure: Figure) -> None:
 
 def save_both(figure: Figure, folder: Path, stem: str) -> list[Path]:
     """Write a figure as folder/stem.png and .svg."""
-    _lay_out(figure)
     return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")]

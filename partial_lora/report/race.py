@@ -18,6 +18,7 @@ from rich.console import Group
 from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.masks import AS_PEFT
 from partial_lora.report import page, records, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, sized
 from partial_lora.report.figures import Shown, front
@@ -28,8 +29,9 @@ from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
-_DRAWS = ("fan_in", "row_exponent", "column_exponent")
-_PEFTS = {key: getattr(MaskConfig(), key) for key in (*_KINDS, *_DRAWS)}  # whole rows and columns, as PEFT draws A
+_DRAWS = (*AS_PEFT, "column_exponent")
+# Whole rows and columns, as PEFT draws A: what records of version 0.1 leave out.
+_PEFTS = {**asdict(MaskConfig()), **AS_PEFT}
 CELL = ["task", "size", "form"]
 _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
     "parameters": ("trainable parameters", 1),

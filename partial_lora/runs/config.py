@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, PAPER_BUDGET, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import BUDGETED, CALIBRATED, UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, redacted
-from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
+from partial_lora.masks import PAPER_BUDGET, Sparsity, assign_sparsity, read_sparsity
 from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
     SECTIONS,

@@ -12,11 +12,11 @@ from importlib import metadata
 from pathlib import Path
 
 from partial_lora.calibration.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import CALIBRATED, PAPER_BUDGET
+from partial_lora.calibration.config import CALIBRATED
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.errors import require
-from partial_lora.masks import Sparsity
+from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton, stored_skeleton
 from partial_lora.runs import rates
 from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity, is_calibrated

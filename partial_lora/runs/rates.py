@@ -256,7 +256,10 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 
 
 def load(file: Path) -> list[dict]:
-    """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
+    """Return the entries of a file; raise PartialLoraError, naming it, where it is none.
+
+    Versions 0.1 and 0.2 left draw and scaling out where they were PEFT's.
+    """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, entries = content["version"], content["entries"]

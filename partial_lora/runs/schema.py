@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Optional
@@ -30,7 +30,7 @@ from partial_lora.calibration.config import (
 )
 from partial_lora.errors import PartialLoraError, one_line, one_of, positive, require
 from partial_lora.files import at_home, flatten
-from partial_lora.masks import CHOICES
+from partial_lora.masks import AS_PEFT, CHOICES, default_draw
 from partial_lora.tasks.metrics import FITTING
 from partial_lora.training.config import TrainerConfig
 
@@ -53,8 +53,12 @@ class MaskConfig:
     seed: Optional[int] = None  # draws the masks; null: the run's seed
     # masked: the kept columns of A train; frozen: A is whole, drawn by mask.seed, and only the kept rows of B train
     columns: str = "masked"
-    fan_in: str = "dense"  # the inputs that A is drawn for: dense, all of them; kept, those whose columns are kept
-    row_exponent: float = 0.0  # multiplies a module's scaling, alpha / rank, by (density of its rows) ** -row_exponent
+    # the inputs that A is drawn for: dense, all of them; kept, those whose columns are kept; null: kept, but dense for
+    # single entries and where nothing is masked
+    fan_in: Optional[str] = None
+    # multiplies a module's scaling, alpha / rank, by (density of its rows) ** -row_exponent; null: 1, but 0 for single
+    # entries and where nothing is masked
+    row_exponent: Optional[float] = None
     column_exponent: float = 0.0  # multiplies it by (density of its columns) ** -column_exponent
 
     @property
@@ -63,14 +67,15 @@ class MaskConfig:
         return counted_of(self.granularity, self.columns)
 
     def __post_init__(self) -> None:
-        for key in ("granularity", "count", "columns", "fan_in"):
+        for key in ("granularity", "count", "columns"):
             one_of(f"mask.{key}", getattr(self, key), *CHOICES[key])
+        one_of("mask.fan_in", self.fan_in, *CHOICES["fan_in"], None)
         if self.granularity != "element":
             one_of("mask.count", self.count, "exact")
         if self.columns == "frozen":
             one_of("mask.granularity", self.granularity, "rows_columns")
         for key in ("row_exponent", "column_exponent"):
-            require(0 <= getattr(self, key) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")
+            require(0 <= (getattr(self, key) or 0) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")
 
 
 ACCELERATE_CONFIG = "trainer.accelerate_config"
@@ -424,6 +429,9 @@ class Config:
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
             one_of("mask.columns", self.mask.columns, "masked")
         traits = traits_of(self.method.name)
+        draw = default_draw(self.mask.granularity) if traits.masked else AS_PEFT
+        left = {key: value for key, value in draw.items() if getattr(self.mask, key) is None}
+        self.mask = replace(self.mask, **left)
         if traits.granularities:
             one_of("mask.granularity", self.mask.granularity, *traits.granularities)
         if traits.columns:

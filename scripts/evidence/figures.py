@@ -41,7 +41,7 @@ from partial_lora.report.drawing import (
     look,
     panels,
     plain,
-    save_both,
+    save,
     scored,
     sized,
 )
@@ -73,7 +73,7 @@ class Spec:
 
 
 def make(name: str, results_dir: Path, say: Callable[[str], None] = print) -> list[Path]:
-    """Draw a figure from the runs under results_dir, as its figures/NAME.png, .svg and .csv; gives the files.
+    """Draw a figure from the runs under results_dir, as its figures/NAME.svg and .csv; gives the files.
 
     say: gets in a line each what is missing or left out. Where there is nothing to draw, files of an earlier time go,
     and none is given.
@@ -90,10 +90,10 @@ def make(name: str, results_dir: Path, say: Callable[[str], None] = print) -> li
     if frame.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    files = save_both(spec.draw(frame), folder, name)
+    file = save(spec.draw(frame), folder / f"{name}.svg")
     above = [f"python scripts/reproduce.py {name} --results {results_dir}", *notes]
     write_atomic(folder / f"{name}.csv", "".join(f"# {line}\n" for line in above) + frame.to_csv(index=False))
-    return [*files, folder / f"{name}.csv"]
+    return [file, folder / f"{name}.csv"]
 
 
 def runs_of(name: str, results_dir: Path, among: Collection[Path] | None = None) -> tuple[pd.DataFrame, list[str]]:

@@ -1,4 +1,4 @@
-"""Tables 1 to 7: what finished runs say of each of the paper's claims, as md, csv and tex, and what is missing."""
+"""Tables 1 to 7: what finished runs say of each of the paper's claims, as md and csv, and what is missing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from partial_lora.files import write_atomic
 from partial_lora.report.records import NONE, half_interval, number, point_order
 from partial_lora.report.statistics import MARGIN, reliability
 from partial_lora.report.summary import cell, measured, percent
-from partial_lora.report.tables import as_latex, origin, tabulated
+from partial_lora.report.tables import origin, tabulated
 from partial_lora.runs import packs
 from partial_lora.tasks.metrics import SHARES
 
@@ -128,13 +128,12 @@ class Table:
 
 
 def write(table: Table, folder: Path, command: str) -> list[Path]:
-    """Write folder/NAME.md, .csv and .tex, each whole or not at all; gives the files."""
+    """Write folder/NAME.md and .csv, each whole or not at all; gives the files."""
     folder.mkdir(parents=True, exist_ok=True)
     above = [line for line in (command, table.origin) if line]
     contents = {
         "md": markdown(table, command),
         "csv": "".join(f"# {line}\n" for line in above) + table.numbers.convert_dtypes().to_csv(index=False),
-        "tex": "".join(f"% {line}\n" for line in above) + latex(table),
     }
     for suffix, content in contents.items():
         write_atomic(folder / f"{table.name}.{suffix}", content)
@@ -145,17 +144,10 @@ def markdown(table: Table, command: str) -> str:
     """The command, the claim, what was found of it, the parts, notes."""
     parts = [f"    {command}", table.origin, f"# {table.title}", f"The paper: {table.claim}", _of_verdicts(table)]
     for title, shown in table.shown.items():
-        parts += [f"**{title}**", _tabulated(shown, "pipe")]
+        parts += [f"**{title}**", _tabulated(shown)]
     parts.append("\n".join(f"- {note}" for note in table.notes))
     parts.append("\n".join(f"- missing: {line}" for line in table.missing))
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def latex(table: Table) -> str:
-    """The parts alone, for a paper (booktabs); each title a comment."""
-    return "\n".join(
-        f"% {title}\n{as_latex(_tabulated(shown, 'latex_booktabs'))}\n" for title, shown in table.shown.items()
-    )
 
 
 def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
@@ -171,7 +163,7 @@ def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
 def _of_verdicts(table: Table) -> str:
     shown = tabled(table.verdicts)
     several = bool(shown["among"].max() > 1)
-    return _tabulated(shown[["claim", "where", *["alone"] * several, "verdict", "found"]], "pipe")
+    return _tabulated(shown[["claim", "where", *["alone"] * several, "verdict", "found"]])
 
 
 def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
@@ -184,9 +176,9 @@ def in_words(verdict: Verdict) -> str:
     return f"{verdict.verdict}, among {verdict.among}" if verdict.among > 1 else verdict.verdict
 
 
-def _tabulated(shown: pd.DataFrame, form: str) -> str:
+def _tabulated(shown: pd.DataFrame) -> str:
     words = {"mixture", "importance", "difference", "over", "what", "claim", "where", "found", "alone"}
-    return tabulated(shown, form, [name for name in shown if name in words or name.startswith("among")])
+    return tabulated(shown, "pipe", [name for name in shown if name in words or name.startswith("among")])
 
 
 # What is read of scores and differences

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import Mask
+from partial_lora.masks import AS_PEFT, Mask
 
 
 @pytest.mark.parametrize(("base", "batches"), [(vit, images), (llama, tokens)])
@@ -90,7 +90,7 @@ def test_training_equals_dense_lora_with_masked_values_and_gradients(name, granu
         many: {"rows": 0.1, "columns": 0.3},
         ".*": {"rows": 0.3, "columns": 0.7},
     }
-    partial = adapt(kind.build, sparsity=sparsity, granularity=granularity)
+    partial = adapt(kind.build, sparsity=sparsity, granularity=granularity, **AS_PEFT)
     twin = Twin(partial, kind.build, granularity)
     twin.model.to(dtype), partial.to(dtype)
     optimizers = optimizer_of(partial, lr=0.005), optimizer_of(twin.model, lr=0.005)
@@ -127,7 +127,7 @@ def test_masks_do_not_depend_on_rank_global_seed_or_order_of_targets():
 
 
 def test_delta_weight_can_be_checked_by_eye():
-    model = adapt(sparsity={"fc1": 0.96}, r=1, lora_alpha=2, target_modules=["blocks.0.mlp.fc1"])
+    model = adapt(sparsity={"fc1": 0.96}, r=1, lora_alpha=2, target_modules=["blocks.0.mlp.fc1"], **AS_PEFT)
     name, layer = next(iter(layers(model).items()))
     masks = module_masks(model)[name]
     layer.lora_A["default"].kept.data.fill_(3.0)
@@ -200,7 +200,7 @@ def layer_with_dropout(probability, sparsity, granularity, kind="linear"):
     nn.init.zeros_(base.weight), nn.init.zeros_(base.bias)
     if kind == "hooked":
         base.register_forward_hook(lambda *_: None)  # somebody who looks on keeps base and adapter apart
-    settings = {"r": 1, "lora_alpha": 2, "target_modules": ["0"], "granularity": granularity}
+    settings = {"r": 1, "lora_alpha": 2, "target_modules": ["0"], "granularity": granularity, **AS_PEFT}
     config = PartialLoraConfig(sparsity=sparsity, lora_dropout=probability, **settings)
     model = get_peft_model(nn.Sequential(base), config)
     for parameter in model.parameters():

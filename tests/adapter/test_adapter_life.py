@@ -39,18 +39,27 @@ from peft.utils.hotswap import (
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AS_PEFT
 
 granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 
 
 def config_of(base, **settings):
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": KIND_OF[base].targets, "sparsity": 0.5, **settings}
+    """Scaled as plain LoRA, so that code of PEFT that passes over alphas gives the same."""
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": KIND_OF[base].targets,
+        "sparsity": 0.5,
+        **AS_PEFT,
+        **settings,
+    }
     return PartialLoraConfig(**settings)
 
 
 def pair(base=vit, granularity="rows_columns", **settings):
     """A model with two masked adapters of unlike masks, "default" and "other", both with values in B."""
-    model = adapt(base, sparsity=0.8, granularity=granularity, modules_to_save=None)
+    model = adapt(base, sparsity=0.8, granularity=granularity, modules_to_save=None, **AS_PEFT)
     model.add_adapter("other", config_of(base, granularity=granularity, mask_seed=7, **settings))
     return fill(model)
 
@@ -200,7 +209,7 @@ def test_adapters_are_injected_without_a_peft_model(granularity, low_cpu_mem_usa
     base = vit()
     torch.manual_seed(1)
     bare = inject_adapter_in_model(config_of(vit, granularity=granularity), base)
-    wrapped = adapt(sparsity=0.5, granularity=granularity, modules_to_save=None)
+    wrapped = adapt(sparsity=0.5, granularity=granularity, modules_to_save=None, **AS_PEFT)
     fill(bare), fill(wrapped)
     assert torch.equal(logits(bare, images()), logits(wrapped, images()))
     assert module_masks(bare) == module_masks(wrapped)
@@ -225,7 +234,7 @@ def test_targets_read_off_a_state_dict_are_refused():
 
 
 def saved(folder, base, **settings):
-    model = fill(adapt(base, modules_to_save=None, **settings), seed=settings["mask_seed"])
+    model = fill(adapt(base, modules_to_save=None, **AS_PEFT, **settings), seed=settings["mask_seed"])
     model.save_pretrained(folder)
     return str(folder), logits(model, KIND_OF[base].batch(0))
 
@@ -247,10 +256,11 @@ def test_saved_adapters_are_swapped_into_each_other_as_plain_lora(tmp_path, base
 
 @pytest.fixture
 def masked():
-    model = fill(adapt(sparsity=0.8, modules_to_save=None))
+    model = fill(adapt(sparsity=0.8, modules_to_save=None, **AS_PEFT))
     yield model
-    assert module_masks(model) == module_masks(adapt(sparsity=0.8, modules_to_save=None))
-    assert torch.equal(logits(model, images()), logits(fill(adapt(sparsity=0.8, modules_to_save=None)), images()))
+    intact = fill(adapt(sparsity=0.8, modules_to_save=None, **AS_PEFT))
+    assert module_masks(model) == module_masks(intact)
+    assert torch.equal(logits(model, images()), logits(intact, images()))
 
 
 @pytest.mark.parametrize(

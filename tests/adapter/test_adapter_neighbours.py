@@ -15,6 +15,7 @@ from partial_lora import PartialLoraConfig
 from partial_lora.adapter import module_masks
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import PartialLinear
+from partial_lora.masks import AS_PEFT
 
 GRANULARITIES = ["rows_columns", "element"]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -33,7 +34,7 @@ class Perceptron(nn.Module):
 
 
 def adapted(base, granularity="rows_columns", targets=("fc1", "fc2"), **settings):
-    config = {"r": 4, "target_modules": list(targets), "sparsity": 0.6, "granularity": granularity}
+    config = {"r": 4, "target_modules": list(targets), "sparsity": 0.6, "granularity": granularity, **AS_PEFT}
     torch.manual_seed(1)
     return fill(get_peft_model(base(), PartialLoraConfig(**config | settings)))
 

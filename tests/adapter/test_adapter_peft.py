@@ -34,6 +34,7 @@ from transformers import (
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.adapter.factor import FactorA, FactorB
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AS_PEFT
 
 granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 
@@ -45,7 +46,8 @@ EVEN = {"rows": 0.3, "columns": 0.4}
 def uneven(name, **settings):
     """The adapted model of a kind, B filled."""
     kind = KINDS[name]
-    return fill(adapt(kind.build, sparsity={kind.targets[0]: UNEVEN, ".*": EVEN}, task_type=kind.task, **settings))
+    settings = {"sparsity": {kind.targets[0]: UNEVEN, ".*": EVEN}, "task_type": kind.task, **AS_PEFT, **settings}
+    return fill(adapt(kind.build, **settings))
 
 
 def gradients(model, batch, seed=3):
@@ -163,7 +165,7 @@ def test_under_autocast_it_is_as_exact_as_dense_lora(name, dtype, granularity):
 def test_a_base_in_low_precision_trains(name, autocast_adapter_dtype, granularity):
     kind = KINDS[name]
     settings = {"r": 4, "lora_alpha": 6, "target_modules": kind.targets, "sparsity": 0.6, "granularity": granularity}
-    config = PartialLoraConfig(**settings)
+    config = PartialLoraConfig(**settings, **AS_PEFT)
     model, twin, exact = (
         get_peft_model(kind.build().bfloat16(), each, autocast_adapter_dtype=autocast_adapter_dtype)
         for each in (config, config.as_lora(), config.as_lora())

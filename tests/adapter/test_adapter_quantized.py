@@ -236,7 +236,7 @@ def test_layers_of_peft_over_a_stand_in(kind, granularity, dropout):
     geometry = Geometry(shape=(24, 16), a=(4, 16), b=(24, 4))
     (masks,) = random_masks({"m": geometry}, 0.7, granularity=granularity, count="exact", mask_seed=0).values()
     layer, dense = (kind(StandIn(16, 24), "default", config=config, r=4, lora_alpha=6) for _ in range(2))
-    mask_layer(layer, "default", masks)
+    mask_layer(layer, "default", masks, fan_in="dense")
     low, high = layer.lora_A["default"], layer.lora_B["default"]
     nn.init.normal_(high.kept)
     dense.lora_A["default"].weight = nn.Parameter(low.fill(low.kept).detach().clone())

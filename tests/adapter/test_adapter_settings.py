@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 import warnings
@@ -45,6 +46,7 @@ from partial_lora.adapter import config as options
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.selection import Geometry
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AS_PEFT
 
 
 def sparsity_of(sparsity, targets=("attn.qkv", "mlp.fc1")):
@@ -129,14 +131,19 @@ def test_settings_are_refused_by_name(key, settings):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_sparsity_that_is_left_out_is_0_and_warned_of(tmp_path, recwarn):
-    with pytest.warns(UserWarning, match="^sparsity"):
-        config = PartialLoraConfig(r=2, target_modules=["qkv"])
-    assert config == PartialLoraConfig(r=2, target_modules=["qkv"], sparsity=0.0)
-    PartialLoraConfig(r=2, target_modules=["qkv"], selection="top", indices={"qkv": {"rows": [0], "columns": [1]}})
-    get_peft_model(vit(), config).save_pretrained(tmp_path)
-    PartialLoraConfig.from_pretrained(tmp_path)
-    assert not [each for each in recwarn if "sparsity" in str(each.message)]
+def test_what_is_left_out_suits_the_form_and_what_is_set_stays():
+    form = functools.partial(PartialLoraConfig, target_modules=["qkv"])
+    chosen = form(selection="top", indices={"qkv": {"rows": [0], "columns": [1]}})
+    assert (form().sparsity, chosen.sparsity, form(sparsity=0).sparsity) == (0.87, 0, 0)
+    for settings, fan_in, row_exponent in (
+        *(({"granularity": each}, "kept", 1) for each in ("rows_columns", "units", "groups")),
+        ({"granularity": "element"}, "dense", 0),
+        ({"granularity": "element", "fan_in": "kept"}, "kept", 0),
+        ({"row_exponent": 0}, "kept", 0),
+        ({"init_lora_weights": "gaussian"}, "dense", 1),
+    ):
+        config = form(**settings)
+        assert (config.fan_in, config.row_exponent, config.column_exponent) == (fan_in, row_exponent, 0)
 
 
 @pytest.mark.parametrize(
@@ -422,9 +429,10 @@ def test_an_option_of_a_peft_to_come_is_refused_unless_it_has_its_default(monkey
 
 def drawn(base, granularity="rows_columns", seed=5, **settings):
     """The dense LoRA model and the masked one that the same random numbers give."""
-    common = {"r": 4, "target_modules": ["qkv", "fc1"], **settings}
+    common = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "fc1"], **settings}
+    masked = PartialLoraConfig(sparsity=0.6, granularity=granularity, **AS_PEFT, **common)
     pair = []
-    for config in (LoraConfig(**common), PartialLoraConfig(sparsity=0.6, granularity=granularity, **common)):
+    for config in (LoraConfig(**common), masked):
         model = base()
         torch.manual_seed(seed)
         pair.append(get_peft_model(model, config))

@@ -111,7 +111,7 @@ def promised_size(model, dtype: torch.dtype | None) -> int:
     masks = module_masks(model).values()
     indices = sum(len(mask.rows.kept) + len(mask.columns.kept) for mask in masks)
     is_random = model.peft_config["default"].selection == "random"
-    return kept * (2 if dtype == torch.bfloat16 else 4) + 400 * len(masks) + (0 if is_random else 4 * indices)
+    return kept * (2 if dtype == torch.bfloat16 else 4) + 410 * len(masks) + (0 if is_random else 4 * indices)
 
 
 def written_size(model, folder, dtype: torch.dtype | None) -> int:

@@ -121,7 +121,7 @@ def test_ranks_of_their_own_reach_most_of_w_at_the_size_of_each_module(share: fl
 
 def test_modules_with_ranks_of_their_own_have_the_size_and_loras_scaling() -> None:
     reference, setting = adapted("partial", "tiny_vit", high=0.8)
-    own, _ = adapted("partial", "tiny_vit", high=0.8, ranks="auto")
+    own, _ = adapted("partial", "tiny_vit", high=0.8, ranks="auto", row_exponent=0)
     sizes = [counted(model, setting)["adapter_trainable"] for model in (own, reference)]
     assert 0 <= sizes[1] - sizes[0] < 4 * len(setting.shapes)
     layers = [layer for layer in own.modules() if isinstance(layer, LoraLayer)]
@@ -176,7 +176,7 @@ def test_a_ticket_starts_from_the_values_of_a_that_it_was_scored_by() -> None:
 
     scores = data_scores("adapter", model, modules, [batch], seed=7, options={"rank": 4, "steps": 2}, loss=loss)
     set_seed(7)
-    ticket = methods.METHODS["ticket"](model, dataclasses.replace(setting, scores=scores))
+    ticket = methods.METHODS["ticket"](model, dataclasses.replace(setting, scores=scores, fan_in="dense"))
     for name, masks in module_masks(ticket).items():
         start = ticket.get_base_model().get_submodule(name).lora_A["default"].weight
         assert torch.equal(start[:, masks.columns.kept], began[name][:, masks.columns.kept])
@@ -376,6 +376,17 @@ def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
         mask_seed=0,
     )
     assert module_masks(model) == module_masks(get_peft_model(load("tiny_vit"), config))
+
+
+@pytest.mark.parametrize("mask", ["rows_columns", "units", "element", "groups"])
+def test_python_and_the_command_line_have_the_same_defaults(mask: str) -> None:
+    run, adapter = composed("calibration=fixed", f"mask={mask}"), PartialLoraConfig(granularity=mask)
+    assert adapter.mask_seed == run.mask_seed
+    assert adapter.sparsity == 1 - run.calibration.budget
+    assert (adapter.r, adapter.lora_alpha) == (run.method.rank, run.method.alpha)
+    assert adapter.lora_dropout == run.method.dropout
+    for name in dataclasses.asdict(run.mask).keys() - {"seed"}:
+        assert getattr(adapter, name) == getattr(run.mask, name)
 
 
 def test_the_most_important_rows_meet_a_frozen_a_that_keeps_all_columns() -> None:

@@ -34,7 +34,7 @@ FEW = {
     "stability": ("--shots=2,4", "--noise=0.0,0.2", "--seeds=0,1"),
     "cost": ("--measures", "svd,activation"),
 }
-FILES = {"analysis.json", "analysis.log", "table.md", "figure.png", "figure.svg"}
+FILES = {"analysis.json", "analysis.log", "table.md", "figure.svg"}
 
 
 def settings(*arguments: str) -> dict:
@@ -370,7 +370,7 @@ def test_the_numbers_of_the_figure_are_those_of_the_summary(done) -> None:
 def test_a_finished_analysis_is_not_done_again_but_drawn(done, monkeypatch) -> None:
     what, folder, _ = done
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for name in ("table.md", "figure.png"):
+    for name in ("table.md", "figure.svg"):
         (folder / name).unlink()
     monkeypatch.setattr(analyses, "Subject", None)  # whoever loads the model fails
     assert analyses.main([what, *TINY, *FEW[what], f"results_dir={folder.parents[3]}"]) == 0

@@ -45,7 +45,7 @@ def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None
     numbers = pd.read_csv(tmp_path / "out" / "coverage.csv")
     assert len(numbers) == (3 + 3) * 4 * 2  # kinds of one set, and of five; seeds; intervals
     assert numbers["coverage"].between(0, 1).all()
-    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".md", ".csv", ".png", ".svg"}
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".md", ".csv", ".svg"}
 
 
 @pytest.mark.parametrize("script", [interval_coverage, power])

@@ -8,14 +8,13 @@ import numpy as np
 import pandas as pd
 import power
 import pytest
-from checkout import needs_results
+from checkout import RESULTS, needs_results
 from interval_coverage import fitted
 from recorded_runs import leave
 
 from partial_lora.report.statistics import estimate
-from partial_lora.runs import config
+from partial_lora.runs.packs import RUNS_TABLE
 
-RESULTS = config.conf_dir().parent / "results"
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 
 
@@ -55,8 +54,8 @@ def test_where_one_source_varies_the_degrees_of_freedom_are_its_own() -> None:
 @needs_results
 @pytest.mark.parametrize("task", ["digits", "gtsrb", "sst2", "trec"])
 def test_the_test_rows_that_are_counted_with_are_those_of_the_runs(task: str) -> None:
-    predictions = next((RESULTS / "decided" / "runs" / task).rglob("predictions.parquet"))
-    assert len(pd.read_parquet(predictions)) == power.TEST_ROWS[task]
+    runs = pd.read_parquet(RESULTS / "decided" / RUNS_TABLE, columns=["task", "examples"])
+    assert set(runs[runs["task"] == task]["examples"]) == {power.TEST_ROWS[task]}
 
 
 @needs_results

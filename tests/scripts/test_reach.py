@@ -117,4 +117,4 @@ def test_accuracies_of_a_form_are_those_of_its_name(tmp_path) -> None:
     assert table["above"].tolist() == pytest.approx([0, -0.12, 0.1, 0.2])
     reach.draw(table, tmp_path)
     assert "reach +0.00" not in (tmp_path / "reach.md").read_text(encoding="utf-8")
-    assert (tmp_path / "reach.png").is_file()
+    assert (tmp_path / "reach.svg").is_file()

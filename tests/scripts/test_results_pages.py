@@ -7,6 +7,7 @@ from functools import cache
 from itertools import product
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from checkout import needs_results
 
@@ -187,3 +188,11 @@ def test_the_readme_has_the_distance_on_gtsrb_over_the_seeds_that_both_have() ->
     distance = 100 * (chosen["lora", "own"] - chosen["partial", "0.13"]).mean()
     shown = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"{distance:.0f} and 13 points below it on gtsrb (200 and 600 steps)" in shown
+
+
+@pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])
+def test_every_column_of_a_committed_pack_is_described(table: str) -> None:
+    _, _, described = (ROOT / "docs" / "reference" / "packs.md").read_text("utf-8").partition(f"## {table}\n")
+    columns = {name for pack in (ROOT / "results").glob(f"*/{table}") for name in pq.read_schema(pack).names}
+    assert columns
+    assert [name for name in sorted(columns) if f"`{name}`" not in described.partition("\n## ")[0]] == []

@@ -174,7 +174,6 @@ def test_the_largest_slope_is_the_jacobians_norm() -> None:
 def test_the_recorded_page_and_figure_are_of_the_record(tmp_path) -> None:
     record = json.loads((RECORDED / "propagation.json").read_text(encoding="utf-8"))
     assert (RECORDED / "propagation.md").read_text(encoding="utf-8") == script.page(record)
-    assert {file.name for file in script.draw(record, tmp_path)} == {"propagation.png", "propagation.svg"}
-    assert (tmp_path / "propagation.png").read_bytes().startswith(b"\x89PNG")
+    assert script.draw(record, tmp_path).read_text(encoding="utf-8").rstrip().endswith("</svg>")
     for point in (point for model in record["models"] for point in model["points"]):
         assert point["measured"]["median"] <= point["secant"]["median"] <= point["bound"]["median"]
