@@ -42,7 +42,10 @@ _FOOT = (
 
 
 def page(settings: Mapping, groups: Mapping[str, Sequence[str]], methods: Mapping[str, Path], width: int) -> str:
-    """Return the help; settings: nested, as composed. groups: the names that each may be set to. methods: their files."""
+    """Return the help.
+
+    settings: nested, as composed. groups: the names that each may be set to. methods: the file of each.
+    """
 
     def entry(key: str, value: str, meaning: str = "") -> str:
         return textwrap.fill(f"{key}={value}  {meaning}".rstrip(), width, **_WRAPPED)
