@@ -163,6 +163,7 @@ def ranges() -> dict[str, str]:
     with contextlib.ExitStack() as patched:
         for module in modules:
             patched.enter_context(patch(f"partial_lora.{module}.require", note))
+        patched.enter_context(patch("partial_lora.calibration.config.typed"))  # types have a column of their own
         ModelConfig(family="causal", **named)
         MethodConfig(name="peft", peft_type="LOKR")
         TrainerConfig(num_machines=2, head_learning_rate=1e-3)
