@@ -132,7 +132,10 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
-    primary = _primary_of_record(upgraded_settings(settings), others) if is_record(settings) else _primary(files[0], settings)
+    if is_record(settings):
+        primary = _primary_of_record(upgraded_settings(settings), others)
+    else:
+        primary = _primary(files[0], settings)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
 
