@@ -97,7 +97,7 @@ class Bars:
         if name == "download":
             count = f"{done // 1_000_000}/{total // 1_000_000} MB"
         else:
-            count = f"{share:.0%}" if event.get("share") is not None else f"{done}/{total or '?'}"
+            count = f"{100 * share:.0f} %" if event.get("share") is not None else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
             detail.append(f"{event['module']} {event['axis']} {event['sparsity']:.2f}")
