@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import with_an_end
 from partial_lora.runs.directory import RESULT, RUNS, read_result
 from partial_lora.runs.schema import upgraded
 
@@ -87,7 +88,7 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        known = VERSION.items() <= (parquet.read_schema(file).metadata or {}).items()
+        known = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
         table = parquet.read_table(file, columns=columns) if known else None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = f"cannot be read ({one_line(error)})"
