@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import io
 import json
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from partial_lora.runs.info import Outline
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, *files.FULL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,12 +69,10 @@ def guarded(command: Callable[[], int]) -> int:
         _forget_stdout()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno is None:  # of a library
             raise
-        print(
-            f"partial-lora: {escaped(str(error.filename or 'a file'))}: {error.strerror}; check its name, rights and disk",
-            file=sys.stderr,
-        )
+        place = escaped(str(error.filename or "a file"))
+        print(f"partial-lora: {place}: {error.strerror}; check its name, rights and disk", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -404,7 +400,7 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
 
 _whole = _number(int, lambda number: 0 <= number < 2**32, "a whole number of at least 0")
 _positive = _number(int, lambda number: 1 <= number < 2**32, "a whole number of at least 1")
-_temperature = _number(float, lambda number: 0 <= number < float("inf"), "a number of at least 0")
+_temperature = _number(float, lambda number: number == 0 or 1e-3 <= number < math.inf, "0, or a number from 0.001 on")
 _weight = _number(float, math.isfinite, "a finite number")
 _share = _number(float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
 

@@ -166,7 +166,7 @@ class Predictor:
             return [_prompt(each) for each in inputs]
         if self.modality == "text":
             expected = ("two texts" if self._pairs else "a text") + " in UTF-8"
-            return [each if _is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
+            return [each if is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
         Image.init()  # before the threads, which would all do it
         with ThreadPoolExecutor(_DECODERS) as threads:
             return list(threads.map(self._pixels, inputs))
@@ -232,9 +232,7 @@ def read_image(image: object) -> Image.Image:
     if not isinstance(image, (str, Path)):
         raise _unlike(image, "the path of an image, or a PIL image")
     try:
-        content = with_an_end(
-            image
-        ).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
+        content = with_an_end(image).read_bytes()  # here: `datasets` would take some paths for addresses on the web
         if content:
             return datasets.Image().decode_example({"path": None, "bytes": content})
     except FileNotFoundError as error:
@@ -260,17 +258,18 @@ def _words(content: object) -> str:
 
 
 def _prompt(content: object) -> str | PartialLoraError:
-    if not _is_text(content):
+    if not is_text(content):
         return _unlike(content, "a text in UTF-8")
     return content if content.strip() else PartialLoraError("an empty prompt: expected a text")
 
 
-def _is_text(content: object, pairs: bool = False) -> bool:
+def is_text(content: object, pairs: bool = False) -> bool:
+    """Return whether something is a text, or two, that a tokenizer reads: half a character it does not."""
     if pairs:
-        return isinstance(content, (tuple, list)) and len(content) == 2 and all(map(_is_text, content))
+        return isinstance(content, (tuple, list)) and len(content) == 2 and all(map(is_text, content))
     try:
         return isinstance(content, str) and bool(content.encode() or True)
-    except UnicodeEncodeError:  # half a character, which no tokenizer reads
+    except UnicodeEncodeError:
         return False
 
 
@@ -288,7 +287,7 @@ def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
     if not isinstance(content, (tuple, list)) or len(content) != 2:
         return False
     prompt, options = content
-    return _is_text(prompt) and isinstance(options, (tuple, list)) and all(map(_is_text, options))
+    return is_text(prompt) and isinstance(options, (tuple, list)) and all(map(is_text, options))
 
 
 def rows_of(
