@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,12 @@ def test_losses_and_classes_stand_for_logits_and_labels_are_of_any_type(tmp_path
         assert kept["prediction"].to_pylist() == list(columns["prediction"])
         assert ("classes" in kept.column_names) == ("logits" in columns)
     assert packs.predictions_of(folder.parents[1] / "lora-0a" / "seed0")["classes"][0].as_py() == 4
+
+
+def test_a_pipe_is_no_pack(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / packs.RUNS_TABLE)
+    with refusal(f"{tmp_path / packs.RUNS_TABLE}: "):
+        packs.directories(tmp_path)
 
 
 @pytest.mark.parametrize("name", [packs.RUNS_TABLE, packs.PREDICTIONS_TABLE])
