@@ -106,7 +106,8 @@ def test_pairs_and_questions_have_tabs_between_their_parts() -> None:
 @pytest.mark.parametrize(
     ("argument", "how", "begins"),
     [
-        *((each, {"modality": "image"}, f"^{each}: ") for each in ("a sunny day", "cat.png", "empty", "a\0b")),
+        *((each, {"modality": "image"}, f"^{each}: ") for each in ("a sunny day", "cat.png", "empty")),
+        ("a\0b", {"modality": "image"}, r"^a\\x00b: "),
         ("", {"modality": "image"}, "^'': "),
         *((each, {"modality": "image"}, f"^{each[1:]}: ") for each in ("@none.txt", "@empty")),
         ("photos/notes.txt", {}, "^photos/notes.txt .*@photos/notes.txt"),
