@@ -112,17 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, problems = collect(options.results)
         if runs.empty:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
-        records = [run.record for run in runs["run"]]
-        validation = [record["metrics"]["validation"] for record in records]
         runs = runs.assign(
-            method=[form_of(record["config"]) for record in records],
+            method=[form_of(run.record["config"]) for run in runs["run"]],
             model="all",
             importance="",
-            selects=[each["primary"] for each in validation],
-            validation=[each[each["primary"]] for each in validation],
-            loss=[each["loss"] for each in validation],
-            calibration_seconds=[_calibrated_for(record) for record in records],
-            seconds=[sum(record["seconds"].values()) for record in records],
+            calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
         )
         best = race.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
         write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)

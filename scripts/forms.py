@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, skipped = records.read(options.results)
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-        records_of = [run.record for run in runs]
-        text, numbers = race.write(records_of, options.results, options.stem, options.reference)
+        text, numbers = race.write(runs, options.results, options.stem, options.reference)
         origin, _, ranked = text.partition("\n\n")
         text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
         if (rates := best_rates(numbers)) is not None:
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        draw(race.rows_of(records_of), options.results, options.stem)
+        draw(race.rows_of(runs), options.results, options.stem)
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
             settings = {"reference": options.reference, "command": command, "refused": skipped}
@@ -115,7 +114,7 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
     figure, drawn = panels(len(places), wide=4.2, high=3.2)
     looks, handles = race.looks_of(sorted(table["form"].unique())), {}
     for axes, ((task, size), part) in zip(drawn, places, strict=True):
-        metric = part["selects"].iloc[0]
+        metric = part["metric"].iloc[0]
         times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
             means, (color, marker) = race.validated(own)["validation"], looks[form]

@@ -1,6 +1,7 @@
 """Methods at equal size, each at its best learning rate: a ranking with intervals, and who is on the Pareto front.
 
-Rows are of finished runs; a cell is a task, a size and a form, which is a method with what is special about its masks.
+Rows are those of `records.row` with a size and a form, which is a method with what is special about its masks; a cell
+is a task, a size and a form.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
-from partial_lora.report import page, records, summary, tables
+from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
-from partial_lora.report.records import NONE, half_interval
+from partial_lora.report.records import NONE, Run, half_interval
 from partial_lora.report.statistics import Estimate, holm
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import MaskConfig
@@ -33,6 +34,13 @@ _DRAWS = (*AS_PEFT, "column_exponent")
 # Whole rows and columns, as PEFT draws A: what records of version 0.1 leave out.
 _PEFTS = {**asdict(MaskConfig()), **AS_PEFT}
 CELL = ["task", "size", "form"]
+_AVERAGED = {  # columns of rows, and what the ranking calls their means
+    "adapter_parameters": "parameters",
+    "step_seconds": "step_seconds",
+    "saved_activation_bytes": "saved_bytes",
+    "adapter_bytes": "file_size",
+    "spent": "spent",
+}
 _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
     "parameters": ("trainable parameters", 1),
     "step_seconds": ("seconds a step", 1),
@@ -66,27 +74,6 @@ def masks_of(method: str) -> dict:
     return asdict(composed(f"method={method}").mask)
 
 
-def row_of(result: Mapping) -> dict:
-    """Return what the table needs of a record. The size is the budget, or "own" for a method without one.
-
-    selects: the metric on validation, which for generations is another than on test.
-    """
-    config, validation = result["config"], result["metrics"]["validation"]
-    numbers = records.row(result)
-    return numbers | {
-        "size": size_in(result),
-        "form": form_of(config),
-        "targets": ", ".join(config["model"]["target_modules"]),
-        "selects": validation["primary"],
-        "validation": validation[validation["primary"]],
-        "loss": validation["loss"],
-        "parameters": numbers["adapter_parameters"],
-        "saved_bytes": numbers["saved_activation_bytes"],
-        "file_size": numbers["adapter_bytes"],
-        "seconds": sum(result["seconds"].values()),
-    }
-
-
 def size_in(result: Mapping) -> str:
     """Return a record's budget in words, a share of dense LoRA's parameters or a number of them, or "own"."""
     budget = result["config"]["calibration"].get("budget")
@@ -95,12 +82,15 @@ def size_in(result: Mapping) -> str:
     return f"{budget:g}" if budget <= 1 else f"{budget:,.0f}"
 
 
-def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
-    """Return the rows of records. A form names its modules where most runs of the task adapt others."""
-    table = pd.DataFrame([row_of(result) for result in results])
-    for _, own in table.groupby("task"):
-        fewer = own[own["targets"] != own["targets"].mode()[0]]
-        table.loc[fewer.index, "form"] = fewer["form"] + " on " + fewer["targets"]
+def rows_of(runs: Iterable[Run]) -> pd.DataFrame:
+    """Return the rows of runs. A form names its modules where most runs of the task adapt others."""
+    table = pd.DataFrame(
+        [run.row | {"size": size_in(run.record), "form": form_of(run.record["config"]), "run": run} for run in runs]
+    )
+    targets = table["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
+    for _, own in targets.groupby(table["task"]):
+        fewer = own[own != own.mode()[0]]
+        table.loc[fewer.index, "form"] += " on " + fewer
     return table
 
 
@@ -108,7 +98,7 @@ def validated(cell: pd.DataFrame) -> pd.DataFrame:
     """Return the mean score and loss on validation at every rate of a cell, over the seeds that all its rates have."""
     seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
     common = cell[cell["seed"].isin(seeds)] if seeds else cell
-    return common.groupby("learning_rate")[["validation", "loss"]].mean()
+    return common.groupby("learning_rate")[["validation", "validation_loss"]].mean()
 
 
 def best_rate(cell: pd.DataFrame) -> float:
@@ -118,8 +108,8 @@ def best_rate(cell: pd.DataFrame) -> float:
     """
     seeds = cell.groupby("learning_rate")["seed"].nunique()
     means = validated(cell[cell["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
-    falls = cell["selects"].iloc[0] in LOWER_IS_BETTER
-    return means.sort_values(["validation", "loss"], ascending=[falls, True]).index[0]
+    falls = cell["metric"].iloc[0] in LOWER_IS_BETTER
+    return means.sort_values(["validation", "validation_loss"], ascending=[falls, True]).index[0]
 
 
 def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
@@ -166,7 +156,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
         own = cell.set_index("seed")["test"]
-        other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("parameters")
+        other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("adapter_parameters")
         sizes = list(other["size"])
         beside = sizes[-1:] if size not in sizes and "own" in (size, *sizes) else [size]
         other = other[other["size"].isin(beside)]
@@ -178,7 +168,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             | {"seeds": len(own), "test": own.mean(), "half": half_interval(own.std(), len(own))}
             | {"difference": difference.mean() if form != reference else math.nan, "paired": len(difference)}
             | {"difference_half": half_interval(difference.std(), len(difference)), "p": _significance(difference)}
-            | cell[["parameters", "step_seconds", "saved_bytes", "file_size", "spent"]].mean().to_dict()
+            | cell[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]
@@ -246,9 +236,9 @@ def _origin(reference: str) -> str:
     )
 
 
-def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of records (`compared`) into out/stem.md and .csv; return it as text, and its numbers."""
-    numbers = compared(at_best_rates(rows_of(results)), reference)
+def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
+    """Write the ranking of runs (`compared`) into out/stem.md and .csv; return it as text, and its numbers."""
+    numbers = compared(at_best_rates(rows_of(runs)), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"

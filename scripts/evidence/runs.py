@@ -23,7 +23,8 @@ PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (
     *(*PLACE, "kind", *CELL, "metric", "seed", "test", "adapter_parameters", "share_of_dense", "adapter_sparsity"),
-    *("learning_rate", "tuning", "calibrate_seconds", *COSTS, "peak_memory_bytes", "baseline", "joint", "chance"),
+    *("learning_rate", "tuning", "validation", "validation_loss", "calibrate_seconds", "seconds", *COSTS),
+    *("peak_memory_bytes", "baseline", "joint", "chance"),
     *("train_samples", "label_noise", "rank", "mask_seed", "started", "conditions", "own"),
     *("preset", "commit", "device", "precision", "run", "outcome"),
 )

@@ -14,7 +14,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.files import write_json
 from partial_lora.runs import compare, directory, schema
-from partial_lora.runs.config import run_directory
+from partial_lora.runs.identity import run_directory
 
 
 def searched(score, *, centre=1.0, count=5, seeds=3):
