@@ -27,6 +27,7 @@
 # make forms   every form of mask at equal sizes and at rates a factor of two apart (results/forms); hours
 # make race    PEFT's methods and ours at equal size, each at its best learning rate (results/race); hours
 # make decided   the claims again with the power to decide them: steps, rates, seeds and rows enough (results/decided); 68 hours of a core
+# make first-day   the defaults on tables and folders cut out of real sets, beside searched rates (results/first_day); hours
 # make power   how many seeds decide a margin of one and two points, and how long to train, from the records (results/power)
 # make reach   what share of real gradients each form of mask can reach (results/reach)
 # make models  every model's parameters, adapter and bytes in one table; downloads nothing (results/models)
@@ -39,7 +40,7 @@
 DATA ?= ../shared/data
 CIFAR10 ?= $(DATA)/cifar10
 
-.PHONY: first vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
+.PHONY: first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
 
 PRESET ?= cpu
 RESULTS = results/$(PRESET)
@@ -304,6 +305,10 @@ first: $(VENV)/.installed
 	$(FIRST) experiment=first $(FIRST_CIFAR10)
 	$(BIN)/partial-lora report results/first
 
+# Methods at their defaults, as a stranger meets them; FIRST_DAY=… has options of the script.
+first-day: $(VENV)/.installed
+	$(BIN)/python scripts/first_day.py --data $(DATA) --out results/first_day $(FIRST_DAY)
+
 FILES = task.data_files='{train: $(DATA)/$(1)/train.parquet, test: $(DATA)/$(1)/test.parquet}'
 SHOWN = $(BIN)/partial-lora train -m experiment=$(1) results_dir=results/$(1) task=$(2) $(call FILES,$(2)) $(3)
 define BOTH
@@ -429,7 +434,7 @@ IN_arc_easy = task=arc_easy model=smollm2_135m model.target_modules=[q_proj$(com
 of_decided = experiment=decided preset=cpu results_dir=results/decided \
 	$(if $(FILES_AT),data_dir=$(FILES_AT)) calibration.max_samples=$(if $(filter arc_easy,$(1)),8,160) $(IN_$(1))
 SEARCHED_BY = $(BIN)/partial-lora compare $(call of_decided,$(1)) rates=3 seeds=8 methods=[$(2)] budgets=[0.13] $(3) || test $$? = 1
-SUITED = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) trainer.learning_rate=auto $(2) || test $$? = 1
+SUITED = $(BIN)/partial-lora train -m $(call of_decided,$(1)) $(MANY) trainer.learning_rate=1e-3 $(2) || test $$? = 1
 AS_PEFT = mask.fan_in=dense mask.row_exponent=0
 define STAGE_first
 $(call SEARCHED_BY,$(1),lora$(comma)low_rank$(comma)partial$(comma)targeted$(comma)uniform$(comma)random_weights)

@@ -73,6 +73,8 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
         stage, done, total = event["stage"], event["done"], event["total"]
+        if "note" in event:
+            self.note(f"{stage}: {event['note']}")
         if "expected" in event:
             self.note(f"{stage}: about {_duration(event['expected'])}")
         count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"

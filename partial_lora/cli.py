@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 
 from partial_lora import files
 from partial_lora.bars import Bars, bar
-from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError, ProofError, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
@@ -35,7 +34,7 @@ from partial_lora.runs import directory, imports, launch, packs
 from partial_lora.runs.arguments import is_file, is_record, settings_of
 from partial_lora.runs.compose import USAGE_ERROR, compose
 from partial_lora.runs.config import plain
-from partial_lora.runs.rates import starting_point
+from partial_lora.runs.rates import trainer_of
 from partial_lora.runs.schema import Config
 
 if TYPE_CHECKING:
@@ -226,16 +225,13 @@ def info(arguments: list[str]) -> int:
 
 def _print_json_outline(config: Config, run: Outline) -> None:
     names = {group: getattr(config, group).name for group in ("model", "task", "method")}
-    first, _ = _first_rate(config, run) or (None, "")
-    rates = {"learning_rate": config.trainer.learning_rates, "first_learning_rate": first}
-    print(json.dumps(names | dataclasses.asdict(run) | rates, allow_nan=False))
+    print(json.dumps(names | dataclasses.asdict(run) | {"learning_rate": _rates(config, run)}, allow_nan=False))
 
 
-def _first_rate(config: Config, run: Outline) -> tuple[float, str] | None:
-    """Return the learning rate to try first, and why; None for an adapter that is not masked."""
-    if config.method.name not in MASKED:
-        return None
-    return starting_point(plain(config), run.counts["adapter_trainable"] / run.counts["adapter_dense"])
+def _rates(config: Config, run: Outline) -> dict[str, float]:
+    """Return the learning rates of a run by part."""
+    known = {"width": run.width, "density": run.density, "has_head": run.outputs > 0}
+    return trainer_of(plain(config), config.trainer, **known).learning_rates
 
 
 def _print_outline(config: Config, run: Outline) -> None:
@@ -254,10 +250,8 @@ def _print_outline(config: Config, run: Outline) -> None:
         text += f"; memory is for {sequences} sequences of {length} tokens at once, and an estimate"
         text += "\nfor less memory: model.gradient_checkpointing=true, model.quantization=nf4, a smaller"
         text += " model.max_length, or the same batch in parts: trainer.gradient_accumulation_steps"
-    rates = ", ".join(f"{part} {rate:g}" for part, rate in config.trainer.learning_rates.items())
+    rates = ", ".join(f"{part} {rate:.3g}" for part, rate in _rates(config, run).items())
     text += f"\nlearning rate: {rates}"
-    if first := _first_rate(config, run):
-        text += "; to try first: {:.2g} {}".format(*first)
     print(text, *(f"beware: {line}" for line in config.warnings), sep="\n")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora import files, methods, models
+from partial_lora import files, methods, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.calibration.budget import dense_parameters
 from partial_lora.calibration.config import RANKED
@@ -24,7 +25,7 @@ from partial_lora.calibration.peers import of_first
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build
+from partial_lora.runs import build, rates
 from partial_lora.runs import directory as results
 from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
 from partial_lora.runs.directory import finite, timed
@@ -34,7 +35,7 @@ from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import build_trainer, mixed_precision
+from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,13 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     start = methods.taken_out(adapted)
 
+    # How long, and at what learning rates, where the settings leave it to the run.
+    width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
+    known = {"width": width, "density": density, "has_head": bool(setting.whole())}
+    trained = rates.trainer_of(plain(config), config.trainer, **known)
+    record["training"] = rates.training_of(trained, len(rows["train"]), density)
+    progress.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))
+
     # Training, on the kept entries and the head.
     if config.model.gradient_checkpointing:
         models.enable_gradient_checkpointing(adapted)
@@ -130,11 +138,11 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         directory=directory,
         record=directory / results.TRACKERS_FILE,
         results_dir=Path(config.results_dir),
-        parameters=files.flatten(plain(config)),
+        parameters=files.flatten(plain(replace(config, trainer=trained))),
     )
     trainer = build_trainer(
         adapted,
-        config.trainer,
+        trained,
         train=rows["train"],
         validation=rows["validation"],
         collate=transform.collate,
@@ -163,6 +171,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["seconds"]["train"] = round(trainer.seconds, 3)
     if unreached.names:
         record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
+        logger.warning(record["warnings"][-1])
+    if still_rising(trainer.state.log_history, judge.selects):
+        longer = trained.longer(len(rows["train"]))
+        record["warnings"].append(f"validation was still getting better at the end: {longer} trains twice as long")
         logger.warning(record["warnings"][-1])
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()

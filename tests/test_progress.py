@@ -65,6 +65,7 @@ def drawn(terminal: bool) -> str:
         for done in (1, 95, 96):
             event = {"stage": "calibrate", "done": done, "total": 96, "module": "blocks.0.qkv", "axis": "rows"}
             bars.update(event | {"sparsity": 0.35})
+        bars.update({"stage": "train", "done": 0, "total": 9, "note": "9 steps"})
         bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25, "validation": {"accuracy": 0.9}})
     return written.getvalue()
 
@@ -74,6 +75,7 @@ def test_a_terminal_shows_counts_modules_and_losses() -> None:
     for part in (
         "45/90 MB",
         "calibrate: about 4 min",
+        "train: 9 steps",
         "96/96",
         "blocks.0.qkv rows 0.35",
         "loss 1.250",
@@ -84,7 +86,7 @@ def test_a_terminal_shows_counts_modules_and_losses() -> None:
 
 def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
     assert drawn(terminal=False).split("\n") == [
-        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train …", "")
+        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train: 9 steps", "train …", "")
     ]
 
 

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -251,13 +252,13 @@ def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
 
 
 def _made(run: FinishedRun) -> str:
-    trainer, result = run.config.trainer, run.result
-    epochs = "1 epoch" if trainer.epochs == 1 else f"{trainer.epochs:g} epochs"
-    long = f"{trainer.max_steps:,} steps" if trainer.max_steps else epochs
+    result = run.result
+    trainer = replace(run.config.trainer, **records.came_to(result))
+    steps = max((entry["step"] for entry in result["history"]), default=0)
     seconds = sum(value for value in result["seconds"].values() if value)
     device = _plain(result.get("device") or "an unknown device")
-    rates = ", ".join(f"{part} {rate:g}" for part, rate in trainer.learning_rates.items())
+    rates = ", ".join(f"{part} {rate:.3g}" for part, rate in trainer.learning_rates.items())
     return (
-        f"Trained on {_task(run.config.task)} for {long} of {trainer.batch_size} examples a step, learning rate:"
+        f"Trained on {_task(run.config.task)} for {steps:,} steps of {trainer.batch_size} examples, learning rate:"
         f" {rates}. It took {seconds:,.0f} seconds on {device}, with all that came before and after."
     )

@@ -211,7 +211,7 @@ def _row(result: Mapping) -> dict:
         "train_seconds": number(seconds["train"]),
         "evaluate_seconds": number(seconds["evaluate"]),
         "seconds": sum(seconds.values()),
-        "learning_rate": float(config["trainer"]["learning_rate"]),
+        "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
         "tuning": result.get("tuning", "untuned"),
         "conditions": hashlib.sha256(shared.encode()).hexdigest()[:8],
         "preset": result.get("preset") or NONE,
@@ -233,6 +233,11 @@ def method_of(result: Mapping) -> str:
     masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
     unmasked = result.get("calibration") is None and result.get("fixed") is None
     return name if masks == _ROWS_COLUMNS or unmasked or name == "entries" else f"{name} ({masks})"
+
+
+def came_to(result: Mapping) -> dict[str, float | None]:
+    """Return the keys of the trainer that a run set for itself, `trainer.learning_rate=auto`, and what they came to."""
+    return {key: value for key, value in (result.get("training") or {}).items() if key.endswith("learning_rate")}
 
 
 def operating_point(result: Mapping) -> str:

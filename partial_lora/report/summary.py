@@ -20,6 +20,7 @@ from partial_lora.calibration.config import MASKED
 from partial_lora.masks import AXES
 from partial_lora.report.records import (
     NONE,
+    came_to,
     depth_of,
     method_of,
     number,
@@ -28,9 +29,10 @@ from partial_lora.report.records import (
     warnings_of,
     without_common_start,
 )
+from partial_lora.runs import rates
 from partial_lora.runs.directory import INTERRUPTED
-from partial_lora.runs.rates import starting_point
 from partial_lora.tasks.metrics import SHARES
+from partial_lora.training.config import AUTO
 
 
 def summary(result: Mapping) -> Table:
@@ -47,7 +49,8 @@ def summary(result: Mapping) -> Table:
             "adapter, trainable": adapter,
             "head, trainable": f"{numbers['head_parameters']:,}",
             "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
-            "learning rate": _rates(result["config"]["trainer"]),
+            "learning rate": _rates(result),
+            "training": rates.in_words(result["config"], result["training"]) if "training" in result else "",
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": "\n".join(warnings_of(result)),
@@ -56,14 +59,18 @@ def summary(result: Mapping) -> Table:
     )
 
 
-def _rates(trainer: Mapping) -> str:
+def _rates(result: Mapping) -> str:
     """Return the learning rate of a run, its head's if that has its own, and where they are from."""
-    rates = [f"{trainer['learning_rate']:g}"]
+    wished = result["config"]["trainer"]
+    trainer = {**wished, **came_to(result)}
+    words = [f"{trainer['learning_rate']:.3g}"]
     if trainer.get("head_learning_rate") is not None:
-        rates.append(f"head {trainer['head_learning_rate']:g}")
+        words.append(f"head {trainer['head_learning_rate']:.3g}")
+    if wished["learning_rate"] == AUTO:
+        words.append("auto")
     if trainer.get("tuned"):
-        rates.append(trainer.get("tuned_elsewhere") or "tuned")
-    return ", ".join(rates)
+        words.append(trainer.get("tuned_elsewhere") or "tuned")
+    return ", ".join(words)
 
 
 def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
@@ -100,7 +107,7 @@ def calibration_summary(result: Mapping) -> Group:
         "threshold": _threshold(calibration),
         "reliability": _reliability(calibration.get("reliability")),
         "evaluations": f"{calibration['evaluations']:,} ({calibration['search']})",
-        "learning rate": _starting_point(result),
+        "learning rate": _auto_rate(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": "\n".join(warnings_of(result)),
         "as usual": _usual(result),
@@ -154,14 +161,15 @@ def _saturated(result: Mapping) -> str:
     return f"{words}; method.rank=auto reaches more" if full else ""
 
 
-def _starting_point(result: Mapping) -> str:
+def _auto_rate(result: Mapping) -> str:
     """Return the learning rate to try first for a masked adapter; nothing for a record that was made without shapes."""
     config, shapes = result["config"], result.get("shapes")
     if not shapes or config["method"]["name"] not in MASKED:
         return ""
     kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
     dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
-    return "to try first: {:.2g} {}".format(*starting_point(config, kept / dense))
+    rate = rates.auto(config, width=rates.width(shapes.values()), density=kept / dense)
+    return f"to try first: {rate:.2g}, at density {kept / dense:.3g}"
 
 
 def _by_member(test: Mapping) -> dict[str, str]:

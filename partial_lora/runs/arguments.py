@@ -16,9 +16,7 @@ import yaml
 from partial_lora.errors import PartialLoraError, in_yaml, require
 from partial_lora.files import flatten, read_yaml
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
-from partial_lora.runs.rates import suited
 from partial_lora.runs.schema import SECTIONS, list_keys
-from partial_lora.training.config import AUTO
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -209,8 +207,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
 
     Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
-    seed. A learning rate that was chosen for the run by its method and size is chosen again. `overwrite` and
-    `trainer.tuned_elsewhere` are left out, since they concern that one run.
+    seed. `overwrite` and `trainer.tuned_elsewhere` are left out, since they concern that one run.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
@@ -225,11 +222,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
         settings["mask"] = {"seed": content["mask"].get("seed")}
     settings["method"] = method
     if "trainer" not in chosen:
-        trainer = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
-        of_itself = chosen & {"method", "calibration"} and trainer.get("tuned") is None
-        if of_itself and trainer.get("learning_rate") == suited(content):
-            trainer["learning_rate"] = AUTO
-        settings["trainer"] = trainer
+        settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
 
 

@@ -12,6 +12,7 @@ from time import monotonic
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
+from partial_lora.runs import rates as learning_rates
 from partial_lora.runs.build import task_of
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain
@@ -19,9 +20,9 @@ from partial_lora.runs.directory import LOCK
 from partial_lora.runs.identity import run_directory
 from partial_lora.runs.info import outline
 from partial_lora.runs.packs import recorded
-from partial_lora.runs.rates import suited
-from partial_lora.runs.schema import SIZED, defaults
+from partial_lora.runs.schema import SIZED, Config
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.training.config import AUTO
 
 AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
 # Methods that no budget makes larger or smaller.
@@ -113,8 +114,6 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    rates = [each for each in overrides if each.startswith("trainer.learning_rate=")]
-    own_rate = bool(rates) and not rates[-1].endswith("=auto")
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
     for method in dict.fromkeys(methods):
@@ -134,17 +133,24 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             if not made:
                 task_of(config, mixtures=True)  # all runs read these rows: what is wrong with them is said once, now
             entry.overwrite = config.overwrite
-            settings = plain(config)
-            given = own_rate or config.trainer.learning_rate != suited(settings)  # in a file, or a mapping
-            dense = config.trainer.learning_rate if given else defaults()["trainer.learning_rate"]
-            steps = round(math.log2(suited(settings, dense) / dense))  # all methods' rates are on one ladder
-            entry.centre = dense * 2.0**steps
             try:
-                entry.parameters = outline(config).counts["adapter_trainable"]
+                entry.parameters, entry.centre = _parameters_and_centre(config)
             except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
             made.append(entry)
     return made
+
+
+def _parameters_and_centre(config: Config) -> tuple[int, float]:
+    """Return the parameters of an entry, and the rung nearest to the learning rate that suits it.
+
+    Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
+    """
+    run = outline(config)
+    usual = learning_rates.dense_rate(run.width)
+    suited = learning_rates.auto(plain(config), width=run.width, density=run.density)
+    dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
+    return run.counts["adapter_trainable"], dense * 2.0 ** round(math.log2(suited / usual))
 
 
 def checked(arguments: Sequence[str]) -> Plan:

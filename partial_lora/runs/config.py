@@ -20,7 +20,7 @@ from partial_lora.calibration.config import BUDGETED, CALIBRATED, UNIFORM, Calib
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, redacted
 from partial_lora.masks import PAPER_BUDGET, Sparsity, assign_sparsity, read_sparsity
-from partial_lora.runs.rates import suited, tuned
+from partial_lora.runs.rates import tuned
 from partial_lora.runs.schema import (
     SECTIONS,
     Config,
@@ -31,11 +31,12 @@ from partial_lora.runs.schema import (
     plain_name,
     upgraded_settings,
 )
-from partial_lora.training.config import AUTO, TRACKER_PACKAGES
+from partial_lora.training.config import TRACKER_PACKAGES
 
 GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
 
 
+_OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
 OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes
 
 
@@ -66,12 +67,12 @@ def resolve(composed: DictConfig) -> Config:
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
-    calibration = _with_budget(config.calibration, config.method.name)
-    config, trainer = replace(config, task=task, calibration=calibration), config.trainer
+    calibration, model = _with_budget(config.calibration, config.method.name), config.model
+    if model.image_size is None:
+        model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
+    config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
     if trainer.tuned is not None:  # before the run has its id, which the rate decides
         return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
-    if trainer.learning_rate == AUTO:
-        return replace(config, trainer=replace(trainer, learning_rate=suited(plain(config))))
     return config
 
 

@@ -20,6 +20,7 @@ from partial_lora.runs import packs
 from partial_lora.runs.config import load, plain
 from partial_lora.runs.directory import CONFIG, RESULT
 from partial_lora.runs.schema import NOT_SETTINGS, Config, computed_from, task_key, wherever
+from partial_lora.training.config import AUTO
 
 _FILES = {"calibration.file", "task.data_files"}
 _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
@@ -47,11 +48,12 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
     keep the settings that the method has no use for.
     """
     members, method = list(settings.get("task", {}).get("members") or ()), settings.get("method")
-    chosen = {}
+    chosen, is_auto = {}, settings.get("trainer", {}).get("learning_rate") == AUTO
+    left_out = NOT_SETTINGS - ({"method.rate_factor"} if is_auto else set())  # which multiplies the rate
     for key, value in flatten(settings).items():
         plain_key = task_key(key, members)
         is_used = unused or method is None or _uses(method, key)  # settings of a task alone have no method
-        if is_used and plain_key not in NOT_SETTINGS:
+        if is_used and plain_key not in left_out:
             chosen[key] = contents.get(key, wherever(plain_key, value))
     shares = settings.get("calibration", {}).get("sparsity")
     if isinstance(shares, Mapping):

@@ -18,6 +18,7 @@ from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.errors import require
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton, stored_skeleton
+from partial_lora.runs import rates
 from partial_lora.runs.config import check_modality, fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.runs.directory import LIBRARIES, git_commit
 from partial_lora.runs.launch import has_accelerator
@@ -32,8 +33,8 @@ class Outline:
 
     counts: counts and bytes as `training.size` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. is_known:
-    whether the task or its files say how many outputs there are; else they are two.
+    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. width: of the
+    model (`rates.width`). is_known: whether the task or its files say how many outputs there are; else they are two.
     """
 
     counts: dict[str, int | float | None]
@@ -41,7 +42,14 @@ class Outline:
     outputs: int
     passes: int
     memory: dict[str, dict[str, int]]
+    width: int
     is_known: bool = True
+
+    @property
+    def density(self) -> float:
+        """The share of dense LoRA's parameters that trains."""
+        trained, dense = (self.counts[f"adapter_{name}"] for name in ("trainable", "dense"))
+        return trained / dense if dense else 0.0
 
 
 def without_task(config: Config) -> Config:
@@ -79,7 +87,8 @@ def outline(config: Config) -> Outline:
     else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
-    return Outline(counts, source, outputs, passes, _memory(config, bare, shapes, counts), known is not None)
+    memory, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
+    return Outline(counts, source, outputs, passes, memory, width, known is not None)
 
 
 def _classes(config: Config, task: TaskConfig) -> int | None:

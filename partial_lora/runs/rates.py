@@ -12,16 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from partial_lora.calibration.config import MASKED, traits_of
+from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, redacted, write_json
-from partial_lora.masks import PAPER_BUDGET
 from partial_lora.runs import schema
+from partial_lora.training.config import AUTO, TrainerConfig
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
@@ -327,13 +328,28 @@ def _calibration(settings: Mapping) -> dict:
     return content
 
 
-# --- A learning rate to try first, where none was searched for.
+# --- The learning rate of a run that has none, `trainer.learning_rate=auto`: by what it trains, and for how long.
+
+_DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/forms/forms.md)
 
 # Keys of `mask` that decide how far a step moves the outputs.
 _OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
-_LEAST_DENSITY = 0.05  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
-# Best rates of single entries are 1.4 (at 13 %) to 4.5 times (at 2 %) dense LoRA's / √density (results/forms/forms.md).
-_OF_ENTRIES = 3.0
+_LEAST_DENSITY = 0.12  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
+
+
+def dense_rate(width: int) -> float:
+    """Return the learning rate for dense LoRA to try first on a model whose adapted modules have so many inputs.
+
+    Adam moves every number by the rate, so that a sum over twice the inputs moves twice as far: rates of wide models
+    are lower, as 2e-4 for the 4,096 of Llama 7B, by which QLoRA (arXiv 2305.14314) trained. Narrower models than
+    measured keep the rate.
+    """
+    return _DENSE * min(1.0, _WIDTH / width)
+
+
+def width(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Return the width of a model: the inputs of the modules that are adapted, of most of them."""
+    return statistics.median_low([math.prod(shape[1:]) for shape in shapes])
 
 
 def starting_rate(
@@ -356,10 +372,10 @@ def starting_rate(
     -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
     one.
 
-    At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.05. There so few rows
+    At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.12. There so few rows
     move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
-    on gtsrb and hardly on trec; √density lies between. Single entries want a higher rate (_OF_ENTRIES). Groups keep
-    dense LoRA's: they set nothing to zero.
+    on gtsrb and hardly on trec; √density lies between. The rates of single entries grow faster as there are fewer, from
+    8e-3 at 13 % to 32e-3 at 2 % where dense LoRA's is 2e-3. Groups keep dense LoRA's: they set nothing to zero.
 
     Args:
         dense: the rate that suits dense LoRA.
@@ -369,7 +385,7 @@ def starting_rate(
     if granularity == "groups":
         return dense
     if granularity == "element":
-        dense *= _OF_ENTRIES
+        dense *= density ** (-1 / 6)
     knows_columns = fan_in == "kept" or columns == "frozen"
     power = round(1.5 - 0.5 * knows_columns - row_exponent - column_exponent, 9)
     if power <= 0:
@@ -377,50 +393,62 @@ def starting_rate(
     return dense * density ** (-power / 3)
 
 
-_AS_MASKED = ("random_weights", "unilora", "fourierft", "loha")  # the smaller they are, the higher their best rate
+# Of methods without a mask of A or B, those whose best rate grows as that of single entries the smaller they are.
+_AS_ENTRIES = ("random_weights", "unilora", "fourierft", "loha", "hira", "oft", "gralora", "low_rank")
 
 
-def suited(settings: Mapping, dense: float | None = None) -> float:
-    """Return the learning rate for a run to try first where `dense` suits dense LoRA: by its method and its density.
+def auto(settings: Mapping, *, width: int, density: float) -> float:
+    """Return the learning rate of `trainer.learning_rate=auto`: by model, method and size.
 
-    `method.rate_factor` accounts for the method, `starting_rate` for its masks. By measurement the best rates of some
-    methods without a mask of A or B grow as those of masks with PEFT's draw and scaling (_AS_MASKED). Without a fixed
-    sparsity or a budget that is a share, the density is taken to be the paper's. dense: None for the schema's default.
+    `method.rate_factor` accounts for the method, `starting_rate` for its masks, the fourth root of LoRA+'s ratio for
+    the rate of B. Searches (make race) that a rate is judged by have 200 to 600 steps, which `trainer.epochs=null`
+    trains at least.
+
+    Args:
+        settings: of the run.
+        width: of the model (`width`).
+        density: the trainable parameters of the adapter, as a share of dense LoRA's.
     """
-    dense = schema.defaults()["trainer.learning_rate"] if dense is None else dense
-    method, mask, calibration = settings["method"], settings["mask"], settings["calibration"]
-    rate = dense * method.get("rate_factor", 1.0)
+    method = settings["method"]
+    rate = dense_rate(width) * method.get("rate_factor", 1.0) / settings["trainer"].get("loraplus_ratio", 1.0) ** 0.25
     if method["name"] in MASKED:
-        masks = {name: mask[name] for name in _OF_MASKS if name in mask}
-    elif method["name"] in _AS_MASKED:
-        masks = {}
-    else:
-        return rate
-    budget, sparsity = calibration.get("budget"), calibration.get("sparsity")
-    if calibration.get("file"):  # has the sparsities
-        budget = sparsity = None
-    if traits_of(method["name"]).size == "own":
-        sparsity = None
-    density = budget if budget and budget <= 1 else 1 - sparsity if isinstance(sparsity, float) else PAPER_BUDGET
-    return starting_rate(rate, max(density, 1e-6), **masks)
+        masks = {key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]}
+        return starting_rate(rate, density, **masks)
+    return starting_rate(rate, density) if method["name"] in _AS_ENTRIES else rate
 
 
-def dense_rate(settings: Mapping) -> tuple[float, str]:
-    """Return the learning rate of dense LoRA for a run's model and task, and where it is from.
+def trainer_of(
+    settings: Mapping, trainer: TrainerConfig, *, width: int, density: float, has_head: bool
+) -> TrainerConfig:
+    """Return the settings of training with the learning rates that `trainer.learning_rate=auto` comes to.
 
-    The rate was searched for (`trainer.tuned`), or is the default, from which `trainer.learning_rate=auto` starts.
+    The head has dense LoRA's rate, which suits it beside any adapter. settings, width, density: as `auto` takes them.
     """
-    trainer, method = settings["trainer"], settings["method"]
-    if file := trainer.get("tuned"):
-        lora = {**settings, "method": {**method, "name": "lora"}}
-        with suppress(PartialLoraError):  # the file has no rate for such a run
-            return tuned(file, lora, trainer.get("tuned_on"))["learning_rate"], f"searched for, {file}"
-    return schema.defaults()["trainer.learning_rate"], "the default"
+    if trainer.learning_rate != AUTO:
+        return trainer
+    rate, dense = auto(settings, width=width, density=density), dense_rate(width)
+    own = has_head and rate != dense and settings["method"]["name"] != "probe"  # whose head is all that trains
+    head = trainer.head_learning_rate or (dense if own else None)
+    return replace(trainer, learning_rate=rate, head_learning_rate=head)
 
 
-def starting_point(settings: Mapping, density: float) -> tuple[float, str]:
-    """Return the learning rate for a masked run of that density to try first, and what it is derived from, in words."""
-    dense, source = dense_rate(settings)
-    mask = {name: settings["mask"][name] for name in _OF_MASKS if name in settings["mask"]}
-    rate = starting_rate(dense * settings["method"].get("rate_factor", 1.0), density, **mask)
-    return rate, f"at density {density:.3g}, from dense LoRA's {dense:g} ({source})"
+def training_of(trainer: TrainerConfig, rows: int, density: float) -> dict[str, float | None]:
+    """Return what a record says of a training that begins: its length, its learning rates, the adapter's density."""
+    steps = trainer.steps(rows)
+    length = {"rows": rows, "steps": steps, "passes": steps / trainer.steps_of_epoch(rows), "density": density}
+    return length | {name: getattr(trainer, name) for name in ("learning_rate", "head_learning_rate")}
+
+
+def in_words(settings: Mapping, training: Mapping) -> str:
+    """Return how long a run trains and at which learning rate, and why, in one line.
+
+    settings: of the run. training: of its record.
+    """
+    trainer, rate = settings["trainer"], f"{training['learning_rate']:.3g}"
+    length = f"{training['steps']:,} steps of {trainer['batch_size']}, {training['passes']:.3g} passes over "
+    length += f"{training['rows']:,} rows"
+    if training.get("head_learning_rate") is not None:
+        rate += f", head {training['head_learning_rate']:.3g}"
+    if trainer["learning_rate"] == AUTO:
+        rate += f" (auto, for {settings['method']['name']} with {training['density']:.2g} of dense LoRA's parameters)"
+    return f"{length}; learning rate {rate}"

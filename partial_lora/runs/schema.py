@@ -149,7 +149,8 @@ class ModelConfig:
     quantization: Optional[str] = None  # causal: nf4 or int8 stores the frozen weights in 4 or 8 bits, by bitsandbytes
     attn_implementation: Optional[str] = None  # eager, sdpa, …; null: the library chooses
     gradient_checkpointing: bool = False  # true: less memory, more time
-    image_size: int = 224  # side of the images in pixels
+    # side of the images in pixels; null: 98 for images of your own, which photographs need, 56 for data sets by name
+    image_size: Optional[int] = 224
     # mean of each colour channel, to normalise images
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     # standard deviation of each colour channel, to normalise images
@@ -191,8 +192,8 @@ class ModelConfig:
                 len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one for each channel"
             )
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
-        require(self.image_size >= 1, "model.image_size", self.image_size, "at least 1 pixel")
-        elsewhere = sorted(_OF_WEIGHTS & self.model_args.keys())
+        size, elsewhere = self.image_size, sorted(_OF_WEIGHTS & self.model_args.keys())
+        require(size is None or size >= 1, "model.image_size", size, "at least 1 pixel, or null")
         require(not elsewhere, "model.model_args", elsewhere, "none of them: model.weights says where weights are")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         attention = self.attn_implementation

@@ -10,6 +10,7 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
+_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300  # a table of some hundred rows has not been learned after five passes
 TRACKER_PACKAGES = {  # as pip calls them
     "tensorboard": "tensorboard",
     "mlflow": "mlflow-skinny",
@@ -24,7 +25,7 @@ _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
-    epochs: float = 5.0  # passes over the training rows
+    epochs: Optional[float] = 5.0  # passes over the training rows; null: 5, or as many as make 300 steps
     max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
     save_steps: Optional[int] = None
@@ -33,9 +34,9 @@ class TrainerConfig:
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 64  # examples at once in evaluation and prediction
-    # learning rate of the adapter, and of parts without a rate of their own; auto: by method and density
+    # learning rate of the adapter; auto: by method, size, model and the number of steps
     learning_rate: Any = 1e-3
-    # learning rate of the head and of model.new_modules; null: trainer.learning_rate
+    # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's
     head_learning_rate: Optional[float] = None
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
     # a file of scripts/tune.py; its rate for this run replaces trainer.learning_rate
@@ -64,9 +65,30 @@ class TrainerConfig:
     # trackers to report to, beside the local history: tensorboard, mlflow, wandb, trackio
     report_to: list[str] = field(default_factory=list)
 
+    def passes(self, rows: int) -> float:
+        """Return the passes over so many training rows."""
+        if self.epochs is not None:
+            return self.epochs
+        return float(max(_USUAL_EPOCHS, math.ceil(_LEAST_STEPS / self.steps_of_epoch(rows))))
+
+    def steps(self, rows: int) -> int:
+        """Return the number of optimizer steps that so many training rows make."""
+        return self.max_steps or math.ceil(self.passes(rows) * self.steps_of_epoch(rows))
+
+    def steps_of_epoch(self, rows: int) -> int:
+        """Return the steps of one pass; the last rows, which fill no batch, are left out."""
+        return max(1, rows // self.batch_size)
+
+    def longer(self, rows: int) -> str:
+        """Return the setting that trains twice as long on so many rows."""
+        steps = self.max_steps
+        return f"trainer.max_steps={2 * steps}" if steps else f"trainer.epochs={2 * self.passes(rows):g}"
+
     @property
-    def learning_rates(self) -> dict[str, float]:
+    def learning_rates(self) -> dict[str, Any]:
         """The learning rates by part: the adapter, and B and the head where they have their own."""
+        if self.learning_rate == AUTO:
+            return {"adapter": AUTO}
         rates = {"adapter": self.learning_rate}
         if self.loraplus_ratio != 1:
             rates["B"] = self.loraplus_ratio * self.learning_rate
@@ -78,7 +100,8 @@ class TrainerConfig:
     def warnings(self) -> list[str]:
         """Warnings about the settings, a sentence each."""
         keys = {"adapter": "learning_rate", "B": "loraplus_ratio", "head": "head_learning_rate"}
-        large = {keys[part]: rate for part, rate in self.learning_rates.items() if rate > _LARGEST_RATE}
+        rates = self.learning_rates.items()
+        large = {keys[part]: rate for part, rate in rates if rate != AUTO and rate > _LARGEST_RATE}
         return [
             f"trainer.{key}: a rate of {rate:g}; AdamW moves every number by about as much in each step"
             for key, rate in large.items()
@@ -91,7 +114,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.tuned, self.accelerate_config = at_home(self.tuned), at_home(self.accelerate_config)
-        positive("trainer.epochs", self.epochs)
+        if self.epochs is not None:
+            positive("trainer.epochs", self.epochs)
         counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
         for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
             value = getattr(self, key)

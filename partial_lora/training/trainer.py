@@ -362,6 +362,24 @@ def current_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"learning_rate": groups[0]["lr"]} | own
 
 
+_RISE, _FALL = 0.02, 0.05  # of the score and, as a share, of the loss, in the last quarter of a training that is short
+
+
+def still_rising(history: Sequence[Mapping], metric: str) -> bool:
+    """Return whether validation was still getting better when training ended: by score and loss, in the last quarter.
+
+    In searches that were recorded (results/) it holds for most runs of 75 steps and for no run in ten of 600.
+    """
+    measured = [entry for entry in history if "eval_loss" in entry]
+    before = [entry for entry in measured if entry["step"] <= 0.75 * measured[-1]["step"]]
+    if not before:
+        return False
+    (score, loss), (earlier, earlier_loss) = (
+        (entry[f"eval_{metric}"], entry["eval_loss"]) for entry in (measured[-1], before[-1])
+    )
+    return loss <= (1 - _FALL) * earlier_loss and (metric in LOWER_IS_BETTER or score >= earlier + _RISE)
+
+
 class StopOnNonFinite(TrainerCallback):
     """End the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
 
@@ -535,7 +553,7 @@ def build_trainer(
         fp16=precision == "fp16",
         seed=seed,
         data_seed=seed,
-        num_train_epochs=config.epochs,
+        num_train_epochs=config.passes(len(train)),
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=batch_size // parts,
         gradient_accumulation_steps=accumulation,

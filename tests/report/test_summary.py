@@ -165,13 +165,12 @@ def test_reliability_that_was_not_measured_has_no_line_and_its_seconds_stand_apa
     assert "calibrate 60.0 · reliability 12.5" in of_calibration(seconds={"calibrate": 60.0, "reliability": 12.5})
 
 
-def test_a_calibration_ends_with_a_learning_rate_to_try_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where nothing was searched for
+def test_a_calibration_ends_with_the_learning_rate_of_its_density():
     rows = math.floor(0.75 * 1152 + 0.5) + math.floor(0.6 * 384 + 0.5) + 1152 + math.floor(0.05 * 384 + 0.5)
     density = rows / (2 * (1152 + 384))
-    assert f"{1e-3 / math.sqrt(density):.2g} at density {density:.3g}, from dense LoRA's 0.001" in of_calibration()
+    assert f"{2e-3 / math.sqrt(density):.2g}, at density {density:.3g}" in of_calibration()
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
-    assert f"0.001 at density {density:.3g}, from dense LoRA's 0.001 (the default)" in aware
+    assert f"0.002, at density {density:.3g}" in aware
     assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)
 
 

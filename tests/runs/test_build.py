@@ -80,14 +80,16 @@ def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dt
         ("vit_b16", 32, True),
         ("vit_b16", 65, False),
         ("convnext_tiny", 64, True),
-        ("vit_s14", 8, False),  # 56 pixels
+        ("vit_s14", 8, False),  # 98 pixels
         ("tiny_vit", 8, False),
     ],
 )
 def test_small_images_that_are_made_much_larger_are_said(name: str, pixels: int, warned: bool) -> None:
     images = [PIL.Image.new("RGB", (pixels, 5))] * 3
     rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
-    found = build._enlarged(ModelConfig(**settings(name)), SimpleNamespace(modality="image", train=rows))
+    chosen = settings(name)
+    chosen["image_size"] = chosen["image_size"] or 98
+    found = build._enlarged(ModelConfig(**chosen), SimpleNamespace(modality="image", train=rows))
     assert [line.partition("=")[0] for line in found] == ["model.image_size"] * warned
 
 

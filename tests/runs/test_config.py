@@ -74,7 +74,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["model=tiny_clip", "model.text_weights=/tower"], ["model.text_args="]),
         (["+trainer.lr=1"], ["trainer.lr"]),
         (["+learning_rate=1"], ["learning_rate"]),
-        (["trainer.num_processes=3"], ["trainer.batch_size=32", "trainer.num_processes=3"]),
+        (["trainer.num_processes=3"], ["trainer.batch_size=16", "trainer.num_processes=3"]),
         (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
         (["calibration.file={file}", "calibration.reliability=true"], ["calibration.reliability", "calibration.file"]),
         (["mask=element", "method=targeted"], ["mask.granularity=element"]),
@@ -191,10 +191,6 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{}")
     found = composed(f"calibration.file={tmp_path / 'c.json'}", "calibration.budget=0.02", "calibration.shrink=0.5")
     assert [each.split("=")[0] for each in found.warnings] == ["calibration.budget"]
-    assert found.trainer.learning_rate == 1e-3
-    own_size = ("method=loha", "calibration=fixed", "calibration.budget=null")
-    shares = [composed(*own_size, f"calibration.sparsity={share}") for share in (0.5, 0.9)]
-    assert shares[0].trainer.learning_rate == shares[1].trainer.learning_rate
     with refusal("hydra.sweeper.params.seed=0"):
         compose.refuse(["-m", "hydra.sweeper.params.seed=0"])
 

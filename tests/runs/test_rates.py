@@ -15,6 +15,7 @@ from partial_lora import files
 from partial_lora.runs import config, directory, identity, rates
 from partial_lora.runs.compose import composed
 from partial_lora.runs.schema import Config
+from partial_lora.training.config import AUTO
 
 
 @pytest.mark.parametrize(
@@ -122,20 +123,20 @@ def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path, tmp_path: Pa
     [
         ("calibration.threshold=0.7", 1e-2, "tuned at threshold 0.9"),
         ("calibration.budget=0.05", 3e-2, "tuned at budget 0.13"),
-        ("trainer.epochs=100", 1e-2, "tuned elsewhere (trainer.epochs=5)"),
+        ("trainer.epochs=100", 1e-2, "tuned elsewhere (trainer.epochs=null)"),
         ("method=lora method.rank=1", 3e-3, "tuned elsewhere (method.rank=16)"),
         ("importance=random mask.seed=1", 1e-2, "tuned elsewhere (importance.name=svd)"),
         (
             "method=lora method.rank=1 method.alpha=999 trainer.batch_size=512 trainer.epochs=9 task.train_samples=90",
             3e-3,
-            "tuned elsewhere (trainer.batch_size=32, trainer.epochs=5, method.alpha=16, 2 more)",
+            "tuned elsewhere (trainer.batch_size=16, trainer.epochs=null, method.alpha=16, 2 more)",
         ),
         ("task=cifar10 method=lora", 3e-3, "tuned on digits"),
         ("task=cifar10 calibration.threshold=0.7 task.train_samples=90", 1e-2, "tuned on digits at threshold 0.9"),
         (
             "task=cifar10 calibration.budget=0.05 trainer.epochs=9",
             3e-2,
-            "tuned elsewhere (task=digits, budget 0.13, trainer.epochs=5)",
+            "tuned elsewhere (task=digits, budget 0.13, trainer.epochs=null)",
         ),
     ],
 )
@@ -204,7 +205,7 @@ def test_a_file_takes_only_what_was_searched_for_alike(file: Path) -> None:
     more = best(*search([0.5] * 4, "method=lora"), run(1e-1, 0.5, "method=lora"))
     again = best(*search([0.5] * 4, "method=lora", seed=3))
     for entries, values in (
-        (longer, r"lora .*trainer\.epochs=5, .*dora .*trainer\.epochs=9"),
+        (longer, r"lora .*trainer\.epochs=null, .*dora .*trainer\.epochs=9"),
         (more, r"lora .*5 learning rates, .*partial \(rows_columns, budget 0\.13\) with 4"),
         (again, r"lora .*seeds \[3\], .* seeds \[0\]"),
     ):
@@ -239,12 +240,12 @@ def test_experiments_search_without_a_file_and_compare_with_it(file: Path) -> No
 @pytest.mark.parametrize(("dense", "density"), [(1e-3, 1.0), (1e-3, 0.25), (3e-3, 0.01)])
 def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_density(dense, density) -> None:
     assert rates.starting_rate(dense, density) == pytest.approx(dense * density**-0.5)
-    known = dense if density >= 0.05 else pytest.approx(dense * (density / 0.05) ** 0.5)
+    known = dense if density >= 0.12 else pytest.approx(dense * (density / 0.12) ** 0.5)
     for aware in ({"row_exponent": 1.0}, {"row_exponent": 0.5, "column_exponent": 0.5}):
         assert rates.starting_rate(dense, density, fan_in="kept", **aware) == known
         assert rates.starting_rate(dense, density, columns="frozen", **aware) == known
     assert rates.starting_rate(dense, density, row_exponent=1.0, column_exponent=1.0) == known
-    for form, factor in {"units": 1.0, "element": 3.0}.items():  # which reach more rows
+    for form, factor in {"units": 1.0, "element": density ** (-1 / 6)}.items():  # which reach more rows
         assert rates.starting_rate(dense, density, granularity=form, fan_in="kept", row_exponent=1.0) == factor * dense
     assert rates.starting_rate(dense, density, granularity="groups") == dense  # which set nothing to zero
     for row in (0.3, 0.7):  # whose sum is 1 in either order, but not in binary
@@ -265,43 +266,57 @@ def test_rates_that_were_searched_for_are_within_a_step_of_the_one_to_try_first(
         assert expected / 3.01 < rate < expected * 3.01
 
 
-def test_the_dense_rate_is_the_one_that_was_searched_for_or_the_default(
-    file: Path, tmp_path: Path, monkeypatch
-) -> None:
-    def of(*overrides: str) -> tuple[float, str]:
-        return rates.dense_rate(config.plain(composed("model=tiny_vit", *overrides)))
-
-    monkeypatch.chdir(tmp_path)  # which has a file of rates that nobody named
-    assert of("trainer.learning_rate=0.5") == (1e-3, "the default")
-    other = file.with_name("other.json")
-    rates.save(other, best(*search([0.9, 0.8, 0.7, 0.6]), *search([0.5, 0.6, 0.7, 0.8], "method=lora")))
-    assert of(f"trainer.tuned={other}") == (3e-2, f"searched for, {other}")
-    assert of("task=cifar10", f"trainer.tuned={other}", "trainer.tuned_on=digits")[0] == 3e-2
-    doubled = composed("model=tiny_vit", "method.rate_factor=2", "calibration=budget")
-    assert rates.starting_point(config.plain(doubled), 0.13)[0] == doubled.trainer.learning_rate == 2e-3
+def test_the_dense_rate_falls_as_models_get_wider() -> None:
+    found = [rates.dense_rate(width) for width in (32, 384, 768, 4096)]
+    assert found == [2e-3, 2e-3, 1e-3, pytest.approx(1.9e-4, rel=0.02)]
+    shapes = {"query": (8, 4), "key": (8, 4), "output": (4, 16), "convolution": (6, 2, 3, 3)}
+    assert rates.width(shapes.values()) == 4
 
 
 @pytest.mark.parametrize(
-    ("overrides", "rate"),
+    ("overrides", "factor"),
     [
-        (["method=lora"], 1e-3),
-        (["method=partial"], 1e-3),  # drawn and scaled for its density
-        (["method=partial", "mask.row_exponent=0", "mask.fan_in=dense"], 1e-3 * 0.13**-0.5),
-        (["method=entries", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
-        (["calibration=fixed", "calibration.sparsity=0.75", "mask.row_exponent=0"], 1e-3 * 0.25 ** -(1 / 3)),
-        (["calibration=fixed", "calibration.sparsity={.*: 0.98}", "mask.row_exponent=0"], 1e-3 * 0.13 ** -(1 / 3)),
-        (["method=random_weights", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
-        (["method=unilora", "calibration=fixed", "calibration.budget=0.02"], 2e-3 * 0.02**-0.5),
-        (["method=loha", "calibration=fixed", "calibration.budget=0.02"], 3e-3 * 0.02**-0.5),
-        (["method=shira", "mask.row_exponent=1"], 3e-3 * 0.13**-0.5),  # which it has no use for
-        (["method=vera"], 1e-2),
-        (["method=lokr", "calibration.budget=0.02"], 3e-2),
-        (["method=vera", "trainer.learning_rate=5"], 5.0),
-        (["method=vera", "preset=cpu", "trainer.tuned=null"], 1e-3),  # records were made so
+        (["method=lora"], 1.0),
+        (["method=partial"], 1.0),  # drawn and scaled for its density
+        (["method=partial", "mask.row_exponent=0", "mask.fan_in=dense"], 0.25**-0.5),
+        (["method=entries"], 0.25 ** -(2 / 3)),
+        (["method=partial", "mask.row_exponent=0"], 0.25 ** -(1 / 3)),
+        (["method=random_weights"], 1.5 * 0.25**-0.5),
+        (["method=shira", "mask.row_exponent=1"], 1.5 * 0.25**-0.5),  # which it has no use for
+        (["method=lora", "trainer.loraplus_ratio=16"], 0.5),
+        (["method=lokr"], 4.0),
+        (["method=full"], 0.015),
     ],
 )
-def test_the_rate_by_default_suits_the_method_and_its_density(overrides: list[str], rate: float) -> None:
-    assert composed(*overrides).trainer.learning_rate == pytest.approx(rate)
+def test_the_rate_by_default_suits_method_and_density(overrides: list[str], factor: float) -> None:
+    chosen = config.plain(composed(*overrides))
+    assert chosen["trainer"]["learning_rate"] == AUTO
+    assert rates.auto(chosen, width=768, density=0.25) == pytest.approx(factor * 1e-3)
+    assert rates.auto(chosen, width=384, density=0.25) == pytest.approx(factor * 2e-3)
+
+
+def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -> None:
+    def of(*overrides: str) -> tuple[float, float | None]:
+        chosen = composed(*overrides)
+        trainer = rates.trainer_of(config.plain(chosen), chosen.trainer, width=768, density=0.25, has_head=True)
+        return trainer.learning_rate, trainer.head_learning_rate
+
+    assert of("method=vera", "trainer.learning_rate=5") == (5.0, None)
+    assert of("method=vera", "preset=cpu", "trainer.tuned=null") == (1e-3, None)  # records were made so
+    assert of("method=lora") == (1e-3, None)
+    assert of("method=lokr") == (4e-3, 1e-3)
+    assert of("method=lokr", "trainer.head_learning_rate=0.5") == (4e-3, 0.5)
+    assert of("method=probe") == (25e-3, None)  # whose head is what the rate is for
+
+
+def test_a_run_that_leaves_its_rate_open_has_an_id_that_knows_the_factor() -> None:
+    ids = {
+        identity.run_id(composed("method=lora", *more))
+        for more in ([], ["method.rate_factor=2"], ["trainer.learning_rate=2e-3"])
+    }
+    assert len(ids) == 3
+    beside = (composed("trainer.learning_rate=2e-3", f"method.rate_factor={factor}") for factor in (1, 2))
+    assert len({identity.run_id(chosen) for chosen in beside}) == 1
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "fast", "null", "true", "inf"])
@@ -316,9 +331,9 @@ def test_the_page_has_the_factors_of_the_methods() -> None:
     table = page.split("| method | factor |")[1].split("\n\n")[0]
     shown = {
         name.strip("`").replace("(IA)³", "ia3").replace("-", "").lower(): float(factor)
-        for names, factor in re.findall(r"^\| (.+?) \| (\d+) \|", table, re.MULTILINE)
+        for names, factor in re.findall(r"^\| (.+?) \| ([\d.]+) \|", table, re.MULTILINE)
         for name in names.split(", ")
-        if not names.startswith(("dense LoRA", "`entries`"))
+        if not names.startswith(("dense LoRA", "LoRA+"))
     }
     files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in root.glob("conf/method/*.yaml")}
     assert shown == {name: of["rate_factor"] for name, of in files.items() if "rate_factor" in of}

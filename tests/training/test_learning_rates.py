@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import here
-from finished_runs import SHORT, cache, image_run, override, picture_files, trained
+from finished_runs import SHORT, cache, image_run, override, picture_files, sentence_files, trained
 from method_settings import adapted as adapted_by
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -23,9 +23,10 @@ from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.config import traits_of
 from partial_lora.errors import PartialLoraError
+from partial_lora.report import records, summary
 from partial_lora.runs import directory
 from partial_lora.training import cost
-from partial_lora.training.config import TrainerConfig
+from partial_lora.training.config import AUTO, TrainerConfig
 
 RATE, HEAD_RATE, RATIO, DECAY = 2e-3, 3e-2, 8.0, 0.2
 OWN = {"learning_rate": RATE, "head_learning_rate": HEAD_RATE, "loraplus_ratio": RATIO}
@@ -248,3 +249,18 @@ def test_a_rate_of_nothing_is_refused_by_its_key(tmp_path: Path) -> None:
             value.requires_grad_(False)
     with pytest.raises(PartialLoraError, match=r"^trainer\.loraplus_ratio"):
         optimizer_of(model, tmp_path, loraplus_ratio=RATIO)
+
+
+def test_a_run_that_leaves_its_rate_open_records_what_it_came_to() -> None:
+    own = ("model=tiny_bert", "task=text_table", "method=entries", override(sentence_files()), "calibration=fixed")
+    run = trained("open", *own, "trainer.learning_rate=auto", "trainer.max_steps=null", "trainer.epochs=2")
+    came_to, wished = run.result["training"], run.config.trainer
+    assert (wished.learning_rate, wished.head_learning_rate) == (AUTO, None)
+    assert came_to["learning_rate"] == records.row(run.result)["learning_rate"]
+    assert came_to["learning_rate"] == pytest.approx(2e-3 * came_to["density"] ** -(2 / 3))
+    assert came_to["head_learning_rate"] == 2e-3
+    logged = [entry for entry in run.result["history"] if "head_learning_rate" in entry]
+    assert logged
+    assert came_to["steps"] == run.result["history"][-1]["step"] == 2 * (came_to["rows"] // wished.batch_size)
+    shown = summary.summary(run.result)
+    assert {"training", "learning rate"} <= {str(cell) for cell in shown.columns[0].cells}

@@ -32,6 +32,7 @@ from partial_lora.training.trainer import (
     build_trainer,
     data_workers,
     mixed_precision,
+    still_rising,
 )
 
 
@@ -310,3 +311,33 @@ def test_every_step_of_every_epoch_has_the_rows_it_had(length_grouped: bool, tmp
 def test_a_batch_in_parts_of_more_than_all_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PartialLoraError, match=r"trainer\.batch_size=64"):
         in_parts("tiny_vit", tmp_path, 4, batch_size=64)
+
+
+def test_a_small_table_is_trained_for_some_hundred_steps_and_what_is_set_holds() -> None:
+    usual = TrainerConfig(epochs=None, batch_size=16)
+    for count in (5, 100, 504):
+        assert usual.passes(count) == int(usual.passes(count)) >= 5
+        assert 300 <= usual.steps(count) < 300 + usual.steps_of_epoch(count)
+    assert (usual.passes(100_000), usual.steps(100_000)) == (5, 5 * 6250)
+    assert TrainerConfig(epochs=0.5, batch_size=10).steps(100) == 5
+    assert TrainerConfig(epochs=None, max_steps=7).steps(100) == 7
+    assert TrainerConfig(epochs=None, max_steps=7).longer(100) == "trainer.max_steps=14"
+    assert TrainerConfig(epochs=None, batch_size=10).longer(100) == "trainer.epochs=60"
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "losses", "rising"),
+    [
+        ("accuracy", (0.2, 0.5, 0.7, 0.75), (2, 1.5, 1, 0.8), True),
+        ("accuracy", (0.2, 0.5, 0.7, 0.71), (2, 1.5, 1, 0.8), False),
+        ("accuracy", (0.2, 0.5, 0.7, 0.75), (2, 1.5, 1, 1), False),  # one row more, by chance
+        ("mse", (2, 1.5, 1, 0.8), (2, 1.5, 1, 0.8), True),
+        ("accuracy", (0.7,), (1,), False),
+    ],
+)
+def test_a_training_that_is_too_short_is_known_by_its_last_quarter(metric, scores, losses, rising) -> None:
+    measured = [
+        {"step": 25 * number, f"eval_{metric}": score, "eval_loss": loss}
+        for number, (score, loss) in enumerate(zip(scores, losses, strict=True), start=1)
+    ]
+    assert still_rising([{"step": 1, "loss": 3.0}, *measured], metric) is rising

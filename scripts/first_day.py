@@ -1,0 +1,249 @@
+"""The first day of a stranger: tables and folders of images, trained by the defaults and beside searched rates.
+
+    python scripts/first_day.py --data ../shared/data --out results/first_day
+
+Tables of 240 to 800 rows and 2 to 47 classes are cut out of real sets. Every method trains by its defaults, and again
+at multiples of the rate that the default came to. The best on validation of all these is the searched best. The last
+line of first_day.md counts how often the default is within two points of it on test. The rule for rates was made from
+searches on the sets of FITTED alone. Runs that are finished are skipped, so that this can be interrupted and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from datasets import Dataset, concatenate_datasets, load_dataset
+
+from partial_lora import cli
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
+from partial_lora.runs.compare import checked
+from partial_lora.runs.directory import read_result
+from partial_lora.runs.identity import run_directory
+
+FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
+METHODS = ("partial", "lora", "low_rank", "entries")
+FACTORS = (0.5, 2.0)
+_FIRST_WORDS = 14  # of a message of `sources`, so that its length does not tell where it is from
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a stranger: out of which sets, how many for training and test, and what is in them.
+
+    columns: of the texts; none for images. classes: the first so many.
+    """
+
+    sets: tuple[str, ...]
+    rows: int
+    test: int
+    label: str = "label"
+    columns: tuple[str, ...] = ()
+    classes: int | None = None
+
+    @property
+    def is_held_out(self) -> bool:
+        return len(self.sets) > 1 or self.sets[0] not in FITTED
+
+
+# Where a message is from: one column of texts of each of so many sets.
+SOURCES = {
+    **dict.fromkeys(("arc_easy", "boolq", "gsm8k", "openbookqa", "qnli", "social_iqa"), "question"),
+    **dict.fromkeys(("cola", "sst2"), "sentence"),
+    **dict.fromkeys(("rte", "mrpc"), "sentence1"),
+    "piqa": "goal",
+    "trec": "text",
+}
+TABLES = {
+    "questions": Table(("trec",), 560, 400, "coarse_label", ("text",)),
+    "fine_questions": Table(("trec",), 800, 400, "fine_label", ("text",)),
+    "phrases": Table(("sst2",), 320, 400, columns=("sentence",)),
+    "signs": Table(("gtsrb",), 640, 258),
+    "hands": Table(("signdigits",), 240, 200),
+    "sources": Table(tuple(SOURCES), 480, 480),
+    "pairs": Table(("mrpc",), 480, 400, columns=("sentence1", "sentence2")),
+    "reviews": Table(("imdb",), 400, 300, columns=("text",)),
+    "flowers": Table(("flowers17",), 256, 160, classes=8),
+    "pictures": Table(("cifar10",), 400, 300),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the tables that are missing, the runs that are missing, and first_day.{csv,md}; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder of NAME/{train,test}.parquet")
+    parser.add_argument("--out", type=Path, default=Path("results/first_day"))
+    parser.add_argument("--tables", nargs="+", default=[name for name, table in TABLES.items() if table.is_held_out])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--factors", nargs="*", type=float, default=FACTORS, help="of the default's learning rate")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        rows = []
+        for seed, name in product(options.seeds, options.tables):
+            folder = options.out / "data" / name
+            if not folder.is_dir():
+                write_table(TABLES[name], options.data, folder)
+            for method in options.methods:
+                rows += runs(name, folder, options.out, method, seed, options.factors)
+                write(pd.DataFrame(rows), options.out)
+        return 0
+
+    return cli.guarded(command)
+
+
+# --- The rows.
+
+
+def write_table(table: Table, data: Path, folder: Path) -> None:
+    """Write the rows of a table as a stranger has them: two csv files, or folders of images by class."""
+    temporary = folder.with_name(f".{folder.name}")
+    for split, count in (("train", table.rows), ("test", table.test)):
+        rows = concatenate_datasets(list(_of_sets(table, data, split)))
+        drawn = _drawn(rows, table.classes, count)
+        if "image" in drawn.column_names:
+            for number, row in enumerate(drawn):
+                file = temporary / split / row["class"] / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                row["image"].convert("RGB").save(file)
+        else:
+            temporary.mkdir(parents=True, exist_ok=True)
+            drawn.to_csv(temporary / f"{split}.csv")
+    temporary.rename(folder)
+
+
+def _of_sets(table: Table, data: Path, split: str) -> Iterator[Dataset]:
+    for name in table.sets:
+        file = str(data / name / f"{split}.parquet")
+        rows = load_dataset("parquet", data_files={split: file}, split=split)
+        if len(table.sets) > 1:
+            column = SOURCES[name]
+            texts = [" ".join(text.lower().split()[:_FIRST_WORDS]).rstrip("?. ") for text in rows[column]]
+            yield Dataset.from_dict({"message": texts, "class": [name] * len(texts)})
+            continue
+        columns = table.columns or ("image",)
+        classes = [f"class {value}" for value in rows[table.label]]
+        yield rows.select_columns(list(columns)).add_column("class", classes)
+
+
+def _drawn(rows: Dataset, classes: int | None, count: int) -> Dataset:
+    """Return so many rows, as many of each class as there are or as come to the same for all."""
+    known = sorted(set(rows["class"]), key=lambda name: (len(name), name))[:classes]
+    shuffled = pd.Series(rows.shuffle(seed=0)["class"])
+    places = shuffled.groupby(shuffled).head(-(-count // len(known)))
+    kept = places[places.isin(known)].index
+    return rows.shuffle(seed=0).select(sorted(kept)[:count])
+
+
+# --- The runs.
+
+
+def settings(name: str, folder: Path, out: Path, method: str, seed: int) -> list[str]:
+    """Return what a stranger would write, and where results go."""
+    table = TABLES[name]
+    if (folder / "train").is_dir():
+        rows = ["task=image_folder", f"task.data_files={folder}"]
+    else:
+        columns = "message" if len(table.sets) > 1 else ",".join(table.columns)
+        files = f"{{train: {folder}/train.csv, test: {folder}/test.csv}}"
+        rows = ["model=minilm_l6", "task=text_table", f"task.data_files={files}", f"task.text_columns=[{columns}]"]
+        rows += ["task.label_column=class"]
+    size = ["calibration=fixed"] if method in ("partial", "low_rank", "targeted", "random_weights") else []
+    chosen = [
+        f"method={method}",
+        *size,
+        f"seed={seed}",
+        f"results_dir={out}",
+        "keep_records=true",
+        "trainer.start=fork",
+    ]
+    return [*rows, f"task.name={name}", *chosen]
+
+
+def runs(name: str, folder: Path, out: Path, method: str, seed: int, factors: Sequence[float]) -> Iterator[dict]:
+    """Give a row for the default run and for each multiple of its learning rate."""
+    default = settings(name, folder, out, method, seed)
+    record = made(default)
+    came_to = record["training"]
+    yield row(name, record, 1.0)
+    for factor in factors:
+        rates = [f"trainer.learning_rate={factor * came_to['learning_rate']:g}"]
+        if came_to["head_learning_rate"] is not None:
+            rates.append(f"trainer.head_learning_rate={came_to['head_learning_rate']:g}")
+        yield row(name, made([*default, *rates]), factor)
+
+
+def made(overrides: list[str]) -> dict:
+    """Return the record of a run, which is made if there is none; one that diverged counts as any other."""
+    ((_, config),) = checked(["-m", *overrides]).runs
+    place = run_directory(config)
+    if (read_result(place) or {}).get("status") not in ("finished", "failed"):
+        code = cli.main(["train", "-m", *overrides])
+        if code > 1:
+            raise PartialLoraError(f"{place}: interrupted; the same command goes on from there")
+    return read_result(place)
+
+
+def row(name: str, record: dict, factor: float) -> dict:
+    """Return what the table needs of a record; the scores of a run that failed are 0."""
+    table, scores = TABLES[name], record.get("metrics") or {}
+    training = record["training"]
+    score = {split: scores[split][scores[split]["primary"]] if scores else 0.0 for split in ("validation", "test")}
+    return {
+        "table": name,
+        "held_out": table.is_held_out,
+        "rows": training["rows"],
+        "classes": len(record["labels"]),
+        "method": record["config"]["method"]["name"],
+        "seed": record["seed"],
+        "factor": factor,
+        "learning_rate": training["learning_rate"],
+        "steps": training["steps"],
+        "seconds": sum(record["seconds"].values()),
+    } | score
+
+
+# --- The tables.
+
+
+def compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return for every table and method the default's test score and that of the best rate on validation."""
+    cells = []
+    for (name, method), cell in rows.groupby(["table", "method"], sort=False):
+        means = cell.groupby("factor")[["validation", "test", "seconds", "learning_rate", "steps"]].mean()
+        default, best = means.loc[1.0], means.loc[means["validation"].idxmax()]
+        cells.append(
+            {"table": name, "held out": cell["held_out"].iloc[0], "classes": cell["classes"].iloc[0], "method": method}
+            | {"seeds": cell["seed"].nunique(), "learning rate": default["learning_rate"], "steps": default["steps"]}
+            | {"test": 100 * default["test"], "best rate": best["learning_rate"], "searched": 100 * best["test"]}
+            | {"difference": 100 * (default["test"] - best["test"]), "seconds": default["seconds"]}
+        )
+    return pd.DataFrame(cells)
+
+
+def write(rows: pd.DataFrame, out: Path) -> None:
+    """Write first_day.csv, a line a run, and first_day.md, a line a table and method."""
+    numbers = compared(rows)
+    held_out = numbers[numbers["held out"]]
+    near = (held_out["difference"] >= -2).sum()
+    text = numbers.to_markdown(index=False, floatfmt=".4g")
+    if len(held_out):
+        worst = held_out.loc[held_out["difference"].idxmin()]
+        text += (
+            f"\n\nOf {len(held_out)} tables and methods that no rule was made from, the default is within two points "
+        )
+        text += f"of the searched best on {near}; the farthest is {worst['table']}, {worst['method']}, "
+        text += f"{worst['difference']:+.1f} points."
+    write_atomic(out / "first_day.csv", rows.to_csv(index=False, float_format="%.6g"))
+    write_atomic(out / "first_day.md", text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
