@@ -117,7 +117,9 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
         metric = part["metric"].iloc[0]
         times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
-            means, (color, marker) = race.validated(own)["validation"], looks[form]
+            scores = own.pivot_table("validation", "seed", "learning_rate")
+            common = scores.dropna()  # of seeds that all rates have
+            means, (color, marker) = (scores if common.empty else common).mean(), looks[form]
             style = {"color": color, "marker": marker, "markersize": 4}
             (handles[form],) = axes.plot(means.index, times * means, label=form, **style)
         axes.set(

@@ -26,6 +26,7 @@ from partial_lora.report.figures import Shown, front
 from partial_lora.report.records import NONE, Run, half_interval
 from partial_lora.report.statistics import Estimate, holm
 from partial_lora.runs.compose import composed
+from partial_lora.runs.rates import Worth, ranked
 from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -94,24 +95,6 @@ def rows_of(runs: Iterable[Run]) -> pd.DataFrame:
     return table
 
 
-def validated(cell: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean score and loss on validation at every rate of a cell, over the seeds that all its rates have."""
-    seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
-    common = cell[cell["seed"].isin(seeds)] if seeds else cell
-    return common.groupby("learning_rate")[["validation", "validation_loss"]].mean()
-
-
-def best_rate(cell: pd.DataFrame) -> float:
-    """Return the learning rate of a cell that is best on validation, of equals the one with the lower loss.
-
-    Only the rates with the most seeds compete: a search goes on with the better rates alone.
-    """
-    seeds = cell.groupby("learning_rate")["seed"].nunique()
-    means = validated(cell[cell["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
-    falls = cell["metric"].iloc[0] in LOWER_IS_BETTER
-    return means.sort_values(["validation", "validation_loss"], ascending=[falls, True]).index[0]
-
-
 def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
     """Return the runs of a cell, those that were made under two ids and came to the same scores once.
 
@@ -138,12 +121,21 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        best = best_rate(cell)
+        best = ranked(_worth(cell))[0]
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
         chosen.append(own)
     return pd.concat(chosen)
+
+
+def _worth(cell: pd.DataFrame) -> dict[float, dict[int, Worth]]:
+    """Return what the runs of a cell are worth by learning rate and seed."""
+    sign = -1 if cell["metric"].iloc[0] in LOWER_IS_BETTER else 1
+    tried: dict[float, dict[int, Worth]] = {}
+    for run in cell.itertuples():
+        tried.setdefault(run.learning_rate, {})[run.seed] = (sign * run.validation, -run.validation_loss)
+    return tried
 
 
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
