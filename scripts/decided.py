@@ -26,8 +26,6 @@ from evidence.paired import (
     NO_RUNS,
     SCORE,
     Claim,
-    Pair,
-    between,
     differences,
     interval,
     judged,
@@ -42,6 +40,7 @@ from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
+from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.records import NONE
 
 MARGIN = 0.02
@@ -216,11 +215,8 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     """Return a form's difference to another, with its interval; a dash for itself and where no seed has both."""
     if other is None or own is other:
         return NONE
-    first, second = (dict(zip(each["seed"], each["outcome"], strict=True)) for each in (own, other))
-    metric = own["metric"].iloc[0]
-    if not first.keys() & second.keys():
-        return NONE
-    return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
+    pair = Pair(by_seed(own), by_seed(other), own["metric"].iloc[0])
+    return interval({"metric": pair.metric, **asdict(between([pair], draws=0))}) if pair.seeds else NONE
 
 
 def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -23,8 +23,9 @@ from partial_lora.masks import AS_PEFT
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
-from partial_lora.report.records import NONE, Run, half_interval
-from partial_lora.report.statistics import Estimate, holm
+from partial_lora.report.pairs import Outcome, Pair, between, by_seed
+from partial_lora.report.records import NONE, Predictions, Run, half_interval
+from partial_lora.report.statistics import holm
 from partial_lora.runs.compose import composed
 from partial_lora.runs.rates import Worth, ranked
 from partial_lora.runs.schema import MaskConfig
@@ -83,10 +84,15 @@ def size_in(result: Mapping) -> str:
     return f"{budget:g}" if budget <= 1 else f"{budget:,.0f}"
 
 
-def rows_of(runs: Iterable[Run]) -> pd.DataFrame:
-    """Return the rows of runs. A form names its modules where most runs of the task adapt others."""
+def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFrame:
+    """Return the rows of runs, with their predictions. A form names its modules where most of the task adapt others."""
     table = pd.DataFrame(
-        [run.row | {"size": size_in(run.record), "form": form_of(run.record["config"]), "run": run} for run in runs]
+        [
+            run.row
+            | {"size": size_in(run.record), "form": form_of(run.record["config"])}
+            | {"run": run, "outcome": Outcome.of(run.row, stored)}
+            for run in runs
+        ]
     )
     targets = table["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
     for _, own in targets.groupby(table["task"]):
@@ -142,24 +148,23 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
     A difference is between runs of the same seeds, at one size. Where one of the two has a size of its own, the
-    reference counts at its largest size. Halves of intervals are of 95 %, by Student's t over seeds. `holds`: the
-    difference holds among all of its task and size (`statistics.holm`).
+    reference counts at its largest size. Halves of intervals are of 95 %: of a mean by Student's t over seeds, of a
+    difference over what `over` says (`pairs.between`). `holds`: the difference holds among all of its task and size
+    (`statistics.holm`).
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
-        own = cell.set_index("seed")["test"]
         other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("adapter_parameters")
         sizes = list(other["size"])
         beside = sizes[-1:] if size not in sizes and "own" in (size, *sizes) else [size]
         other = other[other["size"].isin(beside)]
-        difference = (own - other.set_index("seed")["test"]).dropna()
         first = cell.iloc[0]
         rows.append(
             {"task": task, "size": size, "form": form}
             | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
-            | {"seeds": len(own), "test": own.mean(), "half": half_interval(own.std(), len(own))}
-            | {"difference": difference.mean() if form != reference else math.nan, "paired": len(difference)}
-            | {"difference_half": half_interval(difference.std(), len(difference)), "p": _significance(difference)}
+            | {"seeds": len(cell), "test": cell["test"].mean()}
+            | {"half": half_interval(cell["test"].std(), len(cell))}
+            | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
             | cell[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
@@ -169,10 +174,22 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 
 
-def _significance(difference: pd.Series) -> float:
-    """Return the significance of a difference over seeds; NaN where they say nothing of chance."""
-    error = difference.std() / math.sqrt(max(len(difference), 1))
-    return Estimate(difference.mean(), error, len(difference) - 1).p(0, 0) if error > 1e-12 else math.nan
+_NO_DIFFERENCE = {"difference": math.nan, "difference_half": math.nan, "p": math.nan}
+_NO_DIFFERENCE |= {"paired": 0, "examples": 0, "over": NONE}
+
+
+def _apart(pair: Pair) -> dict:
+    """Return the difference of a pair, half its interval, its significance, and what it is over.
+
+    One seed has no significance, nor do seeds and examples that say nothing of chance.
+    """
+    if not pair.seeds:
+        return _NO_DIFFERENCE
+    found = between([pair], draws=0)
+    low, high = found.estimate.interval()
+    p = found.estimate.p(0, 0) if found.seeds > 1 and found.error > 1e-12 else math.nan
+    numbers = {"difference": found.difference, "difference_half": (high - low) / 2, "p": p}
+    return numbers | {"paired": found.seeds, "examples": found.examples, "over": found.over}
 
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
@@ -185,6 +202,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
+            "difference over": [_basis(row.paired, row.examples) for row in rows],
             "among all": [_verdict(row.metric, row.difference) if row.holds else NONE for row in rows],
             "seeds": part["seeds"],
             "parameters": [f"{value:,.0f}" for value in part["parameters"]],
@@ -193,6 +211,12 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
         }
         parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
     return parts
+
+
+def _basis(seeds: int, examples: int) -> str:
+    """Return what a difference is over: "8 seeds, 860 rows", or "3 seeds" where predictions were not kept."""
+    parts = [f"{seeds} seed{'s' * (seeds > 1)}"] * (seeds > 0) + [f"{examples:,} rows"] * (examples > 0)
+    return ", ".join(parts) or NONE
 
 
 def _verdict(metric: str, difference: float) -> str:
@@ -217,20 +241,24 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(numbers, reference)
-    narrow = {title: part.drop(columns=["among all", *part.columns[-2:]]) for title, part in parts.items()}
+    narrow = {
+        title: part.drop(columns=["difference over", "among all", *part.columns[-2:]]) for title, part in parts.items()
+    }
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
 def _origin(reference: str) -> str:
     return (
-        f"Differences are from {reference}, of runs of the same seeds; the 95 % intervals are of each by itself. "
-        "The column 'among all' has the verdicts that are left among all rows of its table (Holm's correction)."
+        f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
+        "rows, from variance components, or over seeds alone where predictions were not kept, by Student's t, as those "
+        "of scores are. Each is by itself. The column 'among all' has the verdicts that are left among all rows of its "
+        "table (Holm's correction)."
     )
 
 
 def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of runs (`compared`) into out/stem.md and .csv; return it as text, and its numbers."""
-    numbers = compared(at_best_rates(rows_of(runs)), reference)
+    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers."""
+    numbers = compared(at_best_rates(rows_of(runs, Predictions(out))), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"

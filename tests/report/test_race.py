@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from recorded_runs import record
+from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import race, records
+from partial_lora.report import race, records, statistics
 
 
 def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]]) -> list[dict]:
@@ -19,7 +20,9 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     cost = {"adapter_parameters": 10, "step_seconds": 1.0, "saved_activation_bytes": 1.0, "adapter_bytes": 1}
     common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy", "seconds": 1.0} | cost
     return [
-        common | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
+        common
+        | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
+        | {"outcome": SimpleNamespace(score=test, predictions=None)}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 
@@ -48,6 +51,32 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     row = race.compared(chosen, "low_rank").set_index("form").loc["partial"]
     assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 2, 3)
     assert row["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # Student's t of one degree of freedom
+    assert (row["over"], row["examples"]) == ("seeds", 0)
+
+
+def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -> None:
+    for seed in range(3):
+        for method, wrong in (("partial", 20 + 9 * seed), ("low_rank", 60)):
+            leave(tmp_path, method, wrong=wrong, seed=seed, budget=0.13)
+    leave(tmp_path, "oft", wrong=10, budget=0.13)  # one seed: over examples, which decides nothing
+    runs, stored = records.read(tmp_path)[0], records.Predictions(tmp_path)
+    ranked = race.compared(race.at_best_rates(race.rows_of(runs, stored)), "low_rank").set_index("form")
+    row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
+    sides = (
+        {
+            run.row["seed"]: stored.of(run.row["group"], [run.row["seed"]], "accuracy")[run.row["seed"]]
+            for run in runs
+            if run.row["method"] == method
+        }
+        for method in ("partial", "low_rank")
+    )
+    expected = statistics.compare(*sides, "accuracy", draws=0)
+    assert row["difference"] - row["difference_half"] == pytest.approx(expected.low)
+    assert (row["over"], row["examples"], row["holds"]) == ("seeds and examples", 200, True)
+    assert (alone["over"], alone["difference"], alone["holds"]) == ("examples", 0.25, False)
+    assert alone["difference_half"] > 0
+    titles = race.titled(ranked.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    assert titles["difference over"].tolist() == ["1 seed, 200 rows", "3 seeds, 200 rows", "–"]
 
 
 def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm() -> None:
