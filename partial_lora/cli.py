@@ -225,7 +225,9 @@ def info(arguments: list[str]) -> int:
 
 def _print_json_outline(config: Config, run: Outline) -> None:
     names = {group: getattr(config, group).name for group in ("model", "task", "method")}
-    print(json.dumps(names | dataclasses.asdict(run) | {"learning_rate": _rates(config, run)}, allow_nan=False))
+    rates = _rates(config, run)
+    of_rates = {"learning_rate": rates, "first_learning_rate": rates["adapter"]}
+    print(json.dumps(names | dataclasses.asdict(run) | of_rates, allow_nan=False))
 
 
 def _rates(config: Config, run: Outline) -> dict[str, float]:

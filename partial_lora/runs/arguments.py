@@ -16,7 +16,7 @@ import yaml
 from partial_lora.errors import PartialLoraError, in_yaml, require
 from partial_lora.files import flatten, read_yaml
 from partial_lora.runs.config import GROUPS, conf_dir, no_such_option
-from partial_lora.runs.schema import SECTIONS, list_keys
+from partial_lora.runs.schema import SECTIONS, list_keys, upgraded_settings
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -132,7 +132,9 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
-    primary = _primary_of_record(settings, others) if is_record(settings) else _primary(files[0], settings)
+    primary = (
+        _primary_of_record(upgraded_settings(settings), others) if is_record(settings) else _primary(files[0], settings)
+    )
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -17,7 +17,7 @@ from partial_lora.runs.build import task_of
 from partial_lora.runs.compose import Plan, in_one_line, plan
 from partial_lora.runs.config import plain
 from partial_lora.runs.directory import LOCK
-from partial_lora.runs.identity import run_directory
+from partial_lora.runs.identity import at_other_rates, run_directory
 from partial_lora.runs.info import outline
 from partial_lora.runs.packs import recorded
 from partial_lora.runs.rates import Worth, ranked
@@ -35,21 +35,27 @@ _MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 Runs = list[tuple[float, int]]  # learning rate and seed
 
 
-def search(centre: float, count: int, seeds: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
+def search(
+    centre: float, count: int, seeds: int, known: Collection[float] = ()
+) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
     """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
 
-    The first seed tries `count` rates a factor of two apart around the centre, and more while the best of them, by
-    score or by loss, is at an edge: where no rate has learned anything yet, the loss alone knows which way to go. The
-    better half goes on to the next seed, by the mean over the seeds so far, and so on (successive halving,
-    Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all seeds.
+    The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
+    tried with it (known), if they are as many, so that another centre does not begin the search again. It tries more
+    while the best of them, by score or by loss, is at an edge: where no rate has learned anything yet, the loss alone
+    knows which way to go. The better half goes on to the next seed, by the mean over the seeds so far, and so on
+    (successive halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all
+    seeds.
     """
+    rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
+    rates = sorted(known) if len(known) >= count else rates
     tried: dict[float, dict[int, Worth]] = {}
 
     def run(rates: list[float], seed: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], None]:
         for (rate, _), worth in (yield [(rate, seed) for rate in rates]).items():
             tried.setdefault(rate, {})[seed] = worth
 
-    yield from run([centre * 2.0**power for power in range(-(count // 2), count - count // 2)], 0)
+    yield from run(rates, 0)
     while len(tried) < _MOST_RATES:
         by_loss = {rate: {0: worth[0] and worth[0][::-1]} for rate, worth in tried.items()}
         edges = [best for best in (*ranked(by_loss)[:1], *ranked(tried)[:1]) if best in (min(tried), max(tried))]
@@ -171,7 +177,7 @@ def compare(
     searched = [entry for entry in chosen if entry.refused is None]
     took: list[float] = []  # seconds of every run that was not finished before
     for others, entry in zip(reversed(range(len(searched))), searched, strict=True):
-        searching = search(entry.centre, rates, seeds)
+        searching = search(entry.centre, rates, seeds, [] if entry.overwrite else known_rates(entry))
         runs = next(searching)
         tried = 0  # rates that the seed under way has tried
         while True:
@@ -208,6 +214,14 @@ def places_of(entry: Entry, runs: Runs) -> dict[tuple[float, int], Path]:
     """Return the directory of every run."""
     configs = [config for _, config in checked(entry.arguments(runs)).runs]
     return {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
+
+
+def known_rates(entry: Entry) -> list[float]:
+    """Return the learning rates at which runs of an entry's first seed are recorded."""
+    ((_, config),) = checked(entry.arguments([(entry.centre, 0)])).runs
+    records = (recorded(place) for place in at_other_rates(config))
+    known = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record) is not None}
+    return sorted(known - {AUTO})
 
 
 def worth(record: Mapping | None) -> Worth:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -125,15 +125,36 @@ def run_directory(config: Config) -> Path:
     place = parent / f"{config.method.name}-{identifier}" / seed
     if place.is_dir():
         return place
-    by_content, by_name = computed(settings, contents), computed(settings, {})
-    alike = []
-    for runs in _folders(results_dir, parent, config.method.name):
-        stored, has_digests = _stored(runs[0], _stamp(runs[0], results_dir)) or ({}, False)
-        if stored == (by_content if has_digests else by_name):
-            alike.append(runs)
+    alike = list(_alike(config, contents))
     there = [run for runs in alike for run in runs if run.name == seed]
     there += [runs[0].with_name(seed) for runs in alike]
     return there[0] if there else place
+
+
+_RATE = "trainer.learning_rate"
+
+
+def at_other_rates(config: Config) -> list[Path]:
+    """Return the directories of recorded runs that differ from a config in nothing but their learning rate."""
+    alike = _alike(config, digests(plain(config)), apart=(_RATE, "method.rate_factor"))
+    return [run for runs in alike for run in runs if run.name == f"seed{config.seed}"]
+
+
+def _alike(config: Config, contents: Mapping[str, str], apart: Collection[str] = ()) -> Iterator[list[Path]]:
+    """Yield the directories of recorded runs, a list a folder, that were set to what a config says, seeds apart.
+
+    contents: the digests of its files. apart: further keys in which they may differ.
+    """
+    results_dir, settings = Path(config.results_dir), plain(config)
+    parent = results_dir.joinpath("runs", config.task.name, config.model.name)
+    own = {False: computed(settings, {}), True: computed(settings, contents)}  # by names, and by content
+    for runs in _folders(results_dir, parent, config.method.name):
+        stored, has_digests = _stored(runs[0], _stamp(runs[0], results_dir)) or ({}, False)
+        differing = {
+            key for key in stored.keys() | own[has_digests].keys() if stored.get(key) != own[has_digests].get(key)
+        }
+        if stored and differing <= {*apart}:
+            yield runs
 
 
 def _folders(results_dir: Path, parent: Path, method: str) -> list[list[Path]]:

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -25,6 +26,8 @@ from partial_lora.tasks.texts import cached
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 _STORED = Image(decode=False)
 _AT_ONCE = 256  # images in memory while they are checked
+_LOOKED_AT = 64  # images whose sizes are read
+_SHRUNK = 3  # times the pixels of a model's side, from which on much of an image is lost
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes and resizes outside the interpreter's lock
 
 
@@ -38,11 +41,11 @@ class ImageTransform:
     """
 
     lengths = False  # rows are all of one size
-    warnings = ()
 
     def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str) -> None:
         self._size, self._interpolation = image_size, interpolation
         self._mean, self._std = list(mean), list(std)
+        self._sides: list[int] = []  # shorter sides of some images, in pixels
         self._square = v2.Compose(
             [
                 eight_bits,
@@ -53,6 +56,16 @@ class ImageTransform:
             ]
         )
 
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the rows that were prepared, a sentence each."""
+        side = int(np.median(self._sides)) if self._sides else 0
+        if side < _SHRUNK * self._size:
+            return []
+        return [
+            f"model.image_size={self._size}: images of {side} pixels are shrunk to it; a larger one sees more of them"
+        ]
+
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows for `collate`: `pixels`, the bytes of (3, S, S) uint8, and `label`.
 
@@ -61,6 +74,7 @@ class ImageTransform:
         image which cannot be read.
         """
         rows = rows.cast_column("image", _STORED)
+        self._sides += _shorter_sides(rows)
         bytes_each = 3 * self._size**2 + 8
         if len(rows) * bytes_each > cache_bytes:
             _check_images(rows)
@@ -118,6 +132,22 @@ def _bytes(pixels: Tensor) -> bytes:
     return pixels.contiguous().numpy().tobytes()
 
 
+def _shorter_sides(rows: Dataset) -> list[int]:
+    """Return the shorter sides of some images by their headers; one that cannot be read is refused elsewhere."""
+    sides = []
+    for row in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
+        image = rows[row]["image"]
+        if image["bytes"] is None and not os.path.isfile(image["path"]):  # a pipe may have no writer
+            continue
+        with suppress(*_UNREADABLE), PIL.Image.open(_file(image)) as opened:
+            sides.append(min(opened.size))
+    return sides
+
+
+def _file(image: Mapping) -> str | BytesIO:
+    return image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
+
+
 def _check_images(rows: Dataset) -> None:
     """Raise for a stored image that cannot be read, in a fraction of the time that decoding takes."""
     PIL.Image.init()
@@ -130,7 +160,7 @@ def _check_images(rows: Dataset) -> None:
 
 def _check_image(image: Mapping, rows: Dataset, row: int) -> None:
     """Check a file to its end: a PNG by its checksums, a JPEG at an eighth of its size, others decoded."""
-    file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
+    file = _file(image)
     try:
         if file is image["path"] and not os.path.isfile(file):  # a pipe may have no writer
             raise OSError("no such file")

@@ -17,9 +17,9 @@ from partial_lora.runs import compare, directory, schema
 from partial_lora.runs.identity import run_directory
 
 
-def searched(score, *, centre=1.0, count=5, seeds=3):
+def searched(score, *, centre=1.0, count=5, seeds=3, known=()):
     """The best rate, and the batches of runs of a search in which a run's score is a function of its rate and seed."""
-    searching, batches = compare.search(centre, count, seeds), []
+    searching, batches = compare.search(centre, count, seeds, known), []
     runs = next(searching)
     while True:
         batches.append(runs)
@@ -50,6 +50,15 @@ def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
     assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
     _, batches = searched(lambda rate, seed: rate)  # ever better: it comes to an end
     assert len({rate for each in batches for rate, _ in each}) == 12
+
+
+def test_a_search_goes_on_with_the_rates_that_were_tried_wherever_it_would_begin_now() -> None:
+    _, earlier = searched(lambda rate, seed: -abs(math.log2(rate / 4)), count=3)
+    tried = {rate for each in earlier for rate, seed in each if seed == 0}
+    best, again = searched(lambda rate, seed: -abs(math.log2(rate / 4)), centre=64.0, count=3, known=tried)
+    assert best == 4.0
+    assert {run for each in again for run in each} == {run for each in earlier for run in each}
+    assert searched(lambda rate, seed: 0.0, count=3, known=[7.0, 9.0])[1][0] == [(0.5, 0), (1.0, 0), (2.0, 0)]
 
 
 def test_where_no_rate_has_learned_anything_the_loss_extends_the_range() -> None:

@@ -151,6 +151,14 @@ def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_p
     assert identity.run_directory(composed(f"results_dir={tmp_path}")) != folder
 
 
+def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
+    found = recorded(tmp_path, "trainer.learning_rate=0.1")
+    here = f"results_dir={tmp_path}"
+    assert identity.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
+    for other in ("seed=1", "method=lora", "trainer.warmup=0.2", "method.rank=8"):
+        assert identity.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
+
+
 def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -116,6 +116,13 @@ def test_images_are_decoded_once_and_again_for_all_that_makes_others(cache: Path
     assert set(transform.prepare(labels, cache_bytes=BOUND)["label"]) == {0}
 
 
+def test_images_that_are_shrunk_far_are_said_with_the_key(tmp_path: Path) -> None:
+    for factor, bound in ((2, BOUND), (3, BOUND), (3, 0)):
+        transform = tasks.ImageTransform(**PIXELS)
+        transform.prepare(of_images(*[Image.new("RGB", (12 * factor, 100))] * 3), cache_bytes=bound)
+        assert [line.split(":")[0] for line in transform.warnings] == ["model.image_size=12"] * (factor == 3)
+
+
 def test_past_the_bound_nothing_is_stored(cache: Path) -> None:
     rows, transform = pictures(), tasks.ImageTransform(**PIXELS)
     size = 10 * (3 * 12 * 12 + 8)
