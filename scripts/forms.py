@@ -3,8 +3,8 @@
     python scripts/forms.py results/forms --reference low_rank
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
-the reference is of runs of the same seeds (`race.compared`). Where dense LoRA was trained, too, a table says how far the
-best rate of each form and size is from dense LoRA's.
+the reference is of runs of the same seeds (`race.compared`). Where dense LoRA was trained, too, a table says how far
+the best rate of each form and size is from dense LoRA's.
 """
 
 from __future__ import annotations
