@@ -7,7 +7,9 @@
 # make reproduce                     all of them, and what they say of each claim
 # make runs-table1 …                 the runs alone
 #
-# PRESET=cpu     models out of PyPI wheels; digits always, and the tasks of DATA=FOLDER where that is there
+# make data                          data sets of the hub as files in data/, each with its licence and checksums
+#
+# PRESET=cpu     models out of PyPI wheels; digits always, and the tasks that DATA=FOLDER has
 # PRESET=paper   the paper's models and sets from the hub, on GPUs
 # Finished runs are skipped and interrupted ones go on, whichever table asked for them first; a run that failed is
 # missing in its table, and the rest goes on. conf/experiment/NAME.yaml says what each costs and what it is to show.
@@ -37,10 +39,16 @@
 # make reports   tables, figures and an HTML page of every packed study, in its report/; of race the ranking
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
-DATA ?= ../shared/data
+# The folder of the data sets, NAME/{train,validation,test}.parquet: `make data` fills data/.
+DATA ?= $(or $(firstword $(wildcard data ../shared/data)),data)
 CIFAR10 ?= $(DATA)/cifar10
+# All that the evidence takes on CPUs, but flowers17 and signdigits, of which the hub has no copy. Any task has a name here.
+SETS ?= cifar10 gtsrb sst2 trec qnli imdb mrpc rte arc_easy piqa gsm8k
+data: $(VENV)/.installed
+	$(BIN)/python scripts/data_sets.py $(SETS)
 
-.PHONY: first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
+
+.PHONY: data first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
 
 PRESET ?= cpu
 RESULTS = results/$(PRESET)
@@ -54,13 +62,15 @@ RUN = $(BIN)/partial-lora train -m experiment=$(1) preset=$(PRESET) $(strip $(2)
 # A preset's models and tasks. One task is studied closely: it has more seeds, all methods and most figures. Learning
 # rates of the others are searched for, too, and of RATED_MIXTURES; other mixtures take the studied task's (trainer.tuned_on).
 FILES_AT = $(wildcard $(DATA))
+# Of some sets those that are there; digits are everywhere.
+there = $(strip $(foreach set,$(1),$(if $(filter digits,$(set))$(wildcard $(DATA)/$(set)/train.parquet),$(set))))
 MODEL_cpu = vit_s14
 TEXT_MODEL_cpu = minilm_l6
 STUDIED_cpu = task=digits
-IMAGES_cpu = $(if $(FILES_AT),cifar10 signdigits gtsrb flowers17)
-PHOTOGRAPHS_cpu = $(if $(FILES_AT),flowers17)
-TEXTS_cpu = $(if $(FILES_AT),sst2 trec)
-MIXED_IMAGES_cpu = $(if $(FILES_AT),digits signdigits)
+IMAGES_cpu = $(call there,cifar10 signdigits gtsrb flowers17)
+PHOTOGRAPHS_cpu = $(call there,flowers17)
+TEXTS_cpu = $(call there,sst2 trec)
+MIXED_IMAGES_cpu = $(if $(call there,signdigits),digits signdigits)
 OF_FILES_cpu = $(if $(FILES_AT),data_dir=$(FILES_AT) calibration.max_samples=160 calibration.seed=0)
 OF_IMAGES_cpu = task.test_samples=1000 trainer.tuned_on=digits
 OF_TEXTS_cpu = model=$(TEXT_MODEL_cpu) task.test_samples=1000
@@ -203,7 +213,7 @@ runs-table2:
 	$(if $(filter paper,$(PRESET)),$(call RUN,table2,$(IMAGES)))
 
 # A causal model on the CPU takes hours: CHOICES= leaves it out. It is `make causal`'s own, one seed, rates untuned.
-CHOICES_cpu = $(if $(FILES_AT),arc_easy piqa)
+CHOICES_cpu = $(call there,arc_easy piqa)
 CHOICES ?= $(CHOICES_$(PRESET))
 CAUSAL_MODELS = $(call listed,$(CAUSAL_paper))
 FOR_CHOICES_cpu = $(foreach task,$(CHOICES),$(call CHOICE,$(task)))
@@ -374,15 +384,16 @@ DIGITS_RATE = $(BIN)/partial-lora train -m experiment=table1 preset=cpu results_
 # As their runs have it, whatever else is made.
 digits-rate sst2-rate: override PRESET = cpu
 digits-rate: $(VENV)/.installed
-	$(if $(FILES_AT),$(DIGITS_RATE) $(DENSE))
-	$(if $(FILES_AT),$(DIGITS_RATE))
+	$(if $(IMAGES_cpu),$(DIGITS_RATE) $(DENSE))
+	$(if $(IMAGES_cpu),$(DIGITS_RATE))
 	$(BIN)/python scripts/reproduce.py table1 table5 --results results/digits_rate
 
 # Beside digits two sets of images of DATA=FOLDER, where that is there.
+OTHER_IMAGES = $(call there,cifar10 signdigits)
 SAME_RATE = $(BIN)/partial-lora train -m experiment=same_rate preset=cpu results_dir=results/same_rate
 same-rate: $(VENV)/.installed
 	$(SAME_RATE) task=digits
-	$(if $(FILES_AT),$(SAME_RATE) task=cifar10$(comma)signdigits $(OF_FILES_cpu) task.test_samples=1000)
+	$(call known,$(OTHER_IMAGES),$(SAME_RATE) task=$(call listed,$(OTHER_IMAGES)) $(OF_FILES_cpu) task.test_samples=1000)
 	$(BIN)/partial-lora report results/same_rate
 
 # Every form of mask at equal sizes (conf/experiment/forms.yaml). Plain LoRA on some modules alone has as many parameters
@@ -396,7 +407,8 @@ FORMS = methods=[lora,low_rank,random_weights,entries,ticket,partial] methods=[p
 FEWER_FORMS = methods=[lora,low_rank,random_weights,entries,partial] methods=[partial]+budgets=[0.6,0.05,0.01]
 SOME_IMAGES = methods=[lora]+model.target_modules=[attn.qkv]+method.rank=8+method.alpha=8
 SOME_TEXTS = methods=[lora]+model.target_modules=[query,value]+method.rank=9+method.alpha=9
-FORM_TASKS = task=digits $(if $(FILES_AT),task=trec+model=$(TEXT_MODEL_cpu) task=gtsrb+model.image_size=56+task.test_samples=1000)
+FORM_TASKS = task=digits $(if $(call there,trec),task=trec+model=$(TEXT_MODEL_cpu)) \
+	$(if $(call there,gtsrb),task=gtsrb+model.image_size=56+task.test_samples=1000)
 spaced = $(subst +,$(empty) $(empty),$(1))
 # The runs of a comparison. 1: the experiment and its results; 2: the task; 3: methods, and settings of all of them.
 define COMPARED
@@ -406,7 +418,7 @@ $(BIN)/partial-lora compare experiment=$(1) results_dir=results/$(1) $(if $(FILE
 endef
 forms: $(VENV)/.installed
 	$(foreach task,$(FORM_TASKS),$(foreach form,$(FORMS) $(if $(findstring trec,$(task)),$(SOME_TEXTS),$(SOME_IMAGES)),$(call COMPARED,forms,$(task),$(form))))
-	$(if $(FILES_AT),$(foreach form,$(FEWER_FORMS),$(call COMPARED,forms,task=signdigits,$(form))))
+	$(if $(call there,signdigits),$(foreach form,$(FEWER_FORMS),$(call COMPARED,forms,task=signdigits,$(form))))
 	$(BIN)/python scripts/forms.py results/forms
 
 # PEFT's methods beside ours (conf/experiment/race.yaml).
@@ -467,7 +479,7 @@ $(call AT_ITS_RATE,$(1),method=partial calibration.levels=0.01 calibration.max_s
 endef
 STAGE_shares = $(if $(filter digits trec gtsrb,$(1)),$(SHARES))
 decided: $(VENV)/.installed
-	$(foreach task,$(if $(FILES_AT),$(DECIDED),$(filter digits,$(DECIDED))),$(foreach stage,$(STAGES),$(call STAGE_$(stage),$(task))))
+	$(foreach task,$(call there,$(DECIDED)),$(foreach stage,$(STAGES),$(call STAGE_$(stage),$(task))))
 	$(BIN)/python scripts/decided.py results/decided
 
 SST2_RATE = $(BIN)/partial-lora train -m experiment=sst2_rate preset=cpu results_dir=results/sst2_rate $(call of_texts,sst2)
@@ -493,9 +505,9 @@ power: $(VENV)/.installed
 REACH = $(BIN)/python scripts/reach.py $(if $(FILES_AT),data_dir=$(FILES_AT))
 reach: $(VENV)/.installed
 	$(REACH) task=digits
-	$(if $(FILES_AT),$(REACH) task=gtsrb model.image_size=56)
-	$(if $(FILES_AT),$(REACH) task=trec model=$(TEXT_MODEL_cpu))
-	$(if $(FILES_AT),$(REACH) task=cifar10 model.image_size=56)
+	$(if $(call there,gtsrb),$(REACH) task=gtsrb model.image_size=56)
+	$(if $(call there,trec),$(REACH) task=trec model=$(TEXT_MODEL_cpu))
+	$(if $(call there,cifar10),$(REACH) task=cifar10 model.image_size=56)
 
 models: $(VENV)/.installed
 	$(BIN)/python scripts/model_table.py

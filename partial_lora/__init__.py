@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from partial_lora.finished.predict import Predictor
 
     __version__: str
+
+# PEFT imports bitsandbytes whatever a model is made of, which on some processors advises to install kernels of the hub.
+# Only packed weights need them, and weights are never packed here (models/quantization.py, `keep_gradients`).
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 # Resolved on first use, so that `partial-lora --help` does not import torch.
 _PUBLIC = {

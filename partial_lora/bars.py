@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours, whichever reads best."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+_ENOUGH = 0.05  # of a stage's work, or a minute of it, is done before it says how long the rest takes
 
 
 @dataclass
-class _Lines:
-    """The plain lines about one stage: when its first event came, how far it was then, when the last line was."""
+class _Stage:
+    """What is known of a stage: which bar and lines it has, and which share of its work was done when.
 
-    began: float
-    at: int
+    bar: the number of its bar, on a terminal. printed: when the last line about it was.
+    """
+
     printed: float
+    bar: TaskID | None = None
     ended: bool = False
+    began: tuple[float, float] | None = None  # seconds and share at the first unit: what came before was no work of it
+    lately: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def left(self, now: float, share: float | None) -> str:
+        """Return the time that is left, as the last half of the time that has passed would have it; "" if not known."""
+        if share is None:
+            return ""
+        if self.began is None or share < self.lately[-1][1]:  # it begins, or does so again
+            self.began = now, share
+            self.lately.clear()
+        self.lately.append((now, share))
+        began, at = self.began
+        passed = now - began
+        while len(self.lately) > 1 and self.lately[1][0] <= now - max(_EVERY, passed / 2):
+            self.lately.popleft()
+        since, before = self.lately[0]
+        if share == before or not (share - at >= _ENOUGH or passed >= 2 * _EVERY):
+            return ""
+        return f"{timedelta(seconds=round((now - since) / (share - before) * (1 - share)))} left"
 
 
 class Bars:
@@ -40,18 +57,16 @@ class Bars:
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._console, self._clock = console, clock
-        self._tasks: dict[str, int] = {}
-        self._lines: dict[str, _Lines] = {}
+        self._stages: dict[str, _Stage] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]:>14}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[detail]}", markup=False),
             console=console,
             redirect_stdout=not console.stderr,  # while bars are on stderr, stdout is for a file or a pipe
@@ -71,54 +86,54 @@ class Bars:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, event: Mapping) -> None:
-        """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known)."""
-        stage, done, total = event["stage"], event["done"], event["total"]
+        """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known).
+
+        Units that take unlike time come with the `share` of the stage's work that is done, or None if it is not known.
+        """
+        name, done, total = event["stage"], event["done"], event["total"]
         if "note" in event:
-            self.note(f"{stage}: {event['note']}")
-        if "expected" in event:
-            self.note(f"{stage}: about {_duration(event['expected'])}")
-        count = f"{done // 1_000_000}/{total // 1_000_000} MB" if stage == "download" else f"{done}/{total or '?'}"
+            self.note(f"{name}: {event['note']}")
+        share = event.get("share", done / total if done and total else None)
+        if name == "download":
+            count = f"{done // 1_000_000}/{total // 1_000_000} MB"
+        else:
+            count = f"{100 * share:.0f} %" if event.get("share") is not None else f"{done}/{total or '?'}"
         detail = []
         if "module" in event:
-            detail.append(f"{event['module']} {event.get('axis', '')} {event.get('sparsity', 0):.2f}")
+            detail.append(f"{event['module']} {event['axis']} {event['sparsity']:.2f}")
         if "loss" in event:
             detail.append(f"loss {event['loss']:.3f}")
         if "tokens_per_second" in event:
             detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-        detail += [f"validation {name} {value:.4f}" for name, value in event.get("validation", {}).items()]
-        if not self._console.is_terminal:
-            self._print_line(stage, done, total, [count, *detail])
+        detail += [f"validation {metric} {value:.4f}" for metric, value in event.get("validation", {}).items()]
+        now, is_new = self._clock(), name not in self._stages
+        stage = self._stages.setdefault(name, _Stage(now))
+        left = stage.left(now, share)
+        if self._console.is_terminal:
+            if is_new:
+                stage.bar = self._progress.add_task(name, count="", left="", detail="")
+            drawn = {"completed": done, "total": total} if share is None else {"completed": share, "total": 1.0}
+            self._progress.update(stage.bar, **drawn, count=count, left=left, detail=", ".join(detail))
             return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, count="", detail="")
-        self._progress.update(self._tasks[stage], completed=done, total=total, count=count, detail=", ".join(detail))
-
-    def _print_line(self, stage: str, done: int, total: int | None, words: Sequence[str]) -> None:
-        now = self._clock()
-        if stage not in self._lines:
-            self._lines[stage] = _Lines(now, done, now)
-            self.note(f"{stage} …")
-        lines = self._lines[stage]
-        if lines.ended:  # validation begins again after every epoch
+        if is_new:
+            self.note(f"{name} …")
+        if stage.ended:  # validation begins again after every epoch
             return
-        if total is not None and done >= total:
-            lines.ended = True
-            self.note(f"{stage} done")
-        elif now - lines.printed >= _EVERY and done > lines.at:
-            lines.printed = now
-            if total is not None:
-                left = round((now - lines.began) / (done - lines.at) * (total - done))
-                words = [*words, f"{timedelta(seconds=left)} left"]
-            self.note(f"{stage} {', '.join(words)}")
+        if share is not None and done >= total:
+            stage.ended = True
+            self.note(f"{name} done")
+        elif now - stage.printed >= _EVERY:
+            stage.printed = now
+            self.note(f"{name} {', '.join(filter(None, [count, *detail, left]))}")
 
 
 @contextmanager
-def bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
-    """Draw a bar on stderr if that is a terminal; yield the function (done, total) that advances it."""
+def bar(stage: str, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Draw a bar on stderr if that is a terminal; yield the function (done, total, **detail) that advances it."""
     if not shown or not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, **detail: None
         return
     from rich.console import Console
 
     with Bars(Console(stderr=True)) as bars:
-        yield lambda done, total: bars.update({"stage": stage, "done": done, "total": total})
+        yield lambda done, total, **detail: bars.update({"stage": stage, "done": done, "total": total, **detail})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import io
 import json
@@ -18,7 +17,6 @@ import re
 import shlex
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from partial_lora import files
 from partial_lora.bars import Bars, bar
-from partial_lora.errors import PartialLoraError, ProofError, require
+from partial_lora.errors import PartialLoraError, ProofError, escaped, require
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.runs import directory, imports, launch, packs
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
     from partial_lora.runs.info import Outline
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, *files.FULL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,12 +69,10 @@ def guarded(command: Callable[[], int]) -> int:
         _forget_stdout()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno is None:  # of a library
             raise
-        print(
-            f"partial-lora: {error.filename or 'a file'}: {error.strerror}; check its rights and its disk",
-            file=sys.stderr,
-        )
+        place = escaped(str(error.filename or "a file"))
+        print(f"partial-lora: {place}: {error.strerror}; check its name, rights and disk", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -406,7 +401,7 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
 
 _whole = _number(int, lambda number: 0 <= number < 2**32, "a whole number of at least 0")
 _positive = _number(int, lambda number: 1 <= number < 2**32, "a whole number of at least 1")
-_temperature = _number(float, lambda number: 0 <= number < float("inf"), "a number of at least 0")
+_temperature = _number(float, lambda number: number == 0 or 1e-3 <= number < math.inf, "0, or a number from 0.001 on")
 _weight = _number(float, math.isfinite, "a finite number")
 _share = _number(float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
 
@@ -487,7 +482,6 @@ def _libraries() -> Iterator[None]:
 
 _WIDEST = 32  # columns that a label is padded to, at most
 _QUOTED = 80  # characters of a line that an error repeats
-_UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, end a line or cannot be written
 
 
 def predict(arguments: Sequence[str]) -> int:
@@ -619,20 +613,12 @@ def _plain_line(top_k: int | None, labels: Sequence[str]) -> Callable[[Predictio
 
     def line(prediction: Prediction) -> str:
         if prediction.score is None:
-            return f"{_escaped(prediction.label)}  {_escaped(prediction.input)}\n"
+            return f"{escaped(prediction.label)}  {escaped(prediction.input)}\n"
         best = islice(prediction.scores.items(), top_k or 1) if prediction.scores else [("", prediction.score)]
-        columns = [f"{_escaped(label)}{' ' * (width - cell_len(label))}  {score:.4f}" for label, score in best]
-        return "  ".join([*columns, _escaped(prediction.input)]).lstrip() + "\n"
+        columns = [f"{escaped(label)}{' ' * (width - cell_len(label))}  {score:.4f}" for label, score in best]
+        return "  ".join([*columns, escaped(prediction.input)]).lstrip() + "\n"
 
     return line
-
-
-def _escaped(text: str) -> str:
-    """Return the text in one line, whatever is in it: a name of a file may hold what moves a terminal's cursor."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSHOWN and char != "\t" else char
-        for char in text
-    )
 
 
 def generate(arguments: Sequence[str]) -> int:
@@ -835,7 +821,7 @@ def runs(arguments: Sequence[str]) -> int:
 
     found = [(path, packs.recorded(path)) for path in packs.directories(place)]
     found.sort(key=lambda run: str((run[1] or {}).get("started") or ""))  # an ISO time in UTC
-    rows = [[*map(_escaped, summary.run_line(path, result))] for path, result in found]
+    rows = [[*map(escaped, summary.run_line(path, result))] for path, result in found]
     if not rows:
         raise PartialLoraError(f"{place}: expected runs in {place}/runs; `partial-lora train` makes them")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
@@ -16,9 +17,23 @@ class PartialLoraError(Exception):
     traceback and exits with a code other than 0.
     """
 
+    def __str__(self) -> str:
+        return escaped(super().__str__())  # what a user or a file has written is in it
+
 
 class UnfitPackageError(PartialLoraError, ImportError):
     """A package is missing, or its version does not work with this one."""
+
+
+_UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # kinds of characters that move a cursor, end a line or cannot be written
+
+
+def escaped(text: str) -> str:
+    """Return the text in one line, whatever is in it: a name of a file may hold what moves a terminal's cursor."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSHOWN and char != "\t" else char
+        for char in text
+    )
 
 
 def one_line(error: BaseException, most: int | None = 300) -> str:

@@ -81,16 +81,19 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]
 
 _LARGEST = 2**18  # bytes of a file of settings
 _MOST = 100_000  # values in one, those that an alias repeats included
+_COMPUTED = re.compile(r"\$\{(?!\s*\.*[\w.]+\s*\})[^}]{0,40}")  # by OmegaConf; a reference to a key is not
+
+
+def with_an_end(path: str | os.PathLike) -> Path:
+    """Return the path that a user names; raises OSError for a device, or a pipe, which may have no writer."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return Path(path)
 
 
 def read_text(path: str | os.PathLike, most: int = _LARGEST) -> str:
-    """Return the text of a file that a user names; raises OSError for what is no file of at most so many bytes.
-
-    A device has no end, and a pipe may have no writer.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "no regular file", str(path))
-    with open(path, "rb") as file:
+    """Return the text of a file that a user names; raises OSError for what is no file of at most so many bytes."""
+    with open(with_an_end(path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"larger than {most / 2**10:,.0f} KiB", str(path))
@@ -108,8 +111,8 @@ def read_json(path: str | os.PathLike) -> Any:
 def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
     """Return the plain data in a YAML file that a user names, read as Hydra reads it.
 
-    Raises PartialLoraError, in one line that begins with `name` (the path), for what is no YAML, is too large, or
-    becomes too large by its aliases.
+    Raises PartialLoraError, in one line that begins with `name` (the path), for what is no YAML, is too large, becomes
+    too large by its aliases, or refers to more than keys: `${oc.env:…}` would put a token into an address.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -121,10 +124,13 @@ def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
             raise ValueError("a single value")
         if _values(root, {}) > _MOST:
             raise ValueError(f"more than {_MOST:,} values, with those that aliases repeat")
-        return OmegaConf.to_container(OmegaConf.create(text))
+        content = OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = error.strerror if isinstance(error, OSError) else f"no YAML ({one_line(error)})"
         raise PartialLoraError(f"{name or path}: cannot be read: {reason}") from error
+    if computed := _COMPUTED.search(repr(content)):
+        raise PartialLoraError(f"{name or path}: {computed[0]}: expected a value, or a reference to a key: ${{seed}}")
+    return content
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

@@ -154,14 +154,16 @@ def jobs_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
 
 def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
+    from data_sets import folder
+
     from partial_lora.runs.compare import AT_BUDGET
 
     method = "lora" if loop in ("bare", "trainer") else loop
     sized = AT_BUDGET.get(method, ())
     length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", f"method={method}", "calibration=fixed")
     rows = (f"task.train_samples={16 * 25}", "task.test_samples=64", "trainer.learning_rate=1e-3")
-    data = f"data_dir={ROOT.parent / 'shared' / 'data'}"
-    return [*FEW, *length, *sized, *rows, *job, *([] if "task=digits" in job else [data])]
+    data = [] if "task=digits" in job else [f"data_dir={folder()}"]
+    return [*FEW, *length, *sized, *rows, *job, *data]
 
 
 def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:

@@ -152,7 +152,7 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
                 {"set": each["task"].iloc[0], "form": form, "test": f"{100 * each['test'].mean():.2f}"}
                 | {"rate": f"{each['learning_rate'].iloc[0]:g}", **leads}
                 | {"seeds": len(each), "parameters": f"{each['adapter_parameters'].median():,.0f}"}
-                | {"saturated modules": _saturated(each)}
+                | {"saturated modules, median": _saturated(each)}
                 | {"kept for the backward pass, MB": f"{each['saved_activation_bytes'].median() / 1e6:.1f}"}
                 | {"seconds a step": f"{each['step_seconds'].median():.3f}"}
                 | {"minutes of calibration": _minutes(each["calibration_seconds"], own["calibration_seconds"])}

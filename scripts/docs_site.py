@@ -19,7 +19,6 @@ import re
 import unicodedata
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import fields
-from itertools import takewhile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,7 +30,7 @@ from partial_lora import cli
 from partial_lora.files import flatten
 from partial_lora.runs.compose import composed
 from partial_lora.runs.config import plain
-from partial_lora.runs.keys import meanings
+from partial_lora.runs.keys import heading, meanings
 from partial_lora.runs.schema import SECTIONS, Config, MethodConfig, ModelConfig, TaskConfig
 from partial_lora.training.config import TrainerConfig
 
@@ -164,6 +163,7 @@ def ranges() -> dict[str, str]:
     with contextlib.ExitStack() as patched:
         for module in modules:
             patched.enter_context(patch(f"partial_lora.{module}.require", note))
+        patched.enter_context(patch("partial_lora.calibration.config.typed"))  # types have a column of their own
         ModelConfig(family="causal", **named)
         MethodConfig(name="peft", peft_type="LOKR")
         TrainerConfig(num_machines=2, head_learning_rate=1e-3)
@@ -178,9 +178,7 @@ def choices() -> str:
     for group in ("model", "task", "method", "importance", "calibration", "mask", "preset", "experiment"):
         rows = [f"## {group}", "", "| | |", "|---|---|"]
         for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
-            lines = takewhile(lambda line: line.startswith("#"), file.read_text("utf-8").splitlines())
-            text = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
-            rows.append(f"| `{group}={file.stem}` | {text.replace('|', chr(92) + '|')} |")
+            rows.append(f"| `{group}={file.stem}` | {heading(file).replace('|', chr(92) + '|')} |")
         tables.append("\n".join(rows))
     return "\n\n".join(tables)
 

@@ -1,6 +1,6 @@
 """The first day of a stranger: tables and folders of images, trained by the defaults and beside searched rates.
 
-    python scripts/first_day.py --data ../shared/data --out results/first_day
+    python scripts/first_day.py --data data --out results/first_day
 
 Tables of 240 to 800 rows and 2 to 47 classes are cut out of real sets. Every method trains by its defaults, and again
 at multiples of the rate that the default came to. The best on validation of all these is the searched best. The last

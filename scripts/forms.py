@@ -4,7 +4,7 @@
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
 the reference is of runs of the same seeds (`race.compared`). Where dense LoRA was trained, too, a table says how far
-the best rate of each form and size is from dense LoRA's.
+the best rate of each form and size is from dense LoRA's, and from_dense.csv how far its score.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from partial_lora.report import race, records
 from partial_lora.report.drawing import legend_below, panels, plain, save
 from partial_lora.report.records import NONE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+
+FROM_DENSE = "from_dense.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        draw(race.rows_of(runs), options.results, options.stem)
+        table = race.rows_of(runs, records.Predictions(options.results))
+        draw(table, options.results, options.stem)
+        from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
             settings = {"reference": options.reference, "command": command, "refused": skipped}
@@ -106,6 +110,14 @@ def best_rates(numbers: pd.DataFrame) -> str | None:
         for share in rates
     }
     return pd.DataFrame(cells, index=rates.index).reset_index().to_markdown(index=False, disable_numparse=True)
+
+
+def from_dense(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how far every form, at every size, is from dense LoRA: differences over the seeds that both have."""
+    chosen = race.at_best_rates(table)
+    at = chosen["form"].where(chosen["size"] == "own", chosen["form"] + " at " + chosen["size"])
+    numbers = race.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
+    return numbers[["task", "form", "paired", "difference", "difference_half"]]
 
 
 def draw(table: pd.DataFrame, out: Path, stem: str) -> None:

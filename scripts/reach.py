@@ -1,7 +1,7 @@
 """Shares of a real gradient that each form of adapter can reach, and its first step does (docs/evidence/theory.md, 6).
 
     python scripts/reach.py task=digits                              # or `make reach`: four sets, some minutes each
-    python scripts/reach.py task=gtsrb model.image_size=56 data_dir=../shared/data
+    python scripts/reach.py task=gtsrb model.image_size=56 data_dir=data
     python scripts/reach.py --draw                                       # the table and the figure of what was measured
 
 The head is fitted on the fit draw; the gradient G of every module's weight is that of other training rows. *Reach* is

@@ -13,7 +13,7 @@ import partial_lora
 
 # From the ground up; names in one tuple stand side by side and import none of each other.
 ORDER = (
-    ("errors", "progress"),
+    ("errors", "progress", "bars"),
     ("files",),
     ("masks",),
     ("tasks", "adapter"),
@@ -24,7 +24,7 @@ ORDER = (
     ("runs",),
     ("finished",),
     ("report", "train"),
-    ("worker", "bars"),
+    ("worker",),
     ("cli",),
     ("__main__",),
 )

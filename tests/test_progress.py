@@ -61,10 +61,10 @@ def drawn(terminal: bool) -> str:
     console = Console(file=written, force_terminal=terminal, width=120)
     with Bars(console) as bars:
         bars.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
-        bars.update({"stage": "calibrate", "done": 0, "total": 96, "expected": 222.0})
-        for done in (1, 95, 96):
-            event = {"stage": "calibrate", "done": done, "total": 96, "module": "blocks.0.qkv", "axis": "rows"}
-            bars.update(event | {"sparsity": 0.35})
+        bars.update({"stage": "calibrate", "done": 0, "total": 96, "share": 0.0})
+        for done, share in ((1, 0.02), (95, 0.998), (96, 1.0)):
+            event = {"stage": "calibrate", "done": done, "total": 96, "share": share, "module": "blocks.0.qkv"}
+            bars.update(event | {"axis": "rows", "sparsity": 0.35})
         bars.update({"stage": "train", "done": 0, "total": 9, "note": "9 steps"})
         bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25, "validation": {"accuracy": 0.9}})
     return written.getvalue()
@@ -74,9 +74,8 @@ def test_a_terminal_shows_counts_modules_and_losses() -> None:
     shown = drawn(terminal=True)
     for part in (
         "45/90 MB",
-        "calibrate: about 4 min",
         "train: 9 steps",
-        "96/96",
+        "100 %",
         "blocks.0.qkv rows 0.35",
         "loss 1.250",
         "validation accuracy 0.9000",
@@ -86,21 +85,71 @@ def test_a_terminal_shows_counts_modules_and_losses() -> None:
 
 def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
     assert drawn(terminal=False).split("\n") == [
-        *("download …", "calibrate: about 4 min", "calibrate …", "calibrate done", "train: 9 steps", "train …", "")
+        *("download …", "calibrate …", "calibrate done", "train: 9 steps", "train …", "")
     ]
+
+
+def lines(*events: tuple[float, dict]) -> list[str]:
+    """The plain lines about events of one stage, which come after so many seconds each."""
+    written, seconds = io.StringIO(), itertools.accumulate(took for took, _ in events)
+    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
+        for _, event in events:
+            bars.update({"stage": "calibrate"} | event)
+    return written.getvalue().splitlines()
+
+
+def seconds_left(line: str) -> float:
+    hours, minutes, seconds = line.removesuffix(" left").rpartition(" ")[2].split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds)
 
 
 def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_left() -> None:
-    written, seconds = io.StringIO(), iter((0, 20, 40, 60, 100, 120))
-    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
-        for done in (1, 2, 3, 4, 5, 9):
-            bars.update({"stage": "train", "done": done, "total": 9, "loss": 1.25})
-    assert written.getvalue().splitlines() == [
-        "train …",
-        "train 3/9, loss 1.250, 0:02:00 left",
-        "train 5/9, loss 1.250, 0:01:40 left",
-        "train done",
+    steps = [(20, {"done": done, "total": 9, "loss": 1.25}) for done in (0, 1, 2, 3, 4, 5)]
+    assert lines(*steps, (20, {"done": 9, "total": 9})) == [
+        "calibrate …",
+        "calibrate 2/9, loss 1.250, 0:02:20 left",
+        "calibrate 4/9, loss 1.250, 0:01:40 left",
+        "calibrate done",
     ]
+
+
+def test_work_of_unlike_cost_is_weighed_by_its_cost() -> None:
+    """Ten units each take a tenth less than the one before: from the first line on the time left is right."""
+    costs = [100 - 10 * number for number in range(10)]
+    shares = [0.0, *itertools.accumulate(cost / sum(costs) for cost in costs)]
+    events = [
+        (took, {"done": done, "total": 10, "share": share})
+        for done, (took, share) in enumerate(zip((0, *costs), shares, strict=True))
+    ]
+    said = [seconds_left(line) for line in lines(*events)[1:-1]]
+    left = [sum(costs[done:]) for done in range(1, 10)]
+    assert said == [left[done - 1] for done in range(1, 10) if costs[done - 1] >= 30]
+
+
+def test_the_pace_is_that_of_the_last_while() -> None:
+    events = [(20 if done < 40 else 5, {"done": done, "total": 300}) for done in range(240)]
+    assert seconds_left(lines(*events)[-1]) == 61 * 5  # the last that is said is said at the last event
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"done": done, "total": 96, "share": None} for done in range(9)],  # a scan for a budget
+        [{"done": 0, "total": 100, "share": done / 1000} for done in range(4)],  # a minute of it has not passed
+        [{"done": done, "total": None} for done in range(9)],
+        [{"done": 0, "total": 9}] * 9,  # nothing has been done
+    ],
+)
+def test_what_is_not_known_is_not_said(events: list[dict]) -> None:
+    said = lines(*((15.5, event) for event in events))
+    assert len(said) > 1
+    assert not [line for line in said if "left" in line]
+
+
+def test_a_stage_that_begins_again_has_its_time_anew() -> None:
+    first = [(10, {"done": done, "total": 9}) for done in range(1, 9)]
+    again = [(1000, {"done": 1, "total": 9}), *((40, {"done": done, "total": 9}) for done in range(2, 5))]
+    assert [seconds_left(line) for line in lines(*first, *again)[-3:]] == [7 * 40, 6 * 40, 5 * 40]
 
 
 def test_a_log_of_a_stage_without_a_known_end_says_how_far_it_is() -> None:

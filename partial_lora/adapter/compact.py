@@ -39,7 +39,7 @@ from partial_lora.adapter.model import (
 )
 from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import write_atomic
+from partial_lora.files import with_an_end, write_atomic
 from partial_lora.masks import AXES, assign_sparsity
 
 VERSION = 1
@@ -185,7 +185,7 @@ def _read(folder: str | Path) -> tuple[Path, Compact]:
     """Return the file of a folder, or of a repository of the hub, and what it holds."""
     path = saved_file(folder, FILE_NAME)
     try:
-        content = path.read_bytes()
+        content = with_an_end(path).read_bytes()
     except OSError as error:
         raise PartialLoraError(f"{path} cannot be read ({error.strerror}): expected a compact adapter.") from None
     return path, decode(content, path)

@@ -7,12 +7,13 @@ sparsity. (3) Score all sparsities at once, since modules that can be cut one by
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from numbers import Integral, Real
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from tqdm import tqdm
 
+from partial_lora.bars import bar
 from partial_lora.calibration import budget as budgets
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.curves import Curves, Store
@@ -34,6 +35,7 @@ from partial_lora.calibration.score import Score, frozen
 from partial_lora.calibration.search import (
     BOTH,
     CURVE_AXES,
+    MOST_CHECKED,
     SEARCHES,
     Curve,
     Levels,
@@ -42,8 +44,8 @@ from partial_lora.calibration.search import (
     in_order,
     line,
     passes,
-    passes_expected,
     points_of,
+    predicting_cost,
     sparsity_levels,
     threshold_of,
     walk,
@@ -108,10 +110,11 @@ def calibrate(
             one with another threshold or budget what the curves do not decide.
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
             store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
-        progress: called as progress(done, total, module=, axis=, sparsity=) after each curve, with axis "joint" where
-            both axes share it; with a budget, the count begins again for each threshold tried. The first call is
-            progress(0, total, expected=seconds), once the intact model has been scored; the estimate is right to about
-            a factor of two. None: a bar, on a terminal.
+        progress: called as progress(done, total, share=, module=, axis=, sparsity=) after each curve, with axis "joint"
+            where both axes share it; gradients predict all curves at once, before that done is 0. share: how much of
+            the time that all takes has passed; None where that is not known, as in a repair and in a scan for a budget,
+            which counts again for each threshold tried. The first call is progress(0, total, share=), once the intact
+            model has been scored. None: a bar, on a terminal.
 
     Raises:
         PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline
@@ -151,7 +154,7 @@ def calibrate(
     key = {"importance": name_of(importance), "search": config.search, "shapes": shapes}
     request = _request(config, chance, count, rank, granularity)
     cost = []  # (evaluations, seconds) of every process
-    shown = _bar(peers) if progress is None else nullcontext(progress)
+    shown = bar("calibrate", shown=peers.rank == 0) if progress is None else nullcontext(progress)
     with Store.shared(store, key, peers) as shared, frozen(model), shown as progress:
         cached = request in shared.results
         if not cached:
@@ -200,19 +203,11 @@ def _algorithm_1(
     """
     grid = sparsity_levels(config.levels, config.max_sparsity)
     above = chance if config.chance == "majority" else None
-    modules, axes = list(units[0]), CURVE_AXES[config.axes]
+    modules = list(units[0])
 
     # (1) The score of the frozen model.
-    began = time.perf_counter()
     baseline = gathered(peers, curves.intact)[0]
-    one = curves.pass_seconds or time.perf_counter() - began
     store.check_baseline(baseline)
-    if grid:
-        total = len(modules) * len(axes)
-        passes_left = partial(passes_expected, total, len(grid), search=config.search, repair=config.repair)
-        left = passes_left(budget=count is not None) - store.points()
-        share = one * max(0.0, left) / (peers.size if config.scope == "independent" else 1)
-        progress(0, total, expected=share)
 
     def enough(score: float, threshold: float) -> bool:
         return passes(score, baseline=baseline, threshold=threshold, chance=above)
@@ -229,7 +224,6 @@ def _algorithm_1(
         lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
         threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
         levels = levels_at(threshold)
-    way.report(levels)
 
     # (3) The score with all sparsities at once; where it is not enough, a repair zeroes less.
     def together() -> dict:
@@ -272,6 +266,16 @@ class _Measured:
     peers: Peers
     progress: Progress
 
+    def __post_init__(self) -> None:
+        self.total = len(self.modules) * len(CURVE_AXES[self.config.axes])
+        # How many thresholds a budget tries, and how many levels a repair relaxes, is not known before.
+        self.is_known = not self.config.repair and (self.config.budget is None or self.config.search == "gradient")
+        self.tell(0, 0.0)
+
+    def tell(self, done: int, share: float, **detail: object) -> None:
+        """Tell the progress how many curves, and which share of all work, are done."""
+        self.progress(done, self.total, share=share if self.is_known else None, **detail)
+
     def levels(self, threshold: float, least: float) -> Levels:
         """Return the levels at the only threshold that is asked for. least: the score that is just enough."""
         return self.levels_at(threshold)
@@ -286,9 +290,7 @@ class _Measured:
             )
 
         axes, scope = CURVE_AXES[self.config.axes], self.config.scope
-        return choose_levels(
-            self.curves, self.modules, axes, search, scope=scope, peers=self.peers, progress=self.progress
-        )
+        return choose_levels(self.curves, self.modules, axes, search, scope=scope, peers=self.peers, tell=self.tell)
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""
@@ -298,24 +300,39 @@ class _Measured:
         """Return what is known of a curve after the cuts of a digest."""
         return self.store.curve(module, axis, after)
 
-    def report(self, levels: Levels) -> None:
-        """Tell the progress of what took no time; here each curve was told when it was found."""
-
 
 @dataclass
 class _Predicted(_Measured):
     """Curves that gradients predict all at once; points near the line of the only threshold are then evaluated."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         axes = CURVE_AXES[self.config.axes]
-        self.predicted = of_first(self.peers, lambda: self.curves.predicted(axes, self.grid))
+        self.predicting = 0.0  # the share of all work that predicts; the rest evaluates points
+
+        def seen(examples: float, outputs: int) -> None:
+            cost = predicting_cost(outputs)
+            self.predicting = cost / (cost + (MOST_CHECKED if self.config.budget is None else 0))
+            self.tell(0, examples * self.predicting)
+
+        self.predicted = of_first(self.peers, lambda: self.curves.predicted(axes, self.grid, seen))
         self.found: dict[Point, bool] = {}  # points that were evaluated: whether the score was enough
+        if self.config.budget is not None:
+            self.tell(self.total, 1.0)
 
     def levels(self, threshold: float, least: float) -> Levels:
         sufficient = partial(self.enough, threshold=threshold)
-        survives = partial(self.curves.survives, passes=sufficient)
+        evaluated = itertools.count(1)
+
+        def survives(module: str, axis: str, level: float) -> bool:
+            is_enough = self.curves.survives(module, axis, level, sufficient)
+            share = self.predicting + (1 - self.predicting) * next(evaluated) / MOST_CHECKED
+            self.tell(0, share, module=module, axis=axis, sparsity=level)
+            return is_enough
+
         near = partial(checked, self.predicted, self.grid, enough=sufficient, line=least, survives=survives)
         self.found |= of_first(self.peers, near)
+        self.tell(self.total, 1.0)
         return self.levels_at(threshold)
 
     def levels_at(self, threshold: float) -> Levels:
@@ -328,11 +345,6 @@ class _Predicted(_Measured):
         known = self.store.curve(module, axis, after)
         evaluated = {level: known[level] for *of, level in self.found if of == [module, axis]}
         return self.predicted[module][axis] | evaluated
-
-    def report(self, levels: Levels) -> None:
-        each = [(module, axis, level) for module, of_module in levels.items() for axis, level in of_module.items()]
-        for done, (module, axis, level) in enumerate(each, start=1):
-            self.progress(done, len(each), module=module, axis=axis, sparsity=level)
 
 
 def _entries(
@@ -351,18 +363,6 @@ def _entries(
     return entries
 
 
-@contextmanager
-def _bar(peers: Peers) -> Iterator[Progress]:
-    """Draw a bar on stderr if that is a terminal; yield the function that advances it."""
-    with tqdm(desc="calibrate", unit="curve", disable=None if peers.rank == 0 else True) as bar:
-
-        def advance(done: int, total: int, **detail: object) -> None:
-            bar.n, bar.total = done, total
-            bar.set_postfix_str(" ".join(map(str, detail.values())) if done else f"about {detail['expected']:.0f} s")
-
-        yield advance
-
-
 # --- The level of every curve, each chosen alone or after those before it
 
 
@@ -374,21 +374,23 @@ def choose_levels(
     *,
     scope: str,
     peers: Peers,
-    progress: Progress,
+    tell: Callable[..., None],
 ) -> Levels:
     """Return the level of every curve, modules in the model's order whatever the scope.
 
     axes: of a module's curves. search: (module, axis) -> the level of one curve. scope: "independent": all other
     modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay zeroed, from front to back or from
-    back to front (rows before columns). progress: called after every curve.
+    back to front (rows before columns). tell: called after every curve, with the share of the work that is done.
     """
-    done, total = 0, len(modules) * len(axes)
+    done, spent = 0, 0.0
+    costs = {(module, axis): curves.cost(module, axis) for module in modules for axis in axes}
+    whole = sum(costs.values())
 
     def report(module: str, levels: Mapping[str, float]) -> None:
-        nonlocal done
+        nonlocal done, spent
         for axis, level in levels.items():
-            done += 1
-            progress(done, total, module=module, axis=axis, sparsity=level)
+            done, spent = done + 1, spent + costs[module, axis]
+            tell(done, spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
 
     def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
         levels = {}

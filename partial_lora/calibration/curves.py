@@ -88,10 +88,11 @@ class Curves:
             )
         return score
 
-    @property
-    def pass_seconds(self) -> float | None:
-        """Seconds that a pass over an altered model takes; None where the score does not say."""
-        return getattr(self._score, "pass_seconds", None)
+    def cost(self, module: str, axis: str) -> float:
+        """Return what a point of a curve costs beside those of others; 0 of a curve that was found before."""
+        if self.curve(module, axis):
+            return 0.0
+        return self._score.cost(self._model, module) if hasattr(self._score, "cost") else 1.0
 
     def survives(self, module: str, axis: str, level: float, passes: Callable[[float], bool]) -> bool:
         """Return True where the score passes with all but the most important rows (columns) of one module zeroed.
@@ -114,8 +115,13 @@ class Curves:
             score = self._score_of_model()
             return score if math.isfinite(score) else None
 
-    def predicted(self, axes: Sequence[str], grid: Sequence[float]) -> dict[str, dict[str, Curve]]:
-        """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py)."""
+    def predicted(
+        self, axes: Sequence[str], grid: Sequence[float], seen: Callable[[float, int], None]
+    ) -> dict[str, dict[str, Curve]]:
+        """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py).
+
+        seen: called as `FewShotScore.predicted` does.
+        """
         curves = {
             module: {axis: self._store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
         }
@@ -124,7 +130,7 @@ class Curves:
                 module: {axis: torch.stack([self._removed(module, axis, level) for level in grid], 1) for axis in AXES}
                 for module in self._modules
             }
-            scores, passes = self._score.predicted(self._model, self._modules, removed, axes)
+            scores, passes = self._score.predicted(self._model, self._modules, removed, axes, seen)
             self.evaluations += passes
             for module, of_module in curves.items():
                 for axis, curve in of_module.items():
@@ -279,10 +285,6 @@ class Store:
     def curve(self, module: str, axis: str, after: str = "") -> Curve:
         """Return the points known of one curve; the caller may add points. `after` names what is zeroed elsewhere."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
-
-    def points(self) -> int:
-        """Count the points known of all curves."""
-        return sum(len(curve) for axes in self._curves.values() for curve in axes.values())
 
     def check_baseline(self, baseline: float) -> None:
         """Take the baseline score of the model that is calibrated; curves of a model with another one are dropped."""

@@ -76,9 +76,7 @@ class Reuse:
 
     def altered(self, model: nn.Module, inputs: Mapping[str, Tensor], batch: int, module: str) -> Any:
         """Return the model's output for the `inputs` of `batch`, where only `module` differs from the intact model."""
-        if module not in self._block_of:
-            self._block_of[module] = self._first_block(model, module)
-        target = self._block_of[module]
+        target = self.first_block(model, module)
         for place in [place for place, state in self._entering.items() if place[0] == batch and not state.unchanged()]:
             self._written.add(place[1])
             del self._entering[place]
@@ -113,15 +111,18 @@ class Reuse:
         block = self._block_of.get(module, 0)
         self._entering = {place: state for place, state in self._entering.items() if place[1] <= block}
 
-    def _first_block(self, model: nn.Module, module: str) -> int:
+    def first_block(self, model: nn.Module, module: str) -> int:
         """Return the first block that uses a weight of this module; 0 where a module outside of all blocks uses one."""
+        if module in self._block_of:
+            return self._block_of[module]
         weights = {id(parameter) for parameter in model.get_submodule(module).parameters()}
         blocks = {
             next((block for block, own in enumerate(self._names) if f"{name}.".startswith(f"{own}.")), 0)
             for name, other in model.named_modules()
             if any(id(parameter) in weights for parameter in other.parameters(recurse=False))  # tied weights, too
         }
-        return min(blocks, default=0)
+        self._block_of[module] = min(blocks, default=0)
+        return self._block_of[module]
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
         """Run the model's own forward, in which the blocks before `start` only return what enters block `start`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,8 +42,8 @@ class BoundedScore(Protocol):
     """A score that can stop as soon as a question about it is decided.
 
     It may also have `settled(module)`, to be called once that module's weights have been altered for good; `chance`,
-    the score of guessing (None where that means nothing); `size`, the number of examples; and `pass_seconds`, about
-    what a call of `bounds` takes.
+    the score of guessing (None where that means nothing); `size`, the number of examples; and `cost(model, module)`,
+    what a call of `bounds` takes in proportion to those of other modules.
     """
 
     def __call__(self, model: nn.Module) -> float: ...
@@ -445,8 +444,6 @@ class Tally:
 # Batches are small where most questions are decided, and large where all is seen anyway: small ones take longer.
 _BATCHES = ((0.6, 0.15, 24), (0.8, 0.1, 16), (1.0, 0.05, 8))
 _OF_TEXTS = 16  # texts that a batch of them may always have
-# Full passes that one over an altered model costs: vit_s14 on digits 0.55, minilm_l6 on sst2 0.39, on trec 0.28.
-_LESS_WORK = 0.4
 # Share of the less sure units that are right, as on vit_s14 and digits; any value from 0.06 to 0.2 saves as much.
 _LESS_SURE = 1 / 8
 
@@ -608,7 +605,6 @@ class FewShotScore:
         self.chance = self.measure.chance(self._batches)
         self._weight = sum(self.measure.weight(batch) for batch in self._batches)
         self._arranged = False
-        self._reuses, self.pass_seconds = blocks is not None, None
         self._reuse = Reuse(model, blocks, memory)
         self._stopped: dict[tuple[str, Bounds], Tally | None] = {}  # what had been seen; None if that is ambiguous
 
@@ -630,11 +626,10 @@ class FewShotScore:
                 self._take(arranged(self._batches, sureness, self.measure))
                 self._arranged = True
             self.evaluations.passes += 1
-            tally, began = Tally(), time.perf_counter()
+            tally = Tally()
             for index in range(len(self._batches)):
                 if not self._see(model, index, None, tally):
                     return math.nan
-            self.pass_seconds = (_LESS_WORK if self._reuses else 1.0) * (time.perf_counter() - began)
             return self._bounds(tally)[0]
 
     def bounds(
@@ -665,12 +660,18 @@ class FewShotScore:
         return low, high
 
     def predicted(
-        self, model: nn.Module, modules: Mapping[str, nn.Linear], removed: Removed, axes: Sequence[str]
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Linear],
+        removed: Removed,
+        axes: Sequence[str],
+        seen: Callable[[float, int], None] = lambda examples, outputs: None,
     ) -> tuple[dict[str, dict[str, list[float]]], int]:
         """Return the scores at the levels of every curve as gradients predict them (gradient.py), and the passes taken.
 
-        removed: what each level zeroes. A backward pass counts as one. Of many classes, the right one and those that
-        the intact model finds likeliest compete; the logits of the others are taken not to change.
+        removed: what each level zeroes. seen: called after each batch with the share of the examples that were seen and
+        the outputs of each whose gradients were taken. A backward pass counts as one. Of many classes, the right one
+        and those that the intact model finds likeliest compete; the logits of the others are taken not to change.
         """
         tallies = {module: {axis: [] for axis in axes} for module in modules}
         passes, reached = 0, set()
@@ -689,6 +690,7 @@ class FewShotScore:
                         for tally, moved in zip(own, change.to(outputs).unbind(2), strict=True):
                             values = self.measure.judged(outputs.scatter_add(1, places, moved), batch)
                             tally.add(index, values, keep=isinstance(self.measure, Whole))
+                seen(sum(self._sizes[: index + 1]) / self.size, places.shape[1])
         self.evaluations.passes += passes
         for module in modules:
             if module not in reached:
@@ -711,6 +713,10 @@ class FewShotScore:
         if labels.is_floating_point() or outputs.shape[1] <= COMPETING:
             return outputs, torch.arange(outputs.shape[1], device=labels.device).expand_as(outputs)
         return outputs, outputs.detach().scatter(1, labels[:, None], math.inf).topk(COMPETING).indices
+
+    def cost(self, model: nn.Module, module: str) -> int:
+        """Return how many blocks a pass runs where this module alone is altered."""
+        return self._reuse.depth - self._reuse.first_block(model, module)
 
     def settled(self, module: str) -> None:
         """Treat the model, with this module altered for good, as the intact one from now on."""

@@ -18,7 +18,6 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
-_TRIED, _BUDGET = 0.45, 1.4  # share of the levels that a scan tries; passes for a budget as a multiple of a threshold's
 _FORWARD, _BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model
 COMPETING = 10  # outputs of each example whose gradients are taken
 CHECKED, MOST_CHECKED = 0.05, 32  # share of a scan's points on predicted curves that are evaluated; at most so many
@@ -121,16 +120,9 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
     return every + 1 + 2 * math.ceil(math.log2(steps + 1))
 
 
-def passes_expected(curves: int, levels: int, *, search: str, budget: bool = False, repair: bool = False) -> float:
-    """Return about how many passes a calibration takes.
-
-    A scan of the calibrations in results/ tried from a quarter of the levels (images) to all of them (texts), and a
-    budget took up to 1.6 times the passes of a threshold. A repair doubles them, or more.
-    """
-    if search == "gradient":
-        return _FORWARD + COMPETING * _BACKWARD + (0 if budget else checks(_TRIED * levels * curves))
-    tried = math.log2(levels + 1) if search == "bisect" else _TRIED * levels
-    return curves * min(levels, tried * (_BUDGET if budget else 1)) * (2 if repair else 1)
+def predicting_cost(outputs: int) -> float:
+    """Return what predictions of all curves from so many outputs cost, in passes over an altered model."""
+    return _FORWARD + outputs * _BACKWARD
 
 
 def in_order(modules: Sequence[str], scope: str) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer, set_seed
 
-from partial_lora.finished.predict import RunModel
+from partial_lora.errors import require
+from partial_lora.finished.predict import RunModel, is_text
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
 from partial_lora.runs import build
@@ -37,6 +38,7 @@ def generate(
         temperature: 0 takes the most likely token each time, as `predict` does; else tokens are drawn.
         seed: of what is drawn; None draws another text each time.
     """
+    require(is_text(prompt), "PROMPT", prompt, "a text in UTF-8")
     task = one_task(run, member).config.task
     transform = build.transform_of(run.config.model, task)
     on = RunModel(run, device)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
@@ -103,7 +104,7 @@ def _argument(argument: str, parse: Callable[[str], Input]) -> Input:
 
 def _lines_of_file(argument: str, modality: str, parse: Callable[[str], Input]) -> Iterator[Input]:
     file = argument[1:]
-    if os.path.isdir(file) or not os.access(file, os.R_OK):
+    if not (os.access(file, os.R_OK) and (os.path.isfile(file) or Path(file).is_fifo())):
         reason = "a folder" if os.path.isdir(file) else "cannot be read" if os.path.exists(file) else "no such file"
         hint = "; a text that starts with @ goes through standard input" if modality == "text" else ""
         raise PartialLoraError(f"{file or argument}: {reason}, expected a file of lines{hint}")

@@ -21,6 +21,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from partial_lora.errors import PartialLoraError, one_line, require
+from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
@@ -93,6 +94,7 @@ class Predictor:
         member: str | None = None,
     ) -> None:
         require(isinstance(run, (FinishedRun, Path, str)), "run", run, "a finished run, or its path")
+        _at_least_one("max_new_tokens", max_new_tokens)
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         asked = one_task(run, member)
         task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
@@ -113,7 +115,7 @@ class Predictor:
 
         Raises PartialLoraError that names the first input that cannot be read, or a batch size below one.
         """
-        require(batch_size is None or batch_size > 0, "batch_size", batch_size, "a positive number, or None")
+        _at_least_one("batch_size", batch_size)
         listed = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
         require(listed, "inputs", type(inputs).__name__, "a list of inputs")
         inputs = list(inputs)
@@ -157,14 +159,14 @@ class Predictor:
             return [
                 rows_of(self._transform, self._layout, *each)
                 if is_question(each)
-                else _unlike(each, "(prompt, options)")
+                else _unlike(each, "(prompt, options), texts in UTF-8")
                 for each in inputs
             ]
         if self.kind == "generation":
             return [_prompt(each) for each in inputs]
         if self.modality == "text":
-            expected = "two texts" if self._pairs else "a text"
-            return [each if _is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
+            expected = ("two texts" if self._pairs else "a text") + " in UTF-8"
+            return [each if is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
         Image.init()  # before the threads, which would all do it
         with ThreadPoolExecutor(_DECODERS) as threads:
             return list(threads.map(self._pixels, inputs))
@@ -204,6 +206,11 @@ class Predictor:
         return np.split(np.concatenate(scores), ends[:-1])
 
 
+def _at_least_one(key: str, number: object) -> None:
+    fits = number is None or (type(number) is int and number > 0)
+    require(fits, key, number, "a whole number of at least 1, or None")
+
+
 def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
     if not np.isfinite(logits).all():
         return PartialLoraError(f"{words}: the model's output is not a finite number")
@@ -224,10 +231,8 @@ def read_image(image: object) -> Image.Image:
         return image
     if not isinstance(image, (str, Path)):
         raise _unlike(image, "the path of an image, or a PIL image")
-    if os.path.exists(image) and not os.path.isfile(image):  # a device has no end, and a pipe may have no writer
-        raise PartialLoraError(f"{image}: not an image that can be read (no regular file)")
     try:
-        content = Path(image).read_bytes()  # read here: `datasets` would take some paths for addresses on the web
+        content = with_an_end(image).read_bytes()  # here: `datasets` would take some paths for addresses on the web
         if content:
             return datasets.Image().decode_example({"path": None, "bytes": content})
     except FileNotFoundError as error:
@@ -253,15 +258,19 @@ def _words(content: object) -> str:
 
 
 def _prompt(content: object) -> str | PartialLoraError:
-    if not isinstance(content, str):
-        return _unlike(content, "a text")
+    if not is_text(content):
+        return _unlike(content, "a text in UTF-8")
     return content if content.strip() else PartialLoraError("an empty prompt: expected a text")
 
 
-def _is_text(content: object, pairs: bool) -> bool:
-    if not pairs:
-        return isinstance(content, str)
-    return isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(part, str) for part in content)
+def is_text(content: object, pairs: bool = False) -> bool:
+    """Return whether something is a text, or two, that a tokenizer reads: half a character it does not."""
+    if pairs:
+        return isinstance(content, (tuple, list)) and len(content) == 2 and all(map(is_text, content))
+    try:
+        return isinstance(content, str) and bool(content.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _unlike(content: object, expected: str) -> PartialLoraError:
@@ -278,8 +287,7 @@ def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
     if not isinstance(content, (tuple, list)) or len(content) != 2:
         return False
     prompt, options = content
-    listed = isinstance(options, (tuple, list)) and all(isinstance(option, str) for option in options)
-    return isinstance(prompt, str) and listed
+    return is_text(prompt) and isinstance(options, (tuple, list)) and all(map(is_text, options))
 
 
 def rows_of(

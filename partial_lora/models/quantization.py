@@ -14,12 +14,10 @@ from transformers.utils import is_bitsandbytes_available
 
 from partial_lora.errors import PartialLoraError, one_line
 
-# Messages that bitsandbytes repeats: at every product, that LLM.int8() casts its inputs to fp16; and that a kernel is
-# missing, which only packed weights need (see `keep_gradients`).
-_REPETITIVE = {
-    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-}
+# bitsandbytes says at every product that LLM.int8() casts its inputs to fp16.
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+    lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+)
 
 
 def config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -56,14 +54,6 @@ def keep_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_REPETITIVE[record.name])
-
-
-for _name in _REPETITIVE:  # before anyone imports bitsandbytes, as PEFT does for any model
-    logging.getLogger(_name).addFilter(_is_news)
 
 
 @contextmanager

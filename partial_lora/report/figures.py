@@ -49,6 +49,7 @@ from partial_lora.report.records import (
     gathered,
     grid,
     method_of,
+    task_of,
     without_common_start,
 )
 from partial_lora.report.statistics import MARGIN
@@ -108,8 +109,7 @@ class Drawing:
 
 def titled(what: str, result: Mapping) -> str:
     """Return what a figure shows, and of which run; also the adapter's sparsity where it is known."""
-    config = result["config"]
-    names = [method_of(result), config["model"]["name"], config["task"]["name"]]
+    names = [method_of(result), result["config"]["model"]["name"], task_of(result)]
     words = f"{what}: {', '.join(names)}, seed {result['seed']}"
     sparsity = result.get("parameters", {}).get("adapter_sparsity")
     return words if sparsity is None else f"{words}\nadapter sparsity {sparsity:.1%}"

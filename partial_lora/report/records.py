@@ -23,6 +23,7 @@ from partial_lora.files import flatten, read_json
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.runs import packs, rates, schema
 from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT
+from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
@@ -192,7 +193,7 @@ def _row(result: Mapping) -> dict:
     shared = json.dumps(conditions(result), sort_keys=True, default=str)
     return {
         "seed": result["seed"],
-        "task": config["task"]["name"],
+        "task": task_of(result),
         "model": config["model"]["name"],
         "method": method_of(result),
         "operating_point": operating_point(result),
@@ -225,6 +226,19 @@ def _row(result: Mapping) -> dict:
 def warnings_of(record: Mapping) -> list[str]:
     """Return the warnings of a run, about its settings, rows and calibration, a sentence each."""
     return [*record.get("warnings", []), *((record["calibration"] or {}).get("warnings") or [])]
+
+
+def task_of(result: Mapping) -> str:
+    """Return the name of a run's task; of a user's own files with that of the file or folder, where it is another.
+
+    A file that is called as its split is, such as signs/train.parquet, goes by the name of its folder.
+    """
+    task = result["config"]["task"]
+    files = task.get("data_files") if task.get("path") == FILES else None
+    path = Path((files.get("train") if isinstance(files, Mapping) else files) or "")
+    path = path.parent if path.stem.lower() == "train" else path
+    is_told = task["name"] in (path.name, path.stem)
+    return task["name"] if is_told or not path.name else f"{task['name']} ({path.name})"
 
 
 def method_of(result: Mapping) -> str:
@@ -661,9 +675,9 @@ def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
         if not key or not values:
             raise PartialLoraError(f"--where {condition}: expected KEY=VALUE, such as --where task=digits")
         _check_key(runs, key, "--where")
-        whole = [run for run in chosen if _plain(value_of(run, key)) == _plain(values)]  # "budget 120,000" is one value
-        either = [_plain(value) for value in values.split(",")]
-        chosen = whole or [run for run in chosen if _plain(value_of(run, key)) in either]
+        whole = [run for run in chosen if _plain(values) in _words(run, key)]  # "budget 120,000" is one value
+        either = {_plain(value) for value in values.split(",")}
+        chosen = whole or [run for run in chosen if either & _words(run, key)]
     if conditions and not chosen:
         raise PartialLoraError(f"--where {' '.join(conditions)}: no finished run is like that")
     return chosen
@@ -691,6 +705,11 @@ def value_of(run: Run, key: str) -> object:
     if isinstance(value, list):  # of which a table could make no rows
         value = rates.word(value)
     return NONE if value is None else value
+
+
+def _words(run: Run, key: str) -> set[str]:
+    """Return what a run may be called by a key: a task of a user's own files with or without their name."""
+    return {_plain(value_of(run, name)) for name in ([key, "task.name"] if key == "task" else [key])}
 
 
 def _plain(value: object) -> str:

@@ -26,6 +26,7 @@ from partial_lora.report.records import (
     number,
     operating_point,
     row,
+    task_of,
     warnings_of,
     without_common_start,
 )
@@ -80,7 +81,7 @@ def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:
     with suppress(KeyError, TypeError, ValueError, AttributeError):  # of a foreign record
         result = result or {}
         began = datetime.fromisoformat(result["started"]).astimezone().strftime("%Y-%m-%d %H:%M")
-        method, point, score = method_of(result), operating_point(result), result["status"]
+        task, method, point, score = task_of(result), method_of(result), operating_point(result), result["status"]
         score = INTERRUPTED if result.get("error") == INTERRUPTED else score
         if test := (result.get("metrics") or {}).get("test"):
             score = f"{test['primary']} {measured(test['primary'], test[test['primary']])}"
@@ -212,8 +213,7 @@ def _reliability(halves: Mapping | None) -> str:
 
 def named_in_full(result: Mapping) -> str:
     """Return the names of a run: method, model, task, operating point, seed."""
-    config = result["config"]
-    names = [method_of(result), config["model"]["name"], config["task"]["name"]]
+    names = [method_of(result), result["config"]["model"]["name"], task_of(result)]
     point = operating_point(result)
     return " · ".join(names + ([] if point == NONE else [point]) + [f"seed {result['seed']}"])
 

@@ -132,9 +132,10 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
-    primary = (
-        _primary_of_record(upgraded_settings(settings), others) if is_record(settings) else _primary(files[0], settings)
-    )
+    if is_record(settings):
+        primary = _primary_of_record(upgraded_settings(settings), others)
+    else:
+        primary = _primary(files[0], settings)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
 
@@ -251,7 +252,8 @@ def refused_of_files(key: str, value: object) -> str | None:
     elif key == "hydra.sweeper.direction":
         expected, fits = "minimize or maximize", value in ("minimize", "maximize")
     elif key == "hydra.mode" or key.startswith("hydra.sweeper.params."):
-        expected, fits = "values", isinstance(value, (str, int, float, list)) and "._" not in key
+        is_of_run = "._" not in key and ".hydra" not in key.replace("+", "")
+        expected, fits = "values of a run's keys", isinstance(value, (str, int, float, list)) and is_of_run
     elif key.startswith(_FIELDS) and key != "hydra.sweeper.params":
         expected, fits = "a number in a file; the command line may set it", isinstance(value, (int, float))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -269,7 +270,9 @@ def _print_help(arguments: Sequence[str]) -> None:
         loader = hydra.config_loader
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
-    print(page(settings, groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
+        folders = [Path(source.path, "method") for source in loader.get_sources() if source.scheme() == "file"]
+    methods = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    print(page(settings, groups, methods, shutil.get_terminal_size((120, 24)).columns), flush=True)
 
 
 def _show(arguments: Sequence[str]) -> None:
@@ -370,10 +373,9 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         group = lines[0].split("'")[1]
         return f"{group}=???: expected the name of a file in the group"
     if any("Available options" in line for line in lines):
-        missing = next(line for line in lines if "Could not" in line)
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
-        group = missing.split("'")[-2] if missing.count("'") >= 2 else missing
+        group = re.search("Could not.*?'(.*?)'", str(error), re.DOTALL)[1]
         folder, _, name = group.rpartition("/")
         line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
         extra = "ray" if name == "ray" else "sweeps"

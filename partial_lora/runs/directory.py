@@ -62,9 +62,9 @@ def find(name: Path | str) -> Path:
     Any other name is returned as it is. Raises PartialLoraError, with the paths, where several runs have that start.
     """
     place = Path(name)
-    if place.is_symlink() and place.name == LATEST:  # another run may become the latest while a command works
+    if os.path.islink(place) and place.name == LATEST:  # another run may become the latest while a command works
         return place.parent / os.readlink(place)
-    if place.exists():
+    if os.path.exists(place):  # which a name that is too long does not raise an error for
         return place
     start, seed = (place.parent, place.name) if re.fullmatch(r"seed\d+", place.name) else (place, "seed*")
     results = Path("results") if start.parent == Path() else start.parent

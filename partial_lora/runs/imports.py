@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import sysconfig
@@ -13,19 +12,16 @@ from pathlib import Path
 
 from partial_lora.runs.schema import ModelConfig
 
-_ASKS_FOR_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that tells the user to install them
-
 
 def refuse_hub_code() -> None:
     """Keep libraries from fetching compiled kernels from the hub; to be called before any of them is imported.
 
     transformers does so for some kinds of attention, bitsandbytes on some processors as soon as it is imported, both by
-    way of the package `kernels`. bitsandbytes computes without them, and its advice to install them is kept from the
-    terminal. A repository's own code (trust_remote_code) is never asked for: what is fetched from the hub is data.
+    way of the package `kernels`. bitsandbytes computes without them. A repository's own code (trust_remote_code) is
+    never asked for: what is fetched from the hub is data.
     """
     os.environ["USE_HUB_KERNELS"] = "NO"
     sys.modules.setdefault("kernels", None)  # for `import` and `find_spec` the same as not installed
-    logging.getLogger(_ASKS_FOR_KERNELS).setLevel(logging.ERROR)
 
 
 @contextmanager

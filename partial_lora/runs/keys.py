@@ -9,9 +9,11 @@ import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 
 import yaml
 
+from partial_lora.calibration.config import MASKED
 from partial_lora.runs.schema import SECTIONS, Config
 
 COMMON = (
@@ -39,8 +41,11 @@ _FOOT = (
 )
 
 
-def page(settings: Mapping, groups: Mapping[str, Sequence[str]], width: int) -> str:
-    """Return the help; settings: nested, as composed. groups: the names that each may be set to."""
+def page(settings: Mapping, groups: Mapping[str, Sequence[str]], methods: Mapping[str, Path], width: int) -> str:
+    """Return the help.
+
+    settings: nested, as composed. groups: the names that each may be set to. methods: the file of each.
+    """
 
     def entry(key: str, value: str, meaning: str = "") -> str:
         return textwrap.fill(f"{key}={value}  {meaning}".rstrip(), width, **_WRAPPED)
@@ -49,11 +54,27 @@ def page(settings: Mapping, groups: Mapping[str, Sequence[str]], width: int) -> 
         nodes = ((key, settings[group] if group else settings) for key in keys for group in [key.rpartition(".")[0]])
         return [entry(key, _in_yaml(node.get(key.rpartition(".")[2])), known[key]) for key, node in nodes]
 
+    def of_methods(*, masked: bool) -> list[str]:
+        known = {name: heading(file).partition(". ")[0].rstrip(".") for name, file in methods.items()}
+        column = max(map(len, known)) + 2
+        wrapped = _WRAPPED | {"subsequent_indent": " " * (column + 2)}
+        told = [f"  {name:{column}}{text}" for name, text in known.items() if (name in MASKED) == masked]
+        return [textwrap.fill(line, width, **wrapped) for line in told]
+
     known = meanings()
-    lines = [_HEAD, "== Groups (GROUP=NAME)", *(entry(group, ", ".join(names)) for group, names in groups.items())]
+    others = {group: names for group, names in groups.items() if group != "method"}
+    lines = [_HEAD, "== Groups (GROUP=NAME)", *(entry(group, ", ".join(names)) for group, names in others.items())]
+    lines += ["", "== Methods (method=NAME) that train a part of LoRA's A and B", *of_methods(masked=True)]
+    lines += ["", "== Other methods, to compare with", *of_methods(masked=False)]
     lines += ["", "== Keys (KEY=VALUE), the common ones", *of_keys(COMMON)]
     lines += ["", "== All others", *of_keys([key for key in known if key not in (*COMMON, *groups)])]
     return "\n".join([*lines, "", textwrap.fill(_FOOT, width)])
+
+
+def heading(file: Path) -> str:
+    """Return the comment at the head of a file of conf/, which says what the file is, in one line."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
 
 
 _DERIVED = "never set by hand"  # how the comment of such a key begins

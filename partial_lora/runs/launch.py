@@ -96,10 +96,10 @@ def launch(
     place, cluster = directory_of(config, stage), cluster_of(config.trainer, config.model.quantization)
     if cluster.rank:
         return _follow(config, stage, place, cluster, stop)
-    if not place.is_dir() and _is_done(config, stage, place):
+    if not place.is_dir() and is_done(config, stage, place):
         return Outcome(place, "skipped")  # a pack has it
     with directory.locked(place) as lock:
-        if _is_done(config, stage, place):
+        if is_done(config, stage, place):
             directory.remove_checkpoints(place)  # they stay where a run was ended right after its record was written
             return Outcome(place, "skipped")
         is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
@@ -130,7 +130,7 @@ def directory_of(config: Config, stage: str) -> Path:
     return run_directory(config) if stage == "train" else calibration_directory(config)
 
 
-def _is_done(config: Config, stage: str, place: Path) -> bool:
+def is_done(config: Config, stage: str, place: Path) -> bool:
     """Return whether a stage need not run: its files are whole, or its record is and suffices."""
     if config.overwrite:
         return False
@@ -192,7 +192,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
 
     Why it failed is one line, from the run's record and this machine's workers.
     """
-    if _is_done(config, stage, place):
+    if is_done(config, stage, place):
         return Outcome(place, "skipped")
     before = directory.read_result(place)
     environment = _environment(config, place, cluster)

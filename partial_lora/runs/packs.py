@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import with_an_end
 from partial_lora.runs.directory import RESULT, RUNS, read_result
 from partial_lora.runs.schema import upgraded
 
@@ -25,6 +26,8 @@ PREDICTIONS_TABLE = "predictions.parquet"
 DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
 VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
 COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
+
+_RESTORE = "restore it, or pack the runs again"
 
 # A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its name here.
 TYPED = {f"{name}{kind}": name for name in ("label", "prediction") for kind in ("", "_number", "_text")}
@@ -41,6 +44,10 @@ class Pack:
         runs = _table(results_dir / RUNS_TABLE, ["run", "examples", *COLUMN.values()])
         self._runs = runs.to_pydict()
         self._row = {path: row for row, path in enumerate(self._runs["run"])}
+        for path in self._row:
+            parts = Path(str(path)).parts
+            if len(parts) != RUNS.count("/") + 1 or ".." in parts or not Path(*parts).match(RUNS):
+                raise PartialLoraError(f"{results_dir / RUNS_TABLE}: {path}: expected a path like {RUNS}; {_RESTORE}")
 
     @property
     def paths(self) -> list[str]:
@@ -50,7 +57,15 @@ class Pack:
     def json(self, path: str, name: str = RESULT) -> dict | None:
         """Return what a JSON file of a run's folder held; None where the run is not packed or had no such file."""
         text = self._runs[COLUMN[name]][self._row[path]] if path in self._row else None
-        return None if text is None else json.loads(text)
+        try:
+            content = None if text is None else json.loads(text)
+            if isinstance(content, (dict, type(None))):
+                return content
+            reason = "no mapping"
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = one_line(error)
+        file = self._results_dir / RUNS_TABLE
+        raise PartialLoraError(f"{file}: {name} of {path} cannot be read ({reason}); {_RESTORE}")
 
     def predictions(self, path: str) -> pa.Table | None:
         """Return what a run predicted, with the columns of its own predictions that are kept; None without any.
@@ -87,11 +102,11 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        known = VERSION.items() <= (parquet.read_schema(file).metadata or {}).items()
+        known = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
         table = parquet.read_table(file, columns=columns) if known else None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = f"cannot be read ({one_line(error)})"
-        raise PartialLoraError(f"{file}: {reason}; restore it, or pack the runs again") from error
+        raise PartialLoraError(f"{file}: {reason}; {_RESTORE}") from error
     if table is None:
         raise PartialLoraError(f"{file}: expected a table of `partial-lora pack`; move this file elsewhere")
     return table

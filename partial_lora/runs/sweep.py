@@ -42,7 +42,7 @@ _PATIENCE = 3  # requests to stop after which the sweep leaves, whether its jobs
 
 
 def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Callable[[Job], None]) -> int:
-    """Have Hydra call a job for every run of a plan, end with a table of what became of them, and return the exit code.
+    """Have Hydra call a job for every run of a plan, say what became of them, and return the exit code.
 
     The exit code is the highest of the runs: 0 finished or skipped, 1 failed, 2 refused, 128 and the signal's number
     where the sweep was stopped.
@@ -74,8 +74,11 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     if not plan.is_sampled:
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
     runs = rows(entries, names, stops)
-    Console().print(table(runs))
-    print(counts(runs))
+    if {row["status"] for row in runs} == {"skipped"}:
+        print(_nothing_new(len(runs), stage))
+    else:
+        Console().print(table(runs))
+        print(counts(runs))
     if plan.is_sampled:
         _print_best(plan, begun)
     if trouble:
@@ -145,7 +148,7 @@ def _settle(ledger: Ledger) -> None:
 
 @contextmanager
 def _reporting(ledger: Ledger, plan: Plan) -> Iterator[None]:
-    """Print a line for each job in another process that starts or ends, while the block lasts."""
+    """Print a line for each job in another process that starts or ends, but of recorded runs, while the block lasts."""
     ended = threading.Event()
 
     def report() -> None:
@@ -154,7 +157,7 @@ def _reporting(ledger: Ledger, plan: Plan) -> Iterator[None]:
         while not last:
             last = ended.wait(_LOOK)  # and one more look
             for number, entry in ledger.entries().items():
-                if printed.get(number) == entry["status"]:
+                if printed.get(number) == entry["status"] or not entry.get("is_new", True):
                     continue
                 printed[number] = entry["status"]
                 line = f"job {number}: {plan.name(entry['overrides'])}: {_in_words(entry)}"
@@ -250,7 +253,8 @@ class Job:
             return None
         try:
             config = self.configs[number] if self.configs else resolve(composed)
-            entry |= {"directory": str(launch.directory_of(config, self.stage).resolve())}
+            place = launch.directory_of(config, self.stage)
+            entry |= {"directory": str(place.resolve()), "is_new": not launch.is_done(config, self.stage, place)}
             end = self._end(number, config, entry, here)
         except PartialLoraError as error:
             end = {"status": "refused", "code": 2, "reason": str(error)}
@@ -278,7 +282,7 @@ class Job:
                 return {"status": "not started", "code": 0}
             if had_before:  # another job of this sweep has overwritten what was there
                 config = replace(config, overwrite=False)
-            outcome = self.run(config, self.stage, shown=here, stop=self.ledger.stops)
+            outcome = self.run(config, self.stage, shown=here and entry["is_new"], stop=self.ledger.stops)
         end = {"status": outcome.status, "code": outcome.exit_code}
         if end["code"]:
             return end | {"reason": outcome.signal if outcome.status == "interrupted" else outcome.reason}
@@ -403,7 +407,7 @@ def _end_processes_of_joblib(ledger: Ledger) -> None:
     register_parallel_backend("loky", backend)
 
 
-# --- The runs of a sweep as a table.
+# --- The runs of a sweep as a table, or a line.
 
 _NONE = "–"  # for what does not apply
 _LONGEST = 160  # characters of a reason in a table
@@ -448,6 +452,13 @@ def table(runs: Sequence[Mapping]) -> Table:
         reason = [Text(textwrap.shorten(row.get("reason", ""), _LONGEST, placeholder=" …"))] if with_reasons else []
         table.add_row(Text(row["name"]), row["status"], seconds, test, *reason)
     return table
+
+
+def _nothing_new(count: int, stage: str) -> str:
+    """Return the line on a sweep whose runs are all recorded."""
+    number = "1 run is" if count == 1 else f"{count} runs are"
+    done = f"{stage.removesuffix('e')}ed"
+    return f"{number} recorded, none was {done}; overwrite=true or another results_dir {stage}s them"
 
 
 def counts(runs: Sequence[Mapping]) -> str:

@@ -133,8 +133,8 @@ def load(
     if own_table and (label_column := sources.guess_label_column(source["train"], [*text_columns, image_column])):
         logger.info("task=%s: the labels are column %s, the one of few values", name, label_column)
         source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
-    source_splits = _source_splits(name, source, train_split, test_split, own_files=bool(data_files))
-    rows = {split: source[place] for split, place in source_splits.items()}
+    of_source = places(name, source, train_split, test_split, own_files=bool(data_files))
+    rows = {split: source[place] for split, place in of_source.items()}
     for split in rows:
         if len(rows[split]) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
@@ -145,7 +145,7 @@ def load(
         columns = (prompt_columns, response_column, answer, messages_column)
         rows = questions.format_completions(rows, name, format, *columns)
     else:
-        for split, place in source_splits.items():
+        for split, place in of_source.items():
             file = sources.file_of(data_files, place)
             columns = (image_column, text_columns, label_column)
             rows[split] = sources.select_columns(rows[split], name, split, modality, *columns, file)
@@ -163,7 +163,7 @@ def load(
 SETTINGS = tuple(signature(load).parameters)  # the keys of the group `task` that decide which rows there are
 
 
-def _source_splits(
+def places(
     name: str, source: Mapping[str, Dataset], train_split: str, test_split: str, *, own_files: bool
 ) -> dict[str, str]:
     """Return the source's split for each of the task's splits that it has; the others are cut from train."""
@@ -176,10 +176,10 @@ def _source_splits(
     if not own_files and len(source) > 1 and (test_split not in source or test_split == train_split):
         others = ", ".join(sorted(set(source) - {train_split}))
         raise PartialLoraError(f"task.test_split={test_split}: expected one of {others}, the other splits of {name}")
-    places = {"train": train_split, "test": test_split}
-    if "validation" not in places.values():  # unless it is the test split, which must not select
-        places["validation"] = "validation"
-    return {split: place for split, place in places.items() if place in source}
+    wanted = {"train": train_split, "test": test_split}
+    if "validation" not in wanted.values():  # unless it is the test split, which must not select
+        wanted["validation"] = "validation"
+    return {split: place for split, place in wanted.items() if place in source}
 
 
 def _three_splits(

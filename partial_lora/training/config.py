@@ -18,6 +18,7 @@ TRACKER_PACKAGES = {  # as pip calls them
     "trackio": "trackio",
 }
 
+_MOST = 2**31  # of a count: what is larger fits no tensor
 _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
 
@@ -115,11 +116,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         self.tuned, self.accelerate_config = at_home(self.tuned), at_home(self.accelerate_config)
         if self.epochs is not None:
-            positive("trainer.epochs", self.epochs)
+            require(0 < self.epochs < _MOST, "trainer.epochs", self.epochs, "a number above 0 and below 2^31")
         counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
         for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
             value = getattr(self, key)
-            require(value is None or value >= 1, f"trainer.{key}", value, "at least 1")
+            require(value is None or 1 <= value < _MOST, f"trainer.{key}", value, "at least 1 and below 2^31")
         if self.learning_rate != AUTO:
             if type(self.learning_rate) is int:  # isinstance would take true for one
                 self.learning_rate = float(self.learning_rate)

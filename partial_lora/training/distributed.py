@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_of
 
 EXPECTED = "PARTIAL_LORA_WORLD"  # the number of processes that the parent starts
 _PATIENCE = timedelta(days=1)  # one process may calibrate alone while the others wait
@@ -53,6 +53,7 @@ class World:
 
 def device_of(requested: str, key: str) -> str:
     """Return "cuda" or "cpu" for auto, cuda or cpu; raise PartialLoraError, naming the key, for cuda without one."""
+    one_of(key, requested, "auto", "cpu", "cuda")
     cuda = torch.cuda.is_available()
     if requested == "cuda" and not cuda:
         raise PartialLoraError(f"{key}=cuda: torch finds no CUDA device; use {key}=cpu")

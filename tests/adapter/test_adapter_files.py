@@ -128,6 +128,13 @@ def test_what_is_no_name_of_a_folder_is_refused(folder):
             load(folder)
 
 
+def test_a_pipe_is_no_compact_adapter(tmp_path):
+    """It may have no writer."""
+    os.mkfifo(tmp_path / "partial_lora.safetensors")
+    with pytest.raises(PartialLoraError, match=r"partial_lora\.safetensors cannot be read"):
+        load_compact(vit(), tmp_path)
+
+
 @pytest.mark.parametrize("model", [None, "vit"])
 def test_what_is_no_model_takes_no_compact_adapter(tmp_path, model):
     write_compact(adapt(sparsity=0.6), tmp_path)

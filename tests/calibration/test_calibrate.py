@@ -163,15 +163,26 @@ def test_progress_counts_every_curve(model, score, axes, names):
     reports = []
     result = calibrate(model, score, axes=axes, **GRID, progress=lambda *count, **what: reports.append((count, what)))
     curves = len(NAMES) * len(names)
-    first, before = reports.pop(0)
-    assert first == (0, curves)
-    assert before.keys() == {"expected"}
-    assert before["expected"] > 0
+    assert reports.pop(0) == ((0, curves), {"share": 0.0})
     assert [count for count, _ in reports] == [(done, curves) for done in range(1, curves + 1)]
     assert [(what["module"], what["axis"]) for _, what in reports] == [(name, each) for name in NAMES for each in names]
     for _, what in reports:
         axis = "rows" if what["axis"] == "joint" else what["axis"]
         assert result.sparsity[what["module"]][axis] == what["sparsity"]
+
+
+def test_progress_weighs_a_curve_by_the_blocks_that_its_passes_run(model, batches, tmp_path):
+    def shares(score, **kind):
+        told = []
+        calibrate(model, score, **GRID, **kind, progress=lambda *count, share, **what: told.append(share))
+        return told
+
+    store, blocks = tmp_path / "curves.json", FewShotScore(model, batches, blocks="vit.blocks")
+    costs = [3] * 4 + [2] * 4 + [1] * 4  # the two curves of two modules in each of three blocks
+    assert shares(blocks, store=store) == pytest.approx([sum(costs[:done]) / 24 for done in range(13)])
+    assert shares(Counted(batches)) == pytest.approx([done / 12 for done in range(13)])
+    assert set(shares(blocks, store=store, threshold=0.95)) == {0.0, 1.0}  # what is known already takes no time
+    assert set(shares(blocks, budget=0.5)) == set(shares(blocks, threshold=0.8, repair=True)) == {None}
 
 
 @pytest.mark.parametrize("scope", ["independent", "cumulative"])

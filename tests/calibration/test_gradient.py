@@ -286,20 +286,20 @@ def test_what_is_stored_is_what_a_fresh_calibration_finds(model, batches, tmp_pa
 
 
 @pytest.mark.parametrize("kind", [{}, {"axes": "joint"}, {"repair": True}, {"budget": 0.3, "rank": 4}])
-def test_it_takes_no_more_passes_than_the_most_and_tells_each_level(model, batches, kind):
+def test_it_takes_no_more_passes_than_the_most_and_tells_its_share_of_them(model, batches, kind):
     told = []
     found, scored = found_by(model, batches, progress=lambda *count, **what: told.append((count, what)), **kind)
     curves = 6 if "axes" in kind else 12
     most = passes_at_most(6, curves // 6, 4, search="gradient", repair="repair" in kind)
     assert found.evaluations == scored.evaluations.passes <= most + 1  # and the baseline
-    assert [count for count, _ in told] == [(done, curves) for done in range(curves + 1)]
-    assert told[0][1]["expected"] > 0
-    levels = {
-        (what["module"], "rows" if what["axis"] == "joint" else what["axis"]): what["sparsity"] for _, what in told[1:]
-    }
-    assert levels == {
-        (name, axis): found.chosen[name].get(axis, found.chosen[name].get("joint")) for name, axis in levels
-    }
+    assert [count for count, _ in told] == [(0, curves)] * (len(told) - 1) + [(curves, curves)]
+    shares = [what["share"] for _, what in told]
+    if "repair" in kind:
+        assert set(shares) == {None}
+    else:
+        assert (shares[0], shares[-1]) == (0.0, 1.0)
+        assert shares == sorted(shares)  # from batch to batch, and from point to point
+        assert len(set(shares)) >= len(batches)
     if "budget" in kind:
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.modules}
         count = int(0.3 * 4 * sum(map(sum, shapes.values())))

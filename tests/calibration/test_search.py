@@ -13,7 +13,6 @@ from partial_lora.calibration.search import (
     literal_passes,
     passes,
     passes_at_most,
-    passes_expected,
     scan,
     sparsity_levels,
     threshold_of,
@@ -81,13 +80,3 @@ def test_passes_are_counted_by_hand():
 
 def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure():
     assert literal_passes([0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75]) == 2 + 1 + 2 + 3 + 3
-
-
-def test_no_more_passes_are_expected_than_can_be_needed() -> None:
-    assert passes_expected(10, 3, search="bisect", repair=True) == 40  # and again for the repair
-    assert passes_expected(10, 3, search="bisect") == 20  # two levels tried of each curve, whatever is found
-    for search in ("scan", "bisect"):
-        for levels in (1, 3, 19):
-            most = passes_at_most(5, 2, levels, search=search)
-            assert passes_expected(10, levels, search=search) <= most
-            assert passes_expected(10, levels, search=search) <= passes_expected(10, levels, search=search, budget=True)

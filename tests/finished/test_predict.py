@@ -33,6 +33,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.models.texts import byte_tokenizer
 from partial_lora.tasks import questions
 
+HALF = "\ud83d"  # of a character: bytes on a command line that are no UTF-8 come as such
 SIZES = (1, 7, 100)  # of a batch: texts are padded to other lengths each time
 
 
@@ -183,16 +184,17 @@ def test_a_broken_image_is_named_and_the_others_of_its_batch_go_on(predictor, ph
         ("image_run", "nowhere.png", "nowhere.png"),
         ("image_run", "http://localhost/a.png", "http://localhost/a.png"),  # never fetched
         ("image_run", ".", "."),
-        ("image_run", "a\0b", "a\0b"),
+        ("image_run", "a\0b", r"a\x00b"),
         ("image_run", 17, "type int"),
-        *(("text_run", wrong, "a text") for wrong in (["one", "two"], Path("a"), None)),
-        *(("pair_run", wrong, "two texts") for wrong in ("alone", ("a", "b", "c"), ("a", 1))),
-        *(("choice_run", wrong, "(prompt, options)") for wrong in ("a question", ("a question", ["one", 2]))),
+        *(("text_run", wrong, "a text") for wrong in (["one", "two"], Path("a"), None, HALF)),
+        *(("pair_run", wrong, "two texts") for wrong in ("alone", ("a", "b", "c"), ("a", 1), ("a", HALF))),
+        *(("choice_run", wrong, "(prompt, options)") for wrong in ("a?", ("a?", ["one", 2]), ("a?", ["one", HALF]))),
         ("choice_run", ("a question", ["one"]), "'a question': "),
         ("choice_run", (" ", ["one", "two"]), "a prompt and two or more options"),
         ("choice_run", ("a question", ["one", "two", "one"]), "'one'"),
         ("choice_run", ("a question", ["one", "two " * 50]), "model.max_length"),
         ("generation_run", 7, "a text"),
+        ("generation_run", HALF, "a text"),
         ("generation_run", " ", "a text"),
     ],
 )
@@ -212,6 +214,18 @@ def test_inputs_that_are_no_list_are_refused(predictor, inputs) -> None:
     """Each letter of a text would be an input."""
     with refusal("inputs"):
         predictor.predict(inputs)
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "tpu"), ("max_new_tokens", 0), ("max_new_tokens", "many")])
+def test_a_setting_of_no_meaning_is_refused_by_name(run, key, value) -> None:
+    with refusal(key):
+        Predictor(run, **{key: value})
+
+
+@pytest.mark.parametrize("size", [0, 1.5, "all", True])
+def test_a_batch_has_a_whole_number_of_inputs(predictor, photos, size) -> None:
+    with refusal("batch_size"):
+        predictor.predict(photos, batch_size=size)
 
 
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
@@ -513,10 +527,12 @@ def test_the_command_prints_the_text_and_reads_a_prompt_from_standard_input(monk
     [
         (finished_runs.image_run, ["a prompt"], "model=tiny_vit"),
         (finished_runs.generation_run, [" "], "PROMPT"),
+        (finished_runs.generation_run, [HALF], "PROMPT"),
         (finished_runs.generation_run, ["a prompt", "--stop", ""], "--stop"),
         (finished_runs.generation_run, ["a prompt", "--member", "one"], "--member one"),
         (finished_runs.generation_run, ["a prompt", "--temperature", "-1"], "--temperature"),
         (finished_runs.generation_run, ["a prompt", "--temperature", "nan"], "--temperature"),
+        (finished_runs.generation_run, ["a prompt", "--temperature", "1e-320"], "--temperature"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(capsys, of, arguments, named) -> None:

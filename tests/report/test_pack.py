@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,31 @@ def test_losses_and_classes_stand_for_logits_and_labels_are_of_any_type(tmp_path
         assert kept["prediction"].to_pylist() == list(columns["prediction"])
         assert ("classes" in kept.column_names) == ("logits" in columns)
     assert packs.predictions_of(folder.parents[1] / "lora-0a" / "seed0")["classes"][0].as_py() == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *(("run", path) for path in ("runs/../../../seed0", "/runs/a/b/c/seed0", "elsewhere", 5)),
+        *(("record", text) for text in ("{", "[1]", "[" * 99_999, 5)),
+    ],
+)
+def test_a_pack_that_somebody_else_has_written_is_read_as_data(study: Path, column: str, value: object) -> None:
+    """No path in it leads out of the results directory."""
+    pack(study)
+    file = study / packs.RUNS_TABLE
+    table = parquet.read_table(file).slice(0, 1)
+    changed = table.set_column(table.column_names.index(column), column, pa.array([value]))
+    parquet.write_table(changed.replace_schema_metadata(table.schema.metadata), file)
+    (study / "runs").rename(study / "gone")
+    with refusal(f"{file}: "):
+        [packs.recorded(place) for place in packs.directories(study)]
+
+
+def test_a_pipe_is_no_pack(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / packs.RUNS_TABLE)
+    with refusal(f"{tmp_path / packs.RUNS_TABLE}: "):
+        packs.directories(tmp_path)
 
 
 @pytest.mark.parametrize("name", [packs.RUNS_TABLE, packs.PREDICTIONS_TABLE])

@@ -11,7 +11,7 @@ import pytest
 from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
-from partial_lora.report import records, tables
+from partial_lora.report import records, summary, tables
 from partial_lora.report.records import Predictions, conditions, differences
 from partial_lora.runs import rates
 from partial_lora.runs.directory import PREDICTIONS, RESULT
@@ -56,6 +56,30 @@ def test_a_finished_run_is_a_row(tmp_path):
     entries = [records.row(record(method, mask__granularity="element"))["method"] for method in ("partial", "lora")]
     assert entries == ["partial (element)", "lora"]  # masks of single entries are another method
     assert records.row({key: value for key, value in record().items() if key != "tuning"})["tuning"] == "untuned"
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "name"),
+    [
+        ("rows/questions.csv", "files", "own (questions.csv)"),
+        ({"train": "signs/train.parquet", "test": "signs/test.parquet"}, "files", "own (signs)"),
+        ({"train": "photos/Train", "test": "photos/test"}, "files", "own (photos)"),
+        ({"test": "others/later.csv", "train": "rows/questions.csv"}, "files", "own (questions.csv)"),
+        ("photos/own", "files", "own"),
+        ("rows/own.csv", "files", "own"),
+        ("train.csv", "files", "own"),
+        ({"train": "data/own/train.parquet"}, "files", "own"),
+        ({"train": "data/elsewhere/train.parquet"}, "someone/own", "own"),  # a set of the hub, out of a folder
+        (None, "files", "own"),
+    ],
+)
+def test_a_user_s_own_rows_go_by_their_file_or_folder_too(tmp_path, files, path, name) -> None:
+    own = record(task="own", task__path=path, task__data_files=files)
+    assert records.row(own)["task"] == name
+    place(tmp_path, own)
+    (run,) = runs = records.read(tmp_path)[0]
+    assert [records.where(runs, [f"task={word}"]) for word in {"own", name}] == [[run]] * len({"own", name})
+    assert summary.run_line(run.directory, own)[1] == name
 
 
 def test_a_file_of_sparsities_need_not_say_its_point() -> None:

@@ -74,6 +74,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["model=tiny_clip", "model.text_weights=/tower"], ["model.text_args="]),
         (["+trainer.lr=1"], ["trainer.lr"]),
         (["+learning_rate=1"], ["learning_rate"]),
+        *(([f"trainer.{key}={10**30}"], [f"trainer.{key}=1"]) for key in ("batch_size", "epochs", "max_steps")),
         (["trainer.num_processes=3"], ["trainer.batch_size=16", "trainer.num_processes=3"]),
         (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
         (["calibration.file={file}", "calibration.reliability=true"], ["calibration.reliability", "calibration.file"]),

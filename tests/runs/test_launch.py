@@ -53,7 +53,7 @@ def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_pat
     files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
     (tmp_path / "predictions.parquet").write_text("")
     for stage in ("train", "calibrate"):
-        assert launch._is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
+        assert launch.is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
 
 
 def of_a_process_that_loads_data() -> PartialLoraError:

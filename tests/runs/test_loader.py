@@ -25,6 +25,7 @@ DOORS = [  # all that Hydra instantiates, imports, writes to or reads from, and 
     ("sweeper", TOUCH),
     ("sweeper", {"max_batch_size": TOUCH}),
     ("sweeper", {"params": {"seed": TOUCH}}),
+    ("sweeper", {"params": {"+hydra/launcher": "joblib,basic"}}),
     ("sweeper", {"direction": [TOUCH]}),
     ("sweeper", {"storage": "sqlite:///it_ran"}),
     ("sweeper", {"custom_search_space": "pathlib.Path"}),
@@ -205,3 +206,24 @@ def test_a_file_that_is_no_yaml_or_has_no_end_is_one_line(place: Path, text: str
     Path("conf/task/own.yaml").write_text(text)
     with refusal(r".*conf/task/own\.yaml: "):
         planned("--config-dir=conf", "task=own")
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a/${ oc.env : HOME}", "${oc.${model.name}:HOME}", "${at_home:x}"])
+def test_a_file_refers_to_keys_and_to_nothing_else(place: Path, value: str) -> None:
+    """A token of the environment would be part of an address that the run asks for."""
+    found = planned(written(Path("own.yaml"), {"seed": 3, "results_dir": "${model.name}/${seed}"}))
+    assert found.runs[0][1].results_dir == "tiny_vit/3"
+    for content in ({"task.data_files": {"train": value}}, {"hydra.sweeper.params": {"results_dir": [value]}}):
+        with refusal(r"own\.yaml: \$\{"):
+            planned(written(Path("own.yaml"), content))
+    Path("own.yaml").write_text(f'results_dir: "\\x24{value[1:]}"')  # YAML's own way to write it
+    with refusal(r"own\.yaml: \$\{"):
+        planned("own.yaml")
+    written(Path("conf/task/own.yaml"), {"name": value})
+    with refusal(r".*conf/task/own\.yaml: \$\{"):
+        planned("--config-dir=conf", "task=own")
+
+
+def test_what_a_file_holds_neither_ends_a_line_nor_moves_a_cursor(place: Path) -> None:
+    with refusal(r"task=a\\n\\x1b\[31mb: "):
+        planned(written(Path("own.yaml"), {"task": "a\n\x1b[31mb"}))

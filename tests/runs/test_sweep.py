@@ -89,6 +89,7 @@ def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Pa
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 1
     assert [status for _, status in statuses(out)] == ["skipped", "failed"]
+    assert "job 0" not in out
     after = records(place)
     assert after[0.05] == before[0.05]
     assert (before[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
@@ -96,11 +97,20 @@ def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Pa
     assert (place / "results" / "sweep" / ".submitit").is_dir()
 
 
+def test_a_sweep_of_recorded_runs_is_one_line(place: Path, swept) -> None:
+    done = here(place, "train", "-m", *TINY, "trainer.learning_rate=0.05")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("1 run ")
+    assert "overwrite=true" in line
+
+
 def test_a_sampler_goes_by_the_primary_metric_on_validation(place: Path, swept) -> None:
     sampler = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2")
     done = here(place, "train", "-m", *TINY, "trainer.learning_rate=0.01,0.05", *sampler)
     assert done.returncode == 0, done.stderr
     assert sorted(status for _, status in statuses(done.stdout)) == ["finished", "skipped"]
+    assert done.stdout.count("train results") == 1  # nothing but a row of the other
     validation = [records(place)[rate]["metrics"]["validation"]["accuracy"] for rate in (0.01, 0.05)]
     best = yaml.safe_load((place / "results" / "sweep" / "optimization_results.yaml").read_text())
     assert best["best_value"] == min(validation)  # the sweeper minimises unless told otherwise

@@ -167,6 +167,14 @@ def searched_with(rates: list[dict], target: str, preset: str) -> set[tuple[str,
         kept.rename(file)
 
 
+def test_sets_that_are_not_there_are_left_out_one_by_one(place: Path) -> None:
+    (place / "few" / "trec").mkdir(parents=True)
+    (place / "few" / "trec" / "train.parquet").touch()
+    for target in ("forms", "decided", "reach"):
+        words = {word for line in commands(target, "cpu", "few") for word in line if word.startswith("task=")}
+        assert words == {"task=digits", "task=trec"}, target
+
+
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_rates_are_searched_for_only_where_there_are_none(place: Path, preset: str) -> None:
     assert not any("experiment=tune" in words for words in trainings("reproduce", preset))
