@@ -308,17 +308,18 @@ def compare(arguments: Sequence[str]) -> int:
     refused = [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
-    runs = {place: record for entry in entries for place, record in entry.done.items()}
-    if not runs:
+    places = {place: record for entry in entries for place, record in entry.done.items()}
+    if not places:
         return 1
     with _libraries():
         from rich.console import Console
 
-        from partial_lora.report import race
-    out = next(iter(runs)).parents[4]  # of results_dir/runs/task/model/method-id/seed
+        from partial_lora.report import race, records
+    out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
+    runs = [records.run_of(record, place, str(place.parent.relative_to(out))) for place, record in places.items()]
     references = [run for entry in entries if entry.method == own["reference"] for run in entry.done.values()]
     reference = race.form_of(references[0]["config"]) if references else own["reference"]
-    _, numbers = race.write(runs.values(), out, "compare", reference)
+    _, numbers = race.write(runs, out, "compare", reference)
     Console().print(race.on_screen(numbers, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
     print(race.write_page(numbers, out, reference=reference, command=command, refused=refused))

@@ -26,8 +26,6 @@ from evidence.paired import (
     NO_RUNS,
     SCORE,
     Claim,
-    Pair,
-    between,
     differences,
     interval,
     judged,
@@ -42,6 +40,7 @@ from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
+from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.records import NONE
 
 MARGIN = 0.02
@@ -112,17 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, problems = collect(options.results)
         if runs.empty:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
-        records = [run.record for run in runs["run"]]
-        validation = [record["metrics"]["validation"] for record in records]
         runs = runs.assign(
-            method=[form_of(record["config"]) for record in records],
+            method=[form_of(run.record["config"]) for run in runs["run"]],
             model="all",
             importance="",
-            selects=[each["primary"] for each in validation],
-            validation=[each[each["primary"]] for each in validation],
-            loss=[each["loss"] for each in validation],
-            calibration_seconds=[_calibrated_for(record) for record in records],
-            seconds=[sum(record["seconds"].values()) for record in records],
+            calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
         )
         best = race.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
         write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
@@ -222,11 +215,8 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     """Return a form's difference to another, with its interval; a dash for itself and where no seed has both."""
     if other is None or own is other:
         return NONE
-    first, second = (dict(zip(each["seed"], each["outcome"], strict=True)) for each in (own, other))
-    metric = own["metric"].iloc[0]
-    if not first.keys() & second.keys():
-        return NONE
-    return interval({"metric": metric, **asdict(between([Pair(first, second, metric)], draws=0))})
+    pair = Pair(by_seed(own), by_seed(other), own["metric"].iloc[0])
+    return interval({"metric": pair.metric, **asdict(between([pair], draws=0))}) if pair.seeds else NONE
 
 
 def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:

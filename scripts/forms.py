@@ -3,9 +3,8 @@
     python scripts/forms.py results/forms --reference low_rank
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
-the reference is of runs of the same seeds, with the 95 % interval of Student's t over seeds. Where dense LoRA was
-trained, too, a table says how far the best rate of each form and size is from dense LoRA's, and from_dense.csv how far
-its score.
+the reference is of runs of the same seeds (`race.compared`). Where dense LoRA was trained, too, a table says how far
+the best rate of each form and size is from dense LoRA's, and from_dense.csv how far its score.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, skipped = records.read(options.results)
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-        records_of = [run.record for run in runs]
-        text, numbers = race.write(records_of, options.results, options.stem, options.reference)
+        text, numbers = race.write(runs, options.results, options.stem, options.reference)
         origin, _, ranked = text.partition("\n\n")
         text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
         if (rates := best_rates(numbers)) is not None:
@@ -52,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        draw(race.rows_of(records_of), options.results, options.stem)
-        from_dense(race.rows_of(records_of)).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
+        table = race.rows_of(runs, records.Predictions(options.results))
+        draw(table, options.results, options.stem)
+        from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
             settings = {"reference": options.reference, "command": command, "refused": skipped}
@@ -127,10 +126,12 @@ def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
     figure, drawn = panels(len(places), wide=4.2, high=3.2)
     looks, handles = race.looks_of(sorted(table["form"].unique())), {}
     for axes, ((task, size), part) in zip(drawn, places, strict=True):
-        metric = part["selects"].iloc[0]
+        metric = part["metric"].iloc[0]
         times = 100 if metric in SHARES else 1
         for form, own in part.groupby("form", sort=True):
-            means, (color, marker) = race.validated(own)["validation"], looks[form]
+            scores = own.pivot_table("validation", "seed", "learning_rate")
+            common = scores.dropna()  # of seeds that all rates have
+            means, (color, marker) = (scores if common.empty else common).mean(), looks[form]
             style = {"color": color, "marker": marker, "markersize": 4}
             (handles[form],) = axes.plot(means.index, times * means, label=form, **style)
         axes.set(

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from evidence.paired import Pair, differences_by_example
 from evidence.runs import NONE, POINTS, gather
 from matplotlib.figure import Figure
 
@@ -30,6 +29,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report.drawing import save
+from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.statistics import bootstrap, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (2, 3, 5, 8)
@@ -54,9 +54,7 @@ def pairs(results_dir: Path) -> Iterator[tuple[str, str, np.ndarray]]:
     for task, of_task in runs.groupby("task", sort=False):
         for point in POINTS:
             at_point = of_task[of_task["operating_point"].isin([point, NONE])]
-            sides = {
-                name: dict(zip(own["seed"], own["outcome"], strict=True)) for name, own in at_point.groupby("method")
-            }
+            sides = {name: by_seed(own) for name, own in at_point.groupby("method")}
             for first, second in combinations(sides, 2):
                 pair = Pair(sides[first], sides[second], "accuracy")
                 d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= FEWEST else None

@@ -13,6 +13,7 @@ of some search is its lowest or highest rate: there may be a better one beyond; 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from partial_lora.runs.rates import (
     key_of,
     load,
     named,
+    ranked,
     save,
     settings_of,
     unevenness,
@@ -145,11 +147,10 @@ def best_of(worth: Mapping[float, tuple[float, float | None]], metric: str, befo
     before: the choice of an earlier search; among equals of which a loss is not on record it stands.
     """
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    best = max(sign * value for value, _ in worth.values())
-    tied = {rate: loss for rate, (value, loss) in worth.items() if sign * value == best}
-    if None in tied.values():
-        return before if before in tied else min(tied)
-    return min(tied, key=lambda rate: (tied[rate], rate))
+    unknown = dict.fromkeys(worth, math.inf) | {before: 0.0}  # no loss is lower
+    return ranked(
+        {rate: {0: (sign * value, -unknown[rate] if loss is None else -loss)} for rate, (value, loss) in worth.items()}
+    )[0]
 
 
 def rate_of(record: Mapping) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from partial_lora.report import figures, page, records, tables
-from partial_lora.report.statistics import best
+from partial_lora.report.pairs import best
 
 
 @dataclass(frozen=True)

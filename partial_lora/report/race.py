@@ -1,6 +1,7 @@
 """Methods at equal size, each at its best learning rate: a ranking with intervals, and who is on the Pareto front.
 
-Rows are of finished runs; a cell is a task, a size and a form, which is a method with what is special about its masks.
+Rows are those of `records.row` with a size and a form, which is a method with what is special about its masks; a cell
+is a task, a size and a form.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
-from partial_lora.report import page, records, summary, tables
+from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
-from partial_lora.report.records import NONE, half_interval
-from partial_lora.report.statistics import Estimate, holm
+from partial_lora.report.pairs import Outcome, Pair, between, by_seed
+from partial_lora.report.records import NONE, Predictions, Run, half_interval
+from partial_lora.report.statistics import holm
 from partial_lora.runs.compose import composed
+from partial_lora.runs.rates import Worth, ranked
 from partial_lora.runs.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -33,6 +36,13 @@ _DRAWS = (*AS_PEFT, "column_exponent")
 # Whole rows and columns, as PEFT draws A: what records of version 0.1 leave out.
 _PEFTS = {**asdict(MaskConfig()), **AS_PEFT}
 CELL = ["task", "size", "form"]
+_AVERAGED = {  # columns of rows, and what the ranking calls their means
+    "adapter_parameters": "parameters",
+    "step_seconds": "step_seconds",
+    "saved_activation_bytes": "saved_bytes",
+    "adapter_bytes": "file_size",
+    "spent": "spent",
+}
 _COSTS = {  # by column: how an axis calls it, and the unit it is divided by
     "parameters": ("trainable parameters", 1),
     "step_seconds": ("seconds a step", 1),
@@ -66,27 +76,6 @@ def masks_of(method: str) -> dict:
     return asdict(composed(f"method={method}").mask)
 
 
-def row_of(result: Mapping) -> dict:
-    """Return what the table needs of a record. The size is the budget, or "own" for a method without one.
-
-    selects: the metric on validation, which for generations is another than on test.
-    """
-    config, validation = result["config"], result["metrics"]["validation"]
-    numbers = records.row(result)
-    return numbers | {
-        "size": size_in(result),
-        "form": form_of(config),
-        "targets": ", ".join(config["model"]["target_modules"]),
-        "selects": validation["primary"],
-        "validation": validation[validation["primary"]],
-        "loss": validation["loss"],
-        "parameters": numbers["adapter_parameters"],
-        "saved_bytes": numbers["saved_activation_bytes"],
-        "file_size": numbers["adapter_bytes"],
-        "seconds": sum(result["seconds"].values()),
-    }
-
-
 def size_in(result: Mapping) -> str:
     """Return a record's budget in words, a share of dense LoRA's parameters or a number of them, or "own"."""
     budget = result["config"]["calibration"].get("budget")
@@ -95,31 +84,21 @@ def size_in(result: Mapping) -> str:
     return f"{budget:g}" if budget <= 1 else f"{budget:,.0f}"
 
 
-def rows_of(results: Iterable[Mapping]) -> pd.DataFrame:
-    """Return the rows of records. A form names its modules where most runs of the task adapt others."""
-    table = pd.DataFrame([row_of(result) for result in results])
-    for _, own in table.groupby("task"):
-        fewer = own[own["targets"] != own["targets"].mode()[0]]
-        table.loc[fewer.index, "form"] = fewer["form"] + " on " + fewer["targets"]
+def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFrame:
+    """Return the rows of runs, with their predictions. A form names its modules where most of the task adapt others."""
+    table = pd.DataFrame(
+        [
+            run.row
+            | {"size": size_in(run.record), "form": form_of(run.record["config"])}
+            | {"run": run, "outcome": Outcome.of(run.row, stored)}
+            for run in runs
+        ]
+    )
+    targets = table["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
+    for _, own in targets.groupby(table["task"]):
+        fewer = own[own != own.mode()[0]]
+        table.loc[fewer.index, "form"] += " on " + fewer
     return table
-
-
-def validated(cell: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean score and loss on validation at every rate of a cell, over the seeds that all its rates have."""
-    seeds = set.intersection(*(set(part["seed"]) for _, part in cell.groupby("learning_rate")))
-    common = cell[cell["seed"].isin(seeds)] if seeds else cell
-    return common.groupby("learning_rate")[["validation", "loss"]].mean()
-
-
-def best_rate(cell: pd.DataFrame) -> float:
-    """Return the learning rate of a cell that is best on validation, of equals the one with the lower loss.
-
-    Only the rates with the most seeds compete: a search goes on with the better rates alone.
-    """
-    seeds = cell.groupby("learning_rate")["seed"].nunique()
-    means = validated(cell[cell["learning_rate"].isin(seeds.index[seeds == seeds.max()])])
-    falls = cell["selects"].iloc[0] in LOWER_IS_BETTER
-    return means.sort_values(["validation", "loss"], ascending=[falls, True]).index[0]
 
 
 def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
@@ -148,7 +127,7 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        best = best_rate(cell)
+        best = ranked(_worth(cell))[0]
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
@@ -156,29 +135,37 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     return pd.concat(chosen)
 
 
+def _worth(cell: pd.DataFrame) -> dict[float, dict[int, Worth]]:
+    """Return what the runs of a cell are worth by learning rate and seed."""
+    sign = -1 if cell["metric"].iloc[0] in LOWER_IS_BETTER else 1
+    tried: dict[float, dict[int, Worth]] = {}
+    for run in cell.itertuples():
+        tried.setdefault(run.learning_rate, {})[run.seed] = (sign * run.validation, -run.validation_loss)
+    return tried
+
+
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return a row for every cell: its mean over seeds and its difference to the reference, with intervals.
 
     A difference is between runs of the same seeds, at one size. Where one of the two has a size of its own, the
-    reference counts at its largest size. Halves of intervals are of 95 %, by Student's t over seeds. `holds`: the
-    difference holds among all of its task and size (`statistics.holm`).
+    reference counts at its largest size. Halves of intervals are of 95 %: of a mean by Student's t over seeds, of a
+    difference over what `over` says (`pairs.between`). `holds`: the difference holds among all of its task and size
+    (`statistics.holm`).
     """
     rows = []
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
-        own = cell.set_index("seed")["test"]
-        other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("parameters")
+        other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("adapter_parameters")
         sizes = list(other["size"])
         beside = sizes[-1:] if size not in sizes and "own" in (size, *sizes) else [size]
         other = other[other["size"].isin(beside)]
-        difference = (own - other.set_index("seed")["test"]).dropna()
         first = cell.iloc[0]
         rows.append(
             {"task": task, "size": size, "form": form}
             | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
-            | {"seeds": len(own), "test": own.mean(), "half": half_interval(own.std(), len(own))}
-            | {"difference": difference.mean() if form != reference else math.nan, "paired": len(difference)}
-            | {"difference_half": half_interval(difference.std(), len(difference)), "p": _significance(difference)}
-            | cell[["parameters", "step_seconds", "saved_bytes", "file_size", "spent"]].mean().to_dict()
+            | {"seeds": len(cell), "test": cell["test"].mean()}
+            | {"half": half_interval(cell["test"].std(), len(cell))}
+            | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
+            | cell[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]
@@ -187,10 +174,22 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 
 
-def _significance(difference: pd.Series) -> float:
-    """Return the significance of a difference over seeds; NaN where they say nothing of chance."""
-    error = difference.std() / math.sqrt(max(len(difference), 1))
-    return Estimate(difference.mean(), error, len(difference) - 1).p(0, 0) if error > 1e-12 else math.nan
+_NO_DIFFERENCE = {"difference": math.nan, "difference_half": math.nan, "p": math.nan}
+_NO_DIFFERENCE |= {"paired": 0, "examples": 0, "over": NONE}
+
+
+def _apart(pair: Pair) -> dict:
+    """Return the difference of a pair, half its interval, its significance, and what it is over.
+
+    One seed has no significance, nor do seeds and examples that say nothing of chance.
+    """
+    if not pair.seeds:
+        return _NO_DIFFERENCE
+    found = between([pair], draws=0)
+    low, high = found.estimate.interval()
+    p = found.estimate.p(0, 0) if found.seeds > 1 and found.error > 1e-12 else math.nan
+    numbers = {"difference": found.difference, "difference_half": (high - low) / 2, "p": p}
+    return numbers | {"paired": found.seeds, "examples": found.examples, "over": found.over}
 
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
@@ -203,6 +202,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
+            "difference over": [_basis(row.paired, row.examples) for row in rows],
             "among all": [_verdict(row.metric, row.difference) if row.holds else NONE for row in rows],
             "seeds": part["seeds"],
             "parameters": [f"{value:,.0f}" for value in part["parameters"]],
@@ -211,6 +211,12 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
         }
         parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
     return parts
+
+
+def _basis(seeds: int, examples: int) -> str:
+    """Return what a difference is over: "8 seeds, 860 rows", or "3 seeds" where predictions were not kept."""
+    parts = [f"{seeds} seed{'s' * (seeds > 1)}"] * (seeds > 0) + [f"{examples:,} rows"] * (examples > 0)
+    return ", ".join(parts) or NONE
 
 
 def _verdict(metric: str, difference: float) -> str:
@@ -235,20 +241,24 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(numbers, reference)
-    narrow = {title: part.drop(columns=["among all", *part.columns[-2:]]) for title, part in parts.items()}
+    narrow = {
+        title: part.drop(columns=["difference over", "among all", *part.columns[-2:]]) for title, part in parts.items()
+    }
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
 def _origin(reference: str) -> str:
     return (
-        f"Differences are from {reference}, of runs of the same seeds; the 95 % intervals are of each by itself. "
-        "The column 'among all' has the verdicts that are left among all rows of its table (Holm's correction)."
+        f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
+        "rows, from variance components, or over seeds alone where predictions were not kept, by Student's t, as those "
+        "of scores are. Each is by itself. The column 'among all' has the verdicts that are left among all rows of its "
+        "table (Holm's correction)."
     )
 
 
-def write(results: Iterable[Mapping], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of records (`compared`) into out/stem.md and .csv; return it as text, and its numbers."""
-    numbers = compared(at_best_rates(rows_of(results)), reference)
+def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
+    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers."""
+    numbers = compared(at_best_rates(rows_of(runs, Predictions(out))), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"

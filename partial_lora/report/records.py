@@ -182,6 +182,7 @@ def _on_validation(scores: Mapping, metric: str) -> float:
 
 def _row(result: Mapping) -> dict:
     config, test, parameters = result["config"], result["metrics"]["test"], result["parameters"]
+    validation = result["metrics"].get("validation") or {}
     seconds, calibration, cost = result["seconds"], result["calibration"], result.get("cost") or {}
     metric = test["primary"]
     if test[metric] is None or not math.isfinite(test[metric]):
@@ -198,7 +199,8 @@ def _row(result: Mapping) -> dict:
         "operating_point": operating_point(result),
         "metric": metric,
         "test": float(test[metric]),
-        "validation": _on_validation(result["metrics"].get("validation") or {}, metric),
+        "validation": _on_validation(validation, metric),
+        "validation_loss": number(validation.get("loss")),
         "adapter_parameters": size,
         "adapter_dense": dense,
         "share_of_dense": size / dense if dense else math.nan,
@@ -209,6 +211,7 @@ def _row(result: Mapping) -> dict:
         "calibration_reused": reused,
         "train_seconds": number(seconds["train"]),
         "evaluate_seconds": number(seconds["evaluate"]),
+        "seconds": sum(seconds.values()),
         "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
         "tuning": result.get("tuning", "untuned"),
         "conditions": hashlib.sha256(shared.encode()).hexdigest()[:8],

@@ -36,7 +36,7 @@ import pyarrow as pa
 
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.records import BLOCK, LEVEL, Predictions
+from partial_lora.report.records import LEVEL
 from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, within
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
@@ -364,30 +364,6 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         without = (xy - x * y) / np.sqrt((xx - x**2) * (yy - y**2))
         return float(np.nan_to_num(x @ y / np.sqrt((x @ x) * (y @ y)))), np.nan_to_num(without, posinf=0, neginf=0)
-
-
-def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
-    """Return the indices of rows that are better than every other of the same `records.BLOCK`.
-
-    table: of `records.group`, one row a folder of runs. Better is the verdict of `compare`. A row without predictions,
-    or with nothing beside it, is not marked.
-    """
-    marked = set()
-    for (*_, metric, _), block in table.groupby(list(BLOCK), sort=False, dropna=False):
-        # The others that are the most likely to refute it come first.
-        first, *others = block.sort_values("test_mean", ascending=metric in LOWER_IS_BETTER).itertuples()
-        if others and all(_beats(first, other, metric, predictions) for other in others):
-            marked.add(first.Index)
-    return marked
-
-
-def _beats(first: tuple, second: tuple, metric: str, predictions: Predictions) -> bool:
-    seeds = sorted(set(map(int, first.seeds.split())) & set(map(int, second.seeds.split())))
-    try:
-        pair = (predictions.of(each.group, seeds, metric) for each in (first, second))
-        return compare(*pair, metric, margin=None, draws=0).verdict == "better"
-    except (PartialLoraError, ValueError, KeyError):
-        return False
 
 
 def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tuple[float, float] | None:

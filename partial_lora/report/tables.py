@@ -80,7 +80,7 @@ def write(
 
     Each begins with the command that made it. What was left out ends the Markdown. The CSV holds numbers as they were
     measured, the other files rounded ones. by: as in `records.group`. spread: what follows ±, "std" or "interval".
-    marked: the best rows, of `statistics.best`. Raises PartialLoraError where no run has finished.
+    marked: the best rows, of `pairs.best`. Raises PartialLoraError where no run has finished.
     """
     results_dir = Path(results_dir)
     if frame.empty:

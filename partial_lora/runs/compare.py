@@ -20,6 +20,7 @@ from partial_lora.runs.directory import LOCK
 from partial_lora.runs.identity import at_other_rates, run_directory
 from partial_lora.runs.info import outline
 from partial_lora.runs.packs import recorded
+from partial_lora.runs.rates import Worth, ranked
 from partial_lora.runs.schema import SIZED, Config
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training.config import AUTO
@@ -31,7 +32,6 @@ OWN_SIZE = tuple(name for name, of in TRAITS.items() if of.size == "own" and nam
 _SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 
-Worth = tuple[float, float] | None  # validation's score and loss, the larger the better; None for a run that failed
 Runs = list[tuple[float, int]]  # learning rate and seed
 
 
@@ -40,7 +40,6 @@ def search(
 ) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
     """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
 
-    The first seed tries `count` rates a factor of two apart around the centre, or the rates that an earlier search has
     The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
     tried with it (known), if they are as many, so that another centre does not begin the search again. It tries more
     while the best of them, by score or by loss, is at an edge: where no rate has learned anything yet, the loss alone
@@ -50,32 +49,26 @@ def search(
     """
     rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
     rates = sorted(known) if len(known) >= count else rates
-    worth: dict[tuple[float, int], Worth] = {}
+    tried: dict[float, dict[int, Worth]] = {}
 
-    def mean(rate: float, seed: int) -> tuple[float, float]:
-        own = [worth[rate, each] for each in range(seed + 1)]
-        failed = (-math.inf, -math.inf)
-        return failed if None in own else tuple(sum(each) / len(own) for each in zip(*own, strict=True))
+    def run(rates: list[float], seed: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], None]:
+        for (rate, _), worth in (yield [(rate, seed) for rate in rates]).items():
+            tried.setdefault(rate, {})[seed] = worth
 
-    def is_failure(rate: float, seed: int) -> bool:
-        return mean(rate, seed)[0] == -math.inf
-
-    worth |= yield [(rate, 0) for rate in rates]
-    while len(rates) < _MOST_RATES:
-        bests = max(rates, key=lambda rate: mean(rate, 0)[::-1]), max(rates, key=lambda rate: mean(rate, 0))
-        edges = [best for best in bests if best in (min(rates), max(rates))]
-        if is_failure(bests[0], 0) or not edges:
+    yield from run(rates, 0)
+    while len(tried) < _MOST_RATES:
+        by_loss = {rate: {0: worth[0] and worth[0][::-1]} for rate, worth in tried.items()}
+        edges = [best for best in (*ranked(by_loss)[:1], *ranked(tried)[:1]) if best in (min(tried), max(tried))]
+        if not edges:
             break
-        rates.append(edges[0] / 2 if edges[0] == min(rates) else edges[0] * 2)
-        worth |= yield [(rates[-1], 0)]
+        yield from run([edges[0] / 2 if edges[0] == min(tried) else edges[0] * 2], 0)
+    rates = ranked(tried)[: math.ceil(len(tried) / 2)]
     for seed in range(1, seeds):
-        rates = sorted(rates, key=lambda rate: mean(rate, seed - 1), reverse=True)[: math.ceil(len(rates) / 2)]
-        rates = [rate for rate in rates if not is_failure(rate, seed - 1)]
         if not rates:
             return None
-        worth |= yield [(rate, seed) for rate in rates]
-    best = max(rates, key=lambda rate: mean(rate, seeds - 1))
-    return None if is_failure(best, seeds - 1) else best
+        yield from run(rates, seed)
+        rates = ranked(tried)[: math.ceil(len(rates) / 2)]
+    return rates[0] if rates else None
 
 
 def runs_at_least(count: int, seeds: int) -> int:

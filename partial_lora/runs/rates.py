@@ -77,6 +77,29 @@ def _parted(point: str) -> tuple[str, float]:
     return name, 1 - value if name == "sparsity" else value
 
 
+# --- The best of the rates that a search tried.
+
+Worth = tuple[float, float] | None  # a run's score and loss on validation, the larger the better; None if it failed
+
+
+def ranked(tried: Mapping[float, Mapping[int, Worth]]) -> list[float]:
+    """Return the learning rates that compete, the best on validation first, without those at which a seed failed.
+
+    tried: what runs are worth by rate and seed. Only rates with the most seeds compete, since a search goes on with the
+    better ones alone. What decides is the mean score over the seeds that these share, of equals the mean loss, and then
+    the lower rate.
+    """
+    most = max(map(len, tried.values()))
+    competing = {rate: of_seeds for rate, of_seeds in tried.items() if len(of_seeds) == most}
+    shared = set.intersection(*map(set, competing.values()))
+    means = {}
+    for rate, of_seeds in competing.items():
+        worth = [of_seeds[seed] for seed in shared or of_seeds]
+        if None not in worth:
+            means[rate] = tuple(map(statistics.fmean, zip(*worth, strict=True)))
+    return sorted(means, key=lambda rate: (*means[rate], -rate), reverse=True)
+
+
 # --- The key that has a learning rate of its own, and the settings that a search was made with.
 
 KEY = ("task", "model", "method", "masks", "operating_point")

@@ -1,10 +1,4 @@
-"""Methods beside each other: scores by task, paired differences on each task and over all, and verdicts on claims.
-
-On a task a difference and its interval are those of report/statistics.py. Over several sets it is the mean over sets
-of which these are a sample, by random effects: sets differ, and a claim is of more than these. The members of a
-mixture are no such sample but parts of one task, with the same seeds: their mean has an interval over seeds and
-examples.
-"""
+"""Methods beside each other: scores by task, paired differences on each task and over all, and verdicts on claims."""
 
 from __future__ import annotations
 
@@ -12,24 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import pandas as pd
 
-from evidence.runs import Outcome
-from partial_lora.errors import PartialLoraError
+from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.records import LEVEL, NONE, point_order
-from partial_lora.report.statistics import (
-    DRAWS,
-    MARGIN,
-    Comparison,
-    Estimate,
-    by_example,
-    by_sides,
-    drawn_again,
-    estimate,
-    over_sets,
-    together,
-)
+from partial_lora.report.statistics import MARGIN, Estimate, by_sides, together
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -41,118 +22,9 @@ DIFFERENCES = (
     *("part", *WHERE, "first", "second", "task", "metric", "tasks", "up", "down"),
     *(*_NUMBERS, "seeds", "examples", "over", "verdict", "together", "among"),
 )
-BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NO_RUNS = "no runs of both"
 WORSE = "undecided (worse, perhaps by less than a point)"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two methods' runs on one task, by seed, and the metric that they are compared by."""
-
-    first: Mapping[int, Outcome]
-    second: Mapping[int, Outcome]
-    metric: str
-
-    @property
-    def seeds(self) -> set[int]:
-        return self.first.keys() & self.second.keys()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference(Comparison):
-    """The first method's score less the second's, on one task or over several; NaN where there is no interval.
-
-    bootstrap_low, bootstrap_high: of one task. over: what is taken for chance: seeds and examples; examples, of one
-    seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task; examples: of all
-    tasks together; up, down: tasks on which the first is above and below.
-    """
-
-    over: str
-    up: int
-    down: int
-
-
-def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
-    """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
-
-    Raises PartialLoraError where there is no seed that all have.
-    """
-    seeds = _in_common(pairs)
-    d = differences_by_example(pairs, seeds)
-    if d is None:
-        return _over_seeds([_scores(pairs, seeds)], pairs[0].metric, predicted=False)
-    return _over_seeds([d], pairs[0].metric, predicted=True, drawn=drawn_again(d, draws))
-
-
-def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
-    """The mean over tasks that have the same seeds, all tasks counting alike, as of the members of a mixture.
-
-    Raises PartialLoraError where there is no seed that all have, and where a metric is one of which less is better.
-    """
-    _refuse_falling(tasks)
-    seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
-    arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
-    known = all(d is not None for d in arrays)
-    parts = arrays if known else [_scores(pairs, seeds) for pairs in tasks.values()]
-    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, known)
-
-
-def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
-    """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
-    _refuse_falling(tasks)
-    each = [between(pairs, draws=0) for pairs in tasks.values()]
-    found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
-    seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
-    return Difference.of(found, metric, seeds, examples, over=SETS, **_signs(one.difference for one in each))
-
-
-def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
-    if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
-        raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
-
-
-def _in_common(pairs: Sequence[Pair]) -> list[int]:
-    seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
-    if not seeds:
-        raise PartialLoraError("no seed in common")
-    return seeds
-
-
-def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **more: tuple[float, float]) -> Difference:
-    """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
-    seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
-    over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
-    more |= {"over": over, **_signs(d.mean() for d in parts)}
-    return Difference.of(estimate(*parts), metric, seeds, examples, **more)
-
-
-def _signs(differences: Iterable[float]) -> dict[str, int]:
-    """Counts of those above zero and those below."""
-    each = list(differences)
-    return {"up": sum(one > 0 for one in each), "down": sum(one < 0 for one in each)}
-
-
-def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
-    """Differences of scores (seeds, 1), the mean over pairs."""
-    each = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
-    return np.mean(each, axis=0)[:, None]
-
-
-def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
-    """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
-    other examples."""
-    arrays = []
-    for pair in pairs:
-        sides = [[side[seed].predictions for seed in seeds] for side in (pair.first, pair.second)]
-        if any(frame is None for side in sides for frame in side):
-            return None
-        try:
-            arrays.append(by_example(*sides, pair.metric))
-        except (PartialLoraError, ValueError, KeyError):
-            return None
-    return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
 
 
 def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -183,7 +55,7 @@ def paired_rows(
     for task in dict.fromkeys(sides[0][0]["task"]):
         parts = [[side[side["task"] == task] for side in both] for both in sides]
         if all(len(side) for both in parts for side in both):
-            pairs = [Pair(*map(_by_seed, both), both[0]["metric"].iloc[0]) for both in parts]
+            pairs = [Pair(*map(by_seed, both), both[0]["metric"].iloc[0]) for both in parts]
             if set.intersection(*(pair.seeds for pair in pairs)):
                 tasks[task] = pairs
     named = {"part": DIFFERENCE, **where, "first": first, "second": second}
@@ -197,10 +69,6 @@ def paired_rows(
         else:
             rows.append(named | {"task": ALL_SETS, "metric": AVERAGE, "tasks": len(tasks)} | asdict(over_tasks(tasks)))
     return rows
-
-
-def _by_seed(runs: pd.DataFrame) -> dict[int, Outcome]:
-    return dict(zip(runs["seed"], runs["outcome"], strict=True))
 
 
 # Scores of methods by tasks
@@ -250,17 +118,9 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
         for row, own in rows.items():
             others = [rows[key] for key in rows if key != row and (NONE in (key[3], row[3]) or key[3] == row[3])]
             others.sort(key=lambda each: -sign * each["test"].mean())  # the likeliest to refute come first
-            if others and all(_beats(own, other, sign) for other in others):
+            if is_best(by_seed(own), map(by_seed, others), own["metric"].iloc[0]):
                 best.add((*row, task))
     return best
-
-
-def _beats(own: pd.DataFrame, other: pd.DataFrame, sign: int) -> bool:
-    pair = Pair(_by_seed(own), _by_seed(other), own["metric"].iloc[0])
-    if sign * own["test"].mean() <= sign * other["test"].mean() or not pair.seeds:
-        return False
-    interval = between([pair], draws=0)
-    return interval.over == BOTH and min(sign * interval.low, sign * interval.high) > 0
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
+from partial_lora.report.pairs import Outcome
 from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
@@ -23,7 +23,8 @@ PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (
     *(*PLACE, "kind", *CELL, "metric", "seed", "test", "adapter_parameters", "share_of_dense", "adapter_sparsity"),
-    *("learning_rate", "tuning", "calibrate_seconds", *COSTS, "peak_memory_bytes", "baseline", "joint", "chance"),
+    *("learning_rate", "tuning", "validation", "validation_loss", "calibrate_seconds", "seconds", *COSTS),
+    *("peak_memory_bytes", "baseline", "joint", "chance"),
     *("train_samples", "label_noise", "rank", "mask_seed", "started", "conditions", "own"),
     *("preset", "commit", "device", "precision", "run", "outcome"),
 )
@@ -32,29 +33,6 @@ VARIED = {"method.rank", "task.label_noise", "mask.seed", "mask.count"}
 VARIED |= {f"calibration.{name}" for name in ("repair", "scope", "axes", "chance", "max_sparsity", "file", "shrink")}
 # Settings in which runs of one method, measure and operating point may differ, or which these three are.
 _NOT_OWN = {"calibration.seed", "calibration.reliability", "importance.name", "mask.granularity"}
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """The score of a run on the test rows of one task, and its predictions; member: of a mixture, that task."""
-
-    score: float
-    metric: str
-    run: Run
-    stored: Predictions
-    member: str | None = None
-
-    @cached_property
-    def predictions(self) -> pd.DataFrame | None:
-        """A row a test example; None where none can be read."""
-        row = self.run.row
-        try:
-            frame = self.stored.of(row["group"], [row["seed"]], self.metric)[row["seed"]]
-        except (PartialLoraError, ValueError):
-            return None
-        if self.member is None or "member" not in frame:
-            return frame
-        return frame[frame["member"] == self.member].drop(columns="member").reset_index(drop=True)
 
 
 def collect(*results_dirs: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -102,7 +80,7 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
     }
     members = task.get("members") or {}
     if not members:
-        return [row | {"outcome": Outcome(row["test"], row["metric"], run, stored)}]
+        return [row | {"outcome": Outcome.of(row, stored)}]
     rows = []
     for name, member in members.items():
         measured = [
@@ -111,7 +89,7 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
         metric = (member.get("metrics") or measured)[0]
         score = float(test[f"{name}/{metric}"])
         of_member = {"task": name, "mixture": "+".join(members), "metric": metric, "test": score}
-        rows.append(row | of_member | {"outcome": Outcome(score, metric, run, stored, name)})
+        rows.append(row | of_member | {"outcome": replace(Outcome.of(row | of_member, stored), member=name)})
     return rows
 
 

@@ -19,13 +19,11 @@ from evidence.paired import (
     BETTER,
     DIFFERENCE,
     DIFFERENCES,
-    EXAMPLES,
     FAILS,
     HOLDS,
     OPEN,
     ROW,
     SCORE,
-    SEEDS,
     WHERE,
     Verdict,
     bootstrapped,
@@ -38,7 +36,6 @@ from evidence.paired import (
     paired_rows,
     part_of,
     scores,
-    together,
 )
 from evidence.runs import (
     BUDGET,
@@ -55,8 +52,9 @@ from evidence.runs import (
 )
 from partial_lora.calibration.search import threshold_of
 from partial_lora.files import write_atomic
+from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.records import NONE, half_interval, number, point_order
-from partial_lora.report.statistics import MARGIN, reliability
+from partial_lora.report.statistics import MARGIN, reliability, together
 from partial_lora.report.summary import cell, measured, percent
 from partial_lora.report.tables import origin, tabulated
 from partial_lora.runs import packs

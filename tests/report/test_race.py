@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
-from recorded_runs import record
+from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import race
+from partial_lora.report import race, records, statistics
 
 
 def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]]) -> list[dict]:
     """Rows of one form. scores: validation, loss and test by learning rate and seed."""
-    cost = {"parameters": 10, "step_seconds": 1.0, "saved_bytes": 1.0, "file_size": 1, "seconds": 1.0}
-    common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy", "selects": "accuracy"} | cost
+    cost = {"adapter_parameters": 10, "step_seconds": 1.0, "saved_activation_bytes": 1.0, "adapter_bytes": 1}
+    common = {"task": "digits", "size": "0.13", "form": form, "metric": "accuracy", "seconds": 1.0} | cost
     return [
-        common | {"learning_rate": rate, "seed": seed, "validation": validation, "loss": loss, "test": test}
+        common
+        | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
+        | {"outcome": SimpleNamespace(score=test, predictions=None)}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 
@@ -45,6 +51,32 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     row = race.compared(chosen, "low_rank").set_index("form").loc["partial"]
     assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 2, 3)
     assert row["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # Student's t of one degree of freedom
+    assert (row["over"], row["examples"]) == ("seeds", 0)
+
+
+def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -> None:
+    for seed in range(3):
+        for method, wrong in (("partial", 20 + 9 * seed), ("low_rank", 60)):
+            leave(tmp_path, method, wrong=wrong, seed=seed, budget=0.13)
+    leave(tmp_path, "oft", wrong=10, budget=0.13)  # one seed: over examples, which decides nothing
+    runs, stored = records.read(tmp_path)[0], records.Predictions(tmp_path)
+    ranked = race.compared(race.at_best_rates(race.rows_of(runs, stored)), "low_rank").set_index("form")
+    row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
+    sides = (
+        {
+            run.row["seed"]: stored.of(run.row["group"], [run.row["seed"]], "accuracy")[run.row["seed"]]
+            for run in runs
+            if run.row["method"] == method
+        }
+        for method in ("partial", "low_rank")
+    )
+    expected = statistics.compare(*sides, "accuracy", draws=0)
+    assert row["difference"] - row["difference_half"] == pytest.approx(expected.low)
+    assert (row["over"], row["examples"], row["holds"]) == ("seeds and examples", 200, True)
+    assert (alone["over"], alone["difference"], alone["holds"]) == ("examples", 0.25, False)
+    assert alone["difference_half"] > 0
+    titles = race.titled(ranked.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    assert titles["difference over"].tolist() == ["1 seed, 200 rows", "3 seeds, 200 rows", "–"]
 
 
 def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm() -> None:
@@ -86,6 +118,10 @@ def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm
 )
 def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, name: str) -> None:
     assert race.form_of({"mask": mask, "method": method}) == name
+
+
+def rows_of(results: Iterable[dict]) -> pd.DataFrame:
+    return race.rows_of(records.run_of(result, Path("run")) for result in results)
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +173,7 @@ def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexi
         validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
         return made | {"metrics": {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}}
 
-    chosen = race.at_best_rates(race.rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
+    chosen = race.at_best_rates(rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
     row = race.compared(chosen, "lora").iloc[0]
     assert (row["learning_rate"], row["metric"], row["test"]) == (2e-3, "exact_match", 0.2)
 
@@ -145,7 +181,7 @@ def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexi
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     """Budgets of 100,000 and 104,000 parameters, of 0.131 and 0.133."""
     budgets = (0.131, 0.133, 100_000, 104_000)
-    table = race.rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
+    table = rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
     titles = list(race.titled(race.compared(race.at_best_rates(table), "low_rank"), "low_rank"))
     of = [f"{size} of dense LoRA's parameters" for size in ("13.1 %", "13.3 %")]
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
@@ -157,7 +193,7 @@ def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules
 
     few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
     sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
-    table = race.rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
+    table = rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
     numbers = race.compared(race.at_best_rates(table), "low_rank").set_index(["size", "form"])
     assert numbers["difference"].dropna().to_dict() == {
         ("own", "lora"): pytest.approx(0.2),
@@ -170,24 +206,18 @@ def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
         return [record(method, test, seed=seed, **changes) for seed in range(2)]
 
     sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
-    table = race.at_best_rates(race.rows_of([*results("lora", 0.7), *sized]))
+    table = race.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
     assert race.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
         "0.13": pytest.approx(-0.1),
         "0.02": pytest.approx(-0.2),
     }
-    only = race.at_best_rates(race.rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
+    only = race.at_best_rates(rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
     assert race.compared(only, "low_rank")["difference"].isna().all()  # two budgets are not compared
 
 
 def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:
-    table = race.rows_of([record("partial", budget=0.13), record("partial", budget=0.13, method__rank=64)])
+    table = rows_of([record("partial", budget=0.13), record("partial", budget=0.13, method__rank=64)])
     assert len(race.at_best_rates(table)) == 1  # the same numbers: one run under two ids
     table.loc[0, "test"] += 0.01
     with pytest.raises(PartialLoraError, match=r"digits, 0\.13, partial"):
         race.at_best_rates(table)
-
-
-def test_the_size_of_adalora_is_what_is_left_at_the_end() -> None:
-    result = record("adalora")
-    result["parameters"]["adapter_final"] = 7
-    assert race.row_of(result)["parameters"] == 7

@@ -9,13 +9,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from recorded_runs import LABEL, leave, rows_of
 from refusals import refusal
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
-from partial_lora.report import records, statistics, tables
-from partial_lora.report.records import Predictions
+from partial_lora.report import statistics
 from partial_lora.report.statistics import (
     Estimate,
     bootstrap,
@@ -29,7 +27,6 @@ from partial_lora.report.statistics import (
     per_example,
     reliability,
 )
-from partial_lora.runs.directory import PREDICTIONS
 
 
 def frame(label, prediction, **columns) -> pd.DataFrame:
@@ -290,55 +287,6 @@ def test_the_macro_f1_of_classes_that_do_not_all_occur_has_the_interval_of_the_m
     assert over_examples(pa.Table.from_pandas(predicted), "f1") == over_examples(predicted, "f1")
     assert over_examples(predicted.drop(columns="logits"), "f1") != over_examples(predicted, "f1")
     assert over_examples(None, "f1") is None
-
-
-# Which rows of a table are marked
-
-
-@pytest.fixture
-def results(tmp_path):
-    for seed in (0, 1):
-        for method, wrong in (("partial", 10), ("targeted", 70), ("lora", 10), ("probe", 11)):
-            leave(tmp_path, method, wrong=wrong, seed=seed)
-    return tmp_path
-
-
-def marked(results_dir):
-    table = records.group(rows_of(results_dir))
-    return table.loc[sorted(statistics.best(table, Predictions(results_dir))), "method"].tolist()
-
-
-def test_only_a_difference_that_holds_is_marked_and_in_all_files(results):
-    assert marked(results) == ["partial"]  # lora is one example better than probe, which does not hold
-    rows = rows_of(results)
-    best = statistics.best(records.group(rows), Predictions(results))
-    markdown, numbers, latex = tables.write(rows, results, command="x", marked=best)
-    assert markdown.read_text(encoding="utf-8").count("**95.00 ± 0.00**") == 1
-    assert r"\textbf{95.00 $\pm$ 0.00}" in latex.read_text(encoding="utf-8")
-    assert pd.read_csv(numbers, comment="#")["best"].sum() == 1
-
-
-def test_what_is_not_better_than_all_others_of_its_block_is_not_marked(results, tmp_path_factory):
-    for seed in (0, 1):
-        leave(results, "uniform", wrong=0, seed=seed, trainer__epochs=50.0)
-    assert marked(results) == ["partial"]  # uniform is better, and has nothing beside it
-    shown = tables.readable(records.group(rows_of(results))).set_index("method")["differs in"]
-    assert shown[["uniform", "partial", "lora"]].tolist() == ["epochs=50", "–", "–"]
-    for seed in (0, 1):
-        leave(results, "flow", wrong=11, seed=seed)  # of partial's own block, and as good
-    assert marked(results) == []
-    one_seed = tmp_path_factory.mktemp("one_seed")
-    for method, wrong in (("partial", 10), ("targeted", 70)):
-        leave(one_seed, method, wrong=wrong)
-    assert marked(one_seed) == []
-
-
-def test_without_predictions_of_the_same_examples_none_is_marked(results):
-    (folder,) = results.glob("runs/*/*/targeted*/seed1")
-    pd.DataFrame({"label": LABEL[:100], "prediction": LABEL[:100]}).to_parquet(folder / PREDICTIONS)
-    assert marked(results) == []
-    (folder / PREDICTIONS).unlink()
-    assert marked(results) == []
 
 
 # How reliable sparsities are

@@ -35,6 +35,27 @@ def test_the_nearest_operating_point(point: str, others: list[str], expected: st
     assert rates.nearest(point, others) == expected
 
 
+def test_the_best_rate_has_the_best_mean_over_the_seeds_of_all_that_compete() -> None:
+    scores = {1e-3: (0.1, 0.2, 0.3), 2e-3: (0.3, 0.2, 0.1), 4e-3: (0.9, None, 0.9), 8e-3: (0.99,)}
+    losses = {1e-3: 1.0, 2e-3: 2.0}
+
+    def ranked() -> list[float]:
+        return rates.ranked(
+            {
+                rate: {seed: value and (value, -losses.get(rate, 0)) for seed, value in enumerate(values)}
+                for rate, values in scores.items()
+            }
+        )
+
+    assert ranked() == [1e-3, 2e-3]  # equal, though not in binary: the loss decides; others failed or went out
+    losses[2e-3] = 1.0
+    assert ranked() == [1e-3, 2e-3]  # the lower one
+    losses[2e-3] = 0.5
+    assert ranked() == [2e-3, 1e-3]
+    assert rates.ranked({1e-3: {0: (0.1, 0.0), 1: (0.9, 0.0)}, 2e-3: {1: (0.5, 0.0), 2: (0.5, 0.0)}}) == [1e-3, 2e-3]
+    assert rates.ranked({1e-3: {0: None}}) == []
+
+
 def test_a_point_in_words() -> None:
     assert rates.operating_point({"threshold": 0.9}) == "threshold 0.9"
     assert rates.operating_point({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"

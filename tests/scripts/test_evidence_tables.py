@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,14 +12,13 @@ import pytest
 import reproduce
 from checkout import NEEDED, RESULTS
 from evidence import paired, tables
-from evidence.paired import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE, Pair, average, between, over_tasks
+from evidence.paired import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE
 from evidence.runs import gather
 from evidence.tables import Table
 from recorded_runs import EXAMPLES, leave
-from refusals import refusal
 from scipy import stats
 
-from partial_lora.report.statistics import Estimate, compare, estimate, over_sets
+from partial_lora.report.statistics import Estimate
 
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
 
@@ -45,96 +43,7 @@ def verdicts(table: Table) -> list[tuple[str, str]]:
     return [(each.where, each.verdict) for each in table.verdicts]
 
 
-# Paired differences, exact and beside a literal bootstrap
-
-
-def outcomes(right) -> dict[int, SimpleNamespace]:
-    """Outcomes by seed: right about these examples (seeds, examples), or of these scores without predictions."""
-    of_seeds = {}
-    for seed, row in enumerate(right):
-        label = np.arange(np.size(row)) % 2
-        frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)}) if np.ndim(row) else None
-        of_seeds[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
-    return of_seeds
-
-
-def pair(first, second, metric: str = "accuracy") -> Pair:
-    return Pair(outcomes(first), outcomes(second), metric)
-
-
-def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.uniform(size=(seeds, examples)) < chance for chance in chances]
-
-
-def by_comparison(one: Pair, **settings: object):
-    """The package's comparison of the same two methods."""
-    sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
-    return compare(*sides, one.metric, **settings)
-
-
-def test_on_one_task_it_is_the_package_s_comparison() -> None:
-    one = pair(*drawn(0, 3, 80, 0.8, 0.7))
-    interval, expected = between([one]), by_comparison(one)
-    for name in ("estimate", "low", "high", "bootstrap_low", "bootstrap_high"):
-        assert getattr(interval, name) == getattr(expected, name)
-    assert (interval.seeds, interval.examples, interval.verdict, interval.over) == (
-        3,
-        80,
-        expected.verdict,
-        "seeds and examples",
-    )
-    base = drawn(4, 2, 40, 0.9, 0.5)
-    assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
-    turned = between([pair(*base), pair(*base[::-1])])
-    assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
-
-
-def test_members_of_a_mixture_have_the_average_of_their_common_seeds_and_sets_that_of_all_sets() -> None:
-    arrays = [drawn(1, 3, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7), drawn(3, 3, 40, 0.8, 0.5)]
-    tasks = {str(place): [pair(*each)] for place, each in enumerate(arrays)}
-    differences = [first.astype(float) - second for first, second in arrays]
-    members = average(tasks)
-    assert members.estimate == estimate(*(each[:3] for each in differences))
-    assert (members.seeds, members.examples, members.over) == (3, 120, "seeds and examples")
-    sets = over_tasks(tasks)
-    assert sets.estimate == over_sets([estimate(each) for each in differences])
-    means = [each.mean() for each in differences]
-    assert (sets.up, sets.down) == (sum(mean > 0 for mean in means), sum(mean < 0 for mean in means))
-    assert (sets.seeds, sets.examples, sets.over) == (3, 120, "sets")
-
-
-def test_without_predictions_the_interval_is_students() -> None:
-    interval = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
-    values = np.array([0.05, -0.01, 0.05])
-    expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert (interval.low, interval.high) == pytest.approx(expected)
-    assert (interval.difference, interval.seeds, interval.over, interval.verdict) == (
-        pytest.approx(0.03),
-        3,
-        "seeds",
-        "undecided",
-    )
-    falling = between([pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity")])
-    assert (falling.difference < 0, falling.verdict) == (True, "better")  # less is better
-    other = between([pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5))])
-    assert other.over == "–"  # other examples: scores alone
-
-
-def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
-    one = pair(*drawn(5, 1, 200, 0.99, 0.3))
-    interval = between([one])
-    assert (interval.verdict, interval.over, interval.seeds, interval.low > 0) == ("undecided", "examples", 1, True)
-    alone = between([pair([0.9], [0.5])])
-    assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
-    assert np.isnan([alone.low, alone.high]).all()
-    both = {"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]}
-    assert (average(both).verdict, average(both).seeds, average(both).over) == ("undecided", 1, "examples")
-    assert (over_tasks(both).verdict, over_tasks(both).seeds) == ("undecided", 1)
-    with refusal("", "seed"):
-        between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
-    with refusal("", "perplexity"):
-        average({"a": [pair([9.0], [8.0], "perplexity")]})
+# Verdicts
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_what_is_bold_in_the_readme_s_table_holds_among_all() -> None:
 def on_gtsrb() -> pd.Series:
     """Test scores on gtsrb in the race, in points, by form, size and seed, each form at its best rate."""
     runs, _ = records.read(ROOT / "results" / "race")
-    chosen = race.at_best_rates(race.rows_of(run.record for run in runs))
+    chosen = race.at_best_rates(race.rows_of(runs))
     return 100 * chosen[chosen["task"] == "gtsrb"].set_index(["form", "size", "seed"])["test"].sort_index()
 
 

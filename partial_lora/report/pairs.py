@@ -1,0 +1,204 @@
+"""Pairs of methods on the same tasks and seeds: how far apart they are, and how sure that is.
+
+Runs that kept their predictions have an interval over seeds and test examples (statistics.py); the others have
+Student's t over seeds. Over several sets a difference is the mean over sets of which these are a sample, by random
+effects: sets differ, and a claim is of more than these. The members of a mixture are no such sample but parts of one
+task, with the same seeds: their mean has an interval over seeds and examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.report.records import BLOCK, NONE, Predictions
+from partial_lora.report.statistics import DRAWS, Comparison, by_example, drawn_again, estimate, over_sets
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
+
+BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The score of a run on the test rows of one task, and its predictions; member: of a mixture, that task."""
+
+    score: float
+    metric: str
+    group: str
+    seed: int
+    stored: Predictions | None
+    member: str | None = None
+
+    @classmethod
+    def of(cls, row: Mapping, stored: Predictions | None) -> Outcome:
+        """Return the outcome of a row of `records.row`."""
+        return cls(row["test"], row["metric"], row["group"], row["seed"], stored)
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame | None:
+        """A row a test example; None where none can be read."""
+        if self.stored is None:
+            return None
+        try:
+            frame = self.stored.of(self.group, [self.seed], self.metric)[self.seed]
+        except (PartialLoraError, ValueError):
+            return None
+        if self.member is None or "member" not in frame:
+            return frame
+        return frame[frame["member"] == self.member].drop(columns="member").reset_index(drop=True)
+
+
+Side = Mapping[int, Outcome]  # the runs of a method on one task, by seed
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods' runs on one task, by seed, and the metric that they are compared by."""
+
+    first: Side
+    second: Side
+    metric: str
+
+    @property
+    def seeds(self) -> set[int]:
+        return self.first.keys() & self.second.keys()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Comparison):
+    """The first method's score less the second's, on one task or over several; NaN where there is no interval.
+
+    bootstrap_low, bootstrap_high: of one task. over: what is taken for chance: seeds and examples; examples, of one
+    seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task; examples: of all
+    tasks together; up, down: tasks on which the first is above and below.
+    """
+
+    over: str
+    up: int
+    down: int
+
+
+def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
+    """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
+
+    Raises PartialLoraError where there is no seed that all have.
+    """
+    seeds = _in_common(pairs)
+    d = differences_by_example(pairs, seeds)
+    if d is None:
+        return _over_seeds([_scores(pairs, seeds)], pairs[0].metric, predicted=False)
+    return _over_seeds([d], pairs[0].metric, predicted=True, drawn=drawn_again(d, draws))
+
+
+def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
+    """The mean over tasks that have the same seeds, all tasks counting alike, as of the members of a mixture.
+
+    Raises PartialLoraError where there is no seed that all have, and where a metric is one of which less is better.
+    """
+    _refuse_falling(tasks)
+    seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
+    arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
+    known = all(d is not None for d in arrays)
+    parts = arrays if known else [_scores(pairs, seeds) for pairs in tasks.values()]
+    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, known)
+
+
+def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
+    """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
+    _refuse_falling(tasks)
+    each = [between(pairs, draws=0) for pairs in tasks.values()]
+    found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
+    seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
+    return Difference.of(found, metric, seeds, examples, over=SETS, **_signs(one.difference for one in each))
+
+
+def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
+    if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
+        raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
+
+
+def _in_common(pairs: Sequence[Pair]) -> list[int]:
+    seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
+    if not seeds:
+        raise PartialLoraError("no seed in common")
+    return seeds
+
+
+def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **more: tuple[float, float]) -> Difference:
+    """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
+    seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
+    over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
+    more |= {"over": over, **_signs(d.mean() for d in parts)}
+    return Difference.of(estimate(*parts), metric, seeds, examples, **more)
+
+
+def _signs(differences: Iterable[float]) -> dict[str, int]:
+    """Counts of those above zero and those below."""
+    each = list(differences)
+    return {"up": sum(one > 0 for one in each), "down": sum(one < 0 for one in each)}
+
+
+def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
+    """Differences of scores (seeds, 1), the mean over pairs."""
+    each = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
+    return np.mean(each, axis=0)[:, None]
+
+
+def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
+    """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
+    other examples."""
+    arrays = []
+    for pair in pairs:
+        sides = [[side[seed].predictions for seed in seeds] for side in (pair.first, pair.second)]
+        if any(frame is None for side in sides for frame in side):
+            return None
+        try:
+            arrays.append(by_example(*sides, pair.metric))
+        except (PartialLoraError, ValueError, KeyError):
+            return None
+    return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
+
+
+def by_seed(runs: pd.DataFrame) -> Side:
+    """Return the runs of a method, rows with an outcome each, by seed."""
+    return dict(zip(runs["seed"], runs["outcome"], strict=True))
+
+
+# Which is better than every other
+
+
+def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
+    """Return the indices of rows that are better than every other of the same `records.BLOCK` (`is_best`).
+
+    table: of `records.group`, one row a folder of runs. A row without predictions, or with nothing beside it, is not
+    marked.
+    """
+    marked = set()
+    for (*_, metric, _), block in table.groupby(list(BLOCK), sort=False, dropna=False):
+        block = block.sort_values("test_mean", ascending=metric in LOWER_IS_BETTER)
+        first, *others = (
+            {seed: Outcome(row.test_mean, metric, row.group, seed, predictions) for seed in map(int, row.seeds.split())}
+            for row in block.itertuples()
+        )
+        if is_best(first, others, metric):
+            marked.add(block.index[0])
+    return marked
+
+
+def is_best(own: Side, others: Iterable[Side], metric: str) -> bool:
+    """Return whether a method is better than all others: each time the interval over seeds and examples is above zero.
+
+    others: those that are the most likely to refute it come first. What stands alone is not best.
+    """
+    pairs = [Pair(own, other, metric) for other in others]
+    return bool(pairs) and all(_beats(pair) for pair in pairs)
+
+
+def _beats(pair: Pair) -> bool:
+    found = between([pair], draws=0) if pair.seeds else None
+    return found is not None and found.over == BOTH and found.estimate.upward(pair.metric).interval()[0] > 0

@@ -1,0 +1,156 @@
+"""Pairs of methods: what their differences are over, and which is better than every other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from recorded_runs import LABEL, leave, rows_of
+from refusals import refusal
+from scipy import stats
+
+from partial_lora.report import records, tables
+from partial_lora.report.pairs import Pair, average, best, between, over_tasks
+from partial_lora.report.records import Predictions
+from partial_lora.report.statistics import compare, estimate, over_sets
+from partial_lora.runs.directory import PREDICTIONS
+
+
+def outcomes(right) -> dict[int, SimpleNamespace]:
+    """Outcomes by seed: right about these examples (seeds, examples), or of these scores without predictions."""
+    of_seeds = {}
+    for seed, row in enumerate(right):
+        label = np.arange(np.size(row)) % 2
+        frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)}) if np.ndim(row) else None
+        of_seeds[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
+    return of_seeds
+
+
+def pair(first, second, metric: str = "accuracy") -> Pair:
+    return Pair(outcomes(first), outcomes(second), metric)
+
+
+def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.uniform(size=(seeds, examples)) < chance for chance in chances]
+
+
+def by_comparison(one: Pair, **settings: object):
+    """The package's comparison of the same two methods."""
+    sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
+    return compare(*sides, one.metric, **settings)
+
+
+def test_on_one_task_it_is_the_package_s_comparison() -> None:
+    one = pair(*drawn(0, 3, 80, 0.8, 0.7))
+    interval, expected = between([one]), by_comparison(one)
+    for name in ("estimate", "low", "high", "bootstrap_low", "bootstrap_high"):
+        assert getattr(interval, name) == getattr(expected, name)
+    assert (interval.seeds, interval.examples, interval.verdict, interval.over) == (
+        3,
+        80,
+        expected.verdict,
+        "seeds and examples",
+    )
+    base = drawn(4, 2, 40, 0.9, 0.5)
+    assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
+    turned = between([pair(*base), pair(*base[::-1])])
+    assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
+
+
+def test_members_of_a_mixture_have_the_average_of_their_common_seeds_and_sets_that_of_all_sets() -> None:
+    arrays = [drawn(1, 3, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7), drawn(3, 3, 40, 0.8, 0.5)]
+    tasks = {str(place): [pair(*each)] for place, each in enumerate(arrays)}
+    differences = [first.astype(float) - second for first, second in arrays]
+    members = average(tasks)
+    assert members.estimate == estimate(*(each[:3] for each in differences))
+    assert (members.seeds, members.examples, members.over) == (3, 120, "seeds and examples")
+    sets = over_tasks(tasks)
+    assert sets.estimate == over_sets([estimate(each) for each in differences])
+    means = [each.mean() for each in differences]
+    assert (sets.up, sets.down) == (sum(mean > 0 for mean in means), sum(mean < 0 for mean in means))
+    assert (sets.seeds, sets.examples, sets.over) == (3, 120, "sets")
+
+
+def test_without_predictions_the_interval_is_students() -> None:
+    interval = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
+    values = np.array([0.05, -0.01, 0.05])
+    expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx(expected)
+    assert (interval.difference, interval.seeds, interval.over, interval.verdict) == (
+        pytest.approx(0.03),
+        3,
+        "seeds",
+        "undecided",
+    )
+    falling = between([pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity")])
+    assert (falling.difference < 0, falling.verdict) == (True, "better")  # less is better
+    other = between([pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5))])
+    assert other.over == "–"  # other examples: scores alone
+
+
+def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
+    one = pair(*drawn(5, 1, 200, 0.99, 0.3))
+    interval = between([one])
+    assert (interval.verdict, interval.over, interval.seeds, interval.low > 0) == ("undecided", "examples", 1, True)
+    alone = between([pair([0.9], [0.5])])
+    assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
+    assert np.isnan([alone.low, alone.high]).all()
+    both = {"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]}
+    assert (average(both).verdict, average(both).seeds, average(both).over) == ("undecided", 1, "examples")
+    assert (over_tasks(both).verdict, over_tasks(both).seeds) == ("undecided", 1)
+    with refusal("", "seed"):
+        between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
+    with refusal("", "perplexity"):
+        average({"a": [pair([9.0], [8.0], "perplexity")]})
+
+
+# Which rows of a table are marked
+
+
+@pytest.fixture
+def results(tmp_path):
+    for seed in (0, 1):
+        for method, wrong in (("partial", 10), ("targeted", 70), ("lora", 10), ("probe", 11)):
+            leave(tmp_path, method, wrong=wrong, seed=seed)
+    return tmp_path
+
+
+def marked(results_dir):
+    table = records.group(rows_of(results_dir))
+    return table.loc[sorted(best(table, Predictions(results_dir))), "method"].tolist()
+
+
+def test_only_a_difference_that_holds_is_marked_and_in_all_files(results):
+    assert marked(results) == ["partial"]  # lora is one example better than probe, which does not hold
+    rows = rows_of(results)
+    found = best(records.group(rows), Predictions(results))
+    markdown, numbers, latex = tables.write(rows, results, command="x", marked=found)
+    assert markdown.read_text(encoding="utf-8").count("**95.00 ± 0.00**") == 1
+    assert r"\textbf{95.00 $\pm$ 0.00}" in latex.read_text(encoding="utf-8")
+    assert pd.read_csv(numbers, comment="#")["best"].sum() == 1
+
+
+def test_what_is_not_better_than_all_others_of_its_block_is_not_marked(results, tmp_path_factory):
+    for seed in (0, 1):
+        leave(results, "uniform", wrong=0, seed=seed, trainer__epochs=50.0)
+    assert marked(results) == ["partial"]  # uniform is better, and has nothing beside it
+    shown = tables.readable(records.group(rows_of(results))).set_index("method")["differs in"]
+    assert shown[["uniform", "partial", "lora"]].tolist() == ["epochs=50", "–", "–"]
+    for seed in (0, 1):
+        leave(results, "flow", wrong=11, seed=seed)  # of partial's own block, and as good
+    assert marked(results) == []
+    one_seed = tmp_path_factory.mktemp("one_seed")
+    for method, wrong in (("partial", 10), ("targeted", 70)):
+        leave(one_seed, method, wrong=wrong)
+    assert marked(one_seed) == []
+
+
+def test_without_predictions_of_the_same_examples_none_is_marked(results):
+    (folder,) = results.glob("runs/*/*/targeted*/seed1")
+    pd.DataFrame({"label": LABEL[:100], "prediction": LABEL[:100]}).to_parquet(folder / PREDICTIONS)
+    assert marked(results) == []
+    (folder / PREDICTIONS).unlink()
+    assert marked(results) == []
