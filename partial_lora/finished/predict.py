@@ -258,7 +258,7 @@ def _words(content: object) -> str:
 
 
 def _prompt(content: object) -> str | PartialLoraError:
-    if not is_text(content):
+    if not (isinstance(content, str) and is_text(content)):
         return _unlike(content, "a text in UTF-8")
     return content if content.strip() else PartialLoraError("an empty prompt: expected a text")
 
