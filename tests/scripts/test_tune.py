@@ -44,7 +44,7 @@ def test_the_rate_is_that_of_the_best_validation() -> None:
         "seeds": [0],
         "at_edge": False,
     }
-    assert {"trainer.epochs": 5.0, "trainer.max_steps": None, "trainer.batch_size": 32}.items() <= own.items()
+    assert {"trainer.epochs": None, "trainer.max_steps": None, "trainer.batch_size": 16}.items() <= own.items()
     assert own["model.architecture"] == settings()["model"]["architecture"]
     assert partial["settings"] == own | {"mask.fan_in": "dense", "mask.row_exponent": 0.0}
     assert (partial["operating_point"], partial["learning_rate"], partial["at_edge"]) == ("budget 0.13", 3e-2, True)
@@ -78,9 +78,9 @@ def test_the_best_may_be_the_lowest(metric: str) -> None:
                 (f"{key}={value}", f"{key}={own}"),
             )
             for key, value, own in (
-                ("trainer.epochs", "9", "5"),
+                ("trainer.epochs", "9", "null"),
                 ("trainer.max_steps", "3", "null"),
-                ("trainer.batch_size", "8", "32"),
+                ("trainer.batch_size", "8", "16"),
                 ("task.train_samples", "90", "null"),
             )
         ),
@@ -105,7 +105,7 @@ def test_every_method_is_searched_for_as_long(others, names) -> None:
 @pytest.mark.parametrize(
     ("override", "own", "other"),
     [
-        ("trainer.epochs=50", "trainer.epochs=5", "50"),
+        ("trainer.epochs=50", "trainer.epochs=null", "50"),
         ("importance=random", "importance.name=svd", "random"),
         ("model.target_modules=[attn.qkv]", "model.target_modules=[", "[attn.qkv]"),
     ],
@@ -151,7 +151,7 @@ def test_a_search_goes_on_with_what_the_file_has_tried() -> None:
     assert (entry["learning_rate"], entry["at_edge"]) == (3e-4, True)
     (entry,) = best(*search([0.5, 0.6, 0.7, 0.8], "method=dora"), before=before)
     assert list(entry["tried"]) == ["0.001", "0.003", "0.01", "0.03"]
-    with refused("trainer.epochs=5", "9"):
+    with refused("trainer.epochs=null", "9"):
         best(run(1e-1, 0.5, *LORA, "trainer.epochs=9"), before=before)
     with refused("seeds=[0]", "[1]"):
         best(run(1e-1, 0.5, *LORA, seed=1), before=before)
@@ -180,7 +180,11 @@ def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path:
     assert json.loads(content)["entries"][0]["learning_rate"] == 3e-3
     one = results("one", [run(3e-4, 0.95, *LORA)])
     longer = results("longer", search([0.5, 0.9, 0.8, None], "method=dora", "trainer.epochs=9"))
-    for wrong, names in ((str(tmp_path / "none"), str(tmp_path / "none")), (longer, "trainer.epochs=5"), (one, "lora")):
+    for wrong, names in (
+        (str(tmp_path / "none"), str(tmp_path / "none")),
+        (longer, "trainer.epochs=null"),
+        (one, "lora"),
+    ):
         assert tune.main([wrong, "--out", str(out)]) == 2
         assert names in capsys.readouterr().err
         assert out.read_bytes() == content
