@@ -495,6 +495,7 @@ def test_rows_and_settings_to_beware_of_are_said_and_recorded(place: Path) -> No
         (place / name).write_text("text,label\n" + rows)
     files = "task.data_files={train: rows.csv, test: same.csv}"
     own = ("model=tiny_bert", "task=text_table", files, "method=lora", "trainer.max_steps=1", "trainer.device=cpu")
+    own += ("trainer.batch_size=32",)
     done = here(place, "train", *own, "trainer.learning_rate=2", "results_dir=beware", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     (file,) = place.glob("beware/runs/*/*/*/*/result.json")

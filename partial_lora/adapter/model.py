@@ -77,7 +77,7 @@ class PartialLoraModel(LoraModel):
         for target in [] if isinstance(patterns, str) else sorted(patterns):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
-        usual = _HEADS if peft_config.task_type == "SEQ_CLS" else ()
+        usual = _HEADS if peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
         for part in peft_config.modules_to_save or ():
             if part not in usual and not any(name.endswith(part) for name in modules):  # as PEFT finds them
                 raise PartialLoraError(f"modules_to_save names {part!r}, which matches no module.")
@@ -194,7 +194,7 @@ class PartialLoraModel(LoraModel):
         )
 
 
-_HEADS = ("classifier", "score")  # that PEFT adds for SEQ_CLS, whichever of them the model has
+_HEADS = ("classifier", "score")  # that PEFT adds for these tasks, whichever of them the model has
 _HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")  # of which PEFT names the head once the adapter is in the model
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 

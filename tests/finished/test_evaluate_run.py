@@ -208,7 +208,8 @@ def with_files(run: FinishedRun, folder: Path, data_files: object) -> FinishedRu
     directory = folder / f"{run.method}-{identity.run_id(settings)}" / "seed0"
     shutil.copytree(run.directory, directory)
     record = json.loads((directory / results.RESULT).read_text())
-    (directory / results.RESULT).write_text(json.dumps(record | {"config": config.plain(settings)}))
+    of_files = {"config": config.plain(settings), "digests": identity.digests(config.plain(settings))}
+    (directory / results.RESULT).write_text(json.dumps(record | of_files))
     return finished_run(directory)
 
 
@@ -220,7 +221,7 @@ def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tm
     pictures(21, 0).to_parquet(data["train"])  # three rows more: validation would be cut anew
     other_test = f"task.data_files.test={usual['test']}"
     for harmless in ((), ("task.test_samples=9",), ("task.cache_bytes=0",), (other_test, "--split=validation")):
-        refused(own, "task.data_files=", *harmless)
+        refused(own, "task.data_files", *harmless)
     assert evaluate(other_test, of=own)["examples"] == 21
 
 
@@ -287,5 +288,5 @@ def test_a_folder_of_splits_keeps_them_where_another_folder_is_named_for_one(run
     assert (done["examples"], done["labels"]) == (9, list(finished_runs.COLOURS))
     assert evaluate(new, "--split=validation", of=own)["examples"] == 6
     photos("own/train", 5, 0)
-    refused(own, "task.data_files=", new, "--split=validation")
+    refused(own, "task.data_files", new, "--split=validation")
     assert evaluate(new, of=own)["examples"] == 9

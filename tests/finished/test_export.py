@@ -344,7 +344,7 @@ def with_another_seed(directory: Path) -> None:
         (recorded(config={}), ["result.json"]),
         (removed("adapter/adapter_model.safetensors"), ["adapter/adapter_model.safetensors"]),
         (truncated("adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
-        (truncated("adapter/adapter_config.json"), ["/adapter: "]),
+        (truncated("adapter/adapter_config.json"), ["adapter_config.json"]),
         (truncated("adapter/partial_lora.json"), ["partial_lora.json"]),
         (with_another_seed, ["partial_lora.json", "digest"]),
         (without_a_tensor, ["adapter_model.safetensors", "lora_B", "fc2"]),

@@ -275,12 +275,12 @@ class Stdin(io.RawIOBase):
     def __init__(self, lines, seen=lambda: None) -> None:
         self.buffer, self.lines, self.seen = self, iter(lines), seen
 
-    def __next__(self) -> bytes:
+    def readline(self, size: int = -1) -> bytes:
         self.seen()
-        line = next(self.lines)
+        line = next(self.lines, None)
         if isinstance(line, BaseException):
             raise line
-        return f"{line}\n".encode()
+        return b"" if line is None else f"{line}\n".encode()
 
 
 def test_json_has_one_object_a_line_in_the_order_of_the_inputs(predictor, folder, photos, predict) -> None:

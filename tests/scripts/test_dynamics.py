@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,6 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from partial_lora.finished import export
 from partial_lora.finished.predict import RunModel
-from partial_lora.finished.run import FinishedRun
 from partial_lora.report import records
 
 
@@ -109,9 +109,9 @@ def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monke
     assert max(moved["bert.encoder.layer.1"], moved["bert.encoder.layer.2"]) < 1 - 1e-4
 
 
-def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused(tmp_path: Path) -> None:
+def test_other_rows_a_model_without_blocks_and_a_mixture_are_refused() -> None:
     run = image_run()
-    of_other_files = FinishedRun(tmp_path / f"{run.method}-00000000" / "seed0", run.config, run.result)
+    of_other_files = replace(run, result=run.result | {"digests": {"task.data_files.train": "of other rows"}})
     mixture = changed(run, "task", path="members", members={"a": run.config.task})
     without = changed(run, "model", blocks=None)
     for other, key in ((of_other_files, ".*task.data_files"), (without, ".*model.blocks"), (mixture, ".*mixture")):
