@@ -478,7 +478,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Change:
-    """What settings of before a version mean.
+    """A change of a key, and the meaning of settings that are older.
 
     Attributes:
         version: the first one with the key as it is now.
