@@ -21,7 +21,7 @@ _ENOUGH = 0.05  # of a stage's work, or a minute of it, is done before it says h
 
 @dataclass
 class _Stage:
-    """What is known of a stage: which bar and lines it has, and which share of its work was done when.
+    """A stage under way: its bar and lines, and the share of its work that was done at each time.
 
     bar: the number of its bar, on a terminal. printed: when the last line about it was.
     """
