@@ -20,26 +20,25 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-from evidence.paired import (
-    ALL_SETS,
-    DIFFERENCE,
-    NO_RUNS,
-    SCORE,
-    Claim,
-    differences,
-    interval,
-    judged,
-    part_of,
-    scores,
-)
-from evidence.runs import BUDGET, THRESHOLD, collect
-from evidence.tables import readable_differences, readable_scores, tabled
 
 from partial_lora import cli
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race
+from partial_lora.report.claims import (
+    ALL_SETS,
+    NO_RUNS,
+    Claim,
+    differences,
+    interval,
+    judged,
+    readable_differences,
+    readable_scores,
+    scores,
+    tabled,
+)
+from partial_lora.report.comparable import BUDGET, THRESHOLD, collect
 from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.records import NONE
 
@@ -259,7 +258,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
         ]
     missing = "No runs on two sets so far" if several.any() else "Without runs so far"
     parts += [f"{missing}: {'; '.join(planned)}."] if planned else []
-    tables = readable_scores(part_of(numbers, SCORE)) | readable_differences(part_of(numbers, DIFFERENCE))
+    tables = readable_scores(numbers) | readable_differences(numbers)
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     if not (alike := agreements(runs)).empty:
         parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]

@@ -12,12 +12,11 @@ on from errors of modules to the output of a network.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.random import Generator
-from rich.console import Console
-from rich.table import Table
 from scipy.special import bdtr
 from scipy.stats import hypergeom
+from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
@@ -531,36 +529,20 @@ def of_subset_sums(rng: Generator) -> dict:
     return line(what, fewest, "at least", number)
 
 
-def print_table(setting: Setting, numbers: Sequence[dict]) -> None:
-    """Print bounds and simulated values side by side, and what they mean in words."""
-    t, confidence, (_, enough, needed) = setting.target_rank, 1 - setting.delta, setting.ranks
-    table = Table(
-        title=f"{setting.rows} x {setting.columns}, rank {setting.rank}, target rank {t}, "
-        f"sparsity {setting.sparsity:g}, delta {setting.delta:g}, {setting.draws} draws",
-        title_justify="left",
-    )
-    table.add_column("what", overflow="fold")
-    for column in ("bound", "holds", "simulated"):
-        table.add_column(column, justify="right", no_wrap=True)
+def table(setting: Setting, numbers: Sequence[dict]) -> str:
+    """Return bounds and simulated values side by side, as Markdown."""
+    rows = []
     for one in numbers:
         simulated = "" if one["simulated"] is None else f"{one['simulated']:.4g}"
-        if one["standard_error"] is not None:
-            simulated += f" ± {one['standard_error']:.1g}"
-        table.add_row(one["what"], f"{one['bound']:.4g}", one["holds"], simulated)
-    if setting.rank >= enough:
-        verdict = f"enough, with probability {confidence:g}"
-    elif setting.rank >= needed:
-        verdict = f"neither proved enough ({enough}) nor proved too little (below {needed})"
-    else:
-        verdict = f"too little for almost every target; {needed} is necessary, {enough} enough"
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"Rows and columns: for no fixed target is the squared error below "
-        f"{least_precision(*setting.densities, setting.delta):.4f} of its norm with probability {confidence:g}; "
-        f"a claim for these masks has to be about other solutions.",
-        f"Entries of B, A free: rank {setting.rank} for targets of rank {t} is {verdict}.",
-        sep="\n",
+        simulated += "" if one["standard_error"] is None else f" ± {one['standard_error']:.1g}"
+        rows.append([one["what"], f"{one['bound']:.4g}", one["holds"], simulated])
+    least = least_precision(*setting.densities, setting.delta)
+    return (
+        f"{setting.rows} x {setting.columns}, rank {setting.rank}, target rank {setting.target_rank}, sparsity "
+        f"{setting.sparsity:g}, delta {setting.delta:g}, {setting.draws} draws\n\n"
+        f"{tabulate(rows, ('what', 'bound', 'holds', 'simulated'), 'github', disable_numparse=True)}\n\n"
+        f"Rows and columns: for no fixed target is the squared error below {least:.4f} of its norm with probability "
+        f"{1 - setting.delta:g}; a claim for these masks has to be about other solutions.\n"
     )
 
 
@@ -666,10 +648,7 @@ def plain(axes: Axes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print bounds and simulated values side by side, and draw them if a figure is named."""
-    parser = argparse.ArgumentParser(
-        description="Bounds for sparse adapters, proved in docs/evidence/theory.md, and simulated values beside them.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=768, metavar="M", help="outputs of the module (768)")
     parser.add_argument("--columns", type=int, default=768, metavar="N", help="inputs of the module (768)")
     parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter (16)")
@@ -679,39 +658,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta", type=float, default=0.05, metavar="D", help="probability of failure (0.05)")
     parser.add_argument("--draws", type=int, default=500, metavar="K", help="of every simulation (500)")
     parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the simulations (0)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them, too: .png, .svg, .pdf")
-    given = vars(parser.parse_args(arguments))
-    as_json, file, sparsities = given.pop("json"), given.pop("figure"), given.pop("sparsity")
-    for name, holds, expected in (
-        ("rows", given["rows"] >= 1, "at least 1"),
-        ("columns", given["columns"] >= 1, "at least 1"),
-        ("rank", given["rank"] >= 1, "at least 1"),
-        ("target_rank", 1 <= given["target_rank"] <= given["rank"], f"from 1 to --rank {given['rank']}"),
-        ("delta", 0 < given["delta"] < 1, "above 0 and below 1"),
-        ("draws", given["draws"] >= 2, "at least 2"),
-        ("seed", given["seed"] >= 0, "at least 0"),
-    ):
-        if not holds:
-            parser.error(f"--{name.replace('_', '-')} {given[name]}: expected {expected}")
-    if file and not (file.suffix in (".png", ".svg", ".pdf") and file.parent.is_dir()):
-        parser.error(f"--figure {file}: expected a .png, .svg or .pdf file in a folder that exists")
-    reports = []
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            parser.error(f"--sparsity {sparsity}: expected a share from 0 to below 1")
-        setting = Setting(sparsity=sparsity, **given)
-        try:
-            reports.append((setting, lines(setting)))
-        except PartialLoraError as error:
-            parser.error(f"--sparsity {sparsity}: {error}")
-    if as_json:
-        print(json.dumps([asdict(setting) | {"lines": numbers} for setting, numbers in reports], indent=1))
-    else:
-        for setting, numbers in reports:
-            print_table(setting, numbers)
+    own = vars(parser.parse_args(arguments))
+    file, sparsities = own.pop("figure"), own.pop("sparsity")
+    settings = [Setting(sparsity=sparsity, **own) for sparsity in sparsities]
+    for setting in settings:
+        print(table(setting, lines(setting)))
     if file:
-        print(f"figure: {draw(reports[0][0], sparsities, file)}", file=sys.stderr)
+        print(f"figure: {draw(settings[0], sparsities, file)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
-from theory import BLUE, GREEN, GREY, LEGEND, ORANGE, plain
 from torch import Tensor, nn
 
 from partial_lora import models
@@ -41,6 +40,7 @@ SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # |T| / |W| of the dense update, Frobeni
 POWER_ITERATIONS = 10
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SEEN = ("norm1", "norm2", *LINEAR)
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
 
 # --------------------------------------------------------------------------------------------------------- statements
 
@@ -377,8 +377,11 @@ def draw(record: Mapping, out: Path) -> Path:
         axes.set_yscale("log")
         axes.set_xlabel("size of the dense update, |T| / |W|")
         axes.set_title(f"{model['name']}: {model['blocks']} blocks, {model['modules']} modules", fontsize=10)
-        plain(axes)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, **LEGEND)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    style = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 8}
+    figure.legend(*panels[0].get_legend_handles_labels(), **style)
     panels[0].set_ylabel("change of the output / its norm")
     figure.suptitle(
         f"A masked adapter in place of a dense one, density {record['density']:g} of rows and columns\n"

@@ -1,7 +1,7 @@
 """The learning rates that a search found best on validation, as a file for `trainer.tuned`.
 
     partial-lora train -m experiment=tune method=… results_dir=results/tune
-    python scripts/tune.py results/tune --out results/tuning.json
+    python scripts/tune.py results/tune        # writes results/tuning.json, beside the folder
 
 All runs of one search agree in every setting that matters; those of all methods in how long and on what they trained,
 in the number of rates and in the seeds. An entry of what was not searched for stays in the file, and has to agree with
@@ -161,9 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Read the runs, write the file and print its new entries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
-    parser.add_argument("--out", type=Path, default=Path("results/tuning.json"), metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: tuning.json beside RESULTS_DIR")
     parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     given = parser.parse_args(arguments)
+    given.out = given.out or given.results_dir.parent / "tuning.json"
     try:
         folders = packs.directories(given.results_dir)
         records = [record for folder in folders if (record := packs.recorded(folder)) is not None]

@@ -1,16 +1,16 @@
 """Scores of a frozen causal model on multiple choice: this package's beside a literal loop over the options.
 
-    python scripts/zero_shot.py arc_easy=DATA/arc_easy/test.parquet piqa=DATA/piqa/test.parquet
+    python scripts/zero_shot.py task=arc_easy data_dir=data
 
-For each set: the test rows of experiment=causal (results/causal), scored as a run would score them; and the first 100
+The test rows of experiment=causal (results/causal), scored as a run would score them; and the first 100
 of them once more, one option at a time, one pass each, straight from the tokenizer and the model. Writes
-results/causal/zero_shot.json, a record a set as it is done, and prints both. About 10 minutes a set on one core.
+results/causal/zero_shot.json and prints both. About 10 minutes a set on one core.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,6 @@ from partial_lora.training import objectives
 
 OUT = Path("results/causal/zero_shot.json")
 LITERAL = 100  # questions of each set
-
-
-def config_of(task: str, file: str) -> Config:
-    """Compose the settings of experiment=causal, with a file of test rows alone."""
-    return composed("experiment=causal", f"task={task}", f"task.data_files={{train: {file}, test: {file}}}")
 
 
 def scored(config: Config, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
@@ -71,40 +66,33 @@ def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Score every TASK=FILE that is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", metavar="TASK=FILE")
-    sets = [argument.partition("=") for argument in parser.parse_args(arguments).sets]
-    for task, _, file in sets:
-        if not file:
-            parser.error(f"{task}: expected TASK=FILE")
-    records = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for task, _, file in sets:
-        config = config_of(task, file)
-        model = build.model_of(config.model, (), ()).eval()
-        judged, tokenizer = scored(config, model)
-        loop = literally(config, model, tokenizer)
-        own = judged.predictions.iloc[:LITERAL]
-        agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
-            own["prediction_norm"], loop.pop("chosen_by_length")
-        )
-        records[task] = {
-            "model": config.model.name,
-            "questions": len(judged.predictions),
-            "package": {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")},
-            "first": {
-                "questions": LITERAL,
-                "package": {
-                    "accuracy": float((own["prediction"] == own["label"]).mean()),
-                    "accuracy_norm": float((own["prediction_norm"] == own["label"]).mean()),
-                },
-                "literal": loop,
-                "same_choices": int(agree.sum()),
+    """Score the task that the settings name."""
+    config = composed("experiment=causal", *(sys.argv[1:] if arguments is None else arguments))
+    model = build.model_of(config.model, (), ()).eval()
+    judged, tokenizer = scored(config, model)
+    loop = literally(config, model, tokenizer)
+    own = judged.predictions.iloc[:LITERAL]
+    agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
+        own["prediction_norm"], loop.pop("chosen_by_length")
+    )
+    record = {
+        "model": config.model.name,
+        "questions": len(judged.predictions),
+        "package": {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")},
+        "first": {
+            "questions": LITERAL,
+            "package": {
+                "accuracy": float((own["prediction"] == own["label"]).mean()),
+                "accuracy_norm": float((own["prediction_norm"] == own["label"]).mean()),
             },
-        }
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(OUT, records)
-        print(task, json.dumps(records[task], indent=1))
+            "literal": loop,
+            "same_choices": int(agree.sum()),
+        },
+    }
+    records = json.loads(OUT.read_text()) if OUT.exists() else {}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(OUT, records | {config.task.name: record})
+    print(config.task.name, json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pandas as pd
 
 from partial_lora import files
 from partial_lora.report import records
-from partial_lora.runs import directory
+from partial_lora.runs import directory, packs
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
@@ -145,10 +145,10 @@ def leave(
 
 def measure(folder: Path, train: float, test: float, cka: dict[str, float] | None = None) -> None:
     """Write what scripts/dynamics.py measures of a run into its directory."""
-    from evidence.dynamics import DYNAMICS, VERSION  # which loads torch
-
     metrics = {"train": {"primary": "accuracy", "accuracy": train}, "test": {"primary": "accuracy", "accuracy": test}}
-    files.write_json(folder / DYNAMICS, {"version": VERSION, "metrics": metrics, "cka": cka or {"blocks.0": 0.99}})
+    files.write_json(
+        folder / packs.DYNAMICS, {"version": packs.OF_DYNAMICS, "metrics": metrics, "cka": cka or {"blocks.0": 0.99}}
+    )
 
 
 def _predicted(wrong: int) -> pd.DataFrame:

@@ -160,7 +160,7 @@ def _resolved(composed) -> Config:
             f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
         )
     with read_write(composed), open_dict(composed):
-        del composed["hydra"]
+        del composed["hydra"], composed["study"]
     return resolve(composed)
 
 
@@ -320,10 +320,14 @@ def composed(*overrides: str) -> Config:
 
 def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf, open_dict
 
     store = ConfigStore.instance()
     if "schema.yaml" not in store.repo:
-        store.store(name="schema", node=Config)
+        schema = OmegaConf.structured(Config)
+        with open_dict(schema):
+            schema.study = None  # the runs of an experiment's file (scripts/study.py), no setting of one
+        store.store(name="schema", node=schema)
 
 
 def _sweep(arguments: Sequence[str], job: Callable) -> None:

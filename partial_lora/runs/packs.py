@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a quarter of a second to import; most results directories h
 RUNS_TABLE = "runs.parquet"
 PREDICTIONS_TABLE = "predictions.parquet"
 DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
+OF_DYNAMICS = 1  # version of its content: metrics by split (train, test), linear CKA by block
 VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
 COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
 
@@ -156,6 +157,18 @@ def _at(place: Path) -> tuple[Pack | None, str]:
 def recorded(place: Path) -> dict | None:
     """Return the record of a run, out of its folder or else out of the pack; None where neither has one."""
     return read_result(place) or packed(place)
+
+
+def dynamics(place: Path) -> dict | None:
+    """Return what scripts/dynamics.py has measured of a run; None where there is nothing, or something else."""
+    try:
+        content = json.loads((place / DYNAMICS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        content = stored(place, DYNAMICS)
+    except (OSError, ValueError):
+        return None
+    known = isinstance(content, dict) and content.get("version") == OF_DYNAMICS
+    return content if known and {"metrics", "cka"} <= content.keys() else None
 
 
 def predictions_of(place: Path) -> pa.Table | None:

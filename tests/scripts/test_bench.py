@@ -1,4 +1,4 @@
-"""The benchmark of the adapter: what it counts, how it judges, and a run of it on tiny models."""
+"""The benchmarks: what they count and how they judge, by hand, and a run of each on tiny models."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import gc
 import json
 from types import SimpleNamespace
 
-import bench_adapter
-import bench_measure
-import bench_models
-import bench_profile
-import bench_report
+import bench
 import numpy as np
 import pytest
 import torch
+from checkout import RESULTS, needs_results
 
 VARIANTS = ["floor", "short_floor", "lora", "rows_columns", "element", "shira"]
 CELLS = [(model, rank) for model in ("vit_b16", "llama_8l") for rank in (8, 16)]
-ONE = ("--models", "vit_b16", "--repeats", "2", "--ranks", "2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +22,7 @@ def in_this_process():
     """The allocator stays as it is, and what other tests have left is not walked through when tensors are counted."""
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_measure, "keep_freed_memory", list)
+        patch.setattr(bench, "keep_freed_memory", list)
         yield
     gc.unfreeze()
     gc.collect()
@@ -37,7 +33,7 @@ def in_this_process():
 def out(tmp_path_factory):
     """The folder of a quick run of all models and variants."""
     out = tmp_path_factory.mktemp("bench")
-    bench_adapter.main(["--quick", "--ranks", "8", "16", "--repeats", "24", "--out", str(out)])
+    bench.main(["adapter", "--quick", "--ranks", "8", "16", "--repeats", "24", "--out", str(out)])
     return out
 
 
@@ -46,25 +42,13 @@ def result(out) -> dict:
     return json.loads((out / "adapter.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--ranks", "8", "0"], ["--repeats", "0"], ["--models", "resnet"]],
-)
-def test_wrong_words_are_refused_before_anything_is_built(words, monkeypatch, capsys):
-    monkeypatch.setattr(bench_models, "build_variant", None)
-    with pytest.raises(SystemExit) as refusal:
-        bench_adapter.main(words)
-    assert refusal.value.code == 2
-    assert words[0] in capsys.readouterr().err
-
-
 def test_every_model_rank_and_variant_is_measured(result):
     assert [(cell["model"], cell["rank"]) for cell in result["cells"]] == CELLS
     for cell in result["cells"]:
         assert cell["modules"] == {"vit_b16": 8, "llama_8l": 14}[cell["model"]]
         assert list(cell["variants"]) == list(cell["ratios"]) == VARIANTS
         for name, variant in cell["variants"].items():
-            every = bench_adapter.EVERY if name in ("element", "shira") else 1
+            every = bench.EVERY if name in ("element", "shira") else 1
             assert variant["repetitions"] == list(range(0, 24, every))
             assert {stage: len(each) for stage, each in variant["seconds"].items()} == dict.fromkeys(
                 ("forward", "backward", "optimizer"), 24 // every
@@ -93,22 +77,23 @@ def test_bytes_are_proportional_to_what_the_masks_keep(result):
     assert state == ["met"] * 2 * len(CELLS)
     cell = copy.deepcopy(result["cells"][0])
     cell["variants"]["element"]["optimizer_bytes"] += 1  # one byte more is seen
-    cell["ratios"] = bench_report.ratios(cell["variants"])
-    verdicts = {aim["variant"]: aim["verdict"] for aim in bench_report.judge([cell]) if "state" in aim["aim"]}
+    cell["ratios"] = bench.ratios(cell["variants"])
+    verdicts = {aim["variant"]: aim["verdict"] for aim in bench.judged([cell]) if "state" in aim["aim"]}
     assert verdicts == {"rows_columns": "met", "element": "not met"}
 
 
-@pytest.mark.parametrize("model", bench_models.QUICK_MODELS.values(), ids=bench_models.QUICK_MODELS)
-def test_variants_share_the_frozen_tensors_and_floors_go_as_deep_as_they_should(model):
+@pytest.mark.parametrize("name", bench.QUICK_MODELS)
+def test_variants_share_the_frozen_tensors_and_floors_go_as_deep_as_they_should(name):
+    model = bench.QUICK_MODELS[name]()
     base, batch = model.build(), model.batch()
     frozen = {parameter.data_ptr() for parameter in base.parameters()}
     losses = []
     for name in VARIANTS:
-        variant = bench_models.build_variant(name, base, model, 4, 0.5)
+        variant = bench.built(name, base, model, 4)
         assert {each.data_ptr() for each in variant.parameters() if not each.requires_grad} == frozen
         losses.append(variant(**batch).loss.item())
         if name in ("floor", "short_floor"):  # down to the first block, and to the first adapter
-            assert not bench_measure.trainable(variant)
+            assert not bench.trainable(variant)
             seen, block = {}, variant.get_submodule(model.first_block)
             block.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(entered=args[0]))
             block.register_forward_hook(lambda _, args, output, seen=seen: seen.update(left=output))
@@ -117,7 +102,7 @@ def test_variants_share_the_frozen_tensors_and_floors_go_as_deep_as_they_should(
             assert left.requires_grad
             assert (seen["entered"].grad is not None) == (name == "floor")
         for layer in variant.modules():
-            if isinstance(layer, bench_models.ShiraLayer):
+            if isinstance(layer, bench.ShiraLayer):
                 positions = layer.shira_indices["default"]
                 assert positions.shape == (2, layer.shira_weight["default"].numel())
                 assert positions.unique(dim=1).shape == positions.shape
@@ -161,14 +146,14 @@ class Counted(torch.nn.Module):
     ids=["nothing", "one", "whole", "hidden"],
 )
 def test_saved_bytes_of_a_model_counted_by_hand(loss, kept):
-    assert bench_measure.saved_bytes(Counted(loss), {"x": torch.ones(100)}) == kept
+    assert bench.saved_bytes(Counted(loss), {"x": torch.ones(100)}) == kept
 
 
 def test_state_bytes_of_a_model_counted_by_hand():
-    batch, before = {"x": torch.ones(100)}, bench_measure.alive()
+    batch, before = {"x": torch.ones(100)}, bench.alive()
     model = Counted(torch.sum)
     model.index = torch.arange(10)
-    assert bench_measure.state_bytes(model, bench_measure.optimizer_of(model), batch, before) == {
+    assert bench.state_bytes(model, bench.optimizer_of(model), batch, before) == {
         "trainable_parameters": 100,
         "trainable_tensors": 1,
         "gradient_bytes": 400,
@@ -179,13 +164,13 @@ def test_state_bytes_of_a_model_counted_by_hand():
 
 def test_a_ratio_is_of_means_of_differences_without_their_ends():
     ones = np.ones(8)
-    assert bench_report.ratio(1.25 * ones, 2 * ones, ones) == {"ratio": 0.25, "low": 0.25, "high": 0.25}
+    assert bench.ratio(1.25 * ones, 2 * ones, ones) == {"ratio": 0.25, "low": 0.25, "high": 0.25}
     floor = np.array([1, 1, 1, 1, 9.0])
     values, dense = floor + np.array([[1, 2, 3, 4, 50], [5, 6, 4, 90, 0]])  # in the last, dense LoRA costs nothing
-    assert bench_report.ratio(values, dense, floor) == {"ratio": 3 / 5, "low": None, "high": None}
+    assert bench.ratio(values, dense, floor) == {"ratio": 3 / 5, "low": None, "high": None}
     draw = np.random.default_rng(0)
     values, dense, floor, slow = draw.random((4, 12)) + np.array([[3], [6], [1], [0]])
-    steady, disturbed = (bench_report.ratio(values + s, dense + s, floor + s) for s in (0, 100 * slow))
+    steady, disturbed = (bench.ratio(values + s, dense + s, floor + s) for s in (0, 100 * slow))
     assert disturbed == pytest.approx(steady)  # what slows a whole repetition changes nothing
     assert steady["low"] < steady["ratio"] < steady["high"]
 
@@ -194,21 +179,177 @@ def test_a_ratio_is_of_means_of_differences_without_their_ends():
     ("low", "high", "verdict"), [(0.1, 0.3, "met"), (0.31, 0.4, "not met"), (0.3, 0.4, "open"), (None, None, "open")]
 )
 def test_verdicts(low, high, verdict):
-    assert bench_report.verdict({"ratio": 0.3, "low": low, "high": high}, 0.3).partition(":")[0] == verdict
+    assert bench.verdict({"ratio": 0.3, "low": low, "high": high}, 0.3).partition(":")[0] == verdict
 
 
-# Profiles
+# What has moved
 
 
-def test_a_profile_has_the_operations_that_an_adapter_adds(tmp_path):
-    floor = {("mm", "2,3"): (4.0, 4), ("add", "2"): (1.0, 2)}
-    spent = {("mm", "2,3"): (6.0, 6), ("mm", "9,9"): (1.5, 1), ("add", "2"): (0.6, 1)}
-    assert bench_profile.own_operations(spent, floor) == {"mm": 2.0 + 1.5, "add": -0.5}
-    bench_adapter.main(["--quick", "--profile", *ONE, "--out", str(tmp_path)])
-    (profile,) = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["profiles"]
-    assert set(profile["own"]) == set(profile["same"]) == set(VARIANTS)
-    assert sum(profile["own"]["short_floor"].values()) == 0
-    assert profile["own"]["rows_columns"]["aten::index_select"] > 0
-    page = (tmp_path / "profile.md").read_text(encoding="utf-8")
-    assert "## A tiny ViT, 2 images of 32 px a step, rank 2" in page
-    assert "| own operations, together " in page
+def test_a_ratio_has_moved_where_the_intervals_have_nothing_in_common() -> None:
+    before = {
+        "same": (1.0, 0.9, 1.1),
+        "touches": (1.0, 0.9, 1.1),
+        "up": (1.0, 0.9, 1.1),
+        "down": (1, 1, 1),
+        "gone": (1, 1, 1),
+    }
+    now = {
+        "down": (0.9, 0.9, 0.9),
+        "up": (1.3, 1.2, 1.4),
+        "touches": (1.2, 1.1, 1.3),
+        "same": (1, 1, 1),
+        "new": (5, 5, 5),
+    }
+    page = bench.since(before, now)
+    assert page.index("| down ") < page.index("| up ")
+    assert "2 of 4" in page
+    assert "| up " in page
+    assert "| touches" not in page
+    assert "|" not in bench.since(before, before)
+    assert "|" not in bench.since(None, now)
+
+
+@pytest.mark.parametrize("repetitions", [6, 200])
+def test_the_interval_of_a_ratio_of_medians_holds_it(repetitions) -> None:
+    random, held = np.random.default_rng(0), 0
+    for _ in range(60):
+        machine = random.uniform(1, 3, repetitions)  # slow for both at once
+        one, other = machine * random.normal(1, 0.1, repetitions), 2 * machine * random.normal(1, 0.1, repetitions)
+        ratio, low, high = bench.ratio_of_medians(one, other)
+        assert ratio == np.median(one) / np.median(other)
+        held += low <= 0.5 <= high
+    assert held >= 52
+
+
+def test_what_is_committed_is_read_from_there(tmp_path) -> None:
+    assert bench.committed(tmp_path / "adapter.json") is None
+    assert bench.committed(RESULTS / "bench" / "no.json") is None
+
+
+@needs_results
+@pytest.mark.parametrize("name", bench.PAGES)
+def test_the_records_here_have_figures_to_compare_and_a_page(name) -> None:
+    record = json.loads((RESULTS / "bench" / f"{name}.json").read_text())
+    page, figures = bench.PAGES[name]
+    found = figures(record)
+    assert found
+    assert all(low <= ratio <= high for ratio, low, high in found.values())
+    assert page(record).startswith("# ")
+
+
+# Calibration
+
+SIDES = ["scan", "bisect", "literal"]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> dict:
+    """The record of a quick run."""
+    out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    bench.main(["calibration", "--quick", "--threads", "1", "--out", str(out)])
+    torch.set_num_threads(threads)
+    return json.loads((out / "calibration.json").read_text(encoding="utf-8"))
+
+
+def fourth_questions(sparsity):
+    """Of the ten answers to nine levels, which of them halving takes four questions to find."""
+    deep = [0.3, 0.4, 0.8, 0.9]
+    return sum(round(value, 2) in deep for axes in sparsity.values() for value in axes.values())
+
+
+def test_all_sides_are_counted(calibration):
+    assert list(calibration["sides"]) == SIDES
+    scan, bisect, literal = (calibration["sides"][side] for side in SIDES)
+    assert len(calibration["modules"]) == 12
+    for side in (scan, bisect, literal):
+        assert list(side["sparsity"]) == calibration["modules"]
+    whole = calibration["blocks"] * calibration["examples"]
+    assert literal["evaluations"]["sample_blocks"] == whole * (literal["evaluations"]["passes"] + 1)
+    assert scan["evaluations"]["passes"] == calibration["literal"]["passes"]  # one for each level, cut short or not
+    of_reference = calibration["literal"]["passes"] * whole
+    assert scan["evaluations"]["sample_blocks"] < calibration["literal"]["sample_blocks"] == of_reference
+    assert bisect["evaluations"]["passes"] == 2 + 24 * 3 + fourth_questions(bisect["sparsity"])
+
+
+@pytest.mark.parametrize("wrong", [None, "sparsity", "passes"])
+def test_another_answer_than_the_reference_is_no_result(calibration, wrong):
+    sides, levels = copy.deepcopy(calibration["sides"]), [round(0.1 * number, 1) for number in range(1, 10)]
+    if wrong == "sparsity":
+        next(iter(sides["literal"]["sparsity"].values()))["rows"] += 0.1
+    if wrong == "passes":
+        sides["literal"]["evaluations"]["passes"] -= 1
+    if wrong is None:
+        assert bench.literal(sides, levels, calibration["blocks"] * calibration["examples"]) == calibration["literal"]
+    else:
+        with pytest.raises(SystemExit):
+            bench.literal(sides, levels, calibration["blocks"] * calibration["examples"])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "seconds", "verdicts"),
+    [
+        (100, 100, ["met", "met", "met", "met"]),
+        (150, 150, ["met", "met", "not met", "not met"]),
+        (151, 201, ["not met", "not met", "not met", "not met"]),
+    ],
+)
+def test_how_it_judges(blocks, seconds, verdicts):
+    side = {"evaluations": {"sample_blocks": blocks}, "wall_seconds": seconds}
+    result = {"sides": {"scan": side, "bisect": side}, "literal": {"sample_blocks": 300}}
+    assert [aim["verdict"] for aim in bench.of_calibration(result)] == verdicts
+
+
+# Serving
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("form", bench.FORMS)
+def test_each_form_adds_what_its_adapters_with_their_zeros_add(form, count) -> None:
+    torch.manual_seed(0)
+    own = bench.adapters(form, count, 24, 40)
+    x, y = torch.randn(count, 5, 24), torch.randn(count, 5, 40)
+    whole = own.dense(24, 40)
+    assert whole.a.shape[2] == 24
+    expected = torch.stack([y[each] + x[each] @ (whole.b[each] @ whole.a[each]).T for each in range(count)])
+    torch.testing.assert_close(own.add_to(y.clone(), x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_page_has_every_case(tmp_path) -> None:
+    bench.main(["serving", "--quick", "--repeats", "1", "--out", str(tmp_path)])
+    cases = json.loads((tmp_path / "serving.json").read_text())["cases"]
+    page = (tmp_path / "serving.md").read_text()
+    assert len(cases) == len(bench.TOKENS) * len(bench.COUNTS)
+    assert sum(line.startswith("| q of 64 | decode") for line in page.splitlines()) == len(bench.COUNTS)
+
+
+# Whole runs
+
+
+def test_whole_runs_are_compared_with_what_they_are_measured_beside() -> None:
+    """Every variant takes twice as long as the one before it."""
+    methods = {name: [{"step": 2.0**at}] * 3 for at, name in enumerate(("low_rank", "lora", "oft"))}
+    ways = {way: {how: [{"step": 2.0**at}] * 3 for how in ("alone", "two")} for at, way in enumerate(bench.WAITING)}
+    record = {part: {"found": {"job": each}} for part, each in {"methods": methods, "threads": ways}.items()}
+    figures = {what: ratio for what, (ratio, _, _) in bench.runs_figures(record).items()}
+    assert [figures[f"job: {method} / low_rank"] for method in ("lora", "oft")] == [2, 4]
+    assert [figures[f"job, two: {way} / one thread"] for way in list(bench.WAITING)[1:]] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("loop", ["bare", "trainer"])
+def test_a_step_is_timed_in_other_loops(loop) -> None:
+    measured = bench.work(loop, 3, bench.TINY_JOBS["tiny_vit, digits"])
+    assert measured["step"] > 0
+    assert measured["peak"] > 2**20
+
+
+@pytest.mark.parametrize("variant", bench.LONG_TITLES)
+def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -> None:
+    plain, checkpointed = (bench.work(variant, 1, [way, "quick"]) for way in bench.WAYS[:2])
+    assert plain["parameters"] == checkpointed["parameters"] > 0
+    assert 0 < checkpointed["saved"] < plain["saved"] / 2
+
+
+@pytest.mark.parametrize("what", ["adapter", "steps"])
+def test_a_quick_one_does_not_take_the_place_of_the_results(what) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([what, "--quick"])

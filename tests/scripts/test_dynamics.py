@@ -8,23 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import dynamics as script
 import numpy as np
 import pytest
 import recorded_runs
 import torch
-from evidence.dynamics import (
-    DYNAMICS,
-    Cell,
-    Moments,
-    drift,
-    gap,
-    measure,
-    measured,
-    positions,
-    read_dynamics,
-    to_measure,
-)
+from dynamics import Moments, drift, main, measure, positions
 from finished_runs import cache, changed, image_run
 from peft import LoraConfig, get_peft_model
 from recorded_runs import leave
@@ -33,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from partial_lora.finished import export
 from partial_lora.finished.predict import RunModel
-from partial_lora.report import records
+from partial_lora.runs.packs import DYNAMICS, dynamics
 
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:
@@ -75,12 +63,11 @@ def test_a_trained_run_is_measured_on_the_rows_it_has_seen_and_not_seen(monkeypa
     monkeypatch.setenv("PARTIAL_LORA_CACHE", cache())
     run = image_run()
     content, recorded = measure(run, device="cpu"), run.result["metrics"]["test"]
-    assert read_dynamics(run.directory) == json.loads(json.dumps(content))
+    assert dynamics(run.directory) == json.loads(json.dumps(content))
     assert content["metrics"]["test"]["accuracy"] == pytest.approx(recorded["accuracy"])
     assert content["metrics"]["test"]["loss"] == pytest.approx(recorded["loss"], rel=1e-4)
     assert content["metrics"]["train"]["loss"] != pytest.approx(recorded["loss"], rel=1e-4)
     assert content["rows"] == {"train": 54, "test": 21}
-    assert gap(content) == (content["metrics"]["train"]["accuracy"], recorded["accuracy"])
     assert list(content["cka"]) == [f"timm_model.blocks.{block}" for block in range(3)]
     assert all(0 < value < 1 - 1e-6 for value in content["cka"].values())
     trained = RunModel(run, "cpu")
@@ -124,42 +111,10 @@ def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(tmp_path:
     recorded_runs.measure(done, 1.0, 0.9)
     before = (done / DYNAMICS).read_bytes()
     record = leave(tmp_path, "partial", 0.9)
-    assert script.main([str(tmp_path), "--where", "method=lora"]) == 0
-    assert script.main([str(done), str(record)]) == 3
+    assert main([str(done)]) == 0
+    assert main([str(done), str(record)]) == 3
     assert (done / DYNAMICS).read_bytes() == before
     assert capsys.readouterr().err.startswith(f"{record}: ")
-
-
-def test_a_figure_has_its_runs_measured_among_those_chosen(tmp_path: Path) -> None:
-    for seed in range(4):
-        for task in ("digits", "trec"):
-            leave(tmp_path, "lora", 0.9, seed=seed, task=task)
-            leave(tmp_path, "partial", 0.9, seed=seed, task=task)
-        leave(tmp_path, "partial", 0.9, seed=seed, threshold=0.5)
-    chosen = {path.parts[-4:-3] + path.parts[-1:] for path in script.chosen(tmp_path, ["task=trec"], "fig3")}
-    assert chosen == {("trec", f"seed{seed}") for seed in range(3)}
-    assert len(script.chosen(tmp_path, [], "fig3")) == 12
-    assert script.chosen(tmp_path, [], "fig7") == []
-
-
-def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: Path) -> None:
-    for method, seeds in {"lora": range(5), "partial": range(1, 6)}.items():
-        for seed in seeds:
-            folder = leave(tmp_path, method, 0.9, seed=seed)
-            recorded_runs.measure(folder, 0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
-            (folder / "adapter").mkdir() if seed == 4 else None
-
-    def cells() -> list[Cell]:
-        every: dict[tuple, dict] = {}
-        for run in records.read(tmp_path)[0]:
-            every.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
-        return [(task, cell) for (task, _), cell in sorted(every.items())]
-
-    chosen = [(run.row["method"], run.row["seed"]) for run in to_measure(cells(), 3)]
-    assert chosen == [(method, seed) for method in ("lora", "partial") for seed in (1, 3, 4)]
-    for task in ("digits", "cifar10"):
-        recorded_runs.measure(leave(tmp_path, "lora", 0.9, task=task, seed=7), 0.9, 0.8)
-    assert [sorted(cell) for cell in measured(cells())] == [[7], [3], [3]]
 
 
 @pytest.mark.parametrize(
@@ -167,4 +122,4 @@ def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: 
 )
 def test_a_broken_or_foreign_file_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / DYNAMICS).write_text(content)
-    assert read_dynamics(tmp_path) is None
+    assert dynamics(tmp_path) is None

@@ -1,15 +1,22 @@
 """Figures 1 to 7: for each the numbers, out of what runs have left behind, and how they are drawn.
 
-Numbers are a frame and notes on what is missing; the frame is kept as the figure's csv.
+    python scripts/paper_figures.py fig1 fig4 --results results/cpu
+    python scripts/paper_figures.py fig3 --results results/cpu --runs    # whose dynamics it shows (scripts/dynamics.py)
+
+Writes RESULTS/figures/NAME.svg and .csv, the numbers. What is missing is named; `make reproduce-NAME` trains it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shlex
+import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -29,10 +36,10 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from evidence.dynamics import Cell, gap, measured, read_dynamics, to_measure
-from evidence.runs import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
+from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.masks import AXES
+from partial_lora.report.comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from partial_lora.report.drawing import (
     COLOURS,
     MARKERS,
@@ -46,12 +53,15 @@ from partial_lora.report.drawing import (
     sized,
 )
 from partial_lora.report.figures import MOST, band
-from partial_lora.report.records import NONE, Run, grid, half_interval
+from partial_lora.report.records import NONE, Run, gathered, grid, half_interval
 from partial_lora.report.summary import size_text
+from partial_lora.runs import directory as results
+from partial_lora.runs.packs import dynamics
 from partial_lora.tasks.metrics import SHARES
 
 PLACE = ["task", "model", "metric"]
 Numbers = tuple[pd.DataFrame, list[str]]
+Cell = tuple[Hashable, Mapping[int, Run]]  # runs by seed; cells with the same first stand beside each other
 _DASHES = ("-", "--", "-.", ":")
 _MOST_SEEDS = 3  # of a method that are measured for the gap and the drift
 _LETTERS = 14  # of nine points that an inch holds
@@ -72,11 +82,10 @@ class Spec:
     beside: bool = False
 
 
-def make(name: str, results_dir: Path, say: Callable[[str], None] = print) -> list[Path]:
+def make(name: str, results_dir: Path) -> list[Path]:
     """Draw a figure from the runs under results_dir, as its figures/NAME.svg and .csv; gives the files.
 
-    say: gets in a line each what is missing or left out. Where there is nothing to draw, files of an earlier time go,
-    and none is given.
+    What is missing or left out is printed. Where there is nothing to draw, files of an earlier time go.
     """
     spec, folder = FIGURES[name], results_dir / "figures"
     known, left_out = runs_of(name, results_dir)
@@ -86,28 +95,25 @@ def make(name: str, results_dir: Path, say: Callable[[str], None] = print) -> li
         old.unlink()
     lacking = [f"{name}: no {spec.needs} in {results_dir}; make reproduce-{name}"] if frame.empty else []
     for line in (*notes, *(f"{name}: {note}" for note in left_out), *lacking):
-        say(line)
+        print(line)
     if frame.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     file = save(spec.draw(frame), folder / f"{name}.svg")
-    above = [f"python scripts/reproduce.py {name} --results {results_dir}", *notes]
+    above = [shlex.join(["python", "scripts/paper_figures.py", name, "--results", str(results_dir)]), *notes]
     write_atomic(folder / f"{name}.csv", "".join(f"# {line}\n" for line in above) + frame.to_csv(index=False))
     return [file, folder / f"{name}.csv"]
 
 
-def runs_of(name: str, results_dir: Path, among: Collection[Path] | None = None) -> tuple[pd.DataFrame, list[str]]:
+def runs_of(name: str, results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     """The runs of one task that a figure is of, and what was left out, a line each.
 
-    among: the directories of those that count, all where none are named. Mixtures are table 6's: as one more task they
-    would count their members twice.
+    Mixtures are table 6's: as one more task they would count their members twice.
     """
     spec = FIGURES[name]
     beside = BESIDE.get(results_dir.name, ()) if spec.beside else ()
     runs, problems = collect(results_dir, *(results_dir.parent / each for each in beside))
     runs = runs[runs["mixture"] == ""]
-    if among is not None:
-        runs = runs[[run.directory in among for run in runs["run"]]]
     if "importance.name" not in spec.varied:
         runs = runs[runs["importance"].isin(("svd", NONE))]
     known, notes = usual(runs, spec.varied)
@@ -117,11 +123,65 @@ def runs_of(name: str, results_dir: Path, among: Collection[Path] | None = None)
     return known.rename(columns=names | {"adapter_sparsity": "sparsity"}), notes
 
 
-def measured_runs(name: str, results_dir: Path, among: Collection[Path] | None = None) -> list[Run]:
-    """The runs whose gap and drift a figure shows, for scripts/dynamics.py: the same three seeds of each method."""
-    known, _ = runs_of(name, results_dir, among)
+def measured_runs(name: str, results_dir: Path) -> list[Run]:
+    """The runs whose gap and drift a figure shows: the same three seeds of each method."""
+    known, _ = runs_of(name, results_dir)
     return to_measure(_by_seed(MEASURED[name](known)), _MOST_SEEDS)
 
+
+# What scripts/dynamics.py has measured of runs
+
+
+def gap(content: Mapping) -> tuple[float, float]:
+    """The main metric on training rows and on test rows."""
+    test = content["metrics"]["test"]
+    return float(content["metrics"]["train"][test["primary"]]), float(test[test["primary"]])
+
+
+def to_measure(cells: Sequence[Cell], most: int) -> list[Run]:
+    """The runs to measure: of those that stand beside each other the same seeds, at most so many.
+
+    First come the seeds of which most are measured or have their weights: of a record alone nothing can be measured.
+    Where no seed is everywhere, none is left out for that.
+    """
+
+    def at_hand(run: Run) -> bool:
+        return (run.directory / results.ADAPTER).is_dir() or dynamics(run.directory) is not None
+
+    chosen = []
+    for beside in _beside(cells).values():
+        seeds = set.intersection(*map(set, beside)) or set.union(*map(set, beside))
+        lacking = {seed: sum(not at_hand(cell[seed]) for cell in beside if seed in cell) for seed in seeds}
+        first = sorted(sorted(seeds, key=lambda seed: (lacking[seed], seed))[:most])
+        chosen += [cell[seed] for cell in beside for seed in first if seed in cell]
+    return chosen
+
+
+def measured(cells: Sequence[Cell]) -> list[dict[int, dict]]:
+    """Return the measurements of each cell by seed; cells that stand beside each other have the same seeds.
+
+    Of cells that have none in common, or nothing at all, each keeps its own.
+    """
+    contents = [
+        (place, {seed: content for seed, run in cell.items() if (content := dynamics(run.directory))})
+        for place, cell in cells
+    ]
+    common = {
+        place: set.intersection(*seeds)
+        for place, beside in _beside(contents).items()
+        if (seeds := [set(cell) for cell in beside if cell])
+    }
+    return [
+        {seed: content for seed, content in cell.items() if not common.get(place) or seed in common[place]}
+        for place, cell in contents
+    ]
+
+
+def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Mapping]]:
+    return {place: [cell for _, cell in of] for place, of in gathered(cells, itemgetter(0)).items()}
+
+
+# Means over seeds
 
 Group = tuple[dict, pd.DataFrame, list[str]]  # what its runs have in common, one run a seed, notes on others
 
@@ -411,9 +471,7 @@ def fig3(known: pd.DataFrame, results_dir: Path) -> Numbers:
         if not contents:
             unmeasured.append(f"{where['task']} {where['method']}" + f" {where['point']}" * (where["point"] != NONE))
     if unmeasured and rows:
-        notes.append(
-            f"missing: dynamics.json of {', '.join(unmeasured)}; scripts/dynamics.py {results_dir} --figure fig3"
-        )
+        notes.append(f"missing: dynamics.json of {', '.join(unmeasured)}; make reproduce-fig3")
     columns = [*PLACE, "method", "point", "quantity", "x", "block", "n", "mean", "low", "high"]
     return pd.DataFrame(rows, columns=columns), notes
 
@@ -422,7 +480,7 @@ def _groups_of_fig3(known: pd.DataFrame) -> list[Group]:
     """The runs of every method and point on three tasks that have both, first those of which runs were measured."""
     known = known[known["method"].isin(("lora", "partial")) & known["point"].isin((NONE, *POINTS))]
     both = [part for _, part in places(known) if {"lora", "partial"} <= set(part["method"])]
-    both.sort(key=lambda part: not any(read_dynamics(run.directory) for run in part["run"]))
+    both.sort(key=lambda part: not any(dynamics(run.directory) for run in part["run"]))
     by = ["method", "point"]
     return [group for part in both[:3] for group in groups(part.sort_values(by, kind="stable"), [*PLACE, *by])]
 
@@ -756,7 +814,7 @@ def fig7(known: pd.DataFrame, results_dir: Path) -> Numbers:
         if "over masks" not in set(part["part"]):
             notes.append(f"missing: {task}, {model}, runs over mask.seed at one seed")
     if "gap" not in set(table["part"]):
-        notes.append(f"missing: dynamics.json of these runs; scripts/dynamics.py {results_dir} --figure fig7")
+        notes.append("missing: dynamics.json of these runs; make reproduce-fig7")
     return table, notes
 
 
@@ -925,3 +983,26 @@ FIGURES = {
     "fig7": Spec(fig7, draw_fig7, "runs of partial and of targeted at budget 0.13", varied=_VARIED_IN_FIG7),
 }
 MEASURED = {"fig3": _groups_of_fig3, "fig7": _groups_of_fig7}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what is named, and print which files that is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
+    parser.add_argument("--runs", action="store_true", help="print the runs whose dynamics it shows, and draw nothing")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        for name in dict.fromkeys(options.names):
+            if options.runs:
+                print(*(run.directory for run in measured_runs(name, options.results)), sep="\n")
+            else:
+                print(*(f"wrote {file}" for file in make(name, options.results)), sep="\n")
+        return 0
+
+    return cli.guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

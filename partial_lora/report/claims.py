@@ -1,9 +1,9 @@
-"""Methods beside each other: scores by task, paired differences on each task and over all, and verdicts on claims."""
+"""Claims about methods: scores by task, paired differences on each task and over all, verdicts, and all in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.records import LEVEL, NONE, point_order
 from partial_lora.report.statistics import MARGIN, Estimate, by_sides, together
+from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -213,40 +214,31 @@ def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[
     It is of all sets (of a mixture of its average) or of the only one: one of several never stands for the others. All
     verdicts are corrected for how many they are.
     """
-    rows, verdicts, estimates = part_of(numbers, DIFFERENCE), [], []
+    rows, made = part_of(numbers, DIFFERENCE), []  # with each verdict, what decides it
     for first, second, claim, point in claims:
         own = rows[(rows["first"] == first) & (rows["second"] == second) & (rows["operating_point"] == point)]
         words = claim.words.format(first=first, second=second)
+        if own.empty:
+            made.append((Verdict(words, point, OPEN, NO_RUNS, OPEN), None))
         for where, each in own.groupby(WHERE, sort=False):
             one = each if len(each) == 1 else each[each["task"].isin([AVERAGE, ALL_SETS])]
             row = one.iloc[0].to_dict() if len(one) else None
             finding = "nothing over all tasks" if row is None else _finding(row)
-            verdicts.append(Verdict(words, ", ".join(filter(None, where)), OPEN, finding))
-            decidable = row is not None and row["seeds"] > 1 and not math.isnan(row["low"])
-            estimates.append((claim, row) if decidable else None)
-        if own.empty:
-            verdicts.append(Verdict(words, point, OPEN, NO_RUNS))
-            estimates.append(None)
-    return _corrected(verdicts, estimates)
-
-
-def _corrected(verdicts: Sequence[Verdict], of: Sequence[tuple[Claim, Mapping] | None]) -> list[Verdict]:
-    """Verdicts with what their estimates say, alone and among all that can be decided."""
-    known = [
-        (claim, Estimate(row["difference"], row["error"], row["freedom"]), row["metric"])
-        for claim, row in filter(None, of)
-    ]
+            verdict, of = Verdict(words, ", ".join(filter(None, where)), OPEN, finding, OPEN), None
+            if row is not None and row["seeds"] > 1 and not math.isnan(row["low"]):
+                of = claim, Estimate(row["difference"], row["error"], row["freedom"]), row["metric"]
+            made.append((verdict, of))
+    known = [of for _, of in made if of]
     levels = iter(by_sides(claim.significances(found, metric) for claim, found, metric in known))
-    numbers = iter(known)
-    made = []
-    for verdict, each in zip(verdicts, of, strict=True):
-        if each is None:
-            made.append(replace(verdict, alone=OPEN))
-            continue
-        claim, found, metric = next(numbers)
-        alone, among = (claim.judge(found, metric, level) for level in ((1 - LEVEL,) * 2, next(levels)))
-        made.append(replace(verdict, verdict=among, alone=alone, among=len(known)))
-    return made
+    return [verdict if of is None else _decided(verdict, *of, next(levels), len(known)) for verdict, of in made]
+
+
+def _decided(
+    verdict: Verdict, claim: Claim, found: Estimate, metric: str, levels: tuple[float, float], among: int
+) -> Verdict:
+    """A verdict with what its estimate says, alone and among all that can be decided."""
+    alone, corrected = (claim.judge(found, metric, own) for own in ((1 - LEVEL,) * 2, levels))
+    return replace(verdict, verdict=corrected, alone=alone, among=among)
 
 
 def _finding(row: Mapping) -> str:
@@ -260,3 +252,113 @@ def _finding(row: Mapping) -> str:
 
 def counted(n: float, what: str) -> str:
     return f"{n:.0f} {what}{'' if n == 1 else 's'}"
+
+
+def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as rows."""
+    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+
+
+def in_words(verdict: Verdict) -> str:
+    """A verdict with the number of those it was corrected for."""
+    return f"{verdict.verdict}, among {verdict.among}" if verdict.among > 1 else verdict.verdict
+
+
+# What is read of scores and differences
+
+
+def readable_scores(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Two tables for each model (and mixture), of what was scored and of what was trained, methods by tasks."""
+    numbers = part_of(numbers, SCORE)
+    places = list(ordered(numbers).groupby(["model", "mixture"], sort=False)) if len(numbers) else []
+    shown = {}
+    for place, part in places:
+        where = "" if len(places) == 1 else f", {', '.join(filter(None, place))}"
+        tasks = [*dict.fromkeys(part.loc[part["task"] != AVERAGE, "task"])]
+        tasks += [AVERAGE] if AVERAGE in set(part["task"]) else []
+        tested, trained = [], []
+        for row, own in part.groupby(ROW, sort=False):
+            by_task = {each["task"]: each for each in own.to_dict("records")}
+            counts = own.loc[(own["task"] != AVERAGE) & (own["n"] > 0), "n"]
+            ends = dict.fromkeys([f"{counts.min():.0f}", f"{counts.max():.0f}"]) if len(counts) else [NONE]
+            named = dict(zip((name.replace("_", " ") for name in ROW), row, strict=True)) | {"n": "–".join(ends)}
+            tested.append(named | {task: _score(by_task.get(task)) for task in tasks})
+            trained.append(named | {task: _size(by_task.get(task)) for task in tasks})
+        shown[f"Test score (of shares in %), mean ± deviation{where}"] = plain(pd.DataFrame(tested))
+        shown[f"Trainable adapter parameters (share of dense){where}"] = plain(pd.DataFrame(trained))
+    return shown
+
+
+def _score(row: Mapping | None) -> str:
+    if row is None or math.isnan(row["mean"]):
+        return NONE
+    std = "" if math.isnan(row["std"]) else f" ± {row['std']:.4f}"
+    shown = percent(row["mean"], row["std"]) if in_points(row) else f"{row['mean']:.4f}{std}"
+    return f"**{shown}**" if row["best"] else shown
+
+
+def _size(row: Mapping | None) -> str:
+    if row is None or math.isnan(row["parameters"]):
+        return NONE
+    return f"{cell(row['parameters'], ',.0f')} ({cell(row['share'], '.1%')})"
+
+
+def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Differences in points with their interval and the bootstrap's, seeds, what is taken for chance, verdicts."""
+    paired = part_of(numbers, DIFFERENCE)
+    return readable(
+        "Differences",
+        paired,
+        {
+            **{name.replace("_", " "): name for name in WHERE},
+            "difference": lambda row: f"{row['first']} − {row['second']}",
+            "task": _task,
+            "points [95 %]": interval,
+            "bootstrap": bootstrapped,
+            "seeds": ("seeds", ".0f"),
+            "over": "over",
+            "verdict": "verdict",
+            of_all(paired): "together",
+        },
+    )
+
+
+def _task(row: Mapping) -> str:
+    if row["tasks"] == 1:
+        return row["task"]
+    if row["task"] == ALL_SETS:
+        return f"{row['tasks']:.0f} sets ({row['up']:.0f} up, {row['down']:.0f} down)"
+    return f"{AVERAGE} of {row['tasks']:.0f}"
+
+
+def of_all(paired: pd.DataFrame) -> str:
+    """Name the column of corrected verdicts."""
+    return f"among {paired['among'].max():.0f}" if len(paired) else "among"
+
+
+Column = str | tuple[str, str] | tuple[str, str, float] | Callable[[Mapping], str]
+
+
+def readable(title: str, numbers: pd.DataFrame, columns: Mapping[str, Column]) -> dict[str, pd.DataFrame]:
+    """{title: rows as they are read}, nothing of none.
+
+    columns: by heading a word of the row, a number with its format and perhaps what it is divided by, or a function.
+    """
+
+    def text(row: Mapping, column: Column) -> str:
+        if callable(column):
+            return column(row)
+        if isinstance(column, str):
+            return row[column]
+        name, form, *unit = column
+        return cell(row[name] / (unit or [1])[0], form)
+
+    rows = [{name: text(row, of) for name, of in columns.items()} for row in numbers.to_dict("records")]
+    return {title: plain(pd.DataFrame(rows))} if rows else {}
+
+
+def plain(shown: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns of where runs are from that say the same in all rows that say something."""
+    where = [name for name in ("model", "mixture", "importance") if name in shown]
+    same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
+    return shown.drop(columns=same)

@@ -1,18 +1,31 @@
-"""Tables 1 to 7: what finished runs say of each of the paper's claims, as md and csv, and what is missing."""
+"""Tables 1 to 7: what finished runs say of each of the paper's claims, from their records; nothing is trained.
+
+    python scripts/paper_tables.py table1 table4 --results results/cpu
+    python scripts/paper_tables.py claims --results results/cpu     # what all of them say of the paper's claims
+
+Writes RESULTS/tables/NAME.{md,csv}. What is missing is named; `make reproduce-NAME` trains what a table is made of.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 
-from evidence.paired import (
+from partial_lora import cli
+from partial_lora.calibration.config import TRAITS
+from partial_lora.calibration.search import threshold_of
+from partial_lora.files import write_atomic
+from partial_lora.report.claims import (
     ALL_SETS,
     AS_GOOD,
     AVERAGE,
@@ -29,37 +42,40 @@ from evidence.paired import (
     bootstrapped,
     counted,
     differences,
-    in_points,
+    in_words,
     interval,
     judged,
-    ordered,
+    of_all,
     paired_rows,
     part_of,
+    plain,
+    readable,
+    readable_differences,
+    readable_scores,
     scores,
+    tabled,
 )
-from evidence.runs import (
+from partial_lora.report.comparable import (
     BUDGET,
-    COSTS,
+    CELL,
     POINTS,
     THRESHOLD,
-    UNCALIBRATED,
     Evidence,
     at_points,
     draw_of,
-    missing,
+    gather,
     models_of,
-    planned,
 )
-from partial_lora.calibration.search import threshold_of
-from partial_lora.files import write_atomic
 from partial_lora.report.pairs import EXAMPLES, SEEDS
-from partial_lora.report.records import NONE, half_interval, number, point_order
+from partial_lora.report.records import COSTS, NONE, half_interval, number, point_order
 from partial_lora.report.statistics import MARGIN, reliability, together
-from partial_lora.report.summary import cell, measured, percent
+from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
 from partial_lora.runs import packs
 from partial_lora.tasks.metrics import SHARES
 
+UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")
+CLAIMS = "claims"
 ABOUT = {  # the title of each table, and the claim of the paper that it tests
     "table1": (
         "Table 1: images, dense against sparse adapters",
@@ -90,15 +106,6 @@ ABOUT = {  # the title of each table, and the claim of the paper that it tests
         "Table 7: time, memory and bytes",
         "what is saved is counted in trainable parameters.",
     ),
-}
-PLANNED = {  # by preset and table: the tasks (of table 6 the mixtures) that its experiment has
-    "cpu": {
-        "table1": ("digits", "cifar10", "signdigits", "gtsrb", "flowers17"),
-        "table2": ("digits",),
-        "table3": ("sst2", "trec", "arc_easy", "piqa"),
-        "table4": ("digits",),
-        "table6": ("digits+signdigits",),
-    }
 }
 _CEILING = 0.98
 
@@ -164,119 +171,9 @@ def _of_verdicts(table: Table) -> str:
     return _tabulated(shown[["claim", "where", *["alone"] * several, "verdict", "found"]])
 
 
-def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Verdicts as rows."""
-    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
-
-
-def in_words(verdict: Verdict) -> str:
-    """A verdict with the number of those it was corrected for."""
-    return f"{verdict.verdict}, among {verdict.among}" if verdict.among > 1 else verdict.verdict
-
-
 def _tabulated(shown: pd.DataFrame) -> str:
     words = {"mixture", "importance", "difference", "over", "what", "claim", "where", "found", "alone"}
     return tabulated(shown, "pipe", [name for name in shown if name in words or name.startswith("among")])
-
-
-# What is read of scores and differences
-
-
-def readable_scores(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Two tables for each model (and mixture), of what was scored and of what was trained, methods by tasks."""
-    numbers = part_of(numbers, SCORE)
-    places = list(ordered(numbers).groupby(["model", "mixture"], sort=False)) if len(numbers) else []
-    shown = {}
-    for place, part in places:
-        where = "" if len(places) == 1 else f", {', '.join(filter(None, place))}"
-        tasks = [*dict.fromkeys(part.loc[part["task"] != AVERAGE, "task"])]
-        tasks += [AVERAGE] if AVERAGE in set(part["task"]) else []
-        tested, trained = [], []
-        for row, own in part.groupby(ROW, sort=False):
-            by_task = {each["task"]: each for each in own.to_dict("records")}
-            counts = own.loc[(own["task"] != AVERAGE) & (own["n"] > 0), "n"]
-            ends = dict.fromkeys([f"{counts.min():.0f}", f"{counts.max():.0f}"]) if len(counts) else [NONE]
-            named = dict(zip((name.replace("_", " ") for name in ROW), row, strict=True)) | {"n": "–".join(ends)}
-            tested.append(named | {task: _score(by_task.get(task)) for task in tasks})
-            trained.append(named | {task: _size(by_task.get(task)) for task in tasks})
-        shown[f"Test score (of shares in %), mean ± deviation{where}"] = plain(pd.DataFrame(tested))
-        shown[f"Trainable adapter parameters (share of dense){where}"] = plain(pd.DataFrame(trained))
-    return shown
-
-
-def _score(row: Mapping | None) -> str:
-    if row is None or math.isnan(row["mean"]):
-        return NONE
-    std = "" if math.isnan(row["std"]) else f" ± {row['std']:.4f}"
-    shown = percent(row["mean"], row["std"]) if in_points(row) else f"{row['mean']:.4f}{std}"
-    return f"**{shown}**" if row["best"] else shown
-
-
-def _size(row: Mapping | None) -> str:
-    if row is None or math.isnan(row["parameters"]):
-        return NONE
-    return f"{cell(row['parameters'], ',.0f')} ({cell(row['share'], '.1%')})"
-
-
-def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Differences in points with their interval and the bootstrap's, seeds, what is taken for chance, verdicts."""
-    paired = part_of(numbers, DIFFERENCE)
-    return _readable(
-        "Differences",
-        paired,
-        {
-            **{name.replace("_", " "): name for name in WHERE},
-            "difference": lambda row: f"{row['first']} − {row['second']}",
-            "task": _task,
-            "points [95 %]": interval,
-            "bootstrap": bootstrapped,
-            "seeds": ("seeds", ".0f"),
-            "over": "over",
-            "verdict": "verdict",
-            _of_all(paired): "together",
-        },
-    )
-
-
-def _task(row: Mapping) -> str:
-    if row["tasks"] == 1:
-        return row["task"]
-    if row["task"] == ALL_SETS:
-        return f"{row['tasks']:.0f} sets ({row['up']:.0f} up, {row['down']:.0f} down)"
-    return f"{AVERAGE} of {row['tasks']:.0f}"
-
-
-def _of_all(paired: pd.DataFrame) -> str:
-    """Name the column of corrected verdicts."""
-    return f"among {paired['among'].max():.0f}" if len(paired) else "among"
-
-
-Column = str | tuple[str, str] | tuple[str, str, float] | Callable[[Mapping], str]
-
-
-def _readable(title: str, numbers: pd.DataFrame, columns: Mapping[str, Column]) -> dict[str, pd.DataFrame]:
-    """{title: rows as they are read}, nothing of none.
-
-    columns: by heading a word of the row, a number with its format and perhaps what it is divided by, or a function.
-    """
-
-    def text(row: Mapping, column: Column) -> str:
-        if callable(column):
-            return column(row)
-        if isinstance(column, str):
-            return row[column]
-        name, form, *unit = column
-        return cell(row[name] / (unit or [1])[0], form)
-
-    rows = [{name: text(row, of) for name, of in columns.items()} for row in numbers.to_dict("records")]
-    return {title: plain(pd.DataFrame(rows))} if rows else {}
-
-
-def plain(shown: pd.DataFrame) -> pd.DataFrame:
-    """Without the columns of where runs are from that say the same in all rows that say something."""
-    where = [name for name in ("model", "mixture", "importance") if name in shown]
-    same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
-    return shown.drop(columns=same)
 
 
 # Notes
@@ -382,14 +279,43 @@ def origin_of(runs: pd.DataFrame) -> str:
     return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 
+# What is missing
+
+
+def planned(
+    methods: Iterable[str], points: Sequence[str], importance: Sequence[str] = ("svd",)
+) -> list[tuple[str, str, str]]:
+    """(method, importance, operating point) of all runs that methods are planned with."""
+    rows = []
+    for method in methods:
+        calibrated = [(method, measure, point) for measure in importance for point in points]
+        rows += [(method, NONE, NONE)] if method in UNCALIBRATED else calibrated
+    return rows
+
+
+def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], command: str) -> list[str]:
+    """A line for each task that lacks rows of `wanted`, or seeds that others have; command: for none at all."""
+    lines = [] if len(runs) else [f"no runs; {command}"]
+    for (model, mixture, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
+        have = {key: set(own["seed"]) for key, own in part.groupby(CELL)}
+        seeds = set().union(*(have[row] for row in wanted if row in have))
+        lacking = []
+        for row in wanted:
+            name = " ".join(word for word in row if word != NONE)
+            fewer = sorted(seeds - have.get(row, set()))
+            if row not in have:
+                lacking.append(name)
+            elif fewer:
+                lacking.append(f"{name} seed {' '.join(map(str, fewer))}")
+        if lacking:
+            lines.append(f"{', '.join(filter(None, (model, mixture, task)))}: {', '.join(lacking)}")
+    return lines
+
+
 # The tables
 
 _DENSE_AND_SPARSE = ("lora", "targeted", "partial")
 _PAIRS = (("partial", "lora"), ("targeted", "lora"), ("partial", "targeted"))
-
-
-def _planned(evidence: Evidence, name: str) -> Sequence[str]:
-    return PLANNED.get(evidence.results_dir.name, {}).get(name, ())
 
 
 def _of_methods(
@@ -417,15 +343,12 @@ def table1(evidence: Evidence) -> Table:
     runs = at_points(evidence.comparable, _DENSE_AND_SPARSE, POINTS)
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
     numbers = pd.concat([scores(runs), differences(runs, _PAIRS)], ignore_index=True)
-    wanted = planned(_DENSE_AND_SPARSE, POINTS)
-    return _of_methods(
-        "table1",
-        evidence,
-        runs,
-        numbers,
-        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
-        missing(runs, wanted, _planned(evidence, "table1"), "make reproduce-table1"),
-    )
+    lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), "make reproduce-table1")
+    return _of_methods("table1", evidence, runs, numbers, _as_good(numbers, "partial", "lora"), lacking)
+
+
+def _as_good(numbers: pd.DataFrame, first: str, second: str) -> list[Verdict]:
+    return judged(numbers, *((first, second, AS_GOOD, point) for point in POINTS))
 
 
 _MEASURES = ("svd", "snip", "imp")
@@ -438,17 +361,15 @@ def table2(evidence: Evidence) -> Table:
     runs = runs[(runs["kind"] == "images") & (runs["mixture"] == "")]
     paired = together(_together(differences(runs, [("partial", "targeted")]), over_measures(runs)))
     numbers = _together(scores(runs), paired)
-    tasks = _planned(evidence, "table2")
-    lacking = missing(runs, planned(methods, POINTS), tasks, command)
-    closely = runs[runs["task"].isin(tasks)] if tasks else runs
-    lacking += missing(closely, planned(methods, POINTS[:1], _MEASURES[1:]), (), command)
+    lacking = missing(runs, planned(methods, POINTS), command)
+    closely = runs[runs["task"].isin(runs.loc[runs["importance"] != "svd", "task"])]
+    lacking += missing(closely, planned(methods, POINTS[:1], _MEASURES[1:]), command)
     notes = [
         "The paper's averages, 81.78 − 81.48 = +0.30 points, are of other models and tasks: only the difference can be "
         "set beside these.",
         "Means over measures of importance are of differences on the same examples and seeds.",
     ]
-    verdicts = judged(numbers, *(("partial", "targeted", AS_GOOD, point) for point in POINTS))
-    return _of_methods("table2", evidence, runs, numbers, verdicts, lacking, notes)
+    return _of_methods("table2", evidence, runs, numbers, _as_good(numbers, *reversed(methods)), lacking, notes)
 
 
 def over_measures(runs: pd.DataFrame) -> pd.DataFrame:
@@ -476,7 +397,7 @@ def table3(evidence: Evidence) -> Table:
     files = evidence.files("zero_shot.json") or evidence.files("causal/zero_shot.json")
     frozen = zero_shot(runs, json.loads(files[0].read_text(encoding="utf-8")) if files else {})
     numbers = _together(frozen, scores(runs), differences(runs, _PAIRS))
-    lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), _planned(evidence, "table3"), "make reproduce-table3")
+    lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), "make reproduce-table3")
     known = set(zip(frozen["model"], frozen["task"], strict=True)) if len(frozen) else set()
     causal = runs.loc[runs["kind"] == "causal", ["model", "task"]].drop_duplicates().itertuples(index=False)
     lacking += [f"{model}, {task}: zero-shot" for model, task in causal if (model, task) not in known]
@@ -485,8 +406,7 @@ def table3(evidence: Evidence) -> Table:
         tasks = ", ".join(sorted(set(generated["task"])))
         runs_of = counted(len(generated), "run")
         notes.append(f"Left out, as their answers are generated and not chosen: {runs_of} on {tasks}.")
-    verdicts = judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS))
-    return _of_methods("table3", evidence, runs, numbers, verdicts, lacking, notes)
+    return _of_methods("table3", evidence, runs, numbers, _as_good(numbers, "partial", "lora"), lacking, notes)
 
 
 def zero_shot(runs: pd.DataFrame, frozen: Mapping) -> pd.DataFrame:
@@ -528,8 +448,8 @@ def table4(evidence: Evidence) -> Table:
     scored["reliability"] = [reliable.get(key, math.nan) for key in keys]
     numbers = pd.concat([scored, differences(runs, [("partial", other) for other in methods[1:]])], ignore_index=True)
     most = [name for name in methods if name not in _OF_THREE_SEEDS]
-    lacking = missing(runs, planned(most, (BUDGET,)), _planned(evidence, "table4"), command)
-    lacking += missing(runs, planned(_OF_THREE_SEEDS, (BUDGET,)), (), command)
+    lacking = missing(runs, planned(most, (BUDGET,)), command)
+    lacking += missing(runs, planned(_OF_THREE_SEEDS, (BUDGET,)), command)
     claims = [*((name, BETTER) for name in _HOW_MUCH), *((name, AS_GOOD) for name in _WHICH)]
     verdicts = judged(numbers, *(("partial", name, claim, BUDGET) for name, claim in claims))
     notes = [
@@ -554,7 +474,7 @@ def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
         text = measured(row["metric"], row["mean"], row["std"])
         return f"**{text}**" if row["best"] else text
 
-    return _readable(
+    return readable(
         "Beside partial",
         scored[scored["task"] != AVERAGE],
         {
@@ -565,7 +485,7 @@ def _readable_controls(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "bootstrap": lambda row: other(row, bootstrapped),
             "over seeds": lambda row: other(row, lambda pair: f"{pair['seeds']:.0f}"),
             "partial is": lambda row: other(row, lambda pair: pair["verdict"]),
-            _of_all(part_of(numbers, DIFFERENCE)): lambda row: other(row, lambda pair: pair["together"]),
+            of_all(part_of(numbers, DIFFERENCE)): lambda row: other(row, lambda pair: pair["together"]),
             "parameters": ("parameters", ",.0f"),
             "of dense": ("share", ".1%"),
             "reliability": ("reliability", ".2f"),
@@ -703,10 +623,10 @@ def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     kept = {"parameters kept": ("kept", ".1%")}
     together = {"all at once": ("joint", ".4f"), "guessing": ("chance", ".4f"), "share kept": share_kept}
     repair = {"before": ("before", ".4f"), "after": ("joint", ".4f"), "steps": ("steps", ",.1f")}
-    shown = _readable(
+    shown = readable(
         "All sparsities at once", part_of(numbers, JOINT), first | together | kept | {"seconds": ("seconds", ",.0f")}
     )
-    return shown | _readable("Repair", part_of(numbers, REPAIR), first | repair | kept)
+    return shown | readable("Repair", part_of(numbers, REPAIR), first | repair | kept)
 
 
 def of_analysis(analysis: Mapping, model: str) -> list[dict]:
@@ -762,19 +682,10 @@ def table6(evidence: Evidence) -> Table:
     runs = pd.concat([mixed, alone(pool, mixed)], ignore_index=True)
     pairs = [("partial", "lora"), *((method, f"{method}, alone") for method in methods)]
     numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
-    mixtures = [name for name in _planned(evidence, "table6") if name not in set(mixed["mixture"])]
-    lacking = [f"{name}: no runs; {command}" for name in mixtures]
-    lacking += missing(mixed, planned(methods, POINTS), (), command) if len(mixed) or not mixtures else []
+    lacking = missing(mixed, planned(methods, POINTS), command)
     note = "alone: an adapter for each task by itself, in runs of one task; its parameters are those of one adapter."
-    return _of_methods(
-        "table6",
-        evidence,
-        runs,
-        numbers,
-        judged(numbers, *(("partial", "lora", AS_GOOD, point) for point in POINTS)),
-        lacking,
-        [note] * (len(runs) > len(mixed)),
-    )
+    notes = [note] * (len(runs) > len(mixed))
+    return _of_methods("table6", evidence, runs, numbers, _as_good(numbers, "partial", "lora"), lacking, notes)
 
 
 def alone(runs: pd.DataFrame, mixed: pd.DataFrame) -> pd.DataFrame:
@@ -889,8 +800,8 @@ def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     runs |= {"adapter file (KB)": ("adapter_bytes", ",.0f", 1e3), "optimizer (KB)": ("optimizer_bytes", ",.0f", 1e3)}
     runs |= {"step (ms)": ("step_seconds", ",.0f", 1e-3), "activations (MB)": ("saved_activation_bytes", ",.1f", 1e6)}
     runs |= {"peak memory (MB)": ("peak_memory_bytes", ",.0f", 1e6)}
-    shown = _readable("Benchmark of a training step", part_of(numbers, BENCH), bench)
-    return shown | _readable("Runs", part_of(numbers, RUNS), runs)
+    shown = readable("Benchmark of a training step", part_of(numbers, BENCH), bench)
+    return shown | readable("Runs", part_of(numbers, RUNS), runs)
 
 
 def _less_than_dense(rows: Sequence[Mapping]) -> list[Verdict]:
@@ -931,3 +842,39 @@ def _from_to(values: Sequence[float]) -> str:
 TABLES: dict[str, Callable[[Evidence], Table]] = {
     make.__name__: make for make in (table1, table2, table3, table4, table5, table6, table7)
 }
+
+
+# The command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make what is named, and print which files that is, what they say and which runs are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="+", choices=[*TABLES, CLAIMS], metavar="NAME", help=", ".join([*TABLES, CLAIMS])
+    )
+    parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        evidence, folder = gather(options.results), options.results / "tables"
+        wanted = TABLES if CLAIMS in options.names else dict.fromkeys(options.names)
+        made = {name: TABLES[name](evidence) for name in wanted}
+        for name in dict.fromkeys(options.names):
+            line = shlex.join(["python", "scripts/paper_tables.py", name, "--results", str(options.results)])
+            tables = list(made.values()) if name == CLAIMS else [made[name]]
+            files = [write_claims(tables, folder, line)] if name == CLAIMS else write(made[name], folder, line)
+            for file in files:
+                print(f"wrote {file}")
+            for table in tables:
+                for each in table.missing if name != CLAIMS else ():
+                    print(f"missing: {each}")
+                for each in table.verdicts:
+                    print(f"{table.name}: {each.claim} ({each.where}): {in_words(each)}; {each.found}")
+        return 0
+
+    return cli.guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,13 @@
-"""Which runs stand beside each other in tables and figures, which are left out, and which are missing."""
+"""Which runs stand beside each other in tables and figures, and which are left out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from evidence.runs import COLUMNS, Evidence, collect, comparable, gather, missing, planned, usual
 from recorded_runs import leave
+
+from partial_lora.report.comparable import COLUMNS, Evidence, collect, comparable, usual
 
 
 def kept(place: Path) -> tuple[list[tuple], list[str]]:
@@ -113,14 +114,3 @@ def test_of_nothing_there_is_an_empty_frame_and_the_nearer_of_two_files_counts(t
         file.parent.mkdir(parents=True)
         file.touch()
         assert evidence.files("bench/adapter.json") == [file]
-
-
-def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: Path) -> None:
-    for method, seeds in {"partial": 3, "targeted": 2, "flow": 1, "dora": 1}.items():
-        for seed in range(seeds):
-            leave(tmp_path, method, seed=seed, budget=None if method == "dora" else 0.13)
-    runs, point = gather(tmp_path).comparable, ("budget 0.13",)
-    (line,) = missing(runs, planned(("partial", "targeted", "lora"), point), (), "make")
-    assert line == "vit, digits: targeted svd budget 0.13 seed 2, lora"
-    assert missing(runs, planned(("flow", "dora"), point), (), "make") == []
-    assert missing(runs, [], ["sst2"], "make") == ["sst2: no runs; make"]

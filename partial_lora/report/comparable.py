@@ -1,4 +1,4 @@
-"""The runs that tables and figures are made of: a row a run, and which of them may stand beside each other."""
+"""Runs of a study that stand beside each other: a row a run, one for each task, method, size and seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.pairs import Outcome
 from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
@@ -18,7 +17,6 @@ from partial_lora.report.records import COSTS, NONE, Predictions, Run, condition
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
 BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
-UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")
 PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (
@@ -197,42 +195,6 @@ def _differing(words: Iterable[str]) -> str:
 
 def _left_out(where: Iterable[str], count: int, why: str) -> str:
     return f"{', '.join(filter(None, where))}: {count} {'run' if count == 1 else 'runs'} left out, {why}"
-
-
-def planned(
-    methods: Iterable[str], points: Sequence[str], importance: Sequence[str] = ("svd",)
-) -> list[tuple[str, str, str]]:
-    """(method, importance, operating point) of all runs that methods are planned with."""
-    rows = []
-    for method in methods:
-        calibrated = [(method, measure, point) for measure in importance for point in points]
-        rows += [(method, NONE, NONE)] if method in UNCALIBRATED else calibrated
-    return rows
-
-
-def missing(runs: pd.DataFrame, wanted: Sequence[tuple[str, ...]], tasks: Sequence[str], command: str) -> list[str]:
-    """A line for each task without a run, and for each that lacks rows, or seeds that others of `wanted` have.
-
-    wanted: rows that are planned with the same seeds. tasks: those that are planned, beside those of the runs. command:
-    what makes the runs.
-    """
-    if runs.empty and not tasks:
-        return [f"no runs; {command}"]
-    lines = [f"{task}: no runs; {command}" for task in tasks if task not in set(runs["task"])]
-    for (model, mixture, task), part in runs.groupby(["model", "mixture", "task"], sort=False):
-        have = {key: set(own["seed"]) for key, own in part.groupby(CELL)}
-        seeds = set().union(*(have[row] for row in wanted if row in have))
-        lacking = []
-        for row in wanted:
-            name = " ".join(word for word in row if word != NONE)
-            fewer = sorted(seeds - have.get(row, set()))
-            if row not in have:
-                lacking.append(name)
-            elif fewer:
-                lacking.append(f"{name} seed {' '.join(map(str, fewer))}")
-        if lacking:
-            lines.append(f"{', '.join(filter(None, (model, mixture, task)))}: {', '.join(lacking)}")
-    return lines
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The numbers of the evidence's figures, from literal records; what a figure lacks; and that each is drawn."""
+"""The numbers of the paper's figures, from literal records; what a figure lacks; and that each is drawn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import paper_figures as figures
 import pytest
-from evidence import figures
-from evidence.figures import FIGURES
+from paper_figures import FIGURES, Cell, measured, to_measure
 from recorded_runs import leave, measure
 from scipy.stats import t as student
+
+from partial_lora.report import records
 
 
 def numbers(name: str, place: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -118,7 +120,7 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.09, 0.04, 0.14))
     drift = only(table, method="partial", quantity="cka", x=2)
     assert (drift["mean"], drift["block"]) == (pytest.approx(0.55), "blocks.1")
-    assert note.startswith("missing: dynamics.json of digits lora; scripts/dynamics.py")
+    assert note.startswith("missing: dynamics.json of digits lora; ")
 
 
 def test_fig3_draws_what_was_measured_before_what_was_not(tmp_path: Path) -> None:
@@ -210,15 +212,15 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
     assert "600 rows with 0% noise" not in note
 
 
-def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_path: Path) -> None:
+def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_path: Path, capsys) -> None:
     thresholds(tmp_path)
     leave(tmp_path, "lora", 0.5, seed=1, trainer__epochs=9)
-    printed = []
-    svg, csv = figures.make("fig1", tmp_path, say=printed.append)
+    svg, csv = figures.make("fig1", tmp_path)
+    printed = capsys.readouterr().out.splitlines()
     assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert csv.parent == tmp_path / "figures"
     first, *notes = [line for line in csv.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert first == f"# python scripts/reproduce.py fig1 --results {tmp_path}"
+    assert first == f"# python scripts/paper_figures.py fig1 --results {tmp_path}"
     assert {note.removeprefix("# ") for note in notes} <= set(printed)
     assert any("trainer.epochs" in line for line in printed)
     assert len(pd.read_csv(csv, comment="#")) == 6
@@ -232,16 +234,18 @@ def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_pa
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_figure_is_drawn_from_few_runs_and_without_any_names_what_makes_them(name: str, tmp_path: Path) -> None:
-    place, printed = tmp_path / "cpu", []
+def test_each_figure_is_drawn_from_few_runs_and_without_any_names_what_makes_them(
+    name: str, tmp_path: Path, capsys
+) -> None:
+    place = tmp_path / "cpu"
     stale = place / "figures" / f"{name}.svg"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    assert figures.make(name, place, say=printed.append) == []
-    assert printed[-1].endswith(f"in {place}; make reproduce-{name}")
+    assert figures.make(name, place) == []
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"in {place}; make reproduce-{name}")
     assert not stale.exists()
     leave(place, "partial", 0.9, task="sst2", model="minilm_l6")  # one run alone is no reason to fail
-    figures.make(name, place, say=printed.append)
+    figures.make(name, place)
     thresholds(place)
     leave(place, "targeted", 0.9, budget=0.13)
     leave(place, "partial", 0.7, budget=0.01, calibration__max_sparsity=0.995)
@@ -249,4 +253,34 @@ def test_each_figure_is_drawn_from_few_runs_and_without_any_names_what_makes_the
     leave(place, "lora", 0.9, task="trec", history=[{"step": 1, "loss": 2.0, "grad_norm": 1.0}])
     leave(place, "partial", 0.9, task="trec")
     agreement(place, 0.5)
-    assert len(figures.make(name, place, say=printed.append)) == 2
+    assert len(figures.make(name, place)) == 2
+
+
+def test_a_figure_names_the_runs_whose_dynamics_it_shows(tmp_path: Path, capsys) -> None:
+    for seed in range(4):
+        leave(tmp_path, "lora", 0.9, seed=seed)
+        leave(tmp_path, "partial", 0.9, seed=seed)
+        leave(tmp_path, "partial", 0.9, seed=seed, threshold=0.5)
+    assert figures.main(["fig3", "--results", str(tmp_path), "--runs"]) == 0
+    chosen = [Path(line) for line in capsys.readouterr().out.split()]
+    assert sorted(place.name for place in chosen) == sorted(f"seed{seed}" for seed in (0, 0, 1, 1, 2, 2))
+
+
+def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: Path) -> None:
+    for method, seeds in {"lora": range(5), "partial": range(1, 6)}.items():
+        for seed in seeds:
+            folder = leave(tmp_path, method, 0.9, seed=seed)
+            measure(folder, 0.9, 0.8) if seed == 3 or (method, seed) == ("lora", 5) else None
+            (folder / "adapter").mkdir() if seed == 4 else None
+
+    def cells() -> list[Cell]:
+        every: dict[tuple, dict] = {}
+        for run in records.read(tmp_path)[0]:
+            every.setdefault((run.row["task"], run.row["method"]), {})[run.row["seed"]] = run
+        return [(task, cell) for (task, _), cell in sorted(every.items())]
+
+    chosen = [(run.row["method"], run.row["seed"]) for run in to_measure(cells(), 3)]
+    assert chosen == [(method, seed) for method in ("lora", "partial") for seed in (1, 3, 4)]
+    for task in ("digits", "cifar10"):
+        measure(leave(tmp_path, "lora", 0.9, task=task, seed=7), 0.9, 0.8)
+    assert [sorted(cell) for cell in measured(cells())] == [[7], [3], [3]]

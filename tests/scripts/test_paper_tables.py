@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import paper_tables as tables
 import pytest
-import reproduce
 from checkout import NEEDED, RESULTS
-from evidence import paired, tables
-from evidence.paired import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE
-from evidence.runs import gather
-from evidence.tables import Table
+from paper_tables import Table, missing, planned
 from recorded_runs import EXAMPLES, leave
-from scipy import stats
 
-from partial_lora.report.statistics import Estimate
+from partial_lora.report import claims
+from partial_lora.report.claims import AS_GOOD, FAILS, HOLDS, OPEN
+from partial_lora.report.comparable import gather
 
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
 
@@ -41,59 +39,6 @@ def part(table: Table, name: str, **where: object) -> pd.DataFrame:
 
 def verdicts(table: Table) -> list[tuple[str, str]]:
     return [(each.where, each.verdict) for each in table.verdicts]
-
-
-# Verdicts
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "metric", "as_good", "better"),
-    [
-        (0.001, 0.004, "accuracy", HOLDS, HOLDS),
-        (-0.009, 0.009, "accuracy", HOLDS, FAILS),
-        (-0.02, 0.011, "accuracy", OPEN, OPEN),
-        (-0.02, -0.009, "accuracy", WORSE, FAILS),
-        (-0.02, -0.011, "accuracy", FAILS, FAILS),
-        (-0.004, -0.001, "mse", HOLDS, HOLDS),  # less is better
-        (0.001, 0.004, "mse", FAILS, FAILS),
-        (-0.004, 0.004, "mse", OPEN, OPEN),
-    ],
-)
-def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str, as_good: str, better: str) -> None:
-    found = Estimate((low + high) / 2, (high - low) / 2 / stats.t.ppf(0.975, 6), 6)
-    assert tuple(claim.judge(found, metric, (0.05, 0.05)) for claim in (AS_GOOD, BETTER)) == (as_good, better)
-    for claim, said in ((AS_GOOD, as_good), (BETTER, better)):  # decided from its significance on
-        assert (min(claim.significances(found, metric)) < 0.05) == (said in (HOLDS, FAILS))
-
-
-def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
-    def rows(*p: float) -> pd.DataFrame:
-        each = [{"difference": 0.01 * stats.t.isf(one / 2, 9) - 0.01, "error": 0.01, "freedom": 9.0} for one in p]
-        places = {"part": "difference", "model": "vit", "mixture": "", "importance": "svd", "second": "lora"}
-        places |= {"metric": "accuracy", "tasks": 1, "task": "digits", "seeds": 3, "low": 0.0, "high": 0.0}
-        return pd.DataFrame(
-            [places | one | {"first": str(at), "operating_point": "budget 0.13"} for at, one in enumerate(each)]
-        )
-
-    def of(numbers: pd.DataFrame) -> list[tuple[str, str, int]]:
-        claims = [(first, "lora", AS_GOOD, "budget 0.13") for first in (*numbers["first"], "other")]
-        made = paired.judged(numbers, *claims)
-        assert (made[-1].verdict, made[-1].alone, made[-1].among) == (OPEN, OPEN, 0)  # no runs
-        return [(each.alone, each.verdict, each.among) for each in made[:-1]]
-
-    assert of(rows(0.03)) == [(HOLDS, HOLDS, 1)]
-    assert of(rows(0.03, 0.04)) == [(HOLDS, OPEN, 2)] * 2
-    assert of(rows(0.04, 0.02)) == [(HOLDS, HOLDS, 2)] * 2
-    numbers = rows(0.03, 0.04)
-    numbers.loc[1, "seeds"] = 1  # decides nothing, and is no comparison
-    assert of(numbers) == [(HOLDS, HOLDS, 1), (OPEN, OPEN, 0)]
-    assert paired.together(numbers)["among"].tolist() == [1, 1]
-
-
-def test_only_shares_are_read_in_points() -> None:
-    row = {"difference": 0.0123, "low": 0.01, "high": 0.015}
-    assert {paired.interval(row | {"metric": name}) for name in ("accuracy", "average")} == {"+1.23 [+1.00, +1.50]"}
-    assert {paired.interval(row | {"metric": name}) for name in ("mse", "matthews")} == {"+0.0123 [+0.0100, +0.0150]"}
 
 
 # Tables of one set of records
@@ -266,11 +211,10 @@ def test_table7_has_costs_of_the_task_with_most_methods_and_of_the_benchmark(mad
 
 
 def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Path, made: dict, capsys) -> None:
-    assert reproduce.main(["table1", "table4", "claims", "--results", str(place)]) == 0
-    folder, command = place / "tables", f"python scripts/reproduce.py table1 --results {shlex.quote(str(place))}"
+    assert tables.main(["table1", "table4", "claims", "--results", str(place)]) == 0
+    folder, command = place / "tables", f"python scripts/paper_tables.py table1 --results {shlex.quote(str(place))}"
     page = (folder / "table1.md").read_text(encoding="utf-8")
     assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
-    assert "- missing: flowers17: no runs; make reproduce-table1" in page
     numbers = pd.read_csv(folder / "table1.csv", comment="#")
     assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
     claims = (folder / "claims.md").read_text(encoding="utf-8")
@@ -282,7 +226,7 @@ def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Pat
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> None:
-    assert reproduce.main([name, "--results", str(tmp_path / "cpu")]) == 0
+    assert tables.main([name, "--results", str(tmp_path / "cpu")]) == 0
     table = make(name, tmp_path / "cpu")
     assert table.missing
     assert {each.verdict for each in table.verdicts} == {OPEN}
@@ -293,6 +237,16 @@ def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> 
 
 
 # Single cases
+
+
+def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: Path) -> None:
+    for method, seeds in {"partial": 3, "targeted": 2, "flow": 1, "dora": 1}.items():
+        for seed in range(seeds):
+            leave(tmp_path, method, seed=seed, budget=None if method == "dora" else 0.13)
+    runs, point = gather(tmp_path).comparable, ("budget 0.13",)
+    (line,) = missing(runs, planned(("partial", "targeted", "lora"), point), "make")
+    assert line == "vit, digits: targeted svd budget 0.13 seed 2, lora"
+    assert missing(runs, planned(("flow", "dora"), point), "make") == []
 
 
 def test_what_is_said_of_all_sets_is_of_those_with_a_common_seed(tmp_path: Path) -> None:
@@ -311,7 +265,7 @@ def test_what_is_said_of_all_sets_is_of_those_with_a_common_seed(tmp_path: Path)
     assert "2 sets (0 up, 1 down)" in table.shown["Differences"]["task"].tolist()
     without = rows.drop(index="all sets").reset_index()  # one of several tasks stands for none
     claim = ("partial", "lora", AS_GOOD, "threshold 0.9")
-    assert {each.verdict for each in paired.judged(without, claim)} == {OPEN}
+    assert {each.verdict for each in claims.judged(without, claim)} == {OPEN}
 
 
 def test_only_what_beats_all_at_its_point_is_marked(tmp_path: Path) -> None:

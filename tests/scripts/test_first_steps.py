@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import first_steps as reach
 import numpy as np
 import pandas as pd
 import pytest
-import reach
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -115,6 +115,6 @@ def test_accuracies_of_a_form_are_those_of_its_name(tmp_path) -> None:
     )
     table = reach.beside(measured, tested)
     assert table["above"].tolist() == pytest.approx([0, -0.12, 0.1, 0.2])
-    reach.draw(table, tmp_path)
+    reach.draw_reach(table, tmp_path)
     assert "reach +0.00" not in (tmp_path / "reach.md").read_text(encoding="utf-8")
     assert (tmp_path / "reach.svg").is_file()

@@ -1,0 +1,1416 @@
+"""Benchmarks behind `make bench`: steps and bytes of adapters, calibration, many adapters on one base, whole runs.
+
+    python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
+    python scripts/bench.py calibration    # a scan and a bisect beside Algorithm 1 done literally
+    python scripts/bench.py serving        # the products of 1 to 64 adapters of one layer, masked and dense
+    python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
+    python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
+    python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
+    python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
+    python scripts/bench.py threads        # a step with one thread or all, by how OpenMP's threads wait
+
+Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md, and its last section says which
+ratios have moved since the last commit: those whose interval and that of before have nothing in common. Ratios of what
+was measured side by side depend less on the machine than seconds do. --page makes the page of a record again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import os
+import platform
+import random
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, product
+from pathlib import Path
+from time import process_time
+
+import numpy as np
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from peft.tuners.shira.layer import ShiraLayer
+from scipy.stats import bootstrap, quantile_test, trim_mean
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from partial_lora.adapter import PartialLoraConfig, module_masks
+from partial_lora.adapter.compact import write_compact
+from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.few_shot import batches_of, few_shot_head
+from partial_lora.calibration.score import FewShotScore
+from partial_lora.calibration.search import literal_passes, sparsity_levels
+from partial_lora.files import write_atomic, write_json
+from partial_lora.masks import kept_count
+from partial_lora.models.targets import target_linears
+from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
+from partial_lora.runs import build, directory
+from partial_lora.runs.compose import composed
+from partial_lora.runs.config import plain as as_plain
+from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "results" / "bench"
+ENOUGH = 8  # repetitions; an interval resampled from fewer would claim more than it knows
+CONFIDENCE = 0.95
+SEED = 0
+Figures = Mapping[str, tuple[float, float, float]]  # {what: (ratio, ends of its interval)}
+
+
+# --- What all have in common.
+
+
+def machine() -> dict:
+    """Return the machine, the versions and the commit that numbers are made with."""
+    made = directory.new({"seed": 0})
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    known = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
+    return {
+        "cpu": known[0] if known else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **{key: made[key] for key in ("versions", "git_commit", "started")},
+    }
+
+
+def where(of: Mapping, loads: Sequence[float], threads: int) -> str:
+    """Return the lines of a page on the machine."""
+    lines = [
+        f"{of['cpu']}, {of['cpus']} CPUs, {of['capability']}",
+        ", ".join(f"{name} {version}" for name, version in of["versions"].items()),
+        f"commit {of['git_commit']}; started {of['started']}",
+        f"load average {min(loads):.2f} to {max(loads):.2f}, of which the benchmark is {threads}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """Rows {column: text} as a Markdown table."""
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def committed(file: Path) -> dict | None:
+    """Return a record as it is in the last commit; None where it is in none."""
+    if not file.resolve().is_relative_to(ROOT):
+        return None
+    name = file.resolve().relative_to(ROOT).as_posix()
+    shown = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=False)
+    return json.loads(shown.stdout) if shown.returncode == 0 else None
+
+
+def ratio_of_medians(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Return the ratio of two medians and its interval, of repetitions that took turns (repetitions,).
+
+    The interval is a percentile bootstrap over repetitions, of 95 %; of fewer than ENOUGH the smallest and the largest
+    ratio of a repetition, which hold the median of six as often.
+    """
+    values, others = np.asarray(values), np.asarray(others)
+
+    def quotient(values: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(values, axis=axis) / np.median(others, axis=axis)
+
+    ends = (values / others).min(), (values / others).max()
+    if len(values) >= ENOUGH:
+        settings = {"paired": True, "method": "percentile", "n_resamples": 999, "rng": np.random.default_rng(0)}
+        ends = bootstrap((values, others), quotient, **settings).confidence_interval
+    return float(quotient(values, others)), float(ends[0]), float(ends[1])
+
+
+def since(before: Figures | None, now: Figures) -> str:
+    """Return a page's section on what has moved since the committed figures, if there are any."""
+    heading = "## Since the figures committed last\n\n"
+    if before is None:
+        return heading + "There are none to compare with."
+    common = [what for what in now if what in before]
+    moved = [what for what in common if before[what][2] < now[what][1] or now[what][2] < before[what][1]]
+    if not moved:
+        return f"{heading}None of {len(common)} ratios has moved by more than its interval and that of before."
+    form = "{:.2f} [{:.2f}, {:.2f}]".format
+    rows = [{"ratio": what, "before": form(*before[what]), "now": form(*now[what])} for what in moved]
+    return f"{heading}{len(moved)} of {len(common)} ratios have moved by more than their intervals:\n\n{markdown(rows)}"
+
+
+# --- Adapter: a training step of every variant on two models, and the bytes that it holds.
+
+SPARSITY, EVERY = 0.87, 3  # EVERY: repetitions for one of SELDOM
+NAMES = {
+    "floor": "frozen floor",
+    "short_floor": "short floor",
+    "lora": "dense LoRA (PEFT)",
+    "rows_columns": "ours, rows and columns",
+    "element": "ours, element",
+    "shira": "SHiRA (PEFT)",
+}
+REFERENCES = ("lora", "floor", "short_floor")  # what ratios are taken against
+PARTIAL = ("rows_columns", "element")
+SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
+STAGES = ("forward", "backward", "optimizer")
+Batch = Mapping[str, Tensor]
+# (aim, variant, ratio, at most, ranks it is judged at)
+AIMS = (
+    ("adapter overhead above the floor", "rows_columns", "overhead", 0.30, (16, 64)),
+    ("saved activations above the floor", "rows_columns", "saved", 0.20, (16, 64)),
+    ("trainable state, bytes / (12 × kept entries)", "rows_columns", "state", 1, (8, 16, 64)),
+    ("trainable state, bytes / (12 × kept entries)", "element", "state", 1, (8, 16, 64)),
+    ("step time against dense LoRA", "element", "step", 1.05, (8, 16, 64)),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model class at one size.
+
+    title: what it is and what a step works on. build: gives the model, with random weights. batch: the arguments of a
+    forward pass. unit: what a user counts, `units` of them a step. targets: the modules that get an adapter.
+    first_block: the module whose input the frozen floor's backward pass reaches. first_targets: the first modules with
+    an adapter; an adapter's own backward pass goes no further than they.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Tensor]]
+    unit: str
+    units: int
+    targets: tuple[str, ...]
+    first_block: str
+    first_targets: tuple[str, ...]
+
+
+def _vit(title: str, *, labels: int, images: int, **size) -> Model:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    pixels = size.get("img_size", 224)
+
+    def build() -> nn.Module:
+        config = TimmWrapperConfig(architecture="vit_base_patch16_224", num_labels=labels, model_args=size)
+        return TimmWrapperForImageClassification(config)
+
+    def batch() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(SEED)
+        images_ = torch.randn(images, 3, pixels, pixels, generator=generator)
+        return {"pixel_values": images_, "labels": torch.randint(0, labels, (images,), generator=generator)}
+
+    targets = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # "proj" alone would also be the patch embedding's
+    first = "timm_model.blocks.0"
+    title = f"{title}, {images} images of {pixels} px a step"
+    return Model(title, build, batch, "images", images, targets, first, (f"{first}.attn.qkv",))
+
+
+def _llama(title: str, *, tokens: int, **size) -> Model:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(use_cache=False, max_position_embeddings=tokens, **size)  # training has no use for a cache
+
+    def batch() -> dict[str, Tensor]:
+        ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(SEED))
+        return {"input_ids": ids, "labels": ids}
+
+    targets = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    first = "model.layers.0"
+    title = f"{title}, one text of {tokens} tokens a step"
+    build = partial(LlamaForCausalLM, copy.deepcopy(config))
+    firsts = tuple(f"{first}.self_attn.{name}_proj" for name in "qkv")
+    return Model(title, build, batch, "tokens", tokens, targets, first, firsts)
+
+
+_WIDE = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8}
+_WIDE |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+_TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+_TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+_LLAMA = partial(_llama, "Llama, 8 layers, d = 1024", **_WIDE)
+MODELS = {"vit_b16": partial(_vit, "ViT-B/16", labels=10, images=4), "llama_8l": partial(_LLAMA, tokens=512)}
+LONG = partial(_LLAMA, tokens=2048)
+# The same classes at a size for tests; their times mean nothing.
+_SMALL = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2}
+QUICK_MODELS = {
+    "vit_b16": partial(_vit, "A tiny ViT", labels=4, images=2, **_SMALL),
+    "llama_8l": partial(_llama, "A tiny Llama", tokens=16, **_TINY),
+}
+QUICK_LONG = partial(_llama, "A tiny Llama", tokens=64, **_TINY)
+
+
+def floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """No adapter; the backward pass goes down to the input of the first block."""
+
+    def from_here(module: nn.Module, args: tuple) -> None:
+        args[0].requires_grad_(True)  # what comes before is frozen, so this is a leaf
+
+    base.get_submodule(model.first_block).register_forward_pre_hook(from_here)
+    return base
+
+
+def short_floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """No adapter; the backward pass stops where that of an adapter does, at the output of the first adapted modules.
+
+    An adapter in the first block needs no gradient of that block's input, so `floor` does a little more than the frozen
+    part of an adapted model; this does exactly that part.
+    """
+
+    def from_here(module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.requires_grad_(True)
+
+    for name in model.first_targets:
+        base.get_submodule(name).register_forward_hook(from_here)
+    return base
+
+
+def lora(base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """PEFT's dense LoRA."""
+    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(model.targets)))
+
+
+def masked(granularity: str, base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """Partial-LoRA that keeps rows of B and columns of A, or single entries."""
+    usual = {"r": rank, "lora_alpha": 2 * rank, "target_modules": list(model.targets)}
+    return get_peft_model(base, PartialLoraConfig(sparsity=SPARSITY, granularity=granularity, **usual))
+
+
+def shira(base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """PEFT's SHiRA (random single entries of W) with as many entries in every module as rows and columns keep there.
+
+    SHiRA's own number is r (in + out) with a whole r, which misses that of masks by several per cent; so it is built
+    with r = 1, and its vector of values and their positions are then replaced by ones of the right length.
+    """
+    wrapped = get_peft_model(base, ShiraConfig(r=1, random_seed=SEED, target_modules=list(model.targets)))
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in wrapped.modules():
+        if isinstance(layer, ShiraLayer):
+            kept = rank * sum(kept_count(size, SPARSITY) for size in (layer.in_features, layer.out_features))
+            entries = layer.in_features * layer.out_features
+            chosen = torch.randperm(entries, generator=generator)[:kept].sort().values
+            positions = torch.stack([chosen // layer.in_features, chosen % layer.in_features])
+            layer.shira_weight["default"] = nn.Parameter(torch.zeros(kept))
+            layer.shira_indices["default"] = positions.int()  # as SHiRA holds them
+    return wrapped
+
+
+VARIANTS: dict[str, Callable[[nn.Module, Model, int], nn.Module]] = {
+    "floor": floor,
+    "short_floor": short_floor,
+    "lora": lora,
+    **{name: partial(masked, name) for name in PARTIAL},
+    "shira": shira,
+}
+
+
+def built(name: str, base: nn.Module, model: Model, rank: int) -> nn.Module:
+    """Return a variant over the frozen tensors of a base, in memory once; every variant draws from the same seed."""
+    torch.manual_seed(SEED)
+    base.requires_grad_(False)
+    tensors = chain(base.parameters(), base.buffers())
+    shared = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+    return VARIANTS[name](shared, model, rank).train()
+
+
+# glibc's malloc gives large blocks back to the kernel when they are freed and asks for them again at the next step, and
+# clearing their pages then costs more than what is compared here. So it is told to keep what it has, as the caching
+# allocator of a GPU does. (name: parameter of mallopt, value)
+_MALLOC = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26)}
+
+
+def keep_freed_memory() -> list[str]:
+    """Tell the C library's allocator to keep freed memory; gives the settings it took, none where it has no mallopt."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return []
+    return [f"{name}={value}" for name, (parameter, value) in _MALLOC.items() if mallopt(parameter, value)]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
+    """AdamW over what trains; None for a floor, where nothing does."""
+    parameters = trainable(model)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch) -> dict[str, float]:
+    """Train on `batch` once: {stage: processor seconds of this process}."""
+    times = [process_time()]
+    loss = model(**batch).loss
+    times.append(process_time())
+    loss.backward()
+    times.append(process_time())
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    times.append(process_time())
+    return {stage: end - start for stage, start, end in zip(STAGES, times, times[1:], strict=False)}
+
+
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
+    """Bytes that one forward pass keeps for its backward pass, the loss itself apart; after a first step."""
+    with kept_by_forward() as kept:
+        loss = model(**batch).loss
+    return kept.bytes - total(storages([loss]), without={})
+
+
+def state_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, before: Storages
+) -> dict[str, int]:
+    """Return what trains, and the bytes that training holds from step to step. Takes a training step.
+
+    lasting_bytes: what the variant holds beyond the frozen model, its parameters and Adam (indices, buffers). before:
+    what was alive before the variant was built.
+    """
+    model(**batch).loss.backward()
+    parameters = trainable(model)
+    gradients = storages(parameter.grad for parameter in parameters)
+    state: Storages = {}
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+        state = storages(tensors_in(optimizer.state.values()))
+    counted = {**before, **storages(parameters), **gradients, **state}
+    return {
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_tensors": len(parameters),
+        "gradient_bytes": total(gradients, without={}),
+        "optimizer_bytes": total(state, without={}),
+        "lasting_bytes": total(alive(), without=counted),
+    }
+
+
+def file_bytes(model: nn.Module, *, compact: bool) -> dict[str, int | None]:
+    """Bytes of the adapter on disk: what save_pretrained writes (dense), and the folder of kept values only (compact).
+
+    None for a form that the variant does not have.
+    """
+    if not trainable(model):
+        return {"dense": None, "compact": None}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/dense")
+        if compact:
+            write_compact(model, f"{folder}/compact")
+        return {
+            "dense": Path(folder, "dense", "adapter_model.safetensors").stat().st_size,
+            "compact": sum(file.stat().st_size for file in Path(folder, "compact").iterdir()) if compact else None,
+        }
+
+
+def kept_entries(model: nn.Module) -> int:
+    """The entries of A and B that the masks keep, counted on the masks."""
+    rank = model.peft_config["default"].r
+    return sum(
+        (len(masks.rows.kept) + len(masks.columns.kept)) * (1 if masks.element else rank)
+        for masks in module_masks(model).values()
+    )
+
+
+def adapter(options: argparse.Namespace) -> dict:
+    """Measure every model at every rank."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what the imports have made need not be walked through at every collection
+    of = machine() | {"malloc": keep_freed_memory()}
+    cells = []
+    for name, rank in product(MODELS, options.ranks):
+        cells.append(cell_of(name, (QUICK_MODELS if options.quick else MODELS)[name](), rank, options.repeats))
+        print(f"{name} rank {rank}: {cells[-1]['wall_seconds']:.0f} s", flush=True)
+    settings = {"sparsity": SPARSITY, "repeats": options.repeats, "every": EVERY, "quick": options.quick}
+    command = shlex.join(["python", "scripts/bench.py", *options.words])
+    return {"command": command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
+
+
+def profile(options: argparse.Namespace) -> str:
+    """Return torch's profile of a step of every variant, at the highest rank, as Markdown."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    parts = [f"# Where an adapter's time goes\n\nMade by `python scripts/bench.py {shlex.join(options.words)}`."]
+    for name in MODELS:
+        model = (QUICK_MODELS if options.quick else MODELS)[name]()
+        torch.manual_seed(SEED)
+        base, batch = model.build(), model.batch()
+        for variant in VARIANTS:
+            own = built(variant, base, model, max(options.ranks))
+            optimizer = optimizer_of(own)
+            step(own, optimizer, batch)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                step(own, optimizer, batch)
+            spent = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+            parts.append(f"## {model.title}: {NAMES[variant]}\n\n```text\n{spent}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
+    """Everything about one model at one rank: bytes once, seconds in shuffled rounds."""
+    load, started = os.getloadavg()[0], time.perf_counter()
+    torch.manual_seed(SEED)
+    base, batch = model.build(), model.batch()
+    variants, measured = {}, {}
+    for variant in VARIANTS:
+        before = alive()
+        own = built(variant, base, model, rank)
+        variants[variant] = own, optimizer_of(own)
+        measured[variant] = {
+            **state_bytes(*variants[variant], batch, before),
+            "kept_entries": kept_entries(own) if variant in PARTIAL else None,
+            "saved_bytes": saved_bytes(own, batch),
+            "file_bytes": file_bytes(own, compact=variant in PARTIAL),
+            "repetitions": [],
+            "seconds": {stage: [] for stage in STAGES},
+        }
+    shuffle = random.Random(f"{SEED}/{name}/{rank}")
+    gc.disable()
+    for repetition in range(-1, repeats):  # the first is thrown away
+        gc.collect()
+        names = [variant for variant in variants if variant not in SELDOM or repetition < 0 or repetition % EVERY == 0]
+        for variant in shuffle.sample(names, len(names)):
+            spent = step(*variants[variant], batch)
+            if repetition >= 0:
+                measured[variant]["repetitions"].append(repetition)
+                for stage, seconds in spent.items():
+                    measured[variant]["seconds"][stage].append(seconds)
+    gc.enable()
+    return {
+        "model": name,
+        "rank": rank,
+        "title": model.title,
+        "unit": model.unit,
+        "units": model.units,
+        "modules": len(module_masks(variants["lora"][0])),
+        "load": [load, os.getloadavg()[0]],
+        "wall_seconds": time.perf_counter() - started,
+        "variants": measured,
+        "ratios": ratios(measured),
+    }
+
+
+def step_seconds(variant: Mapping) -> np.ndarray:
+    """Processor seconds of each repetition's whole step (repetitions,)."""
+    return np.sum([variant["seconds"][stage] for stage in STAGES], axis=0)
+
+
+def ratio(values: np.ndarray, dense: np.ndarray, floor: np.ndarray) -> dict[str, float | None]:
+    """mean(values - floor) / mean(dense - floor), and the interval that holds it: {ratio, low, high}.
+
+    All are seconds of the same repetitions (repetitions,). Differences are taken within a repetition, where a machine
+    that is slow for a while is slow for all; the quotient is taken of their means, since a single repetition's may have
+    next to nothing below the line. The means leave out the quarter at either end: nearly as deaf to outliers as a
+    median, with intervals a tenth narrower. These are percentile bootstraps over whole repetitions, None of too few.
+    """
+
+    def quotient(values: np.ndarray, dense: np.ndarray, floor: np.ndarray, axis: int = -1) -> np.ndarray:
+        return trim_mean(values - floor, 0.25, axis=axis) / trim_mean(dense - floor, 0.25, axis=axis)
+
+    samples, low, high = (values, dense, floor), None, None
+    if len(values) >= ENOUGH:
+        settings = {"method": "percentile", "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
+        low, high = map(float, bootstrap(samples, quotient, paired=True, **settings).confidence_interval)
+    return {"ratio": float(quotient(*samples)), "low": low, "high": high}
+
+
+def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
+    """Every variant against dense LoRA: {variant: {name: {ratio, low, high}}}.
+
+    step: t / t_lora. overhead: (t - floor) / (t_lora - floor); overhead_short has the short floor for the floor. saved:
+    (b - floor) / (b_lora - floor) of the bytes saved for the backward pass. state, of a variant with masks: bytes of
+    gradients and Adam for each kept entry, over the 12 it takes (Adam's 4 for the number of steps of a tensor left
+    out). Bytes are the same every time.
+    """
+    seconds = {name: step_seconds(variant) for name, variant in variants.items()}
+    saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
+    against = {}
+    for name, variant in variants.items():
+        dense, floor, short = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
+        against[name] = {
+            "step": ratio(seconds[name], dense, np.zeros_like(dense)),
+            "overhead": ratio(seconds[name], dense, floor),
+            "overhead_short": ratio(seconds[name], dense, short),
+            "saved": _exact((saved[name] - saved["floor"]) / (saved["lora"] - saved["floor"])),
+        }
+        if name in PARTIAL:
+            state = variant["gradient_bytes"] + variant["optimizer_bytes"] - 4 * variant["trainable_tensors"]
+            against[name]["state"] = _exact(state / (12 * variant["kept_entries"]))
+    return against
+
+
+def _exact(value: float) -> dict[str, float]:
+    return {"ratio": value, "low": value, "high": value}
+
+
+def judged(cells: Sequence[Mapping]) -> list[dict]:
+    """The aims beside what was measured, and whether the whole interval is on the right side of the limit."""
+    verdicts = []
+    for (aim, variant, name, limit, ranks), cell in product(AIMS, cells):
+        if cell["rank"] in ranks:
+            measured = cell["ratios"][variant][name]
+            at = {"aim": aim, "variant": variant, "model": cell["model"], "rank": cell["rank"], "limit": limit}
+            verdicts.append({**at, **measured, "verdict": verdict(measured, limit)})
+    return verdicts
+
+
+def verdict(measured: Mapping, limit: float) -> str:
+    """ "met" or "not met" where the interval says so; "open" where the limit is inside it or there is none."""
+    if measured["low"] is None:
+        return "open: too few repetitions"
+    if measured["high"] <= limit:
+        return "met"
+    return "not met" if measured["low"] > limit else "open: the limit is inside the interval"
+
+
+def adapter_figures(result: Mapping) -> Figures:
+    """The ratios of a result that have intervals."""
+    return {
+        f"{cell['model']} rank {cell['rank']}, {NAMES[name]}: {what}": (each["ratio"], each["low"], each["high"])
+        for cell in result["cells"]
+        for name, own in cell["ratios"].items()
+        if name not in REFERENCES
+        for what, each in own.items()
+        if each["low"] is not None
+    }
+
+
+def adapter_page(result: Mapping) -> str:
+    """The result as Markdown."""
+    aims = [
+        {key: aim[key] for key in ("aim", "variant", "model", "rank")}
+        | {"variant": NAMES[aim["variant"]], "at most": aim["limit"], "measured": _interval(aim)}
+        | {"verdict": aim["verdict"]}
+        for aim in result["aims"]
+    ]
+    made = f"Made by `{result['command']}`; every number of every repetition is in adapter.json."
+    parts = ["# The adapter against dense LoRA", made]
+    parts += ["## Aims", markdown(aims)]
+    for model in dict.fromkeys(cell["model"] for cell in result["cells"]):
+        cells = [cell for cell in result["cells"] if cell["model"] == model]
+        title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
+        parts += [title, "Time:", _table(cells, _times), "Memory and files, MiB:", _table(cells, _memory)]
+    loads = [load for cell in result["cells"] for load in cell["load"]]
+    parts += ["## How it is measured", _method(result), "## Where", where(result["machine"], loads, 1)]
+    return "\n\n".join(parts)
+
+
+def _table(cells: Sequence[Mapping], columns: Callable[[Mapping, Mapping, Mapping], Mapping]) -> str:
+    """One row for each rank and variant, with the columns made of (cell, variant, its ratios)."""
+    return markdown(
+        [
+            {"rank": cell["rank"], "variant": NAMES[name], **columns(cell, variant, cell["ratios"][name])}
+            for cell in cells
+            for name, variant in cell["variants"].items()
+        ]
+    )
+
+
+def _interval(measured: Mapping) -> str:
+    if measured["low"] == measured["high"]:  # exact, or none
+        return f"{measured['ratio']:.3f}"
+    return f"{measured['ratio']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
+
+
+def _times(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
+    seconds = step_seconds(variant)
+    low, high = quantile_test(seconds, p=0.5).confidence_interval(CONFIDENCE)
+    return {
+        f"{cell['unit']} / s": f"{cell['units'] / np.median(seconds):.2f}",
+        "step, s": f"{np.median(seconds):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(seconds) >= ENOUGH else ""),
+        **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
+        "step / LoRA": _interval(own["step"]),
+        "overhead": _interval(own["overhead"]),
+        "overhead, short floor": _interval(own["overhead_short"]),
+    }
+
+
+def _memory(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
+    def mib(number: int | None) -> str:
+        return "" if number is None else f"{number / 2**20:.2f}"
+
+    return {
+        "trainable": f"{variant['trainable_parameters']:,}",
+        "saved": mib(variant["saved_bytes"]),
+        "saved above floor": _interval(own["saved"]),
+        "gradients": mib(variant["gradient_bytes"]),
+        "Adam": mib(variant["optimizer_bytes"]),
+        "lasting": mib(variant["lasting_bytes"]),
+        "file": mib(variant["file_bytes"]["dense"]),
+        "compact": mib(variant["file_bytes"]["compact"]),
+    }
+
+
+def _method(result: Mapping) -> str:
+    settings, malloc = result["settings"], result["machine"]["malloc"]
+    lines = [
+        f"Sparsity {settings['sparsity']}, no dropout, fp32, alpha 2 × rank, AdamW (fused), one thread; the head is"
+        " frozen. Random weights, the same frozen tensors in memory for all variants, the same batch.",
+        "A step is forward pass, loss, backward pass, optimizer and zeroing of gradients, in processor time (user and"
+        f" system). After a discarded round {settings['repeats']} repetitions run each variant once,"
+        f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']} only, in shuffled order."
+        f" Seconds are medians, in brackets two repetitions that hold the median with {CONFIDENCE:.0%} confidence.",
+        f"The C library's allocator keeps freed memory ({', '.join(malloc) or 'not here: it has no mallopt'}), as a"
+        " GPU's caching allocator does; otherwise page faults cost more than what is compared.",
+        'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor). A ratio of'
+        " times is the quotient of two interquartile means of differences within a repetition, with a percentile"
+        " bootstrap over whole repetitions; an aim is met or not met where the whole interval is on one side of it.",
+        "Frozen floor: no adapter, and the backward pass goes down to the input of the first block. Adapted models need"
+        " no gradient of that input, so their overheads look smaller than they are; the short floor stops where theirs"
+        " do.",
+        "Saved: memory that one forward pass keeps for its backward pass, each piece once and whole, without what"
+        " existed before. Lasting: what a variant holds from step to step beyond the frozen model, its parameters,"
+        " gradients and Adam (indices, scratch tensors). Gradients: without SHiRA's dense gradient of W.",
+        "SHiRA has exactly as many entries in every module as rows and columns keep there; its own r could not.",
+        "File: adapter_model.safetensors as save_pretrained writes it. Compact: the whole folder of kept values only.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# --- Calibration beside Algorithm 1 done literally: every (module, axis, level) one full pass over the scored draw.
+
+# at least so many times fewer sample-block evaluations, at most so many seconds
+WANTED = {"scan": (2.0, 200), "bisect": (3.0, 120)}
+
+
+def calibration(options: argparse.Namespace) -> dict:
+    """Measure a default scan, a bisect and the literal reference, with nothing known."""
+    torch.set_num_threads(options.threads)
+    config = composed(*(["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"] if options.quick else []))
+    task = build.task_of(config)
+    transform = build.transform_of(config.model, config.task)
+    torch.manual_seed(config.seed)
+    model = build.model_of(config.model, task.labels)
+    draws = build.draws_of(config, task.train)
+    targets = list(target_linears(model, **config.model.trained_modules))
+    fit, scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
+    importance = build.importance(config, task, transform, model, targets, draws)
+    made, sides, chosen = machine(), {}, config.calibration
+    for side in ("scan", "bisect", "literal"):
+        load = os.getloadavg()[0]
+        with few_shot_head(model, config.model.head, fit):
+            score = FewShotScore(model, scored, "accuracy", config.model.blocks)
+            began, spent = time.perf_counter(), process_time()
+            found = calibrate(
+                model,
+                score.__call__ if side == "literal" else score,  # a full pass alone stops early and reuses nothing
+                target_modules=list(importance),
+                importance=importance,
+                search="bisect" if side == "bisect" else "scan",
+                threshold=chosen.threshold,
+                levels=chosen.levels,
+                max_sparsity=chosen.max_sparsity,
+            )
+            seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": process_time() - spent}
+        known = {key: getattr(found, key) for key in ("baseline", "joint", "sparsity")}
+        sides[side] = seconds | known | {"evaluations": asdict(score.evaluations), "load": [load, os.getloadavg()[0]]}
+        print(f"{side}: {len(importance)} modules in {seconds['wall_seconds']:.0f} s", flush=True)
+    examples = sum(len(batch["labels"]) for batch in scored)
+    blocks = len(model.get_submodule(config.model.blocks))
+    levels = sparsity_levels(chosen.levels, chosen.max_sparsity)
+    result = {
+        "command": shlex.join(["python", "scripts/bench.py", *options.words]),
+        "machine": made,
+        "settings": as_plain(config),
+        "threads": options.threads,
+        "blocks": blocks,
+        "examples": examples,
+        "modules": list(importance),
+        "sides": sides,
+        "literal": literal(sides, levels, blocks * examples),
+    }
+    return result | {"aims": of_calibration(result)}
+
+
+def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:
+    """Return what the literal reference evaluates and takes, without the pass that puts examples in order.
+
+    Its passes follow from the sparsities: for each curve every level up to the first failure; one for the baseline, one
+    for the joint score. Raises SystemExit where its own run, or the scan, says anything else.
+    """
+    ran, scanned = sides["literal"], sides["scan"]["sparsity"]
+    if ran["sparsity"] != scanned:
+        raise SystemExit(f"the scan's sparsities are not the literal reference's: {scanned}, {ran['sparsity']}")
+    passes = literal_passes([value for axes in scanned.values() for value in axes.values()], levels)
+    counted = ran["evaluations"]["passes"]
+    if passes != counted or ran["evaluations"]["sample_blocks"] != (counted + 1) * pass_sample_blocks:
+        raise SystemExit(f"the literal reference took {counted} passes, expected {passes} of {pass_sample_blocks}")
+    share = passes / (passes + 1)
+    seconds = {name: ran[name] * share for name in ("wall_seconds", "cpu_seconds")}
+    return {"passes": passes, "sample_blocks": passes * pass_sample_blocks, **seconds}
+
+
+def of_calibration(result: Mapping) -> list[dict]:
+    """The aims beside what was measured; seconds count on idle processors only."""
+    verdicts = []
+    for side, (times, seconds) in WANTED.items():
+        own = result["sides"][side]
+        fewer, wall = result["literal"]["sample_blocks"] / own["evaluations"]["sample_blocks"], own["wall_seconds"]
+        for aim, wanted, measured, met in (
+            ("sample-block evaluations, literal / this", f"at least {times:g}", fewer, fewer >= times),
+            ("wall time", f"at most {seconds} s", wall, wall <= seconds),
+        ):
+            verdict = "met" if met else "not met"
+            verdicts.append({"side": side, "aim": aim, "wanted": wanted, "measured": measured, "verdict": verdict})
+    return verdicts
+
+
+def calibration_page(result: Mapping) -> str:
+    """The whole page, as Markdown."""
+    sides, reference, settings, rows = result["sides"], result["literal"], result["settings"], []
+    searches = {side: sides[side] | sides[side]["evaluations"] for side in WANTED}
+    for name, of in {"literal, all modules": reference, **searches}.items():
+        ran = f" (from {of['passes']:,} passes)" if of is reference else ""
+        rows.append(
+            {
+                "": name,
+                "passes": f"{of['passes']:,}",
+                "sample-blocks": f"{of['sample_blocks']:,}",
+                "literal / this": f"{reference['sample_blocks'] / of['sample_blocks']:.2f}",
+                "wall, s": f"{of['wall_seconds']:.0f}{ran}",
+                "CPU, s": f"{of['cpu_seconds']:.0f}",
+                "CPU, literal / this": f"{reference['cpu_seconds'] / of['cpu_seconds']:.2f}",
+            }
+        )
+    values = {side: [value for axes in sides[side]["sparsity"].values() for value in axes.values()] for side in WANTED}
+    other, of = sum(one != two for one, two in zip(*values.values(), strict=True)), len(values["scan"])
+    scan, bisect = (sum(own) / of for own in values.values())
+    lines = [
+        f"{settings['model']['name']} on {settings['task']['name']}: {len(result['modules'])} modules, rows and"
+        f" columns, {result['examples']} scored examples, {settings['model']['image_size']} pixels, threshold"
+        f" {settings['calibration']['threshold']}, fp32, threads: {result['threads']}. Nothing is known before.",
+        "A sample-block evaluation is one block run on one example. A block of which only a part is computed counts"
+        " whole, and so does the pass that puts the examples in order.",
+        "Literal: every (module, axis, level) is one full pass from the input over the whole scored draw, in the same"
+        " batches, levels upward to the first failure; one pass for the baseline and one for the joint score. What it"
+        " evaluates follows from the sparsities, and the same formula gives what was counted where it was run, on"
+        " all modules. Its seconds on all modules go by the passes.",
+        "Seconds are from the first full pass to the joint score; importance, head and data are made before.",
+    ]
+    sections = [
+        "# Calibration against its literal reference",
+        f"`{result['command']}`",
+        "## Aims",
+        markdown([{**aim, "measured": f"{aim['measured']:.2f}"} for aim in result["aims"]]),
+        "## Measured",
+        markdown(rows),
+        "## Sparsities",
+        "The scan's are those of the literal reference on all modules (a run in which they are not ends without a"
+        f" page). Bisect's differ in {other} of {of} ({other / of:.1%}): curves are not monotone. Mean sparsity"
+        f" {scan:.3f} by scan, {bisect:.3f} by bisect; baseline {sides['scan']['baseline']:.4f}, joint score"
+        f" {sides['scan']['joint']:.4f} and {sides['bisect']['joint']:.4f}.",
+        "## How it was measured",
+        "\n".join(f"- {line}" for line in lines),
+        "## Where",
+        where(result["machine"], [load for side in sides.values() for load in side["load"]], result["threads"]),
+    ]
+    return "\n\n".join(sections)
+
+
+def calibration_figures(result: Mapping) -> Figures:
+    """Return how many times fewer sample-blocks each search evaluates than the literal reference: an exact number."""
+    whole = result["literal"]["sample_blocks"]
+    times = {side: whole / result["sides"][side]["evaluations"]["sample_blocks"] for side in WANTED}
+    return {f"sample-blocks, literal / {side}": (each, each, each) for side, each in times.items()}
+
+
+# --- Serving: many adapters on one base. Each adds its product for its share of the batch; another takes its place.
+
+RANK, LOW_RANK = 16, 2
+FORMS = ("dense 16", "dense 2", "masked 16")
+LAYERS = {"q of 2048": (2048, 2048), "up of 2048": (2048, 8192)}  # in, out: of a Llama of a thousand million weights
+TOKENS = {"decode": 64, "prefill": 1024}  # in the whole batch
+COUNTS = (1, 4, 16, 64)
+
+
+@dataclass
+class Adapters:
+    """Adapters of one layer side by side, as a server holds them.
+
+    a: (adapters, rank, kept columns). b: (adapters, kept rows, rank). columns, rows: (adapters, kept), which these are;
+    None of a dense one, which has all of them.
+    """
+
+    a: Tensor
+    b: Tensor
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [each for each in (self.a, self.b, self.columns, self.rows) if each is not None]
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add every adapter's product to its part of the batch: x (adapters, tokens, in), y (adapters, tokens, out)."""
+        if self.columns is None:
+            return y.baddbmm_(x @ self.a.mT, self.b.mT)
+        tokens = x.shape[1]
+        low = x.gather(2, self.columns[:, None].expand(-1, tokens, -1)) @ self.a.mT
+        return y.scatter_add_(2, self.rows[:, None].expand(-1, tokens, -1), low @ self.b.mT)
+
+    def dense(self, wide: int, high: int) -> Adapters:
+        """The same adapters with their zeros."""
+        if self.columns is None:
+            return self
+        count, rank, _ = self.a.shape
+        a = torch.zeros(count, rank, wide).scatter_(2, self.columns[:, None].expand_as(self.a), self.a)
+        b = torch.zeros(count, high, rank).scatter_(1, self.rows[:, :, None].expand_as(self.b), self.b)
+        return Adapters(a, b)
+
+
+def adapters(form: str, count: int, wide: int, high: int) -> Adapters:
+    """Adapters of one form with random values and masks."""
+    rank = LOW_RANK if form == "dense 2" else RANK
+    if form != "masked 16":
+        return Adapters(torch.randn(count, rank, wide), torch.randn(count, high, rank))
+    columns, rows = (torch.stack([_kept(size, seed) for seed in range(count)]) for size in (wide, high))
+    return Adapters(torch.randn(count, rank, columns.shape[1]), torch.randn(count, rows.shape[1], rank), columns, rows)
+
+
+def _kept(size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: round((1 - SPARSITY) * size)].sort()[0]
+
+
+def serving(options: argparse.Namespace) -> dict:
+    """Measure every layer, batch and number of adapters, and what an adapter of a layer takes in bytes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    layers = {"q of 64": (64, 64)} if options.quick else LAYERS
+    cases = [
+        {"layer": name, "batch": batch, "tokens": tokens, "adapters": count}
+        | in_every_form(layer, tokens, count, options.repeats)
+        for (name, layer), (batch, tokens), count in product(layers.items(), TOKENS.items(), COUNTS)
+    ]
+    how = f"Medians of {options.repeats} repetitions on one thread of a CPU in float32, torch {torch.__version__};"
+    sizes = {name: {form: size(form, layer) for form in FORMS} for name, layer in layers.items()}
+    return {"made": {"how": f"{how} the forms take turns in random order."}, "bytes": sizes, "cases": cases}
+
+
+def in_every_form(layer: tuple[int, int], tokens: int, count: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every form, {"add" | "switch": {form: [each repetition]}}, the forms taking turns in random order."""
+    wide, high = layer
+    held = {form: adapters(form, count, wide, high) for form in FORMS}
+    others = {form: [each[0].clone() for each in adapters(form, 1, wide, high).tensors()] for form in FORMS}
+    x, y = torch.randn(count, tokens // count, wide), torch.randn(count, tokens // count, high)
+
+    def switch(form: str) -> None:
+        for place, value in zip(held[form].tensors(), others[form], strict=True):
+            place[-1].copy_(value)
+
+    doing: Mapping[str, Callable[[str], object]] = {"add": lambda form: held[form].add_to(y, x), "switch": switch}
+    seconds: dict = {what: {form: [] for form in FORMS} for what in doing}
+    for repeat in range(-2, repeats):  # the first two are for caches
+        for what, do in doing.items():
+            for form in random.sample(FORMS, len(FORMS)):
+                y.zero_()  # what was added before does not grow without end, and lies in the cache for all of them
+                start = process_time()
+                do(form)
+                end = process_time()
+                if repeat >= 0:
+                    seconds[what][form].append(end - start)
+    return seconds
+
+
+def size(form: str, layer: tuple[int, int]) -> dict[str, int]:
+    """Bytes of one adapter of a layer: its values in float32, and its indices at 4 bytes (a seed makes them again)."""
+    one = adapters(form, 1, *layer)
+    indices = sum(each.numel() for each in (one.columns, one.rows) if each is not None)
+    return {"values": 4 * (one.a.numel() + one.b.numel()), "indices": 4 * indices}
+
+
+def serving_page(record: Mapping) -> str:
+    """The tables, and where the masked form is the cheapest."""
+    cases, rows, switches = record["cases"], [], []
+    wins = dict.fromkeys(("dense 16", "dense 2"), 0)
+    for case in cases:
+        medians = {form: statistics.median(case["add"][form]) for form in FORMS}
+        shares = {other: medians["masked 16"] / medians[other] for other in wins}
+        wins = {other: wins[other] + (share < 1) for other, share in shares.items()}
+        cells = [case["layer"], f"{case['batch']}, {case['tokens']} tokens", str(case["adapters"])]
+        cells += [f"{1000 * medians[form]:.3f}" for form in FORMS]
+        rows.append(cells + [f"{share:.2f}" for share in shares.values()])
+    for layer, of_forms in record["bytes"].items():
+        own = [case["switch"] for case in cases if case["layer"] == layer]
+        times = {form: statistics.median(each for switch in own for each in switch[form]) for form in FORMS}
+        for form, held in of_forms.items():
+            taken = [f"{1000 * times[form]:.4f}", f"{times[form] / times['dense 16']:.2f}"]
+            switches.append([layer, form, f"{held['values']:,}", f"{held['indices']:,}", *taken])
+    heads = ["layer", "batch", "adapters", *(f"{form}, ms" for form in FORMS), "masked / dense 16", "masked / dense 2"]
+    of_switches = ["layer", "form", "bytes, values", "bytes, indices", "switch, ms", "of dense 16"]
+    lines = [
+        "# Many adapters on one base model",
+        "",
+        "Made by `python scripts/bench.py serving`; every repetition is in serving.json. " + record["made"]["how"],
+        "",
+        "An adapter's product is added to the output of one layer, for each adapter's share of the batch. Dense of rank"
+        f" {LOW_RANK} holds as many numbers as rank {RANK} masked at {1 - SPARSITY:.0%}.",
+        "",
+        *table(heads, rows),
+        "",
+        "Putting another adapter in the place of one, and what an adapter of the layer takes:",
+        "",
+        *table(of_switches, switches),
+        "",
+        *(f"Masked takes less time than {other} in {count} of {len(cases)} cases." for other, count in wins.items()),
+        "",
+        "![time and memory against the number of adapters](serving.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def serving_figures(record: Mapping) -> Figures:
+    """The time of the masked form against the others', in every case."""
+    return {
+        f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": ratio_of_medians(
+            case["add"]["masked 16"], case["add"][other]
+        )
+        for case, other in product(record["cases"], ("dense 16", "dense 2"))
+    }
+
+
+def draw_serving(record: Mapping, out: Path) -> None:
+    """Draw time against the number of adapters, a panel for a layer and batch, and the memory that they take."""
+    cases, sizes = record["cases"], record["bytes"]
+    looks = {
+        form: {"label": form, "color": COLOURS[at], "marker": MARKERS[at], "markersize": 5}
+        for at, form in enumerate(FORMS)
+    }
+    kinds = list(dict.fromkeys((case["layer"], case["batch"]) for case in cases))
+    figure, axes = panels(len(kinds) + len(sizes), wide=3.6, high=2.9)
+    for panel, (layer, batch) in zip(axes, kinds, strict=False):
+        own = [case for case in cases if (case["layer"], case["batch"]) == (layer, batch)]
+        for form in FORMS:
+            times = [1000 * statistics.median(case["add"][form]) for case in own]
+            panel.plot([case["adapters"] for case in own], times, **looks[form])
+        panel.set(title=f"{layer}, {batch}", ylabel="ms", ylim=(0, None))
+    for panel, (layer, of_forms) in zip(axes[len(kinds) :], sizes.items(), strict=True):
+        for form, held in of_forms.items():
+            panel.plot(COUNTS, [count * sum(held.values()) / 1e6 for count in COUNTS], **looks[form])
+        panel.set(title=f"{layer}, memory", ylabel="MB", yscale="log")
+    for panel in axes:
+        panel.set(xscale="log", xlabel="adapters")
+        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        panel.minorticks_off()
+        plain(panel)
+    legend_below(figure, axes[0].get_lines())
+    save(figure, out / "serving.svg")
+
+
+# --- Whole runs, each in a process of its own.
+
+RUNS = 24  # of a sweep
+SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
+COMMAND = [sys.executable, "-m", "partial_lora"]
+COMMANDS = {
+    "`import peft`": [sys.executable, "-c", "import peft"],
+    "`import partial_lora.adapter`": [sys.executable, "-c", "import partial_lora.adapter"],
+    "`partial-lora info model=vit_s14`": [*COMMAND, "info", "model=vit_s14"],
+}
+JOBS = {
+    "vit_s14, digits": ("model=vit_s14", "task=digits"),
+    "minilm_l6, trec": ("model=minilm_l6", "task=trec"),
+    "smollm2_135m, arc_easy": (
+        *("model=smollm2_135m", "task=arc_easy", "model.target_modules=[q_proj,v_proj]", "trainer.batch_size=4"),
+    ),
+}
+TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
+SIZE = 0.13  # of dense LoRA's parameters
+METHODS = ("lora", "low_rank", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
+METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora")
+LOOP_TITLES = {
+    "bare": "bare loop, PEFT's LoRA",
+    "trainer": "transformers' Trainer, PEFT's LoRA",
+    "lora": "partial-lora train method=lora",
+    "partial": "partial-lora train method=partial",
+}
+WAYS = ("plain", "gradient checkpointing", "torch.compile")
+LONG_TITLES = {
+    "lora": "LoRA, rank 16",
+    "low_rank": "LoRA, rank 2",
+    "rows_columns": f"rows and columns at {1 - SPARSITY:.0%}, rank 16",
+}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+WAITING = {
+    "one thread": ONE_THREAD,
+    "all, passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "all, spin 1,000": {"GOMP_SPINCOUNT": "1000"},
+    "all, spin 10,000": {"GOMP_SPINCOUNT": "10000"},
+    "all, as OpenMP has it": {},
+}
+_OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def timed(command: Sequence[str], **more) -> dict[str, float]:
+    """Run a command; return its seconds, and those of processors that it and its children took."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - began, "processor_seconds": spent}
+
+
+def starts(options: argparse.Namespace) -> dict:
+    """Measure sweeps of short runs by either start, and what commands that train nothing take."""
+    seeds = f"seed={','.join(map(str, range(RUNS)))}"
+    sweeps: dict[str, list] = {"fresh": [], "fork": []}
+    commands: dict[str, list] = {name: [] for name in COMMANDS}
+    for _ in range(options.repeats):
+        for start, measured in sweeps.items():
+            with tempfile.TemporaryDirectory() as place:
+                command = [*COMMAND, "train", "-m", *SHORT, seeds, f"trainer.start={start}"]
+                whole = timed(command, cwd=place)
+                files = Path(place).glob("results/runs/*/*/*/*/result.json")
+                records = [json.loads(path.read_text()) for path in files]
+            assert [record["status"] for record in records] == ["finished"] * RUNS
+            # Not its processors' seconds: a forked worker is nobody's child once the process that forked it has ended.
+            trained = sum(record["seconds"]["train"] for record in records)
+            measured.append({"seconds": whole["seconds"], "of_training": trained})
+        for name, measured in commands.items():
+            measured.append(timed(COMMANDS[name]))
+    return {"runs": RUNS, "sweeps": sweeps, "commands": commands}
+
+
+def starts_page(found: Mapping) -> list[str]:
+    runs, rows = found["runs"], []
+    for start, each in found["sweeps"].items():
+        of_run = [f"{median(each, key) / runs:.2f}" for key in ("seconds", "of_training")]
+        rows.append([f"trainer.start={start}", *of_run])
+    lines = [f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run", ""]
+    lines += table(["", "seconds", "of these in training"], rows)
+    spent = ("seconds", "processor_seconds")
+    rows = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
+    return [*lines, "", "## Commands that train nothing", "", *table(["", "seconds", "processor seconds"], rows)]
+
+
+def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start to measure a step of a job, in a process of its own."""
+    variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
+    command = [sys.executable, __file__, "worker", loop, str(steps), *job]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def end_of(process: subprocess.Popen) -> dict[str, float]:
+    """Return what a worker has measured: the median seconds of a step, the most memory in bytes, and what it keeps."""
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(process.args)}: ended with code {process.returncode}")
+    return json.loads(out.splitlines()[-1])
+
+
+def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, list]]:
+    """Return what each variant of each job came to, by repetition; cells: job, loop and environment of each."""
+    found = {name: {variant: [] for variant in variants} for name, variants in cells.items()}
+    for _, (name, variants) in product(range(options.repeats), cells.items()):
+        for variant, (job, loop, environment) in variants.items():
+            found[name][variant].append(end_of(begin(job, loop, options.steps, environment)))
+    return found
+
+
+def jobs_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    return TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
+
+
+def steps(options: argparse.Namespace) -> dict:
+    """Measure every job in every loop."""
+    jobs = jobs_of(options).items()
+    return in_turns(options, {name: {loop: (job, loop, {}) for loop in LOOP_TITLES} for name, job in jobs})
+
+
+def methods(options: argparse.Namespace) -> dict:
+    """Measure a step of every method on one thread, each with as many parameters."""
+    size = [f"calibration.budget={SIZE}"]
+    sized = {method: [] if method == "lora" else size for method in METHODS}
+    cells = {
+        name: {method: ([*job, *own], method, ONE_THREAD) for method, own in sized.items()}
+        for name, job in jobs_of(options).items()
+    }
+    return in_turns(options, cells)
+
+
+def long(options: argparse.Namespace) -> dict:
+    """Measure a step on one long text on one thread, in each of WAYS."""
+    size = "quick" if options.quick else "full"
+    return in_turns(options, {way: {each: ([way, size], each, ONE_THREAD) for each in LONG_TITLES} for way in WAYS})
+
+
+def threads(options: argparse.Namespace) -> dict:
+    """Measure a step of PEFT's LoRA by every way to wait, of a run alone and of two side by side."""
+    jobs = jobs_of(options)
+    found = {name: {way: {"alone": [], "two": []} for way in WAITING} for name in jobs}
+    for _, (name, job), (way, environment) in product(range(options.repeats), jobs.items(), WAITING.items()):
+        found[name][way]["alone"].append(end_of(begin(job, "bare", options.steps, environment)))
+        both = [begin(job, "bare", options.steps, environment) for _ in range(2)]
+        found[name][way]["two"].append({"step": statistics.mean(end_of(each)["step"] for each in both)})
+    return found
+
+
+def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+    """Train for some steps in this process and return what `end_of` does."""
+    if job[0] in WAYS:
+        return _on_a_long_text(loop, steps, *job)
+    config = composed(*settings_of(job, loop, steps))
+    with tempfile.TemporaryDirectory() as place:
+        return (_in_a_loop if loop in ("bare", "trainer") else _in_a_run)(config, loop, Path(place))
+
+
+def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
+    """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
+    from partial_lora.runs.compare import AT_BUDGET
+
+    method = "lora" if loop in ("bare", "trainer") else loop
+    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
+    usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
+    usual += [f"task.train_samples={16 * 25}", "task.test_samples=64", *AT_BUDGET.get(method, ())]
+    folders = (Path(os.environ.get("DATA", "data")), ROOT / "data", ROOT.parent / "shared" / "data")
+    data = [f"data_dir={folder}" for folder in folders if folder.is_dir()][:1] if "task=digits" not in job else []
+    return [*usual, *job, *data]
+
+
+def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
+    from partial_lora.train import run
+
+    record = directory.new(as_plain(config))
+    run(config, place, record, "train")
+    cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
+    kept = {"saved": "saved_activation_bytes", "optimizer": "optimizer_bytes", "file": "adapter_bytes"}
+    weighed = {name: cost[key] for name, key in kept.items()} | {"peak": record["peak_memory_bytes"]}
+    return {"step": cost["step_seconds"], "parameters": trained} | weighed
+
+
+def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from partial_lora.training.distributed import join
+
+    task = build.task_of(config)
+    transform = build.transform_of(config.model, config.task, task)
+    judge = build.judge_of(config, task, transform, join("cpu"))
+    set_seed(0)
+    model = build.model_of(config.model, task.labels, task.class_names)
+    targets = list(target_linears(model, **config.model.trained_modules))
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+    if config.model.head:
+        model.get_base_model().get_submodule(config.model.head).requires_grad_(True)
+    rows, limit, times = judge.train(), config.trainer.max_steps, []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *words, **more):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *words, **more):
+            times.append(time.perf_counter() - self.began)
+
+    if loop == "trainer":
+        usual = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        usual |= {"remove_unused_columns": False, "per_device_train_batch_size": config.trainer.batch_size}
+        arguments = TrainingArguments(output_dir=str(place), max_steps=limit, learning_rate=1e-3, **usual)
+        more = {"data_collator": transform.collate, "compute_loss_func": judge.loss, "callbacks": [Clock()]}
+        Trainer(model=model, args=arguments, train_dataset=rows, **more).train()
+    else:
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        batches = DataLoader(rows, config.trainer.batch_size, shuffle=True, collate_fn=transform.collate)
+        model.train()
+        while len(times) < limit:
+            for batch in batches:
+                began = time.perf_counter()
+                labels = batch.pop("labels")
+                judge.loss(model(**batch), labels).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                times.append(time.perf_counter() - began)
+                if len(times) == limit:
+                    break
+    return {"step": statistics.median(times[2:] or times), "peak": _peak()}
+
+
+def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
+    torch.manual_seed(SEED)
+    model = (QUICK_LONG if size == "quick" else LONG)()
+    batch, rank = model.batch(), LOW_RANK if variant == "low_rank" else RANK
+    own = built("lora" if variant == "low_rank" else variant, model.build(), model, rank)
+    optimizer = optimizer_of(own)
+    if way == "gradient checkpointing":
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif way == "torch.compile":
+        own.compile()
+    began = time.perf_counter()
+    step(own, optimizer, batch)
+    first = time.perf_counter() - began
+    times = [sum(step(own, optimizer, batch).values()) for _ in range(steps)]
+    parameters = sum(each.numel() for each in trainable(own))
+    measured = {"step": statistics.median(times), "first": first, "parameters": parameters, "peak": _peak()}
+    # What autograd is handed can be counted only where Python hands it over; a compiled forward pass does not.
+    return measured | ({"saved": saved_bytes(own, batch)} if way != "torch.compile" else {})
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def steps_page(found: Mapping) -> list[str]:
+    rows = []
+    for job, loops in found.items():
+        bare = median(loops["bare"], "step")
+        for loop, each in loops.items():
+            seconds, peak = median(each, "step"), f"{median(each, 'peak') / 2**20:,.0f}"
+            rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
+    heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
+    return ["## A step beside a bare loop's", "", *table(heads, rows)]
+
+
+def methods_page(found: Mapping) -> list[str]:
+    rows = []
+    for job, each in found.items():
+        reference = median(each["low_rank"], "step")
+        for method, runs in each.items():
+            seconds, parameters = median(runs, "step"), f"{median(runs, 'parameters'):,.0f}"
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" for key in ("saved", "optimizer", "file", "peak")]
+            rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
+    kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
+    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of low_rank's", *kept]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", "", *table(heads, rows)]
+
+
+def long_page(found: Mapping) -> list[str]:
+    rows = []
+    for way, each in found.items():
+        reference = median(each["low_rank"], "step")
+        for variant, runs in each.items():
+            seconds = median(runs, "step")
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" if key in runs[0] else "–" for key in ("saved", "peak")]
+            share, first = f"{seconds / reference:.2f}", f"{median(runs, 'first'):.1f}"
+            title, parameters = LONG_TITLES[variant], f"{median(runs, 'parameters'):,.0f}"
+            rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
+    heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
+    heads += ["kept for the backward pass, MB", "peak memory, MB"]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", "", *table(heads, rows)]
+
+
+def threads_page(found: Mapping) -> list[str]:
+    rows = [
+        [job, way, *(f"{median(each[how], 'step'):.3f}" for how in ("alone", "two"))]
+        for job, ways in found.items()
+        for way, each in ways.items()
+    ]
+    heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
+    return ["## Threads and how they wait", "", *table(heads, rows)]
+
+
+def median(measured: Sequence[Mapping], key: str) -> float:
+    return statistics.median(each[key] for each in measured)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines."""
+    return [f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows)]
+
+
+OF_RUNS = {
+    "starts": (starts, starts_page),
+    "steps": (steps, steps_page),
+    "methods": (methods, methods_page),
+    "long": (long, long_page),
+    "threads": (threads, threads_page),
+}
+
+
+def runs_page(record: Mapping) -> str:
+    """Return the page of a record of whole runs."""
+    lines = ["# Whole runs", ""]
+    for part in (part for part in OF_RUNS if part in record):
+        made = record[part]["made"]
+        command = f"Made by `{made['command']}`: medians of {made['repeats']}, {made['cpus']} cores."
+        lines += [*OF_RUNS[part][1](record[part]["found"]), "", command, ""]
+    return "\n".join(lines)
+
+
+def runs_figures(record: Mapping) -> Figures:
+    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, methods to plain
+    LoRA of a lower rank, ways to wait to one thread."""
+    found = {part: each["found"] for part, each in record.items()}
+    shares: dict[str, tuple[float, float, float]] = {}
+
+    def add(what: str, variants: Mapping[str, Sequence[Mapping]], one: str, other: str, key: str = "step") -> None:
+        shares[what] = ratio_of_medians(*([each[key] for each in variants[name]] for name in (one, other)))
+
+    if "starts" in found:
+        add("a forked run / a fresh one", found["starts"]["sweeps"], "fork", "fresh", "seconds")
+    for job, loops in found.get("steps", {}).items():
+        for loop in list(LOOP_TITLES)[1:]:
+            add(f"{job}: {LOOP_TITLES[loop]} / bare loop", loops, loop, "bare")
+    for job, each in found.get("methods", {}).items():
+        for method in (method for method in each if method != "low_rank"):
+            add(f"{job}: {method} / low_rank", each, method, "low_rank")
+    for way, each in found.get("long", {}).items():
+        for variant in ("lora", "rows_columns"):
+            add(f"a long text, {way}: {LONG_TITLES[variant]} / rank 2", each, variant, "low_rank")
+    for job, ways in found.get("threads", {}).items():
+        for how in ("alone", "two"):
+            waits = {way: each[how] for way, each in ways.items()}
+            for way in list(WAITING)[1:]:
+                add(f"{job}, {how}: {way} / one thread", waits, way, "one thread")
+    return shares
+
+
+# --- The command.
+
+# By the name of the files: page and ratios of a record.
+PAGES = {
+    "adapter": (adapter_page, adapter_figures),
+    "calibration": (calibration_page, calibration_figures),
+    "serving": (serving_page, serving_figures),
+    "runs": (runs_page, runs_figures),
+}
+WHOLE = {"adapter": (adapter, 28), "calibration": (calibration, 1), "serving": (serving, 60)}  # and usual repetitions
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, and write record and page."""
+    words = list(sys.argv[1:] if words is None else words)
+    if words[:1] == ["worker"]:
+        _, loop, count, *job = words
+        print(json.dumps(work(loop, int(count), job)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
+    parser.add_argument("--repeats", type=int, help="adapter 28, serving 60, others 5")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
+    parser.add_argument("--threads", type=int, default=2, help="of calibration")
+    parser.add_argument("--steps", type=int, default=20, help="of whole runs")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
+    parser.add_argument("--profile", action="store_true", help="of adapter: profile.md, time by operation, instead")
+    parser.add_argument("--page", action="store_true", help="make the page of the record that is there")
+    options = parser.parse_args(words)
+    if options.quick and options.out == OUT:
+        parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
+    what, options.words = options.what, words
+    name = what if what in WHOLE else "runs"
+    measure, usual = WHOLE[what] if what in WHOLE else (OF_RUNS[what][0], 5)
+    options.repeats = options.repeats or usual
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.profile:
+        write_atomic(options.out / "profile.md", profile(options))
+        return
+    file = options.out / f"{name}.json"
+    before, record = committed(file), json.loads(file.read_text()) if file.is_file() else {}
+    if not options.page and what in WHOLE:
+        record = measure(options)
+    elif not options.page:
+        command = shlex.join(["python", "scripts/bench.py", *words])
+        made = {"command": command, "repeats": options.repeats, "cpus": os.cpu_count()}
+        record[what] = {"made": made, "found": measure(options)}
+    write_json(file, record)
+    page, figures = PAGES[name]
+    moved = since(before and figures(before), figures(record))
+    write_atomic(options.out / f"{name}.md", f"{page(record).rstrip()}\n\n{moved}\n")
+    if name == "serving":
+        draw_serving(record, options.out)
+    print(f"wrote {options.out / name}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The evidence: what the paper claims, as tables and figures of finished runs."""
