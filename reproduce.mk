@@ -38,7 +38,7 @@ TABLES = table1 table2 table3 table4 table5 table6 table7
 FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 OF_RUNS = $(patsubst %,runs-%,methods $(TABLES) $(FIGURES))
 SCRIPT = $(BIN)/python scripts
-STUDY = $(SCRIPT)/study.py $(subst -,_,$(1)) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),-- $(WITH))
+STUDY = $(SCRIPT)/study.py $(subst -,_,$(1)) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
 OTHERS = data tune reproduce-tune methods reproduce reports coverage power models first-day bench calibration-analyses
 .PHONY: $(STUDIES) $(OTHERS) $(OF_RUNS) $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
 $(STUDIES) $(OTHERS) $(OF_RUNS): | $(VENV)/.installed

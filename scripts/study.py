@@ -69,9 +69,9 @@ def main() -> int:
     """Run a study; return the exit code of the command that ended it, or 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a file of conf/experiment")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of all runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of NAME/{train,test}.parquet")
     parser.add_argument("--only", nargs="*", default=[], metavar="KEY=A,B", help="leave out what has another value")
+    parser.add_argument("--with", nargs="*", default=[], metavar="KEY=VALUE", dest="settings", help="of all runs")
     parser.add_argument("--list", action="store_true", help="print the commands alone")
     options = parser.parse_args()
     only = {key: set(values.split(",")) for key, _, values in (word.partition("=") for word in options.only)}

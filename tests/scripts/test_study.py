@@ -1,0 +1,141 @@
+"""Commands of the studies in conf/experiment: all compose, leave out what is not there, and share their runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import study
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from partial_lora.runs import compose, config, identity
+
+ROOT = config.conf_dir().parent
+FILES = {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / "conf/experiment").glob("*.yaml")}
+STUDIES = sorted(name for name, settings in FILES.items() if settings and "study" in settings)
+SETS = (
+    "cifar10",
+    "signdigits",
+    "gtsrb",
+    "flowers17",
+    "sst2",
+    "trec",
+    "qnli",
+    "mrpc",
+    "imdb",
+    "rte",
+    "arc_easy",
+    "piqa",
+)
+OF_COMPARE = ("methods=", "budgets=", "rates=", "seeds=")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Files of all sets."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in (*SETS, "gsm8k"):
+        (folder / name).mkdir()
+        for split in ("train", "test"):
+            (folder / name / f"{split}.parquet").write_text(f"{split} rows of {name}")
+    return folder
+
+
+def commands(name: str, data: Path, **only: str) -> list[list[str]]:
+    return list(study.commands(name, data, {key: {value} for key, value in only.items()}))
+
+
+def combinations(words: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of every run of a command of `train`, by its words and by what its experiment's file sweeps."""
+    experiment = next(word.partition("=")[2] for word in words if word.startswith("experiment="))
+    swept = (FILES[experiment].get("hydra") or {}).get("sweeper", {}).get("params", {})
+    overrides = [f"{key}={value}" for key, value in swept.items()] + [word for word in words if "=" in word]
+    return [tuple(each) for each in compose._combinations(OverridesParser.create().parse_overrides(overrides))]
+
+
+settings = cache(lambda combination: compose.composed(*combination))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_last_runs_of_a_study_compose_in_either_preset(name: str, data: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    of_runs = [words for words in commands(name, data) if words[0] in study.OF_RUNS]
+    for of_paper in (False, True):
+        for words in [words for words in of_runs if ("preset=paper" in words) == of_paper][-1:]:
+            words = [word for word in words if not word.startswith(OF_COMPARE)]
+            untuned = ["trainer.tuned=null"] if of_paper else []  # there is no file of rates
+            composed = settings((*combinations(words)[-1], *untuned))
+            assert name != "tune" or composed.seed >= 1000  # no run of a table has it
+
+
+def test_sets_that_are_not_there_are_left_out_one_by_one_but_those_of_the_hub_are_there(data: Path, tmp_path) -> None:
+    (tmp_path / "trec").mkdir()
+    (tmp_path / "trec" / "train.parquet").touch()
+
+    def tasks(name: str, **only: str) -> set[str]:
+        return {word for words in commands(name, tmp_path, **only) for word in words if word.startswith("task=")}
+
+    assert tasks("forms") == tasks("decided") == tasks("reach") == {"task=digits", "task=trec"}
+    assert tasks("table3", preset="cpu") == {"task=trec"}
+    assert tasks("table6", preset="cpu") == set()
+    assert tasks("table6", preset="paper") == {"task=mixture"}
+    assert any(word.startswith("task=cifar100,") for word in tasks("table1", preset="paper"))
+
+
+def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
+    (words,) = commands("decided", data, stage="shares", task="trec", method="shuffled")[:-1]
+    assert words[:2] == ["train", "-m"]
+    assert {"task=trec", "method=shuffled", "experiment=decided", f"data_dir={data}"} < set(words)
+    assert not any(word.startswith("stage=") for word in words)
+    assert commands("decided", data, task="trec")[-1] == ["python", "scripts/decided.py", "results/decided"]
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])
+def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, ends: bool, monkeypatch) -> None:
+    calls = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["study.py", "longer", "--data", "nowhere", "--with", "trainer.epochs=1"])
+    assert study.main() == (2 if ends else 0)
+    assert len(calls) == (1 if ends else 3)
+    assert calls[0][-1] == "trainer.epochs=1"
+    assert ends or calls[-1][-2:] == ["report", "results/longer"]
+
+
+def on_digits(name: str, data: Path) -> set[Path]:
+    """The directories of a study's runs on digits with seed 0, of three methods that stand for all."""
+    runs, methods = set(), {f"method={method}" for method in ("lora", "partial", "uniform")}
+    for words in commands(name, data, preset="cpu", task="digits"):
+        chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
+        runs |= {identity.run_directory(settings(each)) for each in chosen}
+    return runs
+
+
+def test_tables_share_the_runs_that_they_have_in_common(data: Path, monkeypatch) -> None:
+    """Single ones of table1 are rank 16 of fig4, and fig7 without noise; experiment=methods has all of both points."""
+    monkeypatch.chdir(ROOT)
+    table1, table4, methods = (on_digits(name, data) for name in ("table1", "table4", "methods"))
+    assert (len(table1), len(table4), len(methods)) == (3, 4, 7)
+    assert table1 | table4 < methods
+    for name in ("fig4", "fig7"):
+        firsts = (settings(combinations(words)[0]) for words in commands(name, data, preset="cpu"))
+        assert len(table1 & set(map(identity.run_directory, firsts))) == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_every_target_of_a_table_and_a_study_runs_its_file() -> None:
+    for target in ("runs-table1", "reproduce-table1", "race", "digits-rate", "runs-fig7"):
+        words = ["make", "-n", target, "BIN=bin", "VENV=venv", "PRESET=cpu", "ONLY=task=digits", "WITH=seeds=8"]
+        shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        name = target.rpartition("-")[2] if target.startswith(("runs-", "reproduce-")) else target.replace("-", "_")
+        assert f"scripts/study.py {name} --data" in shown, target
+        assert "--with seeds=8" in shown, target
