@@ -48,17 +48,18 @@ from torch import Tensor, nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
+from partial_lora.building import build
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import literal_passes, sparsity_levels
 from partial_lora.files import write_atomic, write_json
+from partial_lora.launching import directory
 from partial_lora.masks import kept_count
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
-from partial_lora.runs import build, directory
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain as as_plain
+from partial_lora.settings.compose import composed
+from partial_lora.settings.stored import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1155,7 +1156,7 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
 
 def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
-    from partial_lora.runs.compare import AT_BUDGET
+    from partial_lora.launching.compare import AT_BUDGET
 
     method = "lora" if loop in ("bare", "trainer") else loop
     usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]

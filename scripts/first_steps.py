@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 
-from partial_lora.runs.launch import openmp
+from partial_lora.launching.cluster import openmp
 
 os.environ.update(openmp())  # before torch is imported
 
@@ -46,17 +46,18 @@ from torch import Tensor, nn
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.building import build
 from partial_lora.calibration import few_shot
 from partial_lora.calibration.importance import gradients
-from partial_lora.calibration.score import differentiable
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT, kept_count
+from partial_lora.models.modes import differentiable
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save
 from partial_lora.report.records import half_interval
-from partial_lora.runs import build, compose
-from partial_lora.runs.schema import Config
+from partial_lora.settings import compose
+from partial_lora.settings.schema import Config
 
 REACH, DENSITY, FORMS = Path("results/reach"), Path("results/density"), Path("results/forms/forms.csv")
 

@@ -38,6 +38,8 @@ from matplotlib.ticker import (
 
 from partial_lora import cli
 from partial_lora.files import write_atomic
+from partial_lora.launching import directory as results
+from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
 from partial_lora.report.comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from partial_lora.report.drawing import (
@@ -55,8 +57,6 @@ from partial_lora.report.drawing import (
 from partial_lora.report.figures import MOST, band
 from partial_lora.report.records import NONE, Run, gathered, grid, half_interval
 from partial_lora.report.summary import size_text
-from partial_lora.runs import directory as results
-from partial_lora.runs.packs import dynamics
 from partial_lora.tasks.metrics import SHARES
 
 PLACE = ["task", "model", "metric"]

@@ -25,6 +25,7 @@ from partial_lora import cli
 from partial_lora.calibration.config import TRAITS
 from partial_lora.calibration.search import threshold_of
 from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.report.claims import (
     ALL_SETS,
     AS_GOOD,
@@ -71,7 +72,6 @@ from partial_lora.report.records import COSTS, NONE, half_interval, number, poin
 from partial_lora.report.statistics import MARGIN, reliability, together
 from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
-from partial_lora.runs import packs
 from partial_lora.tasks.metrics import SHARES
 
 UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")

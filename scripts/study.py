@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora.runs.config import conf_dir
+from partial_lora.settings.schema import conf_dir
 
 OF_RUNS = ("train", "compare", "calibrate")
 WITHOUT_FILES = {"digits", "mixture"}

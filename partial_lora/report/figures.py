@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
+from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import records
 from partial_lora.report.drawing import (
@@ -54,7 +55,6 @@ from partial_lora.report.records import (
 )
 from partial_lora.report.statistics import MARGIN
 from partial_lora.report.summary import measured
-from partial_lora.runs.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure
@@ -176,11 +176,18 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
     if all(value >= 0 for _, value, *_ in losses + of_validation):
         above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
     _banded(below, validation, label="validation", linewidth=1.5, **_VALIDATION)
-    if validation:  # of the best the one with the least loss: the checkpoint that training ends with
+    if validation:
         sign = 1 if metric in LOWER_IS_BETTER or metric == "loss" else -1
         loss = {step: mean for step, mean, *_ in of_validation}
-        step, best, *_ = min(validation, key=lambda point: (sign * point[1], loss.get(point[0], 0.0)))
-        label = f"best on validation: {measured(metric, best)}, step {step}"
+        step, best, *_ = min(  # records of 0.3 do not say which was selected: of the best, that of the least loss
+            validation,
+            key=lambda point: (
+                point[0] != result.get("training", {}).get("selected"),
+                sign * point[1],
+                loss.get(point[0], 0.0),
+            ),
+        )
+        label = f"selected: {measured(metric, best)}, step {step}"
         below.plot([step], [best], "o", markersize=10, markerfacecolor="none", color="black", label=label)
     test = result.get("metrics", {}).get("test", {}).get(metric)
     if test is not None:

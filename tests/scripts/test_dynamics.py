@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from partial_lora.finished import export
 from partial_lora.finished.predict import RunModel
-from partial_lora.runs.packs import DYNAMICS, dynamics
+from partial_lora.launching.packs import DYNAMICS, dynamics
 
 
 def literal_cka(first: np.ndarray, second: np.ndarray) -> float:

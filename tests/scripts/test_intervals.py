@@ -12,9 +12,9 @@ from checkout import RESULTS, needs_results
 from intervals import fitted
 from recorded_runs import leave
 
+from partial_lora.launching.directory import PREDICTIONS
+from partial_lora.launching.packs import RUNS_TABLE
 from partial_lora.report.statistics import estimate
-from partial_lora.runs.directory import PREDICTIONS
-from partial_lora.runs.packs import RUNS_TABLE
 
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 

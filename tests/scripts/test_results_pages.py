@@ -13,9 +13,9 @@ from checkout import needs_results
 from refusals import refusal
 
 from partial_lora.report import race, records
-from partial_lora.runs import config
+from partial_lora.settings import schema
 
-ROOT = config.conf_dir().parent
+ROOT = schema.conf_dir().parent
 pytestmark = needs_results
 
 

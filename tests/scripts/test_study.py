@@ -13,9 +13,10 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from partial_lora.runs import compose, config, identity
+from partial_lora.launching.places import run_directory
+from partial_lora.settings import compose, schema
 
-ROOT = config.conf_dir().parent
+ROOT = schema.conf_dir().parent
 FILES = {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / "conf/experiment").glob("*.yaml")}
 STUDIES = sorted(name for name, settings in FILES.items() if settings and "study" in settings)
 SETS = (
@@ -116,7 +117,7 @@ def on_digits(name: str, data: Path) -> set[Path]:
     runs, methods = set(), {f"method={method}" for method in ("lora", "partial", "uniform")}
     for words in commands(name, data, preset="cpu", task="digits"):
         chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
-        runs |= {identity.run_directory(settings(each)) for each in chosen}
+        runs |= {run_directory(settings(each)) for each in chosen}
     return runs
 
 
@@ -128,7 +129,7 @@ def test_tables_share_the_runs_that_they_have_in_common(data: Path, monkeypatch)
     assert table1 | table4 < methods
     for name in ("fig4", "fig7"):
         firsts = (settings(combinations(words)[0]) for words in commands(name, data, preset="cpu"))
-        assert len(table1 & set(map(identity.run_directory, firsts))) == 1
+        assert len(table1 & set(map(run_directory, firsts))) == 1
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
