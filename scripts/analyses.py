@@ -5,9 +5,10 @@
     python scripts/analyses.py stability     # over few-shot seeds, shots and wrong labels
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
-KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; analysis.splits=3 is --splits 3. Files go to
-RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md, figure.svg. Each part is
-saved when it is done, so a stopped analysis goes on where it was. Of a finished one table and figure are made again.
+KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md and
+figure.svg. Each part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one table and
+figure are made again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import transformers
+import yaml
 from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
@@ -56,7 +58,7 @@ from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save
-from partial_lora.settings import compose, identity, schema, stored
+from partial_lora.settings import compose, identity, stored
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -87,7 +89,7 @@ class Subject:
     def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[datasets.Dataset, tasks.Draws]:
         """Return the examples of both draws with a share of each draw's labels wrong, and the draws among them."""
         if len(self.task.labels) < 2:
-            raise PartialLoraError(f"analysis.noise={share}: expected 2 classes or more, found {self.task.labels}")
+            raise PartialLoraError(f"--noise={share}: expected 2 classes or more, found {self.task.labels}")
         fit, scored = (
             with_label_noise(self.task.train.select(rows), share, [seed, draw], self.config.task.name)
             for draw, rows in enumerate((draws.fit, draws.scored))
@@ -356,7 +358,7 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
     noise, task = settings["analysis"]["noise"], settings["task"]
     if any(noise) and (task["kind"] != "label" or task["regression"]):
         kind = f"task={task['name']} is of kind {'regression' if task['regression'] else task['kind']}"
-        raise PartialLoraError(f"analysis.noise={noise}: {kind} and has no classes; expected [0.0]")
+        raise PartialLoraError(f"--noise={noise}: {kind} and has no classes; expected [0.0]")
 
     def part(shots: int, noise: float, seed: int, subject: Subject) -> dict:
         draws, train = subject.draws(shots=shots, seed=seed), None
@@ -584,13 +586,13 @@ def markdown(analysis: Mapping) -> str:
 
 VERSION = [1, few_shot.VERSION]  # of what a part holds; parts of another version are done again
 DEFAULTS = {
-    "measures": ["svd", "snip", "imp", "magnitude", "activation"],
-    "calibrated": True,
-    "sparsities": [0.25, 0.5, 0.75],
-    "splits": 5,
-    "seeds": [0, 1, 2],
-    "shots": [4, 8, 16, 32],
-    "noise": [0.0, 0.1, 0.2],
+    "measures": ["svd", "snip", "imp", "magnitude", "activation"],  # of agreement and cost
+    "calibrated": True,  # agreement: also at the sparsities that importance.name is calibrated to
+    "sparsities": [0.25, 0.5, 0.75],  # of agreement, each for all modules
+    "splits": 5,  # reliability: how many of the scored draw
+    "seeds": [0, 1, 2],  # stability: of the draws, and of the wrong labels
+    "shots": [4, 8, 16, 32],  # stability: scored examples a class
+    "noise": [0.0, 0.1, 0.2],  # stability: shares of labels that are wrong
 }
 STYLE = {
     "axes.axisbelow": True,
@@ -604,54 +606,15 @@ STYLE |= {"axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#00
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
-    """Return the name of the analysis, its options, and what is left for Hydra.
-
-    Raises PartialLoraError, in one line that names the key.
-    """
-
-    def several(kind: type) -> Callable[[str], list]:
-        return lambda text: [kind(value.strip()) for value in text.strip("[]").split(",") if value.strip()]
-
+    """Return the name of the analysis, its options, and what is left for Hydra."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.error = _refuse
     parser.add_argument("what", choices=ANALYSES, metavar="ANALYSIS")
-    for key, convert, text in (
-        ("measures", several(str), "agreement, cost"),
-        ("calibrated", json.loads, "agreement: also at the sparsities that importance.name is calibrated to"),
-        ("sparsities", several(float), "agreement: each for all modules"),
-        ("splits", int, "reliability: how many of the scored draw"),
-        ("seeds", several(int), "stability: of the draws, and of the wrong labels"),
-        ("shots", several(int), "stability: scored examples a class"),
-        ("noise", several(float), "stability: shares of labels that are wrong"),
-    ):
-        text = f"{text} (default: {str(DEFAULTS[key]).lower()})"
-        parser.add_argument(f"--{key}", type=convert, default=DEFAULTS[key], metavar="VALUE", help=text)
-    keys = tuple(f"analysis.{key}=" for key in DEFAULTS)
-    own = [word.replace("analysis.", "--", 1) if word.startswith(keys) else word for word in arguments]
-    known, rest = parser.parse_known_args(own)
-    options = {key: getattr(known, key) for key in DEFAULTS}
-    importance = sorted(file.stem for file in (schema.conf_dir() / "importance").glob("*.yaml"))
-    for key, fewest, in_range, expected in (
-        ("measures", 2, lambda measure: measure in importance, f"measures out of {', '.join(importance)}"),
-        ("sparsities", 0 if known.calibrated else 1, lambda share: 0 <= share < 1, "shares in [0, 1)"),
-        ("seeds", 2, lambda seed: seed >= 0, "whole numbers, 0 or more"),
-        ("shots", 1, lambda shots: shots >= 1, "numbers of examples a class"),
-        ("noise", 1, lambda share: 0 <= share <= 1, "shares in [0, 1]"),
-    ):
-        values = options[key]
-        if len(set(values)) < max(fewest, len(values)) or not all(map(in_range, values)):
-            _refuse(f"analysis.{key}={values}: expected {fewest} or more distinct {expected}")
-    if known.splits < 1:
-        _refuse(f"analysis.splits={known.splits}: expected at least 1")
-    if not isinstance(known.calibrated, bool):
-        _refuse(f"analysis.calibrated={known.calibrated}: expected true or false")
-    return known.what, options, rest
-
-
-def _refuse(message: str) -> None:
-    raise PartialLoraError(message)
+    for key, value in DEFAULTS.items():
+        parser.add_argument(f"--{key}", type=yaml.safe_load, default=value, metavar="VALUE", help=f"default: {value}")
+    known, rest = parser.parse_known_args(arguments)
+    return known.what, {key: getattr(known, key) for key in DEFAULTS}, rest
 
 
 _DECIDES = ("model", "task", "method", "importance", "calibration")  # groups of settings; no analysis trains

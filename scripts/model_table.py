@@ -2,6 +2,7 @@
 
     python scripts/model_table.py        # writes results/models/models.md and models.json
     make models                          # the same
+    python scripts/model_table.py --skeletons    # writes partial_lora/models/skeletons.json
 
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
 for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
@@ -9,24 +10,82 @@ for two classes, and causal models have none. The same numbers, one model at a t
 Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/size.py): frozen
 weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
 both axes and 19 levels can take at most.
+
+Skeletons are the models as the installed timm and transformers build them, by which `partial-lora info` counts without
+importing either. They are to be made again where a model of conf/model is added or changed; tests/models compare the
+file with what is built.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from skeletons import own_task
+from omegaconf import OmegaConf
 from tabulate import tabulate
+from torch import nn
 
+from partial_lora import models
 from partial_lora.building.info import outline
 from partial_lora.files import write_atomic, write_json
+from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
 from partial_lora.settings.compose import composed
-from partial_lora.settings.schema import Config
+from partial_lora.settings.schema import Config, ModelConfig
 
 FOLDER = Path("results/models")
 _MIB, _GIB = 2**20, 2**30
+_TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
+OUTPUTS = 2
+
+
+def own_task(name: str) -> tuple[str, str]:
+    """The family of a model of conf/model, and the task of one's own data that goes with it."""
+    family = OmegaConf.load(schema.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
+    return family, _TASKS.get(family, "image_table")
+
+
+def settings_of(name: str) -> ModelConfig:
+    """The settings of a model of conf/model."""
+    return composed(f"model={name}", f"task={own_task(name)[1]}").model
+
+
+def empty(model: ModelConfig) -> nn.Module:
+    """The model on the meta device."""
+    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    return models.empty(**geometry, num_labels=OUTPUTS)
+
+
+def tree(module: nn.Module) -> dict:
+    """A module and those in it, equal ones that follow each other once."""
+    node = {"class": type(module).__name__}
+    own = {name: list(parameter.shape) for name, parameter in module._parameters.items() if parameter is not None}
+    if own:
+        node["parameters"] = own
+    runs: list[tuple[str, str, dict]] = []  # the names of the first and the last, and what they are
+    for name, child in module.named_children():
+        below = tree(child)
+        if runs and name.isdecimal() and runs[-1][2] == below and int(runs[-1][1]) + 1 == int(name):
+            runs[-1] = (runs[-1][0], name, below)
+        else:
+            runs.append((name, name, below))
+    if runs:
+        node["modules"] = {first if first == last else f"{first}-{last}": below for first, last, below in runs}
+    return node
+
+
+def stored(model: ModelConfig) -> dict:
+    """What is stored of a model."""
+    built = empty(model)
+    whole, every = skeleton_of(built), dict(built.named_parameters(remove_duplicate=False))
+    return {
+        "head": model.head,
+        "output": whole.output,
+        "config": whole.config,
+        "shared": sorted(every.keys() - whole.parameters.keys()),
+        "tree": tree(built),
+    }
 
 
 def config_of(model: str) -> Config:
@@ -93,8 +152,21 @@ def page(each: dict[str, dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_skeletons() -> None:
+    """Write the skeletons of all models, a line each."""
+    every = {}
+    for file in sorted((schema.conf_dir() / "model").glob("*.yaml")):
+        model = settings_of(file.stem)
+        every[key_of(model.family, model.architecture, model.model_args)] = stored(model)
+    lines = [f"{json.dumps(key)}: {json.dumps(content)}" for key, content in every.items()]
+    write_atomic(FILE, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def main() -> int:
     """Count every model and write the tables."""
+    if sys.argv[1:] == ["--skeletons"]:
+        write_skeletons()
+        return 0
     each = outlines()
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_json(FOLDER / "models.json", each)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import model_table as skeletons
 import pytest
-import skeletons
 from configured import ALL, settings
 from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -19,7 +19,7 @@ settings_of = functools.cache(skeletons.settings_of)  # composed once for both t
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_stored_of_a_model_is_what_is_built(name: str, monkeypatch) -> None:
-    """Where this fails, timm or transformers or the file in conf/model has changed: `python scripts/skeletons.py`."""
+    """Where this fails, timm, transformers or a file of conf/model has changed: `scripts/model_table.py --skeletons`."""
     model = settings_of(name)
     geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
     built = {outputs: skeleton_of(models.empty(**geometry, num_labels=outputs)) for outputs in (2, 7)}
