@@ -288,12 +288,18 @@ def compare(arguments: Sequence[str]) -> int:
         metavar="KEY=VALUE",
         help="methods=[…]; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; seeds=3; "
         "rates=5: learning rates of a search; reference=NAME: the method that others are compared with (low_rank, else "
-        "the first); results_dir=results/compare; all other keys are those of train",
+        "the first); results_dir=results/compare; all other keys are those of train. experiment=race alone is the "
+        "study that its file lists",
     )
-    own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
+    comparisons = [_own_settings(each) for each in _comparisons(parser.parse_args(list(arguments)).settings)]
+    own, _ = comparisons[0]
     with _libraries():
         from partial_lora.launching import compare as search
-    entries = search.entries(own["methods"], own["budgets"], overrides)
+    entries = [
+        entry
+        for each, overrides in comparisons
+        for entry in search.entries(each["methods"], each["budgets"], overrides)
+    ]
     for entry in entries:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
     code = search.compare(
@@ -332,6 +338,19 @@ def _as_number(word: object) -> object:
         return float(word) if isinstance(word, str) else word
     except ValueError:
         return word
+
+
+def _comparisons(settings: Sequence[str]) -> list[list[str]]:
+    """Return the settings of each comparison: as they are or, without methods, those of an experiment's study."""
+    from partial_lora.settings.study import commands
+
+    named = dict(each.partition("=")[::2] for each in settings)
+    if "methods" in named or "experiment" not in named:
+        return [list(settings)]
+    only = {"task": named["task"].split(",")} if "task" in named else {}
+    more = [each for each in settings if each.partition("=")[0] not in ("experiment", "task", "data_dir")]
+    study = commands(named["experiment"], Path(named.get("data_dir", "data")), only)
+    return [[*words[1:], *more] for words in study if words[0] == "compare"] or [list(settings)]
 
 
 def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:

@@ -8,8 +8,9 @@ task, with the same seeds: their mean has an interval over seeds and examples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,8 +18,8 @@ import pandas as pd
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import BLOCK, NONE, Predictions
-from partial_lora.report.statistics import DRAWS, Comparison, by_example, drawn_again, estimate, over_sets
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.report.statistics import DRAWS, Estimate, by_example, drawn_again, estimate, judge, over_sets
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, within
 
 BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
 
@@ -40,14 +41,11 @@ class Outcome:
         return cls(row["test"], row["metric"], row["group"], row["seed"], stored)
 
     @cached_property
-    def predictions(self) -> pd.DataFrame | None:
-        """A row a test example; None where none can be read."""
+    def predictions(self) -> pd.DataFrame:
+        """A row a test example; raises PartialLoraError or ValueError, which says why there are none."""
         if self.stored is None:
-            return None
-        try:
-            frame = self.stored.of(self.group, [self.seed], self.metric)[self.seed]
-        except (PartialLoraError, ValueError):
-            return None
+            raise PartialLoraError(f"{self.group}: its predictions are not asked for")
+        frame = self.stored.of(self.group, [self.seed], self.metric)[self.seed]
         if self.member is None or "member" not in frame:
             return frame
         return frame[frame["member"] == self.member].drop(columns="member").reset_index(drop=True)
@@ -68,19 +66,68 @@ class Pair:
     def seeds(self) -> set[int]:
         return self.first.keys() & self.second.keys()
 
+    def by_example(self, seeds: Sequence[int]) -> np.ndarray:
+        """Return differences (seeds, examples); raises PartialLoraError, ValueError or KeyError that says why not."""
+        frames = ([side[seed].predictions for seed in seeds] for side in (self.first, self.second))
+        return by_example(*frames, self.metric)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Difference(Comparison):
+class Difference:
     """The first method's score less the second's, on one task or over several; NaN where there is no interval.
 
-    bootstrap_low, bootstrap_high: of one task. over: what is taken for chance: seeds and examples; examples, of one
-    seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task; examples: of all
-    tasks together; up, down: tasks on which the first is above and below.
+    low, high: ends of the 95 % interval; bootstrap_low, bootstrap_high: of the bootstrap's, of one task. verdict: of
+    `statistics.judge`, and why it is undecided: "one seed". over: what is taken for chance: seeds and examples;
+    examples, of one seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task;
+    examples: of all tasks together; up, down: tasks on which the first is above and below.
     """
 
+    difference: float
+    low: float
+    high: float
+    verdict: str
+    reason: str | None
+    bootstrap_low: float
+    bootstrap_high: float
+    error: float
+    freedom: float
+    seeds: int
+    examples: int
     over: str
     up: int
     down: int
+
+    @classmethod
+    def of(
+        cls,
+        found: Estimate,
+        metric: str,
+        seeds: int,
+        examples: int,
+        over: str,
+        each: Iterable[float],
+        drawn: tuple[float, float] = (math.nan, math.nan),
+    ) -> Difference:
+        """Return what an estimate says. each: the differences on the tasks; drawn: ends of the bootstrap's interval."""
+        each, (low, high) = list(each), within(found.interval(), metric, difference=True)
+        return cls(
+            **asdict(found),
+            low=low,
+            high=high,
+            bootstrap_low=drawn[0],
+            bootstrap_high=drawn[1],
+            verdict=judge(found, metric, seeds),
+            reason="one seed" if seeds == 1 else None,
+            seeds=seeds,
+            examples=examples,
+            over=over,
+            up=sum(one > 0 for one in each),
+            down=sum(one < 0 for one in each),
+        )
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.difference, self.error, self.freedom)
 
 
 def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
@@ -114,7 +161,7 @@ def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     each = [between(pairs, draws=0) for pairs in tasks.values()]
     found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
     seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
-    return Difference.of(found, metric, seeds, examples, over=SETS, **_signs(one.difference for one in each))
+    return Difference.of(found, metric, seeds, examples, SETS, (one.difference for one in each))
 
 
 def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
@@ -133,14 +180,7 @@ def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **mor
     """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
     seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
     over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
-    more |= {"over": over, **_signs(d.mean() for d in parts)}
-    return Difference.of(estimate(*parts), metric, seeds, examples, **more)
-
-
-def _signs(differences: Iterable[float]) -> dict[str, int]:
-    """Counts of those above zero and those below."""
-    each = list(differences)
-    return {"up": sum(one > 0 for one in each), "down": sum(one < 0 for one in each)}
+    return Difference.of(estimate(*parts), metric, seeds, examples, over, (d.mean() for d in parts), **more)
 
 
 def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
@@ -152,15 +192,10 @@ def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
 def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
     """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
     other examples."""
-    arrays = []
-    for pair in pairs:
-        sides = [[side[seed].predictions for seed in seeds] for side in (pair.first, pair.second)]
-        if any(frame is None for side in sides for frame in side):
-            return None
-        try:
-            arrays.append(by_example(*sides, pair.metric))
-        except (PartialLoraError, ValueError, KeyError):
-            return None
+    try:
+        arrays = [pair.by_example(seeds) for pair in pairs]
+    except (PartialLoraError, ValueError, KeyError):
+        return None
     return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
 
 

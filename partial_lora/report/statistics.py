@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -176,89 +175,24 @@ def by_sides(significances: Iterable[tuple[float, float]]) -> list[tuple[float, 
     return list(zip(*map(holm, zip(*significances, strict=True)), strict=True))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The first method's metric less the second's, over the test examples and seeds that both have.
-
-    low, high: ends of its 95 % interval; bootstrap_low, bootstrap_high: of the bootstrap's. verdict: "better" where all
-    of the interval is above zero, "matches" where it is above minus the margin, "worse" where it is below zero and not
-    above minus the margin, else "undecided". For a metric where less is better, better is below. Without a margin
-    nothing "matches". With one seed the interval is over examples alone, so whatever it is the verdict is "undecided",
-    and `reason` says why: "one seed".
-
-    seeds: how many both have; all numbers are of these.
-    """
-
-    difference: float
-    low: float
-    high: float
-    verdict: str
-    reason: str | None
-    bootstrap_low: float
-    bootstrap_high: float
-    error: float
-    freedom: float
-    seeds: int
-    examples: int
-
-    @classmethod
-    def of(
-        cls,
-        found: Estimate,
-        metric: str,
-        seeds: int,
-        examples: int,
-        *,
-        drawn: tuple[float, float] = (math.nan, math.nan),
-        margin: float | None = MARGIN,
-        **more: Any,
-    ) -> Any:
-        """Return what an estimate says, as this class; drawn: the ends of the bootstrap's interval."""
-        reason = "one seed" if seeds == 1 else None
-        said = judge(found, metric, seeds, margin=margin), reason
-        ends = within(found.interval(), metric, difference=True)
-        numbers = found.difference, *ends, *said, *drawn, found.error, found.freedom
-        return cls(*numbers, seeds, examples, **more)
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.difference, self.error, self.freedom)
-
-
-def compare(
-    first: Mapping[int, pd.DataFrame],
-    second: Mapping[int, pd.DataFrame],
-    metric: str,
-    *,
-    margin: float | None = MARGIN,
-    draws: int = DRAWS,
-) -> Comparison:
-    """Compare the predictions {seed: one row an example} of two methods by the metric of their task.
-
-    Only seeds that both have are used. draws: of the bootstrap; 0 leaves it out (NaN). Raises PartialLoraError where
-    there are no such seeds, where the examples are not the same, and for a metric that predictions do not give.
-    """
-    seeds = sorted(first.keys() & second.keys())
-    if not seeds:
-        raise PartialLoraError(f"no seed that both have: {sorted(first)} and {sorted(second)}")
-    d = by_example(*([frames[number] for number in seeds] for frames in (first, second)), metric)
-    return Comparison.of(estimate(d), metric, *d.shape, drawn=drawn_again(d, draws), margin=margin)
-
-
 def judge(
     found: Estimate,
     metric: str,
     seeds: int,
     levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL),
-    margin: float | None = MARGIN,
 ) -> str:
-    """Return the verdict (`Comparison`) on an estimate by the ends of its interval: 5 %, or what `by_sides` says."""
+    """Return the verdict on an estimate by the ends of its interval: 5 %, or what `by_sides` says.
+
+    "better": all of the interval is above zero; "matches": it is above minus the margin; "worse": below zero and not
+    above minus the margin; else "undecided". Of a metric where less is better, better is below, and nothing matches.
+    One seed decides nothing: its interval, if there is one, is over examples alone.
+    """
     low, high = found.upward(metric).ends(levels)
     if seeds == 1 or math.isnan(low):
         return "undecided"
     if low > 0:
         return "better"
-    if margin is not None and metric not in LOWER_IS_BETTER and low > -margin:
+    if metric not in LOWER_IS_BETTER and low > -MARGIN:
         return "matches"
     return "worse" if high < 0 else "undecided"
 

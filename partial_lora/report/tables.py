@@ -27,6 +27,7 @@ from tabulate import tabulate
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
 from partial_lora.report import SPREADS
+from partial_lora.report.pairs import Outcome, Pair, between
 from partial_lora.report.records import (
     COSTS,
     NONE,
@@ -41,7 +42,7 @@ from partial_lora.report.records import (
     paired,
     told_apart,
 )
-from partial_lora.report.statistics import MARGIN, compare, over_examples, reliability, together
+from partial_lora.report.statistics import MARGIN, over_examples, reliability, together
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES, within
 
@@ -374,16 +375,18 @@ def _lines(reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 
 def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict | str:
-    """Return how much better the first of a pair is than the second, or why that cannot be computed."""
+    """Return how much better the first of a pair is than the second, or why their examples cannot be compared."""
     if pair[0] is pair[1]:
         return {}
-    metric = pair[1].row["metric"]
-    both = sorted(set(pair[0].seeds) & set(pair[1].seeds))  # other seeds may lack their predictions
+    sides = ({run.row["seed"]: Outcome.of(run.row, predictions) for run in each.runs} for each in pair)
+    both = Pair(*sides, pair[1].row["metric"])
     try:
-        comparison = compare(*(predictions.of(each.name, both or each.seeds, metric) for each in pair), metric)
+        found = asdict(between([both]))
+        if not found["examples"]:
+            both.by_example(sorted(both.seeds))  # raises what says why
     except (PartialLoraError, ValueError, KeyError) as error:
         return one_line(error)
-    return {"pairs" if name == "seeds" else name: value for name, value in asdict(comparison).items()}
+    return {"pairs" if name == "seeds" else name: found[name] for name in found if name not in ("over", "up", "down")}
 
 
 def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> dict:

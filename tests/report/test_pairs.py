@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,18 +11,20 @@ from scipy import stats
 
 from partial_lora.launching.directory import PREDICTIONS
 from partial_lora.report import records, tables
-from partial_lora.report.pairs import Pair, average, best, between, over_tasks
+from partial_lora.report.pairs import Outcome, Pair, average, best, between, over_tasks
 from partial_lora.report.records import Predictions
-from partial_lora.report.statistics import compare, estimate, over_sets
+from partial_lora.report.statistics import by_example, drawn_again, estimate, over_sets
 
 
-def outcomes(right) -> dict[int, SimpleNamespace]:
+def outcomes(right) -> dict[int, Outcome]:
     """Outcomes by seed: right about these examples (seeds, examples), or of these scores without predictions."""
     of_seeds = {}
     for seed, row in enumerate(right):
         label = np.arange(np.size(row)) % 2
-        frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)}) if np.ndim(row) else None
-        of_seeds[seed] = SimpleNamespace(score=float(np.mean(row)), predictions=frame)
+        of_seeds[seed] = Outcome(float(np.mean(row)), "accuracy", "", seed, None)
+        if np.ndim(row):
+            frame = pd.DataFrame({"label": label, "prediction": np.where(row, label, 1 - label)})
+            of_seeds[seed].__dict__["predictions"] = frame
     return of_seeds
 
 
@@ -37,23 +37,13 @@ def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndar
     return [generator.uniform(size=(seeds, examples)) < chance for chance in chances]
 
 
-def by_comparison(one: Pair, **settings: object):
-    """The package's comparison of the same two methods."""
-    sides = ({seed: each.predictions for seed, each in side.items()} for side in (one.first, one.second))
-    return compare(*sides, one.metric, **settings)
-
-
-def test_on_one_task_it_is_the_package_s_comparison() -> None:
+def test_on_one_task_it_is_the_estimate_of_differences_by_example() -> None:
     one = pair(*drawn(0, 3, 80, 0.8, 0.7))
-    interval, expected = between([one]), by_comparison(one)
-    for name in ("estimate", "low", "high", "bootstrap_low", "bootstrap_high"):
-        assert getattr(interval, name) == getattr(expected, name)
-    assert (interval.seeds, interval.examples, interval.verdict, interval.over) == (
-        3,
-        80,
-        expected.verdict,
-        "seeds and examples",
-    )
+    d = by_example(*([each.predictions for each in side.values()] for side in (one.first, one.second)), "accuracy")
+    found, expected = between([one]), estimate(d)
+    assert (found.estimate, (found.low, found.high)) == (expected, expected.interval())
+    assert (found.bootstrap_low, found.bootstrap_high) == drawn_again(d)
+    assert (found.seeds, found.examples, found.over) == (3, 80, "seeds and examples")
     base = drawn(4, 2, 40, 0.9, 0.5)
     assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
     turned = between([pair(*base), pair(*base[::-1])])

@@ -12,7 +12,8 @@ from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import race, records, statistics
+from partial_lora.report import race, records
+from partial_lora.report.pairs import Outcome, Pair, between
 
 
 def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]]) -> list[dict]:
@@ -63,14 +64,10 @@ def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -
     ranked = race.compared(race.at_best_rates(race.rows_of(runs, stored)), "low_rank").set_index("form")
     row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
     sides = (
-        {
-            run.row["seed"]: stored.of(run.row["group"], [run.row["seed"]], "accuracy")[run.row["seed"]]
-            for run in runs
-            if run.row["method"] == method
-        }
+        {run.row["seed"]: Outcome.of(run.row, stored) for run in runs if run.row["method"] == method}
         for method in ("partial", "low_rank")
     )
-    expected = statistics.compare(*sides, "accuracy", draws=0)
+    expected = between([Pair(*sides, "accuracy")], draws=0)
     assert row["difference"] - row["difference_half"] == pytest.approx(expected.low)
     assert (row["over"], row["examples"], row["holds"]) == ("seeds and examples", 200, True)
     assert (alone["over"], alone["difference"], alone["holds"]) == ("examples", 0.25, False)

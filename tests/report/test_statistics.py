@@ -14,11 +14,11 @@ from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
 from partial_lora.report import statistics
+from partial_lora.report.pairs import Difference, Outcome, Pair, between
 from partial_lora.report.statistics import (
     Estimate,
     bootstrap,
     by_sides,
-    compare,
     estimate,
     holm,
     judge,
@@ -36,6 +36,18 @@ def frame(label, prediction, **columns) -> pd.DataFrame:
 def right_or_wrong(label: np.ndarray, right: np.ndarray) -> dict[int, pd.DataFrame]:
     """Predictions of two classes by seed, right where `right` (seeds, examples) is."""
     return {seed: frame(label, np.where(row, label, 1 - label)) for seed, row in enumerate(right)}
+
+
+def compare(first: dict, second: dict, metric: str, draws: int = 300) -> Difference:
+    """The difference of two methods' predictions {seed: one row an example}."""
+
+    def side(frames: dict) -> dict[int, Outcome]:
+        outcomes = {seed: Outcome(0.0, metric, "", seed, None) for seed in frames}
+        for seed, outcome in outcomes.items():
+            outcome.__dict__["predictions"] = frames[seed]
+        return outcomes
+
+    return between([Pair(side(first), side(second), metric)], draws=draws)
 
 
 def every_draw(differences: np.ndarray) -> dict[float, float]:
@@ -221,7 +233,6 @@ def test_one_seed_decides_nothing() -> None:
 def test_verdicts(low: float, high: float, said: str) -> None:
     found = Estimate((low + high) / 2, (high - low) / 2 / stats.t.ppf(0.975, 6), 6)
     assert judge(found, "accuracy", 2) == said
-    assert judge(found, "accuracy", 2, margin=None) != "matches"
 
 
 def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_and_less_may_be_better() -> None:
@@ -265,8 +276,8 @@ def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
         ([predicted, predicted.iloc[::-1]], "accuracy", "different test examples"),
     ):
         with refusal("", names):
-            compare({0: frames[0]}, {0: frames[1]}, metric)
-    with refusal("", "[0] and [1]"):
+            statistics.by_example([frames[0]], [frames[1]], metric)
+    with refusal("", "seed"):
         compare({0: predicted}, {1: predicted}, "accuracy")
 
 

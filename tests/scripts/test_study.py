@@ -13,8 +13,10 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from partial_lora import cli
 from partial_lora.launching.places import run_directory
 from partial_lora.settings import compose, schema
+from partial_lora.settings import study as studies
 
 ROOT = schema.conf_dir().parent
 FILES = {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / "conf/experiment").glob("*.yaml")}
@@ -48,7 +50,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def commands(name: str, data: Path, **only: str) -> list[list[str]]:
-    return list(study.commands(name, data, {key: {value} for key, value in only.items()}))
+    return list(studies.commands(name, data, {key: {value} for key, value in only.items()}))
 
 
 def combinations(words: list[str]) -> list[tuple[str, ...]]:
@@ -65,7 +67,7 @@ settings = cache(lambda combination: compose.composed(*combination))
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_last_runs_of_a_study_compose_in_either_preset(name: str, data: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
-    of_runs = [words for words in commands(name, data) if words[0] in study.OF_RUNS]
+    of_runs = [words for words in commands(name, data) if words[0] in studies.OF_RUNS]
     for of_paper in (False, True):
         for words in [words for words in of_runs if ("preset=paper" in words) == of_paper][-1:]:
             words = [word for word in words if not word.startswith(OF_COMPARE)]
@@ -94,6 +96,16 @@ def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
     assert {"task=trec", "method=shuffled", "experiment=decided", f"data_dir={data}"} < set(words)
     assert not any(word.startswith("stage=") for word in words)
     assert commands("decided", data, task="trec")[-1] == ["python", "scripts/decided.py", "results/decided"]
+
+
+def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
+    whole = [words[1:] for words in commands("race", data) if words[0] == "compare"]
+    assert len(whole) == 3
+    assert cli._comparisons(["experiment=race", f"data_dir={data}"]) == whole
+    (trec,) = cli._comparisons(["experiment=race", f"data_dir={data}", "task=trec", "seeds=8"])
+    assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
+    own = ["experiment=race", "methods=[partial]"]
+    assert cli._comparisons(own) == [own]
 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])

@@ -1,0 +1,63 @@
+"""Runs of a study: the commands that `study` in a file of conf/experiment lists.
+
+An entry is one command, or its parts, of which those that are lists are alternatives: each of one is combined with each
+of the others. "" adds nothing to what the file sweeps by itself. Where it names no command it is the words of `train
+-m`; the experiment and the folder of the data are added. `stage=NAME` only names an entry, to choose it by.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from partial_lora.errors import require
+from partial_lora.settings.schema import conf_dir
+
+OF_RUNS = ("train", "compare", "calibrate")
+WITHOUT_FILES = {"digits", "mixture"}
+
+
+def commands(name: str, data: Path, only: Mapping[str, Collection[str]] = {}) -> Iterator[list[str]]:
+    """Yield the words of each command of a study; none of an experiment that lists none.
+
+    data: the folder of sets; those without files there are left out, but for those of preset=paper, which come from the
+    hub. only: the values that a key may have where a command names it.
+    """
+    there = WITHOUT_FILES.union(file.parent.name for file in data.glob("*/train.parquet"))
+    files = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
+    require(name in files, "experiment", name, f"one of {', '.join(files)}")
+    settings = yaml.safe_load(files[name].read_text(encoding="utf-8")) or {}
+    for entry in settings.get("study", ()):
+        parts = [[part] if isinstance(part, str) else part for part in (entry if isinstance(entry, list) else [entry])]
+        for chosen in product(*parts):
+            words = shlex.split(" ".join(chosen))
+            if "preset=paper" not in words:
+                words = [_left(word, "task", there) for word in words]
+            for key, values in only.items():
+                words = [_left(word, key, values) for word in words]
+            if all(words):
+                yield _whole([word for word in words if not word.startswith("stage=")], name, data)
+
+
+def _left(word: str, key: str, values: Collection[str]) -> str:
+    """Return a word with those of its values that a key may have; an empty one where none is left."""
+    own, _, text = word.partition("=")
+    if own == "task.members" and key == "task":
+        return word if values >= set(text.strip("[]").split(",")) else ""
+    if own != key:
+        return word
+    left = ",".join(value for value in text.split(",") if value in values)
+    return left and f"{key}={left}"
+
+
+def _whole(words: list[str], name: str, data: Path) -> list[str]:
+    if words[0] not in (*OF_RUNS, "report", "python"):
+        words = ["train", "-m", *words]
+    if words[0] in OF_RUNS and not any(word.startswith("experiment=") for word in words):
+        words = [*words, f"experiment={name}"]
+    of_rows = words[0] in OF_RUNS or any(word.startswith("task=") for word in words)
+    return [*words, f"data_dir={data}"] if of_rows and data.is_dir() and "preset=paper" not in words else words
