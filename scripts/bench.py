@@ -643,27 +643,18 @@ def _memory(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
 
 
 def _method(result: Mapping) -> str:
-    settings, malloc = result["settings"], result["machine"]["malloc"]
+    settings = result["settings"]
     lines = [
-        f"Sparsity {settings['sparsity']}, no dropout, fp32, alpha 2 × rank, AdamW (fused), one thread; the head is"
-        " frozen. Random weights, the same frozen tensors in memory for all variants, the same batch.",
-        "A step is forward pass, loss, backward pass, optimizer and zeroing of gradients, in processor time (user and"
-        f" system). After a discarded round {settings['repeats']} repetitions run each variant once,"
-        f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']} only, in shuffled order."
-        f" Seconds are medians, in brackets two repetitions that hold the median with {CONFIDENCE:.0%} confidence.",
-        f"The C library's allocator keeps freed memory ({', '.join(malloc) or 'not here: it has no mallopt'}), as a"
-        " GPU's caching allocator does; otherwise page faults cost more than what is compared.",
-        'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor). A ratio of'
-        " times is the quotient of two interquartile means of differences within a repetition, with a percentile"
-        " bootstrap over whole repetitions; an aim is met or not met where the whole interval is on one side of it.",
-        "Frozen floor: no adapter, and the backward pass goes down to the input of the first block. Adapted models need"
-        " no gradient of that input, so their overheads look smaller than they are; the short floor stops where theirs"
-        " do.",
-        "Saved: memory that one forward pass keeps for its backward pass, each piece once and whole, without what"
-        " existed before. Lasting: what a variant holds from step to step beyond the frozen model, its parameters,"
-        " gradients and Adam (indices, scratch tensors). Gradients: without SHiRA's dense gradient of W.",
-        "SHiRA has exactly as many entries in every module as rows and columns keep there; its own r could not.",
-        "File: adapter_model.safetensors as save_pretrained writes it. Compact: the whole folder of kept values only.",
+        f"Sparsity {settings['sparsity']}, no dropout, fp32, alpha 2 × rank, AdamW (fused), one thread, random weights,"
+        " the head frozen; the same frozen tensors and batch for all. A step is forward and backward pass, optimizer"
+        f" and zeroing of gradients, in processor time; {settings['repeats']} repetitions in shuffled order,"
+        f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']}; freed memory is kept.",
+        'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor): quotients of'
+        " two interquartile means of differences within a repetition, with a bootstrap over repetitions. The frozen"
+        " floor's backward pass goes down to the input of the first block; the short floor stops where adapters' does.",
+        "Saved: memory that one forward pass keeps for its backward pass. Lasting: what a variant holds from step to"
+        " step beyond the frozen model, its parameters, gradients and Adam. File: what save_pretrained writes. Compact:"
+        " the whole folder of kept values. SHiRA has as many entries in every module as rows and columns keep there.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

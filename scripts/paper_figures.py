@@ -3,7 +3,7 @@
     python scripts/paper_figures.py fig1 fig4 --results results/cpu
     python scripts/paper_figures.py fig3 --results results/cpu --runs    # whose dynamics it shows (scripts/dynamics.py)
 
-Writes RESULTS/figures/NAME.svg and .csv, the numbers. What is missing is named; `make reproduce-NAME` trains it.
+Writes RESULTS/figures/NAME.svg and .csv, the numbers. `make reproduce-NAME` trains what a figure is of.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Spec:
 def make(name: str, results_dir: Path) -> list[Path]:
     """Draw a figure from the runs under results_dir, as its figures/NAME.svg and .csv; gives the files.
 
-    What is missing or left out is printed. Where there is nothing to draw, files of an earlier time go.
+    What is left out is printed. Where there is nothing to draw, files of an earlier time go.
     """
     spec, folder = FIGURES[name], results_dir / "figures"
     known, left_out = runs_of(name, results_dir)
@@ -304,10 +304,6 @@ def _style(place: int) -> dict:
 _SIZED = ("partial", "uniform", "low_rank", "targeted", "shuffled", "inverted", "random_weights")
 _JOINED = ("partial", "uniform", "low_rank")
 _NO_POINT = ("lora", "probe")
-_THRESHOLDS = {  # of the experiment: for each task what is swept over which
-    "digits": (_JOINED, (0.5, 0.7, 0.8, 0.9)),
-    "flowers17": (("partial",), (0.7, 0.8, 0.9)),
-}
 
 
 def fig1(known: pd.DataFrame, results_dir: Path) -> Numbers:
@@ -322,11 +318,6 @@ def fig1(known: pd.DataFrame, results_dir: Path) -> Numbers:
     fewer = [part["task"].iloc[0] for part, points in parts if 1 < points < least]
     notes += [f"not drawn: {', '.join(fewer)}, which have two points"] if fewer else []
     table = _of_places(table, [part for part, points in parts if points >= least])
-    for task, (methods, wanted) in _THRESHOLDS.items():
-        for method in methods if task in set(known["task"]) else ():
-            there = set(table.loc[(table["task"] == task) & (table["method"] == method), "point"])
-            lacking = [f"{threshold:g}" for threshold in wanted if f"threshold {threshold:g}" not in there]
-            notes += [f"missing: {task}, {method}, threshold {', '.join(lacking)}"] if lacking else []
     return table, notes
 
 
@@ -381,7 +372,6 @@ def fig2(known: pd.DataFrame, results_dir: Path) -> Numbers:
         own = part[part["method"] == "partial"]
         own = own if len(own) else part[part["method"].isin(("targeted", "flow"))]
         if own.empty:
-            notes.append(f"missing: {task}, {model}, runs of partial, targeted or flow")
             continue
         ((_, one, left_out),) = groups(own, PLACE)
         notes += left_out
@@ -397,8 +387,6 @@ def fig2(known: pd.DataFrame, results_dir: Path) -> Numbers:
                     where |= {"depth": column, "block": ".".join(map(str, depth)) or NONE, "n": len(values)}
                     spread = {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
                     rows.append(where | spread)
-    tasks = {row["task"] for row in rows}
-    notes += [f"missing: tasks other than {tasks.pop()}"] if len(tasks) == 1 else []
     return pd.DataFrame(rows), notes
 
 
@@ -457,7 +445,7 @@ def fig3(known: pd.DataFrame, results_dir: Path) -> Numbers:
     """Every quantity as mean, lowest and highest over seeds: loss and gradient norm at each step that was logged;
     the test's metric on training and test rows and their difference; linear CKA after each block (x counts from 1).
     """
-    rows, notes, unmeasured = [], [], []
+    rows, notes = [], []
     parts = _groups_of_fig3(known)
     for (where, one, left_out), contents in zip(parts, measured(_by_seed(parts)), strict=True):
         notes += left_out
@@ -468,10 +456,6 @@ def fig3(known: pd.DataFrame, results_dir: Path) -> Numbers:
                 for x, mean, low, high in points
             ]
         rows += [where | row for row in _measured_rows(list(contents.values()))]
-        if not contents:
-            unmeasured.append(f"{where['task']} {where['method']}" + f" {where['point']}" * (where["point"] != NONE))
-    if unmeasured and rows:
-        notes.append(f"missing: dynamics.json of {', '.join(unmeasured)}; make reproduce-fig3")
     columns = [*PLACE, "method", "point", "quantity", "x", "block", "n", "mean", "low", "high"]
     return pd.DataFrame(rows, columns=columns), notes
 
@@ -558,7 +542,6 @@ def _gaps(axes: Axes, part: pd.DataFrame, metric: str) -> None:
 # Figure 4: a small dense adapter or a large sparse one: rank against sparsity at equal trainable parameters
 
 _OF_EQUAL_SIZE = ("partial", "low_rank")
-_RANKS = (2, 4, 8, 16, 32, 64)
 
 
 def fig4(known: pd.DataFrame, results_dir: Path) -> Numbers:
@@ -576,9 +559,6 @@ def fig4(known: pd.DataFrame, results_dir: Path) -> Numbers:
         part = part.assign(level=levels(part["parameters"].tolist()))
         parts += [own for _, own in part.groupby("level") if own["rank"].nunique() > 1]
     table = _of_places(table.assign(level=0.0), parts)
-    for (task, model, _), part in places(table):
-        lacking = sorted(set(_RANKS) - set(part["rank"]))
-        notes += [f"missing: {task}, {model}, rank {', '.join(map(str, lacking))}"] if lacking else []
     return table, notes
 
 
@@ -643,9 +623,6 @@ def fig5(known: pd.DataFrame, results_dir: Path) -> Numbers:
     known = known[known["method"].isin(("partial", "targeted")) & known["point"].isin(POINTS)]
     known = known[known["task"].isin({row["task"] for row in rows})]
     table, notes = means(known, [*PLACE, "point", "method", "importance"])
-    there = set(table.loc[table["method"] == "targeted", "importance"])
-    lacking = [measure for measure in _MEASURES if measure not in there]
-    notes += [f"missing: runs of targeted with importance {', '.join(lacking)}"] if lacking else []
     rows += [{"part": "accuracy"} | row for row in table.to_dict("records")]
     return pd.DataFrame(rows, columns=columns), notes
 
@@ -738,11 +715,6 @@ def fig6(known: pd.DataFrame, results_dir: Path) -> Numbers:
     table["budget"] = table["point"].map(_budget).astype(float)
     past = (table["method"] == "partial") & (table["budget"] < max(_BUDGETS))
     table = _of_places(table, [part for _, part in places(table) if past[part.index].any()])
-    for (task, model, _), part in places(table):
-        there = set(part.loc[part["method"] == "partial", "budget"])
-        lacking = [f"{budget:g}" for budget in _BUDGETS if budget not in there]
-        notes += [f"missing: {task}, {model}, partial, budget {', '.join(lacking)}"] if lacking else []
-        notes += [f"missing: {task}, {model}, {name}" for name in _NO_POINT if name not in set(part["method"])]
     return table, notes
 
 
@@ -782,7 +754,6 @@ def draw_fig6(table: pd.DataFrame) -> Figure:
 # Figure 7: random against targeted: small and noisy training sets, other masks of one run, the train/test gap
 
 _RANDOM_AND_TARGETED = ("partial", "targeted")
-_SAMPLES, _NOISES = (150, 600), (0.0, 0.4)
 _CONDITION = ["train_samples", "label_noise"]
 
 
@@ -800,22 +771,7 @@ def fig7(known: pd.DataFrame, results_dir: Path) -> Numbers:
     rows = [*pairs, *_masks(known, conditions), *_gaps_of(conditions)] if pairs else []
     columns = ["part", *PLACE, "method", *_CONDITION, "seed", "mask_seed", "n", "seeds", "test"]
     columns += [*_RANDOM_AND_TARGETED, "difference", "half", "train", "gap"]
-    table = pd.DataFrame(rows, columns=columns)
-    if not rows:
-        return table, notes
-    paired = table[table["part"] == "difference"]
-    for (task, model, _), part in places(table[table["task"] == "digits"]):
-        there = set(zip(*(paired.loc[paired["task"] == task, name] for name in _CONDITION), strict=True))
-        wanted = [(samples, noise) for samples in _SAMPLES for noise in _NOISES]
-        lacking = [
-            f"{samples} rows with {noise:.0%} noise" for samples, noise in wanted if (samples, noise) not in there
-        ]
-        notes += [f"missing: {task}, {model}, pairs of {', '.join(lacking)}"] if lacking else []
-        if "over masks" not in set(part["part"]):
-            notes.append(f"missing: {task}, {model}, runs over mask.seed at one seed")
-    if "gap" not in set(table["part"]):
-        notes.append("missing: dynamics.json of these runs; make reproduce-fig7")
-    return table, notes
+    return pd.DataFrame(rows, columns=columns), notes
 
 
 def _groups_of_fig7(known: pd.DataFrame) -> list[Group]:

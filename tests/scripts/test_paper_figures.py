@@ -51,14 +51,13 @@ def thresholds(place: Path) -> None:
 
 def test_means_are_of_the_usual_runs_alone_and_of_the_seeds_that_all_have(tmp_path: Path) -> None:
     thresholds(tmp_path)
-    table, notes = numbers("fig1", tmp_path)
+    table, _ = numbers("fig1", tmp_path)
     row = only(table, method="partial", point="threshold 0.9")
     values = [0.90, 0.92, 0.97]
     assert (row["n"], row["seeds"], row["parameters"]) == (3, "0 1 2", 700)
     expected = np.mean(values), np.std(values, ddof=1), half(values)
     assert (row["mean"], row["std"], row["half"]) == pytest.approx(expected)
     assert only(table, method="partial", point="budget 0.13")["parameters"] == 130
-    assert "missing: digits, partial, threshold 0.7, 0.8" in notes
     place = tmp_path / "common"
     for seed in range(4):
         leave(place, "partial", 0.8 + seed / 10, seed=seed)
@@ -96,7 +95,7 @@ def test_fig2_averages_seeds_of_partial_and_keeps_depth_and_kind(tmp_path: Path)
     row = only(table, kind="qkv", axis="rows", block="11")
     assert (row["depth"], row["n"], row["low"], row["high"], row["mean"]) == (1, 2, 0.2, 0.4, pytest.approx(0.3))
     assert only(table, kind="fc", axis="columns", block="11")["mean"] == pytest.approx(11 / 12)
-    assert notes == ["missing: cifar10, vit, runs of partial, targeted or flow", "missing: tasks other than digits"]
+    assert notes == []
     leave(tmp_path / "causal", task="piqa", model="smollm2_135m")  # which lies beside the preset's
     assert set(numbers("fig2", place)[0]["task"]) == {"digits", "piqa"}
 
@@ -111,7 +110,7 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
         measure(folder, 0.99, 0.95 - seed / 10, {"blocks.0": 0.9, "blocks.1": 0.5 + seed / 10})
     leave(tmp_path, "lora", 0.96, history=history)
     leave(tmp_path, "partial", 0.9, task="cifar10")  # without lora beside it
-    table, (note,) = numbers("fig3", tmp_path)
+    table, _ = numbers("fig3", tmp_path)
     assert set(table["task"]) == {"digits"}
     row = only(table, method="partial", quantity="loss", x=5)
     assert (row["mean"], row["low"], row["high"], row["n"]) == (1.5, 1.0, 2.0, 2)
@@ -120,7 +119,6 @@ def test_fig3_has_histories_gaps_and_drift_over_seeds(tmp_path: Path) -> None:
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.09, 0.04, 0.14))
     drift = only(table, method="partial", quantity="cka", x=2)
     assert (drift["mean"], drift["block"]) == (pytest.approx(0.55), "blocks.1")
-    assert note.startswith("missing: dynamics.json of digits lora; ")
 
 
 def test_fig3_draws_what_was_measured_before_what_was_not(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_fig4_puts_runs_of_one_size_on_one_level(tmp_path: Path) -> None:
     assert table["level"].unique().tolist() == [250]
     assert sorted(table["rank"]) == [4, 16, 32]
     assert (only(table, rank=32)["sparsity"], only(table, rank=4)["sparsity"]) == pytest.approx((1 - 0.126, 0))
-    assert notes == ["missing: digits, vit, rank 2, 8, 64"]
+    assert notes == []
     assert figures.levels([100, 330, 104, 106]) == [100, 330, 100, 106]
 
 
@@ -166,7 +164,7 @@ def test_fig5_has_agreement_and_what_it_leads_to(tmp_path: Path) -> None:
     table, notes = numbers("fig5", place)
     assert only(table, part="agreement")["jaccard"] == 0.5
     assert only(table, part="accuracy", method="targeted", importance="snip")["mean"] == pytest.approx(0.95)
-    assert notes == ["missing: runs of targeted with importance svd, imp"]
+    assert notes == []
 
 
 def test_fig6_takes_budgets_whatever_sparsity_they_need(tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_fig6_takes_budgets_whatever_sparsity_they_need(tmp_path: Path) -> None:
     assert set(table["task"]) == {"digits"}
     points = sorted(zip(table["method"], table["budget"].fillna(1), strict=True))
     assert points == [("lora", 1), ("partial", 0.01), ("partial", 0.13)]
-    assert notes == ["missing: digits, vit, partial, budget 0.1, 0.05, 0.02", "missing: digits, vit, probe"]
+    assert notes == []
 
 
 def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
     leave(tmp_path, "partial", 0.99, seed=7, budget=0.13, **noisy)  # no pair
     for mask_seed, test in ((1, 0.93), (2, 0.94)):
         leave(tmp_path, "partial", test, budget=0.13, mask__seed=mask_seed)
-    table, (note,) = numbers("fig7", tmp_path)
+    table, _ = numbers("fig7", tmp_path)
     each = np.subtract(*tests.values())
     row = only(table, part="difference", train_samples=300, label_noise=0.2)
     assert (row["n"], row["seeds"]) == (3, "0 1 2")
@@ -208,8 +206,6 @@ def test_fig7_pairs_seeds_and_sets_masks_beside_seeds(tmp_path: Path) -> None:
     assert seeds["test"].tolist() == pytest.approx([0.91, 0.92, 0.96, 0.0, 0.1, 0.2])
     assert only(table, part="gap", method="targeted")["gap"] == pytest.approx(1 - 0.9)
     assert len(figures.measured_runs("fig7", tmp_path)) == 12
-    assert note.startswith("missing: digits, vit, pairs of 150 rows with 0% noise, 150 rows with 40% noise")
-    assert "600 rows with 0% noise" not in note
 
 
 def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_path: Path, capsys) -> None:
