@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,7 +22,7 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     return [
         common
         | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
-        | {"outcome": SimpleNamespace(score=test, predictions=None)}
+        | {"outcome": Outcome(test, "accuracy", "", seed, None)}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 

@@ -231,7 +231,7 @@ def test_wrong_labels_are_refused_where_there_are_no_classes() -> None:
     generation = ("task=text_generation", "model=tiny_llama", *finished_runs.GENERATION, "--shots=[8]")
     for given, kind in ((generation, "generation"), (["task.regression=true"], "regression")):
         chosen = settings(*given)
-        with refusal(rf"analysis\.noise=\[0\.0, 0\.1, 0\.2\]: .*{kind}"):
+        with refusal(rf"--noise=\[0\.0, 0\.1, 0\.2\]: .*{kind}"):
             analyses.stability_parts(chosen)
         chosen["analysis"]["noise"] = [0.0]
         assert analyses.stability_parts(chosen)
