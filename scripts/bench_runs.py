@@ -156,11 +156,11 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
     from data_sets import folder
 
-    from partial_lora.launching.compare import AT_BUDGET
+    from partial_lora import methods
 
     method = "lora" if loop in ("bare", "trainer") else loop
-    sized = AT_BUDGET.get(method, ())
-    length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", f"method={method}", "calibration=fixed")
+    sized = methods.called(method).at_budget if method in ("dora", "vera") else (f"method={method}",)
+    length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "calibration=fixed")
     rows = (f"task.train_samples={16 * 25}", "task.test_samples=64", "trainer.learning_rate=1e-3")
     data = [] if "task=digits" in job else [f"data_dir={folder()}"]
     return [*FEW, *length, *sized, *rows, *job, *data]

@@ -29,7 +29,7 @@ FEWEST = 4  # learning rates of a search
 
 
 def best_rates(records: Iterable[Mapping], known: Iterable[Mapping] = ()) -> tuple[list[dict], list[str]]:
-    """Return an entry (settings/tuned.py) for each thing that the runs of a search tuned, and a line for each run left out.
+    """Return an entry (settings/tuned.py) for each thing that runs of a search tuned, and a line for each run left out.
 
     A run at whose rate the loss was not finite counts as tried; one that ended badly in another way is left out. known:
     entries of an earlier search that this one goes on with, for the same key. Raises PartialLoraError where the runs

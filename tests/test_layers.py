@@ -51,7 +51,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(tree: ast.Module, known: set[str]) -> set[str]:
-    """The modules of this package that one imports, inside functions, too; not those that it imports for types alone."""
+    """The modules of this package that one imports, inside functions, too; not those for types alone."""
     found = set()
     for node in statements(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "partial_lora":

@@ -21,6 +21,9 @@ from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
+from partial_lora.masks import Sparsity
+from partial_lora.methods import tuners
+from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.checks import check_modality
@@ -202,7 +205,7 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
 
 def importance(
     config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
-) -> methods.ModuleScores:
+) -> ModuleScores:
     """Score the rows and columns of the modules that are to be adapted."""
     return importance_few_shot(
         model,
@@ -221,7 +224,7 @@ def importance(
 
 
 def calibrating(
-    config: Config, task: Task, transform: Transform, model: nn.Module, scores: methods.ModuleScores, peers: Peers
+    config: Config, task: Task, transform: Transform, model: nn.Module, scores: ModuleScores, peers: Peers
 ) -> Callable[..., Calibration]:
     """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
     return functools.partial(
@@ -287,21 +290,21 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
 def method_of(method: MethodConfig) -> methods.Method:
     """Return the function of a method; raises PartialLoraError for options that PEFT refuses whatever the model is."""
     if method.peft_type is not None:
-        methods.configuration(method.peft_type, method.peft or {})
+        tuners.configuration(method.peft_type, method.peft or {})
     return methods.METHODS[method.function]
 
 
 def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
-    sparsity: methods.Sparsity | None = None,
-    scores: methods.ModuleScores | None = None,
-) -> methods.Setting:
+    sparsity: Sparsity | None = None,
+    scores: ModuleScores | None = None,
+) -> Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules = config.model.trained_modules
     if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
         modules["target_modules"] = list(shapes)
-    setting = methods.Setting(
+    setting = Setting(
         **modules,
         rank=config.method.rank,
         ranks=config.method.ranks,

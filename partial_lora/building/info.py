@@ -9,7 +9,6 @@ from pathlib import Path
 
 from partial_lora.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
 from partial_lora.building import size
-from partial_lora.calibration.config import CALIBRATED
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.masks import PAPER_BUDGET, Sparsity
@@ -67,14 +66,14 @@ def outline(config: Config) -> Outline:
     sparsity = fixed_sparsity(config, shapes)
     if sparsity is not None:
         source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
-    elif method.name in CALIBRATED:
+    elif method.traits.size == "calibrated":
         sparsity, source = _expected_sparsity(config, shapes)
         levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
         axes = 1 if calibration.axes == "joint" else 2
         passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
-    elif method.name == "lora":
+    elif method.traits.dense:
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
-    if sparsity is None or method.name == "low_rank" or method.ranks == "auto":  # ranks of their own decide
+    if sparsity is None or method.traits.own_ranks or method.ranks == "auto":  # ranks of their own decide
         counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
         source = "counted on the adapter itself" if sparsity is None else source
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from time import monotonic
 
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
-from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.launching.directory import LOCK
@@ -20,16 +18,11 @@ from partial_lora.launching.places import at_other_rates, run_directory
 from partial_lora.settings import rates
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.rates import Worth, ranked
-from partial_lora.settings.schema import SIZED, Config
+from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training.config import AUTO
 
-AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
-# Methods that no budget makes larger or smaller.
-OWN_SIZE = tuple(name for name, of in TRAITS.items() if of.size == "own" and name not in AT_BUDGET)
-# Methods that are calibrated for their size alone, which a budget sets.
-_SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 
 Runs = list[tuple[float, int]]  # learning rate and seed
@@ -116,12 +109,15 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     own_calibration = any(each.startswith("calibration=") for each in overrides)
     made = []
     for method in dict.fromkeys(methods):
-        for budget in [None] if method in OWN_SIZE else dict.fromkeys(budgets):
+        ((_, alone),) = checked(["-m", *overrides, f"method={method}"]).runs
+        known = alone.method.traits
+        for budget in [None] if known.is_fixed else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
-                if method in _SIZED_ALIKE and not own_calibration:
+                chosen = list(known.at_budget) or chosen
+                if known.size_alone and not own_calibration:
                     chosen.append("calibration=fixed")
-                chosen += [*AT_BUDGET.get(method, ()), f"calibration.budget={budget}"]
+                chosen.append(f"calibration.budget={budget}")
             size = "own size" if budget is None else str(budget)
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
             planned = checked(["-m", *entry.overrides])

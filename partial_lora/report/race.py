@@ -16,10 +16,10 @@ import pandas as pd
 from markupsafe import Markup
 from rich.console import Group
 
-from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
+from partial_lora.methods import called
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
@@ -57,7 +57,7 @@ def form_of(config: Mapping) -> str:
     draw is fan_in=dense without exponents.
     """
     name = config["method"]["name"]
-    if name not in MASKED:
+    if not called(name).masked:
         return name
     own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
     words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from partial_lora.calibration.config import BUDGETED
 from partial_lora.errors import PartialLoraError
 from partial_lora.settings.arguments import (
     CHOICES,
@@ -302,7 +301,7 @@ def _unfit(config: Config, launcher: str) -> str | None:
 
 def _uncalibrated(config: Config) -> str | None:
     """Return why a run has no calibration that could be made alone; None where it has one."""
-    if config.method.name in BUDGETED:
+    if config.method.traits.size == "budget":
         return f"method.name={config.method.name}: expected another method for calibrate: this one is not calibrated"
     sparsity = config.calibration.sparsity
     return None if sparsity is None else f"calibration.sparsity={sparsity}: expected null for calibrate, which finds it"

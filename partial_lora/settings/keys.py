@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora.calibration.config import MASKED
+from partial_lora.methods import called
 from partial_lora.settings.schema import GROUPS, SECTIONS, Config, defaults
 
 COMMON = (
@@ -59,7 +59,7 @@ def page(settings: Mapping, groups: Mapping[str, Sequence[str]], methods: Mappin
         known = {name: heading(file).partition(". ")[0].rstrip(".") for name, file in methods.items()}
         column = max(map(len, known)) + 2
         wrapped = _WRAPPED | {"subsequent_indent": " " * (column + 2)}
-        told = [f"  {name:{column}}{text}" for name, text in known.items() if (name in MASKED) == masked]
+        told = [f"  {name:{column}}{text}" for name, text in known.items() if called(name).masked == masked]
         return [textwrap.fill(line, width, **wrapped) for line in told]
 
     known = meanings()

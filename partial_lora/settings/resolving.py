@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home
 from partial_lora.masks import PAPER_BUDGET
@@ -47,7 +47,7 @@ def resolve(composed: DictConfig) -> Config:
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
-    calibration, model = _with_budget(config.calibration, config.method.name), config.model
+    calibration, model = _with_budget(config), config.model
     if model.image_size is None:
         model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
     config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
@@ -62,12 +62,13 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def _with_budget(calibration: CalibrationConfig, method: str) -> CalibrationConfig:
-    """Return the settings with PAPER_BUDGET for a budget of null, where nothing is calibrated but a size is to be met.
+def _with_budget(config: Config) -> CalibrationConfig:
+    """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
 
     A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
     """
-    if method in BUDGETED:
+    calibration = config.calibration
+    if config.method.traits.size == "budget":
         calibration = replace(calibration, sparsity=None)
     elif calibration.sparsity != UNIFORM:
         return calibration

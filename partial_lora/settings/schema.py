@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -16,16 +17,9 @@ from typing import Any, Optional
 
 from omegaconf import MISSING, OmegaConf
 
+from partial_lora import methods
 from partial_lora.budget import counted_of
-from partial_lora.calibration.config import (
-    BUDGETED,
-    MASKED,
-    TRAITS,
-    UNIFORM,
-    CalibrationConfig,
-    ImportanceConfig,
-    traits_of,
-)
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home, flatten
 from partial_lora.masks import AS_PEFT, CHOICES, default_draw
@@ -296,8 +290,15 @@ class MethodConfig:
     peft_type: Optional[str] = None  # method=peft: the type of PEFT's tuner, such as LOKR
     # the learning rate to try first, as a multiple of dense LoRA's (trainer.learning_rate=auto, compare)
     rate_factor: float = 1.0
+    # how fast that rate grows as the adapter gets smaller: with its density to the power of minus this
+    rate_power: float = 0.0
     # method=peft: options of the tuner's configuration, {option: value}; calibration.budget may set its size
     peft: Any = None
+
+    @property
+    def traits(self) -> methods.Method:
+        """The method that goes by this name, whose size a tuner of PEFT may set."""
+        return methods.called(self.name)
 
     @property
     def function(self) -> str:
@@ -311,11 +312,12 @@ class MethodConfig:
         require(whole, "method.rank", self.rank, "a whole number, at least 1, or auto")
         one_of("method.ranks", self.ranks, "one", "auto")
         if self.ranks == "auto":
-            require(traits_of(self.name).any_rank, "method.rank", "auto", f"a whole number, for method={self.name}")
+            require(self.traits.any_rank, "method.rank", "auto", f"a whole number, for method={self.name}")
         require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         self._check_tuner()
         positive("method.alpha", self.alpha)
         positive("method.rate_factor", self.rate_factor)
+        require(0 <= self.rate_power <= 1, "method.rate_power", self.rate_power, "a number in [0, 1]")
         require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
     def _check_tuner(self) -> None:
@@ -323,22 +325,14 @@ class MethodConfig:
         plain_name("method.name", self.name)
         if kind is None:
             require(self.name != "peft", "method.peft_type", None, "one of PEFT's tuners, such as LOKR")
-            require(self.name in TRAITS, "method.name", self.name, f"one of {', '.join(TRAITS)}")
+            require(self.name in methods.METHODS, "method.name", self.name, f"one of {', '.join(methods.METHODS)}")
             require(options is None, "method.peft", options, f"null, for method={self.name}")
             return
-        is_tuner = self.name not in TRAITS or traits_of(self.name).tuner
-        require(is_tuner, "method.peft_type", kind, f"null, for method={self.name}")
+        require(self.traits.tuner, "method.peft_type", kind, f"null, for method={self.name}")
         self.peft_type = kind.upper()
         if self.name == "peft":  # runs of two tuners are of two methods
             self.name = f"peft_{kind.lower()}"
         require(isinstance(options, (Mapping, type(None))), "method.peft", options, "{option: value}")
-
-
-SIZED = {  # what gives a method with a size of its own that of a budget
-    "lora": "method=low_rank",
-    "dora": "method=dora method.peft_type=LORA 'method.peft={use_dora: true}'",
-    "vera": "method=vera method.peft_type=VERA",
-}
 
 
 @dataclass
@@ -371,16 +365,16 @@ class Config:
         method, calibration, budget = self.method, self.calibration, self.calibration.budget
         found = self.trainer.warnings
         unused, beside = (), ""
-        has_own_size = traits_of(method.name).size == "own"
-        if has_own_size:
+        if not method.traits.is_sparse:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
             unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 found.append(f"calibration.{key}={value} has no effect {beside}")
-        if budget is not None and method.peft_type is None and has_own_size:
-            advice = f"; {SIZED[method.name]} has that size" if method.name in SIZED else ""
+        if budget is not None and method.function != "peft" and method.traits.size == "own":
+            at_budget = shlex.join(method.traits.at_budget)
+            advice = f"; {at_budget} has that size" if at_budget else ""
             found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
         return found
 
@@ -395,7 +389,7 @@ class Config:
         if self.method.ranks == "auto":
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
             one_of("mask.columns", self.mask.columns, "masked")
-        traits = traits_of(self.method.name)
+        traits = self.method.traits
         draw = default_draw(self.mask.granularity) if traits.masked else AS_PEFT
         left = {key: value for key, value in draw.items() if getattr(self.mask, key) is None}
         self.mask = replace(self.mask, **left)
@@ -403,9 +397,9 @@ class Config:
             one_of("mask.granularity", self.mask.granularity, *traits.granularities)
         if traits.columns:
             one_of("mask.columns", self.mask.columns, *traits.columns)
-        if self.method.name == "ticket":
-            one_of("importance.name", self.importance.name, "adapter")
-        if self.method.name in BUDGETED:
+        if traits.importance:
+            one_of("importance.name", self.importance.name, traits.importance)
+        if traits.size == "budget":
             self._check_budgeted()
         self._check_rates()
 
@@ -420,9 +414,9 @@ class Config:
     def _check_rates(self) -> None:
         """Refuse learning rates of parts that the model or its adapter does not have."""
         name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
-        fits = ratio == 1 or (traits_of(name).product and self.method.peft_type in (None, "LORA"))
+        fits = ratio == 1 or (self.method.traits.product and self.method.peft_type in (None, "LORA"))
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
-        fits = ratio == 1 or name not in MASKED or self.mask.columns != "frozen"
+        fits = ratio == 1 or not self.method.traits.masked or self.mask.columns != "frozen"
         require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
         fits = head_rate is None or self.model.head is not None or bool(self.model.new_modules)
         expected = f"null for model={self.model.name}, which has no head"
