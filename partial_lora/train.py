@@ -172,6 +172,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
+    record["training"]["selected"] = trainer.state.best_global_step
     if unreached.names:
         record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
         logger.warning(record["warnings"][-1])

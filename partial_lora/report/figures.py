@@ -176,11 +176,18 @@ def training_curve(result: Mapping, path: Path) -> Path | None:
     if all(value >= 0 for _, value, *_ in losses + of_validation):
         above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
     _banded(below, validation, label="validation", linewidth=1.5, **_VALIDATION)
-    if validation:  # of the best the one with the least loss: the checkpoint that training ends with
+    if validation:
         sign = 1 if metric in LOWER_IS_BETTER or metric == "loss" else -1
         loss = {step: mean for step, mean, *_ in of_validation}
-        step, best, *_ = min(validation, key=lambda point: (sign * point[1], loss.get(point[0], 0.0)))
-        label = f"best on validation: {measured(metric, best)}, step {step}"
+        step, best, *_ = min(  # records of 0.3 do not say which was selected: of the best, that of the least loss
+            validation,
+            key=lambda point: (
+                point[0] != result.get("training", {}).get("selected"),
+                sign * point[1],
+                loss.get(point[0], 0.0),
+            ),
+        )
+        label = f"selected: {measured(metric, best)}, step {step}"
         below.plot([step], [best], "o", markersize=10, markerfacecolor="none", color="black", label=label)
     test = result.get("metrics", {}).get("test", {}).get(metric)
     if test is not None:

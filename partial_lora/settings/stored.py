@@ -35,6 +35,7 @@ class Change:
 CHANGES = (
     Change("0.3.0", "mask.fan_in", before="dense"),
     Change("0.3.0", "mask.row_exponent", before=0.0),
+    Change("0.4.0", "trainer.select_within", before=0.0),
 )
 
 

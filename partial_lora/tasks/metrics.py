@@ -26,6 +26,15 @@ OF_EXAMPLES = {metric for fitting in FITTING.values() for metric in fitting} - {
 IGNORED = -100  # the label of a token that does not count, as in transformers
 
 
+def standard_error(score: float, count: int) -> float:
+    """Return about how far off a score is that was measured on so many rows: that of a share, also for correlations.
+
+    One right and one wrong row are added, so that it is not 0 for a perfect score (Agresti and Coull, 1998).
+    """
+    share = (max(score, 0.0) * count + 1) / (count + 2)
+    return math.sqrt(share * (1 - share) / (count + 2))
+
+
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
     """Return the share of predictions that equal their reference."""
     return float(np.mean(predictions == references))

@@ -31,6 +31,8 @@ class TrainerConfig:
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
     save_steps: Optional[int] = None
     save_total_limit: int = 1  # checkpoints to keep beside the best one
+    # the latest checkpoint is taken whose validation score is within so many standard errors of the best; 0: the best
+    select_within: float = 1.0
     batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
@@ -130,6 +132,7 @@ class TrainerConfig:
         if self.head_learning_rate is not None:
             positive("trainer.head_learning_rate", self.head_learning_rate)
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
         require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")

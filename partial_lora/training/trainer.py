@@ -29,7 +29,7 @@ from partial_lora import progress
 from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError
 from partial_lora.files import seal
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, standard_error
 from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
 
@@ -64,6 +64,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         final_after: from the number of steps to the step after which the method has its final size.
         rates: learning rates (`TrainerConfig.learning_rates`).
         heads: the names of the modules that train whole, in the model that is adapted.
+        select_within: the latest checkpoint is selected whose score is within so many standard errors of the best.
         settings: Trainer's.
     """
 
@@ -76,6 +77,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         final_after: Callable[[int], int],
         rates: Mapping[str, float],
         heads: Sequence[str],
+        select_within: float,
         **settings,
     ) -> None:
         super().__init__(**settings)
@@ -83,6 +85,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         self._rates, self._heads = dict(rates), list(heads)
         self._logged_rates: dict[str, float] = {}
         self._length_grouped, self._final_after = length_grouped, final_after
+        self._select_within = select_within
         self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._earlier_seconds, self._began = 0.0, time.perf_counter()
         self._checkpoint_parent = Path(self.args.output_dir)
@@ -185,20 +188,26 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     # Selection
 
     def _determine_best_metric(self, metrics, trial):
-        """Select, of checkpoints with equal metrics, the one with the least loss.
+        """Select the latest checkpoint whose score is near the best; if only equals are near, that with the least loss.
 
-        With few validation rows many are equal, and the first of them has hardly been trained. A checkpoint from before
-        the method has its final size is never selected; the last one always has it, and is measured.
+        With few validation rows many scores are nearly equal, and the first of them has hardly been trained. A
+        checkpoint from before the method has its final size is never selected; the last one always has it, and is
+        measured.
         """
-        state = self.state
+        state, metric = self.state, self.args.metric_for_best_model.removeprefix("eval_")
         if state.global_step < self._final_after(state.max_steps):
             return False
-        value = metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
-        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-        if value == state.best_metric and losses[state.global_step] < losses[state.best_global_step]:
-            state.best_global_step = state.global_step
+        value, best = metrics[f"eval_{metric}"], state.best_metric
+        if super()._determine_best_metric(metrics, trial):
             return True
-        return super()._determine_best_metric(metrics, trial)
+        if self._select_within == 0 or metric in LOWER_IS_BETTER:
+            losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+            is_near = value == best and losses[state.global_step] < losses[state.best_global_step]
+        else:
+            is_near = value >= best - self._select_within * standard_error(best, len(self.eval_dataset))
+        if is_near:
+            state.best_global_step = state.global_step
+        return is_near
 
     # Checkpoints
 
@@ -591,6 +600,7 @@ def build_trainer(
         final_after=final_after,
         rates=config.learning_rates,
         heads=heads,
+        select_within=config.select_within,
         model=model,
         args=arguments,
         train_dataset=train,

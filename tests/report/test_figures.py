@@ -85,7 +85,7 @@ def test_the_curve_is_the_history(tmp_path, saved):
     assert data(best) == [[48, 0.975]]
     assert set(test.get_ydata()) == {0.9512}
     labels = words(below.get_legend().get_texts())
-    assert labels[1:] == ["best on validation: 97.50 %, step 48", "test, once at the end: 95.12 %"]
+    assert labels[1:] == ["selected: 97.50 %, step 48", "test, once at the end: 95.12 %"]
     for axes in (above, below):
         looks = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
         assert len(looks) == len(axes.lines)  # without colour

@@ -50,7 +50,7 @@ def test_fewer_rows_than_a_batch_still_train(tmp_path: Path) -> None:
 
 
 def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_left(tmp_path: Path) -> None:
-    training = trainer(adapted(), tmp_path, epochs=4.0, learning_rate=3e-3)
+    training = trainer(adapted(), tmp_path, epochs=4.0, learning_rate=3e-3, select_within=0)
     training.compute_metrics = lambda said: {"accuracy": 0.5}
     training.train()
     losses_of = {entry["step"]: entry["eval_loss"] for entry in training.state.log_history if "eval_loss" in entry}
@@ -58,6 +58,16 @@ def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_lef
     assert best != min(losses_of)  # else the first would do
     assert training.state.best_global_step == best
     assert training.evaluate()["eval_loss"] == pytest.approx(losses_of[best])
+
+
+@pytest.mark.parametrize(("within", "expected"), [(0, 4), (1, 8), (1.1, 10), (9, 12)])
+def test_the_latest_checkpoint_so_near_the_best_is_left(tmp_path: Path, within: float, expected: int) -> None:
+    scores = iter([5 / 12, 9 / 12, 8 / 12, 8.5 / 12, 7.5 / 12, 5 / 12, 0.0])  # of 12 rows: an error of 0.121 at 9 / 12
+    training = trainer(adapted(), tmp_path, max_steps=12, save_steps=2, select_within=within)
+    training.compute_metrics = lambda said: {"accuracy": next(scores)}
+    training.train()
+    assert training.state.best_global_step == expected
+    assert training.state.best_model_checkpoint.endswith(f"checkpoint-{expected}")
 
 
 def getting_worse(said):
@@ -69,7 +79,13 @@ def getting_worse(said):
 def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_path: Path) -> None:
     model, _ = adapted_by("adalora", "tiny_vit")
     aids = methods.training("adalora", model)
-    settings = {"callbacks": aids.callbacks, "final_after": aids.final_after, "epochs": 10.0, "learning_rate": 0.05}
+    settings = {
+        "callbacks": aids.callbacks,
+        "final_after": aids.final_after,
+        "epochs": 10.0,
+        "learning_rate": 0.05,
+        "select_within": 0,
+    }
     training = trainer(model, tmp_path, count=BATCH, size=32, save_total_limit=10, **settings)
     getting_worse.looks = 0
     training.compute_metrics = getting_worse
@@ -147,7 +163,9 @@ def test_every_epoch_of_a_training_by_length_has_its_own_order(tmp_path: Path) -
 def test_the_checkpoint_that_did_best_on_validation_is_what_is_left(tmp_path: Path, metric: str, best) -> None:
     real = metric != "accuracy"
     model = adapted(labels=()) if real else adapted()
-    training = trainer(model, tmp_path, epochs=6.0, learning_rate=0.01 if real else 0.3, metrics=(metric,), real=real)
+    training = trainer(
+        model, tmp_path, epochs=6.0, learning_rate=0.01 if real else 0.3, metrics=(metric,), real=real, select_within=0
+    )
     training.train()
     measured = [entry[f"eval_{metric}"] for entry in training.state.log_history if f"eval_{metric}" in entry]
     assert len(measured) == 6
