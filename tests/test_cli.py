@@ -625,8 +625,8 @@ assert [code(each) for each in {right + wrong!r}] == {[0] * len(right) + [2] * l
 
 def test_a_worker_imports_what_its_run_needs(place: Path) -> None:
     script = """
-from partial_lora.runs.compose import composed
-from partial_lora.runs.imports import hide_quantiser
+from partial_lora.settings.compose import composed
+from partial_lora.launching.imports import hide_quantiser
 hide_quantiser(composed("model=tiny_llama", "task=arc_easy").model)
 import partial_lora.train
 """

@@ -123,7 +123,7 @@ def test_that_code_runs_where_it_is_trusted(hostile: Path, monkeypatch) -> None:
 
 def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('it ran')\n")
-    program = "from partial_lora.runs.imports import refuse_hub_code; refuse_hub_code()\n"
+    program = "from partial_lora.launching.imports import refuse_hub_code; refuse_hub_code()\n"
     program += "import importlib.util as u, os; print(u.find_spec('kernels'), os.environ['USE_HUB_KERNELS'])\n"
     program += "try:\n    import kernels\nexcept ImportError:\n    print('refused')"
     command = [sys.executable, "-c", program]

@@ -18,7 +18,7 @@ from partial_lora.launching import directory as results
 HOLD = """
 import sys, time
 from pathlib import Path
-from partial_lora.runs.directory import locked
+from partial_lora.launching.directory import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -323,7 +323,7 @@ def test_a_job_in_another_process_and_its_worker_are_waited_for(tmp_path: Path) 
     with directory.locked(run):
         assert ledger.is_under_way(entry)
         assert not ledger.is_under_way(entry | {"status": "finished"})
-    script = "import sys, time; from pathlib import Path; from partial_lora.runs.sweep import Ledger\n"
+    script = "import sys, time; from pathlib import Path; from partial_lora.launching.sweep import Ledger\n"
     script += "with Ledger(Path(sys.argv[1])).claimed(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(ledger.folder), str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
