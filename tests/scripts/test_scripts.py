@@ -88,8 +88,12 @@ def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("script", ["density", "reach"])
 def test_threads_are_counted_before_torch_is_there(script: str) -> None:
-    counted = "launch.openmp = lambda: sys.exit(str('torch' in sys.modules))"
+    counted = "cluster.openmp = lambda: sys.exit(str('torch' in sys.modules))"
     paths = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}
-    command = [sys.executable, "-c", f"import sys; from partial_lora.launching import launch; {counted}; import {script}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys\nfrom partial_lora.launching import cluster\n{counted}\nimport {script}",
+    ]
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "False"
