@@ -1,6 +1,7 @@
 """Measures of a score: the value of what a model answers to each example.
 
-Each says, too, what guessing would score, and which examples decide soonest."""
+Each says, too, what guessing would score, and which examples decide soonest.
+"""
 
 from __future__ import annotations
 

@@ -219,13 +219,10 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
     chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
-    method = dict(content["method"])
-    if method.pop("ranks", "one") == "auto":
-        method["rank"] = "auto"
     if "method" in chosen:
-        method = {key: method[key] for key in ("rank", "alpha", "dropout") if key in method}
+        kept = ("rank", "alpha", "dropout")
+        settings["method"] = {key: content["method"][key] for key in kept if key in content["method"]}
         settings["mask"] = {"seed": content["mask"].get("seed")}
-    settings["method"] = method
     if "trainer" not in chosen:
         settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}

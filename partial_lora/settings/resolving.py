@@ -15,12 +15,13 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home
+from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.settings.machines import accelerate_file
-from partial_lora.settings.schema import Config, TaskConfig, conf_dir, plain_name
+from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.training.config import TRACKER_PACKAGES
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch

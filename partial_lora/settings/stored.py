@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from partial_lora.files import redacted
-from partial_lora.settings.schema import SECTIONS, Config, TaskConfig
+from partial_lora.settings.schema import SECTIONS, Config
+from partial_lora.tasks.config import TaskConfig
 
 # --- Settings that are older than this version.
 
@@ -56,6 +57,10 @@ def upgraded_settings(settings: Mapping) -> dict:
             kept = {key: value for key, value in own.items() if key != former}
             kept[name] = own.get(former, change.before) if former else change.before
             current = current | {group: kept} if group else kept
+    method = current.get("method")
+    if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
+        kept = {key: value for key, value in method.items() if key != "ranks"}
+        current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
     return current
 
 

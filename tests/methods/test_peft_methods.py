@@ -156,7 +156,7 @@ def test_lorafa_steps_as_the_optimizer_of_peft_does_but_in_full_precision(monkey
     (project,) = methods.training("lorafa", model).callbacks
     project.on_train_begin(None, None, None)
     own = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01, eps=0, weight_decay=0)
-    literal = create_lorafa_optimizer(twin, r=setting.rank, lora_alpha=setting.alpha, lr=0.01)
+    literal = create_lorafa_optimizer(twin, r=setting.rank, lora_alpha=setting.method.alpha, lr=0.01)
     literal.param_groups[0]["eps"] = 0
     start = {name: each.detach().clone() for name, each in model.named_parameters()}
     for step in range(3):
