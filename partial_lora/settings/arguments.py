@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -34,18 +34,24 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """Return Hydra's options and, as `overrides`, the settings; raises PartialLoraError for what is neither."""
-    from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
         raise PartialLoraError(message)
 
-    parser = get_args_parser()
+    parser = options()
     parser.error = refuse  # in place of a page
     parsed = parser.parse_intermixed_args(list(arguments))
     for name in ("package", "resolve"):
         if getattr(parsed, name) and not parsed.cfg:
             refuse(f"--{name}: expected --cfg beside it")
     return parsed
+
+
+def options() -> ArgumentParser:
+    """Return the parser of Hydra's options, which has no public name."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -297,9 +303,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 def _refuse_options(arguments: Sequence[str]) -> None:
     """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
-    from hydra._internal.utils import get_args_parser
-
-    known = get_args_parser()._option_string_actions.keys() - _UNUSED
+    known = options()._option_string_actions.keys() - _UNUSED
     for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in known:
