@@ -37,6 +37,7 @@ CHANGES = (
     Change("0.3.0", "mask.fan_in", before="dense"),
     Change("0.3.0", "mask.row_exponent", before=0.0),
     Change("0.4.0", "trainer.select_within", before=0.0),
+    Change("0.4.0", "trainer.warmup_ratio", before=0.1, name="trainer.warmup"),
 )
 
 
