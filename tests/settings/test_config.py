@@ -38,8 +38,8 @@ task: {name: ../up, validation_share: 1.0, label_noise: 1.0, text_columns: [a, b
   train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
 trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup_ratio: 1.0,
-  schedule: wavy, batch_size: 0, num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0,
-  head_learning_rate: 0.0, loraplus_ratio: .inf, start: spoon}
+  schedule: wavy, batch_size: 0, num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1,
+  weight_decay: -1, max_grad_norm: 0, head_learning_rate: 0.0, loraplus_ratio: .inf, start: spoon}
 """)
 
 
