@@ -337,16 +337,10 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     from omegaconf.errors import ConfigKeyError
 
     overrides = parse(arguments).overrides
-    files = [each for each in overrides if is_file(each)]
+    files = [argument for argument in overrides if is_file(argument)]
     for argument in overrides:
-        key, equals, text = argument.partition("=")
-        if argument in files or (key and parsed(in_grammar(argument)) is not None):
-            continue
-        if not key or not equals:
-            own = Path(key, "config.yaml") if key else Path()
-            return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml" + f": {own}" * own.is_file()
-        inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
-        return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
+        if argument not in files and (reason := _misread(argument)):
+            return reason
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
         return no_such_key(lines[0].split("'")[1])
@@ -360,18 +354,35 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     if lines[0].startswith("You must specify"):  # of a file's `model: ???`
         group = lines[0].split("'")[1]
         return f"{group}=???: expected the name of a file in the group"
-    if any("Available options" in line for line in lines):
+    if group := re.search("Could not.*?'(.*?)'.*Available options", str(error), re.DOTALL):
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
-        group = re.search("Could not.*?'(.*?)'", str(error), re.DOTALL)[1]
-        folder, _, name = group.rpartition("/")
-        line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
-        extra = "ray" if name == "ray" else "sweeps"
-        return line + (f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(folder, ()) else "")
-    for argument in arguments:
-        if "," in argument and "ambiguous" in " ".join(lines).lower():
-            return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
+        return _no_such_file(group[1], options)
+    if "ambiguous" in " ".join(lines).lower():
+        for argument in arguments:
+            if "," in argument:
+                return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
     return " ".join(lines)
+
+
+def _misread(argument: str) -> str | None:
+    """Return why an argument has no meaning in Hydra's grammar; None where it has one."""
+    key, equals, text = argument.partition("=")
+    if key and parsed(in_grammar(argument)) is not None:
+        return None
+    if not key or not equals:
+        record = Path(key, "config.yaml") if key else Path()
+        return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml" + f": {record}" * record.is_file()
+    inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
+    return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
+
+
+def _no_such_file(choice: str, known: Sequence[str]) -> str:
+    """Return one line on a choice, GROUP/NAME, that is none of the known ones."""
+    group, _, name = choice.rpartition("/")
+    extra = "ray" if name == "ray" else "sweeps"
+    brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""
+    return f"{group}={name}: no such file in the group; expected one of {', '.join(known)}{brought}"
 
 
 def _of_key(error: BaseException | None) -> BaseException | None:
