@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora import files, methods, models, progress
+from partial_lora import files, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
 from partial_lora.building import build
@@ -26,6 +26,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
 from partial_lora.methods import tuners
+from partial_lora.methods.setting import training
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import of_first
 from partial_lora.report import card
@@ -131,7 +132,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
-    aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
+    aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
     unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 
 from partial_lora.adapter.config import only
 from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
+from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
+from partial_lora.methods import called, imported
 from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
 
 
@@ -165,3 +168,16 @@ class Training:
             return value + penalty() / parts if value.requires_grad else value
 
         return penalised
+
+
+def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
+    """Return what the method adds to AdamW on the task's loss, for the model that it has adapted.
+
+    Raises PartialLoraError where that needs whole parameters and they are sharded.
+    """
+    function = called(name).training
+    if function is None:
+        return Training()
+    if sharded:
+        raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
+    return imported(function)(adapted)

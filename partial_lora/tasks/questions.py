@@ -12,6 +12,7 @@ from typing import TypeVar
 from datasets import Dataset, Features, List, Value
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
 from partial_lora.tasks.sources import label_name, row_name
 
@@ -30,29 +31,13 @@ logger = logging.getLogger(__name__)
 # --- Splits of rows, formatted.
 
 
-def format_choices(
-    splits: Mapping[str, Dataset],
-    name: str,
-    format: str | None,
-    prompt_columns: Sequence[str],
-    option_columns: Sequence[str],
-    answer_column: str | None,
-) -> dict[str, Dataset]:
+def format_choices(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
     """Return every split's rows as `prompts` and `options`, a text each, and `label`, the right option's place.
-
-    Args:
-        format: one of `CHOICES`; None for a table, which is read by its columns.
-        prompt_columns: come before the options, a line each.
-        option_columns: one column of lists, or a column for each option.
-        answer_column: the right option's text, letter or place, in all rows alike.
 
     Raises PartialLoraError, in one line, for a column or an answer that is missing, an answer that is no option, an
     empty option and a question with fewer than two options.
     """
-    if format is not None:
-        choices = _choices_of_format(splits, name, format)
-    else:
-        choices = _choices_of_columns(splits, name, prompt_columns, option_columns, answer_column)
+    choices = (_choices_of_columns if config.format is None else _choices_of_format)(splits, config)
     return {
         split: Dataset.from_list(
             [dict(zip(CHOICE_FEATURES, choice, strict=True)) for choice in choices[split]],
@@ -63,7 +48,8 @@ def format_choices(
     }
 
 
-def _choices_of_format(splits: Mapping[str, Dataset], name: str, format: str) -> dict[str, list[tuple]]:
+def _choices_of_format(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, list[tuple]]:
+    name, format = config.name, config.format
     if format not in CHOICES:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(CHOICES)}, or null for a table")
     column, warning = OPTIONAL.get(format, (None, ""))
@@ -81,28 +67,25 @@ def _choices_of_format(splits: Mapping[str, Dataset], name: str, format: str) ->
     return labelled
 
 
-def _choices_of_columns(
-    splits: Mapping[str, Dataset],
-    name: str,
-    prompt_columns: Sequence[str],
-    option_columns: Sequence[str],
-    answer_column: str | None,
-) -> dict[str, list[tuple]]:
+def _choices_of_columns(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, list[tuple]]:
+    name, answer_column = config.name, config.answer_column
+    columns = [*config.prompt_columns, *config.option_columns, answer_column]
+
     def choice_of(row: Row) -> Choice:
-        prompt, options = _lines(row, prompt_columns), _options(row, option_columns)
+        prompt, options = _lines(row, config.prompt_columns), _options(row, config.option_columns)
         return Choice([prompt] * len(options), options, (), _text(row[answer_column]))
 
     choices: list[tuple[str, int, Choice]] = []
     for split, rows in splits.items():
-        _check_columns(rows, name, "prompt_columns", prompt_columns)
-        _check_columns(rows, name, "option_columns", option_columns)
+        _check_columns(rows, name, "prompt_columns", config.prompt_columns)
+        _check_columns(rows, name, "option_columns", config.option_columns)
         _check_columns(rows, name, "answer_column", [answer_column] if answer_column else [])
-        read = rows.select_columns(list(dict.fromkeys([*prompt_columns, *option_columns, answer_column])))
+        read = rows.select_columns(list(dict.fromkeys(columns)))
         for row, choice in _formatted(read, name, split, choice_of, "task.answer_column"):
             _check_options(choice.options, name, split, row)
             if not choice.prompts[0].strip():
-                columns = ", ".join(prompt_columns)
-                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={columns})")
+                asked = ", ".join(config.prompt_columns)
+                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={asked})")
             choices.append((split, row, choice))
 
     # Answers are texts, letters or places, in all rows alike: take what fits most rows, the first among equals.
@@ -159,25 +142,13 @@ def _no_option(name: str, split: str, row: int, answer: str, expected: str) -> P
     return PartialLoraError(f"{row_name(name, split, row)}: the answer {answer!r} is none of its options; {expected}")
 
 
-def format_completions(
-    splits: Mapping[str, Dataset],
-    name: str,
-    format: str | None,
-    prompt_columns: Sequence[str],
-    response_column: str | None,
-    answer: str | None,
-    messages_column: str | None = None,
-) -> dict[str, Dataset]:
+def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
     """Return every split's rows as `prompt` and `response`; conversations also as `messages`, up to the last answer.
-
-    Args:
-        format: one of `COMPLETIONS`; None for a table, which is read by its columns.
-        prompt_columns: the prompt, a line each.
-        answer: "number" where every response has to have one.
-        messages_column: conversations, lists of {role, content}; None for `messages` where no other column is named.
 
     Raises PartialLoraError, in one line, where a column, a prompt, a response or its number is missing.
     """
+    name, format, messages_column = config.name, config.format, config.messages_column
+    prompt_columns, response_column = config.prompt_columns, config.response_column
     if format is not None and format not in COMPLETIONS:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
 
@@ -206,7 +177,7 @@ def format_completions(
             for part, text in completion._asdict().items():
                 if not text.strip():
                     raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
-            if answer == "number" and final_number(completion.response) is None:
+            if config.answer == "number" and final_number(completion.response) is None:
                 raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
             given = {"messages": _conversation(rows[row - 1][messages_column])} if messages_column else {}
             completions.append(completion._asdict() | given)

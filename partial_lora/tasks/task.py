@@ -89,17 +89,13 @@ def load(config: TaskConfig, seed: int = 0) -> Task:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
     labels: tuple[str, ...] = ()
     if kind == "choice":
-        rows = questions.format_choices(
-            rows, name, config.format, config.prompt_columns, config.option_columns, config.answer_column
-        )
+        rows = questions.format_choices(rows, config)
     elif kind == "generation":
-        columns = (config.prompt_columns, config.response_column, config.answer, config.messages_column)
-        rows = questions.format_completions(rows, name, config.format, *columns)
+        rows = questions.format_completions(rows, config)
     else:
         for split, place in of_source.items():
             file = sources.file_of(config.data_files, place)
-            columns = (config.image_column, config.text_columns, label_column)
-            rows[split] = sources.select_columns(rows[split], name, split, config.modality, *columns, file)
+            rows[split] = sources.select_columns(rows[split], config, split, label_column, file)
         labels, rows = sources.encode_labels(rows, name, config.regression)
     test_seed, seed = (0, seed) if config.split_seed is None else (config.split_seed,) * 2
     rows = _three_splits(rows, config, test_seed, seed)
@@ -113,19 +109,12 @@ def load(config: TaskConfig, seed: int = 0) -> Task:
 
 def _source(config: TaskConfig) -> tuple[Mapping[str, Dataset], str | None]:
     """Return the splits of the source, and the column of labels if the settings or the values tell it."""
-    written = filter(None, (config.answer_column, config.response_column))
-    cells = [*config.text_columns, *config.prompt_columns, *config.option_columns, *written]
-
-    def read(label_column: str | None) -> Mapping[str, Dataset]:
-        place = (config.name, config.path, config.subset, config.revision, config.data_files)
-        return sources.read(*place, cells, label_column, config.regression)
-
-    source, label_column = read(config.label_column), config.label_column
+    source, label_column = sources.read(config, config.label_column), config.label_column
     if config.data_files and config.kind == "label" and label_column is None:
         label_column = sources.guess_label_column(source["train"], [*config.text_columns, config.image_column])
         if label_column:
             logger.info("task=%s: the labels are column %s, the one of few values", config.name, label_column)
-            source = read(label_column)
+            source = sources.read(config, label_column)
     return source, label_column
 
 

@@ -18,9 +18,9 @@ from tiny_trainer import BATCH, adapted, rows, trained_state, trainer
 from torch import nn
 from transformers import Trainer, default_data_collator
 
-from partial_lora import methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
+from partial_lora.methods.setting import training as training_of
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
@@ -79,7 +79,7 @@ def getting_worse(said):
 
 def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_path: Path) -> None:
     model, _ = adapted_by("adalora", "tiny_vit")
-    aids = methods.training("adalora", model)
+    aids = training_of("adalora", model)
     settings = {"method": aids, "epochs": 10.0, "learning_rate": 0.05, "select_within": 0}
     training = trainer(model, tmp_path, count=BATCH, size=32, save_total_limit=10, **settings)
     getting_worse.looks = 0
