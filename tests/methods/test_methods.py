@@ -120,10 +120,10 @@ def test_ranks_of_their_own_reach_most_of_w_at_the_size_of_each_module(share: fl
 
 
 def test_modules_with_ranks_of_their_own_have_the_size_and_loras_scaling() -> None:
-    reference, setting = adapted("partial", "tiny_vit", high=0.8)
+    reference, setting = adapted("partial", "tiny_vit", high=0.8, rank=16)
     own, _ = adapted("partial", "tiny_vit", high=0.8, rank="auto", row_exponent=0)
     sizes = [counted(model, setting)["adapter_trainable"] for model in (own, reference)]
-    assert 0 <= sizes[1] - sizes[0] < 4 * len(setting.shapes)
+    assert 0 <= sizes[1] - sizes[0] < 16 * len(setting.shapes)
     layers = [layer for layer in own.modules() if isinstance(layer, LoraLayer)]
     assert len({layer.r["default"] for layer in layers}) > 1
     for layer in layers:
