@@ -21,9 +21,10 @@ from tracked import in_mlflow, points_of, scalars, without_clock
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import HIDDEN
-from partial_lora.runs import identity
-from partial_lora.runs.compose import composed
+from partial_lora.launching import places
+from partial_lora.settings.compose import composed
 from partial_lora.tasks import sources
+from partial_lora.tasks.config import TaskConfig
 
 SECRET = "correct-horse-battery-staple"  # without the shape of a token: only the environment says what it is
 TINY = ("model=tiny_vit", "method=lora", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.device=cpu")
@@ -55,8 +56,8 @@ def test_a_run_leaves_no_trace_of_a_secret(secretive) -> None:
 
 
 def test_the_id_of_a_run_does_not_depend_on_what_is_hidden(secretive) -> None:
-    assert identity.run_directory(composed(*secretive.given)).name == secretive.directory.name
-    assert identity.run_directory(composed(*secretive.given)).parts[-2] == secretive.directory.parts[-2]
+    assert places.run_directory(composed(*secretive.given)).name == secretive.directory.name
+    assert places.run_directory(composed(*secretive.given)).parts[-2] == secretive.directory.parts[-2]
 
 
 def test_trackers_have_what_the_record_has(secretive, monkeypatch) -> None:
@@ -95,7 +96,7 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
 def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(sources, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     with pytest.raises(PartialLoraError, match=r"^task=own: .*no/such-rows.*refused"):
-        tasks.load(name="own", path="no/such-rows", modality="image")
+        tasks.load(TaskConfig(name="own", path="no/such-rows", modality="image"))
 
 
 def test_a_traceback_of_a_worker_hides_secrets_too(tmp_path: Path) -> None:

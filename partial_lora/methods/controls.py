@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.adapter.config import only
-from partial_lora.calibration.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
+from partial_lora.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting
@@ -100,7 +100,7 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     """
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
-    scaling, usual = setting.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
+    scaling, usual = setting.method.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
     unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}
     config = LoraConfig(
         **setting.lora()

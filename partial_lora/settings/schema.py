@@ -1,0 +1,144 @@
+"""The settings of a run: every key, its type, its default and its range.
+
+The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
+of range are refused by name before anything expensive starts. A default may change: `stored.CHANGES` says what settings
+that are older than the change mean.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig, ImportanceConfig
+from partial_lora.errors import one_of, require
+from partial_lora.files import at_home, flatten
+from partial_lora.masks import AS_PEFT, default_draw
+from partial_lora.methods.config import MaskConfig, MethodConfig
+from partial_lora.models.config import ModelConfig
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.training.config import TrainerConfig
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0  # draws the head, the order of the rows and the masks
+    results_dir: str = "results"  # folder of runs, sweeps and reports
+    overwrite: bool = False  # true: run a finished run again
+    keep_records: bool = False  # true: do not run a finished run again if only its weights are gone
+    # folder with NAME/{train,validation,test}.parquet, for tasks without files of their own
+    data_dir: Optional[str] = None
+    preset: Optional[str] = None  # the file of conf/preset that the settings came from; a label only
+
+    @property
+    def calibration_seed(self) -> int:
+        """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
+        return self.seed if self.calibration.seed is None else self.calibration.seed
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the settings, a sentence each."""
+        method, calibration, budget = self.method, self.calibration, self.calibration.budget
+        found = self.trainer.warnings
+        unused, beside = (), ""
+        if not method.traits.is_sparse:
+            unused, beside = ("sparsity", "file"), f"on method={method.name}"
+        elif calibration.file:
+            unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
+        for key in unused:
+            if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
+                found.append(f"calibration.{key}={value} has no effect {beside}")
+        if budget is not None and method.function != "peft" and method.traits.size == "own":
+            at_budget = shlex.join(method.traits.at_budget)
+            advice = f"; {at_budget} has that size" if at_budget else ""
+            found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
+        return found
+
+    @property
+    def mask_seed(self) -> int:
+        """The seed of random masks: their own, or the run's."""
+        return self.seed if self.mask.seed is None else self.mask.seed
+
+    def __post_init__(self) -> None:
+        self.results_dir, self.data_dir = at_home(self.results_dir), at_home(self.data_dir)
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        if self.method.rank == "auto":
+            one_of("mask.granularity", self.mask.granularity, "rows_columns")
+            one_of("mask.columns", self.mask.columns, "masked")
+        traits = self.method.traits
+        draw = default_draw(self.mask.granularity) if traits.masked else AS_PEFT
+        left = {key: value for key, value in draw.items() if getattr(self.mask, key) is None}
+        self.mask = replace(self.mask, **left)
+        if traits.granularities:
+            one_of("mask.granularity", self.mask.granularity, *traits.granularities)
+        if traits.columns:
+            one_of("mask.columns", self.mask.columns, *traits.columns)
+        if traits.importance:
+            one_of("importance.name", self.importance.name, traits.importance)
+        if traits.size == "budget":
+            self._check_budgeted()
+        self._check_rates()
+
+    def _check_budgeted(self) -> None:
+        """Refuse what a method that only spends a budget would ignore."""
+        calibration, standard = self.calibration, CalibrationConfig()
+        for key in ("threshold", "file", "sparsity", "repair", "reliability"):
+            value, usual = getattr(calibration, key), getattr(standard, key)
+            expected = f"{json.dumps(usual)}: method={self.method.name} spends calibration.budget and is not calibrated"
+            require(value in (usual, UNIFORM), f"calibration.{key}", value, expected)
+
+    def _check_rates(self) -> None:
+        """Refuse learning rates of parts that the model or its adapter does not have."""
+        name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
+        fits = ratio == 1 or (self.method.traits.product and self.method.peft_type in (None, "LORA"))
+        require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
+        fits = ratio == 1 or not self.method.traits.masked or self.mask.columns != "frozen"
+        require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
+        fits = head_rate is None or self.model.head is not None or bool(self.model.new_modules)
+        expected = f"null for model={self.model.name}, which has no head"
+        require(fits, "trainer.head_learning_rate", head_rate, expected)
+
+
+@cache
+def defaults() -> Mapping[str, Any]:
+    """Return the schema's defaults, each by its full key."""
+    return flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+# The groups of a run's settings, and the dataclass of each.
+SECTIONS = {each.name: each.default_factory for each in fields(Config) if is_dataclass(each.default_factory)}
+
+
+@cache
+def list_keys() -> frozenset[str]:
+    """Return the keys whose values are lists, each by its full key."""
+    typed = {
+        f"{group}.{key.name}" for group, kind in SECTIONS.items() for key in fields(kind) if key.type[:5] == "list["
+    }
+    return frozenset(typed | {"task.members"})
+
+
+GROUPS = ("model", "task", "method", "importance", "calibration", "mask", "trainer", "preset", "experiment")
+
+
+def conf_dir() -> Path:
+    """Return the folder of group files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
