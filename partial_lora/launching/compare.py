@@ -106,7 +106,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    own_calibration = any(each.startswith("calibration=") for each in overrides)
+    own_calibration = any(override.startswith("calibration=") for override in overrides)
     made = []
     for method in dict.fromkeys(methods):
         ((_, alone),) = checked(["-m", *overrides, f"method={method}"]).runs
