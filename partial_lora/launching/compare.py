@@ -15,6 +15,7 @@ from partial_lora.files import is_locked
 from partial_lora.launching.directory import LOCK
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
+from partial_lora.methods import METHODS
 from partial_lora.settings import rates
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.rates import Worth, ranked
