@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from partial_lora import files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
+from partial_lora.finished import FORMS
 from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
@@ -688,10 +689,8 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("peft", "compact", "merged", "gguf", "serve"),
-        help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a "
-        "LoRA for vLLM, SGLang and LoRAX",
+        choices=tuple(FORMS),
+        help="; ".join(f"{name}: {form.words}" for name, form in FORMS.items()),
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(
