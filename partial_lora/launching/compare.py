@@ -112,8 +112,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     for method in dict.fromkeys(methods):
         known = METHODS.get(method)
         if known is None:  # a file that gives a method another name
-            ((_, alone),) = checked(["-m", *overrides, f"method={method}"]).runs
-            known = alone.method.traits
+            _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
+            known = config.method.traits
         for budget in [None] if known.is_fixed else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:

@@ -225,6 +225,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         (["methods=[low_rank]", "+method=dora"], "method"),
         (["methods=[low_rank]", "calibration.budget=0.02"], "calibration.budget"),
         (["methods=[low_rank]", "model=tiny_vit,tiny_clip"], "model"),
+        (["methods=[shira]", "model=tiny_vit,tiny_clip"], "model"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key: str, tmp_path) -> None:
