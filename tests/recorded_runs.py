@@ -12,6 +12,7 @@ import pandas as pd
 
 from partial_lora import files
 from partial_lora.launching import directory
+from partial_lora.methods.config import nominal_rank
 from partial_lora.report import records
 
 EXAMPLES = 200
