@@ -61,10 +61,10 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
-    for each in getattr(task, "members", ()) or (task,):
-        if shared := tasks.shared_inputs(each.test, each.train):
-            found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
-        found += _enlarged(config.model, each)
+    for member in getattr(task, "members", ()) or (task,):
+        if shared := tasks.shared_inputs(member.test, member.train):
+            found.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
+        found += _enlarged(config.model, member)
     return found
 
 

@@ -133,6 +133,9 @@ def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypa
     assert places.run_directory(stored.load(settings)) == folder
     kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
     assert places.run_directory(kept) != folder
+    for ranks, rank in (("one", 16), ("auto", "auto")):  # which had said whether the rank was to be found
+        method = settings["method"] | {"ranks": ranks}
+        assert stored.load({**settings, "method": method}).method.rank == rank
     renamed = stored.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
     monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
     trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}
