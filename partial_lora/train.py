@@ -16,16 +16,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora import files, methods, models, progress
+from partial_lora import files, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
 from partial_lora.building import build
-from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
+from partial_lora.methods import tuners
+from partial_lora.methods.setting import training
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import of_first
 from partial_lora.report import card
@@ -71,7 +72,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
-    reads_weights = config.method.name in RANKED or (calibrated and not config.calibration.file)
+    reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
         targets = list(target_linears(model, **config.model.trained_modules))
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
@@ -117,7 +118,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
 
-    start = methods.taken_out(adapted)
+    start = tuners.taken_out(adapted)
 
     # How long, and at what learning rates, where the settings leave it to the run.
     width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
@@ -131,7 +132,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
-    aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
+    aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
     unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
@@ -148,23 +149,18 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         trained,
         train=rows["train"],
         validation=rows["validation"],
-        collate=transform.collate,
-        length_grouped=transform.lengths,
-        reads_tokens=task.modality == "text",
-        loss=aids.loss(judge.loss, config.trainer.gradient_accumulation_steps * world.size),
-        reduce=judge.reduce,
-        measure=judge.measure,
-        selects=judge.selects,
+        transform=transform,
+        judge=judge,
+        world=world,
         directory=directory / results.CHECKPOINTS,
-        device=world.device,
         precision=record["mixed_precision"],
-        world_size=world.size,
         seed=config.seed,
-        sharded=sharded,
         versions=computed_by,
-        callbacks=[tracking, *aids.callbacks, cost, unreached],
-        final_after=aids.final_after,
+        method=aids,
         heads=setting.whole(),
+        callbacks=[tracking, cost, unreached],
+        reads_tokens=task.modality == "text",
+        sharded=sharded,
     )
     shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
@@ -210,14 +206,14 @@ def _save_adapter(
 ) -> None:
     """Save the adapter; its folder is there whole or not at all. All processes call this, and one writes.
 
-    run: finished but for the adapter. start: the new adapter, if it was taken out of W (`methods.taken_out`).
+    run: finished but for the adapter. start: the new adapter, if it was taken out of W (`tuners.taken_out`).
     """
     temporary = run.adapter.with_name(f".{run.adapter.name}.tmp")
     state = fsdp.adapter_state(adapted)
     if is_main:  # a second process would make the temporary folder again, perhaps after the first has renamed it
         adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         if start:
-            methods.put_back(temporary, start)
+            tuners.put_back(temporary, start)
         build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
         card.write(run, temporary)
         files.replace_folder(temporary, run.adapter)

@@ -1147,12 +1147,13 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
 
 def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
-    from partial_lora.launching.compare import AT_BUDGET
+    from partial_lora import methods
 
     method = "lora" if loop in ("bare", "trainer") else loop
-    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
+    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed"]
+    usual += methods.called(method).at_budget if method in ("dora", "vera") else [f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
-    usual += [f"task.train_samples={16 * 25}", "task.test_samples=64", *AT_BUDGET.get(method, ())]
+    usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
     folders = (Path(os.environ.get("DATA", "data")), ROOT / "data", ROOT.parent / "shared" / "data")
     data = [f"data_dir={folder}" for folder in folders if folder.is_dir()][:1] if "task=digits" not in job else []
     return [*usual, *job, *data]

@@ -332,7 +332,7 @@ def changes_of_outputs(subject: Subject, settings: Mapping, density: float, seed
     torch.manual_seed(seed)
     own = subject.config.method
     adapter = PartialLoraConfig(
-        r=own.rank,
+        r=own.nominal_rank,
         lora_alpha=own.alpha,
         target_modules=list(subject.shapes),
         sparsity=1 - density,

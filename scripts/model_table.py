@@ -29,10 +29,11 @@ from torch import nn
 from partial_lora import models
 from partial_lora.building.info import outline
 from partial_lora.files import write_atomic, write_json
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
 from partial_lora.settings.compose import composed
-from partial_lora.settings.schema import Config, ModelConfig
+from partial_lora.settings.schema import Config
 
 FOLDER = Path("results/models")
 _MIB, _GIB = 2**20, 2**30

@@ -21,8 +21,7 @@ from statistics import median
 
 import pandas as pd
 
-from partial_lora import cli
-from partial_lora.calibration.config import TRAITS
+from partial_lora import cli, methods
 from partial_lora.calibration.search import threshold_of
 from partial_lora.files import write_atomic
 from partial_lora.launching import packs
@@ -74,7 +73,7 @@ from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
 from partial_lora.tasks.metrics import SHARES
 
-UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")
+UNCALIBRATED = tuple(name for name, method in methods.METHODS.items() if method.size == "own")
 CLAIMS = "claims"
 ABOUT = {  # the title of each table, and the claim of the paper that it tests
     "table1": (

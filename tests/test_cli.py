@@ -20,7 +20,7 @@ from commands import begun, command, environment, here
 
 from partial_lora import cli
 from partial_lora.building import build
-from partial_lora.calibration.config import MASKED
+from partial_lora.methods import called
 from partial_lora.settings import keys, schema
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
@@ -540,7 +540,7 @@ def test_info_downloads_nothing(place: Path) -> None:
 def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> None:
     known = keys.meanings()
     assert [key for key, meaning in known.items() if not meaning] == []
-    derived = {"method.ranks", "trainer.tuned_elsewhere"}  # nobody sets these
+    derived = {"trainer.tuned_elsewhere"}  # which nobody sets
     of_any_keys = {"model.model_args", "model.text_args"}
     assert known.keys() - of_any_keys == schema.defaults().keys() - derived
     done = here(place, "train", "--help", "model=tiny_bert", "trainer.epochs=7", COLUMNS="90")
@@ -554,7 +554,7 @@ def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> Non
     assert "\nmodel=bert_base, " in said
     methods = [file.stem for file in (schema.conf_dir() / "method").glob("*.yaml")]
     told = re.findall(r"^  (\w+)  +\S", said.partition("== Methods")[2].partition("== Keys")[0], re.MULTILINE)
-    assert told == sorted(methods, key=lambda name: (name not in MASKED, name))
+    assert told == sorted(methods, key=lambda name: (not called(name).masked, name))
     wrong = here(place, "info", "-h", "model=nope")
     assert (wrong.returncode, wrong.stderr.partition(": ")[2][:11]) == (2, "model=nope:")
     read = subprocess.run(

@@ -21,12 +21,18 @@ from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
+from partial_lora.masks import Sparsity
+from partial_lora.methods import tuners
+from partial_lora.methods.config import MethodConfig
+from partial_lora.methods.setting import ModuleScores, Setting
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.checks import check_modality
-from partial_lora.settings.schema import Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
@@ -38,22 +44,15 @@ def task_of(config: Config, *, mixtures: bool = False) -> Task:
     chosen = config.task
     check_modality(config.model, chosen)
     if not chosen.members:
-        return _load_task(chosen, config.seed)
+        return tasks.load(chosen, config.seed)
     if not mixtures:
         raise PartialLoraError(
             f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
             f"of its members, {', '.join(chosen.members)}"
         )
-    members = [_load_task(member, config.seed) for member in chosen.members.values()]
+    members = [tasks.load(member, config.seed) for member in chosen.members.values()]
     seed = config.seed if chosen.split_seed is None else chosen.split_seed
     return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=seed)
-
-
-def _load_task(task: TaskConfig, seed: int) -> Task:
-    settings = {name: getattr(task, name) for name in tasks.SETTINGS}
-    if task.split_seed is None:
-        settings["split_seed"] = (0, seed)
-    return tasks.load(**settings)
 
 
 def warnings_of(config: Config, task: Task) -> list[str]:
@@ -62,10 +61,10 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
-    for each in getattr(task, "members", ()) or (task,):
-        if shared := tasks.shared_inputs(each.test, each.train):
-            found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
-        found += _enlarged(config.model, each)
+    for member in getattr(task, "members", ()) or (task,):
+        if shared := tasks.shared_inputs(member.test, member.train):
+            found.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
+        found += _enlarged(config.model, member)
     return found
 
 
@@ -202,7 +201,7 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
 
 def importance(
     config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
-) -> methods.ModuleScores:
+) -> ModuleScores:
     """Score the rows and columns of the modules that are to be adapted."""
     return importance_few_shot(
         model,
@@ -213,7 +212,7 @@ def importance(
         draws=draws,
         head=config.model.head,
         seed=config.calibration_seed,
-        rank=config.method.rank,
+        rank=config.method.nominal_rank,
         alpha=config.method.alpha,
         new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
@@ -221,7 +220,7 @@ def importance(
 
 
 def calibrating(
-    config: Config, task: Task, transform: Transform, model: nn.Module, scores: methods.ModuleScores, peers: Peers
+    config: Config, task: Task, transform: Transform, model: nn.Module, scores: ModuleScores, peers: Peers
 ) -> Callable[..., Calibration]:
     """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
     return functools.partial(
@@ -234,7 +233,7 @@ def calibrating(
         scores=scores,
         drawn=draw_settings(config),
         architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
-        rank=config.method.rank,
+        rank=config.method.nominal_rank,
         granularity=config.mask.counted,
         alpha=config.method.alpha,
         head=config.model.head,
@@ -287,36 +286,25 @@ def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
 def method_of(method: MethodConfig) -> methods.Method:
     """Return the function of a method; raises PartialLoraError for options that PEFT refuses whatever the model is."""
     if method.peft_type is not None:
-        methods.configuration(method.peft_type, method.peft or {})
+        tuners.configuration(method.peft_type, method.peft or {})
     return methods.METHODS[method.function]
 
 
 def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
-    sparsity: methods.Sparsity | None = None,
-    scores: methods.ModuleScores | None = None,
-) -> methods.Setting:
+    sparsity: Sparsity | None = None,
+    scores: ModuleScores | None = None,
+) -> Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules = config.model.trained_modules
     if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
         modules["target_modules"] = list(shapes)
-    setting = methods.Setting(
+    setting = Setting(
         **modules,
-        rank=config.method.rank,
-        ranks=config.method.ranks,
-        alpha=config.method.alpha,
-        dropout=config.method.dropout,
-        projections=config.method.projections,
-        granularity=config.mask.granularity,
-        count=config.mask.count,
-        columns=config.mask.columns,
-        fan_in=config.mask.fan_in,
-        row_exponent=config.mask.row_exponent,
-        column_exponent=config.mask.column_exponent,
+        method=config.method,
+        mask=config.mask,
         mask_seed=config.mask_seed,
-        peft_type=config.method.peft_type,
-        peft=config.method.peft or {},
         size=tuner_size(config, shapes),
         shapes=shapes,
         sparsity=sparsity,

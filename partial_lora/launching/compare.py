@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +10,20 @@ from time import monotonic
 
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
-from partial_lora.calibration.config import TRAITS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.launching.directory import LOCK
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
-from partial_lora.settings import rates
+from partial_lora.methods import METHODS
+from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.rates import Worth, ranked
-from partial_lora.settings.schema import SIZED, Config
+from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training.config import AUTO
 
-AT_BUDGET = {method: tuple(shlex.split(SIZED[method])[1:]) for method in ("dora", "vera")}
-# Methods that no budget makes larger or smaller.
-OWN_SIZE = tuple(name for name, of in TRAITS.items() if of.size == "own" and name not in AT_BUDGET)
-# Methods that are calibrated for their size alone, which a budget sets.
-_SIZED_ALIKE = ("uniform", "low_rank", "random_weights", "shira")
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 
 Runs = list[tuple[float, int]]  # learning rate and seed
@@ -113,15 +107,20 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    own_calibration = any(each.startswith("calibration=") for each in overrides)
+    own_calibration = any(override.startswith("calibration=") for override in overrides)
     made = []
     for method in dict.fromkeys(methods):
-        for budget in [None] if method in OWN_SIZE else dict.fromkeys(budgets):
+        known = METHODS.get(method)
+        if known is None:  # a file that gives a method another name
+            _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
+            known = config.method.traits
+        for budget in [None] if known.is_fixed else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
-                if method in _SIZED_ALIKE and not own_calibration:
+                chosen = list(known.at_budget) or chosen
+                if known.size_alone and not own_calibration:
                     chosen.append("calibration=fixed")
-                chosen += [*AT_BUDGET.get(method, ()), f"calibration.budget={budget}"]
+                chosen.append(f"calibration.budget={budget}")
             size = "own size" if budget is None else str(budget)
             entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
             planned = checked(["-m", *entry.overrides])
@@ -146,8 +145,8 @@ def _parameters_and_centre(config: Config) -> tuple[int, float]:
     Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
     """
     run = outline(config)
-    usual = rates.dense_rate(run.width)
-    suited = rates.auto(plain(config), width=run.width, density=run.density)
+    usual = learning_rates.dense_rate(run.width)
+    suited = learning_rates.auto(plain(config), width=run.width, density=run.density)
     dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
     return run.counts["adapter_trainable"], dense * 2.0 ** round(math.log2(suited / usual))
 

@@ -42,7 +42,7 @@ _RATE = "trainer.learning_rate"
 
 def at_other_rates(config: Config) -> list[Path]:
     """Return the directories of recorded runs that differ from a config in nothing but their learning rate."""
-    alike = _alike(config, digests(plain(config)), apart=(_RATE, "method.rate_factor"))
+    alike = _alike(config, digests(plain(config)), apart=(_RATE, "method.rate_factor", "method.rate_power"))
     return [run for runs in alike for run in runs if run.name == f"seed{config.seed}"]
 
 

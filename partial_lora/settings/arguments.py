@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,23 +29,29 @@ CONFIG_NAME = "config"
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    return [in_grammar(each, is_sweep) for each in _with_file(arguments)]
+    return [in_grammar(argument, is_sweep) for argument in _with_file(arguments)]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """Return Hydra's options and, as `overrides`, the settings; raises PartialLoraError for what is neither."""
-    from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
         raise PartialLoraError(message)
 
-    parser = get_args_parser()
+    parser = options()
     parser.error = refuse  # in place of a page
     parsed = parser.parse_intermixed_args(list(arguments))
     for name in ("package", "resolve"):
         if getattr(parsed, name) and not parsed.cfg:
             refuse(f"--{name}: expected --cfg beside it")
     return parsed
+
+
+def options() -> ArgumentParser:
+    """Return the parser of Hydra's options, which has no public name."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -68,8 +74,8 @@ def in_grammar(argument: str, is_sweep: bool = False) -> str:
         return argument if value is None else f"{key}={quoted([value] if is_list and value == text else value)}"
     several = override.is_sweep_override()
     if is_list and several and is_sweep:
-        each = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
-        return f"{key}={','.join(each)}"
+        lists = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
+        return f"{key}={','.join(lists)}"
     if is_list and (several or isinstance(override.value(), (str, int, float))):
         return f"{key}=[{text}]"
     number = key.startswith("task.data_files") and isinstance(override.value(), (int, float))
@@ -104,9 +110,9 @@ def quoted(value: object) -> str:
 
     def texts(value: object) -> object:
         if isinstance(value, Mapping):
-            return {key: texts(each) for key, each in value.items()}
+            return {key: texts(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [texts(each) for each in value]
+            return [texts(item) for item in value]
         return QuotedString(value, Quote.double) if isinstance(value, str) else value
 
     return Override._get_value_element_as_str(texts(value))
@@ -125,12 +131,12 @@ OWN = "own"  # Hydra's name for the file
 
 def _with_file(arguments: Sequence[str]) -> list[str]:
     """Return the arguments as Hydra takes them: a FILE.yaml among them becomes its primary config."""
-    files = [each for each in arguments if is_file(each)]
+    files = [argument for argument in arguments if is_file(argument)]
     if not files:
         return list(arguments)
     if len(files) > 1:
         raise PartialLoraError(f"{files[1]}: expected KEY=VALUE, and one file at most; {files[0]} is one already")
-    others = [each for each in arguments if each != files[0]]
+    others = [argument for argument in arguments if argument != files[0]]
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
@@ -199,7 +205,7 @@ def _primary(file: str, content: Mapping) -> dict:
     for key, values in swept.items():  # Hydra takes a list for one value
         require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
         if isinstance(values, list):
-            swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
+            swept[key] = ",".join(item if isinstance(item, str) else quoted(item) for item in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
     chosen |= dict.fromkeys(described)
     return {
@@ -219,13 +225,10 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
     chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
-    method = dict(content["method"])
-    if method.pop("ranks", "one") == "auto":
-        method["rank"] = "auto"
     if "method" in chosen:
-        method = {key: method[key] for key in ("rank", "alpha", "dropout") if key in method}
+        kept = ("rank", "alpha", "dropout")
+        settings["method"] = {key: content["method"][key] for key in kept if key in content["method"]}
         settings["mask"] = {"seed": content["mask"].get("seed")}
-    settings["method"] = method
     if "trainer" not in chosen:
         settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
@@ -300,9 +303,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 def _refuse_options(arguments: Sequence[str]) -> None:
     """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
-    from hydra._internal.utils import get_args_parser
-
-    known = get_args_parser()._option_string_actions.keys() - _UNUSED
+    known = options()._option_string_actions.keys() - _UNUSED
     for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in known:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, RANKED
+from partial_lora import methods
 from partial_lora.files import file_sha256, flatten, walk
 from partial_lora.settings.schema import Config, defaults
 from partial_lora.settings.stored import plain
@@ -26,6 +26,7 @@ NOT_SETTINGS = {
     "data_dir",
     "preset",
     "method.rate_factor",
+    "method.rate_power",
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
@@ -111,7 +112,7 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
     """
     members, method = list(settings.get("task", {}).get("members") or ()), settings.get("method")
     chosen, is_auto = {}, settings.get("trainer", {}).get("learning_rate") == AUTO
-    left_out = NOT_SETTINGS - ({"method.rate_factor"} if is_auto else set())  # which multiplies the rate
+    left_out = NOT_SETTINGS - ({"method.rate_factor", "method.rate_power"} if is_auto else set())  # which decide it
     for key, value in flatten(settings).items():
         plain_key = task_key(key, members)
         is_used = unused or method is None or _uses(method, key)  # settings of a task alone have no method
@@ -128,10 +129,10 @@ def _uses(method: Mapping, key: str) -> bool:
 
     mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
     """
-    if method["name"] in {*CALIBRATED, *BUDGETED, *RANKED}:
+    known, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
+    if known.is_sparse:
         return True
-    is_tuner = method.get("peft_type") is not None
-    used = {"mask.seed": is_tuner or method["name"] == "vera", "calibration.budget": is_tuner}
+    used = {"mask.seed": is_tuner or known.draws, "calibration.budget": is_tuner}
     return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
 
 

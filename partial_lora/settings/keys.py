@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora.calibration.config import MASKED
+from partial_lora.methods import called
 from partial_lora.settings.schema import GROUPS, SECTIONS, Config, defaults
 
 COMMON = (
@@ -59,7 +59,7 @@ def page(settings: Mapping, groups: Mapping[str, Sequence[str]], methods: Mappin
         known = {name: heading(file).partition(". ")[0].rstrip(".") for name, file in methods.items()}
         column = max(map(len, known)) + 2
         wrapped = _WRAPPED | {"subsequent_indent": " " * (column + 2)}
-        told = [f"  {name:{column}}{text}" for name, text in known.items() if (name in MASKED) == masked]
+        told = [f"  {name:{column}}{text}" for name, text in known.items() if called(name).masked == masked]
         return [textwrap.fill(line, width, **wrapped) for line in told]
 
     known = meanings()
@@ -102,7 +102,7 @@ def _comments(kind: type) -> Iterator[tuple[str, str]]:
     source = inspect.getsource(kind)
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {each.start[0]: each.string.lstrip("# ") for each in tokens if each.type == tokenize.COMMENT}
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
             beside = range(node.lineno, node.end_lineno + 1)
@@ -122,7 +122,8 @@ _ELSEWHERE = {  # what other tools call it: PEFT, transformers, TRL, Lightning, 
     "trainer.eval_batch_size": "per_device_eval_batch_size",
     "trainer.gradient_accumulation_steps": "grad_accum accumulate_grad_batches",
     "trainer.max_grad_norm": "gradient_clip_val clip_grad",
-    "trainer.warmup": "warmup_ratio",
+    "trainer.warmup_ratio": "warmup",
+    "trainer.schedule": "lr_scheduler_type lr_scheduler scheduler",
     "trainer.save_steps": "eval_steps save_freq",
     "trainer.mixed_precision": "precision amp",
     "trainer.mixed_precision=bf16": "bf16",
@@ -179,12 +180,12 @@ def _meant(key: str) -> str | None:
     group, _, name = key.rpartition(".")
     if name in _KEYS:
         return _KEYS[name]
-    names = {each: each.rpartition(".")[2] for each in defaults()}
-    same = [each for each, own in names.items() if own == name]
+    names = {key: key.rpartition(".")[2] for key in defaults()}
+    same = [key for key, own in names.items() if own == name]
     if len(same) == 1:
         return same[0]
-    of_group = {own: each for each, own in names.items() if each.rpartition(".")[0] == group}
+    of_group = {own: key for key, own in names.items() if key.rpartition(".")[0] == group}
     if not group:
-        of_group |= {each: each for each in GROUPS}
+        of_group |= {group_name: group_name for group_name in GROUPS}
     close = get_close_matches(name, of_group, n=1, cutoff=0.75)
     return of_group[close[0]] if close else None

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from partial_lora.calibration.config import MASKED
+from partial_lora.methods import called
 from partial_lora.training.config import AUTO, TrainerConfig
 
 # --- The best of the rates that a search tried.
@@ -71,16 +71,8 @@ def starting_rate(
 
     At the same rate, Adam's first step moves the outputs p √q times as far as dense LoRA's, with p the density of rows
     and q of columns (docs/evidence/theory.md): the density to the power 1.5. An A that is drawn for the kept columns,
-    or whole, takes 0.5 off this power; an exponent takes off itself. At power 1.5 the best rate, by measurement, is
-    dense LoRA's / √density: it makes up for a third of the power. That it does so in between is an assumption. The
-    rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the density to the power
-    -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
-    one.
-
-    At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.12. There so few rows
-    move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
-    on gtsrb and hardly on trec; √density lies between. The rates of single entries grow faster as there are fewer, from
-    8e-3 at 13 % to 32e-3 at 2 % where dense LoRA's is 2e-3. Groups keep dense LoRA's: they set nothing to zero.
+    or whole, takes 0.5 off this power; an exponent takes off itself. A third of what is left is made up for. How that
+    and the rules for few rows, entries and groups were found is in docs/concepts/learning-rates.md.
 
     Args:
         dense: the rate that suits dense LoRA.
@@ -98,16 +90,12 @@ def starting_rate(
     return dense * density ** (-power / 3)
 
 
-# Of methods without a mask of A or B, those whose best rate grows as that of single entries the smaller they are.
-_AS_ENTRIES = ("random_weights", "unilora", "fourierft", "loha", "hira", "oft", "gralora", "low_rank")
-
-
 def auto(settings: Mapping, *, width: int, density: float) -> float:
     """Return the learning rate of `trainer.learning_rate=auto`: by model, method and size.
 
-    `method.rate_factor` accounts for the method, `starting_rate` for its masks, the fourth root of LoRA+'s ratio for
-    the rate of B. Searches (make race) that a rate is judged by have 200 to 600 steps, which `trainer.epochs=null`
-    trains at least.
+    `method.rate_factor` and `method.rate_power` account for the method, `starting_rate` for its masks, the fourth root
+    of LoRA+'s ratio for the rate of B. Searches (make race) that a rate is judged by have 200 to 600 steps, which
+    `trainer.epochs=null` trains at least.
 
     Args:
         settings: of the run.
@@ -116,10 +104,10 @@ def auto(settings: Mapping, *, width: int, density: float) -> float:
     """
     method = settings["method"]
     rate = dense_rate(width) * method.get("rate_factor", 1.0) / settings["trainer"].get("loraplus_ratio", 1.0) ** 0.25
-    if method["name"] in MASKED:
+    if called(method["name"]).masked:
         masks = {key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]}
         return starting_rate(rate, density, **masks)
-    return starting_rate(rate, density) if method["name"] in _AS_ENTRIES else rate
+    return rate * density ** -method.get("rate_power", 0.0)
 
 
 def trainer_of(
@@ -132,7 +120,7 @@ def trainer_of(
     if trainer.learning_rate != AUTO:
         return trainer
     rate, dense = auto(settings, width=width, density=density), dense_rate(width)
-    own = has_head and rate != dense and settings["method"]["name"] != "probe"  # whose head is all that trains
+    own = has_head and rate != dense and not called(settings["method"]["name"]).head_alone
     head = trainer.head_learning_rate or (dense if own else None)
     return replace(trainer, learning_rate=rate, head_learning_rate=head)
 

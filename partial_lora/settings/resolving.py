@@ -13,14 +13,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from partial_lora.calibration.config import BUDGETED, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home
+from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.settings.machines import accelerate_file
-from partial_lora.settings.schema import Config, TaskConfig, conf_dir, plain_name
+from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.metrics import FITTING
 from partial_lora.training.config import TRACKER_PACKAGES
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
@@ -47,7 +49,7 @@ def resolve(composed: DictConfig) -> Config:
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
-    calibration, model = _with_budget(config.calibration, config.method.name), config.model
+    calibration, model = _with_budget(config), config.model
     if model.image_size is None:
         model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
     config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
@@ -62,12 +64,13 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def _with_budget(calibration: CalibrationConfig, method: str) -> CalibrationConfig:
-    """Return the settings with PAPER_BUDGET for a budget of null, where nothing is calibrated but a size is to be met.
+def _with_budget(config: Config) -> CalibrationConfig:
+    """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
 
     A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
     """
-    if method in BUDGETED:
+    calibration = config.calibration
+    if config.method.traits.size == "budget":
         calibration = replace(calibration, sparsity=None)
     elif calibration.sparsity != UNIFORM:
         return calibration
@@ -138,7 +141,6 @@ _FOR_EACH = (
 )
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FROM_MEMBERS = {"modality", "kind", "classes"}
-_OF_NUMBERS = {"pearson", "spearman", "mse"}
 _SCORES = {"auto", "accuracy", "loss"}  # scores that are means over examples, each within its member's classes
 
 
@@ -151,7 +153,7 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
     if not task.members:
         return task
     usual = TaskConfig()
-    for field in sorted(dataclasses.fields(task), key=lambda each: each.name):
+    for field in sorted(dataclasses.fields(task), key=lambda field: field.name):
         key, value = field.name, getattr(task, field.name)
         own = key not in _OF_MIXTURE | _FROM_MEMBERS
         require(not own or value == getattr(usual, key), f"task.{key}", value, "nothing: it is each member's own")
@@ -207,7 +209,7 @@ def _member(name: str, own: Mapping) -> TaskConfig:
     except PartialLoraError as error:
         raise PartialLoraError(f"task.members, {name}: {error}") from error
     require(not member.members, "task.members", name, "tasks that are no mixtures")
-    numbers = member.regression or _OF_NUMBERS & set(member.metrics)
+    numbers = member.regression or set(FITTING["real numbers"]) & set(member.metrics)
     require(not numbers, "task.members", name, "tasks with classes: squared errors and cross entropies cannot be added")
     return member
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partial_lora.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import BUDGETED, CALIBRATED, UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.settings.schema import Config
@@ -12,11 +12,12 @@ from partial_lora.settings.schema import Config
 def is_calibrated(config: Config) -> bool:
     """Return whether a calibration finds a run's sparsities, or its size.
 
-    `method=uniform` meets a budget without one, unless calibration.file or calibration.reliability is set.
+    A method of one share everywhere meets a budget without one, unless calibration.file or calibration.reliability is
+    set.
     """
-    calibration, method = config.calibration, config.method.name
-    met = method == "uniform" and calibration.budget is not None and not (calibration.file or calibration.reliability)
-    return method in CALIBRATED and calibration.sparsity is None and not met
+    calibration, method = config.calibration, config.method.traits
+    met = method.even and calibration.budget is not None and not (calibration.file or calibration.reliability)
+    return method.size == "calibrated" and calibration.sparsity is None and not met
 
 
 def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
@@ -26,10 +27,10 @@ def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
     PartialLoraError for `calibration.sparsity` of other modules than are adapted.
     """
     calibration = config.calibration
-    if is_calibrated(config) or config.method.name not in (*CALIBRATED, *BUDGETED):
+    if is_calibrated(config) or not config.method.traits.is_sparse:
         return None
     if calibration.sparsity in (None, UNIFORM):
-        masks = shapes, config.method.rank, config.mask.counted
+        masks = shapes, config.method.nominal_rank, config.mask.counted
         return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
     try:
         return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
@@ -42,7 +43,7 @@ def tuner_size(config: Config, shapes: Shapes) -> int | None:
     budget = config.calibration.budget
     if config.method.peft_type is None or budget is None:
         return None
-    return parameter_count(budget, shapes, config.method.rank, "element")
+    return parameter_count(budget, shapes, config.method.nominal_rank, "element")
 
 
 def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:

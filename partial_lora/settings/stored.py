@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from partial_lora.files import redacted
-from partial_lora.settings.schema import SECTIONS, Config, TaskConfig
+from partial_lora.settings.schema import SECTIONS, Config
+from partial_lora.tasks.config import TaskConfig
 
 # --- Settings that are older than this version.
 
@@ -36,6 +37,7 @@ CHANGES = (
     Change("0.3.0", "mask.fan_in", before="dense"),
     Change("0.3.0", "mask.row_exponent", before=0.0),
     Change("0.4.0", "trainer.select_within", before=0.0),
+    Change("0.4.0", "trainer.warmup_ratio", before=0.1, name="trainer.warmup"),
 )
 
 
@@ -56,6 +58,10 @@ def upgraded_settings(settings: Mapping) -> dict:
             kept = {key: value for key, value in own.items() if key != former}
             kept[name] = own.get(former, change.before) if former else change.before
             current = current | {group: kept} if group else kept
+    method = current.get("method")
+    if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
+        kept = {key: value for key, value in method.items() if key != "ranks"}
+        current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
     return current
 
 
@@ -72,7 +78,7 @@ def without_places(settings: object) -> object:
     if isinstance(settings, Mapping):
         return {key: without_places(value) for key, value in settings.items()}
     if isinstance(settings, list):
-        return [without_places(each) for each in settings]
+        return [without_places(item) for item in settings]
     is_place = isinstance(settings, str) and Path(settings).is_absolute()
     return Path(settings).name if is_place else redacted(settings)
 

@@ -47,7 +47,9 @@ class TrainerConfig:
     tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
     tuned_elsewhere: Optional[str] = None  # never set by hand: what the rate was searched for, if not for this run
     weight_decay: float = 0.01  # weight decay of AdamW
-    warmup: float = 0.1  # share of the steps in which the learning rate rises; after them it falls along a cosine
+    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it stays
+    schedule: str = "cosine"
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
@@ -133,7 +135,8 @@ class TrainerConfig:
             positive("trainer.head_learning_rate", self.head_learning_rate)
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
-        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        require(0 <= self.warmup_ratio < 1, "trainer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        one_of("trainer.schedule", self.schedule, "cosine", "linear", "constant_with_warmup")
         positive("trainer.max_grad_norm", self.max_grad_norm)
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")

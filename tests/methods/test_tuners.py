@@ -14,7 +14,6 @@ from method_settings import adapted, setting_of
 from peft import PeftModel
 from plain_libraries import in_this_process
 
-from partial_lora import methods
 from partial_lora.building.info import outline
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
@@ -67,7 +66,7 @@ def test_some_modules_have_one_rank_more_where_that_comes_nearer() -> None:
     scalings = {
         layer.scaling["default"] for layer in built.modules() if isinstance(getattr(layer, "scaling", None), dict)
     }
-    assert scalings == {setting.alpha / setting.rank}  # whatever the rank is
+    assert scalings == {setting.method.alpha / setting.rank}  # whatever the rank is
 
 
 def test_some_modules_have_no_adapter_where_one_rank_is_too_much_for_all() -> None:
@@ -161,14 +160,14 @@ def test_a_run_exports_what_it_was_evaluated_with(
 
 def test_what_is_saved_of_pissa_is_what_was_trained() -> None:
     model, _ = adapted("peft", "tiny_vit", peft_type="LORA", peft={"init_lora_weights": "pissa"}, size=2500)
-    start = methods.taken_out(model)
+    start = tuners.taken_out(model)
     with torch.no_grad():
         torch.testing.assert_close(
             model(**inputs("tiny_vit")).logits, load("tiny_vit")(**inputs("tiny_vit")).logits, rtol=1e-4, atol=1e-4
         )
     assert start
     assert not any(tensor.requires_grad for tensor in start.values())
-    assert methods.taken_out(of_kind("LORA")[0]) is None
+    assert tuners.taken_out(of_kind("LORA")[0]) is None
 
 
 # --- On the command line.

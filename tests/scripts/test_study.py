@@ -13,9 +13,8 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from partial_lora import cli
 from partial_lora.launching.places import run_directory
-from partial_lora.settings import compose, schema
+from partial_lora.settings import comparison, compose, schema
 from partial_lora.settings import study as studies
 
 ROOT = schema.conf_dir().parent
@@ -101,11 +100,11 @@ def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
 def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
     whole = [words[1:] for words in commands("race", data) if words[0] == "compare"]
     assert len(whole) == 3
-    assert cli._comparisons(["experiment=race", f"data_dir={data}"]) == whole
-    (trec,) = cli._comparisons(["experiment=race", f"data_dir={data}", "task=trec", "seeds=8"])
+    assert comparison.of_study(["experiment=race", f"data_dir={data}"]) == whole
+    (trec,) = comparison.of_study(["experiment=race", f"data_dir={data}", "task=trec", "seeds=8"])
     assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
     own = ["experiment=race", "methods=[partial]"]
-    assert cli._comparisons(own) == [own]
+    assert comparison.of_study(own) == [own]
 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])

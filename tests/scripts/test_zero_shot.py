@@ -11,7 +11,9 @@ import torch
 import zero_shot
 from datasets import Dataset
 
-from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.models.config import ModelConfig
+from partial_lora.settings.schema import Config
+from partial_lora.tasks.config import TaskConfig
 
 
 def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -13,7 +13,8 @@ import pytest
 from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.tasks.questions import CHOICES
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.formats import CHOICES
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 OPTIONS = [" cold", " heat", " mud"]
@@ -62,7 +63,7 @@ def load(folder: Path, rows: list[dict], name: str = "rows.json", **settings: ob
     else:
         file.write_text(json.dumps(rows))
     own = {"name": "own", "path": "files", "modality": "text", "data_files": {"train": str(file), "test": str(file)}}
-    return tasks.load(**own | settings)
+    return tasks.load(TaskConfig(**own | settings))
 
 
 def refused(key: str, *arguments: object, **settings: object) -> None:
@@ -114,7 +115,7 @@ def test_what_is_wrong_with_a_known_row_is_named(tmp_path: Path, layout: str, ch
         (choice("piqa"), r"task=own: task\.format=piqa .*goal.*question, choices"),
         (choice("x"), r"task\.format=x: .*arc, boolq"),
         ({"kind": "generation", "format": "arc"}, r"task\.format=arc: .*gsm8k"),
-        (choice("arc") | {"metrics": ["f1"]}, r"task\.metrics: .* f1"),
+        (choice("arc") | {"metrics": ["f1"]}, r"task\.metrics=.*f1"),
     ],
 )
 def test_a_format_that_rows_do_not_have_is_named(tmp_path: Path, settings: dict, key: str) -> None:
