@@ -45,6 +45,7 @@ from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
@@ -891,15 +892,11 @@ def in_every_form(layer: tuple[int, int], tokens: int, count: int, repeats: int)
 
     doing: Mapping[str, Callable[[str], object]] = {"add": lambda form: held[form].add_to(y, x), "switch": switch}
     seconds: dict = {what: {form: [] for form in FORMS} for what in doing}
-    for repeat in range(-2, repeats):  # the first two are for caches
-        for what, do in doing.items():
-            for form in random.sample(FORMS, len(FORMS)):
-                y.zero_()  # what was added before does not grow without end, and lies in the cache for all of them
-                start = process_time()
-                do(form)
-                end = process_time()
-                if repeat >= 0:
-                    seconds[what][form].append(end - start)
+    for _, (what, do) in product(range(repeats), doing.items()):
+        for form in random.sample(FORMS, len(FORMS)):
+            y.zero_()  # what was added before does not grow without end, and lies in the cache for all of them
+            timer = Timer("do(form)", globals={"do": do, "form": form}, timer=process_time)
+            seconds[what][form].append(timer.timeit(1).mean)  # after two that are not counted
     return seconds
 
 
