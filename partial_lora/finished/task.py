@@ -9,7 +9,7 @@ from pathlib import Path
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
 from partial_lora.settings.arguments import in_grammar, parsed, refuse_group_lists
-from partial_lora.settings.compose import in_one_line
+from partial_lora.settings.compose import in_one_line, register_schema
 from partial_lora.settings.resolving import check_files, with_files
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
@@ -114,7 +114,7 @@ def evaluation_settings(
                 )
         files, overrides = _with_files(recorded.data_files, overrides)
         node["task"] = plain(recorded) | {"data_files": files}
-    ConfigStore.instance().store(name="schema", node=Config)
+    register_schema()
     ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
     GlobalHydra.instance().clear()
     with in_one_line(overrides):

@@ -128,7 +128,7 @@ def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     refuse(arguments)
     flags = parse(for_hydra(arguments))
     folder = Path(flags.config_dir).absolute() if flags.config_dir else None
-    _register_schema()
+    register_schema()
     file = next(filter(is_file, arguments), None)
     GlobalHydra.instance().clear()  # what another composition in this process has left
     with initialize_config_dir(str(conf_dir()), job_name="partial-lora", version_base="1.3"):
@@ -310,7 +310,8 @@ def composed(*overrides: str) -> Config:
         return _resolved(hydra.compose_config(name, own, run_mode=RunMode.RUN))
 
 
-def _register_schema() -> None:
+def register_schema() -> None:
+    """Tell Hydra of the schema, and of what only studies have."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf, open_dict
 
