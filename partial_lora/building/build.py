@@ -112,17 +112,8 @@ def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> 
     members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
     settings = config.task.members.values() if several else [config.task]
     judges = [
-        objectives.judge_of(
-            member,
-            own,
-            peers,
-            batch_size=config.trainer.eval_batch_size,
-            cache_bytes=chosen.cache_bytes,
-            stop=chosen.stop,
-            max_new_tokens=chosen.max_new_tokens,
-            answer=chosen.answer,
-        )
-        for member, own, chosen in zip(members, transforms, settings, strict=True)
+        objectives.judge_of(member, prepared, chosen, peers, batch_size=config.trainer.eval_batch_size)
+        for member, prepared, chosen in zip(members, transforms, settings, strict=True)
     ]
     return objectives.judge_of_members(task, judges) if several else judges[0]
 
