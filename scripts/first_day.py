@@ -229,7 +229,7 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
             | {"seeds": cell["seed"].nunique(), "learning rate": default["learning_rate"], "steps": default["steps"]}
             | {"test": 100 * default["test"], "seconds": default["seconds"], "searched": searched["seed"].nunique()}
         )
-        if len(searched):
+        if not searched.empty:
             means = searched.groupby("factor")[["validation", "test", "learning_rate"]].mean()
             best = means.loc[means["validation"].idxmax()]
             difference = 100 * (means.loc[1.0, "test"] - best["test"])
@@ -241,9 +241,9 @@ def write(rows: pd.DataFrame, out: Path) -> None:
     """Write first_day.csv, a line a run, and first_day.md, a line a table and method."""
     numbers = compared(rows)
     held_out = numbers[numbers["held out"] & numbers["searched"].gt(0)]
-    near = (held_out["difference"] >= -2).sum()
     text = numbers.to_markdown(index=False, floatfmt=".4g")
-    if len(held_out):
+    if not held_out.empty:
+        near = (held_out["difference"] >= -2).sum()
         worst = held_out.loc[held_out["difference"].idxmin()]
         text += (
             f"\n\nOf {len(held_out)} tables and methods that no rule was made from, the default is within two points "
