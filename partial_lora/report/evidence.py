@@ -71,6 +71,7 @@ def figures(results: Path) -> None:
             with rc_context(_style(colours)):
                 figure = draw(results, colours)
                 path = results / "figures" / f"{name}{theme}.svg"
+                path.parent.mkdir(exist_ok=True)
                 figure.savefig(path, metadata={"Date": None}, facecolor=colours["page"])
 
 
@@ -162,7 +163,7 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
     cells = raced(results)
     figure = Figure(figsize=(WIDTH, 7), layout="constrained")
     drawn = figure.subplot_mosaic([["gtsrb"] * 3, ["trec", "digits", "signdigits"]], height_ratios=(5, 3))
-    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (1, (-116, -29)), "oft": (1, (-138, 19))}
+    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (1, (-116, -33)), "oft": (1, (-138, 19))}
     for task, axes in drawn.items():
         of_task = cells[cells["task"] == task]
         dense = of_task[of_task["form"] == "lora"].iloc[0]
