@@ -18,18 +18,21 @@ from transformers import set_seed
 
 from partial_lora import files, methods, models, progress
 from partial_lora.adapter import module_sparsity
-from partial_lora.calibration.budget import dense_parameters
+from partial_lora.budget import dense_parameters
+from partial_lora.building import build
 from partial_lora.calibration.config import RANKED
 from partial_lora.calibration.few_shot import halves_few_shot
-from partial_lora.calibration.peers import of_first
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
+from partial_lora.launching import directory as results
+from partial_lora.launching.directory import finite, timed
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build, rates
-from partial_lora.runs import directory as results
-from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
-from partial_lora.runs.directory import finite, timed
-from partial_lora.runs.schema import Config
+from partial_lora.peers import of_first
+from partial_lora.report import card
+from partial_lora.settings import rates
+from partial_lora.settings.schema import Config
+from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
+from partial_lora.settings.stored import plain
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
@@ -44,7 +47,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     """Calibrate, mask, train, evaluate and record one run.
 
     Args:
-        config: the settings (`config.resolve`).
+        config: the settings (`resolving.resolve`).
         directory: the run's directory, held by the parent.
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
@@ -216,8 +219,6 @@ def _save_adapter(
         if start:
             methods.put_back(temporary, start)
         build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
-        from partial_lora.report import card  # imported here, since a run needs it only at its end
-
         card.write(run, temporary)
         files.replace_folder(temporary, run.adapter)
 

@@ -26,9 +26,9 @@ from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.records import NONE, Predictions, Run, half_interval
 from partial_lora.report.statistics import holm
-from partial_lora.runs.compose import composed
-from partial_lora.runs.rates import Worth, ranked
-from partial_lora.runs.schema import MaskConfig
+from partial_lora.settings.compose import composed
+from partial_lora.settings.rates import Worth, ranked
+from partial_lora.settings.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set

@@ -15,8 +15,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.calibration.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
+from partial_lora.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.calibration.config import MASKED
+from partial_lora.launching.directory import INTERRUPTED
 from partial_lora.masks import AXES
 from partial_lora.report.records import (
     NONE,
@@ -30,8 +31,7 @@ from partial_lora.report.records import (
     warnings_of,
     without_common_start,
 )
-from partial_lora.runs import rates
-from partial_lora.runs.directory import INTERRUPTED
+from partial_lora.settings import rates
 from partial_lora.tasks.metrics import SHARES
 from partial_lora.training.config import AUTO
 

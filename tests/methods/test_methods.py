@@ -19,7 +19,9 @@ from transformers import set_seed
 
 from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
-from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
+from partial_lora.budget import dense_parameters, kept_parameters, scaled
+from partial_lora.building import build
+from partial_lora.building.info import outline
 from partial_lora.calibration.config import CALIBRATED
 from partial_lora.calibration.config import MASKED as MASKED_METHODS
 from partial_lora.calibration.importance import data_scores, task_loss
@@ -27,9 +29,8 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, kept_count, random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
 from partial_lora.methods.setting import widest
-from partial_lora.runs import build, config
-from partial_lora.runs.compose import composed
-from partial_lora.runs.info import outline
+from partial_lora.settings import sparsities
+from partial_lora.settings.compose import composed
 from partial_lora.training import cost
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries", "ticket")
@@ -358,7 +359,7 @@ def fixed(method: str, *overrides: str) -> tuple[PeftModel, methods.Setting]:
     chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
     model = load("tiny_vit")
     drawn = setting_of("tiny_vit", model)
-    sparsity = config.fixed_sparsity(chosen, drawn.shapes)
+    sparsity = sparsities.fixed_sparsity(chosen, drawn.shapes)
     setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
     return methods.METHODS[method](model, setting), setting
 
@@ -421,7 +422,7 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
     def calibrated(*overrides: str) -> bool:
-        return config.is_calibrated(composed("model=tiny_vit", *overrides))
+        return sparsities.is_calibrated(composed("model=tiny_vit", *overrides))
 
     assert not calibrated("method=uniform", "calibration=budget")
     for more in (["calibration=threshold"], ["calibration=budget", "calibration.reliability=true"]):
@@ -429,7 +430,7 @@ def test_uniform_needs_no_calibration_for_a_budget() -> None:
     assert calibrated("method=partial", "calibration=budget")
     one, other = (composed("model=tiny_vit", "method=uniform", f"calibration={each}") for each in ("budget", "fixed"))
     shapes = setting_of("tiny_vit", load("tiny_vit")).shapes
-    assert config.fixed_sparsity(one, shapes) == config.fixed_sparsity(other, shapes)
+    assert sparsities.fixed_sparsity(one, shapes) == sparsities.fixed_sparsity(other, shapes)
 
 
 def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
@@ -441,7 +442,8 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "probe", "full"):
-        assert config.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
+        chosen = composed("model=tiny_vit", f"method={method}", "calibration=fixed")
+        assert sparsities.fixed_sparsity(chosen, {}) is None
 
 
 def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:

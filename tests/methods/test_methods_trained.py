@@ -16,11 +16,12 @@ from finished_runs import SHORT, cache, image_run, override, photographs, pictur
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from partial_lora.building import build
 from partial_lora.calibration.config import BUDGETED
 from partial_lora.finished import export
 from partial_lora.finished.predict import Predictor
+from partial_lora.launching import directory
 from partial_lora.report import records
-from partial_lora.runs import build, directory
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries", "ticket")
 

@@ -15,11 +15,11 @@ from peft import PeftModel
 from plain_libraries import in_this_process
 
 from partial_lora import methods
+from partial_lora.building.info import outline
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
 from partial_lora.methods import tuners
-from partial_lora.runs.compose import composed
-from partial_lora.runs.info import outline
+from partial_lora.settings.compose import composed
 from partial_lora.training.cost import measured
 
 SIZED = ("FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PSOFT", "RANDLORA", "UNILORA", "VERA")

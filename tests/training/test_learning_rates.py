@@ -23,8 +23,8 @@ from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.calibration.config import traits_of
 from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory
 from partial_lora.report import records, summary
-from partial_lora.runs import directory
 from partial_lora.training import cost
 from partial_lora.training.config import AUTO, TrainerConfig
 
