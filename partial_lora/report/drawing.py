@@ -111,6 +111,17 @@ def plain(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
+def name_beside(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write the names of marks at the right of a panel whose limits are set, apart, each with a line to its mark."""
+    free = 1.0
+    for name, mark in sorted(marks, key=lambda each: -each[1][1]):
+        height = axes.transAxes.inverted().transform(axes.transData.transform(mark))[1]
+        free = min(free, height)
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 3}
+        axes.annotate(name, mark, (1.03, free), textcoords="axes fraction", va="center", fontsize=9, arrowprops=line)
+        free -= 0.08
+
+
 def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *, points: bool = False) -> None:
     """Name an axis of scores, shares in percent; or of their differences, of shares in points.
 

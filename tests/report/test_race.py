@@ -79,8 +79,8 @@ def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -
     assert titles["difference over"].tolist() == ["1 seed, 200 rows", "3 seeds, 200 rows", "–"]
 
 
-def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm() -> None:
-    """Four forms: one is decided among all, one by itself alone, one not, and one has no spread to judge it by."""
+def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -> None:
+    """Four forms: one is significant after correction, one before it, one not, and one has no spread to judge it by."""
     differences = {
         "sure": [0.10, 0.11, 0.12],
         "alone": [0.08, 0.11, 0.15],
@@ -100,7 +100,7 @@ def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm
     assert found["p"].dropna().to_dict() == pytest.approx(p)
     assert found.index[found["holds"]].tolist() == ["sure"]
     shown = race.titled(found.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
-    assert dict(zip(shown["form"], shown["among all"], strict=True))["sure"] == "better"
+    assert dict(zip(shown["form"], shown["after correction"], strict=True))["sure"] == "better"
 
 
 @pytest.mark.parametrize(
