@@ -77,7 +77,7 @@ def look(method: str, point: str) -> Look:
 
 def panels(count: int, *, wide: float, high: float, across: int = 3, least: float = 5.5) -> tuple[Figure, list[Axes]]:
     """Return a figure of so many panels, and these in reading order."""
-    across = min(across, count) if count != 4 else 2
+    across = 2 if count == 4 and across > 1 else min(across, count)
     down = -(-count // across)
     figure = Figure(figsize=(max(least, wide * across), high * down + 0.9), layout="constrained")
     drawn = figure.subplots(down, across, squeeze=False)
