@@ -163,7 +163,7 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
     cells = raced(results)
     figure = Figure(figsize=(WIDTH, 7), layout="constrained")
     drawn = figure.subplot_mosaic([["gtsrb"] * 3, ["trec", "digits", "signdigits"]], height_ratios=(5, 3))
-    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (1, (-116, -33)), "oft": (1, (-138, 19))}
+    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
     for task, axes in drawn.items():
         of_task = cells[cells["task"] == task]
         dense = of_task[of_task["form"] == "lora"].iloc[0]
@@ -180,7 +180,7 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
                 mark(axes, place, marker, ink, seeds, colours)
             if task == "gtsrb":
                 place, away = beside[form]
-                theirs = f"best of PEFT's: {', '.join(LOOKS[each][0] for each in line['form'].unique())}"
+                theirs = f"PEFT's best on validation: {', '.join(LOOKS[each][0] for each in line['form'].unique())}"
                 label(axes, theirs if form == "oft" else name, at[place], away, ink)
         if task == "gtsrb":
             label(axes, "dense LoRA, 95 %", (0.0085, 100 * dense["test"]), (0, -3), colours["ink"])
