@@ -37,6 +37,7 @@
 #              Algorithm 1 done literally, in about a quarter of an hour, many adapters on one base, and whole runs; each
 #              page says what has moved since the figures committed last (results/bench)
 # make reports   tables, figures and an HTML page of every packed study, in its report/; of race the ranking
+# make figures, pages   the three figures at a glance; results/README.md and a page for each claim, out of the tables
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 
 # The folder of the data sets, NAME/{train,validation,test}.parquet: `make data` fills data/.
@@ -48,7 +49,7 @@ data: $(VENV)/.installed
 	$(BIN)/python scripts/data_sets.py $(SETS)
 
 
-.PHONY: data first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports models coverage power reach bench calibration-analyses
+.PHONY: data first first-day vision encoders causal methods longer digits-rate same-rate sst2-rate forms race decided reports figures pages models coverage power reach bench calibration-analyses
 
 PRESET ?= cpu
 RESULTS = results/$(PRESET)
@@ -495,6 +496,10 @@ $(if $(filter race,$(1)),$(RANKING),$(BIN)/partial-lora report results/$(1))
 endef
 reports: $(VENV)/.installed
 	$(foreach study,$(PACKED),$(call REPORTED,$(study)))
+
+# The three figures of results/figures, and the pages whose numbers are filled in from the tables.
+figures pages: $(VENV)/.installed
+	$(BIN)/python -m partial_lora.report.evidence $@
 
 coverage: $(VENV)/.installed
 	$(BIN)/python scripts/interval_coverage.py

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from checkout import needs_results
 
-from partial_lora.report import race, records
+from partial_lora.report import evidence
 from partial_lora.settings import schema
 
 ROOT = schema.conf_dir().parent
@@ -22,68 +23,6 @@ WHERE = ["task", "model", "mixture", "operating_point"]
 # For each page where its numbers are from, in their order: a table, what its row is of, and the method whose score or
 # the two methods whose difference it has; a|b: of both in turn. Measure svd where no other is named.
 SOURCES = {
-    "README.md": """
-race/race: gtsrb|trec, budget 0.13: low_rank
-race/race: gtsrb|trec, budget 0.02: low_rank
-race/race: gtsrb|trec, budget 0.13: partial − low_rank
-race/race: gtsrb|trec, budget 0.02: partial − low_rank
-race/race: gtsrb|trec, budget 0.13: entries − low_rank
-race/race: gtsrb|trec, budget 0.02: entries − low_rank
-race/race: gtsrb|trec, budget 0.13: random_weights − low_rank
-race/race: gtsrb|trec, budget 0.02: random_weights − low_rank
-race/race: gtsrb|trec, budget 0.13: oft − low_rank
-race/race: gtsrb|trec, budget 0.02: oft − low_rank
-race/race: gtsrb|trec, budget own: lora − low_rank
-decided/tables/decided: digits|sst2|trec|gtsrb, budget 0.13: partial − lora
-decided/tables/decided: gtsrb, budget 0.13: uniform − lora
-decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
-decided/tables/decided: gtsrb, budget 0.13: entries − uniform; entries − low_rank
-""",
-    "results/README.md": """
-decided/tables/decided: gtsrb, budget 0.13: partial − lora
-decided/tables/decided: all sets, budget 0.13: partial − targeted; partial − uniform
-decided/tables/decided: gtsrb, budget 0.13: entries − uniform
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − lora
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − low_rank
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − targeted
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − random_weights
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: partial − uniform
-decided/tables/decided: trec|gtsrb|all sets, budget 0.13: partial − entries
-decided/tables/decided: digits|trec|all sets, budget 0.13: partial, by gradient − partial
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: uniform − lora
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: low_rank − lora
-decided/tables/decided: digits|trec|sst2|gtsrb|all sets, budget 0.13: random_weights − lora
-decided/tables/decided: trec|gtsrb|all sets, budget 0.13: entries − lora
-decided/tables/decided: gtsrb, budget 0.13: uniform − lora; targeted − lora; entries − lora; random_weights − lora
-decided/tables/decided: trec, threshold 0.9: partial − targeted
-decided/tables/decided: trec, budget 0.13: partial − uniform, partial's rate
-decided/tables/decided: trec, threshold 0.9: partial − uniform
-decided/tables/decided: trec, budget 0.13: partial, caps at 0.99 − partial
-decided/tables/decided: trec, budget 0.13: partial − shuffled; partial − partial, shrink 0.5;\
- partial − partial, shrink 2
-decided/tables/decided: trec, threshold 0.9: partial, by gradient − partial
-decided/tables/decided: gtsrb, budget 0.13: entries − uniform; entries − low_rank
-decided/tables/decided: trec, budget 0.13: entries − low_rank; entries − lora;\
- partial mask=element, PEFT's draw − entries; oft − lora; oft − low_rank; partial − partial, PEFT's draw
-decided/tables/decided: trec, threshold 0.9: partial − lora
-race/race: gtsrb, budget 0.13: hira − low_rank; random_weights − low_rank
-decided/tables/decided: gtsrb, budget 0.13: random_weights − low_rank
-race/race: trec, budget 0.13: entries − low_rank; dora − low_rank; fourierft − low_rank
-forms/forms: trec, budget 0.13: ticket − low_rank
-race/race: digits, budget 0.13: low_rank
-race/race: gtsrb, budget own: lora − low_rank
-race/race: gtsrb, budget 0.02: oft − low_rank; entries − low_rank; unilora − low_rank; random_weights − low_rank
-forms/forms: trec, budget 0.02: entries − low_rank
-race/race: digits, budget 0.02: low_rank
-race/from_dense: gtsrb: entries at 0.02 − lora; entries at 0.13 − lora; low_rank at 0.13 − lora
-race/race: gtsrb, budget 0.02: partial − low_rank
-forms/forms: trec, budget 0.02: partial; partial rank=auto; partial mask=units; low_rank
-forms/forms: gtsrb, budget 0.02: partial rank=auto − low_rank; partial mask=units − low_rank
-forms/forms: signdigits, budget 0.02: partial − low_rank; entries − low_rank
-forms/forms: trec, budget own: lora on query, value − low_rank
-forms/forms: gtsrb, budget own: lora on attn.qkv − low_rank
-forms/forms: gtsrb, budget 0.13: partial − low_rank
-""",
     "docs/concepts/operating-points.md": """
 forms/from_dense: gtsrb|trec|digits: partial at 0.6 − lora
 forms/from_dense: gtsrb|trec|digits: partial at 0.13 − lora
@@ -182,39 +121,29 @@ def test_every_number_on_a_page_is_that_of_its_row(page: str) -> None:
         )
 
 
-def test_what_is_bold_in_the_readme_s_table_holds_among_all() -> None:
-    numbers = pd.read_csv(ROOT / "results" / "race" / "race.csv")
-    holds = {f"{100 * row.difference:+.2f}".replace("-", "−") for row in numbers.itertuples() if row.holds}
-    table = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")]
-    cells = re.findall(rf"(\*\*)?{SIGNED} \[", "\n".join(table))
-    assert len(cells) == 18
-    assert {number for bold, number in cells if bold} == {number for _, number in cells} & holds
+def test_pages_are_those_that_their_templates_make() -> None:
+    made = evidence.pages(ROOT)
+    assert {path.name for path in made} >= {"README.md", "dense-lora.md", "equal-size.md"}
+    assert [path for path, text in made.items() if path.read_text("utf-8") != text] == [], "make pages"
 
 
-@cache
-def on_gtsrb() -> pd.Series:
-    """Test scores on gtsrb in the race, in points, by form, size and seed, each form at its best rate."""
-    runs, _ = records.read(ROOT / "results" / "race")
-    chosen = race.at_best_rates(race.rows_of(runs))
-    return 100 * chosen[chosen["task"] == "gtsrb"].set_index(["form", "size", "seed"])["test"].sort_index()
+@pytest.mark.parametrize("task", ["gtsrb", "trec", "digits"])
+def test_rows_and_columns_are_best_at_dense_lora_s_rate(task: str) -> None:
+    """The table of what to take says so to those who are short of time to tune."""
+    rates = evidence.raced(ROOT / "results").set_index(["task", "form", "size"])["learning_rate"]
+    assert rates[task, "partial", "0.13"] == rates[task, "lora", "own"]
 
 
-def test_the_readme_has_the_distance_on_gtsrb_over_the_seeds_that_both_have() -> None:
-    distance = (on_gtsrb()["lora", "own"] - on_gtsrb()["partial", "0.13"]).mean()
-    shown = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"{distance:.0f} and 13 points below it on gtsrb (200 and 600 steps)" in shown
-    (row,) = (each for each in rows("race/from_dense") if each[0] == "partial at 0.13 − lora" and "gtsrb" in each[1])
-    assert row[-1][0] == pytest.approx(-distance, abs=1e-3)
-
-
-def test_what_entries_of_2_percent_cost_on_gtsrb_and_what_cannot_be_told_from_them() -> None:
-    scores, shown = on_gtsrb(), " ".join((ROOT / "README.md").read_text("utf-8").split())
-    entries = scores["entries", "0.02"]
-    behind = [round((scores[other] - entries).mean()) for other in (("lora", "own"), ("low_rank", "0.13"))]
-    assert "they are {} points below dense LoRA, and {} below plain LoRA of 13 %".format(*behind) in shown
-    for form in ("oft", "unilora"):
-        difference = scores[form, "0.02"] - entries
-        assert abs(difference.mean()) < records.half_interval(difference.std(), len(difference))
+def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Path) -> None:
+    for study in ("race", "forms", "decided"):
+        (tmp_path / study).symlink_to(ROOT / "results" / study)
+    evidence.figures(tmp_path)
+    drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
+    assert drawn.keys() == {f"{name}{theme}.svg" for name in ("memory", "size", "claims") for theme in ("", "-dark")}
+    for name, _, _, _ in evidence.LOOKS.values():
+        assert name in drawn["memory.svg"]
+    verdicts = [drawn["claims.svg"].count(f">{word}<") for word in ("holds", "refuted", "open")]
+    assert verdicts == [3, 3, 18]
 
 
 @pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])
