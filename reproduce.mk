@@ -12,7 +12,7 @@
 #                         each page says what has moved since the figures committed last
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make coverage, power    how often intervals hold the truth; how many seeds and steps a claim takes, from the records
-# make pages              the numbers of README.md, results/ and docs/, out of these tables
+# make figures, pages     the three figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
 # make models, first-day  every model's sizes; the defaults on tables cut out of real sets, beside searched rates
 #
 # PRESET=cpu     models out of PyPI wheels; digits always, and the tasks that DATA=FOLDER has
@@ -41,7 +41,7 @@ ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stabil
 OF_RUNS = $(patsubst %,runs-%,methods $(TABLES) $(FIGURES))
 SCRIPT = $(BIN)/python scripts
 STUDY = $(SCRIPT)/study.py $(subst -,_,$(1)) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
-OTHERS = data tune reproduce-tune methods reproduce reports coverage power models first-day bench calibration-analyses pages
+OTHERS = data tune reproduce-tune methods reproduce reports coverage power models first-day bench calibration-analyses figures pages
 .PHONY: $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED) $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
 $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED): | $(VENV)/.installed
 
@@ -93,7 +93,11 @@ coverage power:
 models:
 	$(SCRIPT)/model_table.py
 
+figures:
+	$(BIN)/python -m partial_lora.report.evidence $@
+
 pages:
+	$(BIN)/python -m partial_lora.report.evidence $@
 	$(SCRIPT)/pages.py
 
 # FIRST_DAY=… has options of the script.

@@ -681,7 +681,7 @@ def calibration(options: argparse.Namespace) -> dict:
     made, sides, chosen = machine(), {}, config.calibration
     for side in ("scan", "bisect", "literal"):
         load = os.getloadavg()[0]
-        with few_shot_head(model, config.model.head, fit):
+        with few_shot_head(model, build.new_head_of(config.model), fit):
             score = FewShotScore(model, scored, "accuracy", config.model.blocks)
             began, spent = time.perf_counter(), process_time()
             found = calibrate(

@@ -6,7 +6,7 @@ Of every form the runs at the learning rate that is best on validation over the 
 mean of all such sets, whatever their model, and then of each set by itself: two sets say next to nothing of others.
 With the scores stands what a form costs: seconds a step, memory, minutes of calibration. Where shares by gradient were
 trained, too, a table says how far they agree with those of a search by evaluations.
-Writes RESULTS/tables/decided.md and .csv.
+Writes RESULTS/tables/decided.md, decided.csv and verdicts.csv.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     verdicts = judged(numbers[several] if several.any() else numbers, *((*claim, point) for point, claim in claims))
     shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
+    decided = [made]
     planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
     parts = [
         f"    python scripts/decided.py {results_dir}",
@@ -252,6 +253,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
         alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
         each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
         each_set = each_set[each_set["found"] != NO_RUNS]
+        decided.append(each_set)
         parts += [
             f"# The same of each set by itself, among all {len(each_set)}",
             by_set(each_set).to_markdown(index=False, disable_numparse=True),
@@ -270,6 +272,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
     write_atomic(folder / "decided.csv", numbers.to_csv(index=False))
+    write_atomic(folder / "verdicts.csv", pd.concat(decided)[COLUMNS].to_csv(index=False))
     print(made.to_string(index=False))
 
 

@@ -1,8 +1,9 @@
 """Pages of the documentation site beside those of docs/; mkdocs calls these functions (mkdocs.yml).
 
-The README is the first page. A file outside docs/ that a page links to (a table, a figure, a script) is part of the
-site, and so is what that links to; code gets a page of its own. Pages get the schema's keys, the choices of each group
-and the help of each command where they ask for them: `<!-- keys -->`, `<!-- choices -->`, `<!-- help -->`. Formulas
+A file outside docs/ that a page links to (a table, a figure, a script) is part of the site, and so is what that links
+to; code gets a page of its own. A figure that has a dark twin follows the site's theme. Pages get the schema's keys,
+the choices of each group and the help of each command where they ask for them: `<!-- keys -->`, `<!-- choices -->`,
+`<!-- help -->`. Formulas
 become MathML.
 """
 
@@ -40,6 +41,11 @@ from partial_lora.training.config import TrainerConfig
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {".py": "python", ".sh": "sh", ".yaml": "yaml"}  # files that get a page of their own
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+PICTURE = re.compile(
+    r'<picture>\n<source .*srcset="(?P<dark>\S+)">\n'
+    r'<img alt="(?P<words>[^"]*)" src="(?P<light>\S+)" width="600">\n</picture>'
+)
+THEMED = r"![\g<words>](\g<light>#only-light){ width=600 }![\g<words>](\g<dark>#only-dark){ width=600 }"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LETTER = re.compile(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>')  # browsers read letters, not this
 BAR = re.compile(r'<mo(?: stretchy="false")?>(&#x02016;|&#x0007C;)</mo>')  # else with the spaces of a relation
@@ -54,13 +60,14 @@ def source(path: str) -> str:
 
 def targets(path: str, text: str) -> list[str]:
     """Return what the links of a page point to, as paths from the project's root."""
-    return [posixpath.normpath(posixpath.join(posixpath.dirname(path), found[1])) for found in LINK.findall(text)]
+    links = LINK.findall(PICTURE.sub(THEMED, text))
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(path), found[1])) for found in links]
 
 
 def on_files(files, config):
-    """Add the README and, one after another, the files outside docs/ that pages link to."""
+    """Add, one after another, the files outside docs/ that the navigation names or pages link to."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
-    waiting = ["README.md", *re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)]
+    waiting = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     for page in pages:
         waiting += targets(page, (ROOT / page).read_text("utf-8"))
     while waiting:
@@ -97,7 +104,7 @@ def on_page_markdown(markdown, page, config, files):
     for mark, made in GENERATED.items():
         if mark in markdown:
             markdown = markdown.replace(mark, made())
-    return LINK.sub(pointed, markdown)
+    return LINK.sub(pointed, PICTURE.sub(THEMED, markdown))
 
 
 def on_page_content(content, page, config, files):

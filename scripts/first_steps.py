@@ -173,7 +173,10 @@ def gradients_of(subject: Subject) -> dict[str, np.ndarray]:
     modules = {name: subject.model.get_submodule(name) for name in subject.shapes}
     batches, seen = (subject.batches(rows, 32) for rows in (others, fit))
     sums = {name: np.zeros(shape) for name, shape in subject.shapes.items()}
-    with few_shot.few_shot_head(subject.model, subject.config.model.head, seen), differentiable(subject.model, modules):
+    with (
+        few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), seen),
+        differentiable(subject.model, modules),
+    ):
         for batch in batches:
             for name, gradient in gradients(subject.model, modules, batch, _loss).items():
                 sums[name] += gradient.double().cpu().numpy() * len(batch["labels"])
@@ -313,7 +316,7 @@ def measure_density(subject: Subject, path: Path, seeds: Sequence[int]) -> None:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     for seed in seeds:
         fit = subject.batches(subject.fit(seed=seed), 8)
-        with few_shot.few_shot_head(subject.model, subject.config.model.head, fit):
+        with few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), fit):
             for density in DENSITIES:
                 for form, settings in MASKS.items():
                     if (form, density, seed) in done or (density == 1 and form != next(iter(MASKS))):

@@ -21,7 +21,6 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import race, records
-from partial_lora.report.drawing import legend_below, panels, plain, save
 from partial_lora.report.records import NONE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -29,7 +28,7 @@ FROM_DENSE = "from_dense.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write forms.md, forms.csv and the figure into the results directory; return the exit code."""
+    """Write forms.md and forms.csv into the results directory; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--reference", default="low_rank")
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in skipped:
             print(line, file=sys.stderr)
         table = race.rows_of(runs, records.Predictions(options.results))
-        draw(table, options.results, options.stem)
         from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
@@ -65,18 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def verdicts(numbers: pd.DataFrame) -> str:
     """Return, for every task and size, the forms that are better and worse than the reference, and those in between.
 
-    A form stands among all (of its task and size) where `holds` says so, and alone where its own p is below 0.05.
+    After correction `holds` says so, before it a p below 0.05.
     """
     rows = []
     for (task, size), part in numbers.dropna(subset=["difference"]).groupby(["task", "size"]):
         better = (part["difference"] > 0) != part["metric"].isin(LOWER_IS_BETTER)
-        alone = part["p"] < 0.05
+        before = (part["p"] < 0.05) & ~part["holds"]
         cells = {
-            "better, among all": better & part["holds"],
-            "better, alone": better & alone & ~part["holds"],
-            "cannot be told apart": ~alone & ~part["holds"],
-            "worse, alone": ~better & alone & ~part["holds"],
-            "worse, among all": ~better & part["holds"],
+            "better, after correction": better & part["holds"],
+            "better, before it": better & before,
+            "not significant": ~before & ~part["holds"],
+            "worse, before it": ~better & before,
+            "worse, after correction": ~better & part["holds"],
         }
         listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
         rows.append({"task": task, "size": race.in_words(size), **listed})
@@ -118,35 +116,6 @@ def from_dense(table: pd.DataFrame) -> pd.DataFrame:
     at = chosen["form"].where(chosen["size"] == "own", chosen["form"] + " at " + chosen["size"])
     numbers = race.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
     return numbers[["task", "form", "paired", "difference", "difference_half"]]
-
-
-def draw(table: pd.DataFrame, out: Path, stem: str) -> None:
-    """Draw the score on validation against the learning rate, a panel for every task and size."""
-    places = list(table.groupby(["task", "size"], sort=True))
-    figure, drawn = panels(len(places), wide=4.2, high=3.2)
-    looks, handles = race.looks_of(sorted(table["form"].unique())), {}
-    for axes, ((task, size), part) in zip(drawn, places, strict=True):
-        metric = part["metric"].iloc[0]
-        times = 100 if metric in SHARES else 1
-        for form, own in part.groupby("form", sort=True):
-            scores = own.pivot_table("validation", "seed", "learning_rate")
-            common = scores.dropna()  # of seeds that all rates have
-            means, (color, marker) = (scores if common.empty else common).mean(), looks[form]
-            style = {"color": color, "marker": marker, "markersize": 4}
-            (handles[form],) = axes.plot(means.index, times * means, label=form, **style)
-        axes.set(
-            xscale="log", xlabel="learning rate", ylabel=f"validation {metric}{' (%)' if metric in SHARES else ''}"
-        )
-        axes.set_title(f"{task}, {race.in_words(size)}", fontsize=10, loc="left")
-        rates = sorted(part["learning_rate"].unique())
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 6 else 0)
-        axes.minorticks_off()
-        if metric in SHARES:
-            low = max(0, 100 * np.nanquantile(part["validation"], 0.15))
-            axes.set_ylim(low, min(axes.get_ylim()[1], 100.5))
-        plain(axes)
-    legend_below(figure, [handles[form] for form in looks])
-    save(figure, out / f"{stem}.svg")
 
 
 if __name__ == "__main__":

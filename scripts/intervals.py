@@ -234,7 +234,7 @@ def coverage_page(numbers: pd.DataFrame, fits: pd.DataFrame, command: str, repet
 def error(variances: Components, examples: int, seeds: int) -> tuple[float, float]:
     """Return the standard error of a mean difference, and Satterthwaite's degrees of freedom, as they are expected.
 
-    variances: of seeds, of examples and of what is left (`interval_coverage.components`).
+    variances: of seeds, of examples and of what is left (`components`).
     """
     of_seeds, of_examples, left = variances
     total = seeds * examples

@@ -1,6 +1,6 @@
 """Numbers of pages, out of the tables of results/: each stands before a comment that says which one it is.
 
-    python scripts/pages.py README.md results/claims.md      # or `make pages`: all of PAGES
+    python scripts/pages.py results/claims.md      # or `make pages`: all of PAGES
 
 A source is `<!-- TABLE: WHERE: METHOD -->`, of a row's score with its deviation, or with `FIRST − SECOND` of their
 difference with its interval, in points. TABLE is a csv of results/ without its suffix, or a study with one table. WHERE
@@ -23,7 +23,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "results/README.md", "results/claims.md", "docs/concepts/operating-points.md")
+PAGES = ("results/claims.md", "docs/concepts/operating-points.md")
 SIGNED = r"[+−]\d+\.\d+"
 NUMBER = rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|\d+\.\d+ ± \d+\.\d+"  # a difference, or a score
 SOURCED = re.compile(rf"(?P<number>{NUMBER})?(?P<after>\**)<!-- (?P<source>[\w/]+: [^>]*?) -->")

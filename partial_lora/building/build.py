@@ -112,17 +112,8 @@ def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> 
     members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
     settings = config.task.members.values() if several else [config.task]
     judges = [
-        objectives.judge_of(
-            member,
-            own,
-            peers,
-            batch_size=config.trainer.eval_batch_size,
-            cache_bytes=chosen.cache_bytes,
-            stop=chosen.stop,
-            max_new_tokens=chosen.max_new_tokens,
-            answer=chosen.answer,
-        )
-        for member, own, chosen in zip(members, transforms, settings, strict=True)
+        objectives.judge_of(member, prepared, chosen, peers, batch_size=config.trainer.eval_batch_size)
+        for member, prepared, chosen in zip(members, transforms, settings, strict=True)
     ]
     return objectives.judge_of_members(task, judges) if several else judges[0]
 
@@ -199,6 +190,11 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
 
+def new_head_of(model: ModelConfig) -> str | None:
+    """Return the module that is new for every task; None for a model that has a head before anything is fitted."""
+    return None if models.has_own_head(model.family) else model.head
+
+
 def importance(
     config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
 ) -> ModuleScores:
@@ -210,11 +206,10 @@ def importance(
         config.importance,
         modules=modules,
         draws=draws,
-        head=config.model.head,
+        head=new_head_of(config.model),
         seed=config.calibration_seed,
         rank=config.method.nominal_rank,
         alpha=config.method.alpha,
-        new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
     )
 
@@ -236,8 +231,7 @@ def calibrating(
         rank=config.method.nominal_rank,
         granularity=config.mask.counted,
         alpha=config.method.alpha,
-        head=config.model.head,
-        new_head=not models.has_own_head(config.model.family),
+        head=new_head_of(config.model),
         blocks=config.model.blocks,
         sizes=task.sizes,
         peers=peers,

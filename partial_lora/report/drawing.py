@@ -77,7 +77,7 @@ def look(method: str, point: str) -> Look:
 
 def panels(count: int, *, wide: float, high: float, across: int = 3, least: float = 5.5) -> tuple[Figure, list[Axes]]:
     """Return a figure of so many panels, and these in reading order."""
-    across = min(across, count) if count != 4 else 2
+    across = 2 if count == 4 and across > 1 else min(across, count)
     down = -(-count // across)
     figure = Figure(figsize=(max(least, wide * across), high * down + 0.9), layout="constrained")
     drawn = figure.subplots(down, across, squeeze=False)
@@ -109,6 +109,17 @@ def plain(axes: Axes) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
+
+
+def name_beside(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write the names of marks at the right of a panel whose limits are set, apart, each with a line to its mark."""
+    free = 1.0
+    for name, mark in sorted(marks, key=lambda each: -each[1][1]):
+        height = axes.transAxes.inverted().transform(axes.transData.transform(mark))[1]
+        free = min(free, height)
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 3}
+        axes.annotate(name, mark, (1.03, free), textcoords="axes fraction", va="center", fontsize=9, arrowprops=line)
+        free -= 0.08
 
 
 def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *, points: bool = False) -> None:

@@ -461,7 +461,7 @@ def mean_sparsity(sparsities: Sequence[Sparsity]) -> Sparsity:
 
 
 def sparsity(runs: Sequence[Run]) -> Drawing | None:
-    """Draw sparsity in percent, kind of module against depth: a line of two panels for every calibration."""
+    """Draw sparsity in percent, kind of module against depth: two panels for every calibration."""
     whole = maps(runs)
     shown = {
         f"{task}, {model}\n{measure}, {point}: ": of
@@ -480,22 +480,21 @@ def sparsity_by_depth(result: Mapping) -> Figure | None:
 
 
 def _sparsity_maps(sparsities: Mapping[str, Sparsity]) -> Figure:
-    """Draw sparsities by title: rows of B and columns of A side by side, a cell a module, white where there is none."""
+    """Draw sparsities by title: rows of B above columns of A, a cell a module, white where there is none."""
     grids = [grid(each) for each in sparsities.values()]
     deepest, most = max(len(depths) for _, depths, _ in grids), max(len(kinds) for kinds, _, _ in grids)
     wide = max(3.2, min(0.4 * deepest, 10) + 0.9)
-    figure, drawn = panels(2 * len(grids), wide=wide, high=0.27 * most + 1.0, across=2)
+    figure, drawn = panels(2 * len(grids), wide=wide, high=0.27 * most + 0.6, across=1)
     for index, (title, (kinds, depths, cells)) in enumerate(zip(sparsities, grids, strict=True)):
         form = ".0f" if len(depths) <= _MOST_NUMBERED else ""
         ticks = range(0, len(depths), max(1, len(depths) // _MOST_DEPTHS))
         for side, (axis, name) in enumerate(_AXES.items()):
             axes = drawn[2 * index + side]
             heat(axes, 100 * cells[axis], low=0, high=100, form=form, size=7.5)
-            axes.set_yticks(range(len(kinds)), kinds if side == 0 else [""] * len(kinds))
+            axes.set_yticks(range(len(kinds)), kinds)
             axes.set_xticks(ticks, [_depth_name(depths[tick]) for tick in ticks])
-            axes.set_title(("\n" if side and title else title) + name, fontsize=9, loc="left")
-    for axes in drawn[-2:]:
-        axes.set_xlabel("depth (block)", fontsize=9)
+            axes.set_title(("" if side else title) + name, fontsize=9, loc="left")
+    drawn[-1].set_xlabel("depth (block)", fontsize=9)
     figure.suptitle("Sparsity in percent: the darker, the less is kept", fontsize=10)
     return figure
 

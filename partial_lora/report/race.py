@@ -22,7 +22,7 @@ from partial_lora.masks import AS_PEFT
 from partial_lora.methods import called
 from partial_lora.methods.config import MaskConfig
 from partial_lora.report import page, summary, tables
-from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
+from partial_lora.report.drawing import BLUE, inline, name_beside, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.records import NONE, Predictions, Run, half_interval
@@ -203,7 +203,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
             "difference over": [_basis(row.paired, row.examples) for row in rows],
-            "among all": [_verdict(row.metric, row.difference) if row.holds else NONE for row in rows],
+            "after correction": [_verdict(row) for row in rows],
             "seeds": part["seeds"],
             "parameters": [f"{value:,.0f}" for value in part["parameters"]],
             "kept for the backward pass, MB": [summary.cell(value / 1e6, ".1f") for value in part["saved_bytes"]],
@@ -219,8 +219,12 @@ def _basis(seeds: int, examples: int) -> str:
     return ", ".join(parts) or NONE
 
 
-def _verdict(metric: str, difference: float) -> str:
-    return "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
+def _verdict(row) -> str:
+    """Return what is left of a difference after correction; a dash where nothing says how far chance goes."""
+    if math.isnan(row.p):
+        return NONE
+    better = (row.difference > 0) != (row.metric in LOWER_IS_BETTER)
+    return ("better" if better else "worse") if row.holds else "not significant"
 
 
 def in_words(size: str) -> str:
@@ -241,18 +245,16 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(numbers, reference)
-    narrow = {
-        title: part.drop(columns=["difference over", "among all", *part.columns[-2:]]) for title, part in parts.items()
-    }
+    wide = ["difference over", "after correction"]
+    narrow = {title: part.drop(columns=[*wide, *part.columns[-2:]]) for title, part in parts.items()}
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
 def _origin(reference: str) -> str:
     return (
         f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
-        "rows, from variance components, or over seeds alone where predictions were not kept, by Student's t, as those "
-        "of scores are. Each is by itself. The column 'among all' has the verdicts that are left among all rows of its "
-        "table (Holm's correction)."
+        "rows, from variance components, or over seeds, by Student's t, where predictions were not kept, as those of "
+        "scores are. 'After correction' says what is significant after correction for all comparisons of its table."
     )
 
 
@@ -269,49 +271,42 @@ def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[st
 # --- Who is better at no higher cost.
 
 
-def looks_of(forms: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return a colour and a marker for each form."""
-    return {
-        form: (COLOURS[at % len(COLOURS)], MARKERS[(at // len(COLOURS) + at) % len(MARKERS)])
-        for at, form in enumerate(forms)
-    }
-
-
 def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
-    """Draw test scores against a cost, a panel for every task; return the files, and SVG that names the points.
+    """Draw test scores against a cost, a panel below the other for every task; return the files, and SVG that names
+    what is under the pointer.
 
-    Forms have a colour and a marker, intervals are bars; what another row beats is faint.
+    A form that none beats at no higher cost is named; all else is grey. Bars are intervals.
     """
     label, unit = _COSTS[cost]
     known = numbers.dropna(subset=[cost])
-    tasks, forms = sorted(known["task"].unique()), sorted(known["form"].unique())
-    looks = looks_of(forms)
-    figure, drawn = panels(len(tasks), wide=4.6, high=3.6)
-    names, handles = {}, {}
+    tasks = sorted(known["task"].unique())
+    figure, drawn = panels(len(tasks), wide=6.25, high=2.8, across=1)
+    names = {}
     for axes, task in zip(drawn, tasks, strict=True):
         of_task = known[known["task"] == task]
         metric = of_task["metric"].iloc[0]
-        best = front(zip(of_task[cost], of_task["test"], strict=True), metric)
+        best, ahead = front(zip(of_task[cost], of_task["test"], strict=True), metric), []
         for index, row in of_task.iterrows():
-            color, marker = looks[row["form"]]
             half = 0 if math.isnan(row["half"]) else row["half"]
-            fade = 1.0 if (row[cost], row["test"]) in best else 0.3
-            point = (row[cost] / unit, row["test"])
-            axes.errorbar(*point, yerr=half, color=color, linewidth=1, alpha=fade * 0.6)
-            (mark,) = axes.plot(*point, marker, color=color, alpha=fade, markersize=6)
+            leads = (row[cost], row["test"]) in best
+            point, color = (row[cost] / unit, row["test"]), BLUE if leads else "0.75"
+            axes.errorbar(*point, yerr=half, color=color, linewidth=1, zorder=1 + leads)
+            (mark,) = axes.plot(*point, "o", color=color, markersize=6, zorder=2 + leads)
+            if leads:
+                ahead.append((row["form"], point))
             mark.set_gid(f"{stem}-{index}")
             names[mark.get_gid()] = (
                 f"{row['form']}, {row['size']}: {_score(metric, row['test'], row['half'])} "
                 f"({row['seeds']} seeds, learning rate {row['learning_rate']:g}), {row['parameters']:,.0f} parameters, "
                 f"{label} {row[cost] / unit:.3g}"
             )
-            handles.setdefault(row["form"], axes.plot([], [], marker, color=color, label=row["form"])[0])
-        axes.set(title=task, xlabel=label)
+        axes.set_title(task, loc="left", fontsize=10)
+        axes.set_xlabel(label)
         scored(axes, metric)
         if cost == "parameters":
             sized(axes, of_task[cost])
         plain(axes)
-    legend_below(figure, [handles[form] for form in forms])
+        name_beside(axes, ahead)
     return save_both(figure, out, stem), inline(figure, names, stem=stem)
 
 
@@ -326,7 +321,7 @@ def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str
     for cost, (label, _) in _COSTS.items():
         if numbers[cost].notna().any():
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
-            caption = "Faint marks: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
+            caption = "Grey: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
     shown = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(

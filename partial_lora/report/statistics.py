@@ -125,11 +125,21 @@ def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 def over_sets(each: Sequence[Estimate]) -> Estimate:
     """Return the mean difference over sets of which those at hand are a sample (random effects).
 
+    The interval is that of Hartung and Knapp (2001), Student's t with one degree of freedom less than there are sets,
+    never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets say next to nothing of others:
+    t is 12.7 then.
+    """
+    differences, weights = [one.difference for one in each], weights_of_sets(each)
+    # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
+    error = math.sqrt(1 / weights.sum()) if len(each) > 1 else math.nan
+    return Estimate(float(np.average(differences, weights=weights)), error, float(len(each) - 1))
+
+
+def weights_of_sets(each: Sequence[Estimate]) -> np.ndarray:
+    """Return what sets count in their mean, 1 / (error² + tau²).
+
     A set k is expected to have mean + u[k]: sets differ, by a variance tau². It is found by the condition that the
-    differences spread about their weighted mean as far as they should (Paule and Mandel 1982), with the weights
-    1 / (error² + tau²). The interval is that of Hartung and Knapp (2001), Student's t with one degree of freedom less
-    than there are sets, never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets say next to
-    nothing of others: t is 12.7 then.
+    differences spread about their weighted mean as far as they should (Paule and Mandel 1982).
     """
     from scipy.optimize import brentq
 
@@ -143,10 +153,7 @@ def over_sets(each: Sequence[Estimate]) -> Estimate:
     due = len(each) - 1
     # At tau² = var(differences) the spread is no more than due, but for rounding.
     tau2 = brentq(lambda tau2: spread(tau2) - due, 0, 2 * differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
-    weights = 1 / (errors**2 + tau2)
-    # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
-    error = math.sqrt(1 / weights.sum()) if due else math.nan
-    return Estimate(float(np.average(differences, weights=weights)), error, float(due))
+    return 1 / (errors**2 + tau2)
 
 
 def holm(significances: Sequence[float]) -> list[float]:

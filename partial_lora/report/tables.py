@@ -442,9 +442,9 @@ def notes_of_differences(compared: Differences) -> list[str]:
         f"Differences are from {REFERENCE} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
         f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-        "below zero, and not above that; undecided: else. among: what is left of a verdict among all of the report, by "
-        "Holm's correction. bootstrap: the interval of examples and seeds that are drawn again. Reliability is of the "
-        "calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
+        "below zero, and not above that; undecided: else. After correction: what is left of a verdict, corrected for "
+        "all of the report (Holm). bootstrap: the interval of examples and seeds that are drawn again. Reliability is "
+        "of the calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
         "(Spearman–Brown).": True,
         "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three.": (
             pairs < rows.loc[pairs.index, "n"]
@@ -481,7 +481,7 @@ def readable_differences(rows: pd.DataFrame) -> pd.DataFrame:
         "difference [95 %]": [_difference_of(row) for row in rows.itertuples()],
         "bootstrap": [ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
-        f"among {rows['among'].iloc[0]}": rows["together"].fillna(NONE),
+        f"after correction for {rows['among'].iloc[0]}": rows["together"].fillna(NONE),
         "adapter parameters": _cells(rows["adapter_parameters"], ",.0f"),
         "of dense": _cells(rows["share_of_dense"], ".1%"),
         "adapter file (KB)": _cells(rows["adapter_bytes"] / 1e3, ",.0f"),

@@ -273,7 +273,7 @@ def test_each_is_compared_with_the_reference_at_its_point(results):
 
     decidable = int((comparison.rows["pairs"] > 1).sum())
     part = tables.readable_differences(comparison.rows[comparison.rows["operating_point"] == "budget 0.13"])
-    assert f"among {decidable}" in part  # a part of a report is corrected for all of it
+    assert f"after correction for {decidable}" in part  # a part of a report is corrected for all of it
 
     text, numbers = (path.read_text(encoding="utf-8") for path in written(results))
     assert text.startswith("    partial-lora report x\n")

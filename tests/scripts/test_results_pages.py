@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from pathlib import Path
 
 import pages
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from checkout import needs_results
 from refusals import refusal
 
-from partial_lora.report import race, records
+from partial_lora.report import evidence
 from partial_lora.settings import schema
 
 ROOT = schema.conf_dir().parent
@@ -37,41 +36,29 @@ def test_a_source_without_a_number_gets_one_and_a_wrong_number_goes() -> None:
         pages.found("race: gtsrb, budget 0.13: no_method")
 
 
-def test_what_is_bold_in_the_readme_s_table_holds_among_all() -> None:
-    numbers = pd.read_csv(ROOT / "results" / "race" / "race.csv")
-    holds = {f"{100 * row.difference:+.2f}".replace("-", "−") for row in numbers.itertuples() if row.holds}
-    table = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")]
-    cells = re.findall(rf"(\*\*)?({pages.SIGNED}) \[", "\n".join(table))
-    assert len(cells) == 18
-    assert {number for bold, number in cells if bold} == {number for _, number in cells} & holds
+def test_pages_are_those_that_their_templates_make() -> None:
+    made = evidence.pages(ROOT)
+    assert {path.name for path in made} >= {"README.md", "dense-lora.md", "equal-size.md"}
+    assert [path for path, text in made.items() if path.read_text("utf-8") != text] == [], "make pages"
 
 
-@cache
-def on_gtsrb() -> pd.Series:
-    """Test scores on gtsrb in the race, in points, by form, size and seed, each form at its best rate."""
-    runs, _ = records.read(ROOT / "results" / "race")
-    chosen = race.at_best_rates(race.rows_of(runs))
-    return 100 * chosen[chosen["task"] == "gtsrb"].set_index(["form", "size", "seed"])["test"].sort_index()
+@pytest.mark.parametrize("task", ["gtsrb", "trec", "digits"])
+def test_rows_and_columns_are_best_at_dense_lora_s_rate(task: str) -> None:
+    """The table of what to take says so to those who are short of time to tune."""
+    rates = evidence.raced(ROOT / "results").set_index(["task", "form", "size"])["learning_rate"]
+    assert rates[task, "partial", "0.13"] == rates[task, "lora", "own"]
 
 
-def test_the_readme_has_the_distance_on_gtsrb_over_the_seeds_that_both_have() -> None:
-    distance = (on_gtsrb()["lora", "own"] - on_gtsrb()["partial", "0.13"]).mean()
-    shown = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"{distance:.0f} and 13 points below it on gtsrb (200 and 600 steps)" in shown
-    (row,) = (
-        each for each in pages.rows("race/from_dense") if each[0] == "partial at 0.13 − lora" and "gtsrb" in each[1]
-    )
-    assert row[-1][0] == pytest.approx(-distance, abs=1e-3)
-
-
-def test_what_entries_of_2_percent_cost_on_gtsrb_and_what_cannot_be_told_from_them() -> None:
-    scores, shown = on_gtsrb(), " ".join((ROOT / "README.md").read_text("utf-8").split())
-    entries = scores["entries", "0.02"]
-    behind = [round((scores[other] - entries).mean()) for other in (("lora", "own"), ("low_rank", "0.13"))]
-    assert "they are {} points below dense LoRA, and {} below plain LoRA of 13 %".format(*behind) in shown
-    for form in ("oft", "unilora"):
-        difference = scores[form, "0.02"] - entries
-        assert abs(difference.mean()) < records.half_interval(difference.std(), len(difference))
+def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Path) -> None:
+    for study in ("race", "forms", "decided"):
+        (tmp_path / study).symlink_to(ROOT / "results" / study)
+    evidence.figures(tmp_path)
+    drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
+    assert drawn.keys() == {f"{name}{theme}.svg" for name in ("memory", "size", "claims") for theme in ("", "-dark")}
+    for name, _, _, _ in evidence.LOOKS.values():
+        assert name in drawn["memory.svg"]
+    verdicts = [drawn["claims.svg"].count(f">{word}<") for word in ("holds", "refuted", "open")]
+    assert verdicts == [3, 3, 18]
 
 
 @pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])

@@ -63,6 +63,12 @@ def combinations(words: list[str]) -> list[tuple[str, ...]]:
 settings = cache(lambda combination: compose.composed(*combination))
 
 
+def test_scripts_that_studies_end_with_are_there() -> None:
+    called = [words for name in STUDIES for words in commands(name, ROOT / "none") if words[0] == "python"]
+    assert called
+    assert [words for words in called if not (ROOT / words[1]).is_file()] == []
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_last_runs_of_a_study_compose_in_either_preset(name: str, data: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -1,0 +1,350 @@
+"""The evidence in a minute: three figures, each for a light and a dark page, and the pages of results/.
+
+    python -m partial_lora.report.evidence figures
+    python -m partial_lora.report.evidence pages
+
+Both are made of the tables of results/. In a figure every mark is named beside it, and colour never tells two things
+apart without a shape. A page is a template of results/templates, whose numbers are filled in here; of README.md the
+table between two marks is made.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from partial_lora.files import write_atomic
+from partial_lora.report.statistics import Estimate, weights_of_sets
+
+LOOKS = {  # a method in ordinary words, its colour, its marker, and how far its label is from the mark
+    "partial": ("rows and columns", "blue", "o", (-40, 38)),
+    "partial mask=frozen": ("rows of B, A frozen", "blue", "p", (-20, 56)),
+    "lora on attn.qkv": ("LoRA on q, k, v", "red", "^", (8, -15)),
+    "lora on query, value": ("LoRA on q, v", "red", "^", (8, -15)),
+    "low_rank": ("plain LoRA", "red", "s", (26, -12)),
+    "entries": ("single entries", "green", "D", (26, 3)),
+    "random_weights": ("entries of W", "purple", "P", (8, -4)),
+    "oft": ("OFT", "orange", "v", (8, 6)),
+    "hira": ("HiRA", "orange", "<", (-36, 22)),
+}
+LIGHT = {"ink": "#1d2329", "faint": "#d0d7de", "muted": "#59636e", "page": "#ffffff"}
+LIGHT |= {"blue": "#0072b2", "red": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
+DARK = {"ink": "#e6edf3", "faint": "#3d444d", "muted": "#9198a1", "page": "#0d1117"}
+DARK |= {"blue": "#58a6ff", "red": "#ff8a4c", "green": "#3fd0a0", "purple": "#d2a8ff", "orange": "#e3b341"}
+OURS = ("partial", "low_rank", "entries", "random_weights", "lora")
+SETS = {"gtsrb": "gtsrb, traffic signs", "trec": "trec, questions", "digits": "digits", "signdigits": "signdigits"}
+CLAIMS = {  # a claim of the paper, and the method that rows and columns are set against
+    "lora": ("As good as dense LoRA", "partial is as good as lora, to within two points"),
+    "targeted": ("As good as the most important rows", "partial is as good as targeted, to within two points"),
+    "uniform": ("Calibrated shares beat equal shares", "partial is better than uniform"),
+    "low_rank": ("As good as plain LoRA of its size", "partial is as good as low_rank, to within two points"),
+    "random_weights": ("As good as entries of W", "partial is as good as random_weights, to within two points"),
+}
+VERDICTS = {  # in ordinary words, with a colour and a marker
+    "holds": ("holds", "blue", "o"),
+    "does not hold": ("refuted", "red", "s"),
+    "undecided (worse": ("open, worse", "muted", "d"),
+    "undecided": ("open", "muted", "d"),
+}
+WORDS = {  # a verdict as pages have it
+    "holds": "holds",
+    "does not hold": "refuted",
+    "undecided": "not significant",
+    "undecided (worse, perhaps by less than two points)": "worse, perhaps by less than two points",
+}
+DECISION = re.compile(r"(?<=<!-- decision -->\n).*?(?=<!-- end of decision -->)", re.DOTALL)
+WIDTH = 6.25  # inches of 96 pixels: 600
+
+
+def figures(results: Path) -> None:
+    """Draw the figures into results/figures."""
+    for theme, colours in {"": LIGHT, "-dark": DARK}.items():
+        for name, draw in {"memory": memory, "size": size, "claims": claims}.items():
+            with rc_context(_style(colours)):
+                figure = draw(results, colours)
+                path = results / "figures" / f"{name}{theme}.svg"
+                path.parent.mkdir(exist_ok=True)
+                figure.savefig(path, metadata={"Date": None}, facecolor=colours["page"])
+
+
+def _style(colours: dict[str, str]) -> dict:
+    ink = {f"{part}.color": colours["ink"] for part in ("text", "xtick", "ytick")}
+    edges = {"axes.edgecolor": colours["muted"], "axes.facecolor": colours["page"], "axes.labelcolor": colours["ink"]}
+    return ink | edges | {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "partial-lora"}
+
+
+def raced(results: Path) -> pd.DataFrame:
+    """Return a row for each task, size and form of the race and of the forms, with its distance from dense LoRA."""
+    tables = [pd.read_csv(results / study / f"{study}.csv") for study in ("race", "forms")]
+    distances = [pd.read_csv(results / study / "from_dense.csv") for study in ("race", "forms")]
+    cells = pd.concat(tables).drop_duplicates(["task", "size", "form"])
+    at = cells["form"].where(cells["size"] == "own", cells["form"] + " at " + cells["size"])
+    dense = pd.concat(distances).drop_duplicates(["task", "form"]).set_index(["task", "form"])
+    found = dense.reindex(pd.MultiIndex.from_arrays([cells["task"], at]))
+    whole = cells["task"].map(cells[cells["form"] == "lora"].set_index("task")["parameters"])
+    return cells.assign(
+        share=cells["parameters"] / whole,
+        lead=100 * found["difference"].to_numpy(),
+        lead_half=100 * found["difference_half"].to_numpy(),
+        lead_seeds=found["paired"].to_numpy(),
+    )
+
+
+def floor_of(cells: pd.DataFrame) -> float:
+    """Return the bytes that a model keeps whatever its adapter: what rows and columns of no parameters would keep."""
+    kept = cells[cells["form"] == "partial"].set_index("size")["saved_bytes"]
+    return kept["0.01"] - 0.01 * (kept["0.13"] - kept["0.01"]) / 0.12
+
+
+def memory(results: Path, colours: dict[str, str]) -> Figure:
+    """Draw the distance from dense LoRA against the bytes kept above the floor, methods of 13 % of its parameters."""
+    cells = raced(results)
+    figure = Figure(figsize=(WIDTH, 6.6), layout="constrained")
+    drawn = figure.subplots(2, 1, sharex=True, height_ratios=(5, 4))
+    for axes, task in zip(drawn, ("gtsrb", "trec"), strict=True):
+        of_task = cells[cells["task"] == task]
+        floor = floor_of(of_task)
+        of_task = of_task.assign(above=(of_task["saved_bytes"] - floor) / 1e6)
+        dense = of_task.loc[of_task["form"] == "lora", "above"].iloc[0]
+        others = ~of_task["form"].str.contains(" ") | (of_task["form"] == "partial mask=frozen")
+        of_size = others & (of_task["size"] == "0.13") | of_task["form"].str.startswith("lora on")
+        for row in of_task[of_size].itertuples():
+            name, color, marker, place = LOOKS.get(row.form, ("", "muted", ".", (0, 0)))
+            if name:
+                axes.errorbar(row.above, row.lead, row.lead_half, color=colours[color], linewidth=1, capsize=2)
+                label(axes, name, (row.above, row.lead), place, colours[color])
+            mark(axes, (row.above, row.lead), marker, colours[color], row.lead_seeds, colours)
+        axes.axhline(0, color=colours["muted"], linewidth=1)
+        low, high = axes.get_ylim()
+        for x, y, words, place in (
+            (0, low, f"the model itself: {floor / 1e6:.0f} MB", (4, 4)),
+            (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
+        ):
+            axes.axvline(x, color=colours["muted"], linewidth=1.5, linestyle="--")
+            label(axes, words, (x, y), place, colours["muted"])
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
+        titled(axes, SETS[task], colours)
+    drawn[-1].set_xlabel("MB kept for the backward pass, above what the model itself keeps")
+    figure.supxlabel("filled: 8 seeds, hollow: 3 seeds; bars: 95 %; dots: other methods of PEFT", fontsize=9)
+    return figure
+
+
+def mark(axes: Axes, at: tuple[float, float], marker: str, ink: str, seeds: int, colours: dict[str, str]) -> None:
+    """Draw a method at one size: filled for eight seeds, hollow for three."""
+    face = ink if seeds > 3 else colours["page"]
+    axes.plot(*at, marker, color=ink, markerfacecolor=face, markersize=7, zorder=3)
+
+
+def label(axes: Axes, words: str, at: tuple[float, float], place: tuple[float, float], ink: str) -> None:
+    """Write words beside a mark, with a line to it from afar."""
+    line = {"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkB": 4} if abs(place[1]) > 30 else None
+    axes.annotate(words, at, place, textcoords="offset points", color=ink, fontsize=10, zorder=4, arrowprops=line)
+
+
+def titled(axes: Axes, title: str, colours: dict[str, str]) -> None:
+    """Name a panel, and keep of its frame only two edges."""
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=colours["faint"], linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def size(results: Path, colours: dict[str, str]) -> Figure:
+    """Draw the test score against the share of dense LoRA's parameters, a panel for each set."""
+    cells = raced(results)
+    figure = Figure(figsize=(WIDTH, 7), layout="constrained")
+    drawn = figure.subplot_mosaic([["gtsrb"] * 3, ["trec", "digits", "signdigits"]], height_ratios=(5, 3))
+    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
+    for task, axes in drawn.items():
+        of_task = cells[cells["task"] == task]
+        dense = of_task[of_task["form"] == "lora"].iloc[0]
+        axes.axhspan(*(100 * (dense["test"] + sign * dense["half"]) for sign in (-1, 1)), color=colours["faint"])
+        lines = {form: of_task[of_task["form"] == form] for form in ("low_rank", "entries", "partial")}
+        lines["oft"] = best_of_others(of_task, results)
+        for form, line in lines.items():
+            name, color, marker, _ = LOOKS[form]
+            line, ink = line.sort_values("share"), colours[color]
+            scores = 100 * line["test"]
+            axes.errorbar(line["share"], scores, 100 * line["half"], color=ink, linewidth=1.5, elinewidth=0.6)
+            at = list(zip(line["share"], scores, strict=True))
+            for place, seeds in zip(at, line["seeds"], strict=True):
+                mark(axes, place, marker, ink, seeds, colours)
+            if task == "gtsrb":
+                place, away = beside[form]
+                theirs = f"PEFT's best on validation: {', '.join(LOOKS[each][0] for each in line['form'].unique())}"
+                label(axes, theirs if form == "oft" else name, at[place], away, ink)
+        if task == "gtsrb":
+            label(axes, "dense LoRA, 95 %", (0.0085, 100 * dense["test"]), (0, -3), colours["ink"])
+        shares = (0.01, 0.02, 0.05, 0.13, 0.6) if task == "gtsrb" else (0.01, 0.13, 0.6)
+        axes.set(xscale="log", xlim=(0.008, 1))
+        axes.minorticks_off()
+        axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+        titled(axes, SETS[task], colours)
+    figure.supylabel("test accuracy, %", fontsize=11)
+    figure.supxlabel("share of dense LoRA's parameters; filled: 8 seeds, hollow: 3 seeds; bars: 95 %", fontsize=9)
+    return figure
+
+
+def best_of_others(cells: pd.DataFrame, results: Path) -> pd.DataFrame:
+    """Return of PEFT's methods the one that is best on validation at each size, at its best rate."""
+    columns = ["task", "form", "size", "learning_rate"]
+    runs = pd.read_parquet(results / "race" / "runs.parquet", columns=[*columns, "validation"])
+    theirs = cells[~cells["form"].str.partition(" ")[0].isin(OURS) & (cells["size"] != "own")]
+    theirs = theirs.merge(runs.groupby(columns)["validation"].mean().reset_index(), on=columns)
+    return theirs.loc[theirs.groupby("size")["validation"].idxmax()] if len(theirs) else theirs
+
+
+def claims(results: Path, colours: dict[str, str]) -> Figure:
+    """Draw the claims by set, each with the mean of all such sets and what a set counts in it."""
+    folder = results / "decided" / "tables"
+    numbers = pd.read_csv(folder / "decided.csv")
+    numbers = numbers[(numbers["first"] == "partial") & (numbers["operating_point"] == "budget 0.13")]
+    verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])["verdict"]
+    figure = Figure(figsize=(WIDTH, 7.2))
+    axes, y = figure.add_axes((0.29, 0.075, 0.53, 0.92)), 0.0
+    axes.axvspan(-2, 2, color=colours["faint"])
+    axes.text(0, -0.7, "±2 points", ha="center", fontsize=9)
+    left = {"x": -0.53, "va": "center", "transform": axes.get_yaxis_transform()}
+    for second, (title, claim) in CLAIMS.items():
+        own = numbers[numbers["second"] == second].set_index("task")
+        sets = own.drop("all sets")
+        weights = weights_of_sets([Estimate(row.difference, row.error, row.freedom) for row in sets.itertuples()])
+        shares = dict(zip(sets.index, weights / weights.sum(), strict=True))
+        y -= 1.5
+        axes.text(y=y, s=title, fontweight="bold", **left)
+        for task, row in own.iterrows():
+            y -= 1
+            mean = task == "all sets"
+            axes.text(y=y, s="mean of all such sets" if mean else f"{task}, weighs {shares[task]:.0%}", **left)
+            verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(",")[0]
+            word, color, marker = VERDICTS[verdict]
+            ink = colours[color]
+            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=ink, linewidth=2.5 if mean else 1.5)
+            axes.plot(100 * row["difference"], y, marker, color=ink, markersize=8 if mean else 6)
+            axes.text(6.9, y, word, color=ink, va="center")
+    axes.set(xlim=(-17.5, 6.5), ylim=(y - 1, 0), yticks=[])
+    axes.set_xlabel("rows and columns less the other, points of test accuracy; bars: 95 %", fontsize=9)
+    titled(axes, "", colours)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return the pages that are made of templates, and README.md with the table in it, by path."""
+    results = root / "results"
+    loader = FileSystemLoader(results / "templates")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    numbers = Numbers(results)
+    environment.globals |= {
+        "claim": numbers.claim,
+        "less": numbers.less,
+        "score": numbers.score,
+        "cell": numbers.cell,
+        "flow": numbers.flow,
+    }
+    names = [name for name in environment.list_templates() if not name.startswith("_")]
+    made = {results / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
+    readme = root / "README.md"
+    decision = environment.get_template("_decision.md").render()
+    return made | {readme: DECISION.sub(lambda _: decision, readme.read_text("utf-8"))}
+
+
+class Numbers:
+    """The numbers of pages, in points, as text."""
+
+    def __init__(self, results: Path) -> None:
+        self.results, folder = results, results / "decided" / "tables"
+        self.decided = pd.read_csv(folder / "decided.csv")
+        self.verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])
+        self.raced = raced(results).set_index(["task", "form", "size"]).sort_index()
+
+    def score(self, task: str, method: str, point: str = "budget 0.13") -> str:
+        """Return the test accuracy of a method of the decided claims; of dense LoRA it has no operating point."""
+        rows = self.decided[(self.decided["part"] == "score") & (self.decided["task"] == task)]
+        (row,) = rows[(rows["method"] == method) & rows["operating_point"].isin([point, "–"])].itertuples()
+        return f"{100 * row.mean:.1f}"
+
+    def _difference(self, task: str, first: str, second: str, point: str) -> pd.Series:
+        rows = self.decided[(self.decided["first"] == first) & (self.decided["second"] == second)]
+        rows = rows[(rows["task"] == task) & (rows["operating_point"] == point)]
+        if len(rows) != 1:
+            raise KeyError((task, first, second, point))
+        return rows.iloc[0]
+
+    def less(self, task: str, first: str, second: str, point: str = "budget 0.13") -> str:
+        """Return a method less another, with its 95 % interval."""
+        row = self._difference(task, first, second, point)
+        return f"{points(row['difference'])} [{points(row['low'])}, {points(row['high'])}]"
+
+    def claim(self, second: str, point: str = "budget 0.13") -> list[dict[str, str]]:
+        """Return what is found of a claim about rows and columns and another method, by set, and then their mean."""
+        name, found = CLAIMS[second][1], []
+        for task in ("digits", "trec", "sst2", "gtsrb", "all sets"):
+            where = f"{'all' if task == 'all sets' else task}, {point}"
+            if (name, where) not in self.verdicts.index:
+                continue
+            alone, verdict = self.verdicts.loc[(name, where), ["alone", "verdict"]]
+            after, _, among = verdict.partition(", among ")
+            found.append(
+                {"task": task, "less": self.less(task, "partial", second, point), "count": among}
+                | {"before": WORDS[alone], "after": WORDS[after]}
+                | {"seeds": f"{self._difference(task, 'partial', second, point)['seeds']:.0f}"}
+            )
+        return found
+
+    def cell(self, task: str, form: str, size: str = "0.13") -> dict[str, str]:
+        """Return what the race has of a form at a size: scores, distances, seeds, bytes."""
+        row = self.raced.loc[(task, form, size)]
+        test, half, less, less_half = (100 * row[name] for name in ("test", "half", "difference", "difference_half"))
+        better = "better" if less > 0 else "worse"
+        lead = {"lead": f"{row['lead']:+.1f}", "lead_seeds": f"{row['lead_seeds']:.0f}"}
+        apart = {
+            "less": f"{less:+.2f} [{less - less_half:+.2f}, {less + less_half:+.2f}]",
+            "after": f"**{better}**" if row["holds"] else "not significant",
+        }
+        return {
+            **{name: text.replace("-", "−") for name, text in lead.items()},
+            **(
+                {name: text.replace("-", "−") for name, text in apart.items()}
+                if row["paired"]
+                else dict.fromkeys(apart, "–")
+            ),
+            "test": f"{test:.1f} ± {half:.1f}",
+            "seeds": f"{row['seeds']:.0f}",
+            "kept": f"{row['saved_bytes'] / 1e6:.0f}",
+            "file": f"{row['file_size'] / 1e6:.2g}",
+        }
+
+    def flow(self) -> str:
+        """Return rows and columns less those with repaired paths, with its 95 % interval."""
+        table = pd.read_csv(self.results / "cpu" / "tables" / "table4.csv", comment="#")
+        (row,) = table[(table["first"] == "partial") & (table["second"] == "flow")].itertuples()
+        return f"{points(row.difference)} [{points(row.low)}, {points(row.high)}]"
+
+
+def points(share: float) -> str:
+    """Return a difference of shares in points, with its sign."""
+    return f"{100 * share:+.2f}".replace("-", "−")
+
+
+def main(root: Path, what: str) -> None:
+    """Make the figures or the pages of a checkout."""
+    if what == "figures":
+        figures(root / "results")
+    else:
+        for path, text in pages(root).items():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, text)
+
+
+if __name__ == "__main__":
+    main(Path(), sys.argv[1])
