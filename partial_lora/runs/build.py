@@ -101,7 +101,8 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
         return tasks.TextTransform(tokenizer, model.max_length)
     chat = chosen.chat_template
     if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
-        chat = chosen.path == "files" and tokenizer.chat_template is not None
+        is_benchmark = chosen.format is not None and chosen.path != "files"
+        chat = not is_benchmark and tokenizer.chat_template is not None
     too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
     return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
 

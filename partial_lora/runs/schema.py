@@ -258,8 +258,8 @@ class TaskConfig:
     option_columns: list[str] = field(default_factory=list)
     answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
     response_column: Optional[str] = None  # generation: the text to write
-    # generation: conversations, lists of {role, content}, in place of prompts and responses; null: `messages`, if
-    # neither is given
+    # generation: conversations, lists of {role, content} or {from, value}, in place of prompts and responses; where all
+    # three are null, columns of the names that messages, ShareGPT, Alpaca and prompt/completion use are found
     messages_column: Optional[str] = None
     # true: put texts into the tokenizer's chat template; null: do so with your own data, if there is a template
     chat_template: Optional[bool] = None

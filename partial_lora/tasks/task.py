@@ -128,6 +128,8 @@ def load(
             class too small to split.
     """
     cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
+    if kind == "generation":
+        cells += [column for layout in questions.LAYOUTS for column in (*layout.prompt, layout.response)]
     source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
     own_table = bool(data_files) and kind == "label" and label_column is None
     if own_table and (label_column := sources.guess_label_column(source["train"], [*text_columns, image_column])):
