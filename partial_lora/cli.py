@@ -26,21 +26,21 @@ from typing import TYPE_CHECKING
 from partial_lora import files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
+from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
-from partial_lora.runs import directory, imports, launch, packs
-from partial_lora.runs.arguments import is_file, is_record, settings_of
-from partial_lora.runs.compose import USAGE_ERROR, compose
-from partial_lora.runs.config import plain
-from partial_lora.runs.rates import trainer_of
-from partial_lora.runs.schema import Config
+from partial_lora.settings.arguments import is_file, is_record, settings_of
+from partial_lora.settings.compose import USAGE_ERROR, compose
+from partial_lora.settings.rates import trainer_of
+from partial_lora.settings.schema import Config
+from partial_lora.settings.stored import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from partial_lora.building.info import Outline
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
-    from partial_lora.runs.info import Outline
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 
@@ -80,7 +80,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 def _complete(arguments: list[str]) -> int:
     """Print the shell's completion script, or the words that may come next; return the exit code."""
-    from partial_lora.runs.completion import complete
+    from partial_lora.completion import complete
 
     print(complete(arguments[-1], list(COMMANDS)))
     return 0
@@ -110,7 +110,7 @@ def _stage(stage: str, arguments: list[str]) -> int:
     """Run `train` or `calibrate`, once or as a sweep; return the exit code."""
 
     def launched(plan, hydra) -> int:
-        from partial_lora.runs import sweep
+        from partial_lora.launching import sweep
 
         return sweep.sweep(plan, stage, run, hydra)
 
@@ -207,7 +207,7 @@ def info(arguments: list[str]) -> int:
     named = any(re.match(r"\+*task\b", str(key)) for key in keys)
 
     def outlined(config: Config) -> int:
-        from partial_lora.runs.info import outline, without_task
+        from partial_lora.building.info import outline, without_task
 
         config = config if named else without_task(config)
         with _libraries():  # some methods are counted with them
@@ -234,7 +234,7 @@ def _rates(config: Config, run: Outline) -> dict[str, float]:
 def _print_outline(config: Config, run: Outline) -> None:
     from rich.console import Console
 
-    from partial_lora.training import size
+    from partial_lora.building import size
 
     Console().print(size.table(run.counts, run.memory))
     heads = {0: "there is no head", 1: "the head is for one number"}
@@ -260,7 +260,7 @@ def env(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
-    from partial_lora.runs.info import surroundings
+    from partial_lora.launching.surroundings import surroundings
 
     with _libraries():
         found = surroundings()
@@ -292,7 +292,7 @@ def compare(arguments: Sequence[str]) -> int:
     )
     own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
     with _libraries():
-        from partial_lora.runs import compare as search
+        from partial_lora.launching import compare as search
     entries = search.entries(own["methods"], own["budgets"], overrides)
     for entry in entries:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
@@ -468,7 +468,7 @@ def _libraries() -> Iterator[None]:
 
     OpenMP's variables are of this process alone: runs that it starts find their own.
     """
-    added = launch.openmp()
+    added = cluster.openmp()
     os.environ.update(added)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -18,18 +18,21 @@ from transformers import set_seed
 
 from partial_lora import files, methods, models, progress
 from partial_lora.adapter import module_sparsity
-from partial_lora.calibration.budget import dense_parameters
-from partial_lora.calibration.config import RANKED
+from partial_lora.budget import dense_parameters
+from partial_lora.building import build
 from partial_lora.calibration.few_shot import halves_few_shot
-from partial_lora.calibration.peers import of_first
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
+from partial_lora.launching import directory as results
+from partial_lora.launching.directory import finite, timed
+from partial_lora.methods import tuners
 from partial_lora.models.targets import target_linears
-from partial_lora.runs import build, rates
-from partial_lora.runs import directory as results
-from partial_lora.runs.config import fixed_point, fixed_sparsity, is_calibrated, plain, tuner_size
-from partial_lora.runs.directory import finite, timed
-from partial_lora.runs.schema import Config
+from partial_lora.peers import of_first
+from partial_lora.report import card
+from partial_lora.settings import rates
+from partial_lora.settings.schema import Config
+from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
+from partial_lora.settings.stored import plain
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
@@ -44,7 +47,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     """Calibrate, mask, train, evaluate and record one run.
 
     Args:
-        config: the settings (`config.resolve`).
+        config: the settings (`resolving.resolve`).
         directory: the run's directory, held by the parent.
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
@@ -68,7 +71,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     calibrated = is_calibrated(config) or stage == "calibrate"
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
-    reads_weights = config.method.name in RANKED or (calibrated and not config.calibration.file)
+    reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
         targets = list(target_linears(model, **config.model.trained_modules))
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
@@ -114,7 +117,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
 
-    start = methods.taken_out(adapted)
+    start = tuners.taken_out(adapted)
 
     # How long, and at what learning rates, where the settings leave it to the run.
     width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
@@ -207,17 +210,15 @@ def _save_adapter(
 ) -> None:
     """Save the adapter; its folder is there whole or not at all. All processes call this, and one writes.
 
-    run: finished but for the adapter. start: the new adapter, if it was taken out of W (`methods.taken_out`).
+    run: finished but for the adapter. start: the new adapter, if it was taken out of W (`tuners.taken_out`).
     """
     temporary = run.adapter.with_name(f".{run.adapter.name}.tmp")
     state = fsdp.adapter_state(adapted)
     if is_main:  # a second process would make the temporary folder again, perhaps after the first has renamed it
         adapted.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         if start:
-            methods.put_back(temporary, start)
+            tuners.put_back(temporary, start)
         build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
-        from partial_lora.report import card  # imported here, since a run needs it only at its end
-
         card.write(run, temporary)
         files.replace_folder(temporary, run.adapter)
 

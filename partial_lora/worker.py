@@ -1,4 +1,4 @@
-"""A worker: one process of one run, started by `runs.launch` with the settings of the run.
+"""A worker: one process of one run, started by `launching.launch` with the settings of the run.
 
 `python -m partial_lora.worker DIRECTORY --stage train|calibrate`
 """
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.launching import directory, failures, imports, launch
 from partial_lora.progress import STOPPING, leave
-from partial_lora.runs import config, directory, failures, imports, launch
+from partial_lora.settings import stored
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -66,7 +67,7 @@ def work(place: Path, stage: str) -> int:
     try:
         if is_main:
             files.write_json(place / directory.RESULT, record)
-        chosen = config.load(settings)
+        chosen = stored.load(settings)
         imports.hide_quantiser(chosen.model)
         with imports.importing():  # torch and its kin; the record says, too, where an import fails
             from transformers.utils import logging as transformers_logging

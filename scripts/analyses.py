@@ -30,7 +30,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from partial_lora.runs.launch import openmp
+from partial_lora.launching.cluster import openmp
 
 os.environ.update(openmp())  # as for the workers of a run, and before torch is imported
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -44,18 +44,20 @@ import transformers
 from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
-from partial_lora import cli, files, models, tasks
-from partial_lora.calibration import budget, few_shot, peers, reliability
+from partial_lora import budget, cli, files, models, peers, tasks
+from partial_lora.building import build
+from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import SEARCHES, literal_passes, sparsity_levels
 from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save
-from partial_lora.runs import build, compose, config, directory, identity
-from partial_lora.runs.schema import Config
+from partial_lora.settings import compose, identity, schema, stored
+from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
 
@@ -68,7 +70,7 @@ class Subject:
     """
 
     def __init__(self, settings: Mapping) -> None:
-        self.config = config.load(settings)
+        self.config = stored.load(settings)
         self.device = join(self.config.trainer.device).device
         self.task = build.task_of(self.config)
         self.transform = build.transform_of(self.config.model, self.config.task)
@@ -630,7 +632,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
     own = [word.replace("analysis.", "--", 1) if word.startswith(keys) else word for word in arguments]
     known, rest = parser.parse_known_args(own)
     options = {key: getattr(known, key) for key in DEFAULTS}
-    importance = sorted(file.stem for file in (config.conf_dir() / "importance").glob("*.yaml"))
+    importance = sorted(file.stem for file in (schema.conf_dir() / "importance").glob("*.yaml"))
     for key, fewest, in_range, expected in (
         ("measures", 2, lambda measure: measure in importance, f"measures out of {', '.join(importance)}"),
         ("sparsities", 0 if known.calibrated else 1, lambda share: 0 <= share < 1, "shares in [0, 1)"),
@@ -673,7 +675,7 @@ def folder_of(settings: Mapping, what: str) -> Path:
 
 def _asked(settings: Mapping, contents: Mapping | None) -> list:
     """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
-    current = config.plain(config.load({name: settings[name] for name in _DECIDES}))
+    current = stored.plain(stored.load({name: settings[name] for name in _DECIDES}))
     options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
     return [identity.computed(current, contents or {}, unused=True), options]
 
@@ -759,7 +761,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = shlex.join(["python", "scripts/analyses.py", *arguments])
 
         def work(composed: Config) -> int:
-            return analyse(what, config.plain(composed) | {"analysis": options}, words)
+            return analyse(what, stored.plain(composed) | {"analysis": options}, words)
 
         return compose.compose(f"analyses {what}", rest, work)
 

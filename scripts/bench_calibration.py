@@ -24,9 +24,9 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import literal_passes, sparsity_levels
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain
-from partial_lora.runs.schema import Config
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
+from partial_lora.settings.stored import plain
 
 QUICK = ["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"]
 

@@ -20,7 +20,7 @@ from scipy.stats import bootstrap
 from tabulate import tabulate
 
 from partial_lora.files import write_atomic, write_json
-from partial_lora.runs import directory
+from partial_lora.launching import directory
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench"

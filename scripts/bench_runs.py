@@ -156,11 +156,11 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
     from data_sets import folder
 
-    from partial_lora.runs.compare import AT_BUDGET
+    from partial_lora import methods
 
     method = "lora" if loop in ("bare", "trainer") else loop
-    sized = AT_BUDGET.get(method, ())
-    length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", f"method={method}", "calibration=fixed")
+    sized = methods.called(method).at_budget if method in ("dora", "vera") else (f"method={method}",)
+    length = (f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "calibration=fixed")
     rows = (f"task.train_samples={16 * 25}", "task.test_samples=64", "trainer.learning_rate=1e-3")
     data = [] if "task=digits" in job else [f"data_dir={folder()}"]
     return [*FEW, *length, *sized, *rows, *job, *data]
@@ -170,7 +170,7 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
     """Train for some steps in this process and return what `step_seconds` does."""
     if job[0] in WAYS:
         return _on_a_long_text(loop, steps, *job)
-    from partial_lora.runs.compose import composed
+    from partial_lora.settings.compose import composed
 
     config = composed(*settings_of(job, loop, steps))
     with tempfile.TemporaryDirectory() as place:
@@ -179,8 +179,8 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
 
 
 def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
-    from partial_lora.runs import directory
-    from partial_lora.runs.config import plain
+    from partial_lora.launching import directory
+    from partial_lora.settings.stored import plain
     from partial_lora.train import run
 
     record = directory.new(plain(config))
@@ -197,8 +197,8 @@ def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
     from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+    from partial_lora.building import build
     from partial_lora.models.targets import target_linears
-    from partial_lora.runs import build
     from partial_lora.training.distributed import join
 
     world = join("cpu")

@@ -37,8 +37,8 @@ from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
 from partial_lora.report.drawing import save
 from partial_lora.report.records import half_interval
-from partial_lora.runs import compose, config
-from partial_lora.runs.schema import Config
+from partial_lora.settings import compose, stored
+from partial_lora.settings.schema import Config
 
 OUT = Path("results/density")
 LEARNING_RATE = 1e-4  # so small that a step's change of the outputs is of the first order
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(composed: Config) -> int:
         OUT.mkdir(parents=True, exist_ok=True)
-        measure(Check(config.plain(composed)), path, range(options.seeds))
+        measure(Check(stored.plain(composed)), path, range(options.seeds))
         return 0
 
     def command() -> int:

@@ -28,10 +28,10 @@ from omegaconf import MISSING
 
 from partial_lora import cli
 from partial_lora.files import flatten
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain
-from partial_lora.runs.keys import heading, meanings
-from partial_lora.runs.schema import SECTIONS, Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.compose import composed
+from partial_lora.settings.keys import heading, meanings
+from partial_lora.settings.schema import SECTIONS, Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.stored import plain
 from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def ranges() -> dict[str, str]:
         if value is not True and value is not False and MISSING not in expected:
             found.setdefault(key, expected)
 
-    modules = ("errors", "runs.schema", "calibration.config", "training.config")
+    modules = ("errors", "settings.schema", "calibration.config", "training.config")
     named = {"name": "x", "weights": "x", "architecture": "x", "target_modules": ["x"], "head": None}
     with contextlib.ExitStack() as patched:
         for module in modules:

@@ -19,8 +19,8 @@ from evidence.dynamics import DYNAMICS, measure, read_dynamics
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import finished_run
+from partial_lora.launching import imports
 from partial_lora.report import records
-from partial_lora.runs import imports
 
 FIGURES = ("fig3", "fig7")
 MISSING = 3  # how the command ends where some could not be measured; a traceback ends with 1

@@ -23,9 +23,9 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.runs.compare import checked
-from partial_lora.runs.directory import read_result
-from partial_lora.runs.identity import run_directory
+from partial_lora.launching.compare import checked
+from partial_lora.launching.directory import read_result
+from partial_lora.launching.places import run_directory
 
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
 METHODS = ("partial", "lora", "low_rank", "entries")

@@ -6,7 +6,7 @@
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
 for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
 
-Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/training/size.py): frozen
+Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/size.py): frozen
 weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
 both axes and 19 levels can take at most.
 """
@@ -19,11 +19,11 @@ from pathlib import Path
 from skeletons import own_task
 from tabulate import tabulate
 
+from partial_lora.building.info import outline
 from partial_lora.files import write_atomic, write_json
-from partial_lora.runs import config
-from partial_lora.runs.compose import composed
-from partial_lora.runs.info import outline
-from partial_lora.runs.schema import Config
+from partial_lora.settings import schema
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
 
 FOLDER = Path("results/models")
 _MIB, _GIB = 2**20, 2**30
@@ -74,7 +74,7 @@ def memory_table(outlines: dict[str, dict]) -> str:
 
 def outlines() -> dict[str, dict]:
     """The outline of every model."""
-    names = sorted(file.stem for file in (config.conf_dir() / "model").glob("*.yaml"))
+    names = sorted(file.stem for file in (schema.conf_dir() / "model").glob("*.yaml"))
     each = {name: outline(config_of(name)) for name in names}
     return {name: {"counts": of.counts, "memory": of.memory, "passes": of.passes} for name, of in each.items()}
 

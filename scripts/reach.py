@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from partial_lora import cli
 from partial_lora.calibration import few_shot
 from partial_lora.calibration.importance import gradients
-from partial_lora.calibration.score import differentiable
 from partial_lora.files import write_atomic
 from partial_lora.masks import kept_count
+from partial_lora.models.modes import differentiable
 from partial_lora.report.drawing import save
-from partial_lora.runs import compose, config
-from partial_lora.runs.schema import Config
+from partial_lora.settings import compose, stored
+from partial_lora.settings.schema import Config
 
 OUT, FORMS = Path("results/reach"), Path("results/forms/forms.csv")
 RANK, BUDGET = 16, 0.13
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(composed: Config) -> int:
         OUT.mkdir(parents=True, exist_ok=True)
-        measure(Gradients(config.plain(composed)), path)
+        measure(Gradients(stored.plain(composed)), path)
         return 0
 
     def command() -> int:

@@ -16,9 +16,9 @@ from torch import nn
 from partial_lora import models
 from partial_lora.files import write_atomic
 from partial_lora.models.skeleton import FILE, key_of, skeleton_of
-from partial_lora.runs import config
-from partial_lora.runs.compose import composed
-from partial_lora.runs.schema import ModelConfig
+from partial_lora.settings import schema
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import ModelConfig
 
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 OUTPUTS = 2
@@ -28,7 +28,7 @@ def own_task(name: str) -> tuple[str, str]:
     """The family of a model of conf/model, and the task of one's own data that goes with it."""
     from omegaconf import OmegaConf
 
-    family = OmegaConf.load(config.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
+    family = OmegaConf.load(schema.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
     return family, _TASKS.get(family, "image_table")
 
 
@@ -77,7 +77,7 @@ def stored(model: ModelConfig) -> dict:
 def main() -> int:
     """Write all of them, a line each."""
     every = {}
-    for file in sorted((config.conf_dir() / "model").glob("*.yaml")):
+    for file in sorted((schema.conf_dir() / "model").glob("*.yaml")):
         model = settings_of(file.stem)
         every[key_of(model.family, model.architecture, model.model_args)] = stored(model)
     lines = [f"{json.dumps(key)}: {json.dumps(content)}" for key, content in every.items()]

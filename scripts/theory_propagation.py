@@ -32,7 +32,7 @@ from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
 from partial_lora.report.drawing import save
-from partial_lora.runs.config import conf_dir
+from partial_lora.settings.schema import conf_dir
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
 MODELS, IMAGES = ("tiny_vit", "vit_s14"), 8

@@ -20,27 +20,16 @@ from pathlib import Path
 from statistics import fmean
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import packs
-from partial_lora.runs.rates import (
-    KEY,
-    differing,
-    key_in,
-    key_of,
-    load,
-    named,
-    ranked,
-    save,
-    settings_of,
-    unevenness,
-    word,
-)
+from partial_lora.launching import packs
+from partial_lora.settings.rates import ranked
+from partial_lora.settings.tuned import KEY, differing, key_in, key_of, load, named, save, settings_of, unevenness, word
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 FEWEST = 4  # learning rates of a search
 
 
 def best_rates(records: Iterable[Mapping], known: Iterable[Mapping] = ()) -> tuple[list[dict], list[str]]:
-    """Return an entry (runs/rates.py) for each thing that the runs of a search tuned, and a line for each run left out.
+    """Return an entry (settings/tuned.py) for each thing that runs of a search tuned, and a line for each run left out.
 
     A run at whose rate the loss was not finite counts as tried; one that ended badly in another way is left out. known:
     entries of an earlier search that this one goes on with, for the same key. Raises PartialLoraError where the runs

@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from partial_lora import files
-from partial_lora.calibration.peers import Alone
-from partial_lora.runs import build
-from partial_lora.runs.compose import composed
-from partial_lora.runs.schema import Config
+from partial_lora.building import build
+from partial_lora.peers import Alone
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
 from partial_lora.training import objectives
 
 OUT = Path("results/causal/zero_shot.json")

@@ -33,7 +33,7 @@ from transformers import conversion_mapping
 
 import partial_lora.train  # noqa: F401  and what a worker does
 from partial_lora import cli, progress, worker
-from partial_lora.runs import launch
+from partial_lora.launching import launch
 from partial_lora.tasks import sources
 
 sources.digits()  # what every process would make for itself: once, for all of them
@@ -42,7 +42,7 @@ conversion_mapping.get_checkpoint_conversion_mapping("")
 PROGRAMS = {
     "partial_lora": lambda: sys.exit(cli.main(sys.argv[1:])),
     "partial_lora.worker": worker.main,
-    "partial_lora.runs.launch": launch.main,
+    "partial_lora.launching.launch": launch.main,
 }
 
 

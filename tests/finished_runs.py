@@ -17,9 +17,9 @@ from PIL import Image
 from partial_lora import files as sealed
 from partial_lora import train
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.runs import directory as record
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain
+from partial_lora.launching import directory as record
+from partial_lora.settings.compose import composed
+from partial_lora.settings.stored import plain
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")

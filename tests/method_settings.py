@@ -8,7 +8,7 @@ import torch
 from configured import load, settings
 
 from partial_lora import methods
-from partial_lora.methods import Setting
+from partial_lora.methods.setting import Setting
 from partial_lora.models.targets import target_linears
 
 

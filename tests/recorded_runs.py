@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from partial_lora import files
+from partial_lora.launching import directory
 from partial_lora.report import records
-from partial_lora.runs import directory
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4

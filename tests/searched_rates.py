@@ -7,9 +7,9 @@ import functools
 
 import tune
 
-from partial_lora.runs import directory
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain
+from partial_lora.launching import directory
+from partial_lora.settings.compose import composed
+from partial_lora.settings.stored import plain
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 

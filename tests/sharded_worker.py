@@ -20,7 +20,7 @@ from tiny_trainer import rows
 from transformers import Trainer, TrainerCallback
 
 from partial_lora.adapter import PartialLoraConfig, factor
-from partial_lora.runs import directory
+from partial_lora.launching import directory
 from partial_lora.training import checkpoints, distributed, fsdp
 
 WORLD = 2

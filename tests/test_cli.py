@@ -19,8 +19,9 @@ import yaml
 from commands import begun, command, environment, here
 
 from partial_lora import cli
-from partial_lora.calibration.config import MASKED
-from partial_lora.runs import build, config, keys, schema
+from partial_lora.building import build
+from partial_lora.methods import called
+from partial_lora.settings import keys, schema
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
 
@@ -551,9 +552,9 @@ def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> Non
     assert max(map(len, said.splitlines()[8:])) <= 90
     assert f"trainer.epochs=7.0  {known['trainer.epochs']}" in said
     assert "\nmodel=bert_base, " in said
-    methods = [file.stem for file in (config.conf_dir() / "method").glob("*.yaml")]
+    methods = [file.stem for file in (schema.conf_dir() / "method").glob("*.yaml")]
     told = re.findall(r"^  (\w+)  +\S", said.partition("== Methods")[2].partition("== Keys")[0], re.MULTILINE)
-    assert told == sorted(methods, key=lambda name: (name not in MASKED, name))
+    assert told == sorted(methods, key=lambda name: (not called(name).masked, name))
     wrong = here(place, "info", "-h", "model=nope")
     assert (wrong.returncode, wrong.stderr.partition(": ")[2][:11]) == (2, "model=nope:")
     read = subprocess.run(
@@ -624,8 +625,8 @@ assert [code(each) for each in {right + wrong!r}] == {[0] * len(right) + [2] * l
 
 def test_a_worker_imports_what_its_run_needs(place: Path) -> None:
     script = """
-from partial_lora.runs.compose import composed
-from partial_lora.runs.imports import hide_quantiser
+from partial_lora.settings.compose import composed
+from partial_lora.launching.imports import hide_quantiser
 hide_quantiser(composed("model=tiny_llama", "task=arc_easy").model)
 import partial_lora.train
 """

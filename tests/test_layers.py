@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -14,31 +13,26 @@ import partial_lora
 # From the ground up; names in one tuple stand side by side and import none of each other.
 ORDER = (
     ("errors", "progress", "bars"),
-    ("files",),
+    ("files", "peers"),
     ("masks",),
-    ("tasks", "adapter"),
+    ("budget",),
+    ("adapter", "tasks"),
     ("models",),
     ("calibration",),
     ("methods",),
     ("training",),
-    ("runs",),
+    ("settings",),
+    ("building",),
+    ("launching",),
     ("finished",),
-    ("report", "train"),
-    ("worker",),
+    ("report",),
+    ("train",),
+    ("worker", "completion"),
     ("cli",),
     ("__main__",),
 )
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 PACKAGE = Path(partial_lora.__file__).parent
-
-
-def test_the_page_draws_the_same_order() -> None:
-    page = (PACKAGE.parent / "docs" / "developing" / "house.md").read_text(encoding="utf-8")
-    block = page.split("## Packages")[1].split("```")[1]
-    drawn: dict[int, set[str]] = {}
-    for indent, names in re.findall(r"^( *)((?:\w+(?:\.py|/) {0,2})+)", block, re.MULTILINE):
-        drawn.setdefault(len(indent), set()).update(name.strip("/").removesuffix(".py") for name in names.split())
-    assert [drawn[indent] for indent in sorted(drawn, reverse=True)] == [set(names) for names in ORDER[:-1]]
 
 
 def test_every_public_name_is_there() -> None:
@@ -57,9 +51,9 @@ def modules() -> dict[str, Path]:
 
 
 def imports(tree: ast.Module, known: set[str]) -> set[str]:
-    """The modules of this package that one imports when it is loaded."""
+    """The modules of this package that one imports, inside functions, too; not those for types alone."""
     found = set()
-    for node in loaded(tree.body):
+    for node in statements(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "partial_lora":
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in known else node.module for name in full}
@@ -68,16 +62,13 @@ def imports(tree: ast.Module, known: set[str]) -> set[str]:
     return found - {"partial_lora"}
 
 
-def loaded(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when a module is loaded, those under `try`, `if` and `with` among them."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
-            yield from loaded(node.orelse)
-        elif isinstance(node, (ast.Try, ast.If, ast.With)):
-            parts = (node, *getattr(node, "handlers", ()))
-            for name in ("body", "orelse", "finalbody"):
-                yield from (each for part in parts for each in loaded(getattr(part, name, [])))
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements but those under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).removeprefix("typing.") == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from statements(child)
 
 
 def trees() -> dict[str, ast.Module]:

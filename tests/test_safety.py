@@ -22,7 +22,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer
 from partial_lora.models.texts import byte_tokenizer
-from partial_lora.runs import config
+from partial_lora.settings import schema
 
 PACKAGE = Path(partial_lora.__file__).parent
 
@@ -123,7 +123,7 @@ def test_that_code_runs_where_it_is_trusted(hostile: Path, monkeypatch) -> None:
 
 def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('it ran')\n")
-    program = "from partial_lora.runs.imports import refuse_hub_code; refuse_hub_code()\n"
+    program = "from partial_lora.launching.imports import refuse_hub_code; refuse_hub_code()\n"
     program += "import importlib.util as u, os; print(u.find_spec('kernels'), os.environ['USE_HUB_KERNELS'])\n"
     program += "try:\n    import kernels\nexcept ImportError:\n    print('refused')"
     command = [sys.executable, "-c", program]
@@ -153,7 +153,7 @@ def test_code_beside_the_settings_of_somebody_else_is_not_imported(tmp_path: Pat
 
 
 def test_attention_out_of_a_repository_is_refused(monkeypatch) -> None:
-    from partial_lora.runs.compose import composed
+    from partial_lora.settings.compose import composed
 
     with pytest.raises(PartialLoraError, match=r"^model\.attn_implementation=someone/attention: .*sdpa"):
         composed("model.attn_implementation=someone/attention")
@@ -196,7 +196,7 @@ def test_every_data_set_of_the_hub_is_pinned_to_a_commit() -> None:
 
     read = {
         file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
-        for file in (config.conf_dir() / "task").glob("*.yaml")
+        for file in (schema.conf_dir() / "task").glob("*.yaml")
     }
     on_the_hub = {name: task for name, task in read.items() if "/" in task["path"]}
     assert len(on_the_hub) > 20

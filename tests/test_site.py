@@ -12,11 +12,11 @@ from checkout import needs_results
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
-from partial_lora.runs import config
-from partial_lora.runs.keys import meanings
-from partial_lora.runs.schema import defaults
+from partial_lora.settings import schema
+from partial_lora.settings.keys import meanings
+from partial_lora.settings.schema import defaults
 
-ROOT = config.conf_dir().parent
+ROOT = schema.conf_dir().parent
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "object": "data"}
 MENTIONED = re.compile(r"\bdocs/[\w./-]+\.(?:md|svg)")
 PATHS = re.compile(r"`((?:scripts|tests|conf|docs|examples|partial_lora)/[\w./-]+\.\w+)`")

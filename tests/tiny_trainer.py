@@ -13,7 +13,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.runs import directory as results
+from partial_lora.launching import directory as results
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.trainer import ResumableTrainer, build_trainer

@@ -14,55 +14,6 @@ from partial_lora.files import at_home, flatten
 UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
 
 
-@dataclass(frozen=True)
-class Traits:
-    """Facts about a method that its name tells, before any model is there."""
-
-    # Who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget (null:
-    # PAPER_BUDGET); "own", the method's own keys.
-    size: str = "own"
-    masked: bool = False  # its adapter is masked, as `mask` says
-    ranked: bool = False  # it ranks rows and columns by importance, calibrated or not
-    any_rank: bool = False  # its random rows and columns go with any rank
-    product: bool = True  # it trains a product B A: AdaLoRA's is one of three factors, LoRA-FA's A is frozen
-    tuner: bool = False  # as a tuner of PEFT (method.peft_type) it may get another size
-    granularities: tuple[str, ...] = ()  # what mask.granularity may be; empty: anything
-    columns: tuple[str, ...] = ()  # what mask.columns may be; empty: anything
-
-
-# The runner's own methods. Those that conf/method makes of PEFT's tuners have the usual traits.
-TRAITS = {
-    "partial": Traits("calibrated", masked=True, any_rank=True),
-    "targeted": Traits("calibrated", masked=True, ranked=True, granularities=("rows_columns",)),
-    # It chooses rows that meet the kept columns of the next module.
-    "flow": Traits("calibrated", masked=True, granularities=("rows_columns", "element"), columns=("masked",)),
-    "uniform": Traits("calibrated", masked=True, any_rank=True),
-    "shuffled": Traits("calibrated", masked=True, any_rank=True),
-    "inverted": Traits("calibrated", masked=True, any_rank=True),
-    "low_rank": Traits("calibrated"),
-    "random_weights": Traits("calibrated", product=False),
-    "entries": Traits("budget", masked=True, granularities=("element",)),
-    "ticket": Traits("budget", masked=True, ranked=True, granularities=("rows_columns",), columns=("masked",)),
-    "lora": Traits(),
-    "dora": Traits(tuner=True),
-    "vera": Traits(product=False, tuner=True),
-    "adalora": Traits(product=False),
-    "lorafa": Traits(product=False),
-    "full": Traits(product=False),
-    "probe": Traits(product=False),
-}
-
-
-def traits_of(method: str) -> Traits:
-    """Return the traits of a method."""
-    return TRAITS.get(method, Traits())
-
-
-CALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "calibrated")
-BUDGETED = tuple(name for name, of in TRAITS.items() if of.size == "budget")
-MASKED = tuple(name for name, of in TRAITS.items() if of.masked)
-RANKED = tuple(name for name, of in TRAITS.items() if of.ranked)
-
 _SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from partial_lora.calibration.importance import Scores
-from partial_lora.calibration.peers import Peers, gathered
 from partial_lora.calibration.score import BoundedScore, Score
 from partial_lora.calibration.search import (
     BOTH,
@@ -34,6 +33,7 @@ from partial_lora.calibration.search import (
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
+from partial_lora.peers import Peers, gathered
 
 VERSION = 1
 PREDICTED = "predicted"  # names predicted curves in a store, in place of what is zeroed in other modules

@@ -17,20 +17,22 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from partial_lora import progress
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.importance import MEASURES, NEEDS_DATA, ModuleScores, data_scores, scores_of
-from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.score import FewShotScore, frozen, mean_loss_within, starts
+from partial_lora.calibration.score import FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
+from partial_lora.models.modes import frozen
+from partial_lora.peers import Alone, Peers, of_first
 from partial_lora.tasks import Draws, strata
-from partial_lora.tasks.mixture import training_batches
+from partial_lora.tasks.mixture import starts, training_batches, within
 from partial_lora.tasks.task import Transform
 
 VERSION = 1  # of the computation of scores; a calibration that was cached under another version is not used
@@ -274,3 +276,13 @@ def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping
             digest.update(batch[name].contiguous().numpy().tobytes())
     digest.update(json.dumps(decides, sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+def mean_loss_within(sizes: Sequence[int]) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+    """Return the mean cross entropy of a batch, each row's over its own task's outputs (`importance.data_scores`)."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return F.cross_entropy(within(logits, batch["labels"], sizes), batch["labels"])
+
+    return loss

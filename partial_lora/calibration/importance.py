@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.calibration.reuse import logits_of
-from partial_lora.calibration.score import differentiable
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.masks import random_keys
+from partial_lora.models.modes import differentiable
 
 Scores = tuple[Tensor, Tensor]  # of rows (m,) and of columns (n,)
 ModuleScores = Mapping[str, Scores]  # by module

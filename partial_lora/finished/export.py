@@ -29,12 +29,13 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
+from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256
 from partial_lora.finished import serving
 from partial_lora.finished.run import FinishedRun
+from partial_lora.launching import directory
 from partial_lora.models import weights
-from partial_lora.runs import build, directory
 from partial_lora.tasks.task import Transform
 
 

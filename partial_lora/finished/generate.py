@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer, set_seed
 
+from partial_lora.building import build
 from partial_lora.errors import require
 from partial_lora.finished.predict import RunModel, is_text
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
-from partial_lora.runs import build
 from partial_lora.training.metrics import generation_config
 
 

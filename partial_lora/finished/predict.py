@@ -20,13 +20,13 @@ from PIL import Image, UnidentifiedImageError
 from scipy.special import log_softmax
 from torch import Tensor
 
+from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import one_task
-from partial_lora.runs import build
 from partial_lora.tasks import CausalTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.metrics import generate, log_likelihoods

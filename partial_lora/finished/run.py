@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import directory as results
-from partial_lora.runs.config import load
-from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.launching import directory as results
+from partial_lora.settings.schema import Config, TaskConfig
+from partial_lora.settings.stored import load
 
 
 @dataclass(frozen=True)

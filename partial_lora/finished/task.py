@@ -8,10 +8,11 @@ from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
-from partial_lora.runs.arguments import in_grammar, parsed, refuse_group_lists
-from partial_lora.runs.compose import in_one_line
-from partial_lora.runs.config import check_files, conf_dir, plain, with_files
-from partial_lora.runs.schema import Config, TaskConfig
+from partial_lora.settings.arguments import in_grammar, parsed, refuse_group_lists
+from partial_lora.settings.compose import in_one_line
+from partial_lora.settings.resolving import check_files, with_files
+from partial_lora.settings.schema import Config, TaskConfig, conf_dir
+from partial_lora.settings.stored import plain
 from partial_lora.tasks.folders import split_folders
 from partial_lora.training.config import TrainerConfig
 
@@ -75,7 +76,7 @@ def evaluation_settings(
 
     `task=NAME` takes that group file in place of the run's own task, and its files out of `data_dir`, or of the run's
     where that has them. member: as `one_task` takes it. Raises PartialLoraError, in one line, for any other key, and as
-    `config.resolve` does.
+    `resolving.resolve` does.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore

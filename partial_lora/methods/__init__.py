@@ -1,53 +1,117 @@
 """The methods that are compared: each takes the frozen model and returns it with what it trains.
 
-Every method trains the task's head; they differ in what else they train. A new one is a function in `METHODS` and a
-file in conf/method; docs/developing/extend.md says where else its name goes. A method that trains in a way of its own
-has a second function, in `_TRAININGS`.
+Every method trains the task's head; they differ in what else they train. A new one is a function, its entry in
+`METHODS`, which says all that its name tells before any model is there, and a file in conf/method. Settings are checked
+by these entries in processes that import no torch, so a function is imported once it is called.
 """
 
 from __future__ import annotations
 
-from peft import PeftModel
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods import controls, flow, full, partial, peft, tuners
-from partial_lora.methods.setting import Method, ModuleScores, Setting, Sparsity, Training
-from partial_lora.methods.tuners import configuration, put_back, taken_out
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "ModuleScores",
-    "Setting",
-    "Sparsity",
-    "Training",
-    "configuration",
-    "put_back",
-    "taken_out",
-    "training",
-]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
 
-METHODS: dict[str, Method] = {
-    "partial": partial.partial,
-    "targeted": partial.targeted,
-    "entries": partial.entries,
-    "ticket": partial.ticket,
-    "flow": flow.flow,
-    "uniform": controls.uniform,
-    "shuffled": controls.shuffled,
-    "inverted": controls.inverted,
-    "low_rank": controls.low_rank,
-    "random_weights": controls.random_weights,
-    "lora": peft.lora,
-    "dora": peft.dora,
-    "vera": peft.vera,
-    "adalora": peft.adalora,
-    "lorafa": peft.lorafa,
-    "full": full.full,
-    "probe": full.probe,
-    "peft": tuners.peft,
+    from partial_lora.methods.setting import Setting, Training
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, to be called with the frozen model and a `Setting`.
+
+    Attributes:
+        function: MODULE:NAME in this package.
+        training: MODULE:NAME of what it adds to AdamW on the task's loss.
+        size: who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget
+            (null: PAPER_BUDGET); "options", those of a tuner of PEFT, unless there is a budget; "own", its own keys.
+        at_budget: the arguments by which a method with a size of its own gets that of a budget.
+        size_alone: a calibration decides nothing about it but how many parameters it trains.
+        even: it has one sparsity for all modules and axes.
+        dense: it is LoRA as it is, without sparsities.
+        masked: its adapter is masked, as `mask` says.
+        ranked: it ranks rows and columns by importance, calibrated or not.
+        any_rank: its random rows and columns go with any rank.
+        own_ranks: its modules have ranks of their own.
+        product: it trains a product B A. AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
+        head_alone: nothing but the head trains.
+        draws: mask.seed draws what it freezes.
+        tuner: as a tuner of PEFT (method.peft_type) it may get another size.
+        granularities, columns: what these keys of `mask` may be; empty: anything.
+        importance: the only measure that it ranks by; None: any.
+    """
+
+    function: str
+    training: str | None = None
+    size: str = "own"
+    at_budget: tuple[str, ...] = ()
+    size_alone: bool = False
+    even: bool = False
+    dense: bool = False
+    masked: bool = False
+    ranked: bool = False
+    any_rank: bool = False
+    own_ranks: bool = False
+    product: bool = True
+    head_alone: bool = False
+    draws: bool = False
+    tuner: bool = False
+    granularities: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    importance: str | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """True where no budget makes it larger or smaller."""
+        return self.size == "own" and not self.tuner
+
+    @property
+    def is_sparse(self) -> bool:
+        """True where sparsities, calibrated or even ones, say what it keeps of a module."""
+        return self.size in ("calibrated", "budget")
+
+    def __call__(self, model: nn.Module, setting: Setting) -> PeftModel:
+        return _imported(self.function)(model, setting)
+
+
+_CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
+_WHOLE: dict[str, Any] = {"granularities": ("rows_columns",)}
+METHODS = {
+    "partial": Method("partial:partial", **_CALIBRATED, any_rank=True),
+    "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, ranked=True),
+    "entries": Method("partial:entries", size="budget", masked=True, granularities=("element",)),
+    "ticket": Method(
+        "partial:ticket", size="budget", masked=True, **_WHOLE, columns=("masked",), ranked=True, importance="adapter"
+    ),
+    # It chooses rows that meet the kept columns of the next module.
+    "flow": Method("flow:flow", **_CALIBRATED, granularities=("rows_columns", "element"), columns=("masked",)),
+    "uniform": Method("controls:uniform", **_CALIBRATED, size_alone=True, even=True, any_rank=True),
+    "shuffled": Method("controls:shuffled", **_CALIBRATED, any_rank=True),
+    "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
+    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True),
+    "random_weights": Method("controls:random_weights", size="calibrated", size_alone=True, product=False),
+    "lora": Method("peft:lora", at_budget=("method=low_rank",), dense=True),
+    "dora": Method(
+        "peft:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
+    ),
+    "vera": Method(
+        "peft:vera", tuner=True, at_budget=("method=vera", "method.peft_type=VERA"), product=False, draws=True
+    ),
+    "adalora": Method("peft:adalora", "peft:train_adalora", product=False),
+    "lorafa": Method("peft:lorafa", "peft:train_lorafa", product=False),
+    "full": Method("full:full", product=False),
+    "probe": Method("full:probe", product=False, head_alone=True),
+    "peft": Method("tuners:peft", "tuners:train_tuner", size="options", tuner=True),
 }
-_TRAININGS = {"adalora": peft.train_adalora, "lorafa": peft.train_lorafa, "peft": tuners.train_tuner}
+
+
+def called(name: str) -> Method:
+    """Return the method of a name; conf/method gives tuners of PEFT names of their own."""
+    return METHODS.get(name, METHODS["peft"])
 
 
 def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
@@ -55,8 +119,16 @@ def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Trainin
 
     Raises PartialLoraError where that needs whole parameters and they are sharded.
     """
-    if name not in _TRAININGS:
+    from partial_lora.methods.setting import Training
+
+    function = called(name).training
+    if function is None:
         return Training()
     if sharded:
         raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
-    return _TRAININGS[name](adapted)
+    return _imported(function)(adapted)
+
+
+def _imported(function: str) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.adapter.config import only
-from partial_lora.calibration.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
+from partial_lora.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting

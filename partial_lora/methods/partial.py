@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.budget import even_sparsity, masked_units
+from partial_lora.budget import even_sparsity, masked_units
 from partial_lora.masks import AXES, Mask
 from partial_lora.methods.setting import ModuleScores, Setting
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from partial_lora.adapter.config import only
-from partial_lora.calibration.budget import Shapes, counted_of, kept_parameters, masked_units
+from partial_lora.budget import Shapes, counted_of, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from partial_lora.calibration.budget import FARTHEST, TOLERANCE
+from partial_lora.budget import FARTHEST, TOLERANCE
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import random_keys

@@ -18,12 +18,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from partial_lora.adapter.config import COMPACT_FILE, TAGS
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun
+from partial_lora.launching import directory
+from partial_lora.launching.directory import tensor_files
 from partial_lora.models.bundled import PREFIX
 from partial_lora.report import examples, records, statistics, summary
-from partial_lora.runs import directory
-from partial_lora.runs.config import plain, without_places
-from partial_lora.runs.directory import tensor_files
-from partial_lora.runs.schema import Config, ModelConfig, TaskConfig, computed_from
+from partial_lora.settings.identity import computed_from
+from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.settings.stored import plain, without_places
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package

@@ -13,8 +13,8 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import packs
-from partial_lora.runs.directory import PREDICTIONS
+from partial_lora.launching import packs
+from partial_lora.launching.directory import PREDICTIONS
 
 _SIDE = 112  # pixels of an image at most
 _LETTERS = 400  # of a text
@@ -113,7 +113,7 @@ def rows_of(settings: Mapping, *, fetch: bool = False):
     import datasets
 
     from partial_lora import tasks
-    from partial_lora.runs.config import load
+    from partial_lora.settings.stored import load
 
     datasets.disable_progress_bars()
     try:

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
+from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import records
 from partial_lora.report.drawing import (
@@ -54,7 +55,6 @@ from partial_lora.report.records import (
 )
 from partial_lora.report.statistics import MARGIN
 from partial_lora.report.summary import measured
-from partial_lora.runs.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure

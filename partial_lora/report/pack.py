@@ -20,11 +20,11 @@ from pyarrow import parquet
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import one_writer, write_atomic
+from partial_lora.launching import directory, packs
+from partial_lora.launching.directory import PREDICTIONS, RESULT
+from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
 from partial_lora.report import examples, race, records
-from partial_lora.runs import directory, packs
-from partial_lora.runs.directory import PREDICTIONS, RESULT
-from partial_lora.runs.packs import COLUMN, DYNAMICS, Pack
-from partial_lora.runs.schema import upgraded
+from partial_lora.settings.stored import upgraded
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "exact_match", "rouge_l")
 _TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from partial_lora.errors import one_line
 from partial_lora.files import flatten, write_atomic
+from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, tables
 from partial_lora.report import examples as hard
@@ -55,7 +56,6 @@ from partial_lora.report.records import (
 from partial_lora.report.statistics import over_examples
 from partial_lora.report.summary import measured, named_in_full, next_commands, percent
 from partial_lora.report.tables import Differences
-from partial_lora.runs.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)

@@ -16,19 +16,19 @@ import pandas as pd
 from markupsafe import Markup
 from rich.console import Group
 
-from partial_lora.calibration.config import MASKED
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
+from partial_lora.methods import called
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.records import NONE, Predictions, Run, half_interval
 from partial_lora.report.statistics import holm
-from partial_lora.runs.compose import composed
-from partial_lora.runs.rates import Worth, ranked
-from partial_lora.runs.schema import MaskConfig
+from partial_lora.settings.compose import composed
+from partial_lora.settings.rates import Worth, ranked
+from partial_lora.settings.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
@@ -57,7 +57,7 @@ def form_of(config: Mapping) -> str:
     draw is fan_in=dense without exponents.
     """
     name = config["method"]["name"]
-    if name not in MASKED:
+    if not called(name).masked:
         return name
     own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
     words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]

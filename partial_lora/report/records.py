@@ -20,16 +20,17 @@ import numpy as np
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import flatten, read_json
+from partial_lora.launching import packs
+from partial_lora.launching.directory import INTERRUPTED, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.runs import packs, rates, schema
-from partial_lora.runs.directory import INTERRUPTED, PREDICTIONS, RESULT
+from partial_lora.settings import identity, schema, stored, tuned
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
     import pandas as pd
 
-NONE = rates.NO_POINT  # for what does not apply
+NONE = tuned.NO_POINT  # for what does not apply
 LEVEL = 0.95  # of every interval
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 _ROWS_COLUMNS = "rows_columns"  # the granularity of masks that a method's name leaves out
@@ -154,7 +155,7 @@ def record(directory: Path) -> dict:
     history = result.get("history", [])
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise ValueError("foreign, its history is no list of steps")
-    return schema.upgraded(result)
+    return stored.upgraded(result)
 
 
 def row(result: Mapping) -> dict:
@@ -257,10 +258,10 @@ def came_to(result: Mapping) -> dict[str, float | None]:
 def operating_point(result: Mapping) -> str:
     """Return where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
     if result["calibration"] is None:
-        return rates.operating_point(result["fixed"]) if result.get("fixed") else NONE
+        return tuned.operating_point(result["fixed"]) if result.get("fixed") else NONE
     settings = result["config"]["calibration"]
     own = result["calibration"] if settings.get("file") else settings  # a file has its own point
-    return rates.operating_point(own)
+    return tuned.operating_point(own)
 
 
 def precision(result: Mapping) -> str:
@@ -341,15 +342,15 @@ def of_method(config: Mapping) -> dict[str, object]:
 def _settings(config: Mapping) -> Iterator[tuple[str, str, object]]:
     """Yield (key, the schema's key, value) of every setting that a run computes from and that is no default."""
     names = list(config["task"].get("members") or ())
-    for key, value in schema.computed_from(config).items():
-        plain = schema.task_key(key, names)
-        yield key, plain, schema.wherever(plain, value)
+    for key, value in identity.computed_from(config).items():
+        plain = identity.task_key(key, names)
+        yield key, plain, identity.wherever(plain, value)
 
 
 def differences(own: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
     """Return where two conditions differ: "trainer.epochs 50 against 2"."""
     return [
-        f"{key} {rates.word(value)} against {rates.word(others)}" for key, value, others in rates.differing(own, other)
+        f"{key} {tuned.word(value)} against {tuned.word(others)}" for key, value, others in tuned.differing(own, other)
     ]
 
 
@@ -427,7 +428,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
     for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
         shared = conditions(usual[place].runs[0].record)
         settings = {
-            each.key: {key: own for key, own, _ in rates.differing(conditions(each.runs[0].record), shared)}
+            each.key: {key: own for key, own, _ in tuned.differing(conditions(each.runs[0].record), shared)}
             for each in of_place
         }
         alike = gathered(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
@@ -440,7 +441,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
         short = _short_keys({key for each in settings.values() for key in each})
         for same in alike:
             words = {
-                each: ", ".join(f"{short[key]}={rates.word(value)}" for key, value in settings[each.key].items())
+                each: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in settings[each.key].items())
                 for each in same
             }
             for twins in gathered(same, words.get).values():
@@ -703,7 +704,7 @@ def value_of(run: Run, key: str) -> object:
     if isinstance(value, Mapping):  # a group of settings is called by its name
         value = value.get("name")
     if isinstance(value, list):  # of which a table could make no rows
-        value = rates.word(value)
+        value = tuned.word(value)
     return NONE if value is None else value
 
 

@@ -15,9 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.calibration.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
-from partial_lora.calibration.config import MASKED
+from partial_lora.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
+from partial_lora.launching.directory import INTERRUPTED
 from partial_lora.masks import AXES
+from partial_lora.methods import called
 from partial_lora.report.records import (
     NONE,
     came_to,
@@ -30,8 +31,7 @@ from partial_lora.report.records import (
     warnings_of,
     without_common_start,
 )
-from partial_lora.runs import rates
-from partial_lora.runs.directory import INTERRUPTED
+from partial_lora.settings import rates
 from partial_lora.tasks.metrics import SHARES
 from partial_lora.training.config import AUTO
 
@@ -165,7 +165,7 @@ def _saturated(result: Mapping) -> str:
 def _auto_rate(result: Mapping) -> str:
     """Return the learning rate to try first for a masked adapter; nothing for a record that was made without shapes."""
     config, shapes = result["config"], result.get("shapes")
-    if not shapes or config["method"]["name"] not in MASKED:
+    if not shapes or not called(config["method"]["name"]).masked:
         return ""
     kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
     dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
@@ -257,9 +257,10 @@ def next_commands(run: str, config: Mapping, example: str | None = None) -> list
         inputs = r"$'PROMPT\tOPTION\tOPTION'"
     else:
         inputs = r"$'TEXT\tTEXT'" if len(task.get("text_columns") or ()) == 2 else "TEXT …"
+    form = "compact" if called(config["method"]["name"]).masked else "peft"
     return [
         f"partial-lora predict {shlex.quote(run)}{member} {inputs}",
-        f"partial-lora export {shlex.quote(run)} --to {'compact' if config['method']['name'] in MASKED else 'peft'}",
+        f"partial-lora export {shlex.quote(run)} --to {form}",
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 
@@ -191,3 +192,25 @@ def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dic
         transform.collate([prepared[row] for row in range(start, min(start + size, len(prepared)))])
         for start in range(0, len(prepared), size)
     ]
+
+
+# --- Heads of several tasks side by side in one linear layer: an example has only the outputs of its own task
+
+
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Return the first output of each task."""
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def owners(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Return the number of the task that each output belongs to (outputs,)."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(list(sizes))).to(device)
+
+
+def within(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return logits (N, outputs) in float32; those of other tasks than the row's own are so low that softmax gives 0.
+
+    They stay finite, so that logits which are not finite still show a model that broke down. labels: (N,).
+    """
+    owner, labels, logits = owners(sizes, logits.device), labels.to(logits.device), logits.float()
+    return logits.masked_fill(owner != owner[labels][:, None], torch.finfo(logits.dtype).min)

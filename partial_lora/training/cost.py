@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from partial_lora.adapter.model import base_name
+from partial_lora.budget import counts_of, with_bytes
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import size_of
-from partial_lora.training.size import counts_of, with_bytes
 
 _TIMED = 1000  # last steps whose times the median is of
 _WARM = 2  # by this step everything exists that lasts

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 
 from partial_lora import progress
-from partial_lora.calibration.peers import Peers
-from partial_lora.calibration.score import starts, within
 from partial_lora.errors import PartialLoraError
+from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER
+from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.prompts import Prompt
 from partial_lora.training import metrics
 from partial_lora.training.fsdp import is_sharded_model
@@ -38,7 +38,7 @@ def loss_of_batch(
     """Return the cross entropy of classes, or squared error of real labels, of a batch (N, outputs); labels (N,).
 
     num_items_in_batch: the number of examples of the whole step, over all processes; None stands for this batch's.
-    sizes: the numbers of classes of several tasks; each row's loss is over the outputs of its own (`score.within`).
+    sizes: the numbers of classes of several tasks; each row's loss is over the outputs of its own (`mixture.within`).
     """
     logits = outputs.logits.float()
     if labels.is_floating_point():

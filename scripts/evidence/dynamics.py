@@ -19,10 +19,10 @@ import numpy as np
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory as results
+from partial_lora.launching import packs
+from partial_lora.launching.packs import DYNAMICS
 from partial_lora.report.records import Run, gathered
-from partial_lora.runs import directory as results
-from partial_lora.runs import packs
-from partial_lora.runs.packs import DYNAMICS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,10 +109,10 @@ def measure(run: FinishedRun, *, device: str = "auto") -> dict:
     """
     from torch.utils.data import DataLoader
 
-    from partial_lora.calibration.peers import Alone
+    from partial_lora.building import build
     from partial_lora.finished import evaluate, export
     from partial_lora.finished.predict import RunModel
-    from partial_lora.runs import build
+    from partial_lora.peers import Alone
 
     blocks = run.config.model.blocks
     if blocks is None:

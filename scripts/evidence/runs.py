@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from partial_lora.calibration.config import TRAITS
+from partial_lora import methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.pairs import Outcome
 from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
@@ -18,7 +18,7 @@ from partial_lora.report.records import COSTS, NONE, Predictions, Run, condition
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
 BESIDE = {"cpu": ("causal",)}  # of which preset runs lie elsewhere, too: those of `make causal` take hours
-UNCALIBRATED = tuple(name for name, of in TRAITS.items() if of.size == "own")
+UNCALIBRATED = tuple(name for name, method in methods.METHODS.items() if method.size == "own")
 PLACE = ["task", "model", "mixture"]
 CELL = ["method", "importance", "operating_point"]
 COLUMNS = (

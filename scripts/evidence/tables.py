@@ -52,12 +52,12 @@ from evidence.runs import (
 )
 from partial_lora.calibration.search import threshold_of
 from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.records import NONE, half_interval, number, point_order
 from partial_lora.report.statistics import MARGIN, reliability, together
 from partial_lora.report.summary import cell, measured, percent
 from partial_lora.report.tables import origin, tabulated
-from partial_lora.runs import packs
 from partial_lora.tasks.metrics import SHARES
 
 ABOUT = {  # the title of each table, and the claim of the paper that it tests

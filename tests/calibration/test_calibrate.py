@@ -14,7 +14,7 @@ from scored_models import Counted, Named, full_accuracy, scored_draw, tiny_vit, 
 from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
-from partial_lora.calibration.budget import kept_parameters
+from partial_lora.budget import kept_parameters
 from partial_lora.calibration.importance import svd
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import bisect, line, passes, passes_at_most, scan

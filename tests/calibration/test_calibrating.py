@@ -12,15 +12,15 @@ from datasets import Dataset
 from sklearn import metrics
 
 from partial_lora import Calibration, progress, tasks, train
+from partial_lora.budget import kept_parameters
+from partial_lora.building import build
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
-from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import build
-from partial_lora.runs import directory as record
-from partial_lora.runs.compose import composed
-from partial_lora.runs.config import plain
+from partial_lora.launching import directory as record
+from partial_lora.settings.compose import composed
+from partial_lora.settings.stored import plain
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3", "calibration.levels=0.2")
 

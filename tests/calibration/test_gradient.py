@@ -24,8 +24,8 @@ from scored_models import (
 from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
+from partial_lora.budget import kept_parameters
 from partial_lora.calibration import gradient, score, search
-from partial_lora.calibration.budget import kept_parameters
 from partial_lora.calibration.importance import svd
 from partial_lora.calibration.reuse import logits_of
 from partial_lora.calibration.score import FewShotScore

@@ -25,17 +25,9 @@ from sklearn import metrics
 from torch import nn
 
 from partial_lora.calibration import score as measures
-from partial_lora.calibration.score import (
-    BoundedScore,
-    Correctness,
-    FewShotScore,
-    Loss,
-    Tally,
-    arranged,
-    batch_sizes,
-    enough,
-    next_batch,
-)
+from partial_lora.calibration.measures import Correctness, Loss
+from partial_lora.calibration.order import Tally, arranged, batch_sizes, enough, next_batch
+from partial_lora.calibration.score import BoundedScore, FewShotScore
 from partial_lora.errors import PartialLoraError
 
 BLOCKS = "vit.blocks"

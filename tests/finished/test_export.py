@@ -26,8 +26,8 @@ from partial_lora import cli, tasks
 from partial_lora.errors import ProofError
 from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.launching import directory as record
 from partial_lora.models.texts import byte_tokenizer
-from partial_lora.runs import directory as record
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 

@@ -17,11 +17,12 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli
+from partial_lora.building import build
 from partial_lora.finished import export
 from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
-from partial_lora.runs import build, config
+from partial_lora.settings import stored
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -135,9 +136,9 @@ def test_members_are_listed_and_a_run_of_one_task_has_none() -> None:
 
 def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None:
     run = mixed_runs.text_mixture()
-    older = config.plain(run.config)
+    older = stored.plain(run.config)
     del older["task"]["members"]["films"]["label_noise"]
-    before = dataclasses.replace(run, config=config.load(older))
+    before = dataclasses.replace(run, config=stored.load(older))
     assert one_task(before, "films").config.task == run.config.task.members["films"]
 
 

@@ -19,17 +19,16 @@ from transformers import set_seed
 
 from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
-from partial_lora.calibration.budget import dense_parameters, kept_parameters, scaled
-from partial_lora.calibration.config import CALIBRATED
-from partial_lora.calibration.config import MASKED as MASKED_METHODS
+from partial_lora.budget import dense_parameters, kept_parameters, scaled
+from partial_lora.building import build
+from partial_lora.building.info import outline
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, kept_count, random_keys
 from partial_lora.methods.controls import permuted, ranks_within, reversed_ranks
-from partial_lora.methods.setting import widest
-from partial_lora.runs import build, config
-from partial_lora.runs.compose import composed
-from partial_lora.runs.info import outline
+from partial_lora.methods.setting import Setting, widest
+from partial_lora.settings import sparsities
+from partial_lora.settings.compose import composed
 from partial_lora.training import cost
 
 CONTROLS = ("uniform", "shuffled", "inverted", "low_rank", "random_weights", "flow", "targeted", "entries", "ticket")
@@ -42,7 +41,7 @@ def counted(model: PeftModel, setting) -> dict:
 
 def test_a_method_is_found_by_the_name_of_its_function() -> None:
     for name in methods.METHODS:
-        assert methods.METHODS[name].__name__ == name
+        assert methods.METHODS[name].function.endswith(f":{name}")
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_qwen", "tiny_convnext"])
@@ -87,7 +86,7 @@ def test_controls_without_masks_train_as_many_parameters_as_bernoulli_has_drawn(
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
 def test_the_methods_whose_adapter_is_masked_are_known_by_name(method: str) -> None:
     settings_of_adapter = adapted(method, "tiny_vit")[0].peft_config["default"]
-    assert isinstance(settings_of_adapter, PartialLoraConfig) is (method in MASKED_METHODS)
+    assert isinstance(settings_of_adapter, PartialLoraConfig) is methods.METHODS[method].masked
 
 
 def test_every_method_starts_from_the_same_head_and_changes_nothing_before_it_trains() -> None:
@@ -353,12 +352,12 @@ def test_what_info_foretells_is_what_the_adapter_has(method: str, tmp_path: Path
 # Shares that are fixed in place of a calibration
 
 
-def fixed(method: str, *overrides: str) -> tuple[PeftModel, methods.Setting]:
+def fixed(method: str, *overrides: str) -> tuple[PeftModel, Setting]:
     """A tiny model as a run with `calibration.sparsity` adapts it, and the setting."""
     chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
     model = load("tiny_vit")
     drawn = setting_of("tiny_vit", model)
-    sparsity = config.fixed_sparsity(chosen, drawn.shapes)
+    sparsity = sparsities.fixed_sparsity(chosen, drawn.shapes)
     setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
     return methods.METHODS[method](model, setting), setting
 
@@ -408,7 +407,7 @@ def test_modules_have_the_share_of_the_first_pattern_that_names_them() -> None:
         assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", [name for name, of in methods.METHODS.items() if of.size == "calibrated"])
 def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: str) -> None:
     model, setting = fixed(method, "calibration.budget=2000")
     spent = counted(model, setting)["adapter_trainable"]
@@ -421,7 +420,7 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
     def calibrated(*overrides: str) -> bool:
-        return config.is_calibrated(composed("model=tiny_vit", *overrides))
+        return sparsities.is_calibrated(composed("model=tiny_vit", *overrides))
 
     assert not calibrated("method=uniform", "calibration=budget")
     for more in (["calibration=threshold"], ["calibration=budget", "calibration.reliability=true"]):
@@ -429,7 +428,7 @@ def test_uniform_needs_no_calibration_for_a_budget() -> None:
     assert calibrated("method=partial", "calibration=budget")
     one, other = (composed("model=tiny_vit", "method=uniform", f"calibration={each}") for each in ("budget", "fixed"))
     shapes = setting_of("tiny_vit", load("tiny_vit")).shapes
-    assert config.fixed_sparsity(one, shapes) == config.fixed_sparsity(other, shapes)
+    assert sparsities.fixed_sparsity(one, shapes) == sparsities.fixed_sparsity(other, shapes)
 
 
 def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
@@ -441,7 +440,8 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "probe", "full"):
-        assert config.fixed_sparsity(composed("model=tiny_vit", f"method={method}", "calibration=fixed"), {}) is None
+        chosen = composed("model=tiny_vit", f"method={method}", "calibration=fixed")
+        assert sparsities.fixed_sparsity(chosen, {}) is None
 
 
 def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:

@@ -16,11 +16,12 @@ from finished_runs import SHORT, cache, image_run, override, photographs, pictur
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from partial_lora.calibration.config import BUDGETED
+from partial_lora import methods
+from partial_lora.building import build
 from partial_lora.finished import export
 from partial_lora.finished.predict import Predictor
+from partial_lora.launching import directory
 from partial_lora.report import records
-from partial_lora.runs import build, directory
 
 OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank", "entries", "ticket")
 
@@ -28,7 +29,7 @@ OWN = ("dora", "vera", "adalora", "lorafa", "full", "random_weights", "low_rank"
 def settings_of(method: str) -> tuple[str, ...]:
     """On the pictures, with the calibration of Partial-LoRA's, if any."""
     known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
-    known = "calibration.budget=0.3" if method in BUDGETED else known
+    known = "calibration.budget=0.3" if methods.METHODS[method].size == "budget" else known
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     rank = "method.rank=32" if method == "low_rank" else "method.rank=16"  # at 16 no ranks meet that budget
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, rank, "method.projections=16")

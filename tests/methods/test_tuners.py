@@ -14,12 +14,11 @@ from method_settings import adapted, setting_of
 from peft import PeftModel
 from plain_libraries import in_this_process
 
-from partial_lora import methods
+from partial_lora.building.info import outline
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
 from partial_lora.methods import tuners
-from partial_lora.runs.compose import composed
-from partial_lora.runs.info import outline
+from partial_lora.settings.compose import composed
 from partial_lora.training.cost import measured
 
 SIZED = ("FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PSOFT", "RANDLORA", "UNILORA", "VERA")
@@ -161,14 +160,14 @@ def test_a_run_exports_what_it_was_evaluated_with(
 
 def test_what_is_saved_of_pissa_is_what_was_trained() -> None:
     model, _ = adapted("peft", "tiny_vit", peft_type="LORA", peft={"init_lora_weights": "pissa"}, size=2500)
-    start = methods.taken_out(model)
+    start = tuners.taken_out(model)
     with torch.no_grad():
         torch.testing.assert_close(
             model(**inputs("tiny_vit")).logits, load("tiny_vit")(**inputs("tiny_vit")).logits, rtol=1e-4, atol=1e-4
         )
     assert start
     assert not any(tensor.requires_grad for tensor in start.values())
-    assert methods.taken_out(of_kind("LORA")[0]) is None
+    assert tuners.taken_out(of_kind("LORA")[0]) is None
 
 
 # --- On the command line.

@@ -13,10 +13,10 @@ from matplotlib.image import imread
 from PIL import Image
 from recorded_runs import leave, place, record, rows_of
 
+from partial_lora.launching.directory import PICTURE, PREDICTIONS
 from partial_lora.report import drawing, figures, records
 from partial_lora.report.drawing import look
 from partial_lora.report.records import Predictions
-from partial_lora.runs.directory import PICTURE, PREDICTIONS
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 HISTORY = [

@@ -16,10 +16,10 @@ from recorded_runs import EXAMPLES, LABEL, leave, measure, place, record
 from refusals import refusal
 
 from partial_lora import cli
+from partial_lora.launching import packs
+from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import examples, records, tables
 from partial_lora.report.pack import pack
-from partial_lora.runs import packs
-from partial_lora.runs.directory import PREDICTIONS, RESULT
 
 
 def tables_of(folder: Path) -> list[bytes]:

@@ -19,10 +19,10 @@ from recorded_runs import leave, place, record
 from refusals import refusal
 
 from partial_lora import cli
+from partial_lora.launching.directory import EXAMPLE, PICTURE, is_drawn
 from partial_lora.report import page, records
 from partial_lora.report.summary import measured
-from partial_lora.runs.config import plain
-from partial_lora.runs.directory import EXAMPLE, PICTURE, is_drawn
+from partial_lora.settings.stored import plain
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}

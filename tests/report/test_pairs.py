@@ -11,11 +11,11 @@ from recorded_runs import LABEL, leave, rows_of
 from refusals import refusal
 from scipy import stats
 
+from partial_lora.launching.directory import PREDICTIONS
 from partial_lora.report import records, tables
 from partial_lora.report.pairs import Pair, average, best, between, over_tasks
 from partial_lora.report.records import Predictions
 from partial_lora.report.statistics import compare, estimate, over_sets
-from partial_lora.runs.directory import PREDICTIONS
 
 
 def outcomes(right) -> dict[int, SimpleNamespace]:

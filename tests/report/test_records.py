@@ -11,10 +11,10 @@ import pytest
 from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
+from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import records, summary, tables
 from partial_lora.report.records import Predictions, conditions, differences
-from partial_lora.runs import rates
-from partial_lora.runs.directory import PREDICTIONS, RESULT
+from partial_lora.settings import tuned
 
 
 def test_points_are_in_the_order_of_kinds_and_of_sizes() -> None:
@@ -185,7 +185,7 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not():
     results = [record(task__data_files={"train": path}) for path in paths]
     expected = ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
     assert [conditions(each)["task.data_files.train"] for each in results] == expected
-    assert [rates.settings_of(each["config"], None)["task.data_files.train"] for each in results] == expected
+    assert [tuned.settings_of(each["config"], None)["task.data_files.train"] for each in results] == expected
 
 
 # Which runs are compared with which

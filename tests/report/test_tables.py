@@ -10,9 +10,9 @@ import pytest
 from recorded_runs import leave, place, record, rows_of
 from rich.console import Console
 
+from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import records, tables
 from partial_lora.report.records import LeftOut, Predictions
-from partial_lora.runs.directory import PREDICTIONS, RESULT
 
 
 def shown_of(results_dir, **options):

@@ -22,9 +22,10 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head
 from partial_lora.calibration.importance import scores_of
 from partial_lora.calibration.reliability import difference, reliability, split_half
+from partial_lora.launching import directory
 from partial_lora.masks import Mask
-from partial_lora.runs import config, directory
-from partial_lora.runs.compose import composed
+from partial_lora.settings import stored
+from partial_lora.settings.compose import composed
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
 TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")
@@ -39,7 +40,7 @@ FILES = {"analysis.json", "analysis.log", "table.md", "figure.svg"}
 
 def settings(*arguments: str) -> dict:
     _, options, rest = analyses.parse(["cost", *TINY, *arguments])
-    return config.plain(composed(*rest)) | {"analysis": options}
+    return stored.plain(composed(*rest)) | {"analysis": options}
 
 
 @pytest.fixture(scope="module", autouse=True)

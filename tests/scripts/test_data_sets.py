@@ -12,8 +12,8 @@ import pytest
 from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.runs.compose import composed
-from partial_lora.runs.schema import TaskConfig
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import TaskConfig
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import power
 import pytest
 from recorded_runs import leave
 
-from partial_lora.runs.directory import PREDICTIONS
+from partial_lora.launching.directory import PREDICTIONS
 
 
 def test_experiments_have_the_truth_and_the_components_that_they_say() -> None:

@@ -12,8 +12,8 @@ from checkout import RESULTS, needs_results
 from interval_coverage import fitted
 from recorded_runs import leave
 
+from partial_lora.launching.packs import RUNS_TABLE
 from partial_lora.report.statistics import estimate
-from partial_lora.runs.packs import RUNS_TABLE
 
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 

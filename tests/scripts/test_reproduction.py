@@ -16,11 +16,12 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from partial_lora.runs import compose, config, identity
-from partial_lora.runs import rates as rate_settings
-from partial_lora.runs.rates import NO_POINT
+from partial_lora.launching import places
+from partial_lora.settings import compose, schema
+from partial_lora.settings import tuned as rate_settings
+from partial_lora.settings.tuned import NO_POINT
 
-ROOT = config.conf_dir().parent
+ROOT = schema.conf_dir().parent
 NAMES = [*(f"table{number}" for number in range(1, 8)), *(f"fig{number}" for number in range(1, 8))]
 TASKS = ("cifar10", "signdigits", "gtsrb", "flowers17", "sst2", "trec", "qnli", "mrpc", "arc_easy", "piqa")
 UNCALIBRATED = {"lora", "dora", "adalora", "lorafa", "vera", "probe", "full"}
@@ -107,7 +108,7 @@ def entries(words: tuple[str, ...], preset: str) -> list[dict]:
 def combinations(words: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The overrides of every run of a sweep, by its words and the values that its experiment's file names."""
     (experiment,) = (word.partition("=")[2] for word in words if word.startswith("experiment="))
-    file = yaml.safe_load((config.conf_dir() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load((schema.conf_dir() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
     named = file.get("hydra", {}).get("sweeper", {}).get("params", {})
     overrides = [f"{key}={value}" for key, value in named.items()] + [word for word in words if "=" in word]
     return [tuple(each) for each in compose._combinations(OverridesParser.create().parse_overrides(overrides))]
@@ -130,7 +131,7 @@ def test_every_search_composes_and_takes_no_rate_from_a_file(preset: str) -> Non
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_a_table_composes_and_there_are_as_many_as_its_header_says(name: str, preset: str) -> None:
-    header = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    header = (schema.conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
     stated = {case: int(count) for case, count in re.findall(r"(cpu|without DATA|paper) (\d+)[,.]", header)}
     assert set(stated) == {"cpu", "without DATA", "paper"}
     counted = {preset: 0, "without DATA": 0}
@@ -231,7 +232,7 @@ def on_digits(target: str) -> set[Path]:
     runs, methods = set(), {f"method={name}" for name in ("lora", "partial", "uniform")}
     for words in trainings(target, "cpu"):
         chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
-        runs |= {identity.run_directory(settings(each)) for each in chosen if "task=digits" in words}
+        runs |= {places.run_directory(settings(each)) for each in chosen if "task=digits" in words}
     return runs
 
 
@@ -242,7 +243,7 @@ def test_tables_share_the_runs_that_they_have_in_common() -> None:
     assert table1 | table4 < methods
     for name in ("fig4", "fig7"):
         firsts = (settings(combinations(words)[0]) for words in trainings(f"runs-{name}", "cpu"))
-        assert len(table1 & set(map(identity.run_directory, firsts))) == 1
+        assert len(table1 & set(map(places.run_directory, firsts))) == 1
 
 
 def test_analyses_compose_and_leave_the_cpu_s_where_they_are() -> None:

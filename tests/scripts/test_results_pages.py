@@ -12,9 +12,9 @@ import pytest
 from checkout import needs_results
 
 from partial_lora.report import race, records
-from partial_lora.runs import config
+from partial_lora.settings import schema
 
-ROOT = config.conf_dir().parent
+ROOT = schema.conf_dir().parent
 SIGNED = r"([+−]\d+\.\d+)"
 NUMBER = re.compile(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|(\d+\.\d+) ± (\d+\.\d+)")  # a difference, or a score
 WHERE = ["task", "model", "mixture", "operating_point"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from partial_lora.runs import launch
-from partial_lora.runs.compose import composed
-from partial_lora.runs.identity import run_directory
-from partial_lora.runs.schema import Config
+from partial_lora.launching import cluster
+from partial_lora.launching.places import run_directory
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # What Slurm would have on its nodes, and a partial-lora that notes its arguments.
@@ -73,7 +73,7 @@ def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
         for node in range(2)
     ]
     assert len({run_directory(config) for config in nodes}) == 1
-    first, second = (launch.cluster_of(config.trainer, config.model.quantization) for config in nodes)
+    first, second = (cluster.cluster_of(config.trainer, config.model.quantization) for config in nodes)
     assert (first.processes, first.here, first.machines, first.kind) == (16, 8, 2, "fsdp")
     assert (first.rank, second.rank) == (0, 1)
     assert first.address == second.address == "node0"
@@ -83,13 +83,17 @@ def test_two_nodes_share_one_run(called, tmp_path: Path, monkeypatch) -> None:
 def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch) -> None:
     config = config_of(called("nf4_qwen2_5_14b.sh"), tmp_path, monkeypatch)
     assert (config.model.name, config.model.quantization) == ("qwen2_5_14b", "nf4")
-    assert launch.cluster_of(replace(config.trainer, num_processes=1), "nf4").kind == "ddp"
+    assert cluster.cluster_of(replace(config.trainer, num_processes=1), "nf4").kind == "ddp"
 
 
 @pytest.mark.parametrize("script", ["density", "reach"])
 def test_threads_are_counted_before_torch_is_there(script: str) -> None:
-    counted = "launch.openmp = lambda: sys.exit(str('torch' in sys.modules))"
+    counted = "cluster.openmp = lambda: sys.exit(str('torch' in sys.modules))"
     paths = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}
-    command = [sys.executable, "-c", f"import sys; from partial_lora.runs import launch; {counted}; import {script}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys\nfrom partial_lora.launching import cluster\n{counted}\nimport {script}",
+    ]
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "False"

@@ -12,8 +12,9 @@ from refusals import refusal
 from searched_rates import RATES, best, run, search, settings
 
 from partial_lora import files
+from partial_lora.launching import directory, places
 from partial_lora.report import records
-from partial_lora.runs import config, directory, identity, rates
+from partial_lora.settings import stored, tuned
 from partial_lora.tasks import metrics
 
 LORA = ("method=lora",)
@@ -168,7 +169,7 @@ def test_where_losses_are_not_in_the_file_the_choice_among_equals_stands() -> No
 def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path: Path, capsys) -> None:
     def results(name: str, runs: list[dict]) -> str:
         for each in runs:
-            place = tmp_path / name / identity.run_directory(config.load(each["config"]))
+            place = tmp_path / name / places.run_directory(stored.load(each["config"]))
             place.mkdir(parents=True)
             files.write_json(place / directory.RESULT, each)
         return str(tmp_path / name / "results")
@@ -190,4 +191,4 @@ def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path:
         assert out.read_bytes() == content
     assert tune.main([one, "--out", str(out), "--extend"]) == 1  # the best is at the edge
     assert "lora: 0.0003   [0.0003: 0.9500  0.001: " in capsys.readouterr().out
-    assert [len(entry["tried"]) for entry in rates.load(out)] == [5]
+    assert [len(entry["tried"]) for entry in tuned.load(out)] == [5]

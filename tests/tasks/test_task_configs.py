@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.runs import config, schema
+from partial_lora.settings import schema
 
 DATA = data_sets.folder()
-FOLDER = config.conf_dir() / "task"
+FOLDER = schema.conf_dir() / "task"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "mixture")  # which has no rows of its own
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 LABELS = {  # of the real rows: how many classes, or the fewest and the most options

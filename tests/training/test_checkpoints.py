@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import directory as results
+from partial_lora.launching import directory as results
 from partial_lora.training import checkpoints
 from partial_lora.training import trainer as training_module
 

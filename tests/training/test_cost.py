@@ -17,11 +17,12 @@ from torch import nn
 
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.budget import saturated
+from partial_lora.budget import saturated
+from partial_lora.building import size
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 from partial_lora.models.skeleton import Skeleton, skeleton, skeleton_of
-from partial_lora.training import cost, size
+from partial_lora.training import cost
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sharded_worker import STEPS
 
 from partial_lora import models
-from partial_lora.runs import directory
+from partial_lora.launching import directory
 from partial_lora.training import checkpoints, fsdp
 
 

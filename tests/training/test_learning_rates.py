@@ -21,10 +21,9 @@ from transformers import Trainer
 
 from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.calibration.config import traits_of
 from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory
 from partial_lora.report import records, summary
-from partial_lora.runs import directory
 from partial_lora.training import cost
 from partial_lora.training.config import AUTO, TrainerConfig
 
@@ -128,7 +127,7 @@ def optimizer_of(model: PeftModel, directory: Path, **changes: object) -> torch.
 )
 def test_groups_hold_every_parameter_that_trains_once(tmp_path: Path, name: str, method: str) -> None:
     model, setting = adapted_by(method, name)
-    own = OWN | ({"loraplus_ratio": 1.0} if not traits_of(method).product else {})
+    own = OWN | ({"loraplus_ratio": 1.0} if not methods.METHODS[method].product else {})
     groups = optimizer_of(model, tmp_path, **own, heads=setting.whole()).param_groups
     trains = {id(value): key for key, value in model.named_parameters() if value.requires_grad}
     held = [trains[id(value)] for group in groups for value in group["params"]]
@@ -139,7 +138,7 @@ def test_groups_hold_every_parameter_that_trains_once(tmp_path: Path, name: str,
         sizes[group["part"]] += sum(value.numel() for value in group["params"])
         assert group["lr"] == TrainerConfig(**own).learning_rates[group["part"]]
         for value in group["params"]:
-            of_b = ".lora_B." in trains[id(value)] and traits_of(method).product
+            of_b = ".lora_B." in trains[id(value)] and methods.METHODS[method].product
             assert (group["part"] == "B") is of_b, trains[id(value)]
     assert sizes["head"] == counted["head"]
     assert sizes["adapter"] + sizes["B"] == counted["adapter_trainable"]

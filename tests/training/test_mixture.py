@@ -20,17 +20,19 @@ from tiny_causal import llama, merging_tokenizer
 from torch.nn import functional as F
 
 from partial_lora import tasks as tasks_of
-from partial_lora.calibration import few_shot
-from partial_lora.calibration import score as slices
+from partial_lora.building import build
+from partial_lora.calibration import few_shot, measures
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head
-from partial_lora.calibration.score import SCORES, FewShotScore
+from partial_lora.calibration.measures import SCORES
+from partial_lora.calibration.score import FewShotScore
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
+from partial_lora.launching import directory
 from partial_lora.report import summary
-from partial_lora.runs import build, config, directory, identity
-from partial_lora.runs.compose import composed
-from partial_lora.runs.schema import Config
+from partial_lora.settings import identity, stored
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
 from partial_lora.tasks import Task
 from partial_lora.training import objectives
 
@@ -87,7 +89,7 @@ def test_members_by_name_have_the_settings_of_their_group_files(tables) -> None:
     assert found.task.members["sst2"].data_files == tables["reviews"]
     assert found.task.members["cola"].data_files["test"] == tables["reviews"]
     assert (found.task.modality, found.task.kind, found.task.classes) == ("text", "label", 4)
-    assert config.load(config.plain(found)) == found
+    assert stored.load(stored.plain(found)) == found
 
 
 def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
 def test_an_example_is_scored_within_its_member_and_guessed_there(measure: str) -> None:
     logits, labels = logits_and_labels()
-    rubric, batch = slices.Within(SCORES[measure](), SIZES), {"labels": labels}
+    rubric, batch = measures.Within(SCORES[measure](), SIZES), {"labels": labels}
     values, sureness, chance = (torch.empty(len(labels), dtype=torch.float64) for _ in range(3))
     plain = SCORES[measure]()
     for own, columns, start in parts(labels, SIZES):

@@ -12,7 +12,7 @@ import torch
 from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
 from tiny_causal import llama, merging_tokenizer
 
-from partial_lora.calibration.peers import Alone
+from partial_lora.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives

@@ -16,9 +16,9 @@ from tracked import client_of, in_mlflow, points_of, scalars, stored, without_cl
 from partial_lora import files as sealed
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import HIDDEN
-from partial_lora.runs import config
-from partial_lora.runs import directory as results
-from partial_lora.runs.compose import composed
+from partial_lora.launching import directory as results
+from partial_lora.settings import resolving
+from partial_lora.settings.compose import composed
 from partial_lora.training import config as training_config
 from partial_lora.training import trackers
 from partial_lora.training.trackers import Tracking
@@ -261,4 +261,4 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(monkeyp
 def test_a_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "left_by_a_tracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not config._installed("left_by_a_tracker")
+    assert not resolving._installed("left_by_a_tracker")

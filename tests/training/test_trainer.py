@@ -20,7 +20,7 @@ from transformers import Trainer, default_data_collator
 
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
-from partial_lora.runs import directory as results
+from partial_lora.launching import directory as results
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.fsdp import ShardedTrainer

@@ -1,0 +1,386 @@
+"""Settings become what a run works with: a task, the transform of its rows, the frozen model, draws, a judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from partial_lora import methods, models, tasks
+from partial_lora.budget import shrunk
+from partial_lora.calibration.config import CalibrationConfig
+from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
+from partial_lora.calibration.reliability import verdict
+from partial_lora.calibration.result import Calibration
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_json
+from partial_lora.masks import Sparsity
+from partial_lora.methods import tuners
+from partial_lora.methods.setting import ModuleScores, Setting
+from partial_lora.models.skeleton import ALL_LINEAR
+from partial_lora.peers import Peers, of_first
+from partial_lora.settings.checks import check_modality
+from partial_lora.settings.schema import Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.sparsities import tuner_size
+from partial_lora.tasks import Draws, Task
+from partial_lora.tasks.task import Transform
+from partial_lora.training import objectives
+
+logger = logging.getLogger(__name__)
+
+
+def task_of(config: Config, *, mixtures: bool = False) -> Task:
+    """Load the task of a run. Raises PartialLoraError for a mixture, unless the caller knows `mixtures`."""
+    chosen = config.task
+    check_modality(config.model, chosen)
+    if not chosen.members:
+        return _load_task(chosen, config.seed)
+    if not mixtures:
+        raise PartialLoraError(
+            f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
+            f"of its members, {', '.join(chosen.members)}"
+        )
+    members = [_load_task(member, config.seed) for member in chosen.members.values()]
+    seed = config.seed if chosen.split_seed is None else chosen.split_seed
+    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=seed)
+
+
+def _load_task(task: TaskConfig, seed: int) -> Task:
+    settings = {name: getattr(task, name) for name in tasks.SETTINGS}
+    if task.split_seed is None:
+        settings["split_seed"] = (0, seed)
+    return tasks.load(**settings)
+
+
+def warnings_of(config: Config, task: Task) -> list[str]:
+    """Return warnings about a training's settings and rows, a sentence each."""
+    found = config.warnings
+    size, rows = config.trainer.batch_size, len(task.train)
+    if size > rows:
+        found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
+    for each in getattr(task, "members", ()) or (task,):
+        if shared := tasks.shared_inputs(each.test, each.train):
+            found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
+        found += _enlarged(config.model, each)
+    return found
+
+
+_SMALL, _SEEN = 64, 32  # pixels of an image, and images that are looked at
+
+
+def _enlarged(model: ModelConfig, task: Task) -> list[str]:
+    """Return a line about small images that are made much larger, for a model that takes other sizes, too."""
+    if task.modality != "image" or model.image_size < 2 * _SMALL or not model.takes_any_size:
+        return []
+    largest = max(
+        side for image in task.train.select(range(min(_SEEN, len(task.train))))["image"] for side in image.size
+    )
+    if largest > _SMALL:
+        return []
+    times = (model.image_size / _SMALL) ** 2
+    return [
+        f"model.image_size={model.image_size}: no image side has more than {largest} pixels; model.image_size={_SMALL} "
+        f"takes about 1/{times:.0f} of the time"
+    ]
+
+
+def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = None) -> Transform:
+    """Return the transform by which a task's rows enter a model. task: needed to read the rows of a mixture."""
+    if chosen.members:
+        members = [transform_of(model, member) for member in chosen.members.values()]
+        return tasks.MixtureTransform(members, task)
+    if model.modality == "image":
+        return tasks.ImageTransform(
+            image_size=model.image_size, mean=model.mean, std=model.std, interpolation=model.interpolation
+        )
+    tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
+    if chosen.kind == "label":
+        return tasks.TextTransform(tokenizer, model.max_length)
+    chat = chosen.chat_template
+    if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
+        is_benchmark = chosen.format is not None and chosen.path != "files"
+        chat = not is_benchmark and tokenizer.chat_template is not None
+    too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
+    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
+
+
+def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:
+    """Return the loss and the metrics of a task, or of the members of a mixture."""
+    several = isinstance(task, tasks.Mixture)
+    members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
+    settings = config.task.members.values() if several else [config.task]
+    judges = [
+        objectives.judge_of(
+            member,
+            own,
+            peers,
+            batch_size=config.trainer.eval_batch_size,
+            cache_bytes=chosen.cache_bytes,
+            stop=chosen.stop,
+            max_new_tokens=chosen.max_new_tokens,
+            answer=chosen.answer,
+        )
+        for member, own, chosen in zip(members, transforms, settings, strict=True)
+    ]
+    return objectives.judge_of_members(task, judges) if several else judges[0]
+
+
+def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
+    """Load the frozen model with a head for `labels`, or for one number where there are none.
+
+    A new head is drawn from torch's global generator. It and the other modules that train whole are in float32,
+    whatever `model.dtype` says of the frozen rest. class_names: the names of the classes in CLIP's sentences, where
+    these are not the labels. Raises PartialLoraError where texts of the settings' length do not fit, and for a `head`
+    that does not give the logits.
+    """
+    settings = {name: getattr(model, name) for name in models.SETTINGS}
+    loaded = models.load(labels=list(class_names or labels), **settings)
+    if class_names:
+        loaded.config.id2label = dict(enumerate(labels))
+        loaded.config.label2id = {label: index for index, label in enumerate(labels)}
+    whole = list(model.new_modules)
+    if model.head is not None:
+        head = models.head_name(loaded, model.family)
+        if model.head != head:
+            raise PartialLoraError(f"model.head={model.head}: expected {head}, which gives the logits of {model.name}")
+        whole.append(head)
+    for name in whole:
+        try:
+            models.in_full_precision(loaded.get_submodule(name))
+        except AttributeError as error:
+            kind = type(loaded).__name__
+            raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
+    if model.modality == "text":
+        _check_length(loaded, model)
+    return loaded
+
+
+def _check_length(loaded: PreTrainedModel, model: ModelConfig) -> None:
+    """Refuse texts longer than a model's table of positions; some models use only the positions after the padding's."""
+    for name, module in loaded.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if model.max_length > longest:
+                raise PartialLoraError(
+                    f"model.max_length={model.max_length}: expected at most {longest}, the positions that "
+                    f"model={model.name} has"
+                )
+
+
+# --- Calibration, on few-shot draws of the training rows.
+
+
+def draw_settings(config: Config) -> dict[str, int | float | None]:
+    """Return the keys of `calibration` that decide the draws: texts are drawn by `share`, unless that is 0."""
+    key = "share" if config.task.modality == "text" and config.calibration.share > 0 else "shots"
+    return {key: getattr(config.calibration, key), "max_samples": config.calibration.max_samples}
+
+
+def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
+    """Draw the rows to fit on and those to score on; `changes`: `shots`, which then goes before `share`, and `seed`."""
+    settings = {"seed": config.calibration_seed} | draw_settings(config) | changes
+    if "shots" in changes:
+        settings.pop("share", None)
+    if config.task.members:
+        return tasks.member_draws(rows, list(config.task.members), **settings)
+    return tasks.few_shot_draws(tasks.strata(rows), **settings)
+
+
+def calibration_config(config: Config, task: Task) -> CalibrationConfig:
+    """Return the settings of calibration with the seed and the score that null and "auto" stand for."""
+    score = config.calibration.score
+    if score == "auto" and task.kind != "label":
+        score = {"choice": "options", "generation": "loss"}[task.kind]
+    elif score == "auto":
+        primary = "accuracy" if task.sizes else task.metrics[0]  # the only metric that all members of a mixture have
+        score = {"mse": "loss"}.get(primary, primary)
+    return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
+
+
+def importance(
+    config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
+) -> ModuleScores:
+    """Score the rows and columns of the modules that are to be adapted."""
+    return importance_few_shot(
+        model,
+        task.train,
+        transform,
+        config.importance,
+        modules=modules,
+        draws=draws,
+        head=config.model.head,
+        seed=config.calibration_seed,
+        rank=config.method.rank,
+        alpha=config.method.alpha,
+        new_head=not models.has_own_head(config.model.family),
+        sizes=task.sizes,
+    )
+
+
+def calibrating(
+    config: Config, task: Task, transform: Transform, model: nn.Module, scores: ModuleScores, peers: Peers
+) -> Callable[..., Calibration]:
+    """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
+    return functools.partial(
+        calibrate_few_shot,
+        model,
+        task.train,
+        transform,
+        calibration_config(config, task),
+        importance=config.importance,
+        scores=scores,
+        drawn=draw_settings(config),
+        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
+        rank=config.method.rank,
+        granularity=config.mask.counted,
+        alpha=config.method.alpha,
+        head=config.model.head,
+        new_head=not models.has_own_head(config.model.family),
+        blocks=config.model.blocks,
+        sizes=task.sizes,
+        peers=peers,
+    )
+
+
+def calibration(
+    file: str | None, modules: Sequence[str], draws: Draws, calibrate: Callable[..., Calibration]
+) -> Calibration:
+    """Return the calibration in a file if one is named, whatever the other keys say; else calibrate on the draws.
+
+    Warnings about the draws are among its warnings.
+    """
+    if file:
+        return Calibration.load(Path(file)).reused_for(list(modules))
+    calibrated = calibrate(draws=draws)
+    return dataclasses.replace(calibrated, warnings=[*draws.warnings, *calibrated.warnings])
+
+
+def earlier_calibration(file: Path, modules: Sequence[str], peers: Peers) -> Calibration | None:
+    """Return the calibration of an earlier attempt of this run, with its cost; None where there is none.
+
+    It is not made again, since another device or processor may decide a close call otherwise.
+    """
+
+    def load() -> Calibration | None:
+        try:
+            earlier = Calibration.load(file) if file.is_file() else None
+        except PartialLoraError as error:
+            logger.warning("%s; calibrated again", error)
+            return None
+        return earlier if earlier and earlier.modules.keys() == set(modules) else None
+
+    return of_first(peers, load)
+
+
+def with_reliability(calibration: Calibration, agreement: dict) -> Calibration:
+    """Return the calibration, with a warning where two halves of the scored draw do not support it."""
+    weak = agreement["said"] or verdict(agreement["spearman_brown"])
+    if not weak or weak in calibration.warnings:
+        return calibration
+    logger.warning("calibration: %s", weak)
+    return dataclasses.replace(calibration, warnings=[*calibration.warnings, weak])
+
+
+def method_of(method: MethodConfig) -> methods.Method:
+    """Return the function of a method; raises PartialLoraError for options that PEFT refuses whatever the model is."""
+    if method.peft_type is not None:
+        tuners.configuration(method.peft_type, method.peft or {})
+    return methods.METHODS[method.function]
+
+
+def setting_of(
+    config: Config,
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: Sparsity | None = None,
+    scores: ModuleScores | None = None,
+) -> Setting:
+    """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
+    modules = config.model.trained_modules
+    if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
+        modules["target_modules"] = list(shapes)
+    setting = Setting(
+        **modules,
+        rank=config.method.rank,
+        ranks=config.method.ranks,
+        alpha=config.method.alpha,
+        dropout=config.method.dropout,
+        projections=config.method.projections,
+        granularity=config.mask.granularity,
+        count=config.mask.count,
+        columns=config.mask.columns,
+        fan_in=config.mask.fan_in,
+        row_exponent=config.mask.row_exponent,
+        column_exponent=config.mask.column_exponent,
+        mask_seed=config.mask_seed,
+        peft_type=config.method.peft_type,
+        peft=config.method.peft or {},
+        size=tuner_size(config, shapes),
+        shapes=shapes,
+        sparsity=sparsity,
+        scores=scores,
+    )
+    if sparsity is None or not config.calibration.shrink:
+        return setting
+    return dataclasses.replace(setting, sparsity=shrunk(sparsity, *setting.units(), config.calibration.shrink))
+
+
+# --- What a model's files say beside its weights: how inputs are made, and the names of the classes.
+
+# The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
+_ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
+_REPLACED = {
+    "architecture",
+    "tag",
+    "pool_size",
+    "test_input_size",
+    "test_crop_pct",
+    "label_names",
+    "label_descriptions",
+}
+_LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
+
+
+def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, folder: Path) -> None:
+    """Write config.json, with the names of the classes, and what makes inputs: a tokenizer, or the size of images."""
+    if config.modality == "image":
+        write_json(folder / "config.json", _timm_config(model, config))
+        return
+    model.config.save_pretrained(folder)
+    tokenizer = getattr(transform, "transforms", [transform])[0].tokenizer  # members of a mixture share it
+    if config.family == "encoder":
+        tokenizer.model_max_length = config.max_length  # where texts are cut
+    tokenizer.save_pretrained(folder)
+
+
+def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
+    """Return a config.json in timm's format, which transformers and its image processor read, too."""
+    known = {
+        key: value
+        for key, value in model.timm_model.pretrained_cfg.items()
+        if key not in _LEFT_OUT and value is not None
+    }
+    return {
+        "architecture": model.config.architecture,
+        "num_classes": model.config.num_labels,
+        "num_features": model.timm_model.num_features,
+        "label_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
+        "model_args": dict(model.config.model_args or {}),
+        "pretrained_cfg": known
+        | {
+            "num_classes": model.config.num_labels,
+            "custom_load": False,
+            "input_size": [3, config.image_size, config.image_size],
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "crop_pct": 1.0,  # the shorter side is resized to the image's size and the middle square kept
+            "crop_mode": "center",
+        },
+    }

@@ -1,0 +1,138 @@
+"""Size of a run, counted on the skeleton of its model: nothing is downloaded, and for most methods nothing is built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from partial_lora.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
+from partial_lora.building import size
+from partial_lora.calibration.result import Calibration
+from partial_lora.calibration.search import passes_at_most, sparsity_levels
+from partial_lora.masks import PAPER_BUDGET, Sparsity
+from partial_lora.models.skeleton import Skeleton, skeleton
+from partial_lora.settings import rates
+from partial_lora.settings.checks import check_modality
+from partial_lora.settings.schema import Config, TaskConfig
+from partial_lora.settings.sparsities import fixed_point, fixed_sparsity
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Size of a run that has not begun.
+
+    counts: counts and bytes as `size` gives them. sparsity_is: where their sparsity is from. outputs: of
+    the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
+    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. width: of the
+    model (`rates.width`). is_known: whether the task or its files say how many outputs there are; else they are two.
+    """
+
+    counts: dict[str, int | float | None]
+    sparsity_is: str
+    outputs: int
+    passes: int
+    memory: dict[str, dict[str, int]]
+    width: int
+    is_known: bool = True
+
+    @property
+    def density(self) -> float:
+        """The share of dense LoRA's parameters that trains."""
+        trained, dense = (self.counts[f"adapter_{name}"] for name in ("trainable", "dense"))
+        return trained / dense if dense else 0.0
+
+
+def without_task(config: Config) -> Config:
+    """Return the settings with a task of two classes if the default task does not suit the model; else as they are."""
+    model = config.model
+    if (model.modality, model.head is None) == (config.task.modality, config.task.kind != "label"):
+        return config
+    kind = "choice" if model.head is None else "label"
+    return replace(config, task=TaskConfig(name="none", path="none", modality=model.modality, kind=kind, classes=2))
+
+
+def outline(config: Config) -> Outline:
+    """Return the outline of a run; the head is for two classes where neither the task nor its files say how many."""
+    model, method, calibration = config.model, config.method, config.calibration
+    check_modality(model, config.task)
+    known = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
+    outputs = 2 if known is None else known
+    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    bare = skeleton(**geometry, outputs=outputs or 2)
+    shapes = bare.targets(**model.trained_modules)
+    granularity, passes = config.mask.counted, 0
+    sparsity = fixed_sparsity(config, shapes)
+    if sparsity is not None:
+        source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
+    elif method.traits.size == "calibrated":
+        sparsity, source = _expected_sparsity(config, shapes)
+        levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
+        axes = 1 if calibration.axes == "joint" else 2
+        passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
+    elif method.traits.dense:
+        sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
+    if sparsity is None or method.traits.own_ranks or method.ranks == "auto":  # ranks of their own decide
+        counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
+        source = "counted on the adapter itself" if sparsity is None else source
+    else:
+        modules = model.trained_modules
+        counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
+    memory, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
+    return Outline(counts, source, outputs, passes, memory, width, known is not None)
+
+
+def _classes(config: Config, task: TaskConfig) -> int | None:
+    """Return how many outputs a task needs, by its settings or its files of rows; None where neither is at hand."""
+    if task.members:
+        counts = [_classes(config, member) for member in task.members.values()]
+        return None if None in counts else sum(counts)
+    if task.classes or not task.data_files:
+        return task.classes
+    from partial_lora.building.build import task_of
+
+    return len(task_of(replace(config, task=task)).labels) or 1
+
+
+def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity, str]:
+    """Return the sparsity of a calibrated method as far as it is known before calibration, and its source.
+
+    The control methods have as many parameters.
+    """
+    calibration, masks = config.calibration, (shapes, config.method.rank, config.mask.counted)
+    if calibration.file:
+        return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
+    budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
+    if budget is None:
+        budget = PAPER_BUDGET
+        source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
+    return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
+
+
+def _counted(
+    config: Config, shapes: Shapes, geometry: Mapping, sparsity: Sparsity | None
+) -> dict[str, int | float | None]:
+    """Return the counts of an adapter that is made on the meta device."""
+    from partial_lora import models
+    from partial_lora.building.build import method_of, setting_of
+    from partial_lora.training.cost import describe_adapted
+
+    with warnings.catch_warnings():  # PEFT uses a name that transformers deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes, sparsity))
+    dense = dense_parameters(shapes, config.method.rank)
+    return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
+
+
+def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:
+    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences allowed."""
+    if config.model.family != "causal":
+        return {}
+    batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
+    return {
+        name: size.peak_memory(
+            model, shapes=shapes, counts=counts, rank=config.method.rank, quantization=quantization, **batch
+        )
+        for name, quantization in (("bf16", None), ("nf4", "nf4"))
+    }

@@ -1,0 +1,106 @@
+"""Completion of a command line by the shell: commands, Hydra's groups and keys, and runs; files are the shell's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory
+from partial_lora.settings.compose import hydra_of
+from partial_lora.settings.schema import list_keys
+
+# Where nothing is found, all three complete names of files. Bash ends a word at `=` and `:`, so that it completes what
+# stands behind them. A space tells zsh and bash which words are whole; fish knows by itself.
+_INSTALL = {
+    "bash": """\
+_partial_lora()
+{
+    local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n'
+    local word="${line##* }"
+    COMPREPLY=($(COMP_LINE="$line" partial-lora -sc query=bash 2> /dev/null))
+    COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*[=:]}"}"}")
+}
+complete -o nospace -o default -F _partial_lora partial-lora""",
+    "zsh": """\
+_partial_lora()
+{
+    local -a found
+    found=(${(f)"$(COMP_LINE="$LBUFFER" partial-lora -sc query=zsh 2> /dev/null)"})
+    if (( ! $#found )); then
+        compset -P '*='
+        _files
+        return
+    fi
+    compadd -Q -S ' ' -- ${${(M)found:#* }% }
+    compadd -Q -S '' -- ${found:#* }
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _partial_lora partial-lora""",
+    "fish": """\
+function _partial_lora
+    set -lx COMP_LINE (commandline -cp | string collect)
+    set -g _partial_lora (partial-lora -sc query=fish 2> /dev/null | string match -r .+)
+    set -q _partial_lora[1]
+end
+complete -c partial-lora -f -n _partial_lora -a '$_partial_lora'""",
+}
+_COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
+
+
+def complete(action: str | None, commands: Sequence[str]) -> str:
+    """Return what `-sc ACTION` prints: the script that a shell is to run, or the words that its line may go on with.
+
+    Raises PartialLoraError for an action that is none.
+    """
+    what, _, shell = (action or "").partition("=")
+    if what not in ("install", "query") or shell not in _INSTALL:
+        known = ", ".join(f"install={each}" for each in _INSTALL)
+        raise PartialLoraError(f"--shell-completion {action}: expected {known}")
+    if what == "install":
+        return _INSTALL[shell]
+    words = candidates(os.environ.get("COMP_LINE", "").split(" ")[1:], commands)
+    is_part = ("=", ".", "/")
+    return "\n".join(word if shell == "fish" or word.endswith(is_part) else f"{word} " for word in words)
+
+
+def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
+    """Return what the last of a command line's words may become; the first is the name of a command."""
+    *before, word = words or [""]
+    if not before:
+        found = list(commands)
+    elif before[0] in _COMPOSED:
+        return _settings([each for each in before[1:] if each], word)
+    elif before[0] in commands and not any(before[1:]):
+        found = list(_runs(Path("results")))
+    elif before[0] == "evaluate":
+        return [each for each in _settings([], word) if each.startswith("task")]
+    else:
+        found = []
+    return [each for each in found if each.startswith(word)]
+
+
+def _runs(results: Path) -> Iterator[str]:
+    """Yield the names of runs that a command takes: `latest`, and ids, with the seed behind one that has several."""
+    if (results / directory.LATEST).is_dir():
+        yield directory.LATEST
+    groups: dict[str, list[Path]] = {}
+    for run in sorted(results.glob(directory.RUNS)):
+        groups.setdefault(directory.id_of(run), []).append(run)
+    for identifier, runs in groups.items():
+        yield from [identifier] if len(runs) == 1 else [f"{identifier}/{run.name}" for run in runs]
+
+
+def _settings(before: Sequence[str], word: str) -> list[str]:
+    """Return the groups, their files, the keys and their values that a word may become, as Hydra completes it."""
+    from hydra._internal.core_plugins.bash_completion import BashCompletion
+
+    if word.partition("=")[2].startswith((".", "/", "~")):  # a file, which the shell quotes where it has to
+        return []
+    flags = {"-m", "--multirun"} & {*before}
+    with hydra_of([each for each in before if "=" in each or each.endswith((".yaml", ".yml"))]) as known:
+        hydra, name, overrides, _ = known
+        found = BashCompletion(hydra.config_loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
+    lists = {f"{key}." for key in list_keys()}  # Hydra would complete a list by the places of its items
+    return [f"{each[:-1]}=" if each in lists else each for each in found if each != "hydra"]

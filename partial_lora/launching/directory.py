@@ -1,0 +1,333 @@
+"""The directory of a run: its files, whole or absent; its one writer; its record, which becomes result.json."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.files import lock, read_json, redacted
+from partial_lora.settings.stored import upgraded
+
+RESULT = "result.json"
+CONFIG = "config.yaml"
+CALIBRATION = "calibration.json"
+PREDICTIONS = "predictions.parquet"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
+EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
+LOG = "train.log"
+CURVES = "curves.svg"  # of a calibration
+PAGE = "index.html"
+PICTURE = "predictions.png"  # test images, and what was predicted of them
+EXAMPLE = "example.png"  # one of them, as an input for `partial-lora predict`
+LOCK = ".lock"
+LATEST = "latest"  # in a results directory, a link to the run that `train` finished last
+RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
+REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
+INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
+_BROKEN = "result.json.broken"
+_CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
+_OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
+
+
+def read_result(directory: Path, name: str = RESULT) -> dict | None:
+    """Return the record of a run, in today's terms, or None where none can be read or it lacks a status."""
+    try:
+        result = read_json(Path(directory) / name)
+    except (OSError, ValueError):
+        return None
+    return upgraded(result) if isinstance(result, dict) and "status" in result else None
+
+
+def find(name: Path | str) -> Path:
+    """Return the directory of a run that a user names.
+
+    name: its path; `latest`, of the results in ./results; or the start of its id, with `/seed1` behind it where runs
+    differ in their seed alone. Another results directory may stand before `latest` or the id: DIR/latest, DIR/1f0e.
+    Any other name is returned as it is. Raises PartialLoraError, with the paths, where several runs have that start.
+    """
+    place = Path(name)
+    if os.path.islink(place) and place.name == LATEST:  # another run may become the latest while a command works
+        return place.parent / os.readlink(place)
+    if os.path.exists(place):  # which a name that is too long does not raise an error for
+        return place
+    start, seed = (place.parent, place.name) if re.fullmatch(r"seed\d+", place.name) else (place, "seed*")
+    results = Path("results") if start.parent == Path() else start.parent
+    if start.name == LATEST and (results / LATEST).is_dir():
+        return find(results / LATEST)
+    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
+    if len(found) > 1:
+        raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
+    return found[0] if found and re.fullmatch(r"[0-9a-f]+", start.name) else place
+
+
+def id_of(run: Path) -> str:
+    """Return the id of a run, out of its directory's name."""
+    return run.parent.name.rpartition("-")[2]
+
+
+def link_latest(results_dir: Path | str, run: Path) -> None:
+    """Link `latest` in a results directory to a run; do nothing where no link can be made."""
+    link = Path(results_dir) / LATEST
+    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+    with suppress(OSError):
+        try:
+            temporary.symlink_to(run.relative_to(results_dir), target_is_directory=True)
+            os.replace(temporary, link)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether a training ended well and every file of its record is there, whole."""
+    result = read_result(directory)
+    return _is_trained(result) and not missing(directory, result)
+
+
+def is_recorded(directory: Path) -> bool:
+    """Return whether a training's record and predictions are there, whole, whatever became of its weights."""
+    result = read_result(directory)
+    if not _is_trained(result):
+        return False
+    predictions = Path(directory) / PREDICTIONS
+    size = (result.get("files") or {}).get(PREDICTIONS)
+    return predictions.is_file() and size in (None, predictions.stat().st_size)
+
+
+def is_calibrated(directory: Path) -> bool:
+    """Return whether `partial-lora calibrate` ended well and its files are there."""
+    result = read_result(directory)
+    whole = bool(result) and result["status"] == "finished" and not missing(directory, result)
+    return whole and (Path(directory) / CALIBRATION).is_file()
+
+
+def is_drawn(directory: Path, stage: str) -> bool:
+    """Return whether the drawing of a stage, "train" or "calibrate", came to its end."""
+    return (Path(directory) / (PAGE if stage == "train" else CURVES)).is_file()
+
+
+def _is_trained(result: Mapping | None) -> bool:
+    """Return whether a record is of a training that ended well; `partial-lora calibrate` has no metrics."""
+    return result is not None and result["status"] == "finished" and result.get("metrics") != {}
+
+
+def missing(directory: Path, result: Mapping) -> str | None:
+    """Return which file of a finished record is missing or of another size, in words; None where all are whole."""
+    names = [CONFIG] + ([CALIBRATION] if result.get("calibration") else [])
+    if _is_trained(result):
+        names += [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
+    sizes = dict.fromkeys(names) | (result.get("files") or {})  # earlier records have no sizes
+    sizes.pop(_CARD, None)
+    for name, size in sizes.items():
+        file = Path(directory) / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if size is not None and file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the files by which a finished run is known to be whole, and their sizes in bytes."""
+    directory = Path(directory)
+    paths = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter or a model that hold its values."""
+    return [file for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}")]
+
+
+def prepare(directory: Path, *, overwrite: bool) -> list[str]:
+    """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
+
+    What an unfinished attempt left for the next one stays: checkpoints, sparsities, log, what trackers keep, and its
+    record under another name. All else goes, result.json first: whatever is still there when this is interrupted
+    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held.
+    """
+    notes, record = [], directory / RESULT
+    result = read_result(directory)
+    if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
+        reason = None if overwrite else missing(directory, result)
+        notes += [f"{directory}: {reason}; the run is done again"] if reason else []
+        overwrite = True
+    elif result is not None:
+        os.replace(record, directory / EARLIER)
+    elif record.exists():
+        os.replace(record, directory / _BROKEN)
+        notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
+    record.unlink(missing_ok=True)
+    stays = {LOCK} if overwrite else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN, *_OF_TRACKERS}
+    for entry in directory.iterdir():
+        if entry.name in stays:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return notes
+
+
+def remove_refused(directory: Path, results_dir: Path | str) -> None:
+    """Remove the directory of a run that never began, and those above it that are empty then."""
+    shutil.rmtree(directory)
+    with suppress(OSError):  # it is not empty, or another run has removed it
+        for parent in directory.parents:
+            if parent == Path(results_dir):
+                return
+            parent.rmdir()
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove what only a run that has not ended needs."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    (directory / EARLIER).unlink(missing_ok=True)
+
+
+def unwritable(place: Path | str, error: OSError) -> PartialLoraError:
+    """Return the error about a folder of results that cannot be written."""
+    reason = f"cannot write to {place}: {error.strerror}"
+    return PartialLoraError(f"results_dir: {reason}; set it to a folder that can be written")
+
+
+def name_holder(descriptor: int, worker: int | None = None) -> None:
+    """Write the holder into a lock: this process, and the worker that holds it on should this one die."""
+    holder = f"pid {os.getpid()} on {socket.gethostname()}" + (f" (worker: pid {worker})" if worker else "")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Hold a run's directory, made if need be, while the block lasts; yield the lock's file descriptor.
+
+    A worker inherits the descriptor and holds the lock on, should its parent die. Raises PartialLoraError that names
+    another holder.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise unwritable(directory, error) from error
+    try:
+        if not lock(descriptor):
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
+        name_holder(descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
+
+LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
+
+
+def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> dict:
+    """Return the record of a run that has just begun.
+
+    earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
+    digests: of the files that the run reads, by key; None where they are not known.
+    """
+    record = {
+        "status": "running",
+        "seed": settings["seed"],
+        "config": redacted(settings),
+        "digests": digests,
+        "preset": settings.get("preset"),
+        "tuning": _tuning(settings.get("trainer", {})),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+        "device": None,
+        "attempts": 1,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": {"calibrate": 0.0, "train": 0.0, "evaluate": 0.0},
+        "peak_memory_bytes": None,
+        "parameters": {},
+        "sparsity": {},
+        "shapes": {},
+        "calibration": None,
+        "warnings": [],
+        "metrics": {},
+        "history": [],
+    }
+    if earlier is not None:
+        record |= {"started": earlier["started"], "attempts": earlier.get("attempts", 1) + 1}
+        kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
+        record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
+    return record
+
+
+def finite(value: object) -> object:
+    """Return plain data with None in place of NaN and infinity, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def timed(record: dict, stage: str) -> Iterator[None]:
+    """Add the wall seconds of the block to those of a stage, earlier attempts among them."""
+    start = time.perf_counter()
+    yield
+    record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+def _tuning(trainer: Mapping) -> str:
+    """Return how the learning rate was found, as tables have it: untuned, tuned, or by which other runs."""
+    if trainer.get("tuned") is None:
+        return "untuned"
+    return trainer.get("tuned_elsewhere") or "tuned"
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package runs from; None where it is installed from a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        head = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return head.stdout.strip() or None
+
+
+# --- The settings of a worker, from the parent that composed them: those in config.yaml are without credentials.
+
+VARIABLE = "PARTIAL_LORA_SETTINGS"
+
+
+def worker_variables(settings: Mapping, digests: Mapping) -> dict[str, str]:
+    """Return the environment variable that hands settings, and the digests of their files, to a worker."""
+    return {VARIABLE: yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)}
+
+
+def worker_settings(directory: Path) -> tuple[dict, dict | None]:
+    """Return the settings that were handed to this worker, and not on to its children, and the digests of their files.
+
+    Without any, the settings are those in config.yaml.
+    """
+    handed = os.environ.pop(VARIABLE, None)
+    if handed is not None:
+        return tuple(yaml.safe_load(handed))
+    return yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")), None

@@ -1,0 +1,165 @@
+"""A study as two tables: `runs.parquet`, a row a run with its whole record, and `predictions.parquet`, a row a test
+example.
+
+A results directory may hold runs in folders, packed runs, or both; where both have a run, its folder counts. Packed
+runs are called by the path that their folder had below the results directory. Written by `report.pack`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import with_an_end
+from partial_lora.launching.directory import RESULT, RUNS, read_result
+from partial_lora.settings.stored import upgraded
+
+if TYPE_CHECKING:  # a quarter of a second to import; most results directories have no pack
+    import pyarrow as pa
+
+
+RUNS_TABLE = "runs.parquet"
+PREDICTIONS_TABLE = "predictions.parquet"
+DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
+VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
+COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
+
+_RESTORE = "restore it, or pack the runs again"
+
+# A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its name here.
+TYPED = {f"{name}{kind}": name for name in ("label", "prediction") for kind in ("", "_number", "_text")}
+
+
+class Pack:
+    """The packed runs of a results directory, each read when it is asked for.
+
+    Raises PartialLoraError, naming the file, for a table that is broken or was not made by `partial-lora pack`.
+    """
+
+    def __init__(self, results_dir: Path) -> None:
+        self._results_dir = results_dir
+        runs = _table(results_dir / RUNS_TABLE, ["run", "examples", *COLUMN.values()])
+        self._runs = runs.to_pydict()
+        self._row = {path: row for row, path in enumerate(self._runs["run"])}
+        for path in self._row:
+            parts = Path(str(path)).parts
+            if len(parts) != RUNS.count("/") + 1 or ".." in parts or not Path(*parts).match(RUNS):
+                raise PartialLoraError(f"{results_dir / RUNS_TABLE}: {path}: expected a path like {RUNS}; {_RESTORE}")
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the runs below the results directory, in order."""
+        return list(self._row)
+
+    def json(self, path: str, name: str = RESULT) -> dict | None:
+        """Return what a JSON file of a run's folder held; None where the run is not packed or had no such file."""
+        text = self._runs[COLUMN[name]][self._row[path]] if path in self._row else None
+        try:
+            content = None if text is None else json.loads(text)
+            if isinstance(content, (dict, type(None))):
+                return content
+            reason = "no mapping"
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = one_line(error)
+        file = self._results_dir / RUNS_TABLE
+        raise PartialLoraError(f"{file}: {name} of {path} cannot be read ({reason}); {_RESTORE}")
+
+    def predictions(self, path: str) -> pa.Table | None:
+        """Return what a run predicted, with the columns of its own predictions that are kept; None without any.
+
+        Raises PartialLoraError where the table of predictions is broken or does not belong to that of the runs.
+        """
+        examples = self._runs["examples"][self._row[path]] if path in self._row else None
+        if not examples:
+            return None
+        start, count = self._places.get(path, (0, 0))
+        if count != examples:
+            file = self._results_dir / PREDICTIONS_TABLE
+            raise PartialLoraError(f"{file}: {count} examples of {path}, expected {examples}; restore the file")
+        table = self._predictions.slice(start, count).drop_columns("run")
+        table = table.select([name for name in table.column_names if table[name].null_count < count])
+        return table.rename_columns([TYPED.get(name, name) for name in table.column_names])
+
+    @functools.cached_property
+    def _predictions(self) -> pa.Table:
+        return _table(self._results_dir / PREDICTIONS_TABLE)
+
+    @functools.cached_property
+    def _places(self) -> Mapping[str, tuple[int, int]]:
+        """The first row of each run and the number of its rows, which stand together."""
+        from pyarrow import compute
+
+        encoded = compute.run_end_encode(self._predictions["run"].cast("string").combine_chunks())
+        ends = [0, *encoded.run_ends.to_pylist()]
+        return {path: (ends[row], ends[row + 1] - ends[row]) for row, path in enumerate(encoded.values.to_pylist())}
+
+
+def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        known = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
+        table = parquet.read_table(file, columns=columns) if known else None
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        reason = f"cannot be read ({one_line(error)})"
+        raise PartialLoraError(f"{file}: {reason}; {_RESTORE}") from error
+    if table is None:
+        raise PartialLoraError(f"{file}: expected a table of `partial-lora pack`; move this file elsewhere")
+    return table
+
+
+def pack_of(results_dir: Path) -> Pack | None:
+    """Return the pack of a results directory, None where there is none; read again only once it has changed."""
+    file = Path(results_dir) / RUNS_TABLE
+    try:
+        known = file.stat()
+    except OSError:
+        return None
+    return _pack_of(Path(results_dir).resolve(), known.st_size, known.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _pack_of(results_dir: Path, size: int, changed: int) -> Pack:
+    return Pack(results_dir)
+
+
+def directories(results_dir: Path) -> list[Path]:
+    """Return the directories of a results directory's runs, in order: those that are there and those of packed runs."""
+    results_dir = Path(results_dir)
+    loose, pack = (path for path in results_dir.glob(RUNS) if path.is_dir()), pack_of(results_dir)
+    return sorted({*loose, *(results_dir / path for path in (pack.paths if pack else ()))})
+
+
+def packed(place: Path) -> dict | None:
+    """Return the record of a packed run by the directory that it had, in today's terms; None where it is not packed."""
+    record = stored(place, RESULT)
+    return None if record is None else upgraded(record)
+
+
+def stored(place: Path, name: str) -> dict | None:
+    """Return a JSON file of a packed run as it was written, by the directory that the run had; None without one."""
+    pack, path = _at(place)
+    return None if pack is None else pack.json(path, name)
+
+
+def _at(place: Path) -> tuple[Pack | None, str]:
+    """Return the pack of the results directory that a run's directory lies in, and the run's path below it."""
+    place, depth = Path(place), RUNS.count("/")
+    within = len(place.parents) > depth
+    return pack_of(place.parents[depth]) if within else None, "/".join(place.parts[-depth - 1 :])
+
+
+def recorded(place: Path) -> dict | None:
+    """Return the record of a run, out of its folder or else out of the pack; None where neither has one."""
+    return read_result(place) or packed(place)
+
+
+def predictions_of(place: Path) -> pa.Table | None:
+    """Return the predictions of a packed run by the directory that it had; None where there are none."""
+    pack, path = _at(place)
+    return None if pack is None else pack.predictions(path)

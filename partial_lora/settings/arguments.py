@@ -1,0 +1,327 @@
+"""The arguments of a command line as Hydra takes them: values in its grammar, a file in place of config.yaml."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import yaml
+
+from partial_lora.errors import PartialLoraError, in_yaml, require
+from partial_lora.files import flatten, read_yaml
+from partial_lora.settings.keys import no_such_option
+from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
+from partial_lora.settings.stored import upgraded_settings
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+
+CONFIG_NAME = "config"
+
+
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    return [in_grammar(each, is_sweep) for each in _with_file(arguments)]
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Return Hydra's options and, as `overrides`, the settings; raises PartialLoraError for what is neither."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise PartialLoraError(message)
+
+    parser = get_args_parser()
+    parser.error = refuse  # in place of a page
+    parsed = parser.parse_intermixed_args(list(arguments))
+    for name in ("package", "resolve"):
+        if getattr(parsed, name) and not parsed.cfg:
+            refuse(f"--{name}: expected --cfg beside it")
+    return parsed
+
+
+def in_grammar(argument: str, is_sweep: bool = False) -> str:
+    """Return KEY=VALUE so that Hydra reads it as it was meant; an argument without a meaning stays as it is.
+
+    A text with characters outside Hydra's grammar is quoted, and so is a path that Hydra would read as several values
+    or a number. `{train: ~/a (1).csv}` is read as YAML. A list needs no brackets. is_sweep: several values are a run
+    for each.
+    """
+    key, equals, text = argument.partition("=")
+    if argument.startswith(("-", "~")) or not (equals and key):
+        return argument
+    if key.startswith("model.model_args"):  # a mapping of any keys, which Hydra lets be added with two signs alone
+        argument = f"++{argument}"
+        key = f"++{key}"
+    override, is_list = parsed(argument), key.lstrip("+") in list_keys()
+    is_path = not is_list and os.path.exists(os.path.expanduser(text))
+    if override is None:
+        value = text if is_path else _from_yaml(text)
+        return argument if value is None else f"{key}={quoted([value] if is_list and value == text else value)}"
+    several = override.is_sweep_override()
+    if is_list and several and is_sweep:
+        each = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
+        return f"{key}={','.join(each)}"
+    if is_list and (several or isinstance(override.value(), (str, int, float))):
+        return f"{key}=[{text}]"
+    number = key.startswith("task.data_files") and isinstance(override.value(), (int, float))
+    return f"{key}={quoted(text)}" if is_path and (number or (several and not is_sweep)) else argument
+
+
+def parsed(argument: str) -> Override | None:
+    """Return an argument as Hydra reads it; None where its grammar has no such value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _from_yaml(text: str) -> object:
+    """Return the list or mapping that a text is, or the text; None for a broken list, mapping or quotation."""
+    if not text.startswith(("[", "{", "'", '"')):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return value if isinstance(value, (list, dict)) else None
+
+
+def quoted(value: object) -> str:
+    """Return a value in Hydra's grammar, its texts in quotes."""
+    from hydra.core.override_parser.types import Override, Quote, QuotedString
+
+    def texts(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: texts(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [texts(each) for each in value]
+        return QuotedString(value, Quote.double) if isinstance(value, str) else value
+
+    return Override._get_value_element_as_str(texts(value))
+
+
+def as_text(argument: str) -> str:
+    """Return KEY=VALUE as it is typed in a shell so that the value is one text."""
+    key, _, text = argument.partition("=")
+    return shlex.quote(f"{key}={quoted(text)}")
+
+
+# --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
+
+OWN = "own"  # Hydra's name for the file
+
+
+def _with_file(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as Hydra takes them: a FILE.yaml among them becomes its primary config."""
+    files = [each for each in arguments if is_file(each)]
+    if not files:
+        return list(arguments)
+    if len(files) > 1:
+        raise PartialLoraError(f"{files[1]}: expected KEY=VALUE, and one file at most; {files[0]} is one already")
+    others = [each for each in arguments if each != files[0]]
+    from hydra.core.config_store import ConfigStore
+
+    settings = settings_of(files[0])
+    if is_record(settings):
+        primary = _primary_of_record(upgraded_settings(settings), others)
+    else:
+        primary = _primary(files[0], settings)
+    ConfigStore.instance().store(name=OWN, node=primary)
+    return [*others, f"--config-name={OWN}"]
+
+
+def rate_in_file(config_name: str) -> list[str]:
+    """Return the learning rate that the user's own file sets, as an argument would; not that of a run's record."""
+    from hydra.core.config_store import ConfigStore
+
+    own = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
+    trainer = (own.get("trainer") or {}) if CONFIG_NAME in own.get("defaults", ()) else {}
+    return [f"trainer.learning_rate={trainer['learning_rate']}"] if "learning_rate" in trainer else []
+
+
+def is_record(settings: Mapping) -> bool:
+    """Return whether the settings of a file are a run's config.yaml, and no command line."""
+    return "hydra" not in settings and all(isinstance(settings.get(group), Mapping) for group in SECTIONS)
+
+
+def is_file(argument: str) -> bool:
+    """Return whether an argument is a file of settings; KEY=VALUE may end like one."""
+    named = argument.endswith((".yaml", ".yml")) and not argument.startswith("-")
+    return named and ("=" not in argument or Path(argument).is_file())
+
+
+def settings_of(file: str) -> dict:
+    """Return what a file sets; raise PartialLoraError, in one line that names it, where it is no mapping of keys."""
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not content:
+        raise PartialLoraError(f"{file}: expected a line KEY: VALUE for each setting, such as model: minilm_l6")
+    if "defaults" in content:
+        raise PartialLoraError(f"{file}: defaults: expected a line GROUP: NAME for each, such as model: minilm_l6")
+    return content
+
+
+def _primary(file: str, content: Mapping) -> dict:
+    """Return the primary config of a file that is a command line: GROUP: NAME chooses, all else is set after it.
+
+    A group that is described in the file itself, with a name of its own, has no group file beneath it.
+    """
+    from omegaconf import OmegaConf
+
+    keys, chosen = OmegaConf.create({}), {}
+    for key, value in content.items():
+        if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+)*", str(key)):
+            raise PartialLoraError(f"{file}: {key!r}: expected a key, such as model or trainer.epochs")
+        if key in CHOICES or (key in GROUPS and not isinstance(value, Mapping)):
+            require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
+            chosen[key] = value
+        else:
+            OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
+    settings = OmegaConf.to_container(keys)
+    for group, _, name in (key.partition(".") for key in list_keys()):
+        if isinstance(settings.get(group), dict) and isinstance(word := settings[group].get(name), str):
+            settings[group][name] = [word]
+    for key, value in flatten({"hydra": settings.get("hydra", {})}).items():
+        if reason := refused_of_files(key, value):
+            raise PartialLoraError(f"{file}: {reason}")
+    swept = settings.get("hydra", {}).get("sweeper", {}).get("params", {})
+    for key, values in swept.items():  # Hydra takes a list for one value
+        require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
+        if isinstance(values, list):
+            swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
+    described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
+    chosen |= dict.fromkeys(described)
+    return {
+        "defaults": [CONFIG_NAME, *({f"override {key}": name} for key, name in chosen.items()), "_self_"],
+        **settings,
+    }
+
+
+def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
+    """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
+
+    Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
+    seed. `overwrite` and `trainer.tuned_elsewhere` are left out, since they concern that one run.
+    """
+    whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
+    after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
+    groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
+    chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
+    settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
+    method = dict(content["method"])
+    if method.pop("ranks", "one") == "auto":
+        method["rank"] = "auto"
+    if "method" in chosen:
+        method = {key: method[key] for key in ("rank", "alpha", "dropout") if key in method}
+        settings["mask"] = {"seed": content["mask"].get("seed")}
+    settings["method"] = method
+    if "trainer" not in chosen:
+        settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
+    return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
+
+
+# --- What of Hydra itself can be set.
+
+# The launchers and sweepers that a file may choose, and a sampler.
+CHOICES = {
+    "hydra/launcher": ("basic", "joblib", "submitit_local", "submitit_slurm", "ray"),
+    "hydra/sweeper": ("basic", "optuna"),
+    "hydra/sweeper/sampler": ("tpe",),
+}
+_FIELDS = ("hydra.launcher.", "hydra.sweeper.")
+
+
+def refused_of_files(key: str, value: object) -> str | None:
+    """Return why a file may not set a key of `hydra`, or choose in one of its groups; None where it may.
+
+    Files are data. Most keys of Hydra name what it is to run, read or write, and a launcher's texts are part of shell
+    scripts. So what a file says of a launcher or sweeper is a name out of a list, or a number.
+    """
+    if key in CHOICES:
+        expected = f"one of {', '.join(CHOICES[key])}"
+        fits = value in CHOICES[key]
+    elif key == "hydra.sweeper.direction":
+        expected, fits = "minimize or maximize", value in ("minimize", "maximize")
+    elif key == "hydra.mode" or key.startswith("hydra.sweeper.params."):
+        is_of_run = "._" not in key and ".hydra" not in key.replace("+", "")
+        expected, fits = "values of a run's keys", isinstance(value, (str, int, float, list)) and is_of_run
+    elif key.startswith(_FIELDS) and key != "hydra.sweeper.params":
+        expected, fits = "a number in a file; the command line may set it", isinstance(value, (int, float))
+    else:
+        expected, fits = "hydra.mode, values in hydra.sweeper.params, or numbers of a launcher or sweeper", False
+    return None if fits else f"{key}={in_yaml(value)}: expected {expected}"
+
+
+# --- What Hydra would take for something else, or read past.
+
+# Options of Hydra that would stand in for a FILE.yaml, or read a pickle.
+_UNUSED = {"--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"}
+
+
+def refuse(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for an argument that is no setting, or that Hydra would misread or ignore."""
+    refuse_group_lists(arguments)
+    _refuse_options(arguments)
+    _refuse_hidden_files(arguments)
+
+
+def refuse_group_lists(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, for a plug-in's name with a
+    dot, which it would take for the plug-in's settings, and for a key of Hydra that no run heeds.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in GROUPS and value == "null":
+            none = f", or ~{key} for none" if key in ("preset", "experiment") else ""
+            raise PartialLoraError(f"{argument}: expected one name{none}")
+        if key.lstrip("+") in GROUPS and value.startswith("["):
+            raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+        if key.lstrip("+").startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
+            raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
+        if key in ("hydra.launcher", "hydra.sweeper"):
+            raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
+        key = key.lstrip("+~")
+        known = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
+        if re.match(r"hydra\b", key) and not known and ("=" in argument or argument.startswith("~")):
+            expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
+            raise PartialLoraError(f"{argument}: no key of a run or a sweep; {expected}")
+
+
+def _refuse_options(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
+    from hydra._internal.utils import get_args_parser
+
+    known = get_args_parser()._option_string_actions.keys() - _UNUSED
+    for argument, following in pairwise([*arguments, None]):
+        option, _, value = argument.partition("=")
+        if option.startswith("-") and option not in known:
+            stands_alone = following is None or following.startswith("-") or "=" in following
+            raise PartialLoraError(no_such_option(option, value or (None if stands_alone else following)))
+
+
+def _refuse_hidden_files(arguments: Sequence[str]) -> None:
+    """Raise PartialLoraError for a --config-dir that is no folder, or has a name that is the package's or Hydra's."""
+    folder = parse(arguments).config_dir
+    if folder is None:
+        return
+    if not (folder and Path(folder).is_dir()):
+        raise PartialLoraError(f"--config-dir {folder}: no such directory")
+    of_package = [file.relative_to(conf_dir()) for file in sorted(conf_dir().rglob("*.yaml"))]
+    for name in (*of_package, Path("schema.yaml"), Path(f"{OWN}.yaml"), Path("hydra")):
+        if (Path(folder) / name).exists():
+            is_whole = name.parent == Path() and name.suffix
+            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if is_whole else ""
+            raise PartialLoraError(
+                f"--config-dir {folder}: {name} is a name of the package itself; expected another{other}"
+            )

@@ -1,0 +1,69 @@
+"""Checks of a run that has not begun: what is wrong before anything is imported, downloaded or written."""
+
+from __future__ import annotations
+
+import sys
+
+from partial_lora.budget import parameter_count
+from partial_lora.errors import PartialLoraError, require
+from partial_lora.models.skeleton import Skeleton, stored_skeleton
+from partial_lora.settings.machines import has_accelerator
+from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
+from partial_lora.tasks.folders import FILES
+
+_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models by modality
+_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # tasks by the family of a model
+
+
+def check_modality(model: ModelConfig, task: TaskConfig) -> None:
+    """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
+    if model.modality != task.modality:
+        raise PartialLoraError(
+            f"model={model.name} reads {model.modality}s, and task={task.name} has {task.modality}s: choose another "
+            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
+            f"model={_EXAMPLE[task.modality]}"
+        )
+    causal = model.family == "causal"
+    if causal != (task.kind != "label"):
+        kinds = "chooses options or writes texts" if causal else "tells labels"
+        other = "minilm_l6" if causal else "smollm2_135m"
+        raise PartialLoraError(
+            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
+            f"model such as model={other}"
+        )
+
+
+def check(config: Config, *, here: bool) -> None:
+    """Raise PartialLoraError for a task, device, image size, module or budget that does not fit the model or machine.
+
+    here: the run starts on this machine. Names and shapes are checked if the model's skeleton is stored.
+    """
+    model, calibration = config.model, config.calibration
+    check_modality(model, config.task)
+    for task in (config.task.members or {}).values() or (config.task,):
+        expected = f"{{train: PATH, test: PATH}}, or one PATH that a test split is cut from, for task={task.name}"
+        require(task.path != FILES or bool(task.data_files), "task.data_files", task.data_files, expected)
+    if here and config.trainer.device == "cuda" and sys.platform == "linux":
+        require(has_accelerator(), "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
+    bare = stored_skeleton(family=model.family, architecture=model.architecture, model_args=model.model_args, outputs=2)
+    if bare is None:
+        return
+    _check_image_size(model, bare)
+    whole = [("head", model.head)] if model.head else []
+    for key, name in [*whole, *(("new_modules", name) for name in model.new_modules)]:
+        require(name in bare.modules, f"model.{key}", name, f"a module of {bare.kind}")
+    shapes = bare.targets(**model.trained_modules)
+    fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
+    if is_calibrated(config) and calibration.budget is not None:
+        parameter_count(calibration.budget, shapes, config.method.rank, config.mask.counted)
+
+
+def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:
+    size, own = model.image_size, model.model_args
+    patches = [shape[-1] for name, shape in bare.parameters.items() if name.endswith("patch_embed.proj.weight")]
+    if model.modality != "image" or not patches or own.get("dynamic_img_pad"):
+        return
+    if not own.get("dynamic_img_size") and own.get("img_size"):
+        require(size == own["img_size"], "model.image_size", size, f"{own['img_size']}, those of model={model.name}")
+    require(size % patches[0] == 0, "model.image_size", size, f"a multiple of {patches[0]}, the patch of {model.name}")

@@ -1,0 +1,393 @@
+"""Hydra composes the settings of a run or a sweep from command-line arguments; its errors become one line each."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.settings.arguments import (
+    CHOICES,
+    CONFIG_NAME,
+    OWN,
+    as_text,
+    for_hydra,
+    in_grammar,
+    is_file,
+    parse,
+    parsed,
+    rate_in_file,
+    refuse,
+)
+from partial_lora.settings.keys import no_such_key
+from partial_lora.settings.resolving import resolve
+from partial_lora.settings.schema import GROUPS, Config, conf_dir
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, or the runs of a sweep, composed and checked before any of them starts.
+
+    Attributes:
+        runs: the overrides and the settings of every run. A sampler chooses its own: one example stands for them, with
+            the first or the middle of the values that each key may get.
+        refused: why runs are refused, a line each.
+        is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: the folder that Hydra writes to.
+        swept: the keys in which its runs differ.
+        direction: of a sampler, where it has such a key.
+    """
+
+    runs: list[tuple[list[str], Config]]
+    refused: list[str]
+    is_sweep: bool = False
+    launcher: str = "basic"
+    sweeper: str = "basic"
+    sweep_dir: Path = Path()
+    swept: frozenset[str] = frozenset()
+    direction: str | None = None
+
+    @property
+    def is_sampled(self) -> bool:
+        """True where the sweeper chooses each run by the results of others."""
+        return self.sweeper != "basic"
+
+    def name(self, overrides: Sequence[str]) -> str:
+        """Return the overrides of swept keys, which tell a run from the others."""
+        words = (override.lstrip("+") for override in overrides)
+        return " ".join(word for word in words if word.partition("=")[0] in self.swept)
+
+
+def plan(arguments: Sequence[str]) -> Plan:
+    """Compose and check all runs of arguments of Hydra's command line; nothing is written.
+
+    Raises Hydra's and OmegaConf's own errors for what does not compose.
+    """
+    from hydra.types import RunMode
+
+    with hydra_of(arguments) as (hydra, name, overrides, flags):
+        master = None if flags.multirun else _single_run(hydra, name, overrides)
+        if master is not None:
+            return _checked([([], master)])
+        master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
+        choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
+        parsed = _sweep_overrides(master, hydra.config_loader)
+        combinations = _combinations(parsed) if choices["hydra/sweeper"] == "basic" else [_example(parsed)]
+        runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in combinations)
+        direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
+        return _checked(
+            runs,
+            is_sweep=True,
+            launcher=choices["hydra/launcher"],
+            sweeper=choices["hydra/sweeper"],
+            sweep_dir=Path(master.hydra.sweep.dir),
+            swept=frozenset(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()),
+            direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
+        )
+
+
+def _single_run(hydra, name: str, overrides: list[str]):
+    """Return what Hydra composes for one run, or None if `hydra.mode` asks for a sweep.
+
+    Hydra itself asks for the mode first, and so composes every run twice.
+    """
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    try:
+        composed = hydra.compose_config(name, overrides, run_mode=RunMode.RUN)
+    except HydraException:  # several values of a key are an error in one run
+        if hydra.get_mode(name, overrides) == RunMode.MULTIRUN:
+            return None
+        raise
+    return None if composed.hydra.mode == RunMode.MULTIRUN else composed
+
+
+@contextmanager
+def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
+    """Give Hydra, with a loader for which files are data; the primary config's name, the overrides, and all options."""
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    from partial_lora.settings.loader import Loader
+
+    refuse(arguments)
+    flags = parse(for_hydra(arguments))
+    folder = Path(flags.config_dir).absolute() if flags.config_dir else None
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    _register_schema()
+    own = create_automatic_config_search_path(None, None, str(conf_dir()))
+    file = next(filter(is_file, arguments), None)
+    try:
+        hydra = Hydra("partial-lora", Loader(own, flags.overrides, file=file, folder=folder))
+        GlobalHydra.instance().initialize(hydra)
+        yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags
+    finally:
+        GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
+
+
+def _checked(runs, **known: object) -> Plan:
+    configs, refused = [], []
+    for overrides, composed in runs:
+        try:
+            configs.append((list(overrides), _resolved(composed)))
+        except PartialLoraError as error:  # collected, so that all are printed at once
+            refused.append(str(error))
+    return Plan(configs, list(dict.fromkeys(refused)), **known)
+
+
+def _resolved(composed) -> Config:
+    """Return the checked settings of what Hydra has composed, its own part left out."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict, read_write
+
+    HydraConfig.instance().set_config(composed)
+    written = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
+    rates = [each for each in written if each.lstrip("+").startswith("trainer.learning_rate=")]
+    if rates and composed.trainer.tuned is not None:
+        raise PartialLoraError(
+            f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
+        )
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return resolve(composed)
+
+
+def _sweep_overrides(master, config_loader) -> list:
+    """Return the parsed overrides of a sweep: those of its sweeper's params, then those of the command line."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = master.hydra.sweeper.get("params") or {}
+    swept = [f"{key}={value}" for key, value in params.items() if isinstance(value, (str, int, float))]
+    parser = OverridesParser.create(config_loader=config_loader)
+    return parser.parse_overrides([*swept, *master.hydra.overrides.task])
+
+
+def _combinations(overrides: list) -> list[list[str]]:
+    """Return the runs of Hydra's own sweeper, in its order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    for override in overrides:
+        if override.is_interval_sweep():
+            expected = "list some, or take a sampler: hydra/sweeper=optuna"
+            raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def _example(overrides: list) -> list[str]:
+    """Return one combination of those a sampler may choose."""
+    values = {}
+    for override in overrides:
+        if override.is_interval_sweep():
+            value = str(_middle(override.value()))
+        elif override.is_sweep_override():
+            value = next(iter(override.sweep_string_iterator()))
+        else:
+            value = override.get_value_element_as_str()
+        values[override.get_key_element()] = value
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _middle(interval) -> float | int:
+    start, end = interval.start, interval.end
+    middle = math.sqrt(start * end) if "log" in interval.tags and start > 0 else (start + end) / 2
+    return int(middle) if isinstance(start, int) and isinstance(end, int) else middle
+
+
+# Flags by which Hydra prints something and runs nothing.
+_HELP = {"--help", "-h"}
+_SHOWS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}
+
+
+def compose(
+    command: str,
+    arguments: list[str],
+    work: Callable[[Config], int],
+    *,
+    sweep: Callable[[Plan, Callable[[Callable], None]], int] | None = None,
+) -> int:
+    """Compose one run or a sweep from the arguments, and `work` with each once all are checked; return the exit code.
+
+    sweep: launches the runs of a plan; it is given a function by which Hydra calls a job for each. None: `work` runs
+    here, one run after another.
+
+    The exit code is the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one that
+    was interrupted. Raises PartialLoraError for arguments that do not compose.
+    """
+    if _HELP & {*arguments}:
+        with in_one_line(arguments):
+            _print_help([each for each in arguments if each not in _HELP])
+        return 0
+    if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
+        with in_one_line(arguments):
+            _show(arguments)
+        return 0
+    with in_one_line(arguments):
+        planned = plan(arguments)
+    refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
+    if sweep is not None:
+        refused += [_unfit(config, planned.launcher) for _, config in planned.runs]
+    for line in filter(None, dict.fromkeys(refused)):
+        print(f"partial-lora: {line}", file=sys.stderr)
+    if any(refused):
+        return USAGE_ERROR
+    if planned.is_sweep and sweep is not None:
+        return sweep(planned, partial(_sweep, arguments))
+    for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
+        if planned.is_sweep and name != "basic":
+            raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
+    code = 0
+    for _, config in planned.runs:
+        try:
+            code = max(code, work(config))
+        except PartialLoraError as error:  # the other runs go on
+            print(f"partial-lora: {error}", file=sys.stderr)
+            code = max(code, USAGE_ERROR)
+        if code > USAGE_ERROR:
+            break
+    return code
+
+
+def _print_help(arguments: Sequence[str]) -> None:
+    from hydra.core.object_type import ObjectType
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from partial_lora.settings.keys import page
+
+    with hydra_of(arguments) as (hydra, name, overrides, _):
+        loader = hydra.config_loader
+        settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
+        groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
+        folders = [Path(source.path, "method") for source in loader.get_sources() if source.scheme() == "file"]
+    methods = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    print(page(settings, groups, methods, shutil.get_terminal_size((120, 24)).columns), flush=True)
+
+
+def _show(arguments: Sequence[str]) -> None:
+    """Print what Hydra says of its own options, of what it composes, or of where it looks for files."""
+    from hydra._internal.utils import get_args_parser
+
+    with hydra_of(arguments) as (hydra, name, overrides, flags):
+        if flags.hydra_help:
+            hydra.hydra_help(name, get_args_parser(), flags)
+        elif flags.cfg:
+            hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
+        else:
+            hydra.show_info(flags.info, name, overrides)
+
+
+def _unfit(config: Config, launcher: str) -> str | None:
+    """Return why a run would be refused once its libraries are imported; None where it would not."""
+    from partial_lora.settings.checks import check
+
+    try:
+        check(config, here=launcher in ("basic", "joblib"))
+    except PartialLoraError as error:
+        return str(error)
+    return None
+
+
+def _uncalibrated(config: Config) -> str | None:
+    """Return why a run has no calibration that could be made alone; None where it has one."""
+    if config.method.traits.size == "budget":
+        return f"method.name={config.method.name}: expected another method for calibrate: this one is not calibrated"
+    sparsity = config.calibration.sparsity
+    return None if sparsity is None else f"calibration.sparsity={sparsity}: expected null for calibrate, which finds it"
+
+
+def composed(*overrides: str) -> Config:
+    """Return the settings of one run, whatever sweep its group files are made for; a FILE.yaml may be among overrides.
+
+    Raises PartialLoraError for overrides that do not compose or are refused.
+    """
+    from hydra.types import RunMode
+
+    with in_one_line(overrides), hydra_of(overrides) as (hydra, name, own, _):
+        return _resolved(hydra.compose_config(name, own, run_mode=RunMode.RUN))
+
+
+def _register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=Config)
+
+
+def _sweep(arguments: Sequence[str], job: Callable) -> None:
+    """Call `job` with the settings of every run, by Hydra's launcher; raises PartialLoraError in one line."""
+    with in_one_line(arguments), hydra_of(arguments) as (hydra, name, overrides, _):
+        hydra.multirun(name, job, [*overrides, "hydra.mode=MULTIRUN"])
+
+
+@contextmanager
+def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into PartialLoraErrors of one line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override without a key
+        raise PartialLoraError(_composition_error(error, arguments)) from error
+
+
+def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
+    """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
+    from omegaconf.errors import ConfigKeyError
+
+    overrides = parse(arguments).overrides
+    files = [each for each in overrides if is_file(each)]
+    for argument in overrides:
+        key, equals, text = argument.partition("=")
+        if argument in files or (key and parsed(in_grammar(argument)) is not None):
+            continue
+        if not key or not equals:
+            own = Path(key, "config.yaml") if key else Path()
+            return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml" + f": {own}" * own.is_file()
+        inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
+        return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].startswith("Could not override"):
+        return no_such_key(lines[0].split("'")[1])
+    if cause := _of_key(error):
+        key = cause.full_key
+        place = f"{files[0]}: " if f"In '{OWN}'" in lines[0] else ""
+        if isinstance(cause, ConfigKeyError):
+            return place + no_such_key(key)
+        reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
+    if lines[0].startswith("You must specify"):  # of a file's `model: ???`
+        group = lines[0].split("'")[1]
+        return f"{group}=???: expected the name of a file in the group"
+    if any("Available options" in line for line in lines):
+        start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
+        options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
+        group = re.search("Could not.*?'(.*?)'", str(error), re.DOTALL)[1]
+        folder, _, name = group.rpartition("/")
+        line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
+        extra = "ray" if name == "ray" else "sweeps"
+        return line + (f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(folder, ()) else "")
+    for argument in arguments:
+        if "," in argument and "ambiguous" in " ".join(lines).lower():
+            return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
+    return " ".join(lines)
+
+
+def _of_key(error: BaseException | None) -> BaseException | None:
+    """Return the first exception of a chain of causes that names a key; None if none does."""
+    while error is not None and not getattr(error, "full_key", None):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,235 @@
+"""Resolving of composed settings: checked, and with members, data files, budget and tuned rate filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from partial_lora.calibration.config import UNIFORM, CalibrationConfig
+from partial_lora.errors import PartialLoraError, require
+from partial_lora.files import at_home
+from partial_lora.masks import PAPER_BUDGET
+from partial_lora.settings.machines import accelerate_file
+from partial_lora.settings.schema import Config, TaskConfig, conf_dir, plain_name
+from partial_lora.settings.stored import plain
+from partial_lora.settings.tuned import tuned
+from partial_lora.training.config import TRACKER_PACKAGES
+
+_OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
+OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes
+
+
+def resolve(composed: DictConfig) -> Config:
+    """Return the checked settings of a run: a mixture's members, data files, budget and tuned rate filled in.
+
+    Raises PartialLoraError, in one line that names the key, for a missing value, a value out of range, and a file that
+    is not there; OmegaConf's own errors for an unknown key or a value of another type.
+    """
+    # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
+    composed = OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
+    name, known = composed.importance.name, sorted(file.stem for file in (conf_dir() / "importance").glob("*.yaml"))
+    require(name in known, "importance.name", name, f"one of {', '.join(known)}")
+    config = OmegaConf.to_object(composed)  # runs every __post_init__
+    _check_surroundings(config)
+    task = _with_members(config.task, conf_dir() / "task")
+    fits = not task.members or task.kind != "label" or config.calibration.score in _SCORES
+    require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
+    if config.data_dir is not None:
+        task = with_files(task, Path(config.data_dir))
+    calibration, model = _with_budget(config), config.model
+    if model.image_size is None:
+        model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
+    config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
+    if trainer.tuned is not None:  # before the run has its id, which the rate decides
+        return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
+    return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Return the schema as a node that is only read, so that a sweep of hundreds of runs makes it once."""
+    return OmegaConf.structured(Config)
+
+
+def _with_budget(config: Config) -> CalibrationConfig:
+    """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
+
+    A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
+    """
+    calibration = config.calibration
+    if config.method.traits.size == "budget":
+        calibration = replace(calibration, sparsity=None)
+    elif calibration.sparsity != UNIFORM:
+        return calibration
+    return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
+
+
+def _check_surroundings(config: Config) -> None:
+    """Raise PartialLoraError, naming the key, for a file, folder or package that a run names and that is not there."""
+    trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
+    known = calibration is None or Path(calibration).is_file()
+    require(known, "calibration.file", calibration, "an existing calibration.json")
+    known = trainer.tuned is None or Path(trainer.tuned).is_file()
+    require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
+    where = trainer.tuned_elsewhere
+    require(where is None, "trainer.tuned_elsewhere", where, "null: a run notes there how trainer.tuned was found")
+    missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
+    to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
+    require(not missing, "trainer.report_to", trainer.report_to, to_do)
+    if trainer.accelerate_config is not None:
+        accelerate_file(trainer.accelerate_config)  # launching.cluster checks it together with the keys of the trainer
+    known = data_dir is None or Path(data_dir).is_dir()
+    require(known, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
+    check_files(config.task)
+    _refuse_results_among_rows(config)
+
+
+def _installed(module: str) -> bool:
+    """Return whether a package can be imported; a mere folder of that name, as wandb leaves behind, does not count."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None
+
+
+def check_files(task: TaskConfig) -> None:
+    """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
+    for key, path in _files_of(task):
+        require(Path(path).is_file() or Path(path).is_dir(), key, path, "an existing file or folder")
+
+
+def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:
+    """Give the key and the path of each of a task's files and folders."""
+    files = task.data_files
+    if files is None or task.path == "members":
+        return
+    for split, path in files.items() if isinstance(files, Mapping) else [(None, files)]:
+        yield f"task.data_files.{split}" if split else "task.data_files", str(path)
+
+
+def _refuse_results_among_rows(config: Config) -> None:
+    """Refuse results in a folder of images: their pictures would become rows, and each run would change the ids."""
+    place = Path(config.results_dir).resolve()
+    for key, path in _files_of(config.task):
+        folder = Path(path).resolve()
+        if folder.is_dir() and place.is_relative_to(folder):
+            hidden = any(part.startswith(".") for part in place.relative_to(folder).parts)
+            require(hidden, "results_dir", config.results_dir, f"a folder outside of {key}={path}")
+
+
+# --- The members of a mixture.
+
+_FOR_EACH = (
+    "train_samples",
+    "test_samples",
+    "validation_share",
+    "test_share",
+    "split_seed",
+    "label_noise",
+    "cache_bytes",
+)
+_OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
+_FROM_MEMBERS = {"modality", "kind", "classes"}
+_OF_NUMBERS = {"pearson", "spearman", "mse"}
+_SCORES = {"auto", "accuracy", "loss"}  # scores that are means over examples, each within its member's classes
+
+
+def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
+    """Return a mixture whose members are {name: TaskConfig}, in place of names; another task as it is.
+
+    folder: of the group files. Raises PartialLoraError, in one line that names the member, for a member that is not
+    there, is wrong, or is of another modality or kind than the others.
+    """
+    if not task.members:
+        return task
+    usual = TaskConfig()
+    for field in sorted(dataclasses.fields(task), key=lambda each: each.name):
+        key, value = field.name, getattr(task, field.name)
+        own = key not in _OF_MIXTURE | _FROM_MEMBERS
+        require(not own or value == getattr(usual, key), f"task.{key}", value, "nothing: it is each member's own")
+    settings, files = _member_settings(task.members, folder), task.data_files or {}
+    by_member = isinstance(files, Mapping) and set(files) <= set(settings)
+    expected = f"files by member, {{{next(iter(settings))}: {{train: PATH, …}}, …}}"
+    require(by_member, "task.data_files", files, expected)
+    for_each = {key: getattr(task, key) for key in _FOR_EACH if getattr(task, key) != getattr(usual, key)}
+    members = {}
+    for name, own in settings.items():
+        of_files = {"data_files": files[name]} if name in files else {}
+        require(own.get("name", name) == name, f"task.members.{name}.name", own.get("name"), f"{name}, or nothing")
+        members[name] = _member(name, {"name": name, **own, **for_each, **of_files})
+    (first, one), *others = members.items()
+    for other, its in others:
+        for key, its_own, expected in (("modality", its.modality, one.modality), ("kind", its.kind, one.kind)):
+            alike = f"tasks of one {key}: {first} is of {expected}, {other} of {its_own}"
+            require(its_own == expected, "task.members", list(members), alike)
+    classes = [member.classes for member in members.values()]
+    return replace(
+        task,
+        members=members,
+        data_files=None,
+        modality=one.modality,
+        kind=one.kind,
+        classes=None if None in classes else sum(classes),
+    )
+
+
+def _member_settings(members: object, folder: Path) -> dict[str, dict]:
+    """Return the settings of each member as they are written: in its group file, or in place of its name."""
+    if isinstance(members, Mapping):
+        for name, own in members.items():
+            plain_name("task.members", str(name))
+            require(isinstance(own, Mapping), f"task.members.{name}", own, "settings of a task")
+        return {str(name): dict(own) for name, own in members.items()}
+    names = list(members) if isinstance(members, Sequence) and not isinstance(members, str) else [members]
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    for name in names:
+        require(name in known, "task.members", name, f"names out of {', '.join(known)}")
+    require(len(set(names)) == len(names), "task.members", members, "every name once")
+    return {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in names}
+
+
+def _member(name: str, own: Mapping) -> TaskConfig:
+    try:
+        member = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own)))
+        check_files(member)
+    except OmegaConfBaseException as error:
+        known = not isinstance(error, ConfigKeyError)
+        reason = str(error.msg or error).splitlines()[0] if known else "no such key of a task"
+        raise PartialLoraError(f"task.members.{name}.{error.full_key}: {reason}") from error
+    except PartialLoraError as error:
+        raise PartialLoraError(f"task.members, {name}: {error}") from error
+    require(not member.members, "task.members", name, "tasks that are no mixtures")
+    numbers = member.regression or _OF_NUMBERS & set(member.metrics)
+    require(not numbers, "task.members", name, "tasks with classes: squared errors and cross entropies cannot be added")
+    return member
+
+
+# --- A folder of many tasks' rows, NAME/{train,validation,test}.parquet, so that a sweep can be over tasks.
+
+
+def with_files(task: TaskConfig, folder: Path) -> TaskConfig:
+    """Return a task that reads the files that `data_dir` has for it; of a mixture each member does.
+
+    A task out of a package, and a task with `task.data_files` of its own, stay as they are. Raises PartialLoraError, in
+    one line, where the folder has no training rows of a task.
+    """
+    if task.members:
+        return replace(task, members={name: with_files(member, folder) for name, member in task.members.items()})
+    if task.path.startswith("bundled:") or task.data_files is not None:
+        return task
+    files = {split: folder / task.name / f"{split}.parquet" for split in ("train", "validation", "test")}
+    if not files["train"].is_file():
+        raise PartialLoraError(
+            f"data_dir={folder}: expected {files['train']} with the training rows of task={task.name}; put them "
+            "there, set task.data_files, or leave data_dir out"
+        )
+    return replace(task, data_files={split: str(file) for split, file in files.items() if file.is_file()})

@@ -1,0 +1,92 @@
+"""Settings as plain data, in config.yaml and result.json; those of earlier versions keep their meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from partial_lora.files import redacted
+from partial_lora.settings.schema import SECTIONS, Config, TaskConfig
+
+# --- Settings that are older than this version.
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a key, and the meaning of settings that are older.
+
+    Attributes:
+        version: the first one with the key as it is now.
+        key: its full name.
+        before: the value of settings that lack the key.
+        name: what the key was called before.
+    """
+
+    version: str
+    key: str
+    before: Any = None
+    name: Optional[str] = None
+
+
+# Settings are stored whole. So a change of a default needs an entry only for settings that are older than its key.
+CHANGES = (
+    Change("0.3.0", "mask.fan_in", before="dense"),
+    Change("0.3.0", "mask.row_exponent", before=0.0),
+    Change("0.4.0", "trainer.select_within", before=0.0),
+)
+
+
+def upgraded(record: Mapping) -> dict:
+    """Return a record, or anything with the settings of a run as its `config`, with the settings in today's terms."""
+    settings = record.get("config")
+    return {**record, "config": upgraded_settings(settings)} if isinstance(settings, Mapping) else dict(record)
+
+
+def upgraded_settings(settings: Mapping) -> dict:
+    """Return stored settings of a run, nested, in today's terms (CHANGES); groups that they lack stay missing."""
+    current = dict(settings)
+    for change in CHANGES:
+        group, _, name = change.key.rpartition(".")
+        own = current.get(group) if group else current
+        if isinstance(own, Mapping) and name not in own:
+            former = change.name and change.name.rpartition(".")[2]
+            kept = {key: value for key, value in own.items() if key != former}
+            kept[name] = own.get(former, change.before) if former else change.before
+            current = current | {group: kept} if group else kept
+    return current
+
+
+# --- Settings as plain data: config.yaml, and `config` in result.json.
+
+
+def plain(config: Config | TaskConfig) -> dict[str, Any]:
+    """Return settings as nested mappings."""
+    return dataclasses.asdict(config)
+
+
+def without_places(settings: object) -> object:
+    """Return settings in which a file or folder of this machine has its name alone."""
+    if isinstance(settings, Mapping):
+        return {key: without_places(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_places(each) for each in settings]
+    is_place = isinstance(settings, str) and Path(settings).is_absolute()
+    return Path(settings).name if is_place else redacted(settings)
+
+
+def load(settings: Mapping) -> Config:
+    """Return the Config of nested mappings, as in config.yaml or a record of any version (`CHANGES`)."""
+    settings = upgraded_settings(settings)
+
+    def made(kind: type, values: Mapping) -> Any:
+        return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
+
+    task = settings.get("task", {})
+    if isinstance(task.get("members"), Mapping):
+        members = {name: made(TaskConfig, own) for name, own in task["members"].items()}
+        settings = {**settings, "task": {**task, "members": members}}
+    groups = {name: made(kind, settings[name]) for name, kind in SECTIONS.items() if name in settings}
+    return made(Config, {**settings, **groups})

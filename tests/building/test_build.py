@@ -1,0 +1,134 @@
+"""What groups of settings stand for: models whose head trains in float32, draws by shots or by share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from configured import inputs, settings
+from refusals import refusal
+
+from partial_lora import methods
+from partial_lora.building import build
+from partial_lora.calibration.config import CalibrationConfig
+from partial_lora.launching import places
+from partial_lora.methods.setting import Setting
+from partial_lora.models.targets import target_linears
+from partial_lora.settings import checks, compose
+from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+
+
+def model_of(name: str, **changes: object):
+    return build.model_of(ModelConfig(**settings(name, **changes)), ["a", "b"])
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
+def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
+    with refusal(f"model={model} ", "task=mine ", task):
+        checks.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("tiny_bert", {"max_length": 129}, ".*max_length=129"),  # it has positions for 128 tokens
+        ("tiny_vit", {"head": "timm_model.norm"}, r"model\.head=timm_model\.norm"),
+        ("tiny_vit", {"new_modules": ["pool"]}, r"model\.new_modules"),
+    ],
+)
+def test_a_model_without_positions_or_modules_for_its_settings_is_refused(name: str, changes: dict, key: str) -> None:
+    model_of(name)
+    with refusal(key):
+        model_of(name, **changes)
+
+
+def test_relative_positions_have_no_longest_text() -> None:
+    tokens = torch.randint(3, 250, (1, 256))
+    assert model_of("tiny_deberta", max_length=1280)(input_ids=tokens).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("modality", "share", "drawn"),
+    [
+        ("image", 0.03, {"shots": 4, "max_samples": 9}),
+        ("text", 0.03, {"share": 0.03, "max_samples": 9}),
+        ("text", 0.0, {"shots": 4, "max_samples": 9}),
+    ],
+)
+def test_texts_are_drawn_by_share_unless_that_is_nothing(modality: str, share: float, drawn: dict) -> None:
+    calibration = CalibrationConfig(shots=4, share=share, max_samples=9)
+    assert build.draw_settings(Config(calibration=calibration, task=TaskConfig(modality=modality))) == drawn
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("tiny_deberta", torch.bfloat16), ("tiny_vit", torch.float16)])
+def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dtype: torch.dtype) -> None:
+    chosen = ModelConfig(**settings(name, dtype=str(dtype).removeprefix("torch.")))
+    model = build.model_of(chosen, ["a", "b"])
+    frozen = target_linears(model, **chosen.trained_modules)
+    assert {module.weight.dtype for module in frozen.values()} == {dtype}
+    setting = Setting(**chosen.trained_modules, rank=2, alpha=2.0, dropout=0.0, mask_seed=0)
+    adapted = methods.METHODS["lora"](model, setting)
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
+    adapted(**batch).logits.sum().backward()
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    assert {value.dtype for value in trained} == {value.grad.dtype for value in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "warned"),
+    [
+        ("vit_b16", 32, True),
+        ("vit_b16", 65, False),
+        ("convnext_tiny", 64, True),
+        ("vit_s14", 8, False),  # 98 pixels
+        ("tiny_vit", 8, False),
+    ],
+)
+def test_small_images_that_are_made_much_larger_are_said(name: str, pixels: int, warned: bool) -> None:
+    images = [PIL.Image.new("RGB", (pixels, 5))] * 3
+    rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    chosen = settings(name)
+    chosen["image_size"] = chosen["image_size"] or 98
+    found = build._enlarged(ModelConfig(**chosen), SimpleNamespace(modality="image", train=rows))
+    assert [line.partition("=")[0] for line in found] == ["model.image_size"] * warned
+
+
+def test_a_setting_has_the_shrunk_shares_of_a_calibration_at_its_size() -> None:
+    shapes, sparsity = (
+        {"a": (40, 30), "b": (50, 20)},
+        {
+            "a": {"rows": 0.9, "columns": 0.5},
+            "b": {"rows": 0.8, "columns": 0.9},
+        },
+    )
+    plain, half = (
+        build.setting_of(compose.composed("model=tiny_vit", f"calibration.shrink={shrink}"), shapes, sparsity)
+        for shrink in (0, 0.5)
+    )
+    assert plain.sparsity == sparsity
+    kept = half.counts()
+    assert abs(sum(kept.values()) - sum(plain.counts().values())) < 2 * half.rank
+    assert half.sparsity["a"]["rows"] < 0.9 < 0.5 + half.sparsity["a"]["columns"]
+    for settings_of_it in ("calibration.sparsity=0.5", "calibration=fixed"):
+        with refusal("calibration.shrink"):
+            compose.composed("model=tiny_vit", settings_of_it, "calibration.shrink=0.5")
+
+
+def test_seeds_have_training_rows_of_their_own_and_the_same_test_rows_where_the_split_follows_them() -> None:
+    def rows(*words: str) -> tuple[list, list]:
+        chosen = compose.composed(
+            "model=tiny_vit", "task=digits", "task.train_samples=300", "task.test_share=0.5", *words
+        )
+        task = build.task_of(chosen)
+        assert (len(task.train) + len(task.validation), len(task.test)) == (300, 899)
+        return [list(task.train["label"]), list(task.test["label"])], task.train[0]["image"].tobytes()
+
+    own = [rows("task.split_seed=null", f"seed={seed}") for seed in (0, 3)]
+    assert own[0][0][1] == own[1][0][1]  # labels of the test rows, in order
+    assert own[0][1] != own[1][1]
+    assert rows("task.split_seed=0", "seed=3") == own[0]
+    first, second = (compose.composed("task.split_seed=null", f"seed={seed}") for seed in (0, 3))
+    assert places.run_directory(first).parent == places.run_directory(second).parent

@@ -1,0 +1,38 @@
+"""The size of a run that has not begun."""
+
+from __future__ import annotations
+
+import pytest
+from refusals import refusal
+
+from partial_lora.building.info import outline
+from partial_lora.settings.checks import check
+from partial_lora.settings.compose import composed
+
+OWN = ("model=tiny_bert", "task=text_table", "method=lora")
+
+
+def table(folder, labels, name="own.csv"):
+    rows = "".join(f"a film of {label},{label}\n" for label in labels for _ in range(20))
+    (folder / name).write_text(f"text,label\n{rows}", encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize(("labels", "outputs"), [("abcdef", 6), (range(30), 30), ((0.5, 1.25, 3.0), 1)])
+def test_the_head_is_for_the_classes_that_are_in_the_file(tmp_path, labels, outputs) -> None:
+    planned = outline(composed(*OWN, f"task.data_files={table(tmp_path, labels)}"))
+    assert (planned.outputs, planned.is_known) == (outputs, True)
+
+
+def test_a_mixture_has_the_classes_of_all_its_members(tmp_path) -> None:
+    own = f"{{modality: text, path: files, data_files: {table(tmp_path, 'abc')}}}"
+    members = f"{{sst2: {{modality: text, path: sst2, classes: 2}}, own: {own}}}"
+    planned = outline(composed("model=tiny_bert", "task=mixture", f"task.members={members}", "method=lora"))
+    assert (planned.outputs, planned.is_known) == (5, True)
+
+
+def test_a_number_of_classes_that_nobody_knows_is_said_to_be_a_guess() -> None:
+    planned = outline(composed(*OWN))
+    assert (planned.outputs, planned.is_known) == (2, False)
+    with refusal("task.data_files"):
+        check(composed(*OWN), here=True)

@@ -1,0 +1,143 @@
+"""What a run leaves behind is whole or absent, and a directory has one writer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from refusals import refusal
+
+from partial_lora import files
+from partial_lora.launching import directory as results
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from partial_lora.launching.directory import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    files.write_json(path, {"status": "running"})
+    with pytest.raises(ValueError, match="JSON"):  # which has no word for it
+        files.write_json(path, {"loss": math.nan})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"status": "finished"})
+    assert json.loads(path.read_text()) == {"status": "running"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_record_has_none_in_place_of_what_is_no_number() -> None:
+    values = [{"grad_norm": math.inf, "loss": 0.5}, (math.nan, "x")]
+    assert results.finite(values) == [{"grad_norm": None, "loss": 0.5}, [None, "x"]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The files of a finished run."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    files.write_json(tmp_path / "result.json", {"status": "finished"})
+    return tmp_path
+
+
+def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "low_rank-1f330000/seed0")
+    first, second, other = runs = [Path("results/runs/digits/vit", name) for name in names]
+    for run in runs:
+        run.mkdir(parents=True)
+        results.link_latest("results", run)
+    assert results.find(first) == first
+    assert [results.find(name) for name in ("latest", "1f3", "1f0e/seed1")] == [other, other, second]
+    for ambiguous in ("1f", "1f0e"):
+        with refusal(f"{ambiguous}: ", first, second):
+            results.find(ambiguous)
+    for name in ("low_rank", "f" * 300):  # no id; whoever needs a run says so
+        assert results.find(name) == Path(name)
+    Path("results").rename("other")
+    assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [
+        "other/runs/digits/vit/low_rank-1f330000/seed0",  # which it names, also after another run has ended
+        "other/runs/digits/vit/low_rank-1f330000/seed0",
+    ]
+    assert results.find("latest") == Path("latest")
+    Path("results/latest").mkdir(parents=True)  # copied, with what the link led to
+    assert results.find("latest") == Path("results/latest")
+    results.link_latest("results", Path("results/runs/digits/vit/low_rank-1f330000/seed0"))
+    assert [each.name for each in Path("results").iterdir()] == ["latest"]
+
+
+def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
+    assert results.is_finished(run)
+    whole = (run / "result.json").read_text()
+    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"status": "running"})):
+        (run / "result.json").write_text(broken)
+        assert not results.is_finished(run), broken
+    (run / "result.json").write_text(whole)
+    for name in FILES:
+        (run / name).rename(run / "elsewhere")
+        assert not results.is_finished(run), name
+        (run / "elsewhere").rename(run / name)
+    (run / "adapter" / "README.md").write_text("a model card")
+    files.write_json(run / "result.json", {"status": "finished", "files": results.file_sizes(run)})
+    (run / "adapter" / "README.md").write_text("a model card, and its licence")
+    assert results.is_finished(run)  # what people write there is none of ours
+    files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    assert not results.is_finished(run)  # it promises a calibration.json
+    (run / "calibration.json").write_text("{}")
+    assert results.is_finished(run)
+
+
+def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "predictions.parquet").write_text("rows")
+    record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
+    changes = ({}, {"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
+    recorded = []
+    for change in changes:
+        files.write_json(tmp_path / "result.json", record | change)
+        recorded.append(results.is_recorded(tmp_path))
+        assert not results.is_finished(tmp_path)
+    assert recorded == [True, False, False, False]
+    files.write_json(tmp_path / "result.json", record)
+    (tmp_path / "predictions.parquet").unlink()
+    assert not results.is_recorded(tmp_path)
+
+
+def test_clearing_leaves_the_lock_alone(run: Path) -> None:
+    with results.locked(run):
+        results.prepare(run, overwrite=True)
+        assert [entry.name for entry in run.iterdir()] == [results.LOCK]
+
+
+def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with refusal("", tmp_path, f" pid {holder.pid} "), results.locked(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with results.locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / results.LOCK).read_text()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        refusal("results_dir: ", tmp_path),
+        results.locked(tmp_path / "file" / "run"),
+    ):
+        pass

@@ -1,0 +1,280 @@
+"""Whatever ends a run, and whenever: nothing half-written is taken for whole, and the same command ends as one run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import operator
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from commands import begun, here
+
+from partial_lora import files
+from partial_lora.calibration import calibrate as calibration
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import fault, is_locked
+from partial_lora.finished.run import finished_run
+from partial_lora.launching import directory as results
+from partial_lora.training import trainer
+
+TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
+SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")
+
+
+def train(place: Path, *arguments: str, first: Callable[[], object] = lambda: None) -> subprocess.CompletedProcess:
+    """`partial-lora train` with its own cache, so that nothing is known beforehand; `first` is done in its worker."""
+    return here(place, "train", *TINY, *SHORT, *arguments, first=first)
+
+
+def kill_at(moment: str) -> None:
+    """Have this process killed at a moment, module:function:N: as the N-th call of that begins."""
+    module, name, count = moment.split(":")
+    holder, _, attribute = name.rpartition(".")
+    holder = operator.attrgetter(holder)(sys.modules[module]) if holder else sys.modules[module]
+    function, calls = getattr(holder, attribute), itertools.count(1)
+
+    def killed(*arguments, **settings):
+        if next(calls) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+
+    setattr(holder, attribute, killed)
+
+
+def run_of(place: Path) -> Path:
+    (directory,) = place.glob("results/runs/*/*/*/seed0")
+    return directory
+
+
+def record_of(place: Path) -> dict:
+    return json.loads((run_of(place) / "result.json").read_text())
+
+
+def without_clocks(history: list[dict]) -> list[dict]:
+    clock = ("runtime", "second", "flos", "train_loss")
+    return [{key: value for key, value in entry.items() if not any(word in key for word in clock)} for entry in history]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("unbroken")
+    done = train(place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def ends_as(unbroken: Path, place: Path) -> None:
+    """Nothing that was computed tells the two apart."""
+    own, expected = record_of(place), record_of(unbroken)
+    assert own["status"] == "finished"
+    for key in ("metrics", "sparsity", "parameters"):
+        assert own[key] == expected[key], key
+    assert without_clocks(own["history"]) == without_clocks(expected["history"])
+    for name in ("adapter/adapter_model.safetensors", "adapter/partial_lora.json"):
+        assert (run_of(place) / name).read_bytes() == (run_of(unbroken) / name).read_bytes(), name
+    frames = [pandas.read_parquet(run_of(each) / "predictions.parquet") for each in (place, unbroken)]
+    pandas.testing.assert_frame_equal(*frames)
+    assert results.is_finished(run_of(place))
+    assert not (run_of(place) / results.CHECKPOINTS).exists()
+    assert {path.name for path in run_of(place).iterdir()} == {path.name for path in run_of(unbroken).iterdir()}
+
+
+MOMENTS = (  # in the order of a run; and the checkpoints that are whole after each
+    ("partial_lora.calibration.curves:Store.save:9", set()),  # calibrating
+    ("partial_lora.training.trainer:ReportProgress.on_step_end:3", {2}),  # between two checkpoints
+    ("partial_lora.training.trainer:seal:1", {2}),  # while the next one is saved
+    ("partial_lora.training.checkpoints:rotate:1", {2, 4}),  # before older ones are removed
+    ("partial_lora.train:_save_adapter:1", {6}),  # while results are written
+    ("partial_lora.launching.directory:remove_checkpoints:1", {6}),  # when all has been said
+)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """One run that was killed at every moment in turn and then left to end; and what was seen after each."""
+    place, seen = tmp_path_factory.mktemp("killed"), []
+    for moment, _ in MOMENTS:
+        done = train(place, first=partial(kill_at, moment))
+        whole = {int(path.name.split("-")[1]) for path in run_of(place).glob("checkpoints/*-*") if not fault(path)}
+        seen.append((done, record_of(place)["status"], whole))
+    return place, seen
+
+
+def test_a_run_that_was_killed_at_any_moment_ends_as_one_that_never_was(unbroken: Path, killed) -> None:
+    place, seen = killed
+    for (moment, _), (done, status, _) in zip(MOMENTS[:-1], seen[:-1], strict=True):
+        assert done.returncode == 1, (moment, done.stdout)
+        assert "the worker was ended by SIGKILL" in done.stderr
+        assert status == "failed", moment
+    assert seen[-1][1] == "finished"
+    done = train(place)
+    assert done.returncode == 0, done.stderr
+    assert "finished before, not run again" in done.stdout
+    ends_as(unbroken, place)
+    assert record_of(place)["attempts"] == len(MOMENTS)
+    assert record_of(place)["resumed_from_step"] == 6
+
+
+def test_a_checkpoint_goes_once_a_newer_one_is_whole(killed) -> None:
+    _, seen = killed
+    for (moment, whole), (_, _, found) in zip(MOMENTS, seen, strict=True):
+        assert whole <= found, moment
+
+
+def test_what_was_calibrated_before_the_kill_is_not_evaluated_again(unbroken: Path, killed) -> None:
+    place, _ = killed
+    own, expected = record_of(place)["calibration"], record_of(unbroken)["calibration"]
+    assert 0 < own["evaluations"] < expected["evaluations"]
+    assert not own["cached"]  # what the attempts before had paid for is not called free
+    same = ("baseline", "joint", "threshold")
+    assert {key: own[key] for key in same} == {key: expected[key] for key in same}
+
+
+def test_a_run_under_way_is_nobody_else_s_and_leaves_a_checkpoint_at_a_signal(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken / "cache", tmp_path / "cache")
+    given = ("train", *TINY, "trainer.max_steps=5000", "trainer.save_steps=5000")
+    running = begun(tmp_path, *given)
+    while "train …" not in (line := running.stdout.readline()):
+        assert line, running.communicate()
+    held = here(tmp_path, *given)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=120)
+    assert held.returncode == 2
+    assert re.search(rf"in use by pid {running.pid} on .* \(worker: pid \d+\)", held.stderr)
+    assert running.returncode == 143
+    assert "interrupted by SIGTERM" in said
+    assert record_of(tmp_path)["status"] == "failed"
+    (checkpoint,) = (run_of(tmp_path) / results.CHECKPOINTS).iterdir()
+    assert fault(checkpoint) is None
+    assert 0 < int(checkpoint.name.split("-")[1]) < 5000
+
+
+def orphan_at(step: int) -> None:
+    """Have the parent of a worker killed amid a step, which goes on once the worker has heard."""
+    before = trainer.StopOnSignal.on_step_end
+
+    def orphaned(self, args, state, control, **given):
+        if state.global_step == step:
+            os.kill(os.getppid(), signal.SIGKILL)
+            end = time.monotonic() + 60
+            while self.received is None and time.monotonic() < end:
+                time.sleep(0.05)
+        return before(self, args, state, control, **given)
+
+    trainer.StopOnSignal.on_step_end = orphaned
+
+
+def test_a_run_whose_command_is_killed_ends_after_its_step_and_is_gone_on_from(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken / "cache", tmp_path / "cache")
+    command = begun(tmp_path, "train", *TINY, *SHORT, first=partial(orphan_at, 3))
+    assert command.wait(120) == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while is_locked(run_of(tmp_path) / results.LOCK):  # by the worker
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (record_of(tmp_path)["status"], record_of(tmp_path)["error"]) == ("failed", results.INTERRUPTED)
+    assert train(tmp_path).returncode == 0
+    own, expected = record_of(tmp_path), record_of(unbroken)
+    assert (own["resumed_from_step"], own["metrics"]) == (3, expected["metrics"])
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken / "cache", tmp_path / "cache")
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = train(tmp_path, first=small_files)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "checkpoint-2 cannot be written" in done.stderr
+    assert record_of(tmp_path)["status"] == "failed"
+    assert not list((run_of(tmp_path) / results.CHECKPOINTS).iterdir())
+    done = train(tmp_path)
+    assert done.returncode == 0, done.stderr
+    ends_as(unbroken, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "predictions.parquet", "calibration.json"])
+def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path, tmp_path: Path, file: str) -> None:
+    run = tmp_path / "seed0"
+    shutil.copytree(run_of(unbroken), run)
+    assert results.is_finished(run)
+    size = (run / file).stat().st_size
+    os.truncate(run / file, size // 2)
+    assert not results.is_finished(run)
+    with pytest.raises(PartialLoraError, match=rf"seed0: {file} .*{size // 2} .*{size}"):
+        finished_run(run)
+    (note,) = results.prepare(run, overwrite=False)
+    assert note.startswith(f"{run}: {file} ")
+
+
+def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: Path, tmp_path: Path) -> None:
+    for folder in ("cache", "results"):
+        shutil.copytree(unbroken / folder, tmp_path / folder)
+    record = run_of(tmp_path) / "result.json"
+    os.truncate(record, 100)
+    done = train(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "set aside as result.json.broken" in done.stdout
+    aside = run_of(tmp_path) / "result.json.broken"
+    assert aside.stat().st_size == 100
+    aside.unlink()
+    ends_as(unbroken, tmp_path)
+
+
+def test_two_calibrations_of_the_same_pay_once(tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    begun, asked, outcomes = threading.Event(), threading.Event(), []
+
+    class Slow:
+        """A score that holds the first calibration until the second has asked."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, model) -> float:
+            self.calls += 1
+            begun.set()
+            asked.wait(30)
+            return float(model(torch.ones(1, 8)).sum().abs())
+
+    def lock(descriptor: int, *, wait: bool = False) -> bool:
+        if wait:
+            asked.set()
+        return locked(descriptor, wait=wait)
+
+    locked = files.lock
+    monkeypatch.setattr(files, "lock", lock)
+    first, second = Slow(), Slow()
+
+    def calibrate(score: Slow) -> None:
+        own = copy.deepcopy(model)
+        outcomes.append(calibration.calibrate(own, score, target_modules=["0"], store=tmp_path / "curves.json"))
+
+    threads = [threading.Thread(target=calibrate, args=(score,)) for score in (first, second)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert asked.is_set()
+    assert first.calls > 2
+    assert second.calls == 0
+    assert outcomes[0].sparsity == outcomes[1].sparsity

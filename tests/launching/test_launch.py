@@ -1,0 +1,244 @@
+"""Runs as processes: how one ends, which process failed first, what reaches workers, and that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate.commands.launch
+import pytest
+import yaml
+from commands import is_alive
+from torch._utils import ExceptionWrapper
+
+from partial_lora import files, progress, worker
+from partial_lora.errors import PartialLoraError
+from partial_lora.launching import directory, failures, imports, launch
+from partial_lora.launching.cluster import Cluster, cluster_environment, command
+from partial_lora.launching.failures import Failure
+from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
+
+WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
+
+
+# How a run ended
+
+
+@pytest.mark.parametrize(
+    ("record", "status"),
+    [
+        ({"status": "finished"}, "finished"),  # in spite of the signal
+        ({"status": "failed", "error": "checkpoint-3 cannot be written"}, "failed"),
+        ({"status": "failed", "error": "interrupted"}, "interrupted"),
+        ({"status": "running"}, "interrupted"),
+    ],
+)
+def test_the_record_decides_how_a_run_ended_and_then_the_exit_code(tmp_path: Path, record: dict, status: str) -> None:
+    files.write_json(tmp_path / "result.json", record)
+    outcome = launch._outcome(tmp_path, 143)
+    assert outcome.status == status
+    assert outcome.exit_code == {"finished": 0, "failed": 1, "interrupted": 143}[status]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    (tmp_path / "predictions.parquet").write_text("")
+    for stage in ("train", "calibrate"):
+        assert launch.is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
+
+
+def of_a_process_that_loads_data() -> PartialLoraError:
+    """With the traceback of that process."""
+    try:
+        raise PartialLoraError("an image of the task cannot be read: row 1")
+    except PartialLoraError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(PartialLoraError) as raised:
+        wrapped.reraise()
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (of_a_process_that_loads_data(), "an image of the task cannot be read: row 1"),
+        (PartialLoraError("model.head=x: expected y"), "model.head=x: expected y"),
+        (KeyboardInterrupt(), directory.INTERRUPTED),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+    ],
+)
+def test_an_error_is_one_line(error: BaseException, line: str) -> None:
+    assert worker._in_one_line(error) == line
+
+
+# Which of several processes failed first
+
+
+LOST = "a connection was closed"
+
+
+@pytest.mark.parametrize(
+    ("words", "exits", "first"),
+    [
+        ({0: (LOST, 101.0), 1: ("out of memory", 100.5)}, {0: (1, 101), 1: (1, 100)}, Failure(1, "out of memory")),
+        # One that was killed has caused its peers' failures; ended by the launcher after a failure it has not.
+        ({0: (LOST, 100.2)}, {0: (1, 103), 1: (-9, 100)}, Failure(1, "was ended by SIGKILL", explained=False)),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (-15, 100)}, Failure(0, "diverged")),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (128 + 15, 100)}, Failure(0, "diverged")),
+        ({0: ("diverged", 100.2)}, {0: (1, 100), 1: (-9, 131)}, Failure(0, "diverged")),
+        ({}, {1: (3, 100)}, Failure(1, "ended with code 3 and did not say why", explained=False)),
+        ({}, {}, None),
+    ],
+)
+def test_the_first_to_fail_is_the_cause(words, exits, first, tmp_path: Path, monkeypatch) -> None:
+    failures.report("nobody listens")
+    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
+    for rank, (reason, second) in words.items():
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(time, "time", lambda second=second: second)
+        failures.report(reason)
+    if exits:
+        failures.report_exits(exits)
+    assert failures.first(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("status", "failure", "recorded"),
+    [
+        ("running", Failure(0, "was ended by SIGKILL", explained=False), "process 0 of 2 was ended by SIGKILL"),
+        ("running", None, "the worker was ended by SIGKILL before it could say why"),
+        ("failed", Failure(1, "was ended by SIGKILL", explained=False), "process 1 of 2 was ended by SIGKILL"),
+        ("failed", Failure(1, "OSError: disk full"), "process 1 of 2 failed: OSError: disk full"),
+        ("failed", Failure(0, "ValueError: no"), "its own account"),
+        ("failed", None, "its own account"),
+        ("finished", Failure(1, "was ended by SIGABRT", explained=False), None),
+        (None, Failure(None, "accelerate launch: no such port"), "accelerate launch: no such port"),
+    ],
+)
+def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tmp_path: Path) -> None:
+    (tmp_path / directory.CONFIG).write_text("seed: 3\n")
+    if status is not None:
+        own = {"error": "its own account"} if status == "failed" else {}
+        files.write_json(tmp_path / directory.RESULT, {"status": status, "seed": 3, **own})
+    launch._record_failure(tmp_path, failure, Cluster(processes=2), -signal.SIGKILL)
+    result = directory.read_result(tmp_path)
+    assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
+    assert result.get("error") == recorded
+
+
+# Signals, and the launcher between a parent and several workers
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with progress.handling(progress.leave):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Popen:
+    """Two workers, started as a run's are."""
+    pair = Cluster(processes=2, **changes)
+    started = command(pair, [str(WORKER), str(folder), str(seconds)])
+    variables = {failures.VARIABLE: str(folder / "words"), **cluster_environment(pair)}
+    (folder / "words").mkdir()
+    with open(folder / "log", "wb") as log:
+        return subprocess.Popen(started, stdout=log, stderr=log, env=os.environ | variables, start_new_session=True)
+
+
+def written(folder: Path, what: str) -> list[dict]:
+    """What both workers wrote, once they have."""
+    end = time.monotonic() + 60
+    paths = [folder / f"{what}_{rank}.json" for rank in range(2)]
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.05)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, 0.4)
+    written(tmp_path, "began")
+    for _ in range(3):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    assert written(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
+    assert failures.first(tmp_path / "words") is None
+
+
+def test_a_request_to_stop_that_is_dropped_is_heard_when_it_is_repeated(monkeypatch) -> None:
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "")  # to be put back as it was
+    waited = []
+
+    def launched() -> None:
+        with contextlib.suppress(Exception):  # as libraries do, and Python in a finalizer
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:  # torchrun's: here it waits for its workers
+            signal.raise_signal(signal.SIGTERM)
+            waited.append("to the end")
+            raise
+
+    monkeypatch.setattr(accelerate.commands.launch, "main", launched)
+    with progress.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
+        launch.main()
+    assert (ended.value.code, waited) == (128 + signal.SIGTERM, ["to the end"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, 60.0)
+    workers = [each["pid"] for each in written(tmp_path, "began")]
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    end = time.monotonic() + 60
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    stage = {"zero_stage": 2, "gradient_accumulation_steps": 1}
+    file.write_text(
+        yaml.safe_dump({"distributed_type": "DEEPSPEED", "mixed_precision": "fp16", "deepspeed_config": stage})
+    )
+    launcher = launched(tmp_path, 0.0, kind="deepspeed", file=str(file))
+    assert launcher.wait(60) == 0
+    for each in written(tmp_path, "began"):
+        assert each["WORLD_SIZE"] == "2"
+        assert each["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert each["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        assert each["ACCELERATE_MIXED_PRECISION"] == "no"  # trainer.mixed_precision decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_hidden"),
+    [
+        (("model=vit_b16",), True),
+        (("model=smollm2_135m", "task=arc_easy"), True),
+        (("model=tiny_llama", "task=arc_easy", "model.quantization=nf4"), False),
+        (("model=bert_base", "task=sst2"), False),  # what a config on the hub says is not known yet
+        (("model=tiny_llama", "task=arc_easy", "model.weights=folder"), False),
+    ],
+)
+def test_the_quantiser_is_hidden_from_models_that_cannot_be_quantised(monkeypatch, overrides, is_hidden: bool) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # to be put back as it was
+    del sys.modules["bitsandbytes"]
+    imports.hide_quantiser(composed(*overrides).model)
+    assert sys.modules.get("bitsandbytes", "not hidden") is (None if is_hidden else "not hidden")

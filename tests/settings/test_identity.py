@@ -1,0 +1,183 @@
+"""The identity of a run: what its id depends on, and that a recorded run is found by what it was set to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from checkout import RESULTS, needs_results
+
+from partial_lora.launching import directory, packs, places
+from partial_lora.settings import identity, schema, stored
+from partial_lora.settings.compose import composed
+
+
+def test_an_id_is_made_of_settings_alone_and_names_the_folder() -> None:
+    place = places.run_directory(composed("seed=2", "results_dir=here"))
+    assert place == Path(f"here/runs/digits/vit_s14/partial-{identity.run_id(composed())}/seed2")
+
+
+def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"store_{name}").mkdir()
+        (tmp_path / f"store_{name}" / "1.png").write_text(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cat").symlink_to(tmp_path / f"store_{name}")
+    settings = ("model=tiny_vit", "task=image_folder")
+    ids = {identity.run_id(composed(*settings, f"task.data_files={tmp_path / name}")) for name in "ab"}
+    assert len(ids) == 2
+
+
+def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_happens() -> None:
+    usual = identity.run_id(composed())
+    where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true", "trainer.tuned_on=mnist")
+    where += (
+        "trainer.device=cpu",
+        "trainer.num_processes=2",
+        "calibration.memory=0",
+        "task.cache_bytes=0",
+        "data_dir=.",
+    )
+    assert identity.run_id(composed(*where)) == usual
+    what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
+    what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
+    what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
+    what += ("importance.rounds=4", "task.label_noise=0.2", "trainer.head_learning_rate=1", "trainer.loraplus_ratio=4")
+    assert len({usual, *(identity.run_id(composed(each)) for each in what)}) == 1 + len(what)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
+def test_what_a_method_has_no_use_for_enters_no_id(method: str, tmp_path: Path) -> None:
+    given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
+    usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
+    assert identity.run_id(usual) == identity.run_id(other)
+    assert places.calibration_directory(usual) != places.calibration_directory(other)
+    used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
+    for key, is_used in used.items():
+        assert (identity.run_id(composed(*given, key)) != identity.run_id(usual)) == is_used
+
+
+@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "low_rank"])
+def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
+    usual, other = composed(f"method={method}"), composed(f"method={method}", "calibration.budget=0.5")
+    assert identity.run_id(usual) != identity.run_id(other)
+
+
+@pytest.mark.parametrize("experiment", ["methods", "tune"])
+def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
+    chosen = (f"experiment={experiment}", "trainer.tuned=null")
+    first, second = (composed(*chosen, f"seed={seed}") for seed in (0, 1))
+    assert places.run_directory(first).parent == places.run_directory(second).parent
+    assert [each.calibration_seed for each in (first, second)] == [0, 1]
+    assert places.calibration_directory(first) != places.calibration_directory(second)  # which have no folder of a seed
+    assert identity.run_id(first) != identity.run_id(composed(*chosen, "seed=0", "calibration.seed=0"))
+
+
+@pytest.mark.parametrize("override", ["task.data_files={}", "model.weights={}", "task.path={}"])
+def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: str) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "cats").mkdir(parents=True)
+    (first / "cats" / "a.png").write_text("pixels")
+    shutil.copytree(first, second)
+
+    def ids() -> list[str]:
+        return [identity.run_id(composed(override.format(folder))) for folder in (first, second)]
+
+    assert len(set(ids())) == 1
+    (second / "cats" / "a.png").rename(second / "cats" / "b.png")
+    assert len(set(ids())) == 2
+    (second / "cats" / "b.png").rename(second / "cats" / "a.png")
+    (second / ".DS_Store").write_text("of no image")
+    assert len(set(ids())) == 1
+    (second / "cats" / "a.png").write_text("others")
+    assert len(set(ids())) == 2
+
+
+# A recorded run is found by what it was set to, whatever its folder was called.
+
+
+def recorded(place: Path, *overrides: str, **changes: object) -> Path:
+    """Leave the record of a run in a folder that no id of today names."""
+    settings = stored.plain(composed(f"results_dir={place}", *overrides))
+    folder = place / "runs" / settings["task"]["name"] / settings["model"]["name"]
+    folder = folder / f"{settings['method']['name']}-00000000" / f"seed{settings['seed']}"
+    folder.mkdir(parents=True)
+    record = directory.new(settings, digests=identity.digests(settings)) | {"status": "finished"} | changes
+    (folder / directory.RESULT).write_text(json.dumps(record))
+    return folder
+
+
+def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, stays = recorded(tmp_path), "trainer.warmup=0.1"
+    at_default, other = (
+        composed(f"results_dir={tmp_path}", stays),
+        composed(f"results_dir={tmp_path}", "trainer.warmup=0.2"),
+    )
+    ids = identity.run_id(at_default), identity.run_id(other)
+    defaults = {**schema.defaults(), "trainer.warmup": 0.2}
+    monkeypatch.setattr(schema, "defaults", lambda: defaults)
+    places._stored.cache_clear()  # as in a new process
+    assert places.run_directory(at_default) == folder != places.run_directory(other)
+    assert (identity.run_id(at_default), identity.run_id(other)) == ids  # so that no folder is taken for another's
+
+
+def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = stored.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
+    older = {**settings, "mask": {"seed": None, "granularity": "rows_columns"}}
+    assert stored.plain(stored.load(older)) == settings
+    folder = recorded(tmp_path, config=older)
+    assert places.run_directory(stored.load(settings)) == folder
+    kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
+    assert places.run_directory(kept) != folder
+    renamed = stored.Change("9.0.0", "trainer.warmup", before=0.0, name="trainer.warmup_ratio")
+    monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
+    trainer = {key: value for key, value in settings["trainer"].items() if key != "warmup"}
+    assert stored.load({**settings, "trainer": trainer | {"warmup_ratio": 0.3}}).trainer.warmup == 0.3
+    assert stored.load({**settings, "trainer": trainer}).trainer.warmup == 0.0
+
+
+def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_path: Path) -> None:
+    folder = recorded(tmp_path)
+    assert places.run_directory(composed(f"results_dir={tmp_path}", "seed=4")) == folder.with_name("seed4")
+    (folder / directory.RESULT).unlink()
+    (folder / directory.CONFIG).write_text(yaml.safe_dump(stored.plain(composed())))
+    assert places.run_directory(composed(f"results_dir={tmp_path}")) == folder
+    (folder / directory.CONFIG).unlink()
+    assert places.run_directory(composed(f"results_dir={tmp_path}")) != folder
+
+
+def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
+    found = recorded(tmp_path, "trainer.learning_rate=0.1")
+    here = f"results_dir={tmp_path}"
+    assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
+    for other in ("seed=1", "method=lora", "trainer.warmup=0.2", "method.rank=8"):
+        assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
+
+
+def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.csv").write_text(f"text,label,{name}")
+    given = ("model=tiny_bert", "task=text_table", f"results_dir={tmp_path}")
+    first, second = (composed(*given, f"task.data_files={tmp_path / name / 'rows.csv'}") for name in "ab")
+    folder = recorded(tmp_path, *given, f"task.data_files={tmp_path / 'a' / 'rows.csv'}")
+    moved = tmp_path / "elsewhere.csv"
+    shutil.copy(tmp_path / "a" / "rows.csv", moved)
+    assert places.run_directory(composed(*given, f"task.data_files={moved}")) == folder
+    assert places.run_directory(second) != folder
+    record = json.loads((folder / directory.RESULT).read_text())
+    (folder / directory.RESULT).write_text(json.dumps(record | {"digests": None}))
+    assert places.run_directory(first) == folder != places.run_directory(second)
+
+
+@needs_results
+def test_every_committed_run_is_found() -> None:
+    for table in sorted(RESULTS.glob(f"*/{packs.RUNS_TABLE}")):
+        for place in packs.directories(table.parent):
+            if place.name == "seed0" and place.parts[-4] == "digits":
+                settings = stored.load(packs.packed(place)["config"])
+                assert places.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
