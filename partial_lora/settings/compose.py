@@ -376,7 +376,8 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
         group = re.search("Could not.*?'(.*?)'", str(error), re.DOTALL)[1]
-        folder, _, name = group.rpartition("/")
+        folder, _, name = group.partition("/") if group.startswith("model/") else group.rpartition("/")
+        options += ["a folder with a config.json", "OWNER/NAME of the hub"] * (folder == "model")
         line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
         extra = "ray" if name == "ray" else "sweeps"
         return line + (f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(folder, ()) else "")

@@ -18,7 +18,7 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.settings.machines import accelerate_file
-from partial_lora.settings.schema import Config, TaskConfig, conf_dir, plain_name
+from partial_lora.settings.schema import FROM_FILES, Config, ModelConfig, TaskConfig, conf_dir, plain_name
 from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
 from partial_lora.training.config import TRACKER_PACKAGES
@@ -34,7 +34,7 @@ def resolve(composed: DictConfig) -> Config:
     is not there; OmegaConf's own errors for an unknown key or a value of another type.
     """
     # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
-    composed = OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
+    composed = _with_model(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
@@ -54,6 +54,24 @@ def resolve(composed: DictConfig) -> Config:
     if trainer.tuned is not None:  # before the run has its id, which the rate decides
         return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
     return config
+
+
+def _with_model(composed: DictConfig) -> DictConfig:
+    """Return settings in which the files of a model say what is left to them (`FROM_FILES`)."""
+    chosen = OmegaConf.to_container(composed.model)
+    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (nothing, list(nothing or ()))]
+    if not left:
+        return composed
+    from partial_lora.models.configs import settings_of  # needs torch
+
+    task = composed.task
+    kind = None if task.modality == "image" or task.members else task.kind
+    found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
+    usual = OmegaConf.to_container(OmegaConf.structured(ModelConfig))
+    values = {key: found.get(key, usual[key]) for key in left}
+    values["new_modules"] = chosen["new_modules"] or found["new_modules"]
+    values["model_args"] = found["model_args"] | chosen["model_args"]
+    return OmegaConf.merge(composed, {"model": values})
 
 
 @functools.cache

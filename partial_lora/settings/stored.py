@@ -36,6 +36,10 @@ CHANGES = (
     Change("0.3.0", "mask.fan_in", before="dense"),
     Change("0.3.0", "mask.row_exponent", before=0.0),
     Change("0.4.0", "trainer.select_within", before=0.0),
+    Change("0.4.0", "trainer.schedule", before="cosine"),
+    Change("0.4.0", "trainer.optimizer", before=None),
+    Change("0.4.0", "trainer.patience", before=None),
+    Change("0.4.0", "trainer.args", before=None),
 )
 
 

@@ -22,7 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import progress
@@ -113,7 +121,9 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     def _run_epoch(self, **settings):
         if self._length_grouped:  # Trainer's own call does not reach through the wrappers that split and skip batches
             self._sampler.set_epoch(settings["epoch"])
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would make another
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        impatient = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping)
+        if impatient or self.state.global_step >= self.state.max_steps:  # resumed after the last step: else one more
             self.control.should_training_stop = True
             return
         super()._run_epoch(**settings)
@@ -530,8 +540,8 @@ def build_trainer(
 ) -> ResumableTrainer:
     """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that is best on validation.
 
-    AdamW without decay of biases and norms, a cosine schedule after linear warm-up, clipped gradients. Validation is
-    measured and a checkpoint made every `config.save_steps` steps, or every epoch.
+    AdamW without decay of biases and norms, a cosine schedule after linear warm-up (or others by `config`), clipped
+    gradients. Validation is measured and a checkpoint made every `config.save_steps` steps, or every epoch.
 
     Args:
         collate: from rows to a batch; loss: its loss, over the whole step (objectives.py).
@@ -569,7 +579,7 @@ def build_trainer(
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,  # below 1, a share of the steps
         max_grad_norm=config.max_grad_norm,
         eval_strategy=strategy,
@@ -590,6 +600,9 @@ def build_trainer(
         dataloader_num_workers=data_workers(config.num_workers, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
+        restore_callback_states_from_checkpoint=config.patience is not None,  # of a resumed run: its patience so far
+        **({"optim": config.optimizer} if config.optimizer else {}),
+        **(config.args or {}),
     )
     if sharded and device == "cpu":
         fsdp.allow_on_cpu()
@@ -609,7 +622,11 @@ def build_trainer(
         compute_loss_func=loss,
         compute_metrics=measure,
         preprocess_logits_for_metrics=reduce,
-        callbacks=[*callbacks, ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()],
+        callbacks=[
+            *callbacks,
+            *([] if config.patience is None else [EarlyStoppingCallback(config.patience)]),
+            *(ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()),
+        ],
     )
     if sharded:
         fsdp.reduce_in_float32(trainer)
