@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft.utils import constants
@@ -18,7 +19,7 @@ from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
 from partial_lora.models.texts import longest_text
-from partial_lora.models.weights import quiet
+from partial_lora.models.weights import quiet, takes
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _TIMM = "timm_wrapper"
@@ -60,7 +61,9 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
         positions = getattr(model.config, "max_position_embeddings", None)
         room = [each for each in (longest_text(model), positions) if isinstance(each, int) and each > 0]
         settings["max_length"] = min([_LENGTH[family], *room])
-    new = _new_modules(model, bare, head) if family in ("image", "encoder") else []
+    new = _new_modules(model, bare, head, content) if family in ("image", "encoder") else []
+    if folder.parent.name == "snapshots":  # of the hub's cache, where a folder is named by its commit
+        settings["weights"] = f"{weights.partition('@')[0]}@{folder.name}"
     return settings | {
         "target_modules": _targets(weights, settings["architecture"], bare, head, new),
         "head": head,
@@ -110,10 +113,8 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
             "model.quantization=nf4 quantises those"
         )
     family = _family(config, weights, kind)
-    args = _geometry(config, content)
-    if family == "encoder" and getattr(config, "pad_token_id", None) is None:  # the last token before it is classified
-        ends = getattr(config, "eos_token_id", None)
-        args |= {"pad_token_id": ends[0] if isinstance(ends, list) else ends}
+    built = getattr(transformers, _AUTO[family])._model_mapping[type(config)]
+    args = _geometry(config, content, built[0] if isinstance(built, tuple) else built)
     dtype = str(config.dtype).removeprefix("torch.")
     settings = {
         "family": family,
@@ -148,11 +149,14 @@ def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     )
 
 
-def _geometry(config: PretrainedConfig, content: Mapping) -> dict[str, object]:
+def _geometry(config: PretrainedConfig, content: Mapping, model_class: type) -> dict[str, object]:
     """Return the keys of a config that say what is built: those of its file, and those that differ from the default."""
     every, usual = config.to_dict(), PretrainedConfig().to_dict()
-    keys = [key for key in every if key in content or key in config.to_diff_dict()]
-    return {key: every[key] for key in keys if key not in _NO_GEOMETRY | usual.keys()}
+    default, differs = type(config)(), config.to_diff_dict()
+    keys = [key for key in every if key in content or key in differs]
+    return {
+        key: every[key] for key in keys if key not in _NO_GEOMETRY | usual.keys() and takes(default, model_class, key)
+    }
 
 
 def _images(config: PretrainedConfig, folder: Path, weights: str) -> dict[str, object]:
@@ -188,15 +192,29 @@ def _targets(weights: str, architecture: str, bare: Skeleton, head: str | None, 
     raise PartialLoraError(f"model={weights}: {refused}")
 
 
-def _new_modules(model: PreTrainedModel, bare: Skeleton, head: str) -> list[str]:
-    """Return the modules with weights that are beside the pre-trained base and the head."""
-    new = []
+def _new_modules(model: PreTrainedModel, bare: Skeleton, head: str, content: Mapping) -> list[str]:
+    """Return the modules that have weights and no trained ones, but the head.
+
+    They are beside the pre-trained base, or the class that was saved has no such module: a masked BERT has no pooler.
+    """
+    base, new = f"{model.base_model_prefix}.", []
     for name, _ in model.named_children():
-        if name in (model.base_model_prefix, head) or not bare.size(name):
+        if f"{name}." == base or name == head or not bare.size(name):
             continue
         if head.startswith(f"{name}."):
-            parts = {key.rpartition(".")[0]: None for key in bare.parameters if key.startswith(f"{name}.")}
-            new += [part for part in parts if part != head]
+            new += [part for part in _owners(bare, f"{name}.") if part != head]
         else:
             new.append(name)
+    saved = getattr(transformers, (content.get("architectures") or [""])[0], None)
+    if saved is not None:
+        with torch.device("meta"):
+            trained = saved(model.config).state_dict().keys()
+        whole = {key if key.startswith(base) else f"{base}{key}" for key in trained}
+        new += _owners(bare, base, besides=whole)
     return new
+
+
+def _owners(bare: Skeleton, start: str, besides: Collection[str] = ()) -> list[str]:
+    """Return the modules of the parameters whose names begin so, but for some."""
+    keys = (key for key in bare.parameters if key.startswith(start) and key not in besides)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))

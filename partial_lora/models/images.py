@@ -82,6 +82,7 @@ def _load(
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the weights' own classes, which a saved copy would name
             config.model_args = {**(config.model_args or {}), **model_args}
+            config.model_args.pop("num_classes", None)  # the head's size is num_labels
             model = load_weights(
                 transformers.TimmWrapperForImageClassification,
                 folder,
@@ -104,6 +105,7 @@ def load_image(
     model_args: dict,
     labels: Sequence[str],
     image_size: int = 224,
+    new_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
@@ -117,7 +119,9 @@ def load_image(
         shapes(pixel_values=torch.empty(1, 3, image_size, image_size, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={image_size}: model={name} {one_line(error)}") from error
-    return load_classifier(geometry, name, weights, dtype, attn_implementation, instead=OFFLINE_IMAGE_MODEL)
+    return load_classifier(
+        geometry, name, weights, dtype, attn_implementation, new_modules, instead=OFFLINE_IMAGE_MODEL
+    )
 
 
 def empty_image(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:

@@ -39,6 +39,7 @@ def load_encoder(
     architecture: str,
     model_args: dict,
     labels: Sequence[str],
+    new_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
@@ -46,10 +47,10 @@ def load_encoder(
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
     drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the weights
-    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled.
+    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled but `new_modules`.
     """
     geometry = _encoder_geometry(architecture, model_args, head_config(labels, name))
-    return load_classifier(geometry, name, weights, dtype, attn_implementation, instead=OFFLINE_TEXT_MODEL)
+    return load_classifier(geometry, name, weights, dtype, attn_implementation, new_modules, instead=OFFLINE_TEXT_MODEL)
 
 
 def load_classifier(
@@ -58,20 +59,25 @@ def load_classifier(
     weights: str,
     dtype: torch.dtype,
     attn_implementation: str | None,
+    new_modules: Sequence[str],
     *,
     instead: str,
 ) -> PreTrainedModel:
-    """Load a model whose head, and whatever else is beside its base, is new; the head is drawn."""
+    """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
+    new = tuple(f"{module}." for module in new_modules)
     model = _load(
         geometry,
         name,
         weights,
         dtype,
         attn_implementation,
-        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}."),
+        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}.") or key.startswith(new),
         pickles=True,
         instead=instead,
     )
+    if getattr(model.config, "pad_token_id", 0) is None:  # a language model is classified by its last token before padding
+        ends = model.config.eos_token_id  # by which `tokenizer` pads
+        model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None) or _HEAD_STD
     draw_head(model.get_submodule(head_name(model)), std=std)
     # Else the Trainer multiplies the loss, and so the gradient, by the steps of accumulation and the processes.

@@ -68,7 +68,7 @@ def _with_model(composed: DictConfig) -> DictConfig:
     kind = None if task.modality == "image" or task.members else task.kind
     found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
     usual = OmegaConf.to_container(OmegaConf.structured(ModelConfig))
-    values = {key: found.get(key, usual[key]) for key in left}
+    values = {key: found.get(key, usual[key]) for key in left} | {"weights": found.get("weights", chosen["weights"])}
     values["new_modules"] = chosen["new_modules"] or found["new_modules"]
     values["model_args"] = found["model_args"] | chosen["model_args"]
     return OmegaConf.merge(composed, {"model": values})
