@@ -1,7 +1,8 @@
 """Sizes of an adapter: its trainable parameters and their bytes, and the sparsities that spend a given number of them.
 
 The adapter of a weight (m, n) with |I| rows and |J| columns kept trains rank * (|I| + |J|) parameters. Rows and columns
-are kept whole, so a budget is met from below, to within the cost of one more row or column."""
+are kept whole, so a budget is met from below, to within the cost of one more row or column.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _runs(results: Path) -> Iterator[str]:
 
 def _settings(before: Sequence[str], word: str) -> list[str]:
     """Return the groups, their files, the keys and their values that a word may become, as Hydra completes it."""
-    from hydra._internal.core_plugins.bash_completion import BashCompletion
+    from hydra._internal.core_plugins.bash_completion import BashCompletion  # its public class prints for bash alone
 
     if word.partition("=")[2].startswith((".", "/", "~")):  # a file, which the shell quotes where it has to
         return []

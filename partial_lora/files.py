@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, one_line, require
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,12 @@ def _values(node: Any, known: dict[int, int]) -> int:
         parts = chain.from_iterable(inside) if isinstance(node, yaml.MappingNode) else inside
         known[id(node)] = 1 + sum(_values(each, known) for each in parts)
     return known[id(node)]
+
+
+def plain_name(key: str, value: str) -> None:
+    """Raise PartialLoraError for a name that cannot be a folder's; one that is missing is refused later."""
+    plain = re.fullmatch(r"\w[\w.-]*", value) is not None
+    require(plain or value == "???", key, value, "letters, digits, dots, dashes, underscores")
 
 
 def at_home(path: Any) -> Any:

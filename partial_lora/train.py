@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora import files, methods, models, progress
+from partial_lora import files, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
 from partial_lora.building import build
@@ -26,6 +26,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
 from partial_lora.methods import tuners
+from partial_lora.methods.setting import training
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import of_first
 from partial_lora.report import card
@@ -131,7 +132,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         models.enable_gradient_checkpointing(adapted)
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
-    aids, cost = methods.training(config.method.function, adapted, sharded=sharded), Cost(adapted)
+    aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
     unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
@@ -148,23 +149,18 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         trained,
         train=rows["train"],
         validation=rows["validation"],
-        collate=transform.collate,
-        length_grouped=transform.lengths,
-        reads_tokens=task.modality == "text",
-        loss=aids.loss(judge.loss, config.trainer.gradient_accumulation_steps * world.size),
-        reduce=judge.reduce,
-        measure=judge.measure,
-        selects=judge.selects,
+        transform=transform,
+        judge=judge,
+        world=world,
         directory=directory / results.CHECKPOINTS,
-        device=world.device,
         precision=record["mixed_precision"],
-        world_size=world.size,
         seed=config.seed,
-        sharded=sharded,
         versions=computed_by,
-        callbacks=[tracking, *aids.callbacks, cost, unreached],
-        final_after=aids.final_after,
+        method=aids,
         heads=setting.whole(),
+        callbacks=[tracking, cost, unreached],
+        reads_tokens=task.modality == "text",
+        sharded=sharded,
     )
     shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))

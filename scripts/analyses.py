@@ -128,14 +128,14 @@ class Subject:
                     target_modules=list(self.shapes),
                     importance=scores,
                     search=search,
-                    rank=self.config.method.rank,
+                    rank=self.config.method.nominal_rank,
                     granularity=self.config.mask.counted,
                 )
         return calibrated, score
 
     def record(self, calibrated: Calibration) -> dict:
         """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
-        rank, granularity = self.config.method.rank, self.config.mask.counted
+        rank, granularity = self.config.method.nominal_rank, self.config.mask.counted
         units = budget.masked_units(self.shapes, rank, granularity)
         cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
         return {

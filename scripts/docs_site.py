@@ -28,10 +28,13 @@ from omegaconf import MISSING
 
 from partial_lora import cli
 from partial_lora.files import flatten
+from partial_lora.methods.config import MethodConfig
+from partial_lora.models.config import ModelConfig
 from partial_lora.settings.compose import composed
 from partial_lora.settings.keys import heading, meanings
-from partial_lora.settings.schema import SECTIONS, Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.settings.stored import plain
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +161,8 @@ def ranges() -> dict[str, str]:
         if value is not True and value is not False and MISSING not in expected:
             found.setdefault(key, expected)
 
-    modules = ("errors", "settings.schema", "calibration.config", "training.config")
+    groups = ("models", "tasks", "methods", "calibration", "training")
+    modules = ("errors", "files", "settings.schema", *(f"{group}.config" for group in groups))
     named = {"name": "x", "weights": "x", "architecture": "x", "target_modules": ["x"], "head": None}
     with contextlib.ExitStack() as patched:
         for module in modules:

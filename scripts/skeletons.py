@@ -15,10 +15,10 @@ from torch import nn
 
 from partial_lora import models
 from partial_lora.files import write_atomic
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
 from partial_lora.settings.compose import composed
-from partial_lora.settings.schema import ModelConfig
 
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 OUTPUTS = 2

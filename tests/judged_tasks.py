@@ -11,6 +11,7 @@ from tiny_causal import llama, merging_tokenizer
 
 from partial_lora.training import objectives
 from partial_lora.training.config import TrainerConfig
+from partial_lora.training.distributed import World
 from partial_lora.training.trainer import ResumableTrainer, build_trainer
 
 TOKENIZER = merging_tokenizer()
@@ -37,21 +38,18 @@ def trained(judge: objectives.Judge, directory: Path) -> ResumableTrainer:
     model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     trainer = build_trainer(
         model,
-        TrainerConfig(epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup=0.0),
+        TrainerConfig(
+            epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup_ratio=0.0
+        ),
         versions={},
         train=judge.train(),
         validation=judge.validation(),
-        collate=judge.transform.collate,
-        loss=judge.loss,
-        reduce=judge.reduce,
-        measure=judge.measure,
-        selects=judge.selects,
-        length_grouped=True,
+        transform=judge.transform,
+        judge=judge,
+        world=World("cpu"),
         reads_tokens=True,
         directory=directory,
-        device="cpu",
         precision="no",
-        world_size=1,
         seed=0,
     )
     trainer.train()

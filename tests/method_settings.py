@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import torch
 from configured import load, settings
 
 from partial_lora import methods
+from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
 from partial_lora.models.targets import target_linears
 
@@ -27,17 +29,22 @@ def setting_of(name: str, model, *, seed: int = 0, high: float = 0.95, **changes
     shapes = {module: tuple(linear.weight.shape) for module, linear in linears.items()}
     drawn = torch.Generator().manual_seed(seed)
     scores = {module: tuple(torch.rand(size, generator=drawn) for size in shape) for module, shape in shapes.items()}
+    of_method = {"name": "peft"} if "peft_type" in changes else {}
+    of_method |= {"rank": 4, "alpha": 8.0, "projections": 16} | of(MethodConfig, changes)
     given = {
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.0,
+        "method": MethodConfig(**of_method),
+        "mask": MaskConfig(**of(MaskConfig, changes)),
         "mask_seed": seed,
-        "projections": 16,
         "shapes": shapes,
         "sparsity": drawn_sparsity(shapes, seed, high),
         "scores": scores,
     }
     return Setting(**named, **given | changes)
+
+
+def of(kind: type, changes: dict) -> dict:
+    """Take the fields of a dataclass out of changes."""
+    return {field.name: changes.pop(field.name) for field in dataclasses.fields(kind) if field.name in changes}
 
 
 def adapted(method: str, name: str, **changes):

@@ -24,6 +24,7 @@ from partial_lora.files import HIDDEN
 from partial_lora.launching import places
 from partial_lora.settings.compose import composed
 from partial_lora.tasks import sources
+from partial_lora.tasks.config import TaskConfig
 
 SECRET = "correct-horse-battery-staple"  # without the shape of a token: only the environment says what it is
 TINY = ("model=tiny_vit", "method=lora", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.device=cpu")
@@ -95,7 +96,7 @@ def test_what_goes_wrong_is_said_without_the_secret_and_needs_no_network_to_be(s
 def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(sources, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     with pytest.raises(PartialLoraError, match=r"^task=own: .*no/such-rows.*refused"):
-        tasks.load(name="own", path="no/such-rows", modality="image")
+        tasks.load(TaskConfig(name="own", path="no/such-rows", modality="image"))
 
 
 def test_a_traceback_of_a_worker_hides_secrets_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from partial_lora.adapter import PartialLoraConfig
 from partial_lora.launching import directory as results
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training.config import TrainerConfig
+from partial_lora.training.distributed import World
 from partial_lora.training.trainer import ResumableTrainer, build_trainer
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
@@ -62,22 +64,30 @@ def trainer(
     names = {field.name for field in dataclasses.fields(TrainerConfig)} & changes.keys()
     config |= {name: changes.pop(name) for name in names}
     chosen = changes.pop("metrics", ("accuracy",))
+    transform = SimpleNamespace(
+        collate=lambda some: default_data_collator(
+            [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
+        ),
+        lengths=changes.pop("length_grouped", False),
+    )
+    judge = SimpleNamespace(
+        loss=objectives.loss_of_batch,
+        reduce=None,
+        measure=lambda outputs: metrics.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
+        selects=chosen[0],
+    )
     return build_trainer(
         model,
         TrainerConfig(**config),
         train=rows(count, real, size),
         validation=rows(12, real, size),
+        transform=transform,
+        judge=judge,
+        world=World("cpu", changes.pop("world_size", 1)),
         directory=directory / results.CHECKPOINTS,
-        collate=lambda some: default_data_collator(
-            [{key: row[key] for key in ("pixel_values", "labels")} for row in some]
-        ),
-        loss=objectives.loss_of_batch,
-        measure=lambda outputs: metrics.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
-        selects=chosen[0],
-        device="cpu",
         precision="no",
         seed=0,
-        **{"world_size": 1, "versions": VERSIONS} | changes,
+        **{"versions": VERSIONS} | changes,
     )
 
 

@@ -23,14 +23,17 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_json
 from partial_lora.masks import Sparsity
 from partial_lora.methods import tuners
+from partial_lora.methods.config import MethodConfig
 from partial_lora.methods.setting import ModuleScores, Setting
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.configs import RESAMPLING
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.checks import check_modality
-from partial_lora.settings.schema import Config, MethodConfig, ModelConfig, TaskConfig
+from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
@@ -42,22 +45,15 @@ def task_of(config: Config, *, mixtures: bool = False) -> Task:
     chosen = config.task
     check_modality(config.model, chosen)
     if not chosen.members:
-        return _load_task(chosen, config.seed)
+        return tasks.load(chosen, config.seed)
     if not mixtures:
         raise PartialLoraError(
             f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
             f"of its members, {', '.join(chosen.members)}"
         )
-    members = [_load_task(member, config.seed) for member in chosen.members.values()]
+    members = [tasks.load(member, config.seed) for member in chosen.members.values()]
     seed = config.seed if chosen.split_seed is None else chosen.split_seed
     return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=seed)
-
-
-def _load_task(task: TaskConfig, seed: int) -> Task:
-    settings = {name: getattr(task, name) for name in tasks.SETTINGS}
-    if task.split_seed is None:
-        settings["split_seed"] = (0, seed)
-    return tasks.load(**settings)
 
 
 def warnings_of(config: Config, task: Task) -> list[str]:
@@ -210,7 +206,7 @@ def importance(
         draws=draws,
         head=config.model.head,
         seed=config.calibration_seed,
-        rank=config.method.rank,
+        rank=config.method.nominal_rank,
         alpha=config.method.alpha,
         new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
@@ -231,7 +227,7 @@ def calibrating(
         scores=scores,
         drawn=draw_settings(config),
         architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
-        rank=config.method.rank,
+        rank=config.method.nominal_rank,
         granularity=config.mask.counted,
         alpha=config.method.alpha,
         head=config.model.head,
@@ -300,20 +296,9 @@ def setting_of(
         modules["target_modules"] = list(shapes)
     setting = Setting(
         **modules,
-        rank=config.method.rank,
-        ranks=config.method.ranks,
-        alpha=config.method.alpha,
-        dropout=config.method.dropout,
-        projections=config.method.projections,
-        granularity=config.mask.granularity,
-        count=config.mask.count,
-        columns=config.mask.columns,
-        fan_in=config.mask.fan_in,
-        row_exponent=config.mask.row_exponent,
-        column_exponent=config.mask.column_exponent,
+        method=config.method,
+        mask=config.mask,
         mask_seed=config.mask_seed,
-        peft_type=config.method.peft_type,
-        peft=config.method.peft or {},
         size=tuner_size(config, shapes),
         shapes=shapes,
         sparsity=sparsity,

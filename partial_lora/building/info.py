@@ -15,8 +15,9 @@ from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates
 from partial_lora.settings.checks import check_modality
-from partial_lora.settings.schema import Config, TaskConfig
+from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity
+from partial_lora.tasks.config import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ def outline(config: Config) -> Outline:
         passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
     elif method.traits.dense:
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
-    if sparsity is None or method.traits.own_ranks or method.ranks == "auto":  # ranks of their own decide
+    if sparsity is None or method.traits.own_ranks or method.rank == "auto":  # ranks of their own decide
         counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
         source = "counted on the adapter itself" if sparsity is None else source
     else:
         modules = model.trained_modules
-        counts = size.describe(bare, **modules, rank=method.rank, sparsity=sparsity, granularity=granularity)
+        counts = size.describe(bare, **modules, rank=method.nominal_rank, sparsity=sparsity, granularity=granularity)
     memory, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
     return Outline(counts, source, outputs, passes, memory, width, known is not None)
 
@@ -100,7 +101,7 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
 
     The control methods have as many parameters.
     """
-    calibration, masks = config.calibration, (shapes, config.method.rank, config.mask.counted)
+    calibration, masks = config.calibration, (shapes, config.method.nominal_rank, config.mask.counted)
     if calibration.file:
         return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
     budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
@@ -121,7 +122,7 @@ def _counted(
     with warnings.catch_warnings():  # PEFT uses a name that transformers deprecates
         warnings.simplefilter("ignore", FutureWarning)
         adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes, sparsity))
-    dense = dense_parameters(shapes, config.method.rank)
+    dense = dense_parameters(shapes, config.method.nominal_rank)
     return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
 
 
@@ -132,7 +133,7 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
     return {
         name: size.peak_memory(
-            model, shapes=shapes, counts=counts, rank=config.method.rank, quantization=quantization, **batch
+            model, shapes=shapes, counts=counts, rank=config.method.nominal_rank, quantization=quantization, **batch
         )
         for name, quantization in (("bf16", None), ("nf4", "nf4"))
     }

@@ -1,7 +1,8 @@
 """The size of a training that has not begun, from the skeleton of its model: parameters, bytes, and the peak of memory.
 
 Nothing here needs torch. Parameters are counted after masking, with the task head apart; `training.cost` counts them on
-a model that trains. The peak of memory is that of a causal model's training step, estimated from shapes alone."""
+a model that trains. The peak of memory is that of a causal model's training step, estimated from shapes alone.
+"""
 
 from __future__ import annotations
 

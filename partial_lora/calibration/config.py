@@ -10,11 +10,12 @@ from typing import Any, Optional
 
 from partial_lora.errors import one_of, positive, require, typed
 from partial_lora.files import at_home, flatten
+from partial_lora.tasks.metrics import OF_ALL_TOGETHER
 
 UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
 
 
-_SCORES = ("auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "options", "options_per_token")
+_SCORES = ("auto", "accuracy", *sorted(OF_ALL_TOGETHER), "loss", "options", "options_per_token")
 
 
 @dataclass

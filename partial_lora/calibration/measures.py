@@ -1,11 +1,13 @@
 """Measures of a score: the value of what a model answers to each example.
 
-Each says, too, what guessing would score, and which examples decide soonest."""
+Each says, too, what guessing would score, and which examples decide soonest.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks.metrics import IGNORED, f1, matthews, pearson, spearman
+from partial_lora.tasks.metrics import FUNCTIONS, IGNORED, OF_ALL_TOGETHER, pearson, spearman
 from partial_lora.tasks.mixture import owners, within
 
 Batch = Mapping[str, Tensor]
@@ -277,10 +279,7 @@ SCORES: dict[str, Callable[[], Measure]] = {
     "loss": Loss,
     "options": OptionLikelihood,
     "options_per_token": lambda: OptionLikelihood(per_token=True),
-    "f1": lambda: Whole(f1),
-    "matthews": lambda: Whole(matthews),
-    "pearson": lambda: Whole(pearson),
-    "spearman": lambda: Whole(spearman),
+    **{name: partial(Whole, FUNCTIONS[name]) for name in sorted(OF_ALL_TOGETHER)},
 }
 
 

@@ -2,7 +2,8 @@
 
 A score is anything that can be called as `score(model) -> float`, larger = better. A score that also has `bounds`
 evaluates only as much as decides a question about it, and does not compute again what the altered module cannot have
-changed. Both save time and change no number."""
+changed. Both save time and change no number.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from partial_lora.settings.schema import ModelConfig
+from partial_lora.models.config import ModelConfig
 
 
 def refuse_hub_code() -> None:

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from partial_lora.errors import PartialLoraError
-
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from partial_lora.methods.setting import Setting, Training
+    from partial_lora.methods.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Method:
         return self.size in ("calibrated", "budget")
 
     def __call__(self, model: nn.Module, setting: Setting) -> PeftModel:
-        return _imported(self.function)(model, setting)
+        return imported(self.function)(model, setting)
 
 
 _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
@@ -114,21 +112,7 @@ def called(name: str) -> Method:
     return METHODS.get(name, METHODS["peft"])
 
 
-def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
-    """Return what the method adds to AdamW on the task's loss, for the model that it has adapted.
-
-    Raises PartialLoraError where that needs whole parameters and they are sharded.
-    """
-    from partial_lora.methods.setting import Training
-
-    function = called(name).training
-    if function is None:
-        return Training()
-    if sharded:
-        raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
-    return _imported(function)(adapted)
-
-
-def _imported(function: str) -> Any:
+def imported(function: str) -> Any:
+    """Return a function of this package by MODULE:NAME."""
     module, _, name = function.partition(":")
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -100,7 +100,7 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     """
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
     adapted = {module: rank for module, rank in ranks.items() if rank}
-    scaling, usual = setting.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
+    scaling, usual = setting.method.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
     unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}
     config = LoraConfig(
         **setting.lora()

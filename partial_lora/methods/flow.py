@@ -22,7 +22,7 @@ def flow(model: nn.Module, setting: Setting) -> PeftModel:
     enough are kept. Raises PartialLoraError, "not applicable", where no adapted module feeds another.
     """
     masks = setting.masks()
-    if setting.granularity == "rows_columns":
+    if setting.mask.granularity == "rows_columns":
         pairs = chains(model, setting.shapes)
         if not pairs:
             raise PartialLoraError("method=flow: not applicable: no module of model.target_modules feeds another")

@@ -30,13 +30,13 @@ def dora(model: nn.Module, setting: Setting) -> PeftModel:
 def vera(model: nn.Module, setting: Setting) -> PeftModel:
     """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): modules share two frozen random matrices and train scales.
 
-    The rank is `setting.projections`; modules smaller than the largest use a part of the matrices. The adapter's file
+    The rank is `method.projections`; modules smaller than the largest use a part of the matrices. The adapter's file
     holds the matrices, so that it loads everywhere as it was. There is no alpha: the trained scales play its part.
     """
     config = VeraConfig(
-        r=setting.projections,
+        r=setting.method.projections,
         target_modules=list(setting.target_modules),
-        vera_dropout=setting.dropout,
+        vera_dropout=setting.method.dropout,
         projection_prng_key=setting.mask_seed,
         modules_to_save=setting.whole() or None,
     )
@@ -62,7 +62,7 @@ def adalora(model: nn.Module, setting: Setting) -> PeftModel:
     with warnings.catch_warnings():  # PEFT warns that r is not used
         warnings.simplefilter("ignore")
         config = AdaLoraConfig(
-            **setting.lora() | {"lora_alpha": setting.alpha * initial / setting.rank},
+            **setting.lora() | {"lora_alpha": setting.method.alpha * initial / setting.rank},
             target_r=setting.rank,
             init_r=initial,
             total_step=_LEAST_STEPS,  # until training knows how many there are

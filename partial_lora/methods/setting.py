@@ -1,4 +1,4 @@
-"""The setting of a method, what a method is, and what it may add to training."""
+"""The setting of a method, and what a method may add to training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from partial_lora.adapter.config import only
-from partial_lora.budget import Shapes, counted_of, kept_parameters, masked_units
+from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
+from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, Sparsity, kept_count
+from partial_lora.methods import called, imported
+from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,35 @@ class Setting:
     `sparsity` is calibration's choice, or a fixed one in its place, {module: {"rows": s, "columns": s}}. `scores` is
     the importance by which it was chosen, {module: (rows, columns)}. Both are None for a method that does not use them.
     `shapes` are those of W (out, in) of every module to adapt, before quantisation. `new_modules` have no pre-trained
-    weights and train whole, as the head does. `peft_type` and `peft` are a tuner of PEFT and the options of its
-    configuration, and `size` is the number of parameters that it should train, None where the options decide.
+    weights and train whole, as the head does. `size` is the number of parameters that a tuner of PEFT should train,
+    None where its options decide.
     """
 
+    method: MethodConfig
+    mask: MaskConfig
+    mask_seed: int
     target_modules: Sequence[str]
     head: str | None
-    rank: int
-    alpha: float
-    dropout: float
-    mask_seed: int
-    granularity: str = "rows_columns"
-    count: str = "exact"
-    columns: str = "masked"
-    fan_in: str | None = None
-    row_exponent: float | None = None
-    column_exponent: float = 0.0
-    sparsity: Sparsity | None = None
-    scores: ModuleScores | None = None
     new_modules: Sequence[str] = ()
     shapes: Shapes = field(default_factory=dict)
-    projections: int = 256
-    ranks: str = "one"
-    peft_type: str | None = None
-    peft: Mapping = field(default_factory=dict)
+    sparsity: Sparsity | None = None
+    scores: ModuleScores | None = None
     size: int | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank that sizes are counted by."""
+        return self.method.nominal_rank
+
+    @property
+    def kind(self) -> str | None:
+        """The type of PEFT's tuner."""
+        return self.method.peft_type
+
+    @property
+    def options(self) -> Mapping:
+        """The options of that tuner's configuration."""
+        return self.method.peft or {}
 
     def whole(self) -> list[str]:
         """Return the names of the modules that train whole beside the adapter."""
@@ -56,20 +63,20 @@ class Setting:
         """Return the arguments that every low-rank adapter here shares."""
         return {
             "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
+            "lora_alpha": self.method.alpha,
+            "lora_dropout": self.method.dropout,
             "target_modules": list(self.target_modules),
             "modules_to_save": self.whole() or None,
         }
 
     def masked(self) -> dict:
         """Return the arguments that every masked adapter shares."""
-        names = ("granularity", "count", "mask_seed", "columns", "fan_in", "row_exponent", "column_exponent")
-        return self.lora() | {name: getattr(self, name) for name in names}
+        names = ("granularity", "count", "columns", "fan_in", "row_exponent", "column_exponent")
+        return self.lora() | {"mask_seed": self.mask_seed} | {name: getattr(self.mask, name) for name in names}
 
     def chosen(self, masks: Mapping[str, Mapping[str, Mask]]) -> dict:
         """Return the arguments of an adapter with these masks, by module and axis; a frozen A keeps all columns."""
-        if self.columns == "frozen":
+        if self.mask.columns == "frozen":
             masks = {name: axes | {"columns": Mask.full(axes["columns"].size)} for name, axes in masks.items()}
         indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
         return self.masked() | {"count": "exact", "selection": "top", "indices": indices}
@@ -77,10 +84,10 @@ class Setting:
     def randomly_masked(self, sparsity: Sparsity) -> dict:
         """Return the arguments of an adapter with random masks of these sparsities.
 
-        Where modules have ranks of their own (`ranks`), each has the scaling alpha / rank of its own, as in LoRA: a
-        step then moves the outputs as far as at any other rank.
+        Where modules have ranks of their own (method.rank=auto), each has the scaling alpha / rank of its own, as in
+        LoRA: a step then moves the outputs as far as at any other rank.
         """
-        if self.ranks == "one":
+        if self.method.rank != AUTO:
             return self.masked() | {"sparsity": dict(sparsity)}
         wide = {name: widest(self.shapes[name], self.rank, axes) for name, axes in sparsity.items()}
         ranks = {only(name): rank for name, (rank, _) in wide.items() if rank != self.rank}
@@ -88,12 +95,12 @@ class Setting:
 
     def units(self) -> tuple[Shapes, int]:
         """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""
-        return masked_units(self.shapes, self.rank, counted_of(self.granularity, self.columns))
+        return masked_units(self.shapes, self.rank, self.mask.counted)
 
     def masks(self) -> dict[str, dict[str, Mask]]:
         """Draw the masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
         sizes, _ = self.units()
-        draw = Mask.bernoulli if self.count == "bernoulli" else Mask.random
+        draw = Mask.bernoulli if self.mask.count == "bernoulli" else Mask.random
         return {
             module: {
                 axis: draw(size, shares[axis], mask_seed=self.mask_seed, module=module, axis=axis)
@@ -105,7 +112,7 @@ class Setting:
     def counts(self) -> dict[str, int]:
         """Count the trainable parameters of `partial` in every module; Bernoulli masks are drawn to be counted."""
         sizes, parameters = self.units()
-        if self.count == "bernoulli":
+        if self.mask.count == "bernoulli":
             kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
             return {module: parameters * count for module, count in kept.items()}
         return {
@@ -136,9 +143,6 @@ def widest(shape: tuple[int, int], rank: int, sparsity: Mapping[str, float]) -> 
     return lowest, {"rows": 1 - rows / m, "columns": 1 - min(n, each - rows) / n}
 
 
-Method = Callable[[nn.Module, Setting], PeftModel]
-
-
 @dataclass(frozen=True)
 class Training:
     """Additions of a method to training.
@@ -164,3 +168,16 @@ class Training:
             return value + penalty() / parts if value.requires_grad else value
 
         return penalised
+
+
+def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Training:
+    """Return what the method adds to AdamW on the task's loss, for the model that it has adapted.
+
+    Raises PartialLoraError where that needs whole parameters and they are sharded.
+    """
+    function = called(name).training
+    if function is None:
+        return Training()
+    if sharded:
+        raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
+    return imported(function)(adapted)

@@ -62,13 +62,13 @@ _LARGEST = 2**20
 
 
 def peft(model: nn.Module, setting: Setting) -> PeftModel:
-    """Any weight tuner of PEFT, by `setting.peft_type` and the options of its configuration.
+    """Any weight tuner of PEFT, by `setting.kind` and the options of its configuration.
 
     It is sized (`sized`) to train `setting.size` parameters; None leaves the size to the options. Raises
     PartialLoraError with PEFT's own reason where it cannot adapt the model.
     """
-    options = dict(setting.peft)
-    configuration(setting.peft_type, options)
+    options = dict(setting.options)
+    configuration(setting.kind, options)
     if setting.size is not None:
         options |= sized(setting, lambda options: counts(setting, options, model))
     return _built(model, setting, options)
@@ -107,34 +107,34 @@ def weight_tuners() -> dict[str, type[PeftConfig]]:
 
 
 def _built(model: nn.Module, setting: Setting, options: Mapping) -> PeftModel:
-    is_bare = setting.peft_type == "LORA" and all(parameter.is_meta for parameter in model.parameters())
+    is_bare = setting.kind == "LORA" and all(parameter.is_meta for parameter in model.parameters())
     if is_bare and options.get("init_lora_weights") != "mica":  # which freezes B, and needs no weights for that
         options = {**options, "init_lora_weights": True}  # other initialisations read the weights
-    config = configuration(setting.peft_type, options, **_shared(setting, options))
+    config = configuration(setting.kind, options, **_shared(setting, options))
     try:
         return get_peft_model(model, config, low_cpu_mem_usage=is_bare)
     except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        raise PartialLoraError(f"method.peft_type={setting.peft_type}: {one_line(error)}") from error
+        raise PartialLoraError(f"method.peft_type={setting.kind}: {one_line(error)}") from error
 
 
 def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
     """Return what every configuration is given: names of modules, dropout and the seeds of what is drawn and frozen."""
-    fields = _defaults(setting.peft_type)
+    fields = _defaults(setting.kind)
     shared: dict[str, object] = {
         "target_modules": list(setting.target_modules),
         "modules_to_save": setting.whole() or None,
     }
     shared |= dict.fromkeys(_SEEDS & fields.keys(), setting.mask_seed)
-    if setting.dropout:
+    if setting.method.dropout:
         names = [name for name in fields if name.endswith("_dropout") and name not in _OWN_DROPOUT]
         if not names:
             raise PartialLoraError(
-                f"method.dropout={setting.dropout}: expected 0: {setting.peft_type} has no dropout of its inputs"
+                f"method.dropout={setting.method.dropout}: expected 0: {setting.kind} has no dropout of its inputs"
             )
-        shared[names[0]] = setting.dropout
-    if setting.peft_type == "LORA":
-        shared |= {"r": setting.rank, "lora_alpha": setting.alpha}
-    if setting.peft_type == "IA3":
+        shared[names[0]] = setting.method.dropout
+    if setting.kind == "LORA":
+        shared |= {"r": setting.rank, "lora_alpha": setting.method.alpha}
+    if setting.kind == "IA3":
         shared["feedforward_modules"] = []  # outputs are scaled in every module
     return shared | {name: value for name, value in options.items() if name in shared}
 
@@ -167,8 +167,8 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
     Raises PartialLoraError, "not applicable", where the nearest size is more than FARTHEST off, and where the options
     have the key themselves.
     """
-    kind, goal, key = setting.peft_type, setting.size, size_key(setting.peft_type)
-    if key in setting.peft:
+    kind, goal, key = setting.kind, setting.size, size_key(setting.kind)
+    if key in setting.options:
         raise PartialLoraError(f"method.peft.{key}: expected none beside calibration.budget, which sets it")
 
     def off(options: Mapping) -> float:
@@ -252,9 +252,9 @@ def _values(setting: Setting, key: str) -> Sequence[int]:
             sizes += [m for m, _ in setting.shapes.values()]
         common = math.gcd(*sizes)
         return [size for size in range(2, common + 1) if common % size == 0]
-    step = _STEPS.get(setting.peft_type, 1)
+    step = _STEPS.get(setting.kind, 1)
     if isinstance(step, str):
-        step = setting.peft.get(step, _defaults(setting.peft_type)[step])
+        step = setting.options.get(step, _defaults(setting.kind)[step])
     return range(step, _LARGEST, step)
 
 
@@ -268,12 +268,12 @@ def _at(setting: Setting, key: str | None, value: int | None) -> dict[str, objec
 
 def _alpha(setting: Setting) -> tuple[str | None, float]:
     """Return the name of the alpha that changes with r, or None; and alpha / r, PEFT's default except for LoRA."""
-    defaults = _defaults(setting.peft_type)
+    defaults = _defaults(setting.kind)
     name = next((name for name in defaults if name.split("_")[-1] == "alpha" and name != "regularization_alpha"), None)
-    if name is None or name in setting.peft or defaults[name] is None or setting.peft.get("use_rslora"):
+    if name is None or name in setting.options or defaults[name] is None or setting.options.get("use_rslora"):
         return None, 1.0
-    if setting.peft_type == "LORA":
-        return name, setting.alpha / setting.rank
+    if setting.kind == "LORA":
+        return name, setting.method.alpha / setting.rank
     return name, defaults[name] / defaults["r"]
 
 
@@ -286,7 +286,7 @@ def _pattern(setting: Setting, key: str, value: int, modules: Sequence[str]) -> 
     """Return options that give some modules another value."""
     found: dict[str, object] = {_pattern_of(key): dict.fromkeys(modules, value)}
     alpha, ratio = _alpha(setting)
-    if alpha and "alpha_pattern" in _defaults(setting.peft_type):
+    if alpha and "alpha_pattern" in _defaults(setting.kind):
         found["alpha_pattern"] = dict.fromkeys(modules, ratio * value)
     return found
 
@@ -298,7 +298,7 @@ def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> l
     """
     smaller = smaller or dict.fromkeys(larger, 0) | {"": larger[""]}
     names, left = list(setting.shapes), setting.size - sum(smaller.values())
-    keys = random_keys(len(names), mask_seed=setting.mask_seed, module=setting.peft_type, axis="sizes")
+    keys = random_keys(len(names), mask_seed=setting.mask_seed, module=setting.kind, axis="sizes")
     drawn = set()
     for place in np.argsort(keys):
         name = names[place]
@@ -313,20 +313,20 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
 
     Where the options have target_modules, only these count.
     """
-    if setting.peft_type in _SHARED:
+    if setting.kind in _SHARED:
         raise PartialLoraError(
-            f"calibration.budget: {setting.peft_type} shares factors between modules of one name, so no module has a "
+            f"calibration.budget: {setting.kind} shares factors between modules of one name, so no module has a "
             "size of its own; expected null, and the size among the options of method.peft"
         )
     names = options.get("target_modules", list(setting.shapes))
     bare = dataclasses.replace(setting, target_modules=names, head=None, new_modules=(), size=None)
     try:
         with torch.random.fork_rng(devices=[]):
-            adapted = _built(_stand_in(model, names), bare, dict(setting.peft) | dict(options))
+            adapted = _built(_stand_in(model, names), bare, dict(setting.options) | dict(options))
     except PartialLoraError as error:
         if isinstance(error.__cause__, NotImplementedError):  # it looks at the values of the weights
             raise PartialLoraError(
-                f"calibration.budget: {setting.peft_type} cannot be sized for it; expected null, and the size among "
+                f"calibration.budget: {setting.kind} cannot be sized for it; expected null, and the size among "
                 "the options of method.peft"
             ) from error
         raise

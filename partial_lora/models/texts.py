@@ -75,7 +75,7 @@ def load_classifier(
         pickles=True,
         instead=instead,
     )
-    if getattr(model.config, "pad_token_id", 0) is None:  # of a language model, whose last token before it is classified
+    if getattr(model.config, "pad_token_id", 0) is None:  # a language model's last token is classified
         ends = model.config.eos_token_id  # by which `tokenizer` pads
         model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None) or _HEAD_STD

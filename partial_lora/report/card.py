@@ -21,10 +21,12 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.launching.directory import tensor_files
 from partial_lora.models.bundled import PREFIX
+from partial_lora.models.config import ModelConfig
 from partial_lora.report import examples, records, statistics, summary
 from partial_lora.settings.identity import computed_from
-from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain, without_places
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
@@ -160,7 +162,7 @@ def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
     config = run.config
     whole = f"{numbers['adapter_parameters']:,} parameters"
     if numbers["adapter_dense"]:
-        whole += f", {numbers['share_of_dense']:.1%} of those of LoRA of rank {config.method.rank}"
+        whole += f", {numbers['share_of_dense']:.1%} of those of LoRA of rank {config.method.nominal_rank}"
     head = f" and a head of {numbers['head_parameters']:,}" if numbers["head_parameters"] else ""
     method = {
         "partial": "Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",

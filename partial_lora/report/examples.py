@@ -118,7 +118,7 @@ def rows_of(settings: Mapping, *, fetch: bool = False):
     datasets.disable_progress_bars()
     try:
         chosen = load(settings).task
-        return tasks.load(**{name: getattr(chosen, name) for name in tasks.SETTINGS}).test
+        return tasks.load(chosen).test
     except (PartialLoraError, OSError, ValueError, KeyError):
         return None
 

@@ -20,6 +20,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
 from partial_lora.methods import called
+from partial_lora.methods.config import MaskConfig
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import COLOURS, MARKERS, inline, legend_below, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
@@ -28,7 +29,6 @@ from partial_lora.report.records import NONE, Predictions, Run, half_interval
 from partial_lora.report.statistics import holm
 from partial_lora.settings.compose import composed
 from partial_lora.settings.rates import Worth, ranked
-from partial_lora.settings.schema import MaskConfig
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
@@ -61,7 +61,7 @@ def form_of(config: Mapping) -> str:
         return name
     own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
     words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]
-    words += ["rank=auto"] if config["method"].get("ranks") == "auto" else []
+    words += ["rank=auto"] if config["method"].get("rank") == "auto" else []
     drawn = [key for key in _DRAWS if mask[key] != own[key]]
     if mask["columns"] == "frozen":  # A is whole, and drawn for all inputs
         drawn = [key for key in drawn if key != "fan_in"]

@@ -19,6 +19,7 @@ from partial_lora.budget import counted_of, dense_parameters, kept_parameters, m
 from partial_lora.launching.directory import INTERRUPTED
 from partial_lora.masks import AXES
 from partial_lora.methods import called
+from partial_lora.methods.config import nominal_rank
 from partial_lora.report.records import (
     NONE,
     came_to,
@@ -141,7 +142,9 @@ def module_table(result: Mapping) -> Table:
 
 def _parameters(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
     """Return the trainable parameters of one module's adapter."""
-    units = masked_units({"module": tuple(shape)}, result["config"]["method"]["rank"], _counted(result["config"]))
+    units = masked_units(
+        {"module": tuple(shape)}, nominal_rank(result["config"]["method"]["rank"]), _counted(result["config"])
+    )
     return kept_parameters(*units, {"module": sparsity})
 
 
@@ -153,10 +156,13 @@ def _counted(config: Mapping) -> str:
 def _saturated(result: Mapping) -> str:
     """Return how many modules would do with a lower rank; nothing where none would, or each has a rank of its own."""
     config, sparsity, shapes = result["config"], result["sparsity"], result.get("shapes")
-    if not shapes or config["method"].get("ranks", "one") != "one":
+    if not shapes or config["method"]["rank"] == "auto":
         return ""
     full = saturated(
-        {name: tuple(shapes[name]) for name in sparsity}, config["method"]["rank"], sparsity, _counted(config)
+        {name: tuple(shapes[name]) for name in sparsity},
+        nominal_rank(config["method"]["rank"]),
+        sparsity,
+        _counted(config),
     )
     words = f"{len(full)} of {len(sparsity)} modules have as many parameters as the block of W that they reach"
     return f"{words}; method.rank=auto reaches more" if full else ""
@@ -168,7 +174,9 @@ def _auto_rate(result: Mapping) -> str:
     if not shapes or not called(config["method"]["name"]).masked:
         return ""
     kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
-    dense = dense_parameters({module: tuple(shape) for module, shape in shapes.items()}, config["method"]["rank"])
+    dense = dense_parameters(
+        {module: tuple(shape) for module, shape in shapes.items()}, nominal_rank(config["method"]["rank"])
+    )
     rate = rates.auto(config, width=rates.width(shapes.values()), density=kept / dense)
     return f"to try first: {rate:.2g}, at density {kept / dense:.3g}"
 

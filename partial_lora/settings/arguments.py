@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shlex
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +16,9 @@ import yaml
 
 from partial_lora.errors import PartialLoraError, in_yaml, require
 from partial_lora.files import flatten, read_yaml
+from partial_lora.models.config import FROM_FILES
 from partial_lora.settings.keys import no_such_option
-from partial_lora.settings.schema import FROM_FILES, GROUPS, SECTIONS, conf_dir, list_keys
+from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
 from partial_lora.settings.stored import upgraded_settings
 
 if TYPE_CHECKING:
@@ -36,18 +37,24 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """Return Hydra's options and, as `overrides`, the settings; raises PartialLoraError for what is neither."""
-    from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
         raise PartialLoraError(message)
 
-    parser = get_args_parser()
+    parser = options()
     parser.error = refuse  # in place of a page
     parsed = parser.parse_intermixed_args(list(arguments))
     for name in ("package", "resolve"):
         if getattr(parsed, name) and not parsed.cfg:
             refuse(f"--{name}: expected --cfg beside it")
     return parsed
+
+
+def options() -> ArgumentParser:
+    """Return the parser of Hydra's options, which has no public name."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
 
 
 def in_grammar(argument: str, is_sweep: bool = False) -> str:
@@ -261,13 +268,10 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
     chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
-    method = dict(content["method"])
-    if method.pop("ranks", "one") == "auto":
-        method["rank"] = "auto"
     if "method" in chosen:
-        method = {key: method[key] for key in ("rank", "alpha", "dropout") if key in method}
+        kept = ("rank", "alpha", "dropout")
+        settings["method"] = {key: content["method"][key] for key in kept if key in content["method"]}
         settings["mask"] = {"seed": content["mask"].get("seed")}
-    settings["method"] = method
     if "trainer" not in chosen:
         settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
@@ -342,9 +346,7 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
 
 def _refuse_options(arguments: Sequence[str]) -> None:
     """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
-    from hydra._internal.utils import get_args_parser
-
-    known = get_args_parser()._option_string_actions.keys() - _UNUSED
+    known = options()._option_string_actions.keys() - _UNUSED
     for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in known:

@@ -6,10 +6,12 @@ import sys
 
 from partial_lora.budget import parameter_count
 from partial_lora.errors import PartialLoraError, require
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import Skeleton, stored_skeleton
 from partial_lora.settings.machines import has_accelerator
-from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES
 
 _EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models by modality
@@ -56,7 +58,7 @@ def check(config: Config, *, here: bool) -> None:
     shapes = bare.targets(**model.trained_modules)
     fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
     if is_calibrated(config) and calibration.budget is not None:
-        parameter_count(calibration.budget, shapes, config.method.rank, config.mask.counted)
+        parameter_count(calibration.budget, shapes, config.method.nominal_rank, config.mask.counted)
 
 
 def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:

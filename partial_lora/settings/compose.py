@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -21,6 +22,7 @@ from partial_lora.settings.arguments import (
     for_hydra,
     in_grammar,
     is_file,
+    options,
     parse,
     parsed,
     rate_in_file,
@@ -80,7 +82,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
-        combinations = _combinations(parsed) if choices["hydra/sweeper"] == "basic" else [_example(parsed)]
+        combinations = _combinations(parsed, sampled=choices["hydra/sweeper"] != "basic")
         runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in combinations)
         direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
         return _checked(
@@ -114,9 +116,7 @@ def _single_run(hydra, name: str, overrides: list[str]):
 @contextmanager
 def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     """Give Hydra, with a loader for which files are data; the primary config's name, the overrides, and all options."""
-    from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from partial_lora.settings.loader import Loader
@@ -124,17 +124,14 @@ def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     refuse(arguments)
     flags = parse(for_hydra(arguments))
     folder = Path(flags.config_dir).absolute() if flags.config_dir else None
-    GlobalHydra.instance().clear()
-    version.setbase("1.3")
     _register_schema()
-    own = create_automatic_config_search_path(None, None, str(conf_dir()))
     file = next(filter(is_file, arguments), None)
-    try:
-        hydra = Hydra("partial-lora", Loader(own, flags.overrides, file=file, folder=folder))
-        GlobalHydra.instance().initialize(hydra)
+    GlobalHydra.instance().clear()  # what another composition in this process has left
+    with initialize_config_dir(str(conf_dir()), job_name="partial-lora", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        own = hydra.config_loader.get_search_path()
+        hydra.config_loader = Loader(own, flags.overrides, file=file, folder=folder)
         yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags
-    finally:
-        GlobalHydra.instance().clear()  # the next composition in this process starts from nothing
 
 
 def _checked(runs, **known: object) -> Plan:
@@ -174,29 +171,22 @@ def _sweep_overrides(master, config_loader) -> list:
     return parser.parse_overrides([*swept, *master.hydra.overrides.task])
 
 
-def _combinations(overrides: list) -> list[list[str]]:
-    """Return the runs of Hydra's own sweeper, in its order."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    for override in overrides:
-        if override.is_interval_sweep():
-            expected = "list some, or take a sampler: hydra/sweeper=optuna"
-            raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
-    return BasicSweeper.split_arguments(overrides, None)[0]
-
-
-def _example(overrides: list) -> list[str]:
-    """Return one combination of those a sampler may choose."""
+def _combinations(overrides: list, *, sampled: bool = False) -> list[list[str]]:
+    """Return the runs of a sweep, in the order of Hydra's own sweeper; if `sampled`, one that a sampler may choose."""
     values = {}
     for override in overrides:
-        if override.is_interval_sweep():
-            value = str(_middle(override.value()))
-        elif override.is_sweep_override():
-            value = next(iter(override.sweep_string_iterator()))
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [override.get_value_element_as_str()]
+        elif not override.is_interval_sweep():
+            values[key] = list(override.sweep_string_iterator())[: 1 if sampled else None]
+        elif sampled:
+            values[key] = [str(_middle(override.value()))]
         else:
-            value = override.get_value_element_as_str()
-        values[override.get_key_element()] = value
-    return [f"{key}={value}" for key, value in values.items()]
+            expected = "list some, or take a sampler: hydra/sweeper=optuna"
+            raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
+    chosen = itertools.product(*values.values())
+    return [[f"{key}={value}" for key, value in zip(values, some, strict=True)] for some in chosen]
 
 
 def _middle(interval) -> float | int:
@@ -277,11 +267,9 @@ def _print_help(arguments: Sequence[str]) -> None:
 
 def _show(arguments: Sequence[str]) -> None:
     """Print what Hydra says of its own options, of what it composes, or of where it looks for files."""
-    from hydra._internal.utils import get_args_parser
-
     with hydra_of(arguments) as (hydra, name, overrides, flags):
         if flags.hydra_help:
-            hydra.hydra_help(name, get_args_parser(), flags)
+            hydra.hydra_help(name, options(), flags)
         elif flags.cfg:
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
         else:
@@ -349,16 +337,10 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     from omegaconf.errors import ConfigKeyError
 
     overrides = parse(arguments).overrides
-    files = [each for each in overrides if is_file(each)]
+    files = [argument for argument in overrides if is_file(argument)]
     for argument in overrides:
-        key, equals, text = argument.partition("=")
-        if argument in files or (key and parsed(in_grammar(argument)) is not None):
-            continue
-        if not key or not equals:
-            own = Path(key, "config.yaml") if key else Path()
-            return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml" + f": {own}" * own.is_file()
-        inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
-        return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
+        if argument not in files and (reason := _misread(argument)):
+            return reason
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
         return no_such_key(lines[0].split("'")[1])
@@ -372,19 +354,36 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     if lines[0].startswith("You must specify"):  # of a file's `model: ???`
         group = lines[0].split("'")[1]
         return f"{group}=???: expected the name of a file in the group"
-    if any("Available options" in line for line in lines):
+    if group := re.search("Could not.*?'(.*?)'.*Available options", str(error), re.DOTALL):
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
-        group = re.search("Could not.*?'(.*?)'", str(error), re.DOTALL)[1]
-        folder, _, name = group.partition("/") if group.startswith("model/") else group.rpartition("/")
-        options += ["a folder with a config.json", "OWNER/NAME of the hub"] * (folder == "model")
-        line = f"{folder}={name}: no such file in the group; expected one of {', '.join(options)}"
-        extra = "ray" if name == "ray" else "sweeps"
-        return line + (f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(folder, ()) else "")
-    for argument in arguments:
-        if "," in argument and "ambiguous" in " ".join(lines).lower():
-            return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
+        return _no_such_file(group[1], options)
+    if "ambiguous" in " ".join(lines).lower():
+        for argument in arguments:
+            if "," in argument:
+                return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
     return " ".join(lines)
+
+
+def _misread(argument: str) -> str | None:
+    """Return why an argument has no meaning in Hydra's grammar; None where it has one."""
+    key, equals, text = argument.partition("=")
+    if key and parsed(in_grammar(argument)) is not None:
+        return None
+    if not key or not equals:
+        record = Path(key, "config.yaml") if key else Path()
+        return f"{argument!r}: expected KEY=VALUE, or a file that ends in .yaml" + f": {record}" * record.is_file()
+    inside = "; quote the texts inside it" if text[:1] in ("[", "{") else ""
+    return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
+
+
+def _no_such_file(choice: str, known: Sequence[str]) -> str:
+    """Return one line on a choice, GROUP/NAME, that is none of the known ones."""
+    group, _, name = choice.partition("/") if choice.startswith("model/") else choice.rpartition("/")
+    known = [*known, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
+    extra = "ray" if name == "ray" else "sweeps"
+    brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""
+    return f"{group}={name}: no such file in the group; expected one of {', '.join(known)}{brought}"
 
 
 def _of_key(error: BaseException | None) -> BaseException | None:

@@ -1,4 +1,7 @@
-"""Hydra's loader of settings, for files that are data: of Hydra itself they set no more than how runs are launched."""
+"""Hydra's loader of settings, for files that are data: of Hydra itself they set no more than how runs are launched.
+
+Hydra has no public class to be told what a file may set, or how a folder is read, so both extend internal ones.
+"""
 
 from __future__ import annotations
 

@@ -15,12 +15,15 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home
+from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
+from partial_lora.models.config import FROM_FILES, ModelConfig
 from partial_lora.settings.machines import accelerate_file
-from partial_lora.settings.schema import FROM_FILES, Config, ModelConfig, TaskConfig, conf_dir, plain_name
+from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.metrics import FITTING
 from partial_lora.training.config import TRACKER_PACKAGES
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
@@ -157,7 +160,6 @@ _FOR_EACH = (
 )
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FROM_MEMBERS = {"modality", "kind", "classes"}
-_OF_NUMBERS = {"pearson", "spearman", "mse"}
 _SCORES = {"auto", "accuracy", "loss"}  # scores that are means over examples, each within its member's classes
 
 
@@ -226,7 +228,7 @@ def _member(name: str, own: Mapping) -> TaskConfig:
     except PartialLoraError as error:
         raise PartialLoraError(f"task.members, {name}: {error}") from error
     require(not member.members, "task.members", name, "tasks that are no mixtures")
-    numbers = member.regression or _OF_NUMBERS & set(member.metrics)
+    numbers = member.regression or set(FITTING["real numbers"]) & set(member.metrics)
     require(not numbers, "task.members", name, "tasks with classes: squared errors and cross entropies cannot be added")
     return member
 

@@ -30,7 +30,7 @@ def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
     if is_calibrated(config) or not config.method.traits.is_sparse:
         return None
     if calibration.sparsity in (None, UNIFORM):
-        masks = shapes, config.method.rank, config.mask.counted
+        masks = shapes, config.method.nominal_rank, config.mask.counted
         return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
     try:
         return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
@@ -43,7 +43,7 @@ def tuner_size(config: Config, shapes: Shapes) -> int | None:
     budget = config.calibration.budget
     if config.method.peft_type is None or budget is None:
         return None
-    return parameter_count(budget, shapes, config.method.rank, "element")
+    return parameter_count(budget, shapes, config.method.nominal_rank, "element")
 
 
 def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:

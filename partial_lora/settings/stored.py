@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from partial_lora.files import redacted
-from partial_lora.settings.schema import SECTIONS, Config, TaskConfig
+from partial_lora.settings.schema import SECTIONS, Config
+from partial_lora.tasks.config import TaskConfig
 
 # --- Settings that are older than this version.
 
@@ -36,7 +37,7 @@ CHANGES = (
     Change("0.3.0", "mask.fan_in", before="dense"),
     Change("0.3.0", "mask.row_exponent", before=0.0),
     Change("0.4.0", "trainer.select_within", before=0.0),
-    Change("0.4.0", "trainer.schedule", before="cosine"),
+    Change("0.4.0", "trainer.warmup_ratio", before=0.1, name="trainer.warmup"),
     Change("0.4.0", "trainer.optimizer", before=None),
     Change("0.4.0", "trainer.patience", before=None),
     Change("0.4.0", "trainer.args", before=None),
@@ -60,6 +61,10 @@ def upgraded_settings(settings: Mapping) -> dict:
             kept = {key: value for key, value in own.items() if key != former}
             kept[name] = own.get(former, change.before) if former else change.before
             current = current | {group: kept} if group else kept
+    method = current.get("method")
+    if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
+        kept = {key: value for key, value in method.items() if key != "ranks"}
+        current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
     return current
 
 

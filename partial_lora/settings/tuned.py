@@ -4,7 +4,8 @@ It is JSON, {version, entries: [{task, model, method, masks, operating_point, le
 {rate: validation or null}, losses: {rate: loss or null}, seeds, at_edge, settings}]}: an entry for each thing that was
 tuned (scripts/tune.py). `validation` is the mean metric over seeds, and `losses` decided between equal ones; null
 stands for a rate at which training failed, and for a loss that an older file did not keep. `settings` are what all its
-runs have of the settings that matter to the rate (`settings_of`)."""
+runs have of the settings that matter to the rate (`settings_of`).
+"""
 
 from __future__ import annotations
 

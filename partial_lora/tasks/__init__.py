@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from partial_lora.tasks.prompts import CausalTransform
     from partial_lora.tasks.questions import final_number
     from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, strata
-    from partial_lora.tasks.task import SETTINGS, SPLITS, Task, load
+    from partial_lora.tasks.task import SPLITS, Task, load
     from partial_lora.tasks.texts import TextTransform
 
 # Imported on first use, so that a report can read the rows of a task without torch.
@@ -21,13 +21,12 @@ _MODULES = {
     "prompts": ("CausalTransform",),
     "questions": ("final_number",),
     "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
-    "task": ("SETTINGS", "SPLITS", "Task", "load"),
+    "task": ("SPLITS", "Task", "load"),
     "texts": ("TextTransform",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "SETTINGS",
     "SPLITS",
     "CausalTransform",
     "Draws",

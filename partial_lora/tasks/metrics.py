@@ -1,28 +1,13 @@
-"""Metrics: which fit which labels, which are shares, in which lower is better, and the functions of some."""
+"""Metrics: what each is, and which labels it fits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-FITTING = {  # metrics of a task, by what its labels are; the first is the usual one
-    "classes": ("accuracy", "f1", "matthews"),
-    "real numbers": ("pearson", "spearman", "mse"),
-    "places of options": ("accuracy", "accuracy_norm"),
-    "texts": ("exact_match", "rouge_l", "perplexity"),
-}
-SHARES = {"accuracy", "accuracy_norm", "f1", "exact_match", "rouge_l"}  # read as percentages
-RANGES = {
-    **dict.fromkeys(SHARES, (0.0, 1.0)),
-    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
-    "mse": (0.0, math.inf),
-    "perplexity": (1.0, math.inf),
-}
-LOWER_IS_BETTER = {"mse", "perplexity"}
-OF_ALL_TOGETHER = {"f1", "matthews", "pearson", "spearman"}  # not means over examples
-OF_EXAMPLES = {metric for fitting in FITTING.values() for metric in fitting} - {"perplexity"}  # told by predictions
 IGNORED = -100  # the label of a token that does not count, as in transformers
 
 
@@ -84,13 +69,58 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
     return float(function(predictions, references).statistic)
 
 
+# --- What there is of each metric.
+
+_CLASSES, _NUMBERS, _OPTIONS, _TEXTS = "classes", "real numbers", "places of options", "texts"  # what labels are
+_CORRELATION = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        of: what the labels of a task are that may have it.
+        function: (predictions, references) -> the metric, each an array of one dimension; None for one of tokens.
+        range: the least and the most that it can be; None for a share, which is read as a percentage.
+        lower_is_better: less of it is better.
+        of_all_together: it is no mean over examples.
+        of_examples: the predictions of single examples tell it.
+    """
+
+    of: tuple[str, ...]
+    function: Callable[..., float] | None = None
+    range: tuple[float, float] | None = None
+    lower_is_better: bool = False
+    of_all_together: bool = False
+    of_examples: bool = True
+
+
+METRICS = {  # of the metrics of one kind of labels, the first is the usual one
+    "accuracy": Metric((_CLASSES, _OPTIONS), accuracy),
+    "accuracy_norm": Metric((_OPTIONS,)),
+    "f1": Metric((_CLASSES,), f1, of_all_together=True),
+    "matthews": Metric((_CLASSES,), matthews, _CORRELATION, of_all_together=True),
+    "pearson": Metric((_NUMBERS,), pearson, _CORRELATION, of_all_together=True),
+    "spearman": Metric((_NUMBERS,), spearman, _CORRELATION, of_all_together=True),
+    "mse": Metric((_NUMBERS,), mse, (0.0, math.inf), lower_is_better=True),
+    "exact_match": Metric((_TEXTS,)),
+    "rouge_l": Metric((_TEXTS,)),
+    "perplexity": Metric((_TEXTS,), None, (1.0, math.inf), lower_is_better=True, of_examples=False),
+}
+FITTING = {
+    labels: tuple(name for name, metric in METRICS.items() if labels in metric.of)
+    for labels in (_CLASSES, _NUMBERS, _OPTIONS, _TEXTS)
+}
+FUNCTIONS = {name: metric.function for name, metric in METRICS.items() if metric.function}
+SHARES = {name for name, metric in METRICS.items() if metric.range is None}
+LOWER_IS_BETTER = {name for name, metric in METRICS.items() if metric.lower_is_better}
+OF_ALL_TOGETHER = {name for name, metric in METRICS.items() if metric.of_all_together}
+OF_EXAMPLES = {name for name, metric in METRICS.items() if metric.of_examples}
+
+
 def within(ends: Sequence[float], metric: str, *, difference: bool = False, room: float = 0.0) -> tuple[float, float]:
     """Return the ends of an interval that reach no further, but for `room`, than a metric or a difference of it can."""
-    low, high = RANGES.get(metric, (-math.inf, math.inf))
+    low, high = (METRICS[metric].range or (0.0, 1.0)) if metric in METRICS else (-math.inf, math.inf)
     low, high = (low - high, high - low) if difference else (low, high)
     return max(ends[0], low - room), min(ends[1], high + room)
-
-
-FUNCTIONS: dict[str, Callable[..., float]] = {  # (predictions, references) -> a metric, each an array of one dimension
-    function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman, mse)
-}

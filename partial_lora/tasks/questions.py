@@ -1,20 +1,21 @@
-"""Questions with options, and prompts with responses: from a known data set, or from a table of the user's own."""
+"""Questions with options, and prompts with responses, out of rows in a known format or in columns that are named."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from string import ascii_uppercase
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 from datasets import Dataset, Features, List, Value
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.tasks.sources import label_name, row_name
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
+from partial_lora.tasks.sources import LAYOUTS, Layout, label_name, row_name
 
-Row = Mapping[str, Any]  # a row's columns, without those that have no value
 Formatted = TypeVar("Formatted")
 
 CHOICE_FEATURES = Features(
@@ -28,159 +29,16 @@ _MESSAGES = {"messages": List({"role": Value("string"), "content": Value("string
 logger = logging.getLogger(__name__)
 
 
-class Choice(NamedTuple):
-    """One question with its options.
-
-    prompts, options: one text for each option; the prompts are all the same unless the prompt itself is chosen. names:
-    the options' names in the source, in order. answer: the name of the right option.
-    """
-
-    prompts: list[str]
-    options: list[str]
-    names: Sequence[object]
-    answer: object
-
-
-class Completion(NamedTuple):
-    """A prompt and the response to it."""
-
-    prompt: str
-    response: str
-
-
-class Layout(NamedTuple):
-    """A layout of prompts and responses that a table's columns give away.
-
-    prompt: the columns of the prompt; all but the first may be missing. response: the column of the response, or, where
-    there is no prompt, of conversations.
-    """
-
-    name: str
-    prompt: tuple[str, ...]
-    response: str
-
-    def is_of(self, columns: Collection[str]) -> bool:
-        """Return whether a table with these columns has the layout."""
-        return {*self.prompt[:1], self.response} <= {*columns}
-
-
-LAYOUTS = (  # the first that fits is read
-    Layout("conversations", (), "messages"),
-    Layout("ShareGPT's conversations", (), "conversations"),
-    Layout("Alpaca's instructions", ("instruction", "input"), "output"),
-    Layout("prompts and completions", ("prompt",), "completion"),
-    Layout("prompts and responses", ("prompt",), "response"),
-)
-
-
-# --- Known data sets as lm-evaluation-harness (0.4.13) puts them to a language model, one function a format.
-
-
-def arc(row: Row) -> Choice:
-    """ARC (Clark et al. 2018)."""
-    return _school_question(f"Question: {row['question']}\nAnswer:", row)
-
-
-def boolq(row: Row) -> Choice:
-    """BoolQ (Clark et al. 2019), as in SuperGLUE; rows without a passage are the question alone."""
-    passage = f"{row['passage']}\n" if "passage" in row else ""
-    prompt = f"{passage}Question: {row['question']}?\nAnswer:"
-    return Choice([prompt] * 2, [" no", " yes"], (False, True), row["answer"])
-
-
-def hellaswag(row: Row) -> Choice:
-    """HellaSwag (Zellers et al. 2019), without the remains of its articles' markup."""
-    prompt = _without_markup(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    options = [" " + _without_markup(ending) for ending in row["endings"]]
-    return Choice([prompt] * len(options), options, range(len(options)), row["label"])
-
-
-def openbookqa(row: Row) -> Choice:
-    """OpenBookQA (Mihaylov et al. 2018): a sentence that one of the options completes, without the facts."""
-    return _school_question(row["question"] if "question" in row else row["question_stem"], row)
-
-
-def piqa(row: Row) -> Choice:
-    """PIQA (Bisk et al. 2020)."""
-    prompt = f"Question: {row['goal']}\nAnswer:"
-    return Choice([prompt] * 2, [f" {row['sol1']}", f" {row['sol2']}"], (0, 1), row["label"])
-
-
-def social_iqa(row: Row) -> Choice:
-    """Social IQa (Sap et al. 2019); rows with `choices` have the context as a part of the question."""
-    if "choices" in row:
-        return _school_question(f"Q: {row['question']}\nA:", row)
-    options = [f" {row[column]}" for column in ("answerA", "answerB", "answerC")]
-    return Choice([f"Q: {row['context']} {row['question']}\nA:"] * 3, options, (1, 2, 3), row["label"])
-
-
-def winogrande(row: Row) -> Choice:
-    """WinoGrande (Sakaguchi et al. 2020): after which of the two names the rest of the sentence is likelier.
-
-    Each prompt ends with one of the names, and the rest is the option for both.
-    """
-    before, _, after = row["sentence"].partition("_")
-    prompts = [before + row["option1"], before + row["option2"]]
-    return Choice(prompts, [f" {after.strip()}"] * 2, (1, 2), row["answer"])
-
-
-def gsm8k(row: Row) -> Completion:
-    """GSM8K (Cobbe et al. 2021): a solution in words, whose last line is #### and a number."""
-    return Completion(f"Question: {row['question']}\nAnswer:", label_name(row["answer"]))
-
-
-def _school_question(prompt: str, row: Row) -> Choice:
-    """Format a question whose options, as AI2 has them, are `choices` with a text and a label each."""
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return Choice([prompt] * len(texts), [f" {text}" for text in texts], labels, row["answerKey"])
-
-
-def _without_markup(text: str) -> str:
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-CHOICES: dict[str, Callable[[Row], Choice]] = {
-    "arc": arc,
-    "boolq": boolq,
-    "hellaswag": hellaswag,
-    "openbookqa": openbookqa,
-    "piqa": piqa,
-    "social_iqa": social_iqa,
-    "winogrande": winogrande,
-}
-COMPLETIONS: dict[str, Callable[[Row], Completion]] = {"gsm8k": gsm8k}
-_OPTIONAL = {  # a column that a format can do without, and a warning
-    "boolq": ("passage", "its questions are asked without the passages that answer them, which is harder"),
-}
-
-
 # --- Splits of rows, formatted.
 
 
-def format_choices(
-    splits: Mapping[str, Dataset],
-    name: str,
-    format: str | None,
-    prompt_columns: Sequence[str],
-    option_columns: Sequence[str],
-    answer_column: str | None,
-) -> dict[str, Dataset]:
+def format_choices(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
     """Return every split's rows as `prompts` and `options`, a text each, and `label`, the right option's place.
-
-    Args:
-        format: one of `CHOICES`; None for a table, which is read by its columns.
-        prompt_columns: come before the options, a line each.
-        option_columns: one column of lists, or a column for each option.
-        answer_column: the right option's text, letter or place, in all rows alike.
 
     Raises PartialLoraError, in one line, for a column or an answer that is missing, an answer that is no option, an
     empty option and a question with fewer than two options.
     """
-    if format is not None:
-        choices = _choices_of_format(splits, name, format)
-    else:
-        choices = _choices_of_columns(splits, name, prompt_columns, option_columns, answer_column)
+    choices = (_choices_of_columns if config.format is None else _choices_of_format)(splits, config)
     return {
         split: Dataset.from_list(
             [dict(zip(CHOICE_FEATURES, choice, strict=True)) for choice in choices[split]],
@@ -191,10 +49,11 @@ def format_choices(
     }
 
 
-def _choices_of_format(splits: Mapping[str, Dataset], name: str, format: str) -> dict[str, list[tuple]]:
+def _choices_of_format(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, list[tuple]]:
+    name, format = config.name, config.format
     if format not in CHOICES:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(CHOICES)}, or null for a table")
-    column, warning = _OPTIONAL.get(format, (None, ""))
+    column, warning = OPTIONAL.get(format, (None, ""))
     if column and column not in splits["train"].column_names:
         logger.warning("task=%s: there is no column %s: %s", name, column, warning)
     labelled = {}
@@ -209,28 +68,25 @@ def _choices_of_format(splits: Mapping[str, Dataset], name: str, format: str) ->
     return labelled
 
 
-def _choices_of_columns(
-    splits: Mapping[str, Dataset],
-    name: str,
-    prompt_columns: Sequence[str],
-    option_columns: Sequence[str],
-    answer_column: str | None,
-) -> dict[str, list[tuple]]:
+def _choices_of_columns(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, list[tuple]]:
+    name, answer_column = config.name, config.answer_column
+    columns = [*config.prompt_columns, *config.option_columns, answer_column]
+
     def choice_of(row: Row) -> Choice:
-        prompt, options = _lines(row, prompt_columns), _options(row, option_columns)
+        prompt, options = _lines(row, config.prompt_columns), _options(row, config.option_columns)
         return Choice([prompt] * len(options), options, (), _text(row[answer_column]))
 
     choices: list[tuple[str, int, Choice]] = []
     for split, rows in splits.items():
-        _check_columns(rows, name, "prompt_columns", prompt_columns)
-        _check_columns(rows, name, "option_columns", option_columns)
+        _check_columns(rows, name, "prompt_columns", config.prompt_columns)
+        _check_columns(rows, name, "option_columns", config.option_columns)
         _check_columns(rows, name, "answer_column", [answer_column] if answer_column else [])
-        read = rows.select_columns(list(dict.fromkeys([*prompt_columns, *option_columns, answer_column])))
+        read = rows.select_columns(list(dict.fromkeys(columns)))
         for row, choice in _formatted(read, name, split, choice_of, "task.answer_column"):
             _check_options(choice.options, name, split, row)
             if not choice.prompts[0].strip():
-                columns = ", ".join(prompt_columns)
-                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={columns})")
+                asked = ", ".join(config.prompt_columns)
+                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={asked})")
             choices.append((split, row, choice))
 
     # Answers are texts, letters or places, in all rows alike: take what fits most rows, the first among equals.
@@ -287,26 +143,14 @@ def _no_option(name: str, split: str, row: int, answer: str, expected: str) -> P
     return PartialLoraError(f"{row_name(name, split, row)}: the answer {answer!r} is none of its options; {expected}")
 
 
-def format_completions(
-    splits: Mapping[str, Dataset],
-    name: str,
-    format: str | None,
-    prompt_columns: Sequence[str],
-    response_column: str | None,
-    answer: str | None,
-    messages_column: str | None = None,
-) -> dict[str, Dataset]:
+def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
     """Return every split's rows as `prompt` and `response`; conversations also as `messages`, up to the last answer.
-
-    Args:
-        format: one of `COMPLETIONS`; None for a table, which is read by its columns.
-        prompt_columns: the prompt, a line each.
-        answer: "number" where every response has to have one.
-        messages_column: conversations, lists of {role, content} or of {from, value}.
 
     Where neither a format nor a column is named, the first of `LAYOUTS` that the training rows have is read. Raises
     PartialLoraError, in one line, where a column, a prompt, a response or its number is missing.
     """
+    name, format, messages_column = config.name, config.format, config.messages_column
+    prompt_columns, response_column = config.prompt_columns, config.response_column
     if format is not None and format not in COMPLETIONS:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
     if not (format or prompt_columns or response_column or messages_column):
@@ -337,7 +181,7 @@ def format_completions(
             for part, text in completion._asdict().items():
                 if not text.strip():
                     raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
-            if answer == "number" and final_number(completion.response) is None:
+            if config.answer == "number" and final_number(completion.response) is None:
                 raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
             chat = {"messages": _conversation(_messages(rows[row - 1][messages_column]))} if messages_column else {}
             completions.append(completion._asdict() | chat)

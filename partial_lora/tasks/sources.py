@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES, is_image, split_folders
 
 Label = str | int | float | bool
@@ -38,22 +40,44 @@ _WORDS, _SHOWN = 4, 60  # spaces that a column's name may have; characters of a 
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
 
 
-def read(
-    name: str,
-    path: str,
-    subset: str | None,
-    revision: str | None,
-    data_files: Mapping[str, str] | str | None,
-    text_columns: Sequence[str],
-    label_column: str | None,
-    regression: bool | None,
-) -> Mapping[str, Dataset]:
+class Layout(NamedTuple):
+    """A layout of prompts and responses that a table's columns give away.
+
+    prompt: the columns of the prompt; all but the first may be missing. response: the column of the response, or, where
+    there is no prompt, of conversations.
+    """
+
+    name: str
+    prompt: tuple[str, ...]
+    response: str
+
+    def is_of(self, columns: Collection[str]) -> bool:
+        """Return whether a table with these columns has the layout."""
+        return {*self.prompt[:1], self.response} <= {*columns}
+
+
+LAYOUTS = (  # the first that fits is read
+    Layout("conversations", (), "messages"),
+    Layout("ShareGPT's conversations", (), "conversations"),
+    Layout("Alpaca's instructions", ("instruction", "input"), "output"),
+    Layout("prompts and completions", ("prompt",), "completion"),
+    Layout("prompts and responses", ("prompt",), "response"),
+)
+
+
+def read(config: TaskConfig, label_column: str | None) -> Mapping[str, Dataset]:
     """Read the rows of a task by split, as the source has them; files replace any other source."""
-    if data_files:
-        return read_files(data_files, text_columns, label_column, regression)
-    if path == FILES:
-        raise PartialLoraError(f"task.data_files: task={name} reads files of yours; name them")
-    return {"train": digits()} if path == "bundled:digits" else read_hub(name, path, subset, revision)
+    if config.data_files:
+        written = filter(None, (config.answer_column, config.response_column))
+        texts = [*config.text_columns, *config.prompt_columns, *config.option_columns, *written]
+        if config.kind == "generation":
+            texts += [column for layout in LAYOUTS for column in (*layout.prompt, layout.response)]
+        return read_files(config.data_files, texts, label_column, config.regression)
+    if config.path == FILES:
+        raise PartialLoraError(f"task.data_files: task={config.name} reads files of yours; name them")
+    if config.path == "bundled:digits":
+        return {"train": digits()}
+    return read_hub(config.name, config.path, config.subset, config.revision)
 
 
 @functools.cache  # encoding them as image files takes time
@@ -385,14 +409,7 @@ def _lossless(numbers: Mapping[str, int | float], regression: bool | None) -> bo
 
 
 def select_columns(
-    rows: Dataset,
-    name: str,
-    split: str,
-    modality: str,
-    image_column: str | None,
-    text_columns: Sequence[str],
-    label_column: str | None,
-    file: Path | None,
+    rows: Dataset, config: TaskConfig, split: str, label_column: str | None, file: Path | None
 ) -> Dataset:
     """Return the rows with their inputs and labels under the names every task has, and nothing else.
 
@@ -400,12 +417,13 @@ def select_columns(
 
     Raises PartialLoraError for a column that is not there or cannot be told from another, and for a row without input.
     """
+    name, modality = config.name, config.modality
     place = f"the {split} split of {name}" + (f" ({file})" if file else "")
     label = _label_column(rows, place, label_column)
     if modality == "text":
-        inputs = dict(zip(("text", "text_pair"), _text_columns(rows, place, text_columns, label), strict=False))
+        inputs = dict(zip(("text", "text_pair"), _text_columns(rows, place, config.text_columns, label), strict=False))
     else:
-        inputs = {"image": _image_column(rows, place, image_column, label)}
+        inputs = {"image": _image_column(rows, place, config.image_column, label)}
     rows = rows.select_columns([*inputs.values(), label])
     for column in inputs.values():
         cells = _arrow_column(rows, column)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Protocol
 
 from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import questions, sources, splits
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.metrics import FITTING
 
 if TYPE_CHECKING:
@@ -73,96 +73,49 @@ class Task:
         return self.labels
 
 
-def load(
-    *,
-    name: str,
-    path: str,
-    subset: str | None = None,
-    revision: str | None = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    data_files: Mapping[str, str] | str | None = None,
-    modality: str = "image",
-    kind: str = "label",
-    image_column: str | None = None,
-    text_columns: Sequence[str] = (),
-    label_column: str | None = None,
-    format: str | None = None,
-    prompt_columns: Sequence[str] = (),
-    option_columns: Sequence[str] = (),
-    answer_column: str | None = None,
-    response_column: str | None = None,
-    messages_column: str | None = None,
-    answer: str | None = None,
-    regression: bool | None = None,
-    metrics: Sequence[str] = (),
-    train_samples: int | None = None,
-    test_samples: int | None = None,
-    validation_share: float = 0.1,
-    test_share: float = 0.2,
-    split_seed: int | tuple[int, int] | None = 0,
-    label_noise: float = 0.0,
-) -> Task:
+def load(config: TaskConfig, seed: int = 0) -> Task:
     """Load a task's rows in fixed splits.
 
-    Args:
-        path: a data set of the hub (`subset` of it, at `revision`), "bundled:digits" out of scikit-learn, or "files".
-        data_files: files or folders by split, or one for all, read instead of the hub (`sources.read_files`).
-        kind: "label", "choice" or "generation".
-        image_column, text_columns, label_column: their names; by default, the one column of that kind.
-        format, prompt_columns, option_columns, answer_column: of a choice (`questions.format_choices`).
-        format, prompt_columns, response_column, messages_column, answer: of a generation
-            (`questions.format_completions`).
-        regression: whether labels are real numbers; None: they are where some are fractions.
-        metrics: by default accuracy; Pearson's correlation for regression; both accuracies for a choice; for a
-            generation, exact match where an `answer` is sought in it, else ROUGE-L, and then perplexity.
-        train_samples, test_samples: at most so many rows, the same share of every class, before validation is cut off.
-        validation_share: share of the training rows set aside, per class, where the source has no validation split.
-        test_share: share of all rows, per class, where the source has no test split.
-        split_seed: of every cut and sample; of a pair, the first for test rows, the second for all others. None is 0.
-        label_noise: share of the rows left to train on whose label becomes another class, drawn by split_seed;
-            validation and test keep theirs.
-
-    Raises:
-        PartialLoraError: no network; a missing file, column, label or text; labels that do not fit; an empty split; a
-            class too small to split.
+    seed: draws training and validation rows where `config.split_seed` is None; test rows are then those of seed 0.
+    Raises PartialLoraError for no network; a missing file, column, label or text; labels that do not fit; an empty
+    split; a class too small to split.
     """
-    cells = [*text_columns, *prompt_columns, *option_columns, *filter(None, (answer_column, response_column))]
-    if kind == "generation":
-        cells += [column for layout in questions.LAYOUTS for column in (*layout.prompt, layout.response)]
-    source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
-    own_table = bool(data_files) and kind == "label" and label_column is None
-    if own_table and (label_column := sources.guess_label_column(source["train"], [*text_columns, image_column])):
-        logger.info("task=%s: the labels are column %s, the one of few values", name, label_column)
-        source = sources.read(name, path, subset, revision, data_files, cells, label_column, regression)
-    of_source = places(name, source, train_split, test_split, own_files=bool(data_files))
+    name, kind = config.name, config.kind
+    source, label_column = _source(config)
+    of_source = places(name, source, config.train_split, config.test_split, own_files=bool(config.data_files))
     rows = {split: source[place] for split, place in of_source.items()}
     for split in rows:
         if len(rows[split]) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
     labels: tuple[str, ...] = ()
     if kind == "choice":
-        rows = questions.format_choices(rows, name, format, prompt_columns, option_columns, answer_column)
+        rows = questions.format_choices(rows, config)
     elif kind == "generation":
-        columns = (prompt_columns, response_column, answer, messages_column)
-        rows = questions.format_completions(rows, name, format, *columns)
+        rows = questions.format_completions(rows, config)
     else:
         for split, place in of_source.items():
-            file = sources.file_of(data_files, place)
-            columns = (image_column, text_columns, label_column)
-            rows[split] = sources.select_columns(rows[split], name, split, modality, *columns, file)
-        labels, rows = sources.encode_labels(rows, name, regression)
-    test_seed, seed = split_seed if isinstance(split_seed, tuple) else (split_seed or 0,) * 2
-    rows = _three_splits(rows, name, train_samples, test_samples, validation_share, test_share, test_seed, seed)
-    rows["train"] = splits.with_label_noise(rows["train"], label_noise, seed, name)
+            file = sources.file_of(config.data_files, place)
+            rows[split] = sources.select_columns(rows[split], config, split, label_column, file)
+        labels, rows = sources.encode_labels(rows, name, config.regression)
+    test_seed, seed = (0, seed) if config.split_seed is None else (config.split_seed,) * 2
+    rows = _three_splits(rows, config, test_seed, seed)
+    rows["train"] = splits.with_label_noise(rows["train"], config.label_noise, seed, name)
     labelled_by = {"choice": "places of options", "generation": "texts"}.get(
         kind, "classes" if labels else "real numbers"
     )
-    chosen = _metrics(metrics, name, labelled_by, answer)
-    return Task(name=name, modality=modality, labels=labels, metrics=chosen, kind=kind, **rows)
+    chosen = _metrics(config.metrics, name, labelled_by, config.answer)
+    return Task(name=name, modality=config.modality, labels=labels, metrics=chosen, kind=kind, **rows)
 
 
-SETTINGS = tuple(signature(load).parameters)  # the keys of the group `task` that decide which rows there are
+def _source(config: TaskConfig) -> tuple[Mapping[str, Dataset], str | None]:
+    """Return the splits of the source, and the column of labels if the settings or the values tell it."""
+    source, label_column = sources.read(config, config.label_column), config.label_column
+    if config.data_files and config.kind == "label" and label_column is None:
+        label_column = sources.guess_label_column(source["train"], [*config.text_columns, config.image_column])
+        if label_column:
+            logger.info("task=%s: the labels are column %s, the one of few values", config.name, label_column)
+            source = sources.read(config, label_column)
+    return source, label_column
 
 
 def places(
@@ -184,25 +137,16 @@ def places(
     return {split: place for split, place in wanted.items() if place in source}
 
 
-def _three_splits(
-    rows: dict[str, Dataset],
-    name: str,
-    train_samples: int | None,
-    test_samples: int | None,
-    validation_share: float,
-    test_share: float,
-    test_seed: int,
-    seed: int,
-) -> dict[str, Dataset]:
+def _three_splits(rows: dict[str, Dataset], config: TaskConfig, test_seed: int, seed: int) -> dict[str, Dataset]:
     """Sample rows where their number is limited, and cut missing splits off the training rows."""
-    rows = dict(rows)
+    rows, name = dict(rows), config.name
     least = len(SPLITS) - len(rows) + 1
     if "test" not in rows:
-        rows["train"], rows["test"] = splits.cut(rows["train"], test_share, test_seed, name, least=least)
-    rows["train"] = splits.sample(rows["train"], train_samples, seed, "train_samples")
-    rows["test"] = splits.sample(rows["test"], test_samples, test_seed, "test_samples")
+        rows["train"], rows["test"] = splits.cut(rows["train"], config.test_share, test_seed, name, least=least)
+    rows["train"] = splits.sample(rows["train"], config.train_samples, seed, "train_samples")
+    rows["test"] = splits.sample(rows["test"], config.test_samples, test_seed, "test_samples")
     if "validation" not in rows:
-        rows["train"], rows["validation"] = splits.cut(rows["train"], validation_share, seed, name, least=least)
+        rows["train"], rows["validation"] = splits.cut(rows["train"], config.validation_share, seed, name, least=least)
     return rows
 
 

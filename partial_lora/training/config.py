@@ -25,7 +25,7 @@ _INSTEAD = {
     "max_steps": "max_steps",
     "learning_rate": "learning_rate",
     "lr_scheduler_type": "schedule",
-    "warmup_steps": "warmup",
+    "warmup_steps": "warmup_ratio",
     "optim": "optimizer",
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
@@ -80,9 +80,11 @@ class TrainerConfig:
     tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
     tuned_elsewhere: Optional[str] = None  # never set by hand: what the rate was searched for, if not for this run
     weight_decay: float = 0.01  # weight decay of AdamW
-    warmup: float = 0.1  # share of the steps in which the learning rate rises; after them it falls, as schedule says
-    schedule: str = "cosine"  # how it falls, by transformers' names: cosine, linear, constant_with_warmup, …
-    optimizer: Optional[str] = None  # by transformers' names: adafactor, lion_32bit, sgd, …; null: AdamW
+    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it
+    # stays; or another
+    schedule: str = "cosine"
+    optimizer: Optional[str] = None  # as transformers calls it: adafactor, lion_32bit, sgd, …; null: AdamW
     # training ends after so many validations in a row that were no better than the best; null: never before its end
     patience: Optional[int] = None
     # further fields of transformers' TrainingArguments, {field: value}, such as {neftune_noise_alpha: 5}
@@ -172,7 +174,7 @@ class TrainerConfig:
             positive("trainer.head_learning_rate", self.head_learning_rate)
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
-        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share in [0, 1)")
+        require(0 <= self.warmup_ratio < 1, "trainer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)
         require(self.patience is None or self.patience >= 1, "trainer.patience", self.patience, "1 or more, or null")
         if self.args or self.optimizer or self.schedule != "cosine":

@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
 from transformers import (
     EarlyStoppingCallback,
-    EvalPrediction,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -37,9 +36,13 @@ from partial_lora import progress
 from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError
 from partial_lora.files import seal
+from partial_lora.methods.setting import Training
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, standard_error
+from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
+from partial_lora.training.distributed import World
+from partial_lora.training.objectives import Judge
 
 _MOST_WORKERS = 8  # that load data for one accelerator
 # What is overridden below and in fsdp.py is not public. A transformers without one of these would train in another way.
@@ -520,54 +523,47 @@ def build_trainer(
     *,
     train: Dataset,
     validation: Dataset,
-    collate: Callable[[Sequence], dict[str, Tensor]],
-    loss: Callable[..., Tensor],
-    measure: Callable[[EvalPrediction], dict[str, float]],
-    selects: str,
+    transform: Transform,
+    judge: Judge,
+    world: World,
     directory: Path,
-    device: str,
     precision: str,
-    world_size: int,
     seed: int,
     versions: Mapping[str, str],
-    length_grouped: bool = False,
-    reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
-    reads_tokens: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-    sharded: bool = False,
-    final_after: Callable[[int], int] = lambda steps: 0,
+    method: Training | None = None,
     heads: Sequence[str] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    reads_tokens: bool = False,
+    sharded: bool = False,
 ) -> ResumableTrainer:
     """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that is best on validation.
 
-    AdamW without decay of biases and norms, a cosine schedule after linear warm-up (or others by `config`), clipped
-    gradients. Validation is measured and a checkpoint made every `config.save_steps` steps, or every epoch.
+    AdamW without decay of biases and norms, a schedule after linear warm-up, clipped gradients. Validation is
+    measured and a checkpoint made every `config.save_steps` steps, or every epoch.
 
     Args:
-        collate: from rows to a batch; loss: its loss, over the whole step (objectives.py).
-        measure: the metrics of validation; `selects` names the metric that selects a checkpoint.
-        reduce: from (logits, labels) of an evaluation's batch to what `measure` needs.
+        transform: by which the rows were prepared; judge: their loss and metrics.
         precision: "no", "bf16" or "fp16" (`mixed_precision`).
         versions: of the libraries; training resumes under the same ones alone.
-        length_grouped: True where rows have a column `length`, to put rows of like length in one batch.
+        method: what the method adds.
+        heads: the names of the modules that train whole beside the adapter: the head and other new modules.
         reads_tokens: True to count tokens, so that progress reports their rate.
         sharded: True where parameters are sharded over the processes (fsdp.py).
-        final_after: from the number of steps to the step before which no checkpoint is selected.
-        heads: the names of the modules that train whole beside the adapter: the head and other new modules.
     """
+    method = method or Training()
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
-    parts = world_size * accumulation
+    parts = world.size * accumulation
     times = f" times trainer.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
     if parts > 1 and len(train) < batch_size:  # processes and parts would share a short batch unevenly
         raise PartialLoraError(
-            f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world_size} "
+            f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world.size} "
             f"processes{times} share each batch"
         )
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
     steps = config.save_steps or max(1, len(train) // batch_size)
     arguments = TrainingArguments(
         output_dir=str(directory),
-        use_cpu=device == "cpu",
+        use_cpu=world.device == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         seed=seed,
@@ -580,15 +576,15 @@ def build_trainer(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,  # below 1, a share of the steps
+        warmup_steps=config.warmup_ratio,  # below 1, a share of the steps
         max_grad_norm=config.max_grad_norm,
         eval_strategy=strategy,
         save_strategy=strategy,
         eval_steps=steps,
         save_steps=steps,
         load_best_model_at_end=True,
-        metric_for_best_model=selects,
-        greater_is_better=selects not in LOWER_IS_BETTER,
+        metric_for_best_model=judge.selects,
+        greater_is_better=judge.selects not in LOWER_IS_BETTER,
         include_num_input_tokens_seen="non_padding" if reads_tokens else "no",
         logging_steps=10,
         logging_first_step=True,
@@ -597,20 +593,22 @@ def build_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=data_workers(config.num_workers, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        dataloader_pin_memory=device == "cuda",
+        dataloader_num_workers=data_workers(
+            config.num_workers, world.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ),
+        dataloader_pin_memory=world.device == "cuda",
         ddp_find_unused_parameters=False,
         restore_callback_states_from_checkpoint=config.patience is not None,  # of a resumed run: its patience so far
         **({"optim": config.optimizer} if config.optimizer else {}),
         **(config.args or {}),
     )
-    if sharded and device == "cpu":
+    if sharded and world.device == "cpu":
         fsdp.allow_on_cpu()
     trainer = ResumableTrainer(
         versions=versions,
         keep=config.save_total_limit,
-        length_grouped=length_grouped,
-        final_after=final_after,
+        length_grouped=transform.lengths,
+        final_after=method.final_after,
         rates=config.learning_rates,
         heads=heads,
         select_within=config.select_within,
@@ -618,12 +616,13 @@ def build_trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=UninterruptedCollate(collate),
-        compute_loss_func=loss,
-        compute_metrics=measure,
-        preprocess_logits_for_metrics=reduce,
+        data_collator=UninterruptedCollate(transform.collate),
+        compute_loss_func=method.loss(judge.loss, parts),
+        compute_metrics=judge.measure,
+        preprocess_logits_for_metrics=judge.reduce,
         callbacks=[
             *callbacks,
+            *method.callbacks,
             *([] if config.patience is None else [EarlyStoppingCallback(config.patience)]),
             *(ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()),
         ],

@@ -15,10 +15,13 @@ from partial_lora import methods
 from partial_lora.building import build
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.launching import places
+from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.targets import target_linears
 from partial_lora.settings import checks, compose
-from partial_lora.settings.schema import Config, ModelConfig, TaskConfig
+from partial_lora.settings.schema import Config
+from partial_lora.tasks.config import TaskConfig
 
 
 def model_of(name: str, **changes: object):
@@ -69,7 +72,8 @@ def test_what_trains_is_in_float32_whatever_the_frozen_weights_are(name: str, dt
     model = build.model_of(chosen, ["a", "b"])
     frozen = target_linears(model, **chosen.trained_modules)
     assert {module.weight.dtype for module in frozen.values()} == {dtype}
-    setting = Setting(**chosen.trained_modules, rank=2, alpha=2.0, dropout=0.0, mask_seed=0)
+    chosen_method = MethodConfig(name="lora", rank=2, alpha=2.0)
+    setting = Setting(chosen_method, MaskConfig(), mask_seed=0, **chosen.trained_modules)
     adapted = methods.METHODS["lora"](model, setting)
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
     adapted(**batch).logits.sum().backward()

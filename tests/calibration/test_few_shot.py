@@ -15,6 +15,7 @@ from partial_lora.calibration import importance
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot, scored_head
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.config import TaskConfig
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HEAD = "timm_model.head"
@@ -124,7 +125,7 @@ def test_a_head_that_is_not_linear_is_refused_by_name(model, batches) -> None:
 
 @pytest.fixture
 def digits() -> tuple[tasks.Task, tasks.ImageTransform]:
-    task = tasks.load(name="digits", path="bundled:digits")
+    task = tasks.load(TaskConfig(name="digits", path="bundled:digits"))
     return task, tasks.ImageTransform(image_size=32, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear")
 
 

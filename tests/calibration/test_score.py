@@ -24,7 +24,7 @@ from scored_models import (
 from sklearn import metrics
 from torch import nn
 
-from partial_lora.calibration import score as measures
+from partial_lora.calibration import measures
 from partial_lora.calibration.measures import Correctness, Loss
 from partial_lora.calibration.order import Tally, arranged, batch_sizes, enough, next_batch
 from partial_lora.calibration.score import BoundedScore, FewShotScore

@@ -14,7 +14,8 @@ from partial_lora.finished import inputs
 from partial_lora.finished.inputs import Input, read_inputs
 from partial_lora.finished.predict import read_image
 from partial_lora.finished.run import _with_found_files
-from partial_lora.settings.schema import Config, TaskConfig
+from partial_lora.settings.schema import Config
+from partial_lora.tasks.config import TaskConfig
 
 
 def read(*arguments: str, modality: str = "text", stdin: bytes = b"", pairs: bool = False, kind: str = "label"):

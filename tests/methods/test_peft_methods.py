@@ -19,6 +19,7 @@ from partial_lora import methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods.peft import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
+from partial_lora.methods.setting import training as training_of
 from partial_lora.training.cost import optimizer_bytes
 
 
@@ -35,15 +36,15 @@ def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation()
 
 @pytest.mark.parametrize("method", ["partial", "lora", "full", "dora"])
 def test_most_methods_add_nothing(method: str) -> None:
-    added = methods.training(method, adapted(method, "tiny_vit")[0])
+    added = training_of(method, adapted(method, "tiny_vit")[0])
     assert (added.callbacks, added.penalty, added.final_after(10), added.summary()) == ((), None, 0, {})
 
 
 def test_what_needs_whole_parameters_is_refused_where_they_are_shared_out() -> None:
     model, _ = adapted("adalora", "tiny_vit")
     with pytest.raises(PartialLoraError, match=r"^trainer\.strategy=fsdp: method=adalora"):
-        methods.training("adalora", model, sharded=True)
-    assert methods.training("lora", model, sharded=True).callbacks == ()
+        training_of("adalora", model, sharded=True)
+    assert training_of("lora", model, sharded=True).callbacks == ()
 
 
 def test_the_penalty_is_the_one_of_peft() -> None:
@@ -97,7 +98,7 @@ def test_a_step_that_the_scaler_skips_is_not_shown_to_the_allocator(skipped: set
     held = [each for state in optimizer.state.values() for each in state.values()]
     assert all(torch.isfinite(each).all() for each in [*held, *values(model).values()])
     assert all(state["step"] == 10 - len(skipped) for state in optimizer.state.values())
-    counts = methods.training("adalora", model).summary()
+    counts = training_of("adalora", model).summary()
     assert 0 < counts["ranks"] <= counts["target_ranks"]
 
 
@@ -123,7 +124,7 @@ def test_the_allocator_is_called_at_every_step_and_ends_at_the_budget(monkeypatc
     model, setting = adapted("adalora", "tiny_vit")
     steps_of_adalora(model, 10, 10)
     assert called == list(range(8))  # of the last three steps the first chooses, and the others keep to that
-    counts = methods.training("adalora", model).summary()
+    counts = training_of("adalora", model).summary()
     layers = [layer for layer in model.modules() if isinstance(layer, AdaLoraLayer)]
     assert counts["target_ranks"] == len(layers) * setting.rank
     assert counts["ranks"] <= counts["target_ranks"] < sum(len(layer.lora_E["default"]) for layer in layers)
@@ -153,10 +154,10 @@ def test_lorafa_steps_as_the_optimizer_of_peft_does_but_in_full_precision(monkey
     monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
     model, setting = adapted("lorafa", "tiny_vit")
     twin = copy.deepcopy(model.double())  # a gradient near zero would make of the last digits another step of Adam
-    (project,) = methods.training("lorafa", model).callbacks
+    (project,) = training_of("lorafa", model).callbacks
     project.on_train_begin(None, None, None)
     own = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01, eps=0, weight_decay=0)
-    literal = create_lorafa_optimizer(twin, r=setting.rank, lora_alpha=setting.alpha, lr=0.01)
+    literal = create_lorafa_optimizer(twin, r=setting.rank, lora_alpha=setting.method.alpha, lr=0.01)
     literal.param_groups[0]["eps"] = 0
     start = {name: each.detach().clone() for name, each in model.named_parameters()}
     for step in range(3):

@@ -66,7 +66,7 @@ def test_some_modules_have_one_rank_more_where_that_comes_nearer() -> None:
     scalings = {
         layer.scaling["default"] for layer in built.modules() if isinstance(getattr(layer, "scaling", None), dict)
     }
-    assert scalings == {setting.alpha / setting.rank}  # whatever the rank is
+    assert scalings == {setting.method.alpha / setting.rank}  # whatever the rank is
 
 
 def test_some_modules_have_no_adapter_where_one_rank_is_too_much_for_all() -> None:

@@ -108,7 +108,7 @@ def test_what_holds_among_all_of_a_table_is_what_scipys_t_test_leaves_after_holm
     [
         ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "partial"}, "partial"),
         ({}, {"name": "partial"}, "partial, PEFT's draw"),
-        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "uniform", "ranks": "auto"}, "uniform rank=auto"),
+        ({"fan_in": "kept", "row_exponent": 1.0}, {"name": "uniform", "rank": "auto"}, "uniform rank=auto"),
         ({"granularity": "units", "fan_in": "kept"}, {"name": "partial"}, "partial mask=units row_exponent=0"),
         ({"columns": "frozen", "row_exponent": 1.0}, {"name": "partial"}, "partial mask=frozen"),
         ({"granularity": "element"}, {"name": "entries"}, "entries"),

@@ -107,7 +107,7 @@ def test_modules_that_a_lower_rank_would_serve_are_counted():
     few = {module: {"rows": 0.99, "columns": 0.5} for module in record()["sparsity"]}  # 12 rows and 192 columns
     text = of_calibration(sparsity=few)
     assert cells(text, "│ saturated")[3:6] == ["2", "of", "2"]
-    assert "saturated" not in of_calibration(sparsity=few, method__ranks="auto")  # each module has a rank of its own
+    assert "saturated" not in of_calibration(sparsity=few, method__rank="auto")  # each module has a rank of its own
 
 
 def test_every_module_is_a_line_with_what_is_kept_of_it():

@@ -13,7 +13,7 @@ from refusals import refusal
 
 from partial_lora import tasks
 from partial_lora.settings.compose import composed
-from partial_lora.settings.schema import TaskConfig
+from partial_lora.tasks.config import TaskConfig
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_set_is_put_as_data_dir_reads_it_and_found_again(rte: TaskConfig, tmp_
     assert sorted(file.name for file in place.iterdir()) == ["README.md", "test.parquet", "train.parquet"]
     assert "mit, other" in (place / "README.md").read_text()
     own = composed("task=rte", "model=tiny_bert", f"data_dir={place.parent}").task
-    task = tasks.load(**{key: getattr(own, key) for key in tasks.SETTINGS})
+    task = tasks.load(own)
     assert (len(task.train), len(task.validation), task.labels) == (36, 4, ("entailment", "not_entailment"))
     assert set(task.test["text"]) == {
         f"validation {row}" for row in range(12)

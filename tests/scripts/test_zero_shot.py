@@ -12,7 +12,8 @@ import torch
 import zero_shot
 from datasets import Dataset
 
-from partial_lora.settings.schema import Config, ModelConfig
+from partial_lora.models.config import ModelConfig
+from partial_lora.settings.schema import Config
 
 
 def test_a_record_names_its_model(tmp_path: Path, monkeypatch, capsys) -> None:

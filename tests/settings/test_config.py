@@ -23,6 +23,7 @@ from partial_lora.launching import directory
 from partial_lora.settings import compose, identity, keys, resolving, schema, stored
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
+from partial_lora.training.config import TrainerConfig
 
 OUT_OF_RANGE = yaml.safe_load("""
 calibration: {threshold: 1.01, budget: 1.5, max_sparsity: 1.0, shots: 0, share: 0.6, levels: 0.0, seed: -1, memory: -1,
@@ -36,9 +37,9 @@ model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1,
 task: {name: ../up, validation_share: 1.0, label_noise: 1.0, text_columns: [a, b, c], modality: sound, metrics: [bleu],
   train_samples: 0, test_samples: 0, data_files: {training: rows.parquet}, kind: regression, members: [sst2],
   mixing: even, max_new_tokens: 0, answer: word, split_seed: -1, cache_bytes: -1}
-trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup: 1.0, batch_size: 0,
-  num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1, weight_decay: -1, max_grad_norm: 0,
-  head_learning_rate: 0.0, loraplus_ratio: .inf, start: spoon}
+trainer: {learning_rate: 0.0, epochs: .inf, mixed_precision: fp8, device: tpu, warmup_ratio: 1.0,
+  schedule: wavy, batch_size: 0, num_workers: -1, strategy: pipeline, report_to: [comet], machine_rank: 1,
+  weight_decay: -1, max_grad_norm: 0, head_learning_rate: 0.0, loraplus_ratio: .inf, start: spoon}
 """)
 
 
@@ -241,6 +242,20 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
         assert composed(f"method={method}", "calibration=fixed") == composed(f"method={method}")
     chosen = composed("calibration.sparsity={attn.qkv: {rows: 0.5, columns: 0}, .*: 0.9}")
     assert stored.load(stored.plain(chosen)) == chosen
+
+
+def test_the_file_of_the_trainer_has_every_key_that_can_be_set() -> None:
+    shown = OmegaConf.to_container(OmegaConf.load(schema.conf_dir() / "trainer" / "default.yaml"))
+    defaults = dataclasses.asdict(TrainerConfig())
+    assert [*shown, "tuned_elsewhere"] == sorted(defaults, key=[*shown, "tuned_elsewhere"].index)
+    assert {key for key in shown if shown[key] != defaults[key]} == {"epochs", "batch_size", "learning_rate"}
+
+
+def test_a_mask_that_is_chosen_goes_before_the_one_that_a_method_would_choose() -> None:
+    own = composed("method=ticket").mask
+    assert (own.fan_in, own.column_exponent) == ("dense", 0.5)
+    chosen = composed("method=ticket", "mask=rows_columns").mask
+    assert (chosen.fan_in, chosen.column_exponent) == ("kept", 0.0)
 
 
 def test_every_group_file_composes() -> None:
@@ -494,7 +509,7 @@ def test_an_argument_that_the_models_file_does_not_name_can_be_given(tmp_path: P
 
 def kept_of(config: Config) -> dict:
     """Return the settings of a run that another method keeps."""
-    return {key: getattr(config.method, key) for key in ("rank", "alpha", "dropout", "ranks")}
+    return {key: getattr(config.method, key) for key in ("rank", "alpha", "dropout")}
 
 
 @pytest.mark.parametrize(

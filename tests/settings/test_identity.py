@@ -112,13 +112,13 @@ def recorded(place: Path, *overrides: str, **changes: object) -> Path:
 
 
 def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, stays = recorded(tmp_path), "trainer.warmup=0.1"
+    folder, stays = recorded(tmp_path), "trainer.warmup_ratio=0.1"
     at_default, other = (
         composed(f"results_dir={tmp_path}", stays),
-        composed(f"results_dir={tmp_path}", "trainer.warmup=0.2"),
+        composed(f"results_dir={tmp_path}", "trainer.warmup_ratio=0.2"),
     )
     ids = identity.run_id(at_default), identity.run_id(other)
-    defaults = {**schema.defaults(), "trainer.warmup": 0.2}
+    defaults = {**schema.defaults(), "trainer.warmup_ratio": 0.2}
     monkeypatch.setattr(schema, "defaults", lambda: defaults)
     places._stored.cache_clear()  # as in a new process
     assert places.run_directory(at_default) == folder != places.run_directory(other)
@@ -133,11 +133,11 @@ def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypa
     assert places.run_directory(stored.load(settings)) == folder
     kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
     assert places.run_directory(kept) != folder
-    renamed = stored.Change("9.0.0", "trainer.warmup", before=0.0, name="trainer.warmup_ratio")
+    renamed = stored.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
     monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
-    trainer = {key: value for key, value in settings["trainer"].items() if key != "warmup"}
-    assert stored.load({**settings, "trainer": trainer | {"warmup_ratio": 0.3}}).trainer.warmup == 0.3
-    assert stored.load({**settings, "trainer": trainer}).trainer.warmup == 0.0
+    trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}
+    assert stored.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
+    assert stored.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
 
 
 def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
     found = recorded(tmp_path, "trainer.learning_rate=0.1")
     here = f"results_dir={tmp_path}"
     assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
-    for other in ("seed=1", "method=lora", "trainer.warmup=0.2", "method.rank=8"):
+    for other in ("seed=1", "method=lora", "trainer.warmup_ratio=0.2", "method.rank=8"):
         assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
 
 

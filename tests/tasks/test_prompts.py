@@ -12,6 +12,7 @@ from tiny_causal import CHAT, bytes_tokenizer, merging_tokenizer
 
 from partial_lora import tasks
 from partial_lora.calibration.measures import Loss, OptionLikelihood
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES, format_completions
 
 BOUND = 2**20
@@ -281,7 +282,7 @@ def conversation(*messages: tuple[str, str]) -> list[dict[str, str]]:
 
 def conversations(*chats: list[dict[str, str]]) -> datasets.Dataset:
     rows = datasets.Dataset.from_dict({"messages": list(chats)}, split=datasets.NamedSplit("train"))
-    return format_completions({"train": rows}, "own", None, [], None, None)["train"]
+    return format_completions({"train": rows}, TaskConfig("own", "files", modality="text", kind="generation"))["train"]
 
 
 def literal_chat(tokenizer, answers: list[str], end: str) -> tuple[list[int], list[int]]:

@@ -13,7 +13,8 @@ import pytest
 from refusals import refusal
 
 from partial_lora import tasks
-from partial_lora.tasks.questions import CHOICES
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.formats import CHOICES
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 OPTIONS = [" cold", " heat", " mud"]
@@ -62,7 +63,7 @@ def load(folder: Path, rows: list[dict], name: str = "rows.json", **settings: ob
     else:
         file.write_text(json.dumps(rows))
     own = {"name": "own", "path": "files", "modality": "text", "data_files": {"train": str(file), "test": str(file)}}
-    return tasks.load(**own | settings)
+    return tasks.load(TaskConfig(**own | settings))
 
 
 def refused(key: str, *arguments: object, **settings: object) -> None:

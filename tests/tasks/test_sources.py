@@ -15,13 +15,14 @@ from PIL import Image
 from refusals import refusal
 
 from partial_lora import tasks
+from partial_lora.tasks.config import TaskConfig
 
 TEXTS = [f"text number {number}" for number in range(12)]
 ANIMALS = ["dog", "cat"] * 6
 
 
 def load(data_files: object, modality: str = "text", **settings: object) -> tasks.Task:
-    return tasks.load(name="own", path="files", data_files=data_files, modality=modality, **settings)
+    return tasks.load(TaskConfig(name="own", path="files", data_files=data_files, modality=modality, **settings))
 
 
 def both(file: str, modality: str = "text", **settings: object) -> tasks.Task:
@@ -430,7 +431,7 @@ def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused_and_validati
     parquet(tmp_path, train=rows(60), validation=rows(21), test=rows(30))
 
     def of_hub(test_split: str) -> tasks.Task:
-        return tasks.load(name="animals", path=str(tmp_path), test_split=test_split)
+        return tasks.load(TaskConfig(name="animals", path=str(tmp_path), test_split=test_split))
 
     for split in ("tset", "train"):
         with refusal(f"task.test_split={split}: ", "test, validation"):
@@ -444,7 +445,9 @@ def test_a_test_split_that_is_not_there_or_is_trained_on_is_refused_and_validati
 def test_digits_come_in_three_fixed_disjoint_splits_and_keep_their_pixels() -> None:
     from sklearn.datasets import load_digits
 
-    first, again, other = (tasks.load(name="digits", path="bundled:digits", split_seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        tasks.load(TaskConfig(name="digits", path="bundled:digits", split_seed=seed)) for seed in (0, 0, 1)
+    )
     assert (sizes(first), first.labels) == ([1293, 144, 360], tuple("0123456789"))
     training, validation, test = (pictures(split) for split in (first.train, first.validation, first.test))
     assert not (training | validation) & test

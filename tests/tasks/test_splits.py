@@ -14,6 +14,7 @@ import pytest
 from refusals import refusal
 
 from partial_lora import tasks
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, with_label_noise
 
 
@@ -124,7 +125,7 @@ def rows(labels: list[int], classes: int) -> datasets.Dataset:
 
 def test_a_share_of_the_training_labels_is_another_class_and_nothing_else_moves() -> None:
     clean, some, more = (
-        tasks.load(name="digits", path="bundled:digits", train_samples=300, label_noise=share)
+        tasks.load(TaskConfig(name="digits", path="bundled:digits", train_samples=300, label_noise=share))
         for share in (0, 0.2, 0.4)
     )
     for split in ("validation", "test"):

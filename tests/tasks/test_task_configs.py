@@ -17,6 +17,7 @@ from refusals import refusal
 
 from partial_lora import tasks
 from partial_lora.settings import schema
+from partial_lora.tasks.config import TaskConfig
 
 DATA = data_sets.folder()
 FOLDER = schema.conf_dir() / "task"
@@ -47,13 +48,12 @@ LABELS = {  # of the real rows: how many classes, or the fewest and the most opt
 
 def settings(name: str) -> dict:
     """The group `task` as it is composed, checked by the schema."""
-    composed = OmegaConf.merge(OmegaConf.structured(schema.TaskConfig), OmegaConf.load(FOLDER / f"{name}.yaml"))
+    composed = OmegaConf.merge(OmegaConf.structured(TaskConfig), OmegaConf.load(FOLDER / f"{name}.yaml"))
     return dataclasses.asdict(OmegaConf.to_object(composed))
 
 
 def load(name: str, **changes: object) -> tasks.Task:
-    chosen = settings(name) | changes
-    return tasks.load(**{key: chosen[key] for key in tasks.SETTINGS})
+    return tasks.load(TaskConfig(**settings(name) | changes))
 
 
 def refused(key: str, name: str, **changes: object) -> None:

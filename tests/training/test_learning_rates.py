@@ -58,6 +58,20 @@ def bare_loop(model: PeftModel, batches: list[tuple[Tensor, Tensor]]) -> dict[st
     return trained_state(model)
 
 
+@pytest.mark.parametrize(("schedule", "share"), [("cosine", 0.5), ("linear", 0.5), ("constant_with_warmup", 1.0)])
+def test_the_rate_follows_the_schedule_that_is_set(tmp_path: Path, schedule: str, share: float) -> None:
+    training = trainer(masked(), tmp_path, learning_rate=1e-2, warmup_ratio=0.2, schedule=schedule)
+    training.create_optimizer_and_scheduler(10)
+    rates = []
+    for _ in range(8):
+        rates.append(training.lr_scheduler.get_last_lr()[0])
+        training.optimizer.step()
+        training.lr_scheduler.step()
+    assert rates[0] == 0.0
+    assert rates[1:3] == pytest.approx([5e-3, 1e-2])
+    assert rates[6] == pytest.approx(share * 1e-2)
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
@@ -71,7 +85,7 @@ def test_a_training_is_that_of_a_bare_loop_with_a_group_for_every_parameter(tmp_
     model = adapted(method=method, **changes)
     twin, pixels, labels = copy.deepcopy(model), [], []
     training = trainer(
-        model, tmp_path, max_steps=STEPS, save_steps=STEPS, weight_decay=DECAY, warmup=WARMUP, **OWN, **HEADS
+        model, tmp_path, max_steps=STEPS, save_steps=STEPS, weight_decay=DECAY, warmup_ratio=WARMUP, **OWN, **HEADS
     )
     loss = training.compute_loss_func
 
@@ -212,7 +226,7 @@ def test_two_processes_with_steps_in_parts_train_as_one(tmp_path: Path) -> None:
 
 
 def test_the_history_has_the_rate_of_every_part(tmp_path: Path) -> None:
-    training = trainer(masked(), tmp_path, max_steps=STEPS, save_steps=2, warmup=WARMUP, **OWN, **HEADS)
+    training = trainer(masked(), tmp_path, max_steps=STEPS, save_steps=2, warmup_ratio=WARMUP, **OWN, **HEADS)
     training.train()
     entries = logged(training)
     assert [entry["step"] for entry in entries] == [1, 2, 4, 6, 8, 10]
@@ -231,7 +245,7 @@ def test_a_loss_that_is_not_finite_names_the_keys_of_the_rates(tmp_path: Path, o
     with torch.no_grad():
         model.get_base_model().timm_model.norm.weight[0] = float("nan")
     with pytest.raises(PartialLoraError) as stop:
-        trainer(model, tmp_path, warmup=0.0, **own, **HEADS).train()
+        trainer(model, tmp_path, warmup_ratio=0.0, **own, **HEADS).train()
     said = str(stop.value)
     assert "\n" not in said
     assert "trainer.learning_rate" in said

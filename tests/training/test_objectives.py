@@ -14,6 +14,7 @@ from tiny_causal import llama, merging_tokenizer
 
 from partial_lora.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
 
@@ -85,7 +86,7 @@ def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() ->
     messages = [{"role": role, "content": text} for role in ("user", "assistant") for text in ("what is two?", "two")]
     chats = [[messages[0], messages[2], messages[1], messages[3]], messages[::3]]
     rows = datasets.Dataset.from_dict({"messages": chats})
-    rows = format_completions({"train": rows}, "own", None, [], None, None)["train"]
+    rows = format_completions({"train": rows}, TaskConfig("own", "files", modality="text", kind="generation"))["train"]
     splits = dict.fromkeys(("train", "validation", "test"), rows)
     chosen = Task(name="own", modality="text", labels=(), metrics=("rouge_l",), kind="generation", **splits)
     judge = objectives.judge_of(

@@ -19,12 +19,13 @@ from tiny_trainer import BATCH, adapted, rows, trained_state, trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from partial_lora import methods
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
+from partial_lora.methods.setting import training as training_of
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
+from partial_lora.training.distributed import World
 from partial_lora.training.fsdp import ShardedTrainer
 from partial_lora.training.trainer import (
     OVERRIDDEN,
@@ -145,14 +146,8 @@ def getting_worse(said):
 
 def test_a_checkpoint_before_the_adapter_has_its_final_size_is_not_chosen(tmp_path: Path) -> None:
     model, _ = adapted_by("adalora", "tiny_vit")
-    aids = methods.training("adalora", model)
-    settings = {
-        "callbacks": aids.callbacks,
-        "final_after": aids.final_after,
-        "epochs": 10.0,
-        "learning_rate": 0.05,
-        "select_within": 0,
-    }
+    aids = training_of("adalora", model)
+    settings = {"method": aids, "epochs": 10.0, "learning_rate": 0.05, "select_within": 0}
     training = trainer(model, tmp_path, count=BATCH, size=32, save_total_limit=10, **settings)
     getting_worse.looks = 0
     training.compute_metrics = getting_worse
@@ -326,23 +321,26 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         train=inputs(name, ROWS),
         validation=inputs(name, 6),
         directory=folder,
-        collate=lambda some: default_data_collator(
-            [{key: value for key, value in row.items() if key != "length"} for row in some]
+        transform=SimpleNamespace(
+            collate=lambda some: default_data_collator(
+                [{key: value for key, value in row.items() if key != "length"} for row in some]
+            ),
+            lengths=length_grouped,
         ),
-        loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
-        reduce=metrics.log_likelihoods if causal else None,
-        measure=lambda outputs: (
-            {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
-            if causal
-            else metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+        judge=SimpleNamespace(
+            loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
+            reduce=metrics.log_likelihoods if causal else None,
+            measure=lambda outputs: (
+                {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
+                if causal
+                else metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+            ),
+            selects="perplexity" if causal else "accuracy",
         ),
-        selects="perplexity" if causal else "accuracy",
-        device="cpu",
+        world=World("cpu"),
         precision="no",
-        world_size=1,
         seed=0,
         versions={},
-        length_grouped=length_grouped,
     )
 
 

