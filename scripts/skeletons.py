@@ -26,9 +26,7 @@ OUTPUTS = 2
 
 def own_task(name: str) -> tuple[str, str]:
     """The family of a model of conf/model, and the task of one's own data that goes with it."""
-    from omegaconf import OmegaConf
-
-    family = OmegaConf.load(schema.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
+    family = composed(f"model={name}").model.family
     return family, _TASKS.get(family, "image_table")
 
 

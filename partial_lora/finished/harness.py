@@ -25,6 +25,10 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     template. The record has {task: {metric: {value, error}}}, where error is the harness's standard error or null.
     Raises PartialLoraError without the harness, for a run that is no language model's, and for an unknown task.
     """
+    if run.config.model.family != "causal":
+        raise PartialLoraError(
+            f"--lm-eval: model={run.config.model.name} is no language model, expected a run of a causal one"
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -33,10 +37,6 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
         raise PartialLoraError(
             f"--lm-eval: needs lm-eval ({one_line(error)}): pip install 'partial-lora[lm-eval]'"
         ) from error
-    if run.config.model.family != "causal":
-        raise PartialLoraError(
-            f"--lm-eval: model={run.config.model.name} is no language model, expected a run of a causal one"
-        )
     start, files = time.perf_counter(), [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task for task in tasks if Path(task) not in files] + [_name_in(file) for file in files]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)

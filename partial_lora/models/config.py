@@ -17,8 +17,9 @@ _OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quan
 
 
 # The keys that a model's own files decide, and what stands for a value that they are to give: one that nobody can set.
+# Where a group file has no architecture, its family, model_args and new_modules are theirs, too.
 FROM_FILES: Mapping[str, Any] = {
-    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), ""),
+    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), "auto"),
     **dict.fromkeys(("image_size", "max_length"), 0),
     **dict.fromkeys(("mean", "std", "target_modules"), ()),
 }
@@ -59,8 +60,9 @@ class ModelConfig:
     head: Optional[str] = MISSING  # the module that is new for every task; null: the model has none
     # other modules without pre-trained weights; like the head, they train whole
     new_modules: list[str] = field(default_factory=list)
-    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there
-    blocks: Optional[str] = None
+    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there; auto: found by
+    # its name; null: everything is computed again
+    blocks: Optional[str] = "auto"
 
     @property
     def modality(self) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from omegaconf import OmegaConf
 from peft.utils import constants
 from transformers import PretrainedConfig, PreTrainedModel
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_json
+from partial_lora.models.config import FROM_FILES, ModelConfig
 from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
@@ -64,12 +66,17 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
     new = _new_modules(model, bare, head, content) if family in ("image", "encoder") else []
     if folder.parent.name == "snapshots":  # of the hub's cache, where a folder is named by its commit
         settings["weights"] = f"{weights.partition('@')[0]}@{folder.name}"
-    return settings | {
-        "target_modules": _targets(weights, settings["architecture"], bare, head, new),
-        "head": head,
-        "new_modules": new,
-        "blocks": next((each for each in bare.modules if each.endswith(_BLOCKS)), None),
-    }
+    usual = OmegaConf.to_container(OmegaConf.structured(ModelConfig))
+    return (
+        {key: usual[key] for key in FROM_FILES}
+        | settings
+        | {
+            "target_modules": _targets(weights, settings["architecture"], bare, head, new),
+            "head": head,
+            "new_modules": new,
+            "blocks": next((each for each in bare.modules if each.endswith(_BLOCKS)), None),
+        }
+    )
 
 
 def _is_timm(content: Mapping) -> bool:

@@ -162,7 +162,7 @@ def own_model(value: str, names: Collection[str]) -> str:
     plain = folder.resolve().name if folder.is_dir() else value.partition("@")[0].rpartition("/")[2]
     plain = re.sub(r"[^\w.-]", "_", plain).lstrip(".-") or "model"
     name = f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
-    empty = {key: list(value) if value == () else value for key, value in FROM_FILES.items()}
+    empty = {key: list(nothing) if nothing == () else nothing for key, nothing in FROM_FILES.items()}
     ConfigStore.instance().store(name=name, group="model", node={"name": plain, "weights": value, **empty})
     return name
 

@@ -10,14 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
-from partial_lora.models.config import FROM_FILES, ModelConfig
+from partial_lora.models.config import FROM_FILES
+from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.machines import accelerate_file
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
@@ -61,17 +62,20 @@ def resolve(composed: DictConfig) -> Config:
 
 def _with_model(composed: DictConfig) -> DictConfig:
     """Return settings in which the files of a model say what is left to them (`FROM_FILES`)."""
-    chosen = OmegaConf.to_container(composed.model)
-    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (nothing, list(nothing or ()))]
-    if not left:
-        return composed
-    from partial_lora.models.configs import settings_of  # needs torch
+    chosen, task = OmegaConf.to_container(composed.model), composed.task
+    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing, list(nothing or ()))]
+    if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
+        return OmegaConf.merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
+    found = stored_settings(chosen["weights"])
+    if found is None:
+        require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
+        from partial_lora.models.configs import settings_of  # needs torch
 
-    task = composed.task
-    kind = None if task.modality == "image" or task.members else task.kind
-    found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
-    usual = OmegaConf.to_container(OmegaConf.structured(ModelConfig))
-    values = {key: found.get(key, usual[key]) for key in left} | {"weights": found.get("weights", chosen["weights"])}
+        kind = None if task.modality == "image" or task.members else task.kind
+        found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
+    if chosen["family"] == "timm":  # the schema's default, where the group file has none
+        left.append("family")
+    values = {key: found[key] for key in (*left, "weights") if key in found}
     values["new_modules"] = chosen["new_modules"] or found["new_modules"]
     values["model_args"] = found["model_args"] | chosen["model_args"]
     return OmegaConf.merge(composed, {"model": values})

@@ -94,7 +94,6 @@ def test_training_ends_where_validation_is_no_better_for_a_while_and_so_does_a_r
 def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path: Path) -> None:
     settings = {
         "schedule": "constant_with_warmup",
-        "warmup": 0.5,
         "optimizer": "sgd",
         "args": {"optim_args": "momentum=0.9"},
     }
@@ -116,7 +115,7 @@ def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path:
         ({"args": {"sedd": 1}}, "trainer.args.sedd=1"),
         ({"args": {"seed": 1}}, "trainer.args.seed=1"),
         ({"args": {"save_steps": 1}}, "trainer.args.save_steps=1"),
-        ({"args": {"warmup_steps": 1}}, "trainer.args.warmup_steps=1.*warmup"),
+        ({"args": {"warmup_steps": 1}}, "trainer.args.warmup_steps=1.*warmup_ratio"),
     ],
 )
 def test_a_name_that_is_none_and_an_argument_that_a_run_sets_are_refused(settings: dict, key: str) -> None:
