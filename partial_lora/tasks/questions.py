@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from datasets import Dataset, Features, List, Value
 
+from partial_lora import progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
@@ -201,7 +202,9 @@ def _with_layout(splits: Mapping[str, Dataset], name: str) -> tuple[Mapping[str,
             f"{', '.join(features)}, since there is none of the layouts {known}"
         )
     read = [column for column in (*layout.prompt, layout.response) if column in features]
-    logger.info("task=%s: read as %s, columns %s", name, layout.name, ", ".join(read))
+    line = f"task={name}: read as {layout.name}, columns {', '.join(read)}"
+    logger.info(line)
+    progress.emit("rows", 0, 0, note=line)
     if not layout.prompt or isinstance(features[layout.response], Value):
         return splits, layout._replace(prompt=tuple(read[:-1]))
     joined = {}
