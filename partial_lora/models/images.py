@@ -120,7 +120,7 @@ def load_image(
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={image_size}: model={name} {one_line(error)}") from error
     return load_classifier(
-        geometry, name, weights, dtype, attn_implementation, new_modules, instead=OFFLINE_IMAGE_MODEL
+        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=False, instead=OFFLINE_IMAGE_MODEL
     )
 
 

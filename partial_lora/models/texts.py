@@ -61,6 +61,7 @@ def load_classifier(
     attn_implementation: str | None,
     new_modules: Sequence[str],
     *,
+    pickles: bool,
     instead: str,
 ) -> PreTrainedModel:
     """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
@@ -72,7 +73,7 @@ def load_classifier(
         dtype,
         attn_implementation,
         may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}.") or key.startswith(new),
-        pickles=True,
+        pickles=pickles,
         instead=instead,
     )
     if getattr(model.config, "pad_token_id", 0) is None:  # a language model's last token is classified
