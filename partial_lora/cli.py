@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 from partial_lora import files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
+from partial_lora.finished import FORMS
 from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
-from partial_lora.settings.arguments import is_file, is_record, settings_of
+from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
@@ -291,14 +292,16 @@ def compare(arguments: Sequence[str]) -> int:
         "rates=5: learning rates of a search; reference=NAME: the method that others are compared with (low_rank, else "
         "the first); results_dir=results/compare; all other keys are those of train",
     )
-    own, overrides = _own_settings(parser.parse_args(list(arguments)).settings)
+    from partial_lora.settings.comparison import read
+
+    chosen, overrides = read(parser.parse_args(list(arguments)).settings)
     with _libraries():
         from partial_lora.launching import compare as search
-    entries = search.entries(own["methods"], own["budgets"], overrides)
+    entries = search.entries(chosen.methods, chosen.budgets, overrides)
     for entry in entries:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
     code = search.compare(
-        entries, rates=own["rates"], seeds=own["seeds"], launch=functools.partial(_stage, "train"), say=print
+        entries, rates=chosen.rates, seeds=chosen.seeds, launch=functools.partial(_stage, "train"), say=print
     )
     if code:
         return code
@@ -318,56 +321,13 @@ def compare(arguments: Sequence[str]) -> int:
         from partial_lora.report import race, records
     out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     runs = [records.run_of(record, place, str(place.parent.relative_to(out))) for place, record in places.items()]
-    references = [run for entry in entries if entry.method == own["reference"] for run in entry.done.values()]
-    reference = race.form_of(references[0]["config"]) if references else own["reference"]
+    references = [run for entry in entries if entry.method == chosen.reference for run in entry.done.values()]
+    reference = race.form_of(references[0]["config"]) if references else chosen.reference
     _, numbers = race.write(runs, out, "compare", reference)
     Console().print(race.on_screen(numbers, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
     print(race.write_page(numbers, out, reference=reference, command=command, refused=refused))
     return 0
-
-
-def _as_number(word: object) -> object:
-    """Return a text that is a number as one: to YAML 1.1, 1e6 and 1e-2 are texts."""
-    try:
-        return float(word) if isinstance(word, str) else word
-    except ValueError:
-        return word
-
-
-def _own_settings(settings: Sequence[str]) -> tuple[dict, list[str]]:
-    """Return the keys of `compare` itself, checked, and the other settings."""
-    import yaml
-
-    own: dict = {"methods": None, "budgets": [0.13], "seeds": 3, "rates": 5, "reference": None}
-    given = {key: value for key, _, value in (each.partition("=") for each in settings) if key in own}
-    for key, value in given.items():
-        try:
-            own[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
-    for key in ("methods", "budgets"):
-        own[key] = own[key] if isinstance(own[key], list) or own[key] is None else [own[key]]
-    named = bool(own["methods"]) and all(isinstance(each, str) for each in own["methods"])
-    require(named, "methods", own["methods"], "some of conf/method, such as [partial,low_rank,lokr]")
-    own["budgets"] = [_as_number(each) for each in own["budgets"] or [None]]
-    numbers = all(type(each) in (int, float) and 0 < each < math.inf for each in own["budgets"])
-    require(numbers, "budgets", own["budgets"], "shares or numbers of parameters, such as [0.13,0.02]")
-    for key, least in (("seeds", 1), ("rates", 2)):
-        require(type(own[key]) is int and own[key] >= least, key, own[key], f"a whole number, at least {least}")
-    names = own["methods"]
-    own["reference"] = own["reference"] or ("low_rank" if "low_rank" in names else names[0])
-    require(own["reference"] in names, "reference", own["reference"], f"one of {', '.join(names)}")
-    others = [each for each in settings if each.partition("=")[0] not in own]
-    instead = {"seed": "seeds=N: compare takes seeds 0 to N − 1", "method": "methods=[…]"}
-    instead |= {"calibration.budget": "budgets=[…]"}
-    for key, _, value in (each.lstrip("+~").partition("=") for each in others):
-        require(key not in instead, key, value, instead.get(key, ""))
-    written = [settings_of(each) for each in others if is_file(each)]
-    in_file = any("results_dir" in each and not is_record(each) for each in written)
-    if not in_file and not any(each.startswith("results_dir=") for each in others):
-        others.append("results_dir=results/compare")
-    return own, others
 
 
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
@@ -729,10 +689,8 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("peft", "compact", "merged", "gguf", "serve"),
-        help="peft: an ordinary LoRA adapter, zeros where masked; compact: the kept values alone; merged: the whole "
-        "model in the format of transformers or timm; gguf: an adapter for llama.cpp, of a Llama or Qwen; serve: a "
-        "LoRA for vLLM, SGLang and LoRAX",
+        choices=tuple(FORMS),
+        help="; ".join(f"{name}: {form.words}" for name, form in FORMS.items()),
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/FORMAT")
     parser.add_argument(

@@ -56,7 +56,7 @@ def complete(action: str | None, commands: Sequence[str]) -> str:
     """
     what, _, shell = (action or "").partition("=")
     if what not in ("install", "query") or shell not in _INSTALL:
-        known = ", ".join(f"install={each}" for each in _INSTALL)
+        known = ", ".join(f"install={shell_name}" for shell_name in _INSTALL)
         raise PartialLoraError(f"--shell-completion {action}: expected {known}")
     if what == "install":
         return _INSTALL[shell]
@@ -71,14 +71,14 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     if not before:
         found = list(commands)
     elif before[0] in _COMPOSED:
-        return _settings([each for each in before[1:] if each], word)
+        return _settings([earlier for earlier in before[1:] if earlier], word)
     elif before[0] in commands and not any(before[1:]):
         found = list(_runs(Path("results")))
     elif before[0] == "evaluate":
-        return [each for each in _settings([], word) if each.startswith("task")]
+        return [candidate for candidate in _settings([], word) if candidate.startswith("task")]
     else:
         found = []
-    return [each for each in found if each.startswith(word)]
+    return [candidate for candidate in found if candidate.startswith(word)]
 
 
 def _runs(results: Path) -> Iterator[str]:
@@ -99,8 +99,8 @@ def _settings(before: Sequence[str], word: str) -> list[str]:
     if word.partition("=")[2].startswith((".", "/", "~")):  # a file, which the shell quotes where it has to
         return []
     flags = {"-m", "--multirun"} & {*before}
-    with hydra_of([each for each in before if "=" in each or each.endswith((".yaml", ".yml"))]) as known:
+    with hydra_of([earlier for earlier in before if "=" in earlier or earlier.endswith((".yaml", ".yml"))]) as known:
         hydra, name, overrides, _ = known
         found = BashCompletion(hydra.config_loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
     lists = {f"{key}." for key in list_keys()}  # Hydra would complete a list by the places of its items
-    return [f"{each[:-1]}=" if each in lists else each for each in found if each != "hydra"]
+    return [f"{candidate[:-1]}=" if candidate in lists else candidate for candidate in found if candidate != "hydra"]

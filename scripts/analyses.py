@@ -119,7 +119,7 @@ class Subject:
         with models.dequantised(self.model):
             scores = build.importance(self.config, self.task, self.transform, self.model, list(self.shapes), draws)
             model, chosen = self.config.model, build.calibration_config(self.config, self.task)
-            with few_shot.scored_head(self.model, model.head, fit, not models.has_own_head(model.family)):
+            with few_shot.few_shot_head(self.model, build.new_head_of(model), fit):
                 score = FewShotScore(self.model, scored, chosen.score, model.blocks, chosen.memory)
                 calibrated = calibrate(
                     self.model,

@@ -24,7 +24,7 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.launching.compare import checked
-from partial_lora.launching.directory import read_result
+from partial_lora.launching.directory import INTERRUPTED, read_result
 from partial_lora.launching.places import run_directory
 
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
@@ -184,7 +184,8 @@ def made(overrides: list[str]) -> dict:
     """Return the record of a run, which is made if there is none; one that diverged counts as any other."""
     ((_, config),) = checked(["-m", *overrides]).runs
     place = run_directory(config)
-    if (read_result(place) or {}).get("status") not in ("finished", "failed"):
+    record = read_result(place) or {}
+    if record.get("status") not in ("finished", "failed") or record.get("error") == INTERRUPTED:
         code = cli.main(["train", "-m", *overrides])
         if code > 1:
             raise PartialLoraError(f"{place}: interrupted; the same command goes on from there")
@@ -214,27 +215,35 @@ def row(name: str, record: dict, factor: float) -> dict:
 
 
 def compared(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return for every table and method the default's test score and that of the best rate on validation."""
+    """Return for every table and method the default's test score, and its distance from that of the best rate.
+
+    The best rate is that of the best mean score on validation, over the seeds that were searched at all rates.
+    """
     cells = []
     for (name, method), cell in rows.groupby(["table", "method"], sort=False):
-        means = cell.groupby("factor")[["validation", "test", "seconds", "learning_rate", "steps"]].mean()
-        default, best = means.loc[1.0], means.loc[means["validation"].idxmax()]
+        tried = cell.groupby("seed")["factor"].transform("nunique")
+        searched = cell[tried == max(2, cell["factor"].nunique())]
+        default = cell[cell["factor"] == 1].mean(numeric_only=True)
         cells.append(
             {"table": name, "held out": cell["held_out"].iloc[0], "classes": cell["classes"].iloc[0], "method": method}
             | {"seeds": cell["seed"].nunique(), "learning rate": default["learning_rate"], "steps": default["steps"]}
-            | {"test": 100 * default["test"], "best rate": best["learning_rate"], "searched": 100 * best["test"]}
-            | {"difference": 100 * (default["test"] - best["test"]), "seconds": default["seconds"]}
+            | {"test": 100 * default["test"], "seconds": default["seconds"], "searched": searched["seed"].nunique()}
         )
+        if not searched.empty:
+            means = searched.groupby("factor")[["validation", "test", "learning_rate"]].mean()
+            best = means.loc[means["validation"].idxmax()]
+            difference = 100 * (means.loc[1.0, "test"] - best["test"])
+            cells[-1] |= {"best rate": best["learning_rate"], "difference": difference}
     return pd.DataFrame(cells)
 
 
 def write(rows: pd.DataFrame, out: Path) -> None:
     """Write first_day.csv, a line a run, and first_day.md, a line a table and method."""
     numbers = compared(rows)
-    held_out = numbers[numbers["held out"]]
-    near = (held_out["difference"] >= -2).sum()
+    held_out = numbers[numbers["held out"] & numbers["searched"].gt(0)]
     text = numbers.to_markdown(index=False, floatfmt=".4g")
-    if len(held_out):
+    if not held_out.empty:
+        near = (held_out["difference"] >= -2).sum()
         worst = held_out.loc[held_out["difference"].idxmin()]
         text += (
             f"\n\nOf {len(held_out)} tables and methods that no rule was made from, the default is within two points "

@@ -12,6 +12,7 @@ import pandas as pd
 
 from partial_lora import files
 from partial_lora.launching import directory
+from partial_lora.methods.config import nominal_rank
 from partial_lora.report import records
 
 EXAMPLES = 200
@@ -53,7 +54,7 @@ def record(
         group, _, name = key.partition("__")
         config[group][name] = value
     calibrated = method not in UNCALIBRATED
-    dense = 0 if method == "probe" else 1000 * config["method"]["rank"] // 16
+    dense = 0 if method == "probe" else 1000 * nominal_rank(config["method"]["rank"]) // 16
     trainable = round(dense * (share or budget or 0.7)) if calibrated else dense
     scores = {"primary": "accuracy", "accuracy": test, "loss": 0.1}
     chosen = {

@@ -62,10 +62,10 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
-    for each in getattr(task, "members", ()) or (task,):
-        if shared := tasks.shared_inputs(each.test, each.train):
-            found.append(f"task={each.name}: {shared} of {len(each.test)} test rows are training rows, too")
-        found += _enlarged(config.model, each)
+    for member in getattr(task, "members", ()) or (task,):
+        if shared := tasks.shared_inputs(member.test, member.train):
+            found.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
+        found += _enlarged(config.model, member)
     return found
 
 
@@ -114,17 +114,8 @@ def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> 
     members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
     settings = config.task.members.values() if several else [config.task]
     judges = [
-        objectives.judge_of(
-            member,
-            own,
-            peers,
-            batch_size=config.trainer.eval_batch_size,
-            cache_bytes=chosen.cache_bytes,
-            stop=chosen.stop,
-            max_new_tokens=chosen.max_new_tokens,
-            answer=chosen.answer,
-        )
-        for member, own, chosen in zip(members, transforms, settings, strict=True)
+        objectives.judge_of(member, prepared, chosen, peers, batch_size=config.trainer.eval_batch_size)
+        for member, prepared, chosen in zip(members, transforms, settings, strict=True)
     ]
     return objectives.judge_of_members(task, judges) if several else judges[0]
 
@@ -193,6 +184,11 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
 
+def new_head_of(model: ModelConfig) -> str | None:
+    """Return the module that is new for every task; None for a model that has a head before anything is fitted."""
+    return None if models.has_own_head(model.family) else model.head
+
+
 def importance(
     config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
 ) -> ModuleScores:
@@ -204,11 +200,10 @@ def importance(
         config.importance,
         modules=modules,
         draws=draws,
-        head=config.model.head,
+        head=new_head_of(config.model),
         seed=config.calibration_seed,
         rank=config.method.nominal_rank,
         alpha=config.method.alpha,
-        new_head=not models.has_own_head(config.model.family),
         sizes=task.sizes,
     )
 
@@ -230,8 +225,7 @@ def calibrating(
         rank=config.method.nominal_rank,
         granularity=config.mask.counted,
         alpha=config.method.alpha,
-        head=config.model.head,
-        new_head=not models.has_own_head(config.model.family),
+        head=new_head_of(config.model),
         blocks=config.model.blocks,
         sizes=task.sizes,
         peers=peers,

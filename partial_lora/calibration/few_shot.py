@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -100,27 +100,18 @@ def fitted_heads(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -
     return np.concatenate(weights), np.concatenate(biases)
 
 
-def scored_head(
-    model: nn.Module,
-    head: str,
-    batches: Sequence[Batch],
-    new: bool,
-    peers: Peers | None = None,
-    sizes: Sequence[int] = (),
-) -> AbstractContextManager:
-    """Return the context in which a model is scored: a new head is fitted on `batches`, any other head stays."""
-    return few_shot_head(model, head, batches, peers, sizes) if new else nullcontext()
-
-
 @contextmanager
 def few_shot_head(
-    model: nn.Module, head: str, batches: Sequence[Batch], peers: Peers | None = None, sizes: Sequence[int] = ()
+    model: nn.Module, head: str | None, batches: Sequence[Batch], peers: Peers | None = None, sizes: Sequence[int] = ()
 ) -> Iterator[None]:
     """Give the model a head fitted on `batches` for as long as the block lasts; its own comes back afterwards.
 
-    peers: the processes that all need the very same head; the first one fits it. sizes: as in `fitted_heads`, for the
-    heads of several tasks.
+    head: None for a model that has a head for its task, which stays. peers: the processes that all need the very same
+    head; the first one fits it. sizes: as in `fitted_heads`, for the heads of several tasks.
     """
+    if head is None:
+        yield
+        return
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
@@ -158,7 +149,6 @@ def importance_few_shot(
     seed: int,
     rank: int = 16,
     alpha: float = 16.0,
-    new_head: bool = True,
     sizes: Sequence[int] = (),
 ) -> ModuleScores:
     """Return the importance of every row and column of the modules, by the measure that `config` names.
@@ -175,7 +165,7 @@ def importance_few_shot(
         }
     fit = training_batches(train.select(draws.fit), transform, _BATCH)
     loss = mean_loss_within(sizes) if sizes else None
-    with scored_head(model, head, fit, new_head, sizes=sizes):
+    with few_shot_head(model, head, fit, sizes=sizes):
         return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
 
 
@@ -202,7 +192,6 @@ def calibrate_few_shot(
     alpha: float = 16.0,
     head: str | None,
     blocks: str | None,
-    new_head: bool = True,
     sizes: Sequence[int] = (),
     peers: Peers | None = None,
     stage: str = "calibrate",
@@ -215,7 +204,7 @@ def calibrate_few_shot(
         scores: importance of rows and columns by module; `importance` says how it was measured.
         draws: the two draws of `train`; `drawn`, which is only recorded, holds the settings that they were made with.
         architecture: what, beside its weights, decides what the model computes.
-        head: the module that is fitted on the fit draw, if it is new; left as it was.
+        head: the new module, which is fitted on the fit draw and left as it was; None where there is none.
         sizes: the number of classes of each member of a mixture; each member's head is fitted and scored by itself.
         stage: the name of this work in progress reports.
         peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
@@ -235,8 +224,8 @@ def calibrate_few_shot(
         decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
     if sizes:
         decides["sizes"] = list(sizes)
-    key = _key(weights_digest(model, exclude=head if new_head else ""), (*fit, *scored), decides)
-    with scored_head(model, head, fit, new_head, peers, sizes):
+    key = _key(weights_digest(model, exclude=head or ""), (*fit, *scored), decides)
+    with few_shot_head(model, head, fit, peers, sizes):
         return calibrate(
             model,
             FewShotScore(model, scored, config.score, blocks, config.memory, sizes),

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256
-from partial_lora.finished import serving
+from partial_lora.finished import FORMS, serving
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.models import weights
@@ -60,8 +61,7 @@ def export(
     """Write a finished run's adapter into a folder (default: export/FORMAT in the run's directory).
 
     Args:
-        to: "peft", an ordinary LoRA adapter, zero-filled; "compact", its kept values alone; "merged", the whole model;
-            "gguf", an adapter for llama.cpp; "serve", a LoRA for vLLM, SGLang and LoRAX.
+        to: one of `FORMS`.
         describe: puts a page on the run into the folder of the export.
         check: prove, before the folder gets its name, that others can use it and compute what the run's adapter does.
 
@@ -172,13 +172,13 @@ def describe(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
     build.describe(model, run.config.model, _transform(run), folder)
 
 
-def _write_peft(run: FinishedRun, folder: Path) -> None:
+def write_peft(run: FinishedRun, folder: Path) -> None:
     adapted = adapted_model(run)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     describe(adapted.get_base_model(), run, folder)
 
 
-def _write_compact(run: FinishedRun, folder: Path) -> None:
+def write_compact_file(run: FinishedRun, folder: Path) -> None:
     if not run.is_masked:
         raise PartialLoraError(
             f"{run.directory}: method={run.method} masks nothing, so that there is nothing to leave out: export it with"
@@ -189,7 +189,7 @@ def _write_compact(run: FinishedRun, folder: Path) -> None:
     describe(adapted.get_base_model(), run, folder)
 
 
-def _write_merged(run: FinishedRun, folder: Path) -> None:
+def write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
     adapted = adapted_model(run, whole=True)
     try:
@@ -212,7 +212,7 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
     describe(model, run, folder)
 
 
-def _prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> str:
+def prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> str:
     """Prove that plain PEFT loads the export on the base model without a warning, and computes the run's logits.
 
     Quantised weights are whole again for this: libraries and devices differ in how they multiply them.
@@ -226,7 +226,7 @@ def _prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> 
     return _compared(own, samples.inputs, others, folder, share=share)
 
 
-def _prove_compact(run: FinishedRun, folder: Path) -> str:
+def prove_compact(run: FinishedRun, folder: Path) -> str:
     """Prove that the export, on a fresh base model, has the values of the run's adapter bit for bit, and its logits."""
     own = adapted_model(run)
     with quiet():
@@ -236,7 +236,7 @@ def _prove_compact(run: FinishedRun, folder: Path) -> str:
     return f"{count} tensors equal bit for bit; {_compared(own, inputs, others, folder, rounding=0.0)}"
 
 
-def _prove_merged(run: FinishedRun, folder: Path) -> str:
+def prove_merged(run: FinishedRun, folder: Path) -> str:
     """Prove that the libraries that own the format load it on their own, and compute the run's logits.
 
     transformers does so by a pipeline on raw texts or images, with its own tokenizer or image processor and labels.
@@ -342,25 +342,13 @@ def _compared(
     return "; ".join([*compared, effect])
 
 
-def _prove_serve(run: FinishedRun, folder: Path) -> str:
-    """Prove what `_prove_peft` proves for the LoRA for servers, whose factors are rounded."""
-    return _prove_peft(run, folder, is_rounded=True)
+def prove_serve(run: FinishedRun, folder: Path) -> str:
+    """Prove what `prove_peft` proves for the LoRA for servers, whose factors are rounded."""
+    return prove_peft(run, folder, is_rounded=True)
 
 
-WRITE = {
-    "peft": _write_peft,
-    "compact": _write_compact,
-    "merged": _write_merged,
-    "gguf": serving.write_gguf,
-    "serve": serving.write_serve,
-}
-PROVE = {
-    "peft": _prove_peft,
-    "compact": _prove_compact,
-    "merged": _prove_merged,
-    "gguf": serving.prove_gguf,
-    "serve": _prove_serve,
-}
+WRITE = {name: resolve_name(f"{__package__}.{form.write}") for name, form in FORMS.items()}
+PROVE = {name: resolve_name(f"{__package__}.{form.prove}") for name, form in FORMS.items()}
 
 
 # --- Logits of an export by a fresh interpreter in which this package cannot be imported.

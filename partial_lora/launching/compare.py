@@ -15,7 +15,8 @@ from partial_lora.files import is_locked
 from partial_lora.launching.directory import LOCK
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
-from partial_lora.settings import rates
+from partial_lora.methods import METHODS
+from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.rates import Worth, ranked
 from partial_lora.settings.schema import Config
@@ -106,11 +107,13 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
-    own_calibration = any(each.startswith("calibration=") for each in overrides)
+    own_calibration = any(override.startswith("calibration=") for override in overrides)
     made = []
     for method in dict.fromkeys(methods):
-        ((_, alone),) = checked(["-m", *overrides, f"method={method}"]).runs
-        known = alone.method.traits
+        known = METHODS.get(method)
+        if known is None:  # a file that gives a method another name
+            _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
+            known = config.method.traits
         for budget in [None] if known.is_fixed else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
@@ -142,8 +145,8 @@ def _parameters_and_centre(config: Config) -> tuple[int, float]:
     Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
     """
     run = outline(config)
-    usual = rates.dense_rate(run.width)
-    suited = rates.auto(plain(config), width=run.width, density=run.density)
+    usual = learning_rates.dense_rate(run.width)
+    suited = learning_rates.auto(plain(config), width=run.width, density=run.density)
     dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
     return run.counts["adapter_trainable"], dense * 2.0 ** round(math.log2(suited / usual))
 

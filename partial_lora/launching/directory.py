@@ -278,9 +278,9 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
 def finite(value: object) -> object:
     """Return plain data with None in place of NaN and infinity, for which JSON has no word."""
     if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

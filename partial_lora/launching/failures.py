@@ -46,7 +46,7 @@ def report(reason: str) -> None:
 
 def report_exits(exits: Mapping[int, tuple[int, float]]) -> None:
     """Leave word of how the workers of this machine ended: exit code and second of those that failed, by rank."""
-    _leave_word(_EXITS, {"exits": {rank: list(each) for rank, each in exits.items()}})
+    _leave_word(_EXITS, {"exits": {rank: list(end) for rank, end in exits.items()}})
 
 
 def _leave_word(name: str, content: dict) -> None:

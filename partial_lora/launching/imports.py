@@ -32,7 +32,7 @@ def none_of_this_folder() -> Iterator[None]:
     variable from 3.11 on. A checkout, which Python may have found in the working directory, is named instead.
     """
     root, earlier = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
-    paths = [each for each in (earlier, None if root in sysconfig.get_paths().values() else root) if each]
+    paths = [path for path in (earlier, None if root in sysconfig.get_paths().values() else root) if path]
     before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
     os.environ |= {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
     try:

@@ -8,7 +8,7 @@ by these entries in processes that import no torch, so a function is imported on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,5 +114,4 @@ def called(name: str) -> Method:
 
 def imported(function: str) -> Any:
     """Return a function of this package by MODULE:NAME."""
-    module, _, name = function.partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    return resolve_name(f"{__name__}.{function}")

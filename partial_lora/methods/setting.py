@@ -138,9 +138,9 @@ def widest(shape: tuple[int, int], rank: int, sparsity: Mapping[str, float]) -> 
     kept = [kept_count(size, sparsity[axis]) for axis, size in zip(AXES, shape, strict=True)]
     parameters = rank * sum(kept)
     lowest = -(-parameters // (m + n))
-    each = parameters // lowest  # rows and columns together
-    rows = min(m, each - 1, max(1, each - n, round(each * kept[0] / sum(kept))))
-    return lowest, {"rows": 1 - rows / m, "columns": 1 - min(n, each - rows) / n}
+    both = parameters // lowest  # rows and columns together
+    rows = min(m, both - 1, max(1, both - n, round(both * kept[0] / sum(kept))))
+    return lowest, {"rows": 1 - rows / m, "columns": 1 - min(n, both - rows) / n}
 
 
 @dataclass(frozen=True)

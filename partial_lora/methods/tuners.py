@@ -142,7 +142,7 @@ def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
 @cache
 def _defaults(peft_type: str) -> dict[str, object]:
     fields = dataclasses.fields(weight_tuners()[peft_type])
-    return {each.name: None if each.default is dataclasses.MISSING else each.default for each in fields}
+    return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
 
 
 # --- The size that meets a budget.
@@ -334,10 +334,14 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
     for name, layer in adapted.base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             frozen = {id(parameter) for parameter in layer.get_base_layer().parameters()}
-            own = {id(each): each for each in layer.parameters() if each.requires_grad and id(each) not in frozen}
-            found[name] = sum(each.numel() for key, each in own.items() if key not in seen)
+            own = {
+                id(weight): weight for weight in layer.parameters() if weight.requires_grad and id(weight) not in frozen
+            }
+            found[name] = sum(weight.numel() for key, weight in own.items() if key not in seen)
             seen |= own.keys()
-    found[""] = sum(each.numel() for each in adapted.parameters() if each.requires_grad and id(each) not in seen)
+    found[""] = sum(
+        weight.numel() for weight in adapted.parameters() if weight.requires_grad and id(weight) not in seen
+    )
     return found
 
 
@@ -347,10 +351,10 @@ def _stand_in(model: nn.Module, modules: Sequence[str]) -> nn.Module:
     for name in modules:
         *parents, last = name.split(".")
         parent = root
-        for each in parents:
-            if not hasattr(parent, each):
-                parent.add_module(each, nn.Module())
-            parent = getattr(parent, each)
+        for part in parents:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
         module = model.get_submodule(name)
         parent.add_module(last, _without_memory(module))
     return root

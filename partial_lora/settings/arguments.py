@@ -32,7 +32,7 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
     names = _names_of_models(arguments)
-    return [in_grammar(_with_own_models(each, names), is_sweep) for each in _with_file(arguments, names)]
+    return [in_grammar(_with_own_models(argument, names), is_sweep) for argument in _with_file(arguments, names)]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -77,8 +77,8 @@ def in_grammar(argument: str, is_sweep: bool = False) -> str:
         return argument if value is None else f"{key}={quoted([value] if is_list and value == text else value)}"
     several = override.is_sweep_override()
     if is_list and several and is_sweep:
-        each = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
-        return f"{key}={','.join(each)}"
+        lists = (value if value[0] == "[" else f"[{value}]" for value in override.sweep_string_iterator())
+        return f"{key}={','.join(lists)}"
     if is_list and (several or isinstance(override.value(), (str, int, float))):
         return f"{key}=[{text}]"
     number = key.startswith("task.data_files") and isinstance(override.value(), (int, float))
@@ -113,9 +113,9 @@ def quoted(value: object) -> str:
 
     def texts(value: object) -> object:
         if isinstance(value, Mapping):
-            return {key: texts(each) for key, each in value.items()}
+            return {key: texts(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [texts(each) for each in value]
+            return [texts(item) for item in value]
         return QuotedString(value, Quote.double) if isinstance(value, str) else value
 
     return Override._get_value_element_as_str(texts(value))
@@ -174,12 +174,12 @@ OWN = "own"  # Hydra's name for the file
 
 def _with_file(arguments: Sequence[str], models: Collection[str]) -> list[str]:
     """Return the arguments as Hydra takes them: a FILE.yaml among them becomes its primary config."""
-    files = [each for each in arguments if is_file(each)]
+    files = [argument for argument in arguments if is_file(argument)]
     if not files:
         return list(arguments)
     if len(files) > 1:
         raise PartialLoraError(f"{files[1]}: expected KEY=VALUE, and one file at most; {files[0]} is one already")
-    others = [each for each in arguments if each != files[0]]
+    others = [argument for argument in arguments if argument != files[0]]
     from hydra.core.config_store import ConfigStore
 
     settings = settings_of(files[0])
@@ -248,7 +248,7 @@ def _primary(file: str, content: Mapping, models: Collection[str]) -> dict:
     for key, values in swept.items():  # Hydra takes a list for one value
         require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
         if isinstance(values, list):
-            swept[key] = ",".join(each if isinstance(each, str) else quoted(each) for each in values)
+            swept[key] = ",".join(item if isinstance(item, str) else quoted(item) for item in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
     chosen |= dict.fromkeys(described)
     return {

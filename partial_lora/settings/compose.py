@@ -83,7 +83,9 @@ def plan(arguments: Sequence[str]) -> Plan:
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
         combinations = _combinations(parsed, sampled=choices["hydra/sweeper"] != "basic")
-        runs = ((each, hydra.config_loader.load_sweep_config(master, list(each))) for each in combinations)
+        runs = (
+            (overrides, hydra.config_loader.load_sweep_config(master, list(overrides))) for overrides in combinations
+        )
         direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
         return _checked(
             runs,
@@ -91,7 +93,9 @@ def plan(arguments: Sequence[str]) -> Plan:
             launcher=choices["hydra/launcher"],
             sweeper=choices["hydra/sweeper"],
             sweep_dir=Path(master.hydra.sweep.dir),
-            swept=frozenset(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()),
+            swept=frozenset(
+                override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()
+            ),
             direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
 
@@ -151,7 +155,7 @@ def _resolved(composed) -> Config:
 
     HydraConfig.instance().set_config(composed)
     written = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
-    rates = [each for each in written if each.lstrip("+").startswith("trainer.learning_rate=")]
+    rates = [override for override in written if override.lstrip("+").startswith("trainer.learning_rate=")]
     if rates and composed.trainer.tuned is not None:
         raise PartialLoraError(
             f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
@@ -217,7 +221,7 @@ def compose(
     """
     if _HELP & {*arguments}:
         with in_one_line(arguments):
-            _print_help([each for each in arguments if each not in _HELP])
+            _print_help([argument for argument in arguments if argument not in _HELP])
         return 0
     if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
         with in_one_line(arguments):

@@ -102,7 +102,7 @@ def _comments(kind: type) -> Iterator[tuple[str, str]]:
     source = inspect.getsource(kind)
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {each.start[0]: each.string.lstrip("# ") for each in tokens if each.type == tokenize.COMMENT}
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
             beside = range(node.lineno, node.end_lineno + 1)
@@ -180,12 +180,12 @@ def _meant(key: str) -> str | None:
     group, _, name = key.rpartition(".")
     if name in _KEYS:
         return _KEYS[name]
-    names = {each: each.rpartition(".")[2] for each in defaults()}
-    same = [each for each, own in names.items() if own == name]
+    names = {key: key.rpartition(".")[2] for key in defaults()}
+    same = [key for key, own in names.items() if own == name]
     if len(same) == 1:
         return same[0]
-    of_group = {own: each for each, own in names.items() if each.rpartition(".")[0] == group}
+    of_group = {own: key for key, own in names.items() if key.rpartition(".")[0] == group}
     if not group:
-        of_group |= {each: each for each in GROUPS}
+        of_group |= {group_name: group_name for group_name in GROUPS}
     close = get_close_matches(name, of_group, n=1, cutoff=0.75)
     return of_group[close[0]] if close else None

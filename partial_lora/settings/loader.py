@@ -50,9 +50,9 @@ class Loader(ConfigLoaderImpl):
             search_path.prepend(_PROVIDER, f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         super().__init__(search_path)
         sources = self.repository.get_sources()
-        sources[:] = [_Folder(_PROVIDER, each.path) if each.provider == _PROVIDER else each for each in sources]
+        sources[:] = [_Folder(_PROVIDER, source.path) if source.provider == _PROVIDER else source for source in sources]
         self._own, self._expected = ConfigLoaderImpl(own), {}
-        self._written = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        self._written = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
         self._place = file or (None if folder is None else f"--config-dir {folder}")
 
     def load_configuration(
@@ -86,7 +86,7 @@ class Loader(ConfigLoaderImpl):
     def _own_keys(self, choices: tuple[str, ...], config_name: str | None) -> dict[str, object]:
         """Return the keys of `hydra` without the user's files, for a launcher and a sweeper; composed once for each."""
         if choices not in self._expected:
-            fields = [each for each in self._written if each.lstrip("+~").startswith("hydra.")]
+            fields = [override for override in self._written if override.lstrip("+~").startswith("hydra.")]
             name, overrides = config_name and CONFIG_NAME, [*choices, *fields]
             composed = self._own.load_configuration(name, overrides, RunMode.RUN, validate_sweep_overrides=False)
             self._expected[choices] = _keys(composed)

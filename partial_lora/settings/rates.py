@@ -71,16 +71,8 @@ def starting_rate(
 
     At the same rate, Adam's first step moves the outputs p √q times as far as dense LoRA's, with p the density of rows
     and q of columns (docs/evidence/theory.md): the density to the power 1.5. An A that is drawn for the kept columns,
-    or whole, takes 0.5 off this power; an exponent takes off itself. At power 1.5 the best rate, by measurement, is
-    dense LoRA's / √density: it makes up for a third of the power. That it does so in between is an assumption. The
-    rates of `partial` that were searched for at 13 % and less (results/tuning.json) grow as the density to the power
-    -0.5 on average, to the power 0 to -0.8 one by one, and each is within a step of its search, a factor of 3, of this
-    one.
-
-    At power 0 dense LoRA's rate stays, but not for whole rows and columns below a density of 0.12. There so few rows
-    move, each so far, that the best rate falls. By measurement (results/forms/forms.md) it falls nearly as the density
-    on gtsrb and hardly on trec; √density lies between. The rates of single entries grow faster as there are fewer, from
-    8e-3 at 13 % to 32e-3 at 2 % where dense LoRA's is 2e-3. Groups keep dense LoRA's: they set nothing to zero.
+    or whole, takes 0.5 off this power; an exponent takes off itself. A third of what is left is made up for. How that
+    and the rules for few rows, entries and groups were found is in docs/concepts/learning-rates.md.
 
     Args:
         dense: the rate that suits dense LoRA.

@@ -176,7 +176,7 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
     if not task.members:
         return task
     usual = TaskConfig()
-    for field in sorted(dataclasses.fields(task), key=lambda each: each.name):
+    for field in sorted(dataclasses.fields(task), key=lambda field: field.name):
         key, value = field.name, getattr(task, field.name)
         own = key not in _OF_MIXTURE | _FROM_MEMBERS
         require(not own or value == getattr(usual, key), f"task.{key}", value, "nothing: it is each member's own")

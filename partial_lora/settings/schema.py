@@ -122,7 +122,9 @@ def defaults() -> Mapping[str, Any]:
 
 
 # The groups of a run's settings, and the dataclass of each.
-SECTIONS = {each.name: each.default_factory for each in fields(Config) if is_dataclass(each.default_factory)}
+SECTIONS = {
+    section.name: section.default_factory for section in fields(Config) if is_dataclass(section.default_factory)
+}
 
 
 @cache

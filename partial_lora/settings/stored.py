@@ -81,7 +81,7 @@ def without_places(settings: object) -> object:
     if isinstance(settings, Mapping):
         return {key: without_places(value) for key, value in settings.items()}
     if isinstance(settings, list):
-        return [without_places(each) for each in settings]
+        return [without_places(item) for item in settings]
     is_place = isinstance(settings, str) and Path(settings).is_absolute()
     return Path(settings).name if is_place else redacted(settings)
 

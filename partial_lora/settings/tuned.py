@@ -48,7 +48,8 @@ def nearest(point: str, others: Iterable[str]) -> str | None:
     kinds are not compared, nor are sparsities of single modules.
     """
     kind, value = _parted(point)
-    values = {other: number for other, (its, number) in ((each, _parted(each)) for each in others) if its == kind}
+    parts = {other: _parted(other) for other in others}
+    values = {other: number for other, (its_kind, number) in parts.items() if its_kind == kind}
 
     def distance(other: str) -> tuple[float, float]:
         number = values[other]
@@ -142,7 +143,7 @@ def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
     """Return where the `settings_of` two runs differ: key and both values; the length of training comes first."""
     names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
     standard = schema.defaults() if own != other else {}
-    for key in sorted({*own, *other}, key=lambda each: (not _is_length(each), each)):
+    for key in sorted({*own, *other}, key=lambda key: (not _is_length(key), key)):
         default = standard.get(identity.task_key(key, names))
         values = own.get(key, default), other.get(key, default)
         if values[0] != values[1]:
@@ -158,8 +159,8 @@ def unevenness(entries: Iterable[Mapping]) -> str | None:
     first: dict[tuple, Mapping] = {}
     for entry in entries:
         other = first.setdefault(key_in(entry)[:2], entry)
-        tried = (f"{len(each['tried'])} learning rates" for each in (other, entry))
-        seeds = (f"seeds {word(each['seeds'])}" for each in (other, entry))
+        tried = (f"{len(search['tried'])} learning rates" for search in (other, entry))
+        seeds = (f"seeds {word(search['seeds'])}" for search in (other, entry))
         budget = (
             (f"{key}={word(own)}", f"{key}={word(others)}")
             for key, own, others in differing(other["settings"], entry["settings"])
@@ -184,7 +185,7 @@ def key_in(entry: Mapping) -> tuple[str, ...]:
 def named(key: tuple[str, ...]) -> str:
     """Return a key in words, for messages."""
     task, model, method, *where = key
-    applies = [each for each in where if each != NO_POINT]
+    applies = [part for part in where if part != NO_POINT]
     return f"{task}, {model}, {method}" + (f" ({', '.join(applies)})" if applies else "")
 
 

@@ -21,6 +21,7 @@ from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER
 from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.prompts import Prompt
@@ -255,22 +256,12 @@ class ByTexts(_TaskJudge):
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
 
 
-def judge_of(
-    task: Task,
-    transform: object,
-    peers: Peers,
-    *,
-    cache_bytes: int,
-    answer: str | None = None,
-    **writing: object,
-) -> Judge:
-    """Return the judge of one task.
-
-    answer: what of a generated text has to match. writing: stop, max_new_tokens, batch_size of `metrics.generate`.
-    """
-    given = (task, transform, cache_bytes)
+def judge_of(task: Task, transform: object, config: TaskConfig, peers: Peers, *, batch_size: int) -> Judge:
+    """Return the judge of one task. batch_size: of texts that are generated together."""
+    given = (task, transform, config.cache_bytes)
     if task.kind == "generation":
-        return ByTexts(*given, peers, writing, answer)
+        writing = {"stop": config.stop, "max_new_tokens": config.max_new_tokens, "batch_size": batch_size}
+        return ByTexts(*given, peers, writing, config.answer)
     return ByOptions(*given) if task.kind == "choice" else ByLabels(*given)
 
 

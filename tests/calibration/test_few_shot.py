@@ -13,7 +13,7 @@ from torch import nn
 from partial_lora import models, tasks
 from partial_lora.calibration import importance
 from partial_lora.calibration.config import ImportanceConfig
-from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot, scored_head
+from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.config import TaskConfig
 
@@ -92,9 +92,9 @@ def test_of_real_labels_the_head_is_a_ridge_regression() -> None:
 
 def test_a_model_with_a_head_of_its_own_keeps_it(model, batches) -> None:
     before = logits(model, batches)
-    with scored_head(model, HEAD, batches, new=False):
+    with few_shot_head(model, None, batches):
         assert np.array_equal(logits(model, batches), before)
-    with scored_head(model, HEAD, batches, new=True):
+    with few_shot_head(model, HEAD, batches):
         assert not np.array_equal(logits(model, batches), before)
 
 

@@ -15,7 +15,7 @@ from partial_lora import cli
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory
 from partial_lora.launching.places import run_directory
-from partial_lora.settings import schema
+from partial_lora.settings import comparison, schema
 
 
 def searched(score, *, centre=1.0, count=5, seeds=3, known=()):
@@ -119,11 +119,11 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
 def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
     chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
-    assert not [each for each in cli._own_settings(chosen)[1] if each.startswith("results_dir=")]
+    assert not [each for each in comparison.read(chosen)[1] if each.startswith("results_dir=")]
     record = "".join(f"{group}: {{}}\n" for group in schema.SECTIONS) + "results_dir: there\n"
     for content in ("task: digits\n", record):  # a run's config.yaml has the folder of that run, for other results
         (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
-        assert "results_dir=results/compare" in cli._own_settings(chosen)[1]
+        assert "results_dir=results/compare" in comparison.read(chosen)[1]
 
 
 def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", **changes: object) -> int:
@@ -225,6 +225,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         (["methods=[low_rank]", "+method=dora"], "method"),
         (["methods=[low_rank]", "calibration.budget=0.02"], "calibration.budget"),
         (["methods=[low_rank]", "model=tiny_vit,tiny_clip"], "model"),
+        (["methods=[shira]", "model=tiny_vit,tiny_clip"], "model"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key: str, tmp_path) -> None:

@@ -82,6 +82,7 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
     first, second = tmp_path / "first", tmp_path / "second"
     (first / "cats").mkdir(parents=True)
     (first / "cats" / "a.png").write_text("pixels")
+    (first / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     shutil.copytree(first, second)
 
     def ids() -> list[str]:
@@ -133,6 +134,9 @@ def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypa
     assert places.run_directory(stored.load(settings)) == folder
     kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
     assert places.run_directory(kept) != folder
+    for ranks, rank in (("one", 16), ("auto", "auto")):  # which had said whether the rank was to be found
+        method = settings["method"] | {"ranks": ranks}
+        assert stored.load({**settings, "method": method}).method.rank == rank
     renamed = stored.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
     monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
     trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}

@@ -86,12 +86,11 @@ def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() ->
     messages = [{"role": role, "content": text} for role in ("user", "assistant") for text in ("what is two?", "two")]
     chats = [[messages[0], messages[2], messages[1], messages[3]], messages[::3]]
     rows = datasets.Dataset.from_dict({"messages": chats})
-    rows = format_completions({"train": rows}, TaskConfig("own", "files", modality="text", kind="generation"))["train"]
+    config = TaskConfig("own", "files", modality="text", kind="generation", max_new_tokens=6, cache_bytes=0)
+    rows = format_completions({"train": rows}, config)["train"]
     splits = dict.fromkeys(("train", "validation", "test"), rows)
     chosen = Task(name="own", modality="text", labels=(), metrics=("rouge_l",), kind="generation", **splits)
-    judge = objectives.judge_of(
-        chosen, CausalTransform(tokenizer, 64, chat=True), Alone(), batch_size=2, cache_bytes=0, max_new_tokens=6
-    )
+    judge = objectives.judge_of(chosen, CausalTransform(tokenizer, 64, chat=True), config, Alone(), batch_size=2)
     model = llama(tokenizer)
     told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), model, "test")
     for chat, written in zip(chats, told.predictions["prediction"], strict=True):
