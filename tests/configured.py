@@ -39,7 +39,8 @@ def settings(name: str, **changes: object) -> dict:
     written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     found = stored_settings(written["weights"]) or {}
     args = {**found.get("model_args", {}), **written.get("model_args", {})}
-    return {**found, **written, "model_args": args} | changes
+    usual = {"family": "timm", "new_modules": []}
+    return {**usual, **found, **written, "model_args": args} | changes
 
 
 def load(name: str, labels=LABELS, seed: int = 0, **changes: object) -> nn.Module:

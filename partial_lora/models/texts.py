@@ -50,7 +50,9 @@ def load_encoder(
     cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled but `new_modules`.
     """
     geometry = _encoder_geometry(architecture, model_args, head_config(labels, name))
-    return load_classifier(geometry, name, weights, dtype, attn_implementation, new_modules, instead=OFFLINE_TEXT_MODEL)
+    return load_classifier(
+        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=True, instead=OFFLINE_TEXT_MODEL
+    )
 
 
 def load_classifier(
