@@ -21,6 +21,7 @@ import yaml
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, read_json, redacted
 from partial_lora.settings.stored import upgraded
+from partial_lora.settings.tuned import tuned
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -252,7 +253,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "config": redacted(settings),
         "digests": digests,
         "preset": settings.get("preset"),
-        "tuning": _tuning(settings.get("trainer", {})),
+        "tuning": _tuning(settings),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
         "device": None,
@@ -292,11 +293,14 @@ def timed(record: dict, stage: str) -> Iterator[None]:
     record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
-def _tuning(trainer: Mapping) -> str:
+def _tuning(settings: Mapping) -> str:
     """Return how the learning rate was found, as tables have it: untuned, tuned, or by which other runs."""
+    trainer = settings.get("trainer", {})
     if trainer.get("tuned") is None:
         return "untuned"
-    return trainer.get("tuned_elsewhere") or "tuned"
+    with suppress(PartialLoraError):  # another machine of the run may not have the file
+        return tuned(trainer["tuned"], settings, trainer.get("tuned_on"))[1] or "tuned"
+    return "tuned"
 
 
 def git_commit() -> str | None:

@@ -71,7 +71,7 @@ def _rates(result: Mapping) -> str:
     if wished["learning_rate"] == AUTO:
         words.append("auto")
     if trainer.get("tuned"):
-        words.append(trainer.get("tuned_elsewhere") or "tuned")
+        words.append(result.get("tuning") or "tuned")
     return ", ".join(words)
 
 

@@ -261,7 +261,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
 
     Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
-    seed. `overwrite` and `trainer.tuned_elsewhere` are left out, since they concern that one run.
+    seed. `overwrite` is left out, since it concerns that one run, and so is a note of earlier ones on trainer.tuned.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]

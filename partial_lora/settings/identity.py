@@ -32,7 +32,7 @@ NOT_SETTINGS = {
     "calibration.memory",
     "trainer.tuned",
     "trainer.tuned_on",
-    "trainer.tuned_elsewhere",
+    "trainer.tuned_elsewhere",  # of earlier records
     "trainer.device",
     "trainer.start",
     "trainer.save_total_limit",

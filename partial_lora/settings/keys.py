@@ -78,7 +78,6 @@ def heading(file: Path) -> str:
     return " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
 
 
-_DERIVED = "never set by hand"  # how the comment of such a key begins
 _WRAPPED = {"subsequent_indent": " " * 6, "break_long_words": False, "break_on_hyphens": False}
 
 
@@ -88,13 +87,9 @@ def _in_yaml(value: object) -> str:
 
 
 def meanings() -> dict[str, str]:
-    """Return what every key means, by its full name, in the schema's order; those of no group come first.
-
-    Keys that settings are derived into, and nobody sets, are left out.
-    """
+    """Return what every key means, by its full name, in the schema's order; those of no group come first."""
     known = {key: text for key, text in _comments(Config) if key not in SECTIONS}
-    known |= {f"{group}.{key}": text for group, kind in SECTIONS.items() for key, text in _comments(kind)}
-    return {key: text for key, text in known.items() if not text.startswith(_DERIVED)}
+    return known | {f"{group}.{key}": text for group, kind in SECTIONS.items() for key, text in _comments(kind)}
 
 
 def _comments(kind: type) -> Iterator[tuple[str, str]]:

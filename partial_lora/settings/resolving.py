@@ -56,7 +56,8 @@ def resolve(composed: DictConfig) -> Config:
         model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
     config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
     if trainer.tuned is not None:  # before the run has its id, which the rate decides
-        return replace(config, trainer=replace(trainer, **tuned(trainer.tuned, plain(config), trainer.tuned_on)))
+        rate, _ = tuned(trainer.tuned, plain(config), trainer.tuned_on)
+        return replace(config, trainer=replace(trainer, learning_rate=rate))
     return config
 
 
@@ -107,8 +108,6 @@ def _check_surroundings(config: Config) -> None:
     require(known, "calibration.file", calibration, "an existing calibration.json")
     known = trainer.tuned is None or Path(trainer.tuned).is_file()
     require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
-    where = trainer.tuned_elsewhere
-    require(where is None, "trainer.tuned_elsewhere", where, "null: a run notes there how trainer.tuned was found")
     missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)

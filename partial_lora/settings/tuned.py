@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ _APART = {
     "calibration.file",
     "trainer.learning_rate",
     "trainer.tuned",
-    "trainer.tuned_elsewhere",
     "calibration.seed",
     "mask.seed",
     "calibration.reliability",
@@ -200,19 +200,20 @@ def word(value: object) -> str:
 
 # --- The file.
 
-VERSION = 3  # 2: its settings are without those of CHANGES that were defaults then
+VERSION = 4
+_LACKING = {2: "0.3.0", 3: "0.4.0"}  # of earlier versions: the first one of CHANGES that their settings are without
 _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
 _SHOWN = 3  # settings that are named, at most, where a rate was searched for with other settings
 
 
-def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str, Any]:
-    """Return the keys of a trainer out of a file: `learning_rate`, and `tuned_elsewhere`, None where all agrees.
+def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> tuple[float, str | None]:
+    """Return a learning rate out of a file, and for what else it was searched, None where all agrees.
 
     The rate was searched for at the same task, model, method, masks and operating point, or else at the nearest point
     (`nearest`); a method without an operating point has one rate for all masks and points. stand_in: a task whose rates
-    are taken where the file has none for the run's own task. `tuned_elsewhere` says in a table's words at which other
-    point, on which other task and with which other settings the rate was searched for. Raises PartialLoraError, naming
-    the file, where it has no such rate.
+    are taken where the file has none for the run's own task. What else says in a table's words at which other point, on
+    which other task and with which other settings it was. Raises PartialLoraError, naming the file, where it has no
+    such rate.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
     calibration, wanted = None, key_of(settings, None)  # as for a method without an operating point
@@ -237,7 +238,7 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> dict[str
         for name, _, value in differences
         if on is None or not name.startswith("task.")  # other rows are what makes it another task
     ]
-    return {"learning_rate": found["learning_rate"], "tuned_elsewhere": _words(on, at, others)}
+    return found["learning_rate"], _words(on, at, others)
 
 
 def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
@@ -253,22 +254,19 @@ def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in
 
 
 def load(file: Path) -> list[dict]:
-    """Return the entries of a file; raise PartialLoraError, naming it, where it is none.
-
-    Versions 0.1 and 0.2 left draw and scaling out where they were PEFT's.
-    """
+    """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
     try:
         content = read_json(file)
         version, entries = content["version"], content["entries"]
-        whole = version not in (2, VERSION) or all(_is_whole(entry) for entry in entries)
+        whole = version not in (*_LACKING, VERSION) or all(_is_whole(entry) for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
-    if version not in (2, VERSION):
+    if version not in (*_LACKING, VERSION):
         expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
         raise PartialLoraError(f"trainer.tuned={file}: {expected}")
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
-    return [_upgraded(entry) for entry in entries] if version == 2 else entries
+    return [_upgraded(entry, _LACKING[version]) for entry in entries] if version in _LACKING else entries
 
 
 def save(file: Path, entries: Iterable[Mapping]) -> None:
@@ -288,10 +286,12 @@ def save(file: Path, entries: Iterable[Mapping]) -> None:
     write_json(file, {"version": VERSION, "entries": [kept[key] for key in sorted(kept)]})
 
 
-def _upgraded(entry: Mapping) -> dict:
-    """Return an entry of version 2 in today's terms; an entry without an operating point has no settings of masks."""
-    before = {change.key: change.before for change in stored.CHANGES if change.key.startswith(_CALIBRATED)}
-    settings = entry["settings"] if entry["operating_point"] == NO_POINT else before | entry["settings"]
+def _upgraded(entry: Mapping, since: str) -> dict:
+    """Return an entry in today's terms; one without an operating point has no settings of masks."""
+    settings = dict(entry["settings"])
+    for change in dropwhile(lambda change: change.version != since, stored.CHANGES):
+        if entry["operating_point"] != NO_POINT or not change.key.startswith(_CALIBRATED):
+            settings.setdefault(change.key, settings.pop(change.name, change.before))
     length = {key: value for key, value in settings.items() if _is_length(key)}
     return {**entry, "settings": length | dict(sorted(settings.items()))}
 

@@ -78,7 +78,6 @@ class TrainerConfig:
     # a file of scripts/tune.py; its rate for this run replaces trainer.learning_rate
     tuned: Optional[str] = None
     tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
-    tuned_elsewhere: Optional[str] = None  # never set by hand: what the rate was searched for, if not for this run
     weight_decay: float = 0.01  # weight decay of AdamW
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it

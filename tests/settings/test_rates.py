@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_runs_find_their_rate_in_the_file(file: Path, overrides: str, rate: floa
     assert identity.run_id(chosen) == identity.run_id(by_hand)  # how the rate was found changes nothing
 
 
+def test_a_file_of_an_earlier_version_was_searched_by_what_was_usual_then(file: Path) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"version": 3}))  # before trainer.select_within
+    assert tuning_of(composed_with(file, "trainer.select_within=0")) == "tuned"
+    assert tuning_of(composed_with(file, "")) == "tuned elsewhere (trainer.select_within=0)"
+
+
 @pytest.mark.parametrize(
     ("overrides", "missing"),
     [
@@ -118,7 +126,7 @@ def test_runs_find_their_rate_in_the_file(file: Path, overrides: str, rate: floa
         ("task=cifar10", "task=cifar10"),
         ("task=cifar10 trainer.tuned_on=gtsrb", "task=cifar10"),
         ("trainer.tuned=nowhere.json", "nowhere.json"),
-        ("trainer.tuned_elsewhere=here", "_elsewhere=here"),
+        ("trainer.tuned_elsewhere=here", "_elsewhere: no such key"),
     ],
 )
 def test_a_run_without_a_rate_is_refused_by_what_is_missing(file: Path, overrides: str, missing: str) -> None:
