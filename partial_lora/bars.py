@@ -93,6 +93,8 @@ class Bars:
         name, done, total = event["stage"], event["done"], event["total"]
         if "note" in event:
             self.note(f"{name}: {event['note']}")
+            if not total:  # a line alone
+                return
         share = event.get("share", done / total if done and total else None)
         if name == "download":
             count = f"{done // 1_000_000}/{total // 1_000_000} MB"

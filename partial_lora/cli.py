@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.building.info import Outline
+    from partial_lora.finished.evaluate import Evaluation
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
 
@@ -388,6 +389,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     _add_member(parser)
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
     parser.add_argument(
+        "--lm-eval",
+        type=lambda value: value.split(","),
+        metavar="TASKS",
+        help="tasks of EleutherAI's lm-evaluation-harness (partial-lora's extra lm-eval), by name or YAML file",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object: the folder and all of evaluation.json"
     )
     parsed = parser.parse_intermixed_args(list(arguments))
@@ -396,6 +403,11 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     run = finished_run(parsed.run)
     task, trainer = evaluation_settings(run, parsed.overrides, parsed.member)
+    if parsed.lm_eval:
+        with _libraries():
+            from partial_lora.finished.harness import evaluate_by_harness
+        done = evaluate_by_harness(run, parsed.lm_eval, device=trainer.device, batch_size=trainer.eval_batch_size)
+        return _print_harness(done, parsed.json)
     with _libraries():
         from partial_lora.finished.evaluate import evaluate_run
     with bar("evaluate") as advance:
@@ -423,6 +435,19 @@ def evaluate(arguments: Sequence[str]) -> int:
         table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
     Console().print(table)
     print(*(f"beware: {warning}" for warning in done.record["warnings"]), f"wrote {done.folder}", sep="\n")
+    return 0
+
+
+def _print_harness(done: Evaluation, as_json: bool) -> int:
+    """Print what the harness has measured, with its errors, and where it is; return the exit code."""
+    if as_json:
+        print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
+        return 0
+    for task, metrics in done.record["metrics"].items():
+        for name, measured in metrics.items():
+            value, error = ("–" if each is None else f"{each:.4f}" for each in measured.values())
+            print(f"{task}  {name}  {value} ± {error}")
+    print(f"wrote {done.folder}")
     return 0
 
 
@@ -586,7 +611,7 @@ def _plain_line(top_k: int | None, labels: Sequence[str]) -> Callable[[Predictio
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """Print what a causal run writes after a prompt, while it is written; return the exit code.
+    """Print what a causal run writes after a prompt, or in a conversation, as it is written; return the exit code.
 
     Raises PartialLoraError for a run that is none, or whose model writes no texts.
     """
@@ -595,7 +620,13 @@ def generate(arguments: Sequence[str]) -> int:
         "Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
         "into the chat template if the prompts of the run's task did.",
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads standard input")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="a text; - reads one from standard input; without it, each line of standard input is a turn of a "
+        "conversation, which Ctrl-D ends",
+    )
     parser.add_argument(
         "--temperature",
         type=_temperature,
@@ -627,14 +658,12 @@ def generate(arguments: Sequence[str]) -> int:
         )
     one_task(run, parsed.member)
     prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
-    if not prompt.strip() or "" in parsed.stop:
-        raise PartialLoraError(f"{'--stop' if prompt.strip() else 'PROMPT'}: expected a text, not an empty one")
+    if (prompt is not None and not prompt.strip()) or "" in parsed.stop:
+        raise PartialLoraError(f"{'--stop' if '' in parsed.stop else 'PROMPT'}: expected a text, not an empty one")
     with _libraries():
-        from partial_lora.finished import generate
-    generate.generate(
+        from partial_lora.finished.generate import Writer
+    writer = Writer(
         run,
-        prompt,
-        lambda text: print(text, end="", flush=True),
         member=parsed.member,
         device=parsed.device,
         max_new_tokens=parsed.max_new_tokens,
@@ -642,8 +671,20 @@ def generate(arguments: Sequence[str]) -> int:
         temperature=parsed.temperature,
         seed=parsed.seed,
     )
-    print(flush=True)
+    for _ in writer.converse(_turns() if prompt is None else [prompt], lambda text: print(text, end="", flush=True)):
+        print(flush=True)
     return 0
+
+
+def _turns() -> Iterator[str]:
+    """Yield the lines that a person writes, or those of standard input."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin or ())
+        return
+    print("Each line is a turn of a conversation. Ctrl-D ends it.", file=sys.stderr)
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
 
 
 def export(arguments: Sequence[str]) -> int:

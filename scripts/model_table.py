@@ -22,7 +22,6 @@ import json
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from tabulate import tabulate
 from torch import nn
 
@@ -43,7 +42,7 @@ OUTPUTS = 2
 
 def own_task(name: str) -> tuple[str, str]:
     """The family of a model of conf/model, and the task of one's own data that goes with it."""
-    family = OmegaConf.load(schema.conf_dir() / "model" / f"{name}.yaml").get("family", "timm")
+    family = composed(f"model={name}").model.family
     return family, _TASKS.get(family, "image_table")
 
 

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -31,7 +30,7 @@ from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
 from partial_lora.report.drawing import save
-from partial_lora.settings.schema import conf_dir
+from partial_lora.settings.compose import composed
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
 MODELS, IMAGES = ("tiny_vit", "vit_s14"), 8
@@ -117,17 +116,17 @@ class Network:
     """A timm ViT whose activations are recorded and whose target weights can be swapped."""
 
     def __init__(self, name: str) -> None:
-        settings = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings = composed(f"model={name}").model
         keys = ("name", "weights", "architecture", "model_args", "image_size")
-        self.name, self.image_size = name, settings["image_size"]
-        loaded = models.load(labels=["one", "other"], **{key: settings[key] for key in keys})
+        self.name, self.image_size = name, settings.image_size
+        loaded = models.load(labels=["one", "other"], **{key: getattr(settings, key) for key in keys})
         self.vit = loaded.timm_model.eval().double()  # the smallest changes are near float32's rounding
         for block in self.vit.blocks:
             block.attn.fused_attn = False  # the fused product has no forward derivative
         self.modules = {
             f"{index}.{kind}": block.get_submodule(kind)
             for index, block in enumerate(self.vit.blocks)
-            for kind in settings["target_modules"]
+            for kind in settings.target_modules
         }
         self.weights = {name: module.weight.detach().clone() for name, module in self.modules.items()}
 

@@ -10,6 +10,7 @@ from refusals import refusal
 from torch import Tensor, nn
 
 from partial_lora import models
+from partial_lora.models.skeleton import stored_settings
 
 FOLDER = Path(__file__).parents[1] / "conf" / "model"
 ALL = sorted(file.stem for file in FOLDER.glob("*.yaml"))
@@ -34,8 +35,12 @@ LABELS = ["cat", "dog", "barn_owl"]
 
 
 def settings(name: str, **changes: object) -> dict:
-    """A group file as it is, with some of its keys changed."""
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) | changes
+    """A group file, with what the model's own files say, and with some of its keys changed."""
+    written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    found = stored_settings(written["weights"]) or {}
+    args = {**found.get("model_args", {}), **written.get("model_args", {})}
+    usual = {"family": "timm", "new_modules": []}
+    return {**usual, **found, **written, "model_args": args} | changes
 
 
 def load(name: str, labels=LABELS, seed: int = 0, **changes: object) -> nn.Module:

@@ -98,6 +98,10 @@ def lines(*events: tuple[float, dict]) -> list[str]:
     return written.getvalue().splitlines()
 
 
+def test_a_note_of_no_stage_is_a_line_alone() -> None:
+    assert lines((0, {"stage": "rows", "done": 0, "total": 0, "note": "read"})) == ["rows: read"]
+
+
 def seconds_left(line: str) -> float:
     hours, minutes, seconds = line.removesuffix(" left").rpartition(" ")[2].split(":")
     return int(hours) * 3600 + int(minutes) * 60 + int(seconds)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import peft.mapping
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
+from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
@@ -27,8 +28,8 @@ from partial_lora.masks import AXES, Mask
 class PartialLoraModel(LoraModel):
     """A base model whose adapters hold only the kept rows and columns.
 
-    PEFT itself does all that its LoRA does (merging, saving, several adapters, quantised bases). Every adapter has a
-    PartialLoraConfig, with sparsity 0 for plain LoRA; add_weighted_adapter combines adapters into a dense one.
+    PEFT itself does all that its LoRA does (merging, saving, several adapters, quantised bases). An adapter with a
+    LoraConfig is plain LoRA, beside masked ones; add_weighted_adapter combines adapters into such a one.
 
     Raises PartialLoraError, before anything is built, for targets that cannot be masked.
     """
@@ -244,21 +245,55 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
+    PeftModel.add_adapter = _beside_others(PeftModel.add_adapter)
     PeftModel.load_adapter = _with_its_masks(PeftModel.load_adapter)
 
 
-def _with_its_masks(load_adapter: Callable) -> Callable:
-    """Return PEFT's load_adapter, made to refuse values to train on that are of other masks than the adapter's.
+def _beside_others(add_adapter: Callable) -> Callable:
+    """Return PEFT's add_adapter, made to put plain LoRA and masked adapters into one model.
 
-    Values of a smaller mask would fit a larger one, but the optimizer's state beside them, in a Trainer's checkpoint,
+    PEFT keeps one type of adapter in a model. PartialLoraModel is a LoraModel that leaves plain LoRA alone, so it does
+    for both.
+    """
+
+    @functools.wraps(add_adapter)
+    def add(model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args, **kwargs) -> None:
+        if {model.peft_type, peft_config.peft_type} != {PeftType.LORA, PEFT_TYPE}:
+            return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+        if any(config.target_parameters for config in (*model.peft_config.values(), peft_config)):
+            raise PartialLoraError(f"target_parameters does not go with Partial-LoRA: {REFUSED['target_parameters']}.")
+        model.base_model.__class__ = PartialLoraModel
+        model.peft_type = peft_config.peft_type  # which PEFT compares
+        try:
+            return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+        finally:
+            model.peft_type = PEFT_TYPE
+
+    return add
+
+
+def _with_its_masks(load_adapter: Callable) -> Callable:
+    """Return PEFT's load_adapter, made to load a folder of ours with its masks: beside masked adapters, and to train.
+
+    Else it is plain LoRA, as for PEFT alone. Values to train on that are of other masks than the adapter's are refused.
+    Those of a smaller mask would fit a larger one, but the optimizer's state beside them, in a Trainer's checkpoint,
     would not, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not their folder.
     """
 
     @functools.wraps(load_adapter)
-    def load(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, *args, **kwargs) -> Any:
-        config = model.peft_config.get(adapter_name)
-        path = Path(model_id, kwargs.get("subfolder") or "", sidecar.FILE_NAME)
-        if is_trainable and isinstance(config, PartialLoraConfig) and path.is_file():
+    def load(
+        model: PeftModel, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *args, **kwargs
+    ) -> Any:
+        config, subfolder = model.peft_config.get(adapter_name), kwargs.get("subfolder")
+        path = Path(model_id, subfolder or "", sidecar.FILE_NAME)
+        if path.is_file() and config is None and (is_trainable or model.peft_type == PEFT_TYPE):
+            config = PartialLoraConfig.from_pretrained(str(model_id), subfolder=subfolder)
+            config.inference_mode = not is_trainable
+            options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}
+            model.add_adapter(adapter_name, config, **options)
+            if is_trainable:
+                model.set_requires_grad(adapter_name)
+        elif path.is_file() and is_trainable and isinstance(config, PartialLoraConfig):
             sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
         return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
 

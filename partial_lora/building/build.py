@@ -26,6 +26,7 @@ from partial_lora.methods import tuners
 from partial_lora.methods.config import MethodConfig
 from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.config import ModelConfig
+from partial_lora.models.configs import RESAMPLING
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.checks import check_modality
@@ -101,7 +102,8 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
         return tasks.TextTransform(tokenizer, model.max_length)
     chat = chosen.chat_template
     if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
-        chat = chosen.path == "files" and tokenizer.chat_template is not None
+        is_benchmark = chosen.format is not None and chosen.path != "files"
+        chat = not is_benchmark and tokenizer.chat_template is not None
     too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
     return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
 
@@ -143,21 +145,13 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
         except AttributeError as error:
             kind = type(loaded).__name__
             raise PartialLoraError(f"model.new_modules: {kind} has no module of the name {name}") from error
-    if model.modality == "text":
-        _check_length(loaded, model)
+    longest = models.longest_text(loaded) if model.modality == "text" else None
+    if longest is not None and model.max_length > longest:
+        raise PartialLoraError(
+            f"model.max_length={model.max_length}: expected at most {longest}, the positions that model={model.name} "
+            "has"
+        )
     return loaded
-
-
-def _check_length(loaded: PreTrainedModel, model: ModelConfig) -> None:
-    """Refuse texts longer than a model's table of positions; some models use only the positions after the padding's."""
-    for name, module in loaded.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-            if model.max_length > longest:
-                raise PartialLoraError(
-                    f"model.max_length={model.max_length}: expected at most {longest}, the positions that "
-                    f"model={model.name} has"
-                )
 
 
 # --- Calibration, on few-shot draws of the training rows.
@@ -327,14 +321,30 @@ _LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "pape
 
 def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, folder: Path) -> None:
     """Write config.json, with the names of the classes, and what makes inputs: a tokenizer, or the size of images."""
-    if config.modality == "image":
+    if config.family in ("timm", "clip"):
         write_json(folder / "config.json", _timm_config(model, config))
         return
     model.config.save_pretrained(folder)
+    if config.family == "image":
+        write_json(folder / "preprocessor_config.json", _processor(config))
+        return
     tokenizer = getattr(transform, "transforms", [transform])[0].tokenizer  # members of a mixture share it
     if config.family == "encoder":
         tokenizer.model_max_length = config.max_length  # where texts are cut
     tokenizer.save_pretrained(folder)
+
+
+def _processor(config: ModelConfig) -> dict[str, Any]:
+    """Return an image processor's settings in transformers' format, of the class that resizes and crops as here."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "size": {"shortest_edge": config.image_size},
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "resample": RESAMPLING[config.interpolation],
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
 
 
 def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def evaluate_run(
         "mixed_precision": model.precision,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    _write(folder, record, found.predictions)
+    write(folder, record, found.predictions)
     return Evaluation(folder, record)
 
 
@@ -175,7 +175,7 @@ def logits_of(
     return np.concatenate(logits), np.concatenate(references)
 
 
-def _write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
+def write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
     """Write an evaluation; evaluation.json goes first and comes last, so that predictions beside it are its own.
 
     There are no predictions of texts that were judged by their likelihood alone.

@@ -1,8 +1,8 @@
-"""A text that a finished causal run writes after a prompt, word by word as it is written."""
+"""Texts that a finished causal run writes after prompts and in conversations, word by word as they are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,44 +13,70 @@ from partial_lora.errors import require
 from partial_lora.finished.predict import RunModel, is_text
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
+from partial_lora.tasks.prompts import Message, Prompt
+from partial_lora.tasks.questions import ASSISTANT
 from partial_lora.training.metrics import generation_config
 
 
-def generate(
-    run: FinishedRun,
-    prompt: str,
-    emit: Callable[[str], object],
-    *,
-    member: str | None = None,
-    device: str = "auto",
-    max_new_tokens: int | None = None,
-    stop: Sequence[str] = (),
-    temperature: float = 0.0,
-    seed: int | None = None,
-) -> None:
-    """Call `emit` with the parts of the text that a causal run writes after a prompt, without space around it.
+class Writer:
+    """A finished causal run that writes after prompts, alone or in a conversation.
 
-    The prompt enters the model as the task's own prompts did, chat template included. The text ends at the model's end
-    token, before the first of the task's stop strings or of `stop`, or after `max_new_tokens` (None: the task's).
+    Prompts enter the model as the task's own prompts did, chat template included. A text ends at the model's end token,
+    before the first of the task's stop strings or of `stop`, or after `max_new_tokens` (None: the task's).
 
     Args:
         member: of a mixture, the task whose prompts and stop strings are meant.
         temperature: 0 takes the most likely token each time, as `predict` does; else tokens are drawn.
         seed: of what is drawn; None draws another text each time.
     """
-    require(is_text(prompt), "PROMPT", prompt, "a text in UTF-8")
-    task = one_task(run, member).config.task
-    transform = build.transform_of(run.config.model, task)
-    on = RunModel(run, device)
-    inputs = {name: tensor.to(on.device) for name, tensor in transform.encode([prompt]).items()}
-    stop = [*task.stop, *stop]
-    settings = generation_config(on.model, transform, max_new_tokens or task.max_new_tokens, stop, temperature)
-    streamer = _Words(transform.tokenizer, settings.eos_token_id or [], stop, emit)
-    if seed is not None:
-        set_seed(seed)
-    tokenizer = {"tokenizer": transform.tokenizer} if stop else {}
-    with torch.inference_mode():
-        on.model.generate(**inputs, generation_config=settings, streamer=streamer, **tokenizer)
+
+    def __init__(
+        self,
+        run: FinishedRun,
+        *,
+        member: str | None = None,
+        device: str = "auto",
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        task = one_task(run, member).config.task
+        self._transform = build.transform_of(run.config.model, task)
+        self._on, self._stop = RunModel(run, device), [*task.stop, *stop]
+        tokens = max_new_tokens or task.max_new_tokens
+        self._settings = generation_config(self._on.model, self._transform, tokens, self._stop, temperature)
+        if seed is not None:
+            set_seed(seed)
+
+    def write(self, prompt: Prompt, emit: Callable[[str], object]) -> str:
+        """Return the text after a prompt, without space around it; call `emit` with its parts as they are written."""
+        parts: list[str] = []
+
+        def put(part: str) -> None:
+            parts.append(part)
+            emit(part)
+
+        tokenizer, settings = self._transform.tokenizer, self._settings
+        inputs = {name: tensor.to(self._on.device) for name, tensor in self._transform.encode([prompt]).items()}
+        streamer = _Words(tokenizer, settings.eos_token_id or [], self._stop, put)
+        reader = {"tokenizer": tokenizer} if self._stop else {}
+        with torch.inference_mode():
+            self._on.model.generate(**inputs, generation_config=settings, streamer=streamer, **reader)
+        return "".join(parts)
+
+    def converse(self, turns: Iterable[str], emit: Callable[[str], object]) -> Iterator[str]:
+        """Yield the answer to each turn of a conversation, which the model reads with all before it.
+
+        Where prompts have no chat template, a turn is a prompt of its own.
+        """
+        messages: list[Message] = []
+        for turn in filter(str.strip, turns):
+            require(is_text(turn), "PROMPT", turn, "a text in UTF-8")
+            messages.append({"role": "user", "content": turn})
+            answer = self.write(messages if self._transform.chat else turn, emit)
+            messages.append({"role": ASSISTANT, "content": answer})
+            yield answer
 
 
 class _Words(TextStreamer):

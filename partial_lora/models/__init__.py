@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         weights_digest,
     )
     from partial_lora.models.quantization import dequantised, size_of
-    from partial_lora.models.texts import tokenizer
+    from partial_lora.models.texts import longest_text, tokenizer
     from partial_lora.models.weights import in_full_precision
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "head_name",
     "in_full_precision",
     "load",
+    "longest_text",
     "size_of",
     "tokenizer",
     "weights_digest",
@@ -38,6 +39,7 @@ _MODULES = {
     "dequantised": "quantization",
     "in_full_precision": "weights",
     "size_of": "quantization",
+    "longest_text": "texts",
     "tokenizer": "texts",
 }
 

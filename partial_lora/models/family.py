@@ -1,4 +1,4 @@
-"""One door to all families of models: timm's image models, CLIP, text encoders and causal language models."""
+"""One door to all families of models: image models of timm and transformers, CLIP, text encoders, language models."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Family:
 
 FAMILIES = {
     "timm": Family(images.load_timm, images.empty_timm, images.head_name),
+    "image": Family(images.load_image, images.empty_image, texts.head_name),
     "clip": Family(images.load_clip, images.empty_timm, images.head_name, own_head=True),
     "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name),
     "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, own_head=True),
@@ -42,8 +43,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a pre-trained model with a head for the labels (none: one real number), on the CPU, in evaluation mode.
 
-    The settings are labels and those of the config's `model`; `load_timm`, `load_clip`, `load_encoder` and
-    `load_causal` explain what each family takes of them. A causal model gets no new head and ignores labels. All
+    The settings are labels and those of the config's `model`; `load_timm`, `load_image`, `load_clip`, `load_encoder`
+    and `load_causal` explain what each family takes of them. A causal model gets no new head and ignores labels. All
     weights but the quantised ones have `dtype`, the head's too. Raises PartialLoraError, in one line, where the model
     cannot be had.
     """

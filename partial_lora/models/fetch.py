@@ -10,14 +10,21 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    CacheNotFound,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from partial_lora import progress
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import FULL, file_sha256, redacted
 from partial_lora.models import bundled
 
@@ -26,7 +33,8 @@ RANDOM = "random"  # weights that are drawn, not loaded
 OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
-_FILES = ["config.json", *_WEIGHTS]
+_CONFIGS = ["config.json", "preprocessor_config.json"]
+_FILES = [*_CONFIGS, *_WEIGHTS]
 _TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 _TOKENIZER += ["vocab.txt", "vocab.json", "merges.txt", "spm.model", "tokenizer.model", "chat_template.jinja"]
 # For text models whose repository has nothing better (deberta-v3-base, clip-vit-base-patch16): a pickle, which torch's
@@ -66,6 +74,29 @@ def folder_of(
     raise PartialLoraError(
         f"model={name}: {weights} was downloaded twice and {broken[0].name} is broken; try again later"
     )
+
+
+def config_folder_of(weights: str, name: str) -> Path:
+    """Return a folder with a model's config.json, and what is beside it of its inputs; of the hub, these files alone.
+
+    Raises PartialLoraError for a folder without one, and where a repository cannot be had.
+    """
+    if weights.startswith(bundled.PREFIX) or Path(weights).is_dir():
+        folder = folder_of(weights, name)
+    else:
+        folder = _download(weights, name, _CONFIGS, OFFLINE_IMAGE_MODEL)
+    if not (folder / "config.json").is_file():
+        raise PartialLoraError(f"model={weights}: expected a config.json in it, which says what model it is")
+    return folder
+
+
+def _cached() -> str:
+    """Return the names of the models in the hub's cache, for a message."""
+    try:
+        names = sorted(each.repo_id for each in scan_cache_dir().repos if each.repo_type == "model")
+    except CacheNotFound:
+        names = []
+    return shortlist(names) if names else "no model"
 
 
 def name_after(model: PreTrainedModel, weights: str) -> None:
@@ -123,9 +154,9 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
             ) from error
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
-            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
-            "connection and the repository's name, set model.weights to a folder with its files, or use "
-            f"model={instead}, which needs no hub"
+            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); the hub's "
+            f"cache holds {_cached()}; check the connection and the repository's name, set model.weights to a folder "
+            f"with its files, or use model={instead}, which needs no hub"
         ) from error
 
 

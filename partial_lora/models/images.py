@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.models.fetch import RANDOM, folder_of, name_after
-from partial_lora.models.texts import VOCABULARY, byte_tokenizer, tokenizer_in
+from partial_lora.models.fetch import OFFLINE_IMAGE_MODEL, RANDOM, folder_of, name_after
+from partial_lora.models.texts import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
 from partial_lora.models.weights import (
+    Geometry,
     check_architecture,
     draw_head,
     fixed_seed,
@@ -28,7 +29,7 @@ from partial_lora.models.weights import (
 )
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
+    from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
 
 
 def load_timm(
@@ -81,6 +82,7 @@ def _load(
             check_architecture(architecture, config.architecture, weights)
             vars(config).pop("label_names", None)  # the weights' own classes, which a saved copy would name
             config.model_args = {**(config.model_args or {}), **model_args}
+            config.model_args.pop("num_classes", None)  # the head's size is num_labels
             model = load_weights(
                 transformers.TimmWrapperForImageClassification,
                 folder,
@@ -93,6 +95,43 @@ def _load(
             name_after(model, weights)
     _set_attention(model, attn_implementation)
     return model
+
+
+def load_image(
+    *,
+    name: str,
+    weights: str,
+    architecture: str,
+    model_args: dict,
+    labels: Sequence[str],
+    image_size: int = 224,
+    new_modules: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load an image model of transformers' own with a new head, as `load_encoder` loads one of texts.
+
+    Raises PartialLoraError for images of a size that the model does not take.
+    """
+    geometry = _image_geometry(architecture, model_args, head_config(labels, name))
+    shapes = geometry.empty()
+    try:
+        shapes(pixel_values=torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        raise PartialLoraError(f"model.image_size={image_size}: model={name} {one_line(error)}") from error
+    return load_classifier(
+        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=False, instead=OFFLINE_IMAGE_MODEL
+    )
+
+
+def empty_image(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
+    """Return the model's shapes on the meta device, as `empty_timm` does."""
+    return _image_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
+
+
+def _image_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
+    auto = transformers.AutoModelForImageClassification
+    return Geometry(auto, "classifier of images", architecture, model_args, head)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Skeletons of models: names, classes and shapes, from which `partial-lora info` counts without importing torch.
 
 skeletons.json holds the models of conf/model, as timm and transformers build them; a model of another geometry is built
-on the meta device.
+on the meta device. configs.json holds what the files of these models say of them, by their weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FILE = Path(__file__).with_name("skeletons.json")
+CONFIGS = Path(__file__).with_name("configs.json")
 ALL_LINEAR = "all-linear"  # in place of names, as in PEFT: every linear layer but a causal model's output
 _CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 
@@ -135,6 +136,16 @@ def stored_skeleton(*, family: str, architecture: str, model_args: Mapping, outp
 
 # --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. A run of equal
 # trees is stored once, under the numbers of the first and the last ("0-11").
+
+
+def stored_settings(weights: str) -> Mapping[str, object] | None:
+    """Return what the files of a model of conf/model say of it, as `configs.settings_of` would; None for others."""
+    return _stored_settings().get(weights)
+
+
+@cache
+def _stored_settings() -> dict[str, dict]:
+    return json.loads(CONFIGS.read_text(encoding="utf-8"))
 
 
 def key_of(family: str, architecture: str, model_args: Mapping) -> str:

@@ -39,6 +39,7 @@ def load_encoder(
     architecture: str,
     model_args: dict,
     labels: Sequence[str],
+    new_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
@@ -46,18 +47,40 @@ def load_encoder(
 
     `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
     drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the weights
-    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled.
+    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled but `new_modules`.
     """
+    geometry = _encoder_geometry(architecture, model_args, head_config(labels, name))
+    return load_classifier(
+        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=True, instead=OFFLINE_TEXT_MODEL
+    )
+
+
+def load_classifier(
+    geometry: Geometry,
+    name: str,
+    weights: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    new_modules: Sequence[str],
+    *,
+    pickles: bool,
+    instead: str,
+) -> PreTrainedModel:
+    """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
+    new = tuple(f"{module}." for module in new_modules)
     model = _load(
-        _encoder_geometry(architecture, model_args, head_config(labels, name)),
+        geometry,
         name,
         weights,
         dtype,
         attn_implementation,
-        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}."),
-        pickles=True,
-        instead=OFFLINE_TEXT_MODEL,
+        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}.") or key.startswith(new),
+        pickles=pickles,
+        instead=instead,
     )
+    if getattr(model.config, "pad_token_id", 0) is None:  # a language model's last token is classified
+        ends = model.config.eos_token_id  # by which `tokenizer` pads
+        model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None) or _HEAD_STD
     draw_head(model.get_submodule(head_name(model)), std=std)
     # Else the Trainer multiplies the loss, and so the gradient, by the steps of accumulation and the processes.
@@ -138,7 +161,7 @@ def _load(
 
 def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:
     config = geometry.config()
-    if config.vocab_size < VOCABULARY:
+    if getattr(config, "vocab_size", VOCABULARY) < VOCABULARY:
         raise PartialLoraError(
             f"model.model_args.vocab_size={config.vocab_size}: expected at least {VOCABULARY}, the tokens of "
             "weights=random"
@@ -172,6 +195,17 @@ def _encoder_geometry(architecture: str, model_args: dict, head: dict) -> Geomet
 
 def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
     return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model's table of positions has room for; None for a model without such a table.
+
+    Some models use only the positions after the padding's.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -127,15 +127,22 @@ class Geometry:
                 f"model.architecture={self.architecture}: transformers has no {self.noun} of that type"
             )
         for key in self.model_args:
-            if not hasattr(default, key):
-                # DeBERTa, for one, asks its config for keys that the config's class does not list.
-                model_class = self.auto._model_mapping[type(default)]
-                if f'"{key}"' not in inspect.getsource(sys.modules[model_class.__module__]):
-                    raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
+            if not takes(default, self.built(default), key):
+                raise PartialLoraError(f"model.model_args.{key}: {self.architecture} takes none of that name")
         try:
-            return AutoConfig.for_model(self.architecture, **self.model_args, **self.head)
+            return self._named(AutoConfig.for_model(self.architecture, **self.model_args, **self.head))
         except (ValueError, TypeError, LookupError, AssertionError, AttributeError, StrictDataclassError) as error:
             raise self._impossible(error) from error
+
+    def built(self, config: PretrainedConfig) -> type:
+        """Return the class of the models of a config; the first where transformers has several."""
+        known = self.auto._model_mapping[type(config)]
+        return known[0] if isinstance(known, tuple) else known
+
+    def _named(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return a config that names its model's class, by which transformers chooses among several."""
+        config.architectures = [self.built(config).__name__]
+        return config
 
     def empty(self) -> PreTrainedModel:
         """Return the model on the meta device: shapes without weights or memory. Raises as `config`."""
@@ -168,6 +175,7 @@ class Geometry:
                 f"model.weights={weights}: expected a config.json that transformers knows ({one_line(error)})"
             ) from error
         check_architecture(self.architecture, config.model_type, weights)
+        config = self._named(config)
         counted = self.empty().config
         for key in self.model_args:
             expected, value = getattr(counted, key, None), getattr(config, key, None)
@@ -182,6 +190,14 @@ class Geometry:
         return PartialLoraError(
             f"model.model_args={dict(self.model_args)}: no geometry of {self.architecture} ({one_line(error)})"
         )
+
+
+def takes(default: PretrainedConfig, model_class: type, key: str) -> bool:
+    """Return whether a key is one of a config's class, whose `default` is given, or is asked for by the model's class.
+
+    DeBERTa, for one, asks its config for keys that the config's class does not list.
+    """
+    return hasattr(default, key) or f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
 
 
 def head_config(labels: Sequence[str], name: str) -> dict[str, object]:

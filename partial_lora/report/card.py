@@ -31,6 +31,7 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
     "timm": "TimmWrapperForImageClassification",
+    "image": "AutoModelForImageClassification",
     "encoder": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
 }

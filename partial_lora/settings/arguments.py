@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -15,6 +16,7 @@ import yaml
 
 from partial_lora.errors import PartialLoraError, in_yaml, require
 from partial_lora.files import flatten, read_yaml
+from partial_lora.models.config import FROM_FILES
 from partial_lora.settings.keys import no_such_option
 from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
 from partial_lora.settings.stored import upgraded_settings
@@ -29,7 +31,8 @@ CONFIG_NAME = "config"
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra takes them: a FILE.yaml as its primary config, values in its grammar."""
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    return [in_grammar(argument, is_sweep) for argument in _with_file(arguments)]
+    names = _names_of_models(arguments)
+    return [in_grammar(_with_own_models(argument, names), is_sweep) for argument in _with_file(arguments, names)]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -124,12 +127,52 @@ def as_text(argument: str) -> str:
     return shlex.quote(f"{key}={quoted(text)}")
 
 
+# --- A model that is no file of conf/model: a folder, or a repository of the hub.
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+
+
+def _names_of_models(arguments: Sequence[str]) -> set[str]:
+    """Return the names of group files for models, the user's own among them."""
+    folder = parse(arguments).config_dir
+    places = [conf_dir(), *([Path(folder)] if folder else [])]
+    return {file.stem for place in places for file in (place / "model").glob("*.yaml")}
+
+
+def _with_own_models(argument: str, names: Collection[str]) -> str:
+    """Return `model=` with names of group files in place of folders and repositories."""
+    key, equals, value = argument.partition("=")
+    if key != "model" or not equals:
+        return argument
+    chosen = [value] if os.path.isdir(os.path.expanduser(value)) else value.split(",")
+    return f"model={','.join(own_model(each, names) for each in chosen)}"
+
+
+def own_model(value: str, names: Collection[str]) -> str:
+    """Return the name of the group file that a value of `model` stands for.
+
+    That of a folder or a repository is made here: it has a name and says where the weights are. All else is left to the
+    model's own files, which are read once the task is known (`resolving`).
+    """
+    folder = Path(value).expanduser()
+    if value in names or not (folder.is_dir() or _REPOSITORY.fullmatch(value)):
+        return value
+    from hydra.core.config_store import ConfigStore
+
+    plain = folder.resolve().name if folder.is_dir() else value.partition("@")[0].rpartition("/")[2]
+    plain = re.sub(r"[^\w.-]", "_", plain).lstrip(".-") or "model"
+    name = f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+    empty = {key: list(nothing) if nothing == () else nothing for key, nothing in FROM_FILES.items()}
+    ConfigStore.instance().store(name=name, group="model", node={"name": plain, "weights": value, **empty})
+    return name
+
+
 # --- A file of the user's own in place of config.yaml: the command line as YAML, or a run's config.yaml.
 
 OWN = "own"  # Hydra's name for the file
 
 
-def _with_file(arguments: Sequence[str]) -> list[str]:
+def _with_file(arguments: Sequence[str], models: Collection[str]) -> list[str]:
     """Return the arguments as Hydra takes them: a FILE.yaml among them becomes its primary config."""
     files = [argument for argument in arguments if is_file(argument)]
     if not files:
@@ -143,7 +186,7 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
     if is_record(settings):
         primary = _primary_of_record(upgraded_settings(settings), others)
     else:
-        primary = _primary(files[0], settings)
+        primary = _primary(files[0], settings, models)
     ConfigStore.instance().store(name=OWN, node=primary)
     return [*others, f"--config-name={OWN}"]
 
@@ -178,7 +221,7 @@ def settings_of(file: str) -> dict:
     return content
 
 
-def _primary(file: str, content: Mapping) -> dict:
+def _primary(file: str, content: Mapping, models: Collection[str]) -> dict:
     """Return the primary config of a file that is a command line: GROUP: NAME chooses, all else is set after it.
 
     A group that is described in the file itself, with a name of its own, has no group file beneath it.
@@ -191,7 +234,7 @@ def _primary(file: str, content: Mapping) -> dict:
             raise PartialLoraError(f"{file}: {key!r}: expected a key, such as model or trainer.epochs")
         if key in CHOICES or (key in GROUPS and not isinstance(value, Mapping)):
             require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
-            chosen[key] = value
+            chosen[key] = own_model(value, models) if key == "model" and value else value
         else:
             OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
     settings = OmegaConf.to_container(keys)

@@ -388,7 +388,8 @@ def _misread(argument: str) -> str | None:
 
 def _no_such_file(choice: str, known: Sequence[str]) -> str:
     """Return one line on a choice, GROUP/NAME, that is none of the known ones."""
-    group, _, name = choice.rpartition("/")
+    group, _, name = choice.partition("/") if choice.startswith("model/") else choice.rpartition("/")
+    known = [*known, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
     extra = "ray" if name == "ray" else "sweeps"
     brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""
     return f"{group}={name}: no such file in the group; expected one of {', '.join(known)}{brought}"

@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
+from partial_lora.models.config import FROM_FILES
+from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.machines import accelerate_file
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
@@ -36,7 +38,7 @@ def resolve(composed: DictConfig) -> Config:
     is not there; OmegaConf's own errors for an unknown key or a value of another type.
     """
     # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
-    composed = OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
+    composed = _with_model(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
@@ -57,6 +59,27 @@ def resolve(composed: DictConfig) -> Config:
         rate, _ = tuned(trainer.tuned, plain(config), trainer.tuned_on)
         return replace(config, trainer=replace(trainer, learning_rate=rate))
     return config
+
+
+def _with_model(composed: DictConfig) -> DictConfig:
+    """Return settings in which the files of a model say what is left to them (`FROM_FILES`)."""
+    chosen, task = OmegaConf.to_container(composed.model), composed.task
+    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing, list(nothing or ()))]
+    if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
+        return OmegaConf.merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
+    found = stored_settings(chosen["weights"])
+    if found is None:
+        require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
+        from partial_lora.models.configs import settings_of  # needs torch
+
+        kind = None if task.modality == "image" or task.members else task.kind
+        found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
+    if chosen["family"] == "timm":  # the schema's default, where the group file has none
+        left.append("family")
+    values = {key: found[key] for key in (*left, "weights") if key in found}
+    values["new_modules"] = chosen["new_modules"] or found["new_modules"]
+    values["model_args"] = found["model_args"] | chosen["model_args"]
+    return OmegaConf.merge(composed, {"model": values})
 
 
 @functools.cache

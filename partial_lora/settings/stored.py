@@ -38,6 +38,9 @@ CHANGES = (
     Change("0.3.0", "mask.row_exponent", before=0.0),
     Change("0.4.0", "trainer.select_within", before=0.0),
     Change("0.4.0", "trainer.warmup_ratio", before=0.1, name="trainer.warmup"),
+    Change("0.4.0", "trainer.optimizer", before=None),
+    Change("0.4.0", "trainer.patience", before=None),
+    Change("0.4.0", "trainer.args", before=None),
 )
 
 

@@ -218,7 +218,7 @@ class CausalTransform:
         chat: bool = False,
         too_long: str = "refuse",
     ) -> None:
-        self.tokenizer, self.kind, self.warnings = tokenizer, kind, []
+        self.tokenizer, self.kind, self.chat, self.warnings = tokenizer, kind, chat, []
         self._too_long = too_long
         self._max_length, self._tokens = max_length, Continuations(tokenizer, chat)
 

@@ -11,10 +11,11 @@ from typing import TypeVar
 
 from datasets import Dataset, Features, List, Value
 
+from partial_lora import progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
-from partial_lora.tasks.sources import label_name, row_name
+from partial_lora.tasks.sources import LAYOUTS, Layout, label_name, row_name
 
 Formatted = TypeVar("Formatted")
 
@@ -23,6 +24,7 @@ CHOICE_FEATURES = Features(
 )
 COMPLETION_FEATURES = Features({"prompt": Value("string"), "response": Value("string")})
 ASSISTANT = "assistant"  # the role whose messages are a conversation's answers
+_SHAREGPT = {"human": "user", "gpt": ASSISTANT}  # its names of roles
 _MESSAGES = {"messages": List({"role": Value("string"), "content": Value("string")})}
 
 logger = logging.getLogger(__name__)
@@ -145,15 +147,18 @@ def _no_option(name: str, split: str, row: int, answer: str, expected: str) -> P
 def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
     """Return every split's rows as `prompt` and `response`; conversations also as `messages`, up to the last answer.
 
-    Raises PartialLoraError, in one line, where a column, a prompt, a response or its number is missing.
+    Where neither a format nor a column is named, the first of `LAYOUTS` that the training rows have is read. Raises
+    PartialLoraError, in one line, where a column, a prompt, a response or its number is missing.
     """
     name, format, messages_column = config.name, config.format, config.messages_column
     prompt_columns, response_column = config.prompt_columns, config.response_column
     if format is not None and format not in COMPLETIONS:
         raise PartialLoraError(f"task.format={format}: expected one of {', '.join(COMPLETIONS)}, or null for a table")
-
-    if messages_column is None and format is None and not prompt_columns and response_column is None:
-        messages_column = "messages" if "messages" in splits["train"].column_names else None
+    if not (format or prompt_columns or response_column or messages_column):
+        splits, layout = _with_layout(splits, name)
+        prompt_columns, response_column = layout.prompt, layout.response
+        if not prompt_columns:
+            messages_column = response_column
 
     def completion_of(row: Row) -> Completion:
         if messages_column:
@@ -179,15 +184,53 @@ def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dic
                     raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
             if config.answer == "number" and final_number(completion.response) is None:
                 raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
-            given = {"messages": _conversation(rows[row - 1][messages_column])} if messages_column else {}
-            completions.append(completion._asdict() | given)
+            chat = {"messages": _conversation(_messages(rows[row - 1][messages_column]))} if messages_column else {}
+            completions.append(completion._asdict() | chat)
         features = Features(COMPLETION_FEATURES | (_MESSAGES if messages_column else {}))
         formatted[split] = Dataset.from_list(completions, features=features, split=rows.split)
     return formatted
 
 
+def _with_layout(splits: Mapping[str, Dataset], name: str) -> tuple[Mapping[str, Dataset], Layout]:
+    """Return the rows and the layout of their columns; a prompt and a response that are messages become one column."""
+    features = splits["train"].features
+    layout = next((each for each in LAYOUTS if each.is_of(features)), None)
+    if layout is None:
+        known = "; ".join(" and ".join([*each.prompt[:1], each.response]) for each in LAYOUTS)
+        raise PartialLoraError(
+            f"task.prompt_columns: {name} needs it, with task.response_column: set them to some of the columns "
+            f"{', '.join(features)}, since there is none of the layouts {known}"
+        )
+    read = [column for column in (*layout.prompt, layout.response) if column in features]
+    line = f"task={name}: read as {layout.name}, columns {', '.join(read)}"
+    logger.info(line)
+    progress.emit("rows", 0, 0, note=line)
+    if not layout.prompt or isinstance(features[layout.response], Value):
+        return splits, layout._replace(prompt=tuple(read[:-1]))
+    joined = {}
+    for split, rows in splits.items():
+        _check_columns(rows, name, "prompt_columns", read)
+        parts = zip(*(rows[column] for column in read), strict=True)
+        chats = [[message for part in of_row for message in part or ()] for of_row in parts]
+        joined[split] = Dataset.from_dict({"messages": chats}, split=rows.split)
+    return joined, LAYOUTS[0]
+
+
+def _messages(conversation: object) -> object:
+    """Return a conversation with ShareGPT's messages, {from, value}, as those of chat templates, {role, content}."""
+    if not isinstance(conversation, list):
+        return conversation
+    return [
+        {"role": _SHAREGPT.get(each["from"], each["from"]), "content": each.get("value")}
+        if isinstance(each, dict) and each.get("from") is not None
+        else each
+        for each in conversation
+    ]
+
+
 def _last_answer(messages: object) -> Completion | str:
     """Return an assistant's last message in a conversation, with all before it as the prompt; or what is wrong."""
+    messages = _messages(messages)
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         return "expected a list of messages, each with a role and a content"
     for number, message in enumerate(messages, 1):

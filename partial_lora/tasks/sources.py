@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -39,11 +40,38 @@ _WORDS, _SHOWN = 4, 60  # spaces that a column's name may have; characters of a 
 _TIMEOUT = 10.0  # seconds that the hub may take to answer at all
 
 
+class Layout(NamedTuple):
+    """A layout of prompts and responses that a table's columns give away.
+
+    prompt: the columns of the prompt; all but the first may be missing. response: the column of the response, or, where
+    there is no prompt, of conversations.
+    """
+
+    name: str
+    prompt: tuple[str, ...]
+    response: str
+
+    def is_of(self, columns: Collection[str]) -> bool:
+        """Return whether a table with these columns has the layout."""
+        return {*self.prompt[:1], self.response} <= {*columns}
+
+
+LAYOUTS = (  # the first that fits is read
+    Layout("conversations", (), "messages"),
+    Layout("ShareGPT's conversations", (), "conversations"),
+    Layout("Alpaca's instructions", ("instruction", "input"), "output"),
+    Layout("prompts and completions", ("prompt",), "completion"),
+    Layout("prompts and responses", ("prompt",), "response"),
+)
+
+
 def read(config: TaskConfig, label_column: str | None) -> Mapping[str, Dataset]:
     """Read the rows of a task by split, as the source has them; files replace any other source."""
     if config.data_files:
         written = filter(None, (config.answer_column, config.response_column))
         texts = [*config.text_columns, *config.prompt_columns, *config.option_columns, *written]
+        if config.kind == "generation":
+            texts += [column for layout in LAYOUTS for column in (*layout.prompt, layout.response)]
         return read_files(config.data_files, texts, label_column, config.regression)
     if config.path == FILES:
         raise PartialLoraError(f"task.data_files: task={config.name} reads files of yours; name them")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from partial_lora.errors import one_of, positive, require
@@ -18,6 +19,38 @@ TRACKER_PACKAGES = {  # as pip calls them
     "trackio": "trackio",
 }
 
+# Fields of TrainingArguments that a run sets itself, or by which it could not be resumed, compared or found again.
+_INSTEAD = {
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_ratio",
+    "optim": "optimizer",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "dataloader_num_workers": "num_workers",
+    "bf16": "mixed_precision",
+    "fp16": "mixed_precision",
+    "use_cpu": "device",
+    "report_to": "report_to",
+}
+OWN_ARGUMENTS = {
+    *_INSTEAD,
+    *("output_dir", "seed", "data_seed", "full_determinism", "load_best_model_at_end", "metric_for_best_model"),
+    *("greater_is_better", "include_num_input_tokens_seen", "include_for_metrics", "batch_eval_metrics"),
+    *("prediction_loss_only", "remove_unused_columns", "label_names", "label_smoothing_factor", "disable_tqdm"),
+    *("run_name", "project", "ignore_data_skip", "restore_callback_states_from_checkpoint", "resume_from_checkpoint"),
+    *("enable_jit_checkpoint", "auto_find_batch_size", "accelerator_config", "parallelism_config", "deepspeed"),
+    *("dataloader_drop_last", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_in_order"),
+    *("train_sampling_strategy", "length_column_name", "ddp_find_unused_parameters", "local_rank"),
+    *("average_tokens_across_devices", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+}
+_OWN_PREFIXES = ("do_", "eval_", "fsdp", "hub_", "log", "push_to_hub", "save_", "trackio_")
 _MOST = 2**31  # of a count: what is larger fits no tensor
 _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
@@ -47,8 +80,14 @@ class TrainerConfig:
     tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
     weight_decay: float = 0.01  # weight decay of AdamW
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
-    # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it stays
+    # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it
+    # stays; or another
     schedule: str = "cosine"
+    optimizer: Optional[str] = None  # as transformers calls it: adafactor, lion_32bit, sgd, …; null: AdamW
+    # training ends after so many validations in a row that were no better than the best; null: never before its end
+    patience: Optional[int] = None
+    # further fields of transformers' TrainingArguments, {field: value}, such as {neftune_noise_alpha: 5}
+    args: Any = None
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
     device: str = "auto"  # auto, cpu or cuda
@@ -135,8 +174,10 @@ class TrainerConfig:
         require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
         require(0 <= self.warmup_ratio < 1, "trainer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
-        one_of("trainer.schedule", self.schedule, "cosine", "linear", "constant_with_warmup")
         positive("trainer.max_grad_norm", self.max_grad_norm)
+        require(self.patience is None or self.patience >= 1, "trainer.patience", self.patience, "1 or more, or null")
+        if self.args or self.optimizer or self.schedule != "cosine":
+            self._check_names()
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
         one_of("trainer.device", self.device, "auto", "cpu", "cuda")
@@ -151,6 +192,22 @@ class TrainerConfig:
         require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKER_PACKAGES)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
+
+    def _check_names(self) -> None:
+        """Refuse names that transformers does not know, and arguments that a run sets itself."""
+        from transformers import SchedulerType, TrainingArguments
+        from transformers.training_args import OptimizerNames
+
+        one_of("trainer.schedule", self.schedule, *(each.value for each in SchedulerType))
+        one_of("trainer.optimizer", self.optimizer, None, *(each.value for each in OptimizerNames))
+        args = {} if self.args is None else self.args
+        require(isinstance(args, Mapping), "trainer.args", args, "{field: value}")
+        known = {each.name for each in fields(TrainingArguments) if each.init}
+        for name in args:
+            require(name in known, f"trainer.args.{name}", args[name], "a field of transformers' TrainingArguments")
+            own = name in OWN_ARGUMENTS or name.startswith(_OWN_PREFIXES)
+            instead = f"another key of trainer ({_INSTEAD[name]})" if name in _INSTEAD else "none of that name"
+            require(not own, f"trainer.args.{name}", args[name], f"{instead}: a run sets it itself")
 
     def _check_machines(self) -> None:
         machines = self.num_machines

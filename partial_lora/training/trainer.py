@@ -22,7 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from partial_lora import progress
@@ -117,7 +124,9 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     def _run_epoch(self, **settings):
         if self._length_grouped:  # Trainer's own call does not reach through the wrappers that split and skip batches
             self._sampler.set_epoch(settings["epoch"])
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would make another
+        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        impatient = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping)
+        if impatient or self.state.global_step >= self.state.max_steps:  # resumed after the last step: else one more
             self.control.should_training_stop = True
             return
         super()._run_epoch(**settings)
@@ -589,6 +598,9 @@ def build_trainer(
         ),
         dataloader_pin_memory=world.device == "cuda",
         ddp_find_unused_parameters=False,
+        restore_callback_states_from_checkpoint=config.patience is not None,  # of a resumed run: its patience so far
+        **({"optim": config.optimizer} if config.optimizer else {}),
+        **(config.args or {}),
     )
     if sharded and world.device == "cpu":
         fsdp.allow_on_cpu()
@@ -608,7 +620,12 @@ def build_trainer(
         compute_loss_func=method.loss(judge.loss, parts),
         compute_metrics=judge.measure,
         preprocess_logits_for_metrics=judge.reduce,
-        callbacks=[*callbacks, *method.callbacks, ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()],
+        callbacks=[
+            *callbacks,
+            *method.callbacks,
+            *([] if config.patience is None else [EarlyStoppingCallback(config.patience)]),
+            *(ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()),
+        ],
     )
     if sharded:
         fsdp.reduce_in_float32(trainer)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapter_models import (
     KIND_OF,
+    VIT_TARGETS,
     adapt,
     convnext,
     dense_twin,
@@ -25,6 +26,7 @@ from adapter_models import (
 from peft import (
     LoraConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
     initialize_lora_eva_weights,
     inject_adapter_in_model,
@@ -36,6 +38,7 @@ from peft.utils.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from refusals import refusal
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
 from partial_lora.errors import PartialLoraError
@@ -91,17 +94,15 @@ def test_adapters_are_switched_and_added(granularity):
 
 
 @granularities
-def test_a_second_adapter_is_loaded_dense_or_masked(tmp_path, granularity):
+def test_a_second_adapter_is_loaded_with_its_masks(tmp_path, granularity):
     pair(granularity=granularity).save_pretrained(tmp_path)
     expected = logits(single(vit, "other", granularity=granularity), images())
     model = adapt(sparsity=0.8, granularity=granularity, modules_to_save=None)
-    with pytest.raises(ValueError, match="PARTIAL_LORA"):
-        model.load_adapter(str(tmp_path / "other"), "dense")  # one type a model; sparsity 0 is the plain LoRA of ours
-    model.add_adapter("dense", config_of(vit, sparsity=0.0))
-    model.load_adapter(str(tmp_path / "other"), "dense")
-    model.add_adapter("masked", PartialLoraConfig.from_pretrained(str(tmp_path), subfolder="other"))
     result = model.load_adapter(str(tmp_path / "other"), "masked", is_trainable=True)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    model.add_adapter("dense", PartialLoraConfig.from_pretrained(str(tmp_path), subfolder="other").as_lora())
+    model.load_adapter(str(tmp_path / "other"), "dense")
+    assert type(model.peft_config["dense"]) is LoraConfig
     for name in ("dense", "masked"):
         model.set_adapter(name)
         torch.testing.assert_close(logits(model, images()), expected, atol=1e-5, rtol=1e-5)
@@ -112,6 +113,42 @@ def test_a_second_adapter_is_loaded_dense_or_masked(tmp_path, granularity):
     assert module_masks(model, "masked") == module_masks(pair(granularity=granularity), "other")
     step(model, optimizer_of(model), images())
     assert not torch.allclose(logits(model, images()), expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "batch"),
+    [(vit, VIT_TARGETS, images), (llama, ["q_proj", "embed_tokens"], tokens)],
+    ids=["linears", "an embedding"],
+)
+@pytest.mark.parametrize("first", ["plain", "masked"])
+def test_plain_lora_and_masked_adapters_share_a_model(tmp_path, base, targets, batch, first):
+    configs = {
+        "masked": config_of(base, target_modules=targets, sparsity=0.8),
+        "plain": LoraConfig(r=3, target_modules=targets, use_dora=base is vit),
+    }
+    results = {}
+    for name, config in configs.items():
+        alone = fill(get_peft_model(base(), copy.copy(config), name))
+        alone.save_pretrained(tmp_path)  # in a folder of its name
+        results[name] = logits(alone, batch())
+    second = {"plain": "masked", "masked": "plain"}[first]
+    model = get_peft_model(base(), configs[first], first)
+    model.add_adapter("untrained", copy.copy(configs[second]))
+    model.load_adapter(tmp_path / first, first)
+    model.load_adapter(tmp_path / second, second, is_trainable=True)
+    assert [type(model.peft_config[name]) for name in ("plain", "masked")] == [LoraConfig, PartialLoraConfig]
+    for name in (first, second, first):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model, batch()), results[name], atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "masked" / "partial_lora.json").is_file()
+    assert not (tmp_path / "again" / "plain" / "partial_lora.json").exists()
+
+
+def test_adapters_of_fused_parameters_are_refused_beside_masked_ones():
+    model = get_peft_model(vit(), config_of(vit, sparsity=0.8))
+    with refusal("target_parameters"):
+        model.add_adapter("plain", LoraConfig(target_modules=[], target_parameters=["blocks.0.attn.qkv.weight"]))
 
 
 def test_a_deleted_adapter_leaves_nothing_behind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -19,6 +20,7 @@ import mixed_runs
 import numpy as np
 import pandas
 import pytest
+import tiny_causal
 import torch
 from PIL import Image
 from refusals import refusal
@@ -31,7 +33,7 @@ from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.texts import byte_tokenizer
-from partial_lora.tasks import formats, questions
+from partial_lora.tasks import CausalTransform, formats, questions
 
 HALF = "\ud83d"  # of a character: bytes on a command line that are no UTF-8 come as such
 SIZES = (1, 7, 100)  # of a batch: texts are padded to other lengths each time
@@ -474,7 +476,8 @@ PROMPTS = ["say so so so blue 12", "hello there", "say red 7"]
 
 def written(prompt: str, **given: object) -> list[str]:
     parts: list[str] = []
-    generate.generate(finished_runs.generation_run(), prompt, parts.append, device="cpu", **given)
+    text = generate.Writer(finished_runs.generation_run(), device="cpu", **given).write(prompt, parts.append)
+    assert "".join(parts) == text
     return parts
 
 
@@ -519,7 +522,26 @@ def test_the_command_prints_the_text_and_reads_a_prompt_from_standard_input(monk
     assert cli.main(["generate", run, PROMPTS[0], "--device", "cpu"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPTS[0]))
     assert cli.main(["generate", run, "-", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == f"{text}\n{text}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[0]}\n\n{PROMPTS[0]}\n"))
+    assert cli.main(["generate", run, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{text}\n" * 4
+
+
+def test_a_turn_of_a_conversation_is_read_with_all_before_it() -> None:
+    drawn = {"temperature": 3.0, "seed": 0}
+    writer = generate.Writer(finished_runs.generation_run(), device="cpu", max_new_tokens=6, **drawn)
+    tokenizer = copy.deepcopy(writer._transform.tokenizer)
+    tokenizer.chat_template = tiny_causal.CHAT
+    writer._transform = CausalTransform(tokenizer, 128, chat=True)
+    parts: list[str] = []
+    first, second = writer.converse(["say red 7", " ", "say blue"], parts.append)
+    assert "".join(parts) == first + second
+    before = [{"role": "user", "content": "say red 7"}, {"role": "assistant", "content": first}]
+    again = generate.Writer(finished_runs.generation_run(), device="cpu", max_new_tokens=6, **drawn)
+    again._transform = writer._transform
+    asked = [before[:1], [*before, {"role": "user", "content": "say blue"}]]
+    assert [again.write(messages, parts.append) for messages in asked] == [first, second]
+    assert first != second
 
 
 @pytest.mark.parametrize(

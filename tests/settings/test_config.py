@@ -341,6 +341,8 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
         (tmp_path / name).write_text(text)
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "train.parquet").touch()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
     keys = {
         "results_dir": "~/results",
         "data_dir": "~",

@@ -82,6 +82,7 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
     first, second = tmp_path / "first", tmp_path / "second"
     (first / "cats").mkdir(parents=True)
     (first / "cats" / "a.png").write_text("pixels")
+    (first / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     shutil.copytree(first, second)
 
     def ids() -> list[str]:

@@ -257,6 +257,45 @@ def test_conversations_end_with_their_last_answer(tmp_path: Path, name: str, set
     assert tasks.shared_inputs(task.test, task.train) == len(task.test)
 
 
+SHAREGPT = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "It is 2."}]
+SAID = {"prompt": "1+1?", "response": "It is 2."}
+LAID_OUT = {
+    "ShareGPT": ({"id": "a", "conversations": SHAREGPT}, SAID | {"messages": CHAT}),
+    "conversations of messages": ({"conversations": CHAT}, SAID | {"messages": CHAT}),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1+1?", "output": "It is 2.", "text": "Add."},
+        SAID | {"prompt": "Add.\n1+1?"},
+    ),
+    "Alpaca without input": ({"instruction": "1+1?", "output": "It is 2."}, SAID),
+    "completion": ({"prompt": "1+1?", "completion": "It is 2."}, SAID),
+    "response": ({"prompt": "1+1?", "response": "It is 2."}, SAID),
+    "messages in two columns": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, SAID | {"messages": CHAT}),
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv"])
+def test_the_columns_of_a_table_say_how_it_is_read(tmp_path: Path, caplog, layout: str, name: str) -> None:
+    row, expected = LAID_OUT[layout]
+    if name == "rows.csv" and not all(isinstance(value, str) for value in row.values()):
+        pytest.skip("a csv file has no lists")
+    with caplog.at_level(logging.INFO):
+        task = load(tmp_path, [row] * 5, name, kind="generation")
+    assert task.train.to_list()[0] == expected
+    assert [message for message in caplog.messages if all(column in message for column in {*row} - {"id", "text"})]
+
+
+def test_numbers_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
+    task = load(tmp_path, [{"prompt": "pi?", "completion": "3.140"}] * 5, "rows.csv", kind="generation")
+    assert task.train["response"] == ["3.140"] * len(task.train)
+
+
+def test_a_table_of_no_known_layout_is_refused(tmp_path: Path) -> None:
+    refused(
+        r"task\.prompt_columns: .*question, answer", tmp_path, [{"question": "?", "answer": "!"}] * 5, kind="generation"
+    )
+
+
 @pytest.mark.parametrize(
     ("messages", "key"),
     [

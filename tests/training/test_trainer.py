@@ -14,14 +14,16 @@ import pytest
 import torch
 from method_settings import adapted as adapted_by
 from peft import LoraConfig, PeftModel, get_peft_model
+from refusals import refusal
 from tiny_trainer import BATCH, adapted, rows, trained_state, trainer
 from torch import nn
-from transformers import Trainer, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.methods.setting import training as training_of
 from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.fsdp import ShardedTrainer
@@ -69,6 +71,70 @@ def test_the_latest_checkpoint_so_near_the_best_is_left(tmp_path: Path, within: 
     training.train()
     assert training.state.best_global_step == expected
     assert training.state.best_model_checkpoint.endswith(f"checkpoint-{expected}")
+
+
+def impatient(folder: Path, scores: list[float]) -> ResumableTrainer:
+    training = trainer(adapted(), folder, max_steps=12, save_steps=2, save_total_limit=9, patience=2, select_within=0)
+    rest = iter(scores)
+    training.compute_metrics = lambda said: {"accuracy": next(rest)}
+    return training
+
+
+def test_training_ends_where_validation_is_no_better_for_a_while_and_so_does_a_resumed_one(tmp_path: Path) -> None:
+    training = impatient(tmp_path, [0.5, 0.9, 0.8, 0.85, 1.0])
+    assert training.train().global_step == 8
+    assert training.state.best_global_step == 4
+    checkpoint = {step: tmp_path / results.CHECKPOINTS / f"checkpoint-{step}" for step in (6, 8)}
+    assert impatient(tmp_path, [1.0]).train(checkpoint[8]).global_step == 8
+    resumed = impatient(tmp_path, [0.85, 1.0])
+    assert resumed.train(checkpoint[6]).global_step == 8
+    assert resumed.state.best_global_step == 4
+
+
+def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path: Path) -> None:
+    settings = {
+        "schedule": "constant_with_warmup",
+        "optimizer": "sgd",
+        "args": {"optim_args": "momentum=0.9"},
+    }
+    training = trainer(adapted(), tmp_path, max_steps=4, save_steps=4, **settings)
+    training.train()
+    assert type(training.optimizer.optimizer) is torch.optim.SGD
+    assert training.args.optim_args == "momentum=0.9"
+    rates = [entry["learning_rate"] for entry in training.state.log_history if "learning_rate" in entry]
+    assert rates[-1] == training.args.learning_rate  # which a cosine would have left
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"schedule": "sine"}, "trainer.schedule=sine"),
+        ({"optimizer": "adam9"}, "trainer.optimizer=adam9"),
+        ({"patience": 0}, "trainer.patience=0"),
+        ({"args": ["seed"]}, "trainer.args="),
+        ({"args": {"sedd": 1}}, "trainer.args.sedd=1"),
+        ({"args": {"seed": 1}}, "trainer.args.seed=1"),
+        ({"args": {"save_steps": 1}}, "trainer.args.save_steps=1"),
+        ({"args": {"warmup_steps": 1}}, "trainer.args.warmup_steps=1.*warmup_ratio"),
+    ],
+)
+def test_a_name_that_is_none_and_an_argument_that_a_run_sets_are_refused(settings: dict, key: str) -> None:
+    with refusal(key):
+        TrainerConfig(**settings)
+
+
+def test_every_argument_that_a_run_sets_is_refused(tmp_path: Path, monkeypatch) -> None:
+    set_here: dict = {}
+
+    def noted(**settings: object) -> TrainingArguments:
+        set_here.update(settings)
+        return TrainingArguments(**settings)
+
+    monkeypatch.setattr(training_module, "TrainingArguments", noted)
+    trainer(adapted(), tmp_path)
+    for name in set_here:
+        with refusal(f"trainer.args.{name}="):
+            TrainerConfig(args={name: None})
 
 
 def getting_worse(said):

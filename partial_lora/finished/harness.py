@@ -1,0 +1,81 @@
+"""A finished causal run on tasks of EleutherAI's lm-evaluation-harness, which the harness itself asks and scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas
+
+from partial_lora.building import build
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import read_yaml
+from partial_lora.finished.evaluate import FOLDER, Evaluation, write
+from partial_lora.finished.predict import RunModel
+from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.task import one_task
+from partial_lora.launching.directory import finite
+
+
+def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, batch_size: int) -> Evaluation:
+    """Measure a run on tasks of the harness and write RUN/evaluations/lm-eval-TASKS/evaluation.json.
+
+    tasks: the harness's names, or YAML files of tasks of one's own. Prompts are those of the harness, without a chat
+    template. The record has {task: {metric: {value, error}}}, where error is the harness's standard error or null.
+    Raises PartialLoraError without the harness, for a run that is no language model's, and for an unknown task.
+    """
+    if run.config.model.family != "causal":
+        raise PartialLoraError(
+            f"--lm-eval: model={run.config.model.name} is no language model, expected a run of a causal one"
+        )
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise PartialLoraError(
+            f"--lm-eval: needs lm-eval ({one_line(error)}): pip install 'partial-lora[lm-eval]'"
+        ) from error
+    start, files = time.perf_counter(), [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    names = [task for task in tasks if Path(task) not in files] + [_name_in(file) for file in files]
+    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise PartialLoraError(f"--lm-eval: {unknown[0]} is no task of lm-eval; `lm-eval ls tasks` lists them")
+    model = RunModel(run, device)
+    tokenizer = build.transform_of(run.config.model, one_task(run).config.task).tokenizer
+    asked = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(model=asked, tasks=names, task_manager=manager)
+    record = {
+        "lm_eval": lm_eval.__version__,
+        "versions": found["versions"],
+        "shots": found["n-shot"],
+        "examples": {name: counts["effective"] for name, counts in found["n-samples"].items()},
+        "metrics": {name: _measured(values) for name, values in found["results"].items()},
+        "device": model.device,
+        "mixed_precision": model.precision,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    folder = run.directory / FOLDER / f"lm-eval-{'-'.join(names)}"
+    write(folder, record, pandas.DataFrame())
+    return Evaluation(folder, record)
+
+
+def _name_in(file: Path) -> str:
+    """Return the name of the task in a YAML file of the harness."""
+    content = read_yaml(file, f"--lm-eval {file}")
+    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+        raise PartialLoraError(f"--lm-eval {file}: expected a task of lm-eval, with a key task")
+    return content["task"]
+
+
+def _measured(values: Mapping[str, object]) -> dict[str, dict[str, float | None]]:
+    """Return a task's metrics with their errors; the harness calls them NAME,FILTER and NAME_stderr,FILTER."""
+    measured = {}
+    for key, value in values.items():
+        name, comma, filtered = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            error = values.get(f"{name}_stderr,{filtered}")
+            shown = name if filtered == "none" else f"{name}, {filtered}"
+            measured[shown] = {"value": value, "error": error if isinstance(error, float) else None}
+    return finite(measured)

@@ -1,0 +1,227 @@
+"""What the files of a pre-trained model say of it: architecture, geometry, precision, inputs, head and targets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from omegaconf import OmegaConf
+from peft.utils import constants
+from transformers import PretrainedConfig, PreTrainedModel
+
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import read_json
+from partial_lora.models.config import FROM_FILES, ModelConfig
+from partial_lora.models.family import empty, head_name
+from partial_lora.models.fetch import config_folder_of
+from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
+from partial_lora.models.texts import longest_text
+from partial_lora.models.weights import quiet, takes
+
+RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_TIMM = "timm_wrapper"
+_AUTO = {  # of transformers, by family
+    "image": "AutoModelForImageClassification",
+    "encoder": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+_LENGTH = {"encoder": 128, "causal": 512}  # tokens, where the model has as many positions
+# Keys of a config that are about files, heads or how a call answers, and none of the model's geometry.
+_NO_GEOMETRY = {"_name_or_path", "attn_implementation", "auto_map", "model_type", "num_labels", "quantization_config"}
+_NO_GEOMETRY |= {"torch_dtype", "transformers_version"}
+_SIDES = {"img_size", "patch_size"}  # of timm's models: one number, or two equal ones
+_BLOCKS = ("timm_model.blocks", "timm_model.stages", "encoder.layer", "model.layers")
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str, object]:
+    """Return the settings of a model that its files decide, by key; nothing but a config is downloaded.
+
+    kind: the task's kind, where it has texts: a language model becomes a classifier for labels. Target modules are
+    those that PEFT adapts by default in models of the type, or else "all-linear". Raises PartialLoraError that names
+    the model and what does not fit.
+    """
+    folder = config_folder_of(weights, name)
+    try:
+        content = read_json(folder / "config.json")
+        settings = _of_timm(content) if _is_timm(content) else _of_transformers(content, folder, weights, kind)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise PartialLoraError(f"model={weights}: cannot read its config.json ({one_line(error)})") from error
+    family = settings["family"]
+    geometry = {key: settings[key] for key in ("family", "architecture", "model_args")}
+    model = empty(**geometry, num_labels=2)
+    bare, head = skeleton_of(model), None if family == "causal" else head_name(model, family)
+    if family in _LENGTH:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        room = [each for each in (longest_text(model), positions) if isinstance(each, int) and each > 0]
+        settings["max_length"] = min([_LENGTH[family], *room])
+    new = _new_modules(model, bare, head, content) if family in ("image", "encoder") else []
+    if folder.parent.name == "snapshots":  # of the hub's cache, where a folder is named by its commit
+        settings["weights"] = f"{weights.partition('@')[0]}@{folder.name}"
+    usual = OmegaConf.to_container(OmegaConf.structured(ModelConfig))
+    return (
+        {key: usual[key] for key in FROM_FILES}
+        | settings
+        | {
+            "target_modules": _targets(weights, settings["architecture"], bare, head, new),
+            "head": head,
+            "new_modules": new,
+            "blocks": next((each for each in bare.modules if each.endswith(_BLOCKS)), None),
+        }
+    )
+
+
+def _is_timm(content: Mapping) -> bool:
+    return content.get("model_type", _TIMM) == _TIMM and "architecture" in content
+
+
+def _of_timm(content: Mapping) -> dict[str, object]:
+    """Return the settings of a config.json in timm's format."""
+    inputs = content.get("pretrained_cfg") or {}
+    settings = {
+        "family": "timm",
+        "architecture": content["architecture"],
+        "model_args": {
+            key: value[0] if isinstance(value, list) and len({*value}) == 1 and key in _SIDES else value
+            for key, value in (content.get("model_args") or {}).items()
+            if key != "num_classes"
+        },
+        "dtype": "float32",
+        "image_size": (inputs.get("input_size") or [3, 224])[-1],
+        "mean": inputs.get("mean"),
+        "std": inputs.get("std"),
+        "interpolation": inputs.get("interpolation"),
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | None) -> dict[str, object]:
+    """Return the settings of a config.json of a type that transformers knows."""
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        own = "code of its own (auto_map), which is never run" if "auto_map" in content else one_line(error)
+        raise PartialLoraError(
+            f"model={weights}: expected a type that transformers {transformers.__version__} knows, "
+            f"model_type={content.get('model_type')} is none: {own}"
+        ) from error
+    if "quantization_config" in content:
+        raise PartialLoraError(
+            f"model={weights}: its weights are quantised (quantization_config), expected whole ones; "
+            "model.quantization=nf4 quantises those"
+        )
+    family = _family(config, weights, kind)
+    built = getattr(transformers, _AUTO[family])._model_mapping[type(config)]
+    args = _geometry(config, content, built[0] if isinstance(built, tuple) else built)
+    dtype = str(config.dtype).removeprefix("torch.")
+    settings = {
+        "family": family,
+        "architecture": config.model_type,
+        "model_args": args,
+        "dtype": dtype if dtype in _DTYPES else _DTYPES[0],
+    }
+    return settings | (_images(config, folder, weights) if family == "image" else {})
+
+
+def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
+    """Return the family of a model: by the task's kind, else by the head that it was saved with."""
+    classes = {}
+    for family, auto in _AUTO.items():
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            known = mapping[type(config)]
+            classes[family] = [each.__name__ for each in (known if isinstance(known, tuple) else [known])]
+    saved = {*(config.architectures or ())}
+    wanted = [family for family in classes if saved & {*classes[family]}]
+    if kind == "label" and "encoder" in classes:
+        return "encoder"
+    if wanted and not (wanted == ["encoder"] and kind not in (None, "label")):
+        return wanted[0]
+    others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
+    if others and kind in (None, "label"):
+        return others[0]
+    heads = ", ".join(_AUTO[family] for family in classes) or "none"
+    raise PartialLoraError(
+        f"model={weights}: {config.model_type}, saved as {', '.join(saved) or 'no class'}, has no head for "
+        f"task.kind={kind or 'label'}; transformers has {heads} for it"
+    )
+
+
+def _geometry(config: PretrainedConfig, content: Mapping, model_class: type) -> dict[str, object]:
+    """Return the keys of a config that say what is built: those of its file, and those that differ from the default."""
+    every, usual = config.to_dict(), PretrainedConfig().to_dict()
+    default, differs = type(config)(), config.to_diff_dict()
+    keys = [key for key in every if key in content or key in differs]
+    return {
+        key: every[key] for key in keys if key not in _NO_GEOMETRY | usual.keys() and takes(default, model_class, key)
+    }
+
+
+def _images(config: PretrainedConfig, folder: Path, weights: str) -> dict[str, object]:
+    """Return how images enter a model: as its image processor says, or at its config's size with ImageNet's colours."""
+    size = getattr(config, "image_size", None) or 224
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        logger.warning("model=%s: no preprocessor_config.json, so that colours are normalised as ImageNet's", weights)
+        return {"image_size": size[0] if isinstance(size, (list, tuple)) else size}
+    inputs = read_json(file)
+    sides = inputs.get("crop_size") if inputs.get("do_center_crop") else None
+    sides = sides or inputs.get("size") or size
+    if isinstance(sides, Mapping):
+        sides = sides.get("height") or sides.get("shortest_edge")
+    names = {number: name for name, number in RESAMPLING.items()}
+    settings = {
+        "image_size": sides[0] if isinstance(sides, list) else sides,
+        "mean": inputs.get("image_mean"),
+        "std": inputs.get("image_std"),
+        "interpolation": names.get(inputs.get("resample")),
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _targets(weights: str, architecture: str, bare: Skeleton, head: str | None, new: list[str]) -> list[str]:
+    usual = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
+    for targets in ([usual] if isinstance(usual, list) else []) + [[ALL_LINEAR]]:
+        try:
+            bare.targets(targets, head, new)
+            return targets
+        except PartialLoraError as error:
+            refused = error
+    raise PartialLoraError(f"model={weights}: {refused}")
+
+
+def _new_modules(model: PreTrainedModel, bare: Skeleton, head: str, content: Mapping) -> list[str]:
+    """Return the modules that have weights and no trained ones, but the head.
+
+    They are beside the pre-trained base, or the class that was saved has no such module: a masked BERT has no pooler.
+    """
+    base, new = f"{model.base_model_prefix}.", []
+    for name, _ in model.named_children():
+        if f"{name}." == base or name == head or not bare.size(name):
+            continue
+        if head.startswith(f"{name}."):
+            new += [part for part in _owners(bare, f"{name}.") if part != head]
+        else:
+            new.append(name)
+    saved = getattr(transformers, (content.get("architectures") or [""])[0], None)
+    if saved is not None:
+        with torch.device("meta"):
+            trained = saved(model.config).state_dict().keys()
+        whole = {key if key.startswith(base) else f"{base}{key}" for key in trained}
+        new += _owners(bare, base, besides=whole)
+    return new
+
+
+def _owners(bare: Skeleton, start: str, besides: Collection[str] = ()) -> list[str]:
+    """Return the modules of the parameters whose names begin so, but for some."""
+    keys = (key for key in bare.parameters if key.startswith(start) and key not in besides)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))

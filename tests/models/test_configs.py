@@ -1,0 +1,213 @@
+"""A model is what its own files say: architecture, geometry, precision, inputs, head and targets, whatever its type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from refusals import refusal
+
+from partial_lora import models
+from partial_lora.models import fetch
+from partial_lora.models.configs import settings_of
+from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
+from partial_lora.settings.compose import composed, plan
+
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**WIDE, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+CAUSAL = {**TEXT, **ENDS, "num_key_value_heads": 1, "head_dim": 8}
+IMAGE = {**WIDE, "image_size": 16, "patch_size": 8}
+STAGES = {"image_size": 32, "num_labels": 3}
+SAVED = {  # {class: the keys of its config}
+    "BertForSequenceClassification": TEXT,
+    "BertForMaskedLM": TEXT,
+    "BertForTokenClassification": TEXT,
+    "RobertaForMaskedLM": TEXT,
+    "ElectraForSequenceClassification": TEXT | {"embedding_size": 8},
+    "DebertaV2ForSequenceClassification": TEXT | {"relative_attention": True, "position_buckets": 4},
+    "DistilBertForMaskedLM": {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+    "AlbertForMaskedLM": TEXT | {"embedding_size": 8},
+    "ModernBertForMaskedLM": TEXT | ENDS | {"cls_token_id": 1, "sep_token_id": 2},
+    "LlamaForCausalLM": CAUSAL,
+    "Qwen2ForCausalLM": CAUSAL,
+    "Qwen3ForCausalLM": CAUSAL,
+    "MistralForCausalLM": CAUSAL,
+    "Gemma2ForCausalLM": CAUSAL,
+    "PhiForCausalLM": TEXT | ENDS,
+    "GPTNeoXForCausalLM": TEXT | ENDS,
+    "OPTForCausalLM": TEXT | ENDS | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "BloomForCausalLM": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2, **ENDS},
+    "ViTForImageClassification": IMAGE,
+    "ViTModel": IMAGE,
+    "DeiTForImageClassification": IMAGE,
+    "BeitForImageClassification": IMAGE,
+    "Dinov2ForImageClassification": IMAGE,
+    "SwinForImageClassification": STAGES
+    | {"patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
+    "ConvNextForImageClassification": STAGES | {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2},
+}
+
+
+def saved(folder: Path, name: str, keys: dict, dtype: torch.dtype = torch.float32) -> Path:
+    """A folder with a model of random weights."""
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    kind(kind.config_class(**keys)).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, settings: dict, labels: list[str]) -> transformers.PreTrainedModel:
+    own = {key: settings[key] for key in models.SETTINGS if key in settings}
+    return models.load(name="own", weights=str(folder), labels=labels, **own)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder_loads_and_computes_by_its_config_alone(tmp_path: Path, name: str) -> None:
+    settings = settings_of("own", str(saved(tmp_path, name, SAVED[name])))
+    labels = ["a", "b", "c", "d"]
+    model = loaded(tmp_path, settings, labels)
+    counted = models.empty(
+        **{key: settings[key] for key in ("family", "architecture", "model_args")}, num_labels=len(labels)
+    )
+    assert skeleton_of(counted).parameters == skeleton_of(model).parameters
+    assert skeleton_of(model).targets(settings["target_modules"], settings["head"], settings["new_modules"])
+    inputs = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    if settings["family"] == "image":
+        inputs = {"pixel_values": torch.zeros(1, 3, settings["image_size"], settings["image_size"])}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if settings["family"] == "causal":
+        assert (settings["head"], logits.shape) == (None, (1, 4, 40))
+    else:
+        assert logits.shape == (1, 4)
+        assert models.head_name(model, settings["family"]) == settings["head"]
+    trained = getattr(transformers, name).from_pretrained(tmp_path).state_dict()
+    new = tuple(f"{module}." for module in (settings["head"], *settings["new_modules"]) if module)
+    for key, value in model.state_dict().items():
+        if not key.startswith(new):
+            own = key if key in trained else key.removeprefix(f"{model.base_model_prefix}.")
+            assert torch.equal(value, trained[own])
+
+
+def test_what_is_adapted_is_as_in_peft_or_every_linear_layer(tmp_path: Path) -> None:
+    targets = {
+        name: settings_of("own", str(saved(tmp_path / name, name, SAVED[name])))["target_modules"]
+        for name in ("Qwen2ForCausalLM", "DeiTForImageClassification")
+    }
+    assert targets == {"Qwen2ForCausalLM": ["q_proj", "v_proj"], "DeiTForImageClassification": [ALL_LINEAR]}
+
+
+def test_parts_without_trained_weights_train_whole(tmp_path: Path) -> None:
+    new = {
+        name: (settings["head"], settings["new_modules"])
+        for name in ("RobertaForMaskedLM", "DistilBertForMaskedLM", "DebertaV2ForSequenceClassification")
+        for settings in [settings_of("own", str(saved(tmp_path / name, name, SAVED[name])))]
+    }
+    assert new == {
+        "RobertaForMaskedLM": ("classifier.out_proj", ["classifier.dense"]),
+        "DistilBertForMaskedLM": ("classifier", ["pre_classifier"]),
+        "DebertaV2ForSequenceClassification": ("classifier", ["pooler"]),
+    }
+
+
+def test_a_language_model_tells_labels_where_the_task_has_them(tmp_path: Path) -> None:
+    keys = SAVED["Qwen2ForCausalLM"] | {"pad_token_id": None}
+    settings = settings_of("own", str(saved(tmp_path, "Qwen2ForCausalLM", keys, dtype=torch.bfloat16)), "label")
+    assert (settings["family"], settings["head"], settings["dtype"]) == ("encoder", "score", "bfloat16")
+    padded = loaded(tmp_path, settings, ["a", "b"])(input_ids=torch.tensor([[3, 4, 2, 2], [3, 4, 5, 6]]))
+    assert padded.logits.shape == (2, 2)
+
+
+def test_images_enter_as_the_image_processor_says(tmp_path: Path) -> None:
+    saved(tmp_path, "ViTForImageClassification", IMAGE)
+    processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    settings = settings_of("own", str(tmp_path))
+    assert [settings[key] for key in ("image_size", "mean", "std", "interpolation")] == [
+        16,
+        [0.1] * 3,
+        [0.2] * 3,
+        "bilinear",
+    ]
+    with refusal("model.image_size=24", "own"):
+        loaded(tmp_path, settings | {"image_size": 24}, ["a", "b"])
+
+
+def test_a_folder_of_timm_is_read_too(tmp_path: Path) -> None:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **size)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=size, safe_serialization=True)
+    settings = settings_of("own", str(tmp_path))
+    assert (settings["family"], settings["head"], settings["image_size"]) == ("timm", "timm_model.head", 32)
+    found = loaded(tmp_path, settings, ["a", "b"])
+    assert torch.equal(found.timm_model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def _changed(change: dict) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "names"),
+    [
+        ("BertForMaskedLM", _changed({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}), ["auto_map"]),
+        ("BertForMaskedLM", _changed({"model_type": "own"}), ["model_type"]),
+        ("BertForMaskedLM", _changed({"quantization_config": {"quant_method": "gptq"}}), ["quantization_config"]),
+        ("BertForMaskedLM", lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+        ("BertForMaskedLM", lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
+        ("GPT2LMHeadModel", lambda folder: None, [ALL_LINEAR]),  # its layers are no nn.Linear
+        ("CLIPTextModel", lambda folder: None, ["clip_text_model"]),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, name: str, change: Callable, names: list[str]) -> None:
+    keys = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40} if name == "GPT2LMHeadModel" else TEXT
+    change(saved(tmp_path, name, keys))
+    with refusal("model=", tmp_path, *names):
+        settings_of("own", str(tmp_path))
+
+
+def test_a_masked_model_writes_no_texts(tmp_path: Path) -> None:
+    with refusal("model=", "task.kind=generation"):
+        settings_of("own", str(saved(tmp_path, "BertForMaskedLM", TEXT)), "generation")
+
+
+# The command line
+
+
+def test_a_folder_is_a_model_whose_keys_can_be_set(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "my model", "BertForMaskedLM", TEXT, dtype=torch.bfloat16)
+    given = ("task=text_table", "task.data_files=README.md")
+    model = composed(f"model={folder}", *given).model
+    assert (model.name, model.weights, model.dtype, model.max_length) == ("my_model", str(folder), "bfloat16", 32)
+    model = composed(f"model={folder}", *given, "model.dtype=float32", "model.target_modules=[query]").model
+    assert (model.dtype, model.target_modules, model.head) == ("float32", ["query"], "classifier")
+    file = tmp_path / "own.yaml"
+    file.write_text(f"model: {folder}\ntask: text_table\ntask.data_files: README.md\n")
+    assert composed(str(file)).model.architecture == "bert"
+
+
+def test_folders_are_swept_over_beside_names(tmp_path: Path) -> None:
+    folders = [saved(tmp_path / name / "vit", "ViTForImageClassification", IMAGE) for name in ("a", "b")]
+    runs = plan(["-m", f"model={folders[0]},tiny_vit,{folders[1]}"]).runs
+    assert [config.model.weights for _, config in runs] == [str(folders[0]), "random", str(folders[1])]
+
+
+def test_an_id_of_the_hub_is_pinned_and_what_the_cache_holds_is_said(tmp_path: Path, monkeypatch) -> None:
+    snapshot = saved(tmp_path / "snapshots" / "0a1b", "BertForMaskedLM", TEXT)
+    monkeypatch.setattr(fetch, "_download", lambda repo, *others: snapshot)
+    model = composed("model=own/bert@main", "task=text_table", "task.data_files=README.md").model
+    assert (model.name, model.weights) == ("bert", "own/bert@0a1b")
+    monkeypatch.undo()
+    monkeypatch.setattr(fetch, "_connection_error", lambda repo: OSError("no network"))
+    with refusal("model=", "own/other", "cache"):
+        settings_of("other", "own/other")
