@@ -30,14 +30,13 @@ from partial_lora.launching.places import run_directory
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
 METHODS = ("partial", "lora", "low_rank", "entries")
 FACTORS = (0.5, 2.0)
-_FIRST_WORDS = 14  # of a message of `sources`, so that its length does not tell where it is from
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows of a stranger: out of which sets, how many for training and test, and what is in them.
 
-    columns: of the texts; none for images. classes: the first so many.
+    columns: of the texts; none for images. classes: the first so many. words: of each text, the first so many.
     """
 
     sets: tuple[str, ...]
@@ -46,6 +45,7 @@ class Table:
     label: str = "label"
     columns: tuple[str, ...] = ()
     classes: int | None = None
+    words: int | None = None
 
     @property
     def is_held_out(self) -> bool:
@@ -66,9 +66,9 @@ TABLES = {
     "phrases": Table(("sst2",), 320, 400, columns=("sentence",)),
     "signs": Table(("gtsrb",), 640, 258),
     "hands": Table(("signdigits",), 240, 200),
-    "sources": Table(tuple(SOURCES), 480, 480),
+    "sources": Table(tuple(SOURCES), 480, 480, words=14),  # so that the length does not tell where it is from
     "pairs": Table(("mrpc",), 480, 400, columns=("sentence1", "sentence2")),
-    "reviews": Table(("imdb",), 400, 300, columns=("text",)),
+    "reviews": Table(("imdb",), 400, 300, columns=("text",), words=40),
     "flowers": Table(("flowers17",), 256, 160, classes=8),
     "pictures": Table(("cifar10",), 400, 300),
 }
@@ -124,11 +124,12 @@ def _of_sets(table: Table, data: Path, split: str) -> Iterator[Dataset]:
         file = str(data / name / f"{split}.parquet")
         rows = load_dataset("parquet", data_files={split: file}, split=split)
         if len(table.sets) > 1:
-            column = SOURCES[name]
-            texts = [" ".join(text.lower().split()[:_FIRST_WORDS]).rstrip("?. ") for text in rows[column]]
+            texts = [" ".join(text.lower().split()[: table.words]).rstrip("?. ") for text in rows[SOURCES[name]]]
             yield Dataset.from_dict({"message": texts, "class": [name] * len(texts)})
             continue
         columns = table.columns or ("image",)
+        if table.words is not None:
+            rows = rows.map(lambda row: {key: " ".join(row[key].split()[: table.words]) for key in table.columns})
         classes = [f"class {value}" for value in rows[table.label]]
         yield rows.select_columns(list(columns)).add_column("class", classes)
 
