@@ -25,8 +25,9 @@ from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
 from partial_lora.report import examples, race, records
 from partial_lora.settings.stored import upgraded
+from partial_lora.tasks.metrics import OF_TEXTS
 
-_KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "exact_match", "rouge_l")
+_KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", *OF_TEXTS)
 _TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers
 _SUFFIX = {"double": "_number", "string": "_text"}
 _OF_DEFAULTS = {"group", "conditions"}  # columns of `records.row` that hold only under the defaults of one version

@@ -25,7 +25,7 @@ from partial_lora.launching.directory import INTERRUPTED, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.settings import identity, schema, stored, tuned
 from partial_lora.tasks.folders import FILES
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES, OF_TEXTS
 
 if TYPE_CHECKING:  # a second to import; a list of runs and the summary of a run do without
     import pandas as pd
@@ -732,7 +732,7 @@ def _check_key(runs: Sequence[Run], key: str, option: str) -> None:
 
 # Predictions
 
-_COMPARED = {"label", "prediction", "prediction_norm", "exact_match", "rouge_l", "member"}
+_COMPARED = {"label", "prediction", "prediction_norm", *OF_TEXTS, "member"}
 
 
 class Predictions:

@@ -36,7 +36,7 @@ import pyarrow as pa
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.records import LEVEL
-from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, within
+from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_TEXTS, within
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 DRAWS = 10_000  # of a bootstrap
@@ -275,7 +275,7 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         return (frame["label"] == frame[column]).to_numpy(dtype=float)
     if metric == "mse":
         return (frame["prediction"] - frame["label"]).to_numpy(dtype=float) ** 2
-    if metric in ("exact_match", "rouge_l") and metric in frame:
+    if metric in OF_TEXTS and metric in frame:
         return frame[metric].to_numpy(dtype=float)
     if metric in OF_ALL_TOGETHER:
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()

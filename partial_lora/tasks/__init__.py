@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_lora.tasks.images import ImageTransform
+    from partial_lora.tasks.metrics import final_number
     from partial_lora.tasks.mixture import Joined, Mixture, MixtureTransform, member_draws, mix
     from partial_lora.tasks.prompts import CausalTransform
-    from partial_lora.tasks.questions import final_number
     from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, strata
     from partial_lora.tasks.task import SPLITS, Task, load
     from partial_lora.tasks.texts import TextTransform
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # Imported on first use, so that a report can read the rows of a task without torch.
 _MODULES = {
     "images": ("ImageTransform",),
+    "metrics": ("final_number",),
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mix"),
     "prompts": ("CausalTransform",),
-    "questions": ("final_number",),
     "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
     "task": ("SPLITS", "Task", "load"),
     "texts": ("TextTransform",),

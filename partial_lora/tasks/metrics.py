@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
@@ -69,6 +71,63 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
     return float(function(predictions, references).statistic)
 
 
+# --- How close texts come to their references.
+
+_WORD = r"[^\W_]+"  # in ASCII the words of rouge_score's own tokenizer, which finds none in other alphabets
+_MARK = "####"  # before the answer, in GSM8K
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]%])[-+−])?"  # after a digit or a bracket it is an operator: 16-3 has no number -3
+    r"(?:[$€£](?P<inner>[-+−])?)?"
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+)
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the number that is the answer: the first one after ####, or the last one where there is no ####.
+
+    Signs, commas between thousands, decimals and a currency's sign are understood: "-$1,234.50" is -1234.50. None for a
+    text without a number.
+    """
+    _, mark, after = text.partition(_MARK)
+    numbers = list(_NUMBER.finditer(after if mark else text))
+    if not numbers:
+        return None
+    number = numbers[0 if mark else -1]
+    size = Decimal(number["digits"].replace(",", ""))
+    return -size if (number["sign"] or number["inner"] or "+") in "-−" else size
+
+
+def exact_match(texts: Sequence[str], references: Sequence[str], answer: str | None) -> np.ndarray:
+    """Return 1 for a text whose answer equals its reference's, else 0 (N,).
+
+    answer: "number", the final number in a text (`final_number`), or None, all of it but space around it.
+    """
+    extract = final_number if answer == "number" else str.strip
+    pairs = [(extract(text), extract(reference)) for text, reference in zip(texts, references, strict=True)]
+    return np.array([text is not None and text == reference for text, reference in pairs], dtype=np.float64)
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[str], answer: str | None = None) -> np.ndarray:
+    """Return the F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
+    scores = []
+    for text, reference in zip(texts, references, strict=True):
+        words, expected = (re.findall(_WORD, each.lower()) for each in (text, reference))
+        common = _longest_common(words, expected)
+        precision, recall = (common / max(len(each), 1) for each in (words, expected))
+        scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
+    return np.array(scores)
+
+
+def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the number of words of the longest sequence that both have, with any others between."""
+    longest = [0] * (len(second) + 1)  # of the words of `first` so far and the first few of `second`
+    for word in first:
+        before, longest = longest, [0]
+        for place, other in enumerate(second):
+            longest.append(before[place] + 1 if word == other else max(before[place + 1], longest[-1]))
+    return longest[-1]
+
+
 # --- What there is of each metric.
 
 _CLASSES, _NUMBERS, _OPTIONS, _TEXTS = "classes", "real numbers", "places of options", "texts"  # what labels are
@@ -82,6 +141,7 @@ class Metric:
     Attributes:
         of: what the labels of a task are that may have it.
         function: (predictions, references) -> the metric, each an array of one dimension; None for one of tokens.
+        of_texts: (texts, references, what is compared of them: `task.answer`) -> a score for each.
         range: the least and the most that it can be; None for a share, which is read as a percentage.
         lower_is_better: less of it is better.
         of_all_together: it is no mean over examples.
@@ -90,6 +150,7 @@ class Metric:
 
     of: tuple[str, ...]
     function: Callable[..., float] | None = None
+    of_texts: Callable[..., np.ndarray] | None = None
     range: tuple[float, float] | None = None
     lower_is_better: bool = False
     of_all_together: bool = False
@@ -100,18 +161,19 @@ METRICS = {  # of the metrics of one kind of labels, the first is the usual one
     "accuracy": Metric((_CLASSES, _OPTIONS), accuracy),
     "accuracy_norm": Metric((_OPTIONS,)),
     "f1": Metric((_CLASSES,), f1, of_all_together=True),
-    "matthews": Metric((_CLASSES,), matthews, _CORRELATION, of_all_together=True),
-    "pearson": Metric((_NUMBERS,), pearson, _CORRELATION, of_all_together=True),
-    "spearman": Metric((_NUMBERS,), spearman, _CORRELATION, of_all_together=True),
-    "mse": Metric((_NUMBERS,), mse, (0.0, math.inf), lower_is_better=True),
-    "exact_match": Metric((_TEXTS,)),
-    "rouge_l": Metric((_TEXTS,)),
-    "perplexity": Metric((_TEXTS,), None, (1.0, math.inf), lower_is_better=True, of_examples=False),
+    "matthews": Metric((_CLASSES,), matthews, range=_CORRELATION, of_all_together=True),
+    "pearson": Metric((_NUMBERS,), pearson, range=_CORRELATION, of_all_together=True),
+    "spearman": Metric((_NUMBERS,), spearman, range=_CORRELATION, of_all_together=True),
+    "mse": Metric((_NUMBERS,), mse, range=(0.0, math.inf), lower_is_better=True),
+    "exact_match": Metric((_TEXTS,), of_texts=exact_match),
+    "rouge_l": Metric((_TEXTS,), of_texts=rouge_l),
+    "perplexity": Metric((_TEXTS,), range=(1.0, math.inf), lower_is_better=True, of_examples=False),
 }
 FITTING = {
     labels: tuple(name for name, metric in METRICS.items() if labels in metric.of)
     for labels in (_CLASSES, _NUMBERS, _OPTIONS, _TEXTS)
 }
+OF_TEXTS = {name: metric.of_texts for name, metric in METRICS.items() if metric.of_texts}
 FUNCTIONS = {name: metric.function for name, metric in METRICS.items() if metric.function}
 SHARES = {name for name, metric in METRICS.items() if metric.range is None}
 LOWER_IS_BETTER = {name for name, metric in METRICS.items() if metric.lower_is_better}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from string import ascii_uppercase
 from typing import TypeVar
 
@@ -15,6 +13,7 @@ from partial_lora import progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
+from partial_lora.tasks.metrics import final_number
 from partial_lora.tasks.sources import LAYOUTS, Layout, label_name, row_name
 
 Formatted = TypeVar("Formatted")
@@ -295,28 +294,3 @@ def _text(value: object) -> str:
 def _lines(row: Row, columns: Sequence[str]) -> str:
     """Return the texts of several columns, a line each, without those that are empty."""
     return "\n".join(label_name(row[column]) for column in columns if _text(row.get(column)))
-
-
-# --- The answer in a response.
-
-_MARK = "####"  # before the answer, in GSM8K
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]%])[-+−])?"  # after a digit or a bracket it is an operator: 16-3 has no number -3
-    r"(?:[$€£](?P<inner>[-+−])?)?"
-    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
-)
-
-
-def final_number(text: str) -> Decimal | None:
-    """Return the number that is the answer: the first one after ####, or the last one where there is no ####.
-
-    Signs, commas between thousands, decimals and a currency's sign are understood: "-$1,234.50" is -1234.50. None for a
-    text without a number.
-    """
-    _, mark, after = text.partition(_MARK)
-    numbers = list(_NUMBER.finditer(after if mark else text))
-    if not numbers:
-        return None
-    number = numbers[0 if mark else -1]
-    size = Decimal(number["digits"].replace(",", ""))
-    return -size if (number["sign"] or number["inner"] or "+") in "-−" else size

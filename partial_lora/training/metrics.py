@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,11 +18,9 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from partial_lora.files import write_atomic
-from partial_lora.tasks import CausalTransform, final_number
+from partial_lora.tasks import CausalTransform
 from partial_lora.tasks.metrics import FUNCTIONS, IGNORED, mse
 from partial_lora.tasks.prompts import Prompt
-
-_WORD = r"[^\W_]+"  # in ASCII the words of rouge_score's own tokenizer, which finds none in other alphabets
 
 
 @cache
@@ -162,7 +159,7 @@ def option_metrics(columns: dict[str, list]) -> dict[str, float]:
     }
 
 
-# Generation, and how close a text comes to its reference.
+# Generation.
 
 
 def generation_config(
@@ -235,34 +232,3 @@ def generate(
     finally:
         model.train(training)
     return texts
-
-
-def exact_match(texts: Sequence[str], references: Sequence[str], answer: str | None) -> np.ndarray:
-    """Return 1 for a text whose answer equals its reference's, else 0 (N,).
-
-    answer: "number", the final number in a text (`tasks.final_number`), or None, all of it but space around it.
-    """
-    extract = final_number if answer == "number" else str.strip
-    pairs = [(extract(text), extract(reference)) for text, reference in zip(texts, references, strict=True)]
-    return np.array([text is not None and text == reference for text, reference in pairs], dtype=np.float64)
-
-
-def rouge_l(texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
-    scores = []
-    for text, reference in zip(texts, references, strict=True):
-        words, expected = (re.findall(_WORD, each.lower()) for each in (text, reference))
-        common = _longest_common(words, expected)
-        precision, recall = (common / max(len(each), 1) for each in (words, expected))
-        scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
-    return np.array(scores)
-
-
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the number of words of the longest sequence that both have, with any others between."""
-    longest = [0] * (len(second) + 1)  # of the words of `first` so far and the first few of `second`
-    for word in first:
-        before, longest = longest, [0]
-        for place, other in enumerate(second):
-            longest.append(before[place] + 1 if word == other else max(before[place + 1], longest[-1]))
-    return longest[-1]

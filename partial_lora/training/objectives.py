@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER
+from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER, OF_TEXTS
 from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.prompts import Prompt
 from partial_lora.training import metrics
@@ -227,10 +227,7 @@ class ByTexts(_TaskJudge):
         if "messages" in rows.column_names:
             prompts = [messages[:-1] for messages in rows["messages"]]
         texts = self._generate(model, prompts)
-        scores = {
-            "exact_match": metrics.exact_match(texts, references, self.answer),
-            "rouge_l": metrics.rouge_l(texts, references),
-        }
+        scores = {name: score(texts, references, self.answer) for name, score in OF_TEXTS.items()}
         frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, "prediction": texts, **scores})
         means = {name: float(scores[name].mean()) for name in self.task.metrics if name in scores}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)

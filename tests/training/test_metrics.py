@@ -18,6 +18,7 @@ from tiny_causal import bytes_tokenizer, llama, merging_tokenizer
 
 from partial_lora import tasks
 from partial_lora.tasks import questions
+from partial_lora.tasks.metrics import exact_match, rouge_l
 from partial_lora.training import metrics
 
 LOGITS = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0], [0.0, 1.0]])
@@ -295,8 +296,8 @@ def test_the_final_number_of_a_text(text: str, number: str | None) -> None:
 def test_exact_matches_are_of_numbers_or_of_whole_texts() -> None:
     texts = ["It is $5.00.", "#### 1,234", "no idea", "7 or 8", "5"]
     references = ["2+3=<<2+3=5>>5\n#### 5", "#### 1234", "#### 3", "#### 7", "#### -5"]
-    assert metrics.exact_match(texts, references, "number").tolist() == [1, 1, 0, 0, 0]
-    assert metrics.exact_match([" a b\n", "a  b", ""], ["a b", "a b", "x"], None).tolist() == [1, 0, 0]
+    assert exact_match(texts, references, "number").tolist() == [1, 1, 0, 0, 0]
+    assert exact_match([" a b\n", "a  b", ""], ["a b", "a b", "x"], None).tolist() == [1, 0, 0]
 
 
 def test_rouge_l_is_that_of_the_longest_common_words() -> None:
@@ -307,5 +308,5 @@ def test_rouge_l_is_that_of_the_longest_common_words() -> None:
     texts += ["the cat sat on the mat", "On the mat, sat the CAT!", ""]
     references += ["the cat lay on a mat", "the cat sat on the mat", "something"]
     expected = [package.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
-    assert metrics.rouge_l(texts, references).tolist() == expected
-    assert metrics.rouge_l(["größe und maß"], ["Größe und Maß"]).tolist() == [1.0]
+    assert rouge_l(texts, references).tolist() == expected
+    assert rouge_l(["größe und maß"], ["Größe und Maß"]).tolist() == [1.0]
