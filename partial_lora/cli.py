@@ -229,7 +229,7 @@ def _print_json_outline(config: Config, run: Outline) -> None:
 
 def _rates(config: Config, run: Outline) -> dict[str, float]:
     """Return the learning rates of a run by part."""
-    known = {"width": run.width, "density": run.density, "has_head": run.outputs > 0}
+    known = {"width": run.width, "density": run.density, "has_head": config.model.trains_whole}
     return trainer_of(plain(config), config.trainer, **known).learning_rates
 
 
@@ -322,15 +322,15 @@ def compare(arguments: Sequence[str]) -> int:
     with _libraries():
         from rich.console import Console
 
-        from partial_lora.report import race, records
+        from partial_lora.report import ranking, records
     out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     runs = [records.run_of(record, place, str(place.parent.relative_to(out))) for place, record in places.items()]
     references = [run for entry in entries if entry.method == chosen.reference for run in entry.done.values()]
-    reference = race.form_of(references[0]["config"]) if references else chosen.reference
-    _, numbers = race.write(runs, out, "compare", reference)
-    Console().print(race.on_screen(numbers, reference))
+    reference = ranking.form_of(references[0]["config"]) if references else chosen.reference
+    _, numbers = ranking.write(runs, out, "compare", reference)
+    Console().print(ranking.on_screen(numbers, reference))
     command = shlex.join(["partial-lora", "compare", *arguments])
-    print(race.write_page(numbers, out, reference=reference, command=command, refused=refused))
+    print(ranking.write_page(numbers, out, reference=reference, command=command, refused=refused))
     return 0
 
 

@@ -122,7 +122,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # How long, and at what learning rates, where the settings leave it to the run.
     width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
-    known = {"width": width, "density": density, "has_head": bool(setting.whole())}
+    known = {"width": width, "density": density, "has_head": config.model.trains_whole}
     trained = rates.trainer_of(plain(config), config.trainer, **known)
     record["training"] = rates.training_of(trained, len(rows["train"]), density)
     progress.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))

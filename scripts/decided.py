@@ -25,7 +25,7 @@ from partial_lora import cli
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import race
+from partial_lora.report import ranking
 from partial_lora.report.claims import (
     ALL_SETS,
     NO_RUNS,
@@ -93,7 +93,7 @@ COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 
 def form_of(config: dict) -> str:
     """Return the name of a run's form, with what its calibration has of its own."""
-    calibration, name = config["calibration"], race.form_of(config)
+    calibration, name = config["calibration"], ranking.form_of(config)
     words = [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
     words += ["by gradient"] if calibration.get("search") == "gradient" else []
     words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importance="",
             calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
         )
-        best = race.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
+        best = ranking.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
         write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
         return 0
 
@@ -134,7 +134,7 @@ def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
         if {PARTIAL, UNIFORM} <= set(rates.index) and rates[PARTIAL] != rates[UNIFORM]:
             of_task = runs[(runs["task"] == task) & (runs["operating_point"] == BUDGET)]
             same = of_task[(of_task["method"] == UNIFORM) & (of_task["learning_rate"] == rates[PARTIAL])]
-            same = race.once(same, [task, UNIFORM])
+            same = ranking.once(same, [task, UNIFORM])
             if set(own.loc[own["method"] == PARTIAL, "seed"]) <= set(same["seed"]):
                 rows.append(same.assign(method=AT_ONE_RATE))
     return pd.concat(rows)

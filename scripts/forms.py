@@ -3,7 +3,7 @@
     python scripts/forms.py results/forms --reference low_rank
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
-the reference is of runs of the same seeds (`race.compared`). Where dense LoRA was trained, too, a table says how far
+the reference is of runs of the same seeds (`ranking.compared`). Where dense LoRA was trained, too, a table says how far
 the best rate of each form and size is from dense LoRA's, and from_dense.csv how far its score.
 """
 
@@ -20,7 +20,7 @@ import pandas as pd
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import race, records
+from partial_lora.report import ranking, records
 from partial_lora.report.records import NONE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, skipped = records.read(options.results)
         if not runs:
             raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-        text, numbers = race.write(runs, options.results, options.stem, options.reference)
+        text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
         origin, _, ranked = text.partition("\n\n")
         text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
         if (rates := best_rates(numbers)) is not None:
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        table = race.rows_of(runs, records.Predictions(options.results))
+        table = ranking.rows_of(runs, records.Predictions(options.results))
         from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
             settings = {"reference": options.reference, "command": command, "refused": skipped}
-            print(race.write_page(numbers, options.results, **settings))
+            print(ranking.write_page(numbers, options.results, **settings))
         return 0
 
     return cli.guarded(command)
@@ -77,7 +77,7 @@ def verdicts(numbers: pd.DataFrame) -> str:
             "worse, after correction": ~better & part["holds"],
         }
         listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
-        rows.append({"task": task, "size": race.in_words(size), **listed})
+        rows.append({"task": task, "size": ranking.in_words(size), **listed})
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
@@ -112,9 +112,9 @@ def best_rates(numbers: pd.DataFrame) -> str | None:
 
 def from_dense(table: pd.DataFrame) -> pd.DataFrame:
     """Return how far every form, at every size, is from dense LoRA: differences over the seeds that both have."""
-    chosen = race.at_best_rates(table)
+    chosen = ranking.at_best_rates(table)
     at = chosen["form"].where(chosen["size"] == "own", chosen["form"] + " at " + chosen["size"])
-    numbers = race.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
+    numbers = ranking.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
     return numbers[["task", "form", "paired", "difference", "difference_half"]]
 
 

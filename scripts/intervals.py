@@ -35,7 +35,7 @@ from scipy.special import nctdtr, stdtrit
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import race, records
+from partial_lora.report import ranking, records
 from partial_lora.report.comparable import POINTS, gather
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
@@ -304,7 +304,7 @@ def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
             metric, config = run.record["metrics"]["test"]["primary"], run.record["config"]
             curve = {each["step"]: each[f"eval_{metric}"] for each in run.record["history"] if f"eval_{metric}" in each}
             if len(curve) > 2 and not config["task"].get("members"):
-                form = f"{race.form_of(config)}, {run.row['operating_point']}"
+                form = f"{ranking.form_of(config)}, {run.row['operating_point']}"
                 key = (config["task"]["name"], form, float(config["trainer"]["learning_rate"]))
                 curves.setdefault(key, []).append(curve)
         best: dict[tuple, tuple[float, int, float]] = {}

@@ -26,7 +26,7 @@ from partial_lora.methods import tuners
 from partial_lora.methods.config import MethodConfig
 from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.config import ModelConfig
-from partial_lora.models.configs import RESAMPLING
+from partial_lora.models.from_files import RESAMPLING
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.checks import check_modality

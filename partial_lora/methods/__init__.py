@@ -92,15 +92,15 @@ METHODS = {
     "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
     "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True),
     "random_weights": Method("controls:random_weights", size="calibrated", size_alone=True, product=False),
-    "lora": Method("peft:lora", at_budget=("method=low_rank",), dense=True),
+    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True),
     "dora": Method(
-        "peft:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
+        "lora:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
     ),
     "vera": Method(
-        "peft:vera", tuner=True, at_budget=("method=vera", "method.peft_type=VERA"), product=False, draws=True
+        "lora:vera", tuner=True, at_budget=("method=vera", "method.peft_type=VERA"), product=False, draws=True
     ),
-    "adalora": Method("peft:adalora", "peft:train_adalora", product=False),
-    "lorafa": Method("peft:lorafa", "peft:train_lorafa", product=False),
+    "adalora": Method("lora:adalora", "lora:train_adalora", product=False),
+    "lorafa": Method("lora:lorafa", "lora:train_lorafa", product=False),
     "full": Method("full:full", product=False),
     "probe": Method("full:probe", product=False, head_alone=True),
     "peft": Method("tuners:peft", "tuners:train_tuner", size="options", tuner=True),

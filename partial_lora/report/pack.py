@@ -23,7 +23,7 @@ from partial_lora.files import one_writer, write_atomic
 from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
-from partial_lora.report import examples, race, records
+from partial_lora.report import examples, ranking, records
 from partial_lora.settings.stored import upgraded
 from partial_lora.tasks.metrics import OF_TEXTS
 
@@ -127,8 +127,8 @@ def _row(path: str, content: Content) -> dict:
     return {
         "run": path,
         **{name: value for name, value in run.row.items() if name not in _OF_DEFAULTS},
-        "form": race.form_of(record["config"]),
-        "size": race.size_in(record),
+        "form": ranking.form_of(record["config"]),
+        "size": ranking.size_in(record),
         **dict(sorted(metrics.items())),
         **{f"version_{name}": version for name, version in record["versions"].items()},
         "started": record.get("started"),

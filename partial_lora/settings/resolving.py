@@ -70,7 +70,7 @@ def _with_model(composed: DictConfig) -> DictConfig:
     found = stored_settings(chosen["weights"])
     if found is None:
         require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
-        from partial_lora.models.configs import settings_of  # needs torch
+        from partial_lora.models.from_files import settings_of  # needs torch
 
         kind = None if task.modality == "image" or task.members else task.kind
         found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)

@@ -110,7 +110,7 @@ class Config:
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
         fits = ratio == 1 or not self.method.traits.masked or self.mask.columns != "frozen"
         require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
-        fits = head_rate is None or self.model.head is not None or bool(self.model.new_modules)
+        fits = head_rate is None or self.model.trains_whole
         expected = f"null for model={self.model.name}, which has no head"
         require(fits, "trainer.head_learning_rate", head_rate, expected)
 

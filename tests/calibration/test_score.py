@@ -24,8 +24,8 @@ from scored_models import (
 from sklearn import metrics
 from torch import nn
 
-from partial_lora.calibration import measures
-from partial_lora.calibration.measures import Correctness, Loss
+from partial_lora.calibration import answers
+from partial_lora.calibration.answers import Correctness, Loss
 from partial_lora.calibration.order import Tally, arranged, batch_sizes, enough, next_batch
 from partial_lora.calibration.score import BoundedScore, FewShotScore
 from partial_lora.errors import PartialLoraError
@@ -575,13 +575,13 @@ def test_the_logits_of_one_batch_are_held_at_a_time():
 
 
 def test_only_tokens_that_count_are_made_numbers_of_four_bytes(monkeypatch):
-    compared, cross_entropy = [], measures.F.cross_entropy
+    compared, cross_entropy = [], answers.F.cross_entropy
 
     def seen(logits, labels, **settings):
         compared.append(labels)
         return cross_entropy(logits, labels, **settings)
 
-    monkeypatch.setattr(measures.F, "cross_entropy", seen)
+    monkeypatch.setattr(answers.F, "cross_entropy", seen)
     model, batches, _ = texts()
     FewShotScore(model, batches, "loss")(model)
     assert len(compared) >= len(batches)

@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState
 
 from partial_lora import methods
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods.peft import Allocate, orthogonality_penalty
+from partial_lora.methods.lora import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
 from partial_lora.methods.setting import training as training_of
 from partial_lora.training.cost import optimizer_bytes

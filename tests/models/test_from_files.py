@@ -14,7 +14,7 @@ from refusals import refusal
 
 from partial_lora import models
 from partial_lora.models import fetch
-from partial_lora.models.configs import settings_of
+from partial_lora.models.from_files import settings_of
 from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
 from partial_lora.settings.compose import composed, plan
 

@@ -11,7 +11,7 @@ from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import race, records
+from partial_lora.report import ranking, records
 from partial_lora.report.pairs import Outcome, Pair, between
 
 
@@ -29,7 +29,7 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
 
 def test_of_rates_with_equal_scores_on_validation_that_of_the_lower_loss_is_the_best() -> None:
     scores = {(1e-3, 0): (0.8, 0.5, 0.1), (2e-3, 0): (0.9, 2.0, 0.2), (4e-3, 0): (0.9, 1.0, 0.3)}
-    chosen = race.at_best_rates(pd.DataFrame(runs("partial", scores)))
+    chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))
     assert list(chosen["test"]) == [0.3]
     assert set(chosen["edge"]) == {True}
 
@@ -38,7 +38,7 @@ def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
     """A rate that went out after the first seed does not win by it, and does not take seeds from the others."""
     early = {(1e-3, 0): (0.99, 1.0, 0.1)}
     late = {(rate, seed): (0.5 + 100 * rate + seed / 10, 1.0, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
-    chosen = race.at_best_rates(pd.DataFrame(runs("partial", early | late)))
+    chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", early | late)))
     assert set(chosen["learning_rate"]) == {4e-3}
     assert set(chosen["rates"]) == {3}
     assert set(chosen["spent"]) == {5.0}
@@ -48,7 +48,7 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     own = {(1e-3, 0): (0.9, 1.0, 0.5), (1e-3, 1): (0.9, 1.0, 0.7), (1e-3, 2): (0.9, 1.0, 0.0)}
     other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5)}
     chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(rates=1, edge=False, spent=1.0)
-    row = race.compared(chosen, "low_rank").set_index("form").loc["partial"]
+    row = ranking.compared(chosen, "low_rank").set_index("form").loc["partial"]
     assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 2, 3)
     assert row["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # Student's t of one degree of freedom
     assert (row["over"], row["examples"]) == ("seeds", 0)
@@ -60,7 +60,7 @@ def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -
             leave(tmp_path, method, wrong=wrong, seed=seed, budget=0.13)
     leave(tmp_path, "oft", wrong=10, budget=0.13)  # one seed: over examples, which decides nothing
     runs, stored = records.read(tmp_path)[0], records.Predictions(tmp_path)
-    ranked = race.compared(race.at_best_rates(race.rows_of(runs, stored)), "low_rank").set_index("form")
+    ranked = ranking.compared(ranking.at_best_rates(ranking.rows_of(runs, stored)), "low_rank").set_index("form")
     row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
     sides = (
         {run.row["seed"]: Outcome.of(run.row, stored) for run in runs if run.row["method"] == method}
@@ -71,7 +71,7 @@ def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -
     assert (row["over"], row["examples"], row["holds"]) == ("seeds and examples", 200, True)
     assert (alone["over"], alone["difference"], alone["holds"]) == ("examples", 0.25, False)
     assert alone["difference_half"] > 0
-    titles = race.titled(ranked.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    titles = ranking.titled(ranked.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
     assert titles["difference over"].tolist() == ["1 seed, 200 rows", "3 seeds, 200 rows", "–"]
 
 
@@ -90,12 +90,12 @@ def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -
     rows = [
         run for form, each in tests.items() for run in runs(form, {(1e-3, s): (1, 1, t) for s, t in enumerate(each)})
     ]
-    found = race.compared(race.at_best_rates(pd.DataFrame(rows)), "low_rank").set_index("form")
+    found = ranking.compared(ranking.at_best_rates(pd.DataFrame(rows)), "low_rank").set_index("form")
     p = {form: ttest_1samp(each, 0).pvalue for form, each in differences.items() if form != "same"}
     assert p["sure"] < 0.05 / 3 < 0.05 / 2 < p["alone"] < 0.05 < p["unsure"]
     assert found["p"].dropna().to_dict() == pytest.approx(p)
     assert found.index[found["holds"]].tolist() == ["sure"]
-    shown = race.titled(found.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    shown = ranking.titled(found.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
     assert dict(zip(shown["form"], shown["after correction"], strict=True))["sure"] == "better"
 
 
@@ -113,31 +113,33 @@ def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -
     ],
 )
 def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, name: str) -> None:
-    assert race.form_of({"mask": mask, "method": method}) == name
+    assert ranking.form_of({"mask": mask, "method": method}) == name
 
 
 def rows_of(results: Iterable[dict]) -> pd.DataFrame:
-    return race.rows_of(records.run_of(result, Path("run")) for result in results)
+    return ranking.rows_of(records.run_of(result, Path("run")) for result in results)
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
-    return race.compared(race.at_best_rates(table), "low_rank")
+    return ranking.compared(ranking.at_best_rates(table), "low_rank")
 
 
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
     table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
     settings = {"reference": "low_rank", "command": "partial-lora compare", "refused": ["oft: not applicable"]}
-    text = race.write_page(ranked(table), tmp_path, **settings).read_text()
+    text = ranking.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
     assert "<use xlink:href=" in text  # as letters and markers are drawn
     assert "step_seconds" in text
     assert "oft: not applicable" in text
     assert 'id="tab-1"' not in text  # one task
     one = pd.DataFrame([run for name in ("partial", "low_rank") for run in runs(name, {(2e-3, 0): (0.9, 1.0, 0.5)})])
-    assert ">nan<" not in race.write_page(ranked(one), tmp_path / "one", **settings).read_text()  # it has no interval
+    assert (
+        ">nan<" not in ranking.write_page(ranked(one), tmp_path / "one", **settings).read_text()
+    )  # it has no interval
     two = pd.concat([table, table.assign(task="cars")])
-    text = race.write_page(ranked(two), tmp_path, **settings).read_text()
+    text = ranking.write_page(ranked(two), tmp_path, **settings).read_text()
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
     assert "<b>cars, 13 % of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
@@ -149,7 +151,7 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
     falling = table.assign(**shared | {"task": "texts", "metric": "perplexity", "test": table["test"] + 1})
     both = pd.concat([table.assign(**shared), falling], ignore_index=True)
-    (_, svg), _ = race.draw_front(both, "parameters", tmp_path, "front")
+    (_, svg), _ = ranking.draw_front(both, "parameters", tmp_path, "front")
     drawn = svg.read_text()
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "#bfbfbf" in mark] == [1, 5, 6, 8]
@@ -158,9 +160,11 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
 
 def test_a_front_reaches_no_further_than_its_metric(tmp_path, monkeypatch) -> None:
     figures = []
-    monkeypatch.setattr(race, "save_both", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(ranking, "save_both", lambda figure, *_: figures.append(figure))
     row = {"form": "a", "test": 0.9, "parameters": 10, "task": "digits", "size": "0.13", "metric": "accuracy"}
-    race.draw_front(pd.DataFrame([row | {"half": 0.6, "seeds": 2, "learning_rate": 1e-3}]), "parameters", tmp_path, "f")
+    ranking.draw_front(
+        pd.DataFrame([row | {"half": 0.6, "seeds": 2, "learning_rate": 1e-3}]), "parameters", tmp_path, "f"
+    )
     assert figures[0].axes[0].get_ylim()[1] <= 1.021
 
 
@@ -170,8 +174,8 @@ def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexi
         validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
         return made | {"metrics": {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}}
 
-    chosen = race.at_best_rates(rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
-    row = race.compared(chosen, "lora").iloc[0]
+    chosen = ranking.at_best_rates(rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
+    row = ranking.compared(chosen, "lora").iloc[0]
     assert (row["learning_rate"], row["metric"], row["test"]) == (2e-3, "exact_match", 0.2)
 
 
@@ -179,7 +183,7 @@ def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     """Budgets of 100,000 and 104,000 parameters, of 0.131 and 0.133."""
     budgets = (0.131, 0.133, 100_000, 104_000)
     table = rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
-    titles = list(race.titled(race.compared(race.at_best_rates(table), "low_rank"), "low_rank"))
+    titles = list(ranking.titled(ranking.compared(ranking.at_best_rates(table), "low_rank"), "low_rank"))
     of = [f"{size} of dense LoRA's parameters" for size in ("13.1 %", "13.3 %")]
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
@@ -191,7 +195,7 @@ def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules
     few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
     sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
     table = rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
-    numbers = race.compared(race.at_best_rates(table), "low_rank").set_index(["size", "form"])
+    numbers = ranking.compared(ranking.at_best_rates(table), "low_rank").set_index(["size", "form"])
     assert numbers["difference"].dropna().to_dict() == {
         ("own", "lora"): pytest.approx(0.2),
         ("own", "lora on query, value"): pytest.approx(0.1),
@@ -203,18 +207,18 @@ def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
         return [record(method, test, seed=seed, **changes) for seed in range(2)]
 
     sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
-    table = race.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
-    assert race.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
+    table = ranking.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
+    assert ranking.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
         "0.13": pytest.approx(-0.1),
         "0.02": pytest.approx(-0.2),
     }
-    only = race.at_best_rates(rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
-    assert race.compared(only, "low_rank")["difference"].isna().all()  # two budgets are not compared
+    only = ranking.at_best_rates(rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
+    assert ranking.compared(only, "low_rank")["difference"].isna().all()  # two budgets are not compared
 
 
 def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:
     table = rows_of([record("partial", budget=0.13), record("partial", budget=0.13, method__rank=64)])
-    assert len(race.at_best_rates(table)) == 1  # the same numbers: one run under two ids
+    assert len(ranking.at_best_rates(table)) == 1  # the same numbers: one run under two ids
     table.loc[0, "test"] += 0.01
     with pytest.raises(PartialLoraError, match=r"digits, 0\.13, partial"):
-        race.at_best_rates(table)
+        ranking.at_best_rates(table)
