@@ -527,21 +527,18 @@ def test_the_command_prints_the_text_and_reads_a_prompt_from_standard_input(monk
     assert capsys.readouterr().out == f"{text}\n" * 4
 
 
-def test_a_turn_of_a_conversation_is_read_with_all_before_it() -> None:
-    drawn = {"temperature": 3.0, "seed": 0}
-    writer = generate.Writer(finished_runs.generation_run(), device="cpu", max_new_tokens=6, **drawn)
+def test_a_turn_of_a_conversation_is_read_with_all_before_it(monkeypatch) -> None:
+    writer = generate.Writer(finished_runs.generation_run(), device="cpu", max_new_tokens=3)
     tokenizer = copy.deepcopy(writer._transform.tokenizer)
     tokenizer.chat_template = tiny_causal.CHAT
     writer._transform = CausalTransform(tokenizer, 128, chat=True)
+    encode, read = writer._transform.encode, []
+    monkeypatch.setattr(writer._transform, "encode", lambda prompts: read.extend(map(list, prompts)) or encode(prompts))
     parts: list[str] = []
     first, second = writer.converse(["say red 7", " ", "say blue"], parts.append)
     assert "".join(parts) == first + second
     before = [{"role": "user", "content": "say red 7"}, {"role": "assistant", "content": first}]
-    again = generate.Writer(finished_runs.generation_run(), device="cpu", max_new_tokens=6, **drawn)
-    again._transform = writer._transform
-    asked = [before[:1], [*before, {"role": "user", "content": "say blue"}]]
-    assert [again.write(messages, parts.append) for messages in asked] == [first, second]
-    assert first != second
+    assert read == [before[:1], [*before, {"role": "user", "content": "say blue"}]]
 
 
 @pytest.mark.parametrize(
