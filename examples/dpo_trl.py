@@ -2,8 +2,7 @@
 
     python examples/dpo_trl.py
 
-Prints: how much likelier the preferred answer is than the other, before and after, and the number of trainable
-parameters.
+Prints: the number of trainable parameters, and by how much training prefers the short answers in the end.
 Takes: about 60 s of one CPU core.
 """
 
@@ -32,35 +31,17 @@ def chat(thing: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What colour is {thing}?"}, {"role": "assistant", "content": answer}]
 
 
-rows = Dataset.from_list(
-    [
-        {"chosen": chat(thing, f"{colour.capitalize()}."), "rejected": chat(thing, f"I would say it is {colour}.")}
-        for thing, colour in colours.items()
-    ]
-)
-
-
-@torch.no_grad()
-def likelier(model: torch.nn.Module) -> float:
-    """Return by how much the log-likelihood of the short answer about a lemon is above that of the long one."""
-    scores = []
-    for answer in ("Yellow.", "Well, I would say it is yellow."):
-        tokens = tokenizer.apply_chat_template(chat("a lemon", answer), return_tensors="pt", return_dict=True)
-        tokens = tokens.to(model.device)
-        scores.append(-model(**tokens, labels=tokens["input_ids"]).loss * tokens["input_ids"].shape[1])
-    return float(scores[0] - scores[1])
-
-
-print(f"before: {likelier(model):+.1f}")
+pairs = [(chat(thing, f"{colour}."), chat(thing, f"I would say it is {colour}.")) for thing, colour in colours.items()]
+rows = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs])
 
 # %%
 config = PartialLoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", sparsity=0.87)
 arguments = DPOConfig(
     "out/dpo_trl",
     per_device_train_batch_size=3,
-    max_steps=8,  # to be quick
+    max_steps=8,
     learning_rate=1e-3,
-    beta=0.1,
+    logging_steps=1,
     report_to=[],
     bf16=torch.cuda.is_available(),
 )
@@ -70,6 +51,7 @@ trainer.model.print_trainable_parameters()
 trainer.train()
 
 # %%
-print(f"after: {likelier(trainer.model):+.1f}")
+margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+print(f"margin of the short answers: {margins[-1]:.2f}")
 trainer.save_model("out/dpo_trl/adapter")  # an ordinary LoRA adapter
 write_compact(trainer.model, "out/dpo_trl/compact")  # the kept values alone

@@ -161,7 +161,7 @@ def _resolved(composed) -> Config:
             f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
         )
     with read_write(composed), open_dict(composed):
-        del composed["hydra"], composed["study"]
+        del composed["hydra"]
     return resolve(composed)
 
 

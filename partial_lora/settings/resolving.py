@@ -38,7 +38,9 @@ def resolve(composed: DictConfig) -> Config:
     is not there; OmegaConf's own errors for an unknown key or a value of another type.
     """
     # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
-    composed = _with_model(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
+    settings = OmegaConf.to_container(composed)
+    settings.pop("study", None)  # of an experiment's file: the runs that it lists
+    composed = _with_model(OmegaConf.merge(_schema(), settings))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")

@@ -18,7 +18,7 @@ def standard_error(score: float, count: int) -> float:
 
     One right and one wrong row are added, so that it is not 0 for a perfect score (Agresti and Coull, 1998).
     """
-    share = (max(score, 0.0) * count + 1) / (count + 2)
+    share = (min(max(score, 0.0), 1.0) * count + 1) / (count + 2)
     return math.sqrt(share * (1 - share) / (count + 2))
 
 
