@@ -55,7 +55,8 @@ def resolve(composed: DictConfig) -> Config:
         task = with_files(task, Path(config.data_dir))
     calibration, model = _with_budget(config), config.model
     if model.image_size is None:
-        model = replace(model, image_size=_OF_PHOTOGRAPHS if task.path == "files" else _OF_SETS)
+        is_own = task.path == "files" and task.classes is None  # conf/task says how many classes a known set has
+        model = replace(model, image_size=_OF_PHOTOGRAPHS if is_own else _OF_SETS)
     config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
     if trainer.tuned is not None:  # before the run has its id, which the rate decides
         rate, _ = tuned(trainer.tuned, plain(config), trainer.tuned_on)

@@ -586,3 +586,9 @@ def test_results_among_the_rows_of_a_task_are_refused(tmp_path: Path, monkeypatc
             composed(*rows, f"task.data_files={rows_at}", f"results_dir={place}")
     for place in ("results", "photos/.results"):
         assert composed(*rows, "task.data_files=photos", f"results_dir={place}").results_dir == place
+
+
+@pytest.mark.parametrize(("task", "pixels"), [("signdigits", 56), ("digits", 56), ("image_folder", 98)])
+def test_images_of_one_s_own_are_seen_larger_than_those_of_known_sets(task: str, pixels: int, tmp_path: Path) -> None:
+    files = [] if task == "digits" else [f"task.data_files={tmp_path}"]
+    assert composed(f"task={task}", *files).model.image_size == pixels
