@@ -84,7 +84,7 @@ def config_folder_of(weights: str, name: str) -> Path:
     if weights.startswith(bundled.PREFIX) or Path(weights).is_dir():
         folder = folder_of(weights, name)
     else:
-        folder = _download(weights, name, _CONFIGS, OFFLINE_IMAGE_MODEL)
+        folder = _download(weights, weights, _CONFIGS, OFFLINE_IMAGE_MODEL)
     if not (folder / "config.json").is_file():
         raise PartialLoraError(f"model={weights}: expected a config.json in it, which says what model it is")
     return folder

@@ -109,11 +109,17 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        own = "code of its own (auto_map), which is never run" if "auto_map" in content else one_line(error)
+        kind = content.get("model_type")
+        own = "its code (auto_map) is never run" if "auto_map" in content else one_line(error)
+        own = own if kind else "its config.json names none"
         raise PartialLoraError(
-            f"model={weights}: expected a type that transformers {transformers.__version__} knows, "
-            f"model_type={content.get('model_type')} is none: {own}"
+            f"model={weights}: expected a model_type that transformers {transformers.__version__} knows, not {kind}; "
+            f"{own}"
         ) from error
+    if "auto_map" in content:
+        logger.warning(
+            "model=%s: its own code (auto_map) is not run; it is a %s of transformers", weights, config.model_type
+        )
     if "quantization_config" in content:
         raise PartialLoraError(
             f"model={weights}: its weights are quantised (quantization_config), expected whole ones; "
@@ -149,10 +155,10 @@ def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
     if others and kind in (None, "label"):
         return others[0]
-    heads = ", ".join(_AUTO[family] for family in classes) or "none"
+    instead = "take task=text_generation" if "causal" in classes else "take another model"
     raise PartialLoraError(
         f"model={weights}: {config.model_type}, saved as {', '.join(saved) or 'no class'}, has no head for "
-        f"task.kind={kind or 'label'}; transformers has {heads} for it"
+        f"task.kind={kind or 'label'}; {instead}"
     )
 
 

@@ -151,12 +151,23 @@ def _with_own_models(argument: str, names: Collection[str]) -> str:
 def own_model(value: str, names: Collection[str]) -> str:
     """Return the name of the group file that a value of `model` stands for.
 
-    That of a folder or a repository is made here: it has a name and says where the weights are. All else is left to the
-    model's own files, which are read once the task is known (`resolving`).
+    A repository that a file of conf/model has as its weights is that model. For any other, and for a folder, a file is
+    made here: it has a name and says where the weights are. All else is left to the model's own files, which are read
+    once the task is known (`resolving`).
     """
     folder = Path(value).expanduser()
-    if value in names or not (folder.is_dir() or _REPOSITORY.fullmatch(value)):
+    if value in names:
         return value
+    if not folder.is_dir():
+        require(
+            not value.startswith(("./", "../", "/", "~")), "model", value, "a folder with a config.json; none is there"
+        )
+        if not _REPOSITORY.fullmatch(value):
+            return value
+        files = sorted((conf_dir() / "model").glob("*.yaml"))
+        known = next((file.stem for file in files if read_yaml(file).get("weights") == value), None)
+        if known is not None:
+            return known
     from hydra.core.config_store import ConfigStore
 
     plain = folder.resolve().name if folder.is_dir() else value.partition("@")[0].rpartition("/")[2]
