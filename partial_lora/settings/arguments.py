@@ -129,6 +129,7 @@ def as_text(argument: str) -> str:
 
 # --- A model that is no file of conf/model: a folder, or a repository of the hub.
 
+OWN_MODELS: set[str] = set()  # names made by this process for folders and repositories, which are no choices
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
@@ -174,6 +175,7 @@ def own_model(value: str, names: Collection[str]) -> str:
     plain = re.sub(r"[^\w.-]", "_", plain).lstrip(".-") or "model"
     name = f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
     empty = {key: list(nothing) if nothing == () else nothing for key, nothing in FROM_FILES.items()}
+    OWN_MODELS.add(name)
     ConfigStore.instance().store(name=name, group="model", node={"name": plain, "weights": value, **empty})
     return name
 

@@ -18,6 +18,7 @@ from partial_lora.settings.arguments import (
     CHOICES,
     CONFIG_NAME,
     OWN,
+    OWN_MODELS,
     as_text,
     for_hydra,
     in_grammar,
@@ -264,6 +265,7 @@ def _print_help(arguments: Sequence[str]) -> None:
         loader = hydra.config_loader
         settings = OmegaConf.to_container(loader.load_configuration(name, overrides, RunMode.RUN))
         groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in GROUPS}
+        groups["model"] = [model for model in groups["model"] if model not in OWN_MODELS]
         folders = [Path(source.path, "method") for source in loader.get_sources() if source.scheme() == "file"]
     methods = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     print(page(settings, groups, methods, shutil.get_terminal_size((120, 24)).columns), flush=True)
