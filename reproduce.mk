@@ -94,10 +94,10 @@ models:
 	$(SCRIPT)/model_table.py
 
 figures:
-	$(BIN)/python -m partial_lora.report.evidence $@
+	$(SCRIPT)/evidence.py $@
 
 pages:
-	$(BIN)/python -m partial_lora.report.evidence $@
+	$(SCRIPT)/evidence.py $@
 	$(SCRIPT)/pages.py
 
 # FIRST_DAY=… has options of the script.

@@ -76,7 +76,7 @@ def tree(module: nn.Module) -> dict:
 
 
 def stored(model: ModelConfig) -> dict:
-    """What is stored of a model."""
+    """Return what is stored of a model."""
     built = empty(model)
     whole, every = skeleton_of(built), dict(built.named_parameters(remove_duplicate=False))
     return {

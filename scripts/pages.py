@@ -31,8 +31,11 @@ SOURCED = re.compile(rf"(?P<number>{NUMBER})?(?P<after>\**)<!-- (?P<source>[\w/]
 
 @cache
 def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
-    """What each row has, the score of a method or the difference of two; what it is of; its measure of importance where
-    that is not svd; and its numbers in points, a score with its deviation or a difference with its interval."""
+    """Return the rows of a table as (method or difference, where, measure, numbers).
+
+    where: tasks, models and operating points. measure: of importance, where it is not svd. numbers: in points, a score
+    with its deviation or a difference with its interval.
+    """
     made, places = [], (f"{table}.csv", f"{table}/{table}.csv", f"{table}/tables/{table}.csv")
     file = next((ROOT / "results" / place for place in places if (ROOT / "results" / place).is_file()), None)
     if file is None:

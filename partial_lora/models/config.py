@@ -66,12 +66,12 @@ class ModelConfig:
 
     @property
     def trains_whole(self) -> bool:
-        """Whether modules train whole beside the adapter: the head, or new ones."""
+        """True where modules train whole beside the adapter: the head, or new ones."""
         return self.head is not None or bool(self.new_modules)
 
     @property
     def modality(self) -> str:
-        """What the model reads: "image" or "text"."""
+        """The input of the model: "image" or "text"."""
         return "text" if self.family in ("encoder", "causal") else "image"
 
     @property

@@ -1,4 +1,4 @@
-"""What the files of a pre-trained model say of it: architecture, geometry, precision, inputs, head and targets."""
+"""Settings of a model out of its own files: architecture, geometry, precision, inputs, head and targets."""
 
 from __future__ import annotations
 

@@ -536,7 +536,7 @@ def build_trainer(
     reads_tokens: bool = False,
     sharded: bool = False,
 ) -> ResumableTrainer:
-    """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that is best on validation.
+    """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that validation selects.
 
     AdamW without decay of biases and norms, a schedule after linear warm-up, clipped gradients. Validation is
     measured and a checkpoint made every `config.save_steps` steps, or every epoch.

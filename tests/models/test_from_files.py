@@ -211,3 +211,15 @@ def test_an_id_of_the_hub_is_pinned_and_what_the_cache_holds_is_said(tmp_path: P
     monkeypatch.setattr(fetch, "_connection_error", lambda repo: OSError("no network"))
     with refusal("model=", "own/other", "cache"):
         settings_of("other", "own/other")
+
+
+def test_a_repository_that_conf_model_names_is_that_model_and_needs_no_hub() -> None:
+    assert composed("model=Qwen/Qwen2.5-0.5B", "task=text_generation") == composed(
+        "model=qwen2_5_0_5b", "task=text_generation"
+    )
+
+
+@pytest.mark.parametrize("folder", ["./nowhere", "../nowhere", "/nowhere", "~/nowhere"])
+def test_a_folder_that_is_not_there_is_no_name_of_a_model(folder: str) -> None:
+    with refusal(f"model={folder}: "):
+        composed(f"model={folder}")

@@ -19,7 +19,7 @@ settings_of = functools.cache(skeletons.settings_of)  # composed once for both t
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_stored_of_a_model_is_what_is_built(name: str, monkeypatch) -> None:
-    """Where this fails, timm, transformers or a file of conf/model has changed: `model_table.py --skeletons`."""
+    """A failure means that timm, transformers or a file of conf/model has changed: `model_table.py --skeletons`."""
     model = settings_of(name)
     geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
     built = {outputs: skeleton_of(models.empty(**geometry, num_labels=outputs)) for outputs in (2, 7)}

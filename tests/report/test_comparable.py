@@ -1,4 +1,4 @@
-"""Which runs stand beside each other in tables and figures, and which are left out."""
+"""Runs that stand beside each other in tables and figures, and runs that are left out."""
 
 from __future__ import annotations
 

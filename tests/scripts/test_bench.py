@@ -252,7 +252,7 @@ def calibration(tmp_path_factory) -> dict:
 
 
 def fourth_questions(sparsity):
-    """Of the ten answers to nine levels, which of them halving takes four questions to find."""
+    """Return those of ten answers to nine levels that halving finds by four questions."""
     deep = [0.3, 0.4, 0.8, 0.9]
     return sum(round(value, 2) in deep for axes in sparsity.values() for value in axes.values())
 

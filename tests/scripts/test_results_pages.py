@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import evidence
 import pages
 import pyarrow.parquet as pq
 import pytest
 from checkout import needs_results
 from refusals import refusal
 
-from partial_lora.report import evidence
 from partial_lora.settings import schema
 
 ROOT = schema.conf_dir().parent

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.methods.setting import training as training_of
+from partial_lora.tasks.metrics import standard_error
 from partial_lora.training import checkpoints, metrics, objectives
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
@@ -423,3 +424,10 @@ def test_a_training_that_is_too_short_is_known_by_its_last_quarter(metric, score
         for number, (score, loss) in enumerate(zip(scores, losses, strict=True), start=1)
     ]
     assert still_rising([{"step": 1, "loss": 3.0}, *measured], metric) is rising
+
+
+def test_the_error_of_a_score_is_that_of_a_share_and_never_none_at_all() -> None:
+    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert standard_error(0.8, 400) == pytest.approx(0.02, rel=0.02)
+    assert standard_error(1.0, 48) == standard_error(7.0, 48) > 0.01
+    assert standard_error(-0.3, 48) == standard_error(0.0, 48) > 0.01

@@ -1,7 +1,7 @@
 """The evidence in a minute: three figures, each for a light and a dark page, and the pages of results/.
 
-    python -m partial_lora.report.evidence figures
-    python -m partial_lora.report.evidence pages
+    python scripts/evidence.py figures
+    python scripts/evidence.py pages
 
 Both are made of the tables of results/. In a figure every mark is named beside it, and colour never tells two things
 apart without a shape. A page is a template of results/templates, whose numbers are filled in here; of README.md the
@@ -51,7 +51,7 @@ CLAIMS = {  # a claim of the paper, and the method that rows and columns are set
 VERDICTS = {  # in ordinary words, with a colour and a marker
     "holds": ("holds", "blue", "o"),
     "does not hold": ("refuted", "red", "s"),
-    "undecided (worse": ("open, worse", "muted", "d"),
+    "undecided (worse, perhaps by less than two points)": ("open, worse", "muted", "d"),
     "undecided": ("open", "muted", "d"),
 }
 WORDS = {  # a verdict as pages have it
@@ -225,7 +225,7 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
             y -= 1
             mean = task == "all sets"
             axes.text(y=y, s="mean of all such sets" if mean else f"{task}, weighs {shares[task]:.0%}", **left)
-            verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(",")[0]
+            verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(", among ")[0]
             word, color, marker = VERDICTS[verdict]
             ink = colours[color]
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=ink, linewidth=2.5 if mean else 1.5)
