@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,8 @@ def test_a_figure_is_written_with_its_numbers_and_what_is_drawn_are_these(tmp_pa
     assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert csv.parent == tmp_path / "figures"
     first, *notes = [line for line in csv.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert first == f"# python scripts/paper_figures.py fig1 --results {tmp_path}"
+    command = ["python", "scripts/paper_figures.py", "fig1", "--results", str(tmp_path)]
+    assert shlex.split(first.removeprefix("# ")) == command
     assert {note.removeprefix("# ") for note in notes} <= set(printed)
     assert any("trainer.epochs" in line for line in printed)
     assert len(pd.read_csv(csv, comment="#")) == 6
@@ -258,7 +260,7 @@ def test_a_figure_names_the_runs_whose_dynamics_it_shows(tmp_path: Path, capsys)
         leave(tmp_path, "partial", 0.9, seed=seed)
         leave(tmp_path, "partial", 0.9, seed=seed, threshold=0.5)
     assert figures.main(["fig3", "--results", str(tmp_path), "--runs"]) == 0
-    chosen = [Path(line) for line in capsys.readouterr().out.split()]
+    chosen = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(place.name for place in chosen) == sorted(f"seed{seed}" for seed in (0, 0, 1, 1, 2, 2))
 
 
