@@ -7,10 +7,10 @@ are kept whole, so a budget is met from below, to within the cost of one more ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Sparsity, kept_count
+from partial_lora.masks import AXES, GRANULARITIES, MASKED, Sparsity, kept_count
 
 TOLERANCE = 0.01  # share of a budget that may stay unused
 FARTHEST = 0.2  # share of a budget: a method whose nearest size is further away is not applicable
@@ -23,22 +23,45 @@ Shapes = Mapping[str, tuple[int, int]]
 Counts = dict[str, dict[str, int]]
 
 
-def counted_of(granularity: str, columns: str) -> str:
-    """Return what masks count and a budget is spent on: their granularity, or "rows" alone where A is frozen."""
-    return "rows" if columns == "frozen" else granularity
+def counted_of(granularity: str, rows: str = MASKED, columns: str = MASKED) -> str:
+    """Return what masks count and a budget is spent on: the granularity, of both factors or of the one that trains.
+
+    "element" are the single entries of both factors, "element:rows" those of B alone; whole "rows" need no more.
+    """
+    trains = [axis for axis, factor in zip(AXES, (rows, columns), strict=True) if factor == MASKED]
+    return granularity if len(trains) == 2 else f"{granularity}:{trains[0]}".removeprefix("rows_columns:")
 
 
-def masked_units(shapes: Shapes, rank: int, granularity: str) -> tuple[Shapes, int]:
+COUNTED = tuple(
+    dict.fromkeys(
+        counted_of(granularity, *factors)
+        for granularity in GRANULARITIES
+        for factors in ((MASKED, MASKED), (MASKED, "frozen"), ("one_hot", MASKED))
+        if not GRANULARITIES[granularity].tied or factors == (MASKED, MASKED)
+    )
+)
+
+
+def _parts(counted: str) -> tuple[str, Collection[str]]:
+    """Return the granularity, and the axes whose factor trains."""
+    granularity, _, axis = counted.rpartition(":")
+    return (granularity or "rows_columns", (axis,)) if axis in AXES else (counted, AXES)
+
+
+def masked_units(shapes: Shapes, rank: int, counted: str) -> tuple[Shapes, int]:
     """Return what masks count in modules with W (out, in): {module: (units of B, of A)}, and the parameters of a unit.
 
-    A row of B and a column of A are `rank` parameters; where single entries are masked ("element"), a unit is one
-    parameter. A frozen A ("rows") has no units.
+    A row of B and a column of A are `rank` parameters; where single entries are masked, a unit is one parameter. A
+    factor that does not train has no units. counted: as `counted_of` says it.
     """
-    if granularity == "element":
-        return {module: (rank * m, rank * n) for module, (m, n) in shapes.items()}, 1
-    if granularity == "rows":
-        return {module: (m, 0) for module, (m, _) in shapes.items()}, rank
-    return shapes, rank
+    granularity, axes = _parts(counted)
+    single = GRANULARITIES[granularity].single
+    each = rank if single else 1
+    units = {
+        module: tuple(each * size * (axis in axes) for axis, size in zip(AXES, shape, strict=True))
+        for module, shape in shapes.items()
+    }
+    return units, 1 if single else rank
 
 
 def dense_parameters(shapes: Shapes, rank: int) -> int:
@@ -62,16 +85,16 @@ def saturated(
     rank with more rows and columns reaches more of W at the same size. Units of the rank and single entries are taken
     to keep different rows and columns as long as there are any, and to change all entries of W where these cross.
     """
+    kind, axes = _parts(granularity)
+    if len(axes) < 2:  # what does not train is whole, or meets as many rows or columns as train
+        return []
     units, unit = masked_units(shapes, rank, granularity)
-    found = []
+    found, apart = [], GRANULARITIES[kind].over_entries and not GRANULARITIES[kind].single
     for module, (m, n) in shapes.items():
-        kept = _kept(
-            units[module], sparsity[module] if isinstance(sparsity, Mapping) else dict.fromkeys(AXES, sparsity)
-        )
-        rows, columns = kept["rows"], n if granularity == "rows" else kept["columns"]
-        if granularity == "units":
-            rows, columns = rank * rows, rank * columns
-        if unit * sum(kept.values()) >= min(m, rows) * min(n, columns):
+        shares = sparsity[module] if isinstance(sparsity, Mapping) else dict.fromkeys(AXES, sparsity)
+        rows, columns = _kept(units[module], shares).values()
+        reached = rank if apart else 1  # units of the rank keep rows and columns of their own
+        if unit * (rows + columns) >= min(m, reached * rows) * min(n, reached * columns):
             found.append(module)
     return found
 
@@ -91,7 +114,7 @@ def parameter_count(budget: float, shapes: Shapes, rank: int, granularity: str =
             f"(one row and one column of each of {len(shapes)} modules at rank {rank})"
         )
     if count > most:
-        whose = "the dense adapter's" if most == dense else "those of all rows of B"
+        whose = "the dense adapter's" if most == dense else "those of the factor that trains"
         raise PartialLoraError(f"calibration.budget={budget:g}: expected at most {most} parameters, {whose}")
     return count
 

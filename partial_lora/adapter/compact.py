@@ -37,10 +37,10 @@ from partial_lora.adapter.model import (
     config_of,
     module_masks,
 )
-from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import with_an_end, write_atomic
-from partial_lora.masks import AXES, assign_sparsity
+from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
 
 VERSION = 1
 
@@ -50,7 +50,13 @@ _INDICES = "#indices"  # a name that no module has
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
 # What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
 _ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
-_ABSENT |= {"granularity": "rows_columns", "selection": "random", "count": "exact", "columns": "masked"}
+_ABSENT |= {
+    "granularity": "rows_columns",
+    "selection": "random",
+    "count": "exact",
+    "rows": "masked",
+    "columns": "masked",
+}
 
 
 def write_compact(
@@ -75,7 +81,7 @@ def write_compact(
     kept = {
         name: {
             factor: getattr(modules[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
-            for factor in _trained_factors(config.columns)
+            for factor in _trained_factors(config.rows, config.columns)
         }
         for name in masks
     }
@@ -332,7 +338,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        trained = _trained_factors(settings["columns"])
+        trained = _trained_factors(settings["rows"], settings["columns"])
         kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}
     if settings["selection"] != "random":
@@ -347,8 +353,8 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     elif settings["count"] == "bernoulli":
         masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
     else:
-        masks_of["sparsity"] = {  # the measured sparsity keeps as many again
-            name: {axis: 1 - counts[name][axis] / size for axis, size in geometry.sizes(granularity).items()}
+        masks_of["sparsity"] = {  # the measured sparsity keeps as many again; that of a frozen factor says nothing
+            name: {axis: max(0.0, 1 - counts[name][axis] / size) for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
     options: dict[str, Any] = {"target_modules": list(modules)} | settings
@@ -361,9 +367,9 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     return Compact(config, geometries, masks, kept, tensors, base, rounded=bool(header.get("rounded")))
 
 
-def _trained_factors(columns: str) -> str:
-    """Return the factors whose values the file holds: B alone where the seed draws A."""
-    return "B" if columns == "frozen" else "AB"
+def _trained_factors(rows: str, columns: str) -> str:
+    """Return the factors whose values the file holds, without one that the seed draws."""
+    return "B" if columns != MASKED else "A" if rows != MASKED else "AB"
 
 
 def _factors(
@@ -371,7 +377,7 @@ def _factors(
 ) -> dict[str, Tensor]:
     """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
-    if granularity not in OF_ENTRIES:
+    if not GRANULARITIES[granularity].over_entries:
         shapes = {
             "A": [geometry.a[0], counts["columns"], *geometry.a[2:]],
             "B": [counts["rows"], *geometry.b[1:]],

@@ -32,16 +32,19 @@ from partial_lora.adapter.selection import (
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import (
+    AXES,
     CHOICES,
+    GRANULARITIES,
+    MASKED,
     PAPER_BUDGET,
     Columns,
     Count,
     FanIn,
     Granularity,
+    Rows,
     Selection,
     Sparsity,
-    assign_sparsity,
-    default_draw,
+    check_factors,
     read_sparsity,
 )
 
@@ -112,7 +115,7 @@ class PartialLoraConfig(LoraConfig):
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
     keeps columns of A; masks of single entries have the shapes of B and A. Only what is kept exists as a parameter. In
     a convolution, rows are output channels and columns input channels; in an embedding (tokens × dimensions), rows are
-    tokens and columns dimensions.
+    tokens and columns dimensions. One of the two factors may be frozen (``columns``, ``rows``).
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
     the scaling is alpha / rank · p^-row_exponent · q^-column_exponent, so that dense LoRA's learning rate suits every
@@ -139,8 +142,11 @@ class PartialLoraConfig(LoraConfig):
         indices: for "top" instead of ``scores``, the kept indices, ascending: {module's full name: {"rows": [...],
             "columns": [...]}} for every target module; for single entries, flat row-major indices into B and A.
             ``sparsity`` is left out, or agrees.
-        columns: "masked", or "frozen": A stays whole, as ``mask_seed`` draws it, and only B's kept rows train. The
-            sparsity of columns then has no meaning.
+        columns: what becomes of A. "masked": what is kept of it trains. "frozen": it stays whole, as ``mask_seed``
+            draws it. "one_hot": its rows are unit vectors, of as many columns as the rank, which ``mask_seed`` draws,
+            so that A x is a part of x. Frozen either way, only what is kept of B trains, and the sparsity of columns
+            has no meaning. docs/concepts/factors.md says which published method is which choice.
+        rows: likewise of B: "masked", or "one_hot": its columns are unit vectors, and A trains, from zeros.
         fan_in: the inputs that A is drawn for: "dense", all of them, as in PEFT, or "kept", those that stay, so that
             the features A x are as large at every sparsity as in plain LoRA. None: "kept"; "dense" for single entries
             and for init_lora_weights="gaussian", which ignores the number of inputs.
@@ -170,8 +176,9 @@ class PartialLoraConfig(LoraConfig):
     scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
     indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
     columns: Columns = field(
-        default="masked", metadata={"help": "A: masked, or frozen (whole, and drawn by mask_seed)."}
+        default="masked", metadata={"help": "A: masked, frozen (whole, drawn by mask_seed), or one_hot."}
     )
+    rows: Rows = field(default="masked", metadata={"help": "B: masked, or one_hot (unit vectors, frozen)."})
     fan_in: FanIn | None = field(
         default=None, metadata={"help": "The inputs that A is drawn for: kept or dense (all)."}
     )
@@ -184,7 +191,8 @@ class PartialLoraConfig(LoraConfig):
         refuse_options(self)  # first, before PEFT's own checks complain of a refused option
         if self.sparsity is None:
             self.sparsity = 1 - PAPER_BUDGET if self.indices is None else 0.0
-        for name, value in default_draw(self.granularity).items():
+        self._check_choices()
+        for name, value in GRANULARITIES[self.granularity].draw.items():
             if getattr(self, name) is None:
                 setattr(self, name, "dense" if name == "fan_in" and self._is_gaussian else value)
         super().__post_init__()
@@ -197,10 +205,7 @@ class PartialLoraConfig(LoraConfig):
     def check(self) -> None:
         """Normalise our settings; raise PartialLoraError for an option that is refused or a value out of range."""
         refuse_options(self)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise PartialLoraError(f"{name} is {getattr(self, name)!r}: expected {expected}.")
+        self._check_choices()
         if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
             raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
         self.mask_seed = int(self.mask_seed)  # from numpy's types, which JSON does not know
@@ -210,7 +215,8 @@ class PartialLoraConfig(LoraConfig):
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             setattr(self, name, names if names is None or isinstance(names, str) else set(map(str, names)))
-        if self.count == "bernoulli" and (self.granularity != "element" or self.selection != "random"):
+        form = GRANULARITIES[self.granularity]
+        if self.count == "bernoulli" and not (form.single and self.selection == "random"):
             raise PartialLoraError("count is 'bernoulli': it needs granularity 'element' and selection 'random'.")
         values = [name for name in ("scores", "indices") if getattr(self, name) is not None]
         if len(values) != (self.selection == "top"):
@@ -221,15 +227,21 @@ class PartialLoraConfig(LoraConfig):
         for name in ("row_exponent", "column_exponent"):
             _check_number(name, getattr(self, name), Real, lambda exponent: 0 <= exponent <= 1, "a number in [0, 1]")
             setattr(self, name, float(getattr(self, name)))
-        if self.granularity in ("units", "groups") and self.selection != "random":
+        if not form.ranked and self.selection != "random":
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
-        if self.columns == "frozen" and self.granularity != "rows_columns":
-            raise PartialLoraError("columns is 'frozen': it needs granularity 'rows_columns'.")
+        check_factors(self.granularity, self.rows, self.columns)
         if self.fan_in == "kept" and self._is_gaussian:
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
         self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
+
+    def _check_choices(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "fan_in" and value is None):
+                expected = " or ".join(map(repr, choices))
+                raise PartialLoraError(f"{name} is {value!r}: expected {expected}.")
 
     @property
     def _is_gaussian(self) -> bool:
@@ -247,10 +259,6 @@ class PartialLoraConfig(LoraConfig):
         masks.
         """
         self.check()  # again: attributes may have changed since
-        sparsity = self.shares
-        if self.columns == "frozen" and sparsity != 0:
-            shares = assign_sparsity(sparsity, list(geometries))
-            sparsity = {module: {"rows": share["rows"], "columns": 0.0} for module, share in shares.items()}
         self.geometries = dict(geometries)
         for module, geometry in geometries.items():
             if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
@@ -258,26 +266,32 @@ class PartialLoraConfig(LoraConfig):
                     f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.a[0]}, which"
                     f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
+        factors = {"rows": self.rows, "columns": self.columns}
+        options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed}
         if self.selection == "random":
-            masks = random_masks(
-                geometries, sparsity, granularity=self.granularity, count=self.count, mask_seed=self.mask_seed
-            )
+            masks = random_masks(geometries, self.shares, factors, count=self.count, **options)
         else:
             key = "indices" if self.scores is None else "scores"
-            masks = top_masks(geometries, sparsity, getattr(self, key), key=key, granularity=self.granularity)
-        cut = [module for module, of_module in masks.items() if of_module.columns.sparsity]
-        if self.columns == "frozen" and cut:
-            raise PartialLoraError(f"indices[{cut[0]!r}]['columns'] leaves some out: columns is 'frozen'.")
+            masks = top_masks(geometries, self.shares, factors, getattr(self, key), key=key, **options)
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
         return masks
 
-    def frozen_a(self, module: str) -> np.ndarray | None:
-        """Return the frozen A that the seed draws for a module of the last injected model; None where A is masked."""
-        if self.columns != "frozen":
-            return None
-        return frozen_a(self.geometries[module], mask_seed=self.mask_seed, module=module)
+    @property
+    def frozen_axis(self) -> str | None:
+        """The axis whose factor does not train: "rows" (B), "columns" (A), or None."""
+        return next((axis for axis in AXES if getattr(self, axis) != MASKED), None)
+
+    def frozen(self, module: str) -> np.ndarray | None:
+        """Return what is kept of the factor that does not train, for a module of the last model; None for none.
+
+        Unit vectors are the identity over the rows or columns that they meet.
+        """
+        geometry = self.geometries[module]
+        if self.columns == "frozen":
+            return frozen_a(geometry, mask_seed=self.mask_seed, module=module)
+        return None if self.frozen_axis is None else np.eye(geometry.rank, dtype=np.float32)
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module."""
@@ -294,9 +308,14 @@ class PartialLoraConfig(LoraConfig):
         return _alpha_of(self, module) * self.density_factor(module)
 
     def density_factor(self, module: str) -> float:
-        """Return the factor p^-row_exponent · q^-column_exponent on the scaling of a module of the last model."""
-        masks, row_exponent = self.masks[module], cast("float", self.row_exponent)  # `__post_init__` has set it
-        return masks.rows.reach**-row_exponent * masks.columns.reach**-self.column_exponent
+        """Return the factor p^-row_exponent · q^-column_exponent on the scaling of a module of the last model.
+
+        A factor that does not train has a density of 1 here.
+        """
+        exponents = {"rows": cast("float", self.row_exponent), "columns": self.column_exponent}  # set by __post_init__
+        exponents.pop(self.frozen_axis, None)
+        masks = self.masks[module]
+        return math.prod(getattr(masks, axis).reach ** -exponent for axis, exponent in exponents.items())
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""

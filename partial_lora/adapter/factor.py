@@ -193,6 +193,14 @@ class MaskedFactor(nn.Module):
         narrow = kept.new_zeros(math.prod(shape))
         return narrow.index_copy(0, self._index("narrow", kept.device), kept.squeeze(1)).view(shape)
 
+    def times(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Return `operand` x."""
+        return self._apply_weight(x, self.operand(kept))
+
+    def transposed(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Return the transpose of `operand` times x (tokens × features)."""
+        return x @ self.operand(kept)
+
     def kept_of_operand(self, gradient: Tensor) -> Tensor:
         """Return the gradient of ``kept``, from the gradient of `operand`."""
         if not self.gathers:
@@ -265,65 +273,8 @@ class FactorA(MaskedFactor):
         Where features are gathered, only these features of x are stored for the backward pass.
         """
         if self.gathers:
-            return self._apply_weight(dropout(self.gather(x)), self.operand(self.kept))
+            return self.times(dropout(self.gather(x)), self.kept)
         return self._apply_weight(dropout(x), self.fill(self.kept))
-
-
-class FrozenA(FactorA):
-    """A (rank × in) as drawn by a seed: it is whole, does not train, and need not be saved.
-
-    It is no parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send. So
-    nothing moves or casts it: whenever it is read, it follows its B to another device or dtype.
-
-    Args:
-        dense: the factor as PEFT has drawn it.
-        drawn: the values, in float32 (`selection.frozen_a`).
-        b: the factor B that trains beside it.
-    """
-
-    def __init__(self, dense: nn.Module, drawn: np.ndarray, b: FactorB) -> None:
-        super().__init__(dense, Mask.full(dense.weight.shape[1]), entries=False)
-        del self._parameters["kept"]
-        self._drawn = self._cast = torch.from_numpy(drawn.copy())
-        self._beside = (b,)  # in a tuple: it is a module of the layer, not of this one
-
-    @property
-    def kept(self) -> Tensor:
-        """The values."""
-        like = self._beside[0].kept
-        if (self._cast.device, self._cast.dtype) != (like.device, like.dtype):
-            with torch.inference_mode(False):  # training may follow, as in `_move_indices`
-                self._cast = self._drawn.to(like.device, like.dtype)
-        return self._cast
-
-    @property
-    def weight(self) -> Tensor:
-        """The factor, read-only; nothing but its own values can be assigned."""
-        return self.kept if torch.compiler.is_compiling() else self.kept.as_subclass(DenseView)
-
-    @weight.setter
-    def weight(self, dense: Tensor) -> None:
-        self._check_values(dense, "weight")
-
-    def _check_values(self, dense: Tensor, name: str) -> None:
-        """Refuse a factor that is not the one drawn, rounded to its own dtype or to this one's."""
-        own = self.kept
-        same = dense.shape == own.shape and (
-            dense.is_meta
-            or own.is_meta
-            or torch.equal(self._drawn.to(dense.device, dense.dtype), dense)
-            or torch.equal(dense.to(own), own)
-        )
-        if not same:
-            raise PartialLoraError(
-                f"{name} is not the frozen A that mask_seed draws: it was trained over another, load it with"
-                " PartialLoraConfig.from_pretrained of its own folder."
-            )
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
-        dense = state_dict.get(prefix + "weight")
-        if dense is not None:
-            self._check_values(self._unpadded(whole(dense)), prefix + "weight")
 
 
 class FactorB(MaskedFactor):
@@ -337,7 +288,7 @@ class FactorB(MaskedFactor):
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
         low = low * scaling  # narrower than the result
         if self.scatters:
-            return self._with(result, self._apply_weight(low, self.operand(self.kept)))
+            return self._with(result, self.times(low, self.kept))
         return result + self(low)
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
@@ -347,6 +298,89 @@ class FactorB(MaskedFactor):
             return result.index_add(features, index, change)
         # Sum in the wider dtype, as `+` does, but only the features that change.
         return result.index_copy(features, index, (self.gather(result) + change).to(result.dtype))
+
+
+class _Frozen:
+    """A factor that a seed draws: it does not train and need not be saved.
+
+    It is no parameter, which PEFT would set to train, and no buffer, which DistributedDataParallel would send. So
+    nothing moves or casts it: whenever it is read, it follows the other factor to another device or dtype.
+
+    Args:
+        dense: the factor as PEFT has drawn it.
+        mask: what of it is not zero.
+        drawn: the values there, in float32.
+        beside: the factor that trains.
+    """
+
+    def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
+        super().__init__(dense, mask, entries=entries)
+        del self._parameters["kept"]
+        self._drawn = self._cast = torch.from_numpy(drawn.copy())
+        self._beside = (beside,)  # in a tuple: it is a module of the layer, not of this one
+
+    @property
+    def kept(self) -> Tensor:
+        """The values."""
+        like = self._beside[0].kept
+        if (self._cast.device, self._cast.dtype) != (like.device, like.dtype):
+            with torch.inference_mode(False):  # training may follow, as in `_move_indices`
+                self._cast = self._drawn.to(like.device, like.dtype)
+        return self._cast
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor, read-only; nothing but its own values can be assigned."""
+        dense = self.fill(self.kept)
+        return dense if torch.compiler.is_compiling() else dense.as_subclass(DenseView)
+
+    @weight.setter
+    def weight(self, dense: Tensor) -> None:
+        self._check_values(dense, "weight")
+
+    def _check_values(self, dense: Tensor, name: str) -> None:
+        """Refuse a factor that is not the one drawn, rounded to its own dtype or to this one's."""
+        own = self.fill(self.kept)
+        same = dense.shape == own.shape and (
+            dense.is_meta
+            or own.is_meta
+            or torch.equal(self.fill(self._drawn.to(dense.device, dense.dtype)), dense)
+            or torch.equal(dense.to(own), own)
+        )
+        if not same:
+            raise PartialLoraError(
+                f"{name} is not the frozen factor that mask_seed draws: it was trained over another, load it with"
+                " PartialLoraConfig.from_pretrained of its own folder."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+        dense = state_dict.get(prefix + "weight")
+        if dense is not None:
+            self._check_values(self._unpadded(whole(dense)), prefix + "weight")
+
+
+class FrozenA(_Frozen, FactorA):
+    """A (rank × in), whole."""
+
+
+class _OneHot(_Frozen):
+    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features."""
+
+    gathers = scatters = True
+
+    def times(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Return x: the operand is the identity."""
+        return x
+
+    transposed = times
+
+
+class OneHotA(_OneHot, FactorA):
+    """A (rank × in) of unit vectors: A x is a part of x."""
+
+
+class OneHotB(_OneHot, FactorB):
+    """B (out × rank) of unit vectors: it adds to as many features as the rank."""
 
 
 class _Tied:

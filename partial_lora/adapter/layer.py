@@ -15,11 +15,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter.factor import FactorA, FactorB, FrozenA, MaskedFactor, TiedA, TiedB
+from partial_lora.adapter.factor import FactorA, FactorB, FrozenA, MaskedFactor, OneHotA, OneHotB, TiedA, TiedB
 from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import TiedMask
+from partial_lora.masks import MASKED, TiedMask
 
 
 def adapted_linear(
@@ -73,7 +73,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         inputs = _features_of(tokens, a)  # first, while they are still in the processor's cache
         dropped = _Dropout.draw(inputs, dropout)
-        low = (dropped(inputs).to(kept_a.dtype) @ a.operand(kept_a).T).mul_(scaling)
+        low = a.times(dropped(inputs).to(kept_a.dtype), kept_a) * scaling
         result = F.linear(tokens, weight, bias)
         _add_product(result, low, b, kept_b)
         # B's gradient needs `low`. A's needs the inputs, which are wider but give `low` again.
@@ -93,26 +93,24 @@ class _AdaptedLinear(torch.autograd.Function):
     def _gradients(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
         saved, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
-        matrix_a, matrix_b = a.operand(kept_a), b.operand(kept_b)  # which match the features below
         dropped = _Dropout(zeroed, ctx.dropout)
         outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
-        gradient_low = (outputs @ matrix_b).mul_(ctx.scaling)
-        gradient_a = gradient_x = gradient_bias = None
+        gradient_low = b.transposed(outputs, kept_b) * ctx.scaling
+        gradient_a = gradient_b = gradient_x = gradient_bias = None
         if ctx.needs_input_grad[3]:
             inputs = dropped(saved).to(kept_a.dtype)
-            low = (inputs @ matrix_a.T).mul_(ctx.scaling)
             gradient_a = a.kept_of_operand(gradient_low.T @ inputs)
-        else:
-            low = saved
-        gradient_b = b.kept_of_operand(outputs.T @ low)
+        if ctx.needs_input_grad[4]:
+            low = a.times(inputs, kept_a) * ctx.scaling if ctx.needs_input_grad[3] else saved
+            gradient_b = b.kept_of_operand(outputs.T @ low)
         if ctx.needs_input_grad[0]:
             gradient_x = wide @ weight
             if zeroed is None:
                 _add_product(gradient_x, gradient_low, a, kept_a)
             elif a.gathers:
-                a.scatter(gradient_x, dropped(gradient_low @ matrix_a))
+                a.scatter(gradient_x, dropped(a.transposed(gradient_low, kept_a)))
             else:
-                gradient_x.copy_(gradient_x + dropped(gradient_low @ matrix_a))
+                gradient_x.copy_(gradient_x + dropped(a.transposed(gradient_low, kept_a)))
         if ctx.needs_input_grad[2]:
             gradient_bias = wide.sum(0)
         return gradient_x, None, gradient_bias, gradient_a, gradient_b, None, None, None, None
@@ -140,13 +138,12 @@ def _features_of(tokens: Tensor, factor: MaskedFactor) -> Tensor:
 
 def _add_product(result: Tensor, low: Tensor, factor: MaskedFactor, kept: Tensor) -> None:
     """Add low A (or low Bᵀ) to result in place, for low (tokens × rank)."""
-    scatters = factor.scatters
-    matrix = factor.operand(kept) if scatters else factor.fill(kept)
-    if isinstance(factor, FactorB):
-        matrix = matrix.T
-    if scatters:
-        factor.scatter(result, low @ matrix)
-    elif result.dtype == low.dtype:
+    is_b = isinstance(factor, FactorB)
+    if factor.scatters:
+        factor.scatter(result, (factor.times if is_b else factor.transposed)(low, kept))
+        return
+    matrix = factor.fill(kept).T if is_b else factor.fill(kept)
+    if result.dtype == low.dtype:
         result.addmm_(low, matrix)
     else:
         result.copy_(result + low @ matrix)
@@ -356,12 +353,19 @@ def _is_traced() -> bool:
 
 
 def mask_layer(
-    layer: LoraLayer, adapter_name: str, masks: ModuleMasks, *, fan_in: str, frozen: np.ndarray | None = None
+    layer: LoraLayer,
+    adapter_name: str,
+    masks: ModuleMasks,
+    *,
+    fan_in: str,
+    rows: str = MASKED,
+    columns: str = MASKED,
+    frozen: np.ndarray | None = None,
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
-    Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``frozen``: the values of an
-    A that does not train.
+    Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``rows`` and ``columns`` say
+    which factor does not train; ``frozen`` are its values. The other starts at zero.
     """
     # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
     # for custom ones (_register_custom_module) would displace the quantised layers.
@@ -372,13 +376,19 @@ def mask_layer(
     embeds, tied = isinstance(layer, PartialEmbedding), isinstance(masks.rows, TiedMask)
     if embeds:
         layer.with_linears(adapter_name)
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    b = (TiedB if tied else FactorB)(b, masks.rows, entries=masks.element)
-    if frozen is not None:
-        a = FrozenA(a, frozen, b)
+    dense_a, dense_b, entries = layer.lora_A[adapter_name], layer.lora_B[adapter_name], masks.element
+    if rows != MASKED:
+        a = FactorA(dense_a, masks.columns, entries=entries)
+        a.kept.data.zero_()
+        b = OneHotB(dense_b, masks.rows, frozen, a, entries=False)
     else:
-        a = (TiedA if tied else FactorA)(a, masks.columns, entries=masks.element)
-        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
-            a.draw_for_kept()
+        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries)
+        if columns != MASKED:
+            hot = columns == "one_hot"
+            a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)
+        else:
+            a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
+            if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
+                a.draw_for_kept()
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_sta
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
+from torch.nn.modules.conv import _ConvNd
 
 from partial_lora.adapter import sidecar
 from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig
@@ -107,8 +108,13 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is inside nn.TransformerEncoderLayer, which in evaluation never calls it:"
                     " torch.backends.mha.set_fastpath_enabled(False) first, wherever the adapter is used."
                 )
-            if peft_config.columns == "frozen" and isinstance(modules[name], nn.Embedding):
-                raise PartialLoraError(f"target module {name} is an embedding: columns='frozen' cannot draw its A.")
+            axis = peft_config.frozen_axis
+            unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
+            if axis and isinstance(modules[name], unfit):
+                raise PartialLoraError(
+                    f"target module {name} is a {type(modules[name]).__name__}:"
+                    f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
+                )
         ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
         return {base_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
@@ -124,8 +130,8 @@ class PartialLoraModel(LoraModel):
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
             layer, name = parent.get_submodule(target_name), base_name(current_key)
-            frozen = lora_config.frozen_a(name)
-            mask_layer(layer, adapter_name, lora_config.masks[name], fan_in=lora_config.fan_in, frozen=frozen)
+            options = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
+            mask_layer(layer, adapter_name, lora_config.masks[name], frozen=lora_config.frozen(name), **options)
             layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
             layer.set_scale(adapter_name, 1)
 

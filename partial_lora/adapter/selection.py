@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,9 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, TiedMask, assign_sparsity, kept_count, random_keys
-
-OF_ENTRIES = ("element", "units")  # granularities whose masks are over the entries of B and A
+from partial_lora.masks import AXES, GRANULARITIES, MASKED, Mask, Sparsity, assign_sparsity, kept_count, random_keys
 
 Values = dict[str, dict[str, np.ndarray]]
 """Scores or indices: {module: {"rows": array (size,), "columns": array (size,)}}."""
@@ -36,9 +35,14 @@ class Geometry:
 
     def sizes(self, granularity: str) -> dict[str, int]:
         """Return the sizes of masks: rows and columns of W, or ("element" and "units") entries of B and A."""
-        entries = granularity in OF_ENTRIES
+        entries = GRANULARITIES[granularity].over_entries
         sizes = (math.prod(self.b), math.prod(self.a)) if entries else self.shape
         return dict(zip(AXES, sizes, strict=True))
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter."""
+        return self.a[0]
 
 
 @dataclass(frozen=True)
@@ -66,36 +70,32 @@ class ModuleMasks:
 
 # Masks of all modules, by each selection.
 
+Factors = Mapping[str, str]
+"""What becomes of each axis's factor: {"rows": B's, "columns": A's}, "masked", "frozen" (whole) or "one_hot"."""
+
 
 def random_masks(
-    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, *, granularity: str, count: str, mask_seed: int
+    geometries: Mapping[str, Geometry],
+    sparsity: float | Sparsity,
+    factors: Factors,
+    *,
+    granularity: str,
+    count: str,
+    mask_seed: int,
 ) -> dict[str, ModuleMasks]:
     """Draw the masks of modules with these ``geometries`` {module: geometry}: the selection "random"."""
     shares = assign_sparsity(sparsity, list(geometries))
-    draw = Mask.bernoulli if count == "bernoulli" else TiedMask.tied if granularity == "groups" else Mask.random
+    form = GRANULARITIES[granularity]
 
     def choose(module: str, axis: str, size: int) -> Mask:
-        if granularity == "units":
-            return _of_units(geometries[module], shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
-        return draw(size, shares[module][axis], mask_seed=mask_seed, module=module, axis=axis)
+        geometry = geometries[module]
+        options: dict = {"mask_seed": mask_seed, "module": module, "axis": axis}
+        if form.over_entries and not form.single:
+            options["shape"] = geometry.b if axis == "rows" else geometry.a
+        draw = Mask.bernoulli if count == "bernoulli" else form.random
+        return draw(size, shares[module][axis], **options)
 
-    return _masks(geometries, granularity, choose)
-
-
-def _of_units(geometry: Geometry, sparsity: float, *, mask_seed: int, module: str, axis: str) -> Mask:
-    """Draw rows of B, or columns of A, for each unit of the rank by itself, as a mask over the factor's entries.
-
-    Units take the next ones in turn from one random order, which starts again at its end. So units are disjoint while
-    it lasts, and 16 units of 6 % reach 96 % of W's rows.
-    """
-    kept = np.zeros(geometry.b if axis == "rows" else geometry.a, dtype=bool)
-    of_units = kept.swapaxes(0, 1) if axis == "rows" else kept  # (units, rows or columns, ...): a view of `kept`
-    units, size = of_units.shape[:2]
-    order = np.argsort(random_keys(size, mask_seed=mask_seed, module=module, axis=axis), kind="stable")
-    count = kept_count(size, sparsity)
-    taken = order[np.arange(units * count).reshape(units, count) % size]
-    of_units[np.arange(units)[:, None], taken] = True
-    return Mask(kept.size, np.flatnonzero(kept))
+    return _masks(geometries, granularity, factors, choose, mask_seed=mask_seed)
 
 
 def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
@@ -109,7 +109,14 @@ def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
 
 
 def top_masks(
-    geometries: Mapping[str, Geometry], sparsity: float | Sparsity, values: Values, *, key: str, granularity: str
+    geometries: Mapping[str, Geometry],
+    sparsity: float | Sparsity,
+    factors: Factors,
+    values: Values,
+    *,
+    key: str,
+    granularity: str,
+    mask_seed: int,
 ) -> dict[str, ModuleMasks]:
     """Return the masks of the selection "top", chosen by the caller's ``values``.
 
@@ -143,16 +150,44 @@ def top_masks(
             )
         return mask
 
-    return _masks(geometries, granularity, choose)
+    masks = _masks(geometries, granularity, factors, choose, mask_seed=mask_seed)
+    for module, axis in product(masks if key == "indices" else (), AXES):
+        mask, numbers = getattr(masks[module], axis), values[module][axis]
+        if factors[axis] != MASKED and not (len(numbers) == mask.size or np.array_equal(numbers, mask.kept)):
+            raise PartialLoraError(f"{key}[{module!r}][{axis!r}] leaves some out: {axis} is {factors[axis]!r}.")
+    return masks
 
 
 def _masks(
-    geometries: Mapping[str, Geometry], granularity: str, choose: Callable[[str, str, int], Mask]
+    geometries: Mapping[str, Geometry],
+    granularity: str,
+    factors: Factors,
+    choose: Callable[[str, str, int], Mask],
+    *,
+    mask_seed: int,
 ) -> dict[str, ModuleMasks]:
-    """Return for every module the masks that ``choose(module, axis, size)`` returns for its axes."""
+    """Return for every module the masks of its factors; ``choose(module, axis, size)`` returns those that train.
+
+    A frozen factor keeps everything. One of unit vectors keeps as many rows or columns of W as its rank, at random.
+    """
+
+    def mask(module: str, axis: str, size: int) -> Mask:
+        geometry = geometries[module]
+        if factors[axis] == MASKED:
+            return choose(module, axis, size)
+        if factors[axis] == "frozen":
+            return Mask.full(size)
+        features = dict(zip(AXES, geometry.shape, strict=True))[axis]
+        if geometry.rank > features:
+            raise PartialLoraError(
+                f"{axis}='one_hot': {module} has {features} {axis}, fewer than rank {geometry.rank}."
+            )
+        share = 1 - geometry.rank / features
+        return Mask.random(features, share, mask_seed=mask_seed, module=module, axis=f"one-hot {axis}")
+
     return {
         module: ModuleMasks(
-            **{axis: choose(module, axis, size) for axis, size in geometry.sizes(granularity).items()},
+            **{axis: mask(module, axis, size) for axis, size in geometry.sizes(granularity).items()},
             shape=geometry.shape,
         )
         for module, geometry in geometries.items()

@@ -10,15 +10,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from partial_lora.adapter.selection import OF_ENTRIES, Geometry, ModuleMasks
+from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json
-from partial_lora.masks import AXES, assign_sparsity
+from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
 _KEYS = {"version", "granularity", "selection", "mask_seed", "modules"}
-_BEFORE = {"count": "exact", "columns": "masked", "fan_in": "dense"}  # versions 0.1 and 0.2 left out what is so
+# Versions 0.1 and 0.2 left out what is so, and "rows" is left out still.
+_BEFORE = {"count": "exact", "rows": "masked", "columns": "masked", "fan_in": "dense"}
 
 
 def describe(
@@ -26,13 +27,15 @@ def describe(
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, and
-    modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is
+    Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, rows
+    where they are not masked, and modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is
     random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the dense factors, for masks
     over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns}
     where the selection is not random.
     """
-    keys = ("granularity", "selection", "mask_seed", *_BEFORE, "sparsity")
+    keys = ["granularity", "selection", "mask_seed", *_BEFORE, "sparsity"]
+    if settings["rows"] == _BEFORE["rows"]:  # earlier versions can read it
+        keys.remove("rows")
     content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in keys}, "modules": {}}
     requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
     for module, of_module in masks.items():
@@ -41,7 +44,7 @@ def describe(
         entry["shape"] = list(of_module.shape)
         if geometries[module].a[0] != rank:
             entry["rank"] = geometries[module].a[0]
-        if settings["granularity"] in OF_ENTRIES:
+        if GRANULARITIES[settings["granularity"]].over_entries:
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
         if settings["selection"] != "random":
@@ -62,7 +65,7 @@ def read(path: Path) -> dict:
         if version == VERSION:
             _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
             needed = {*AXES, "shape", "sha256"}
-            needed |= {"a", "b"} if content["granularity"] in OF_ENTRIES else set()
+            needed |= {"a", "b"} if GRANULARITIES[content["granularity"]].over_entries else set()
             needed |= {"indices"} if content["selection"] == "top" else set()
             for module, entry in content["modules"].items():
                 _check_keys(entry, f"modules[{module!r}]", needed, {"rank"})

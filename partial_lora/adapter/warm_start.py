@@ -66,7 +66,7 @@ def warm_start(
     adapter, a missing, broken or pickled file.
     """
     config = _masked_config(model, adapter_name)
-    for name, usual in (("columns", "masked"), ("rank_pattern", {})):
+    for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {})):
         if getattr(config, name) != usual:
             raise PartialLoraError(
                 f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"

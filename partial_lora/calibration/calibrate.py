@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +50,7 @@ from partial_lora.calibration.search import (
     walk,
 )
 from partial_lora.errors import PartialLoraError, one_of, require
-from partial_lora.masks import AXES, CHOICES, Granularity, Sparsity
+from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.modes import frozen
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import Alone, Peers, gathered, of_first
@@ -71,7 +71,7 @@ def calibrate(
     importance: Importance = "svd",
     importance_options: Mapping | None = None,
     rank: int = 16,
-    granularity: Granularity | Literal["rows"] = "rows_columns",
+    granularity: str = "rows_columns",
     chance: float | None = None,
     above_chance: bool | None = None,
     settings: Mapping | None = None,
@@ -102,7 +102,8 @@ def calibrate(
         importance: a measure by name, a function like those in importance.py, or {module: (rows, columns)}.
         importance_options: passed to the measure.
         rank: of the adapter that spends a budget.
-        granularity: of that adapter; "element" where single entries of A and B are masked, "rows" where A is frozen.
+        granularity: of that adapter; "element" where single entries of A and B are masked, "rows" where A is frozen and
+            "element:rows" where both (`budget.counted_of`).
         chance: the score of guessing, by default `score.chance`; a budget never lowers the threshold's line below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
@@ -133,7 +134,7 @@ def calibrate(
         require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
     require(isinstance(model, nn.Module), "model", type(model).__name__, "a module of torch")
     require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
-    one_of("granularity", granularity, *CHOICES["granularity"], "rows")
+    one_of("granularity", granularity, *budgets.COUNTED)
     chance = getattr(score, "chance", None) if chance is None else chance
     if chance is None and config.chance == "majority":
         raise PartialLoraError(

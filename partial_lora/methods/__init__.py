@@ -35,11 +35,11 @@ class Method:
         ranked: it ranks rows and columns by importance, calibrated or not.
         any_rank: its random rows and columns go with any rank.
         own_ranks: its modules have ranks of their own.
-        product: it trains a product B A. AdaLoRA's is one of three factors, LoRA-FA's A is frozen.
+        product: it trains a product B A. AdaLoRA's is one of three factors.
         head_alone: nothing but the head trains.
         draws: mask.seed draws what it freezes.
         tuner: as a tuner of PEFT (method.peft_type) it may get another size.
-        granularities, columns: what these keys of `mask` may be; empty: anything.
+        granularity, rows, columns: what these keys of `mask` may be; empty: anything.
         importance: the only measure that it ranks by; None: any.
     """
 
@@ -58,7 +58,8 @@ class Method:
     head_alone: bool = False
     draws: bool = False
     tuner: bool = False
-    granularities: tuple[str, ...] = ()
+    granularity: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     importance: str | None = None
 
@@ -77,16 +78,20 @@ class Method:
 
 
 _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
-_WHOLE: dict[str, Any] = {"granularities": ("rows_columns",)}
+_SPENT: dict[str, Any] = {"size": "budget", "masked": True}
+_WHOLE: dict[str, Any] = {"granularity": ("rows_columns",)}
+_BOTH: dict[str, Any] = {"rows": ("masked",), "columns": ("masked",)}
 METHODS = {
     "partial": Method("partial:partial", **_CALIBRATED, any_rank=True),
     "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, ranked=True),
-    "entries": Method("partial:entries", size="budget", masked=True, granularities=("element",)),
-    "ticket": Method(
-        "partial:ticket", size="budget", masked=True, **_WHOLE, columns=("masked",), ranked=True, importance="adapter"
-    ),
+    "entries": Method("partial:entries", **_SPENT, granularity=("element",), **_BOTH),
+    "lori": Method("partial:entries", **_SPENT, granularity=("element",), columns=("frozen",)),
+    "lorafa": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, columns=("frozen",)),
+    "paca": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, columns=("one_hot",)),
+    "rows": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, rows=("one_hot",)),
+    "ticket": Method("partial:ticket", **_SPENT, **_WHOLE, **_BOTH, ranked=True, importance="adapter"),
     # It chooses rows that meet the kept columns of the next module.
-    "flow": Method("flow:flow", **_CALIBRATED, granularities=("rows_columns", "element"), columns=("masked",)),
+    "flow": Method("flow:flow", **_CALIBRATED, granularity=("rows_columns", "element"), **_BOTH),
     "uniform": Method("controls:uniform", **_CALIBRATED, size_alone=True, even=True, any_rank=True),
     "shuffled": Method("controls:shuffled", **_CALIBRATED, any_rank=True),
     "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
@@ -100,7 +105,6 @@ METHODS = {
         "lora:vera", tuner=True, at_budget=("method=vera", "method.peft_type=VERA"), product=False, draws=True
     ),
     "adalora": Method("lora:adalora", "lora:train_adalora", product=False),
-    "lorafa": Method("lora:lorafa", "lora:train_lorafa", product=False),
     "full": Method("full:full", product=False),
     "probe": Method("full:probe", product=False, head_alone=True),
     "peft": Method("tuners:peft", "tuners:train_tuner", size="options", tuner=True),

@@ -10,7 +10,7 @@ from partial_lora import methods
 from partial_lora.budget import counted_of
 from partial_lora.errors import one_of, positive, require
 from partial_lora.files import plain_name
-from partial_lora.masks import CHOICES
+from partial_lora.masks import CHOICES, GRANULARITIES, check_factors
 
 AUTO = "auto"  # in place of a rank
 _NOMINAL_RANK = 16
@@ -91,8 +91,11 @@ class MaskConfig:
     # how many are kept: exact, the share, rounded; bernoulli, each single entry with probability 1 - sparsity
     count: str = "exact"
     seed: Optional[int] = None  # draws the masks; null: the run's seed
-    # masked: the kept columns of A train; frozen: A is whole, drawn by mask.seed, and only the kept rows of B train
+    # masked: the kept columns of A train; frozen: A is whole, drawn by mask.seed, and only what is kept of B trains;
+    # one_hot: likewise, but A's rows are unit vectors, of as many columns as the rank, drawn by mask.seed
     columns: str = "masked"
+    # masked: the kept rows of B train; one_hot: B's columns are unit vectors, and only what is kept of A trains
+    rows: str = "masked"
     # the inputs that A is drawn for: dense, all of them; kept, those whose columns are kept; null: kept, but dense for
     # single entries and where nothing is masked
     fan_in: Optional[str] = None
@@ -104,15 +107,14 @@ class MaskConfig:
     @property
     def counted(self) -> str:
         """Name what a budget is spent on (`budget.counted_of`)."""
-        return counted_of(self.granularity, self.columns)
+        return counted_of(self.granularity, self.rows, self.columns)
 
     def __post_init__(self) -> None:
-        for key in ("granularity", "count", "columns"):
+        for key in ("granularity", "count", "rows", "columns"):
             one_of(f"mask.{key}", getattr(self, key), *CHOICES[key])
         one_of("mask.fan_in", self.fan_in, *CHOICES["fan_in"], None)
-        if self.granularity != "element":
+        if not GRANULARITIES[self.granularity].single:
             one_of("mask.count", self.count, "exact")
-        if self.columns == "frozen":
-            one_of("mask.granularity", self.granularity, "rows_columns")
+        check_factors(self.granularity, self.rows, self.columns, "mask.")
         for key in ("row_exponent", "column_exponent"):
             require(0 <= (getattr(self, key) or 0) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from itertools import product
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.adapter.config import only
 from partial_lora.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
@@ -99,20 +97,7 @@ def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
     applicable", where the nearest size is more than FARTHEST off.
     """
     ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
-    adapted = {module: rank for module, rank in ranks.items() if rank}
-    scaling, usual = setting.method.alpha / setting.rank, Counter(adapted.values()).most_common(1)[0][0]
-    unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}
-    config = LoraConfig(
-        **setting.lora()
-        | {
-            "r": usual,
-            "lora_alpha": scaling * usual,
-            "target_modules": list(adapted),
-            "rank_pattern": unusual,
-            "alpha_pattern": {pattern: scaling * rank for pattern, rank in unusual.items()},
-        }
-    )
-    return get_peft_model(model, config)
+    return get_peft_model(model, LoraConfig(**setting.lora() | setting.at_ranks(ranks)))
 
 
 def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:

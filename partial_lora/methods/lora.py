@@ -8,7 +8,6 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
@@ -178,50 +177,3 @@ def rank_counts(adapted: PeftModel) -> dict[str, int]:
 
 def _layers(adapted: PeftModel) -> list[AdaLoraLayer]:
     return [layer for layer in adapted.modules() if isinstance(layer, AdaLoraLayer)]
-
-
-# --- LoRA-FA (Zhang et al. 2023, arXiv 2308.03303).
-
-
-def lorafa(model: nn.Module, setting: Setting) -> PeftModel:
-    """LoRA with A frozen as it was drawn: B alone trains, and the backward pass needs A x in place of x."""
-    adapted = get_peft_model(model, LoraConfig(**setting.lora()))
-    for name, parameter in adapted.named_parameters():
-        if ".lora_A." in name:
-            parameter.requires_grad_(False)
-    return adapted
-
-
-def train_lorafa(adapted: PeftModel) -> Training:
-    """Train as every method does, but on the gradient of B whose change of B A is closest to the gradient of W."""
-    return Training(callbacks=[Project(adapted)])
-
-
-class Project(TrainerCallback):
-    """Replace the gradient G of B, before every optimizer step, by G (A Aᵀ)⁻¹ / scaling², the closest to W's.
-
-    PEFT's LoraFAOptimizer does so inside an AdamW of its own, which has another eps, decays biases, and rounds the
-    product to bfloat16 wherever that can be computed. Here nothing else differs from other methods' training.
-    """
-
-    def __init__(self, adapted: PeftModel) -> None:
-        self._layers = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
-        self._inverses: list[Tensor] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._inverses = [_inverse(layer) for layer in self._layers]  # once: A does not change
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        for layer, inverse in zip(self._layers, self._inverses, strict=True):
-            gradient = layer.lora_B["default"].weight.grad
-            if gradient is not None:  # None where the pass did not go through the module
-                gradient.copy_((gradient.flatten(1) @ inverse).view_as(gradient))
-
-
-def _inverse(layer: LoraLayer) -> Tensor:
-    """Return (A Aᵀ)⁻¹ / scaling² (rank × rank)."""
-    with torch.no_grad():
-        a = layer.lora_A["default"].weight.flatten(1)  # a convolution's, too
-        added = 1e-8 * torch.eye(len(a), device=a.device)  # as in PEFT, against a singular A Aᵀ
-        return torch.linalg.pinv(a @ a.T + added) / layer.scaling["default"] ** 2

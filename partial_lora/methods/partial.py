@@ -1,4 +1,4 @@
-"""The paper's two methods, Partial-LoRA and Targeted-LoRA, and two forms of mask that need no calibration."""
+"""The paper's two methods, Partial-LoRA and Targeted-LoRA, and forms of the adapter that need no calibration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import even_sparsity, masked_units
+from partial_lora.budget import even_sparsity
 from partial_lora.masks import AXES, Mask
+from partial_lora.methods.controls import ranks_within
 from partial_lora.methods.setting import ModuleScores, Setting
 
 
@@ -32,14 +33,27 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def entries(model: nn.Module, setting: Setting) -> PeftModel:
-    """Train single entries of A and B, drawn at random, the same share of every factor. Nothing is calibrated.
+    """Train single entries of the factors that train, drawn at random, the same share of every one.
 
-    In Python it is `PartialLoraConfig(granularity="element", sparsity=0.87)`; here the budget is spent to the last
-    entry, so that the first factors may have one more.
+    `entries` trains A and B. `lori` trains B alone, under an A that stays as it is drawn, with ten times sparser random
+    entries for the same rank: LoRI (Zhang et al. 2025, arXiv 2504.07448), whose entries are the largest after a first
+    training. Nothing is calibrated. In Python, `entries` is `PartialLoraConfig(granularity="element", sparsity=0.87)`;
+    here the budget is spent to the last entry, so that the first factors may have one more.
     """
-    single = masked_units(setting.shapes, setting.rank, "element")
-    masked = setting.masked() | {"granularity": "element", "sparsity": even_sparsity(*single, setting.budget())}
-    return get_peft_model(model, PartialLoraConfig(**masked))
+    even = even_sparsity(*setting.units(), setting.budget())
+    return get_peft_model(model, PartialLoraConfig(**setting.masked() | {"sparsity": even}))
+
+
+def whole(model: nn.Module, setting: Setting) -> PeftModel:
+    """Train one factor whole, at the ranks that spend the budget, while the other stays as it is drawn.
+
+    `lorafa` freezes a random A: LoRA-FA (Zhang et al. 2023, arXiv 2308.03303). `paca` freezes an A of unit vectors, so
+    that columns of W train: PaCA (Woo et al. 2025, arXiv 2503.01905). `rows` freezes a B of unit vectors, so that rows
+    of W train: RoCoFT (Kowsher et al. 2024, arXiv 2410.10075).
+    """
+    sizes, _ = setting.units()
+    ranks = setting.at_ranks(ranks_within(setting.budget(), sizes, setting.mask_seed))
+    return get_peft_model(model, PartialLoraConfig(**setting.masked() | {"sparsity": 0.0} | ranks))
 
 
 def ticket(model: nn.Module, setting: Setting) -> PeftModel:

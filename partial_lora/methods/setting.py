@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from partial_lora.adapter.config import only
 from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, Mask, Sparsity, kept_count
+from partial_lora.masks import AXES, MASKED, Mask, Sparsity, kept_count
 from partial_lora.methods import called, imported
 from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
 
@@ -71,13 +72,15 @@ class Setting:
 
     def masked(self) -> dict:
         """Return the arguments that every masked adapter shares."""
-        names = ("granularity", "count", "columns", "fan_in", "row_exponent", "column_exponent")
+        names = ("granularity", "count", "rows", "columns", "fan_in", "row_exponent", "column_exponent")
         return self.lora() | {"mask_seed": self.mask_seed} | {name: getattr(self.mask, name) for name in names}
 
     def chosen(self, masks: Mapping[str, Mapping[str, Mask]]) -> dict:
-        """Return the arguments of an adapter with these masks, by module and axis; a frozen A keeps all columns."""
-        if self.mask.columns == "frozen":
-            masks = {name: axes | {"columns": Mask.full(axes["columns"].size)} for name, axes in masks.items()}
+        """Return the arguments of an adapter with these masks, by module and axis, where their factor trains."""
+        frozen = [axis for axis in AXES if getattr(self.mask, axis) != MASKED]
+        masks = {
+            name: {**axes, **{axis: Mask.full(axes[axis].size) for axis in frozen}} for name, axes in masks.items()
+        }
         indices = {module: {axis: mask.kept for axis, mask in axes.items()} for module, axes in masks.items()}
         return self.masked() | {"count": "exact", "selection": "top", "indices": indices}
 
@@ -92,6 +95,19 @@ class Setting:
         wide = {name: widest(self.shapes[name], self.rank, axes) for name, axes in sparsity.items()}
         ranks = {only(name): rank for name, (rank, _) in wide.items() if rank != self.rank}
         return self.masked() | {"sparsity": {name: axes for name, (_, axes) in wide.items()}, "rank_pattern": ranks}
+
+    def at_ranks(self, ranks: Mapping[str, int]) -> dict:
+        """Return the arguments by which modules have these ranks, 0 for no adapter; alpha / rank stays the same."""
+        adapted = {module: rank for module, rank in ranks.items() if rank}
+        scaling, usual = self.method.alpha / self.rank, Counter(adapted.values()).most_common(1)[0][0]
+        unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}
+        return {
+            "r": usual,
+            "lora_alpha": scaling * usual,
+            "target_modules": list(adapted),
+            "rank_pattern": unusual,
+            "alpha_pattern": {pattern: scaling * rank for pattern, rank in unusual.items()},
+        }
 
     def units(self) -> tuple[Shapes, int]:
         """Return what masks count, {module: (units of B, units of A)}, and the parameters of a unit."""

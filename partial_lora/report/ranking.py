@@ -18,7 +18,7 @@ from rich.console import Group
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.masks import AS_PEFT
+from partial_lora.masks import AS_PEFT, MASKED
 from partial_lora.methods import called
 from partial_lora.methods.config import MaskConfig
 from partial_lora.report import page, summary, tables
@@ -61,9 +61,10 @@ def form_of(config: Mapping) -> str:
         return name
     own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
     words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]
+    words += [f"mask.rows={mask['rows']}"] if mask["rows"] != own["rows"] else []
     words += ["rank=auto"] if config["method"].get("rank") == "auto" else []
     drawn = [key for key in _DRAWS if mask[key] != own[key]]
-    if mask["columns"] == "frozen":  # A is whole, and drawn for all inputs
+    if (mask["rows"], mask["columns"]) != (MASKED, MASKED):  # whose A is not drawn for some inputs
         drawn = [key for key in drawn if key != "fan_in"]
     if drawn and all(mask[key] == _PEFTS[key] for key in _DRAWS):
         return f"{' '.join(words)}, PEFT's draw"

@@ -23,6 +23,7 @@ from partial_lora.files import flatten, read_json
 from partial_lora.launching import packs
 from partial_lora.launching.directory import INTERRUPTED, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
+from partial_lora.methods import called
 from partial_lora.settings import identity, schema, stored, tuned
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES, OF_TEXTS
@@ -245,9 +246,12 @@ def task_of(result: Mapping) -> str:
 def method_of(result: Mapping) -> str:
     """Return the name of a run's method, with what it masks where that is not rows and columns."""
     name, mask = result["config"]["method"]["name"], result["config"].get("mask") or {}
-    masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
     unmasked = result.get("calibration") is None and result.get("fixed") is None
-    return name if masks == _ROWS_COLUMNS or unmasked or name == "entries" else f"{name} ({masks})"
+    if unmasked or called(name).size == "budget":  # whose masks are its own
+        return name
+    words = [mask.get("granularity", _ROWS_COLUMNS), mask.get("columns", "masked"), mask.get("rows", "masked")]
+    masks = " ".join(word for word in words if word not in (_ROWS_COLUMNS, "masked"))
+    return f"{name} ({masks})" if masks else name
 
 
 def came_to(result: Mapping) -> dict[str, float | None]:

@@ -148,9 +148,12 @@ def _parameters(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, fl
     return kept_parameters(*units, {"module": sparsity})
 
 
+_UNLESS_SAID = {"granularity": "rows_columns", "rows": "masked", "columns": "masked"}
+
+
 def _counted(config: Mapping) -> str:
     mask = config.get("mask", {})
-    return counted_of(mask.get("granularity", "rows_columns"), mask.get("columns", "masked"))
+    return counted_of(*(mask.get(key, usual) for key, usual in _UNLESS_SAID.items()))
 
 
 def _saturated(result: Mapping) -> str:

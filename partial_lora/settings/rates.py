@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from partial_lora.masks import GRANULARITIES, MASKED
 from partial_lora.methods import called
 from partial_lora.training.config import AUTO, TrainerConfig
 
@@ -38,7 +39,7 @@ def ranked(tried: Mapping[float, Mapping[int, Worth]]) -> list[float]:
 _DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/forms/forms.md)
 
 # Keys of `mask` that decide how far a step moves the outputs.
-_OF_MASKS = ("granularity", "columns", "fan_in", "row_exponent", "column_exponent")
+_OF_MASKS = ("granularity", "rows", "columns", "fan_in", "row_exponent", "column_exponent")
 _LEAST_DENSITY = 0.12  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
 
 
@@ -62,7 +63,8 @@ def starting_rate(
     density: float,
     *,
     granularity: str = "rows_columns",
-    columns: str = "masked",
+    rows: str = MASKED,
+    columns: str = MASKED,
     fan_in: str = "dense",
     row_exponent: float = 0.0,
     column_exponent: float = 0.0,
@@ -77,16 +79,16 @@ def starting_rate(
     Args:
         dense: the rate that suits dense LoRA.
         density: the share of dense LoRA's parameters that trains, in (0, 1].
-        granularity, columns, fan_in, row_exponent, column_exponent: of `mask`.
+        granularity, rows, columns, fan_in, row_exponent, column_exponent: of `mask`.
     """
-    if granularity == "groups":
+    form = GRANULARITIES[granularity]
+    if form.tied:
         return dense
-    if granularity == "element":
-        dense *= density ** (-1 / 6)
-    knows_columns = fan_in == "kept" or columns == "frozen"
+    dense *= density**-form.rate_power
+    knows_columns = fan_in == "kept" or (rows, columns) != (MASKED, MASKED)
     power = round(1.5 - 0.5 * knows_columns - row_exponent - column_exponent, 9)
     if power <= 0:
-        return dense * (min(1.0, math.sqrt(density / _LEAST_DENSITY)) if granularity == "rows_columns" else 1.0)
+        return dense * (1.0 if form.over_entries else min(1.0, math.sqrt(density / _LEAST_DENSITY)))
     return dense * density ** (-power / 3)
 
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig, ImportanceConfig
 from partial_lora.errors import one_of, require
 from partial_lora.files import at_home, flatten
-from partial_lora.masks import AS_PEFT, default_draw
+from partial_lora.masks import AS_PEFT, AXES, GRANULARITIES, MASKED
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.models.config import ModelConfig
 from partial_lora.tasks.config import TaskConfig
@@ -80,15 +80,15 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
         if self.method.rank == "auto":
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
-            one_of("mask.columns", self.mask.columns, "masked")
+            for axis in AXES:
+                one_of(f"mask.{axis}", getattr(self.mask, axis), MASKED)
         traits = self.method.traits
-        draw = default_draw(self.mask.granularity) if traits.masked else AS_PEFT
+        draw = GRANULARITIES[self.mask.granularity].draw if traits.masked else AS_PEFT
         left = {key: value for key, value in draw.items() if getattr(self.mask, key) is None}
         self.mask = replace(self.mask, **left)
-        if traits.granularities:
-            one_of("mask.granularity", self.mask.granularity, *traits.granularities)
-        if traits.columns:
-            one_of("mask.columns", self.mask.columns, *traits.columns)
+        for key in ("granularity", *AXES):
+            if allowed := getattr(traits, key):
+                one_of(f"mask.{key}", getattr(self.mask, key), *allowed)
         if traits.importance:
             one_of("importance.name", self.importance.name, traits.importance)
         if traits.size == "budget":
@@ -108,8 +108,10 @@ class Config:
         name, ratio, head_rate = self.method.name, self.trainer.loraplus_ratio, self.trainer.head_learning_rate
         fits = ratio == 1 or (self.method.traits.product and self.method.peft_type in (None, "LORA"))
         require(fits, "trainer.loraplus_ratio", ratio, f"1 for method={name}, which trains no product B A")
-        fits = ratio == 1 or not self.method.traits.masked or self.mask.columns != "frozen"
-        require(fits, "trainer.loraplus_ratio", ratio, "1 for mask.columns=frozen, where B trains alone")
+        for axis in AXES:
+            fits = ratio == 1 or not self.method.traits.masked or getattr(self.mask, axis) == MASKED
+            expected = f"1 for mask.{axis}={getattr(self.mask, axis)}, where one factor trains alone"
+            require(fits, "trainer.loraplus_ratio", ratio, expected)
         fits = head_rate is None or self.model.trains_whole
         expected = f"null for model={self.model.name}, which has no head"
         require(fits, "trainer.head_learning_rate", head_rate, expected)
