@@ -190,13 +190,13 @@ def layers(model):
 
 
 def fill(model, seed=2, adapter_name=None):
-    """Give B values, as training would: of one adapter, or of all."""
+    """Give B values, as training would, or A where B is frozen: of one adapter, or of all."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for layer in layers(model).values():
             for name, factor in layer.lora_B.items():
                 if adapter_name in (None, name):
-                    for parameter in factor.parameters():
+                    for parameter in [*factor.parameters()] or layer.lora_A[name].parameters():
                         parameter.normal_()
     return model
 

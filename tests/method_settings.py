@@ -50,6 +50,8 @@ def of(kind: type, changes: dict) -> dict:
 def adapted(method: str, name: str, **changes):
     """The model of a group file as a method adapts it, and the setting."""
     model = load(name)
-    setting = setting_of(name, model, **changes)
+    traits = methods.METHODS[method]
+    masks = {key: getattr(traits, key)[0] for key in ("granularity", "rows", "columns") if getattr(traits, key)}
+    setting = setting_of(name, model, **masks | changes)
     torch.manual_seed(0)
     return methods.METHODS[method](model, setting), setting

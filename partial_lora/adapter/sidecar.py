@@ -28,10 +28,10 @@ def describe(
     """Return the content of the sidecar of an adapter with these ``masks``.
 
     Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, rows
-    where they are not masked, and modules. A module has: rows, columns (the measured sparsity; the requested one for "bernoulli", whose number is
-    random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the dense factors, for masks
-    over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows, columns}
-    where the selection is not random.
+    where they are not masked, and modules. A module has: rows, columns (the measured sparsity; the requested one for
+    "bernoulli", whose number is random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the
+    dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and
+    indices {rows, columns} where the selection is not random.
     """
     keys = ["granularity", "selection", "mask_seed", *_BEFORE, "sparsity"]
     if settings["rows"] == _BEFORE["rows"]:  # earlier versions can read it
@@ -64,6 +64,8 @@ def read(path: Path) -> dict:
         version = content["version"]
         if version == VERSION:
             _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
+            if content["granularity"] not in GRANULARITIES:
+                raise ValueError(f"granularity is {content['granularity']!r}")
             needed = {*AXES, "shape", "sha256"}
             needed |= {"a", "b"} if GRANULARITIES[content["granularity"]].over_entries else set()
             needed |= {"indices"} if content["selection"] == "top" else set()

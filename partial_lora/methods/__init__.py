@@ -35,7 +35,7 @@ class Method:
         ranked: it ranks rows and columns by importance, calibrated or not.
         any_rank: its random rows and columns go with any rank.
         own_ranks: its modules have ranks of their own.
-        product: it trains a product B A. AdaLoRA's is one of three factors.
+        product: it trains both factors of a product B A. AdaLoRA's is one of three.
         head_alone: nothing but the head trains.
         draws: mask.seed draws what it freezes.
         tuner: as a tuner of PEFT (method.peft_type) it may get another size.
@@ -79,16 +79,17 @@ class Method:
 
 _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
 _SPENT: dict[str, Any] = {"size": "budget", "masked": True}
+_ONE: dict[str, Any] = {**_SPENT, "product": False}  # factor trains
 _WHOLE: dict[str, Any] = {"granularity": ("rows_columns",)}
 _BOTH: dict[str, Any] = {"rows": ("masked",), "columns": ("masked",)}
 METHODS = {
     "partial": Method("partial:partial", **_CALIBRATED, any_rank=True),
     "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, ranked=True),
     "entries": Method("partial:entries", **_SPENT, granularity=("element",), **_BOTH),
-    "lori": Method("partial:entries", **_SPENT, granularity=("element",), columns=("frozen",)),
-    "lorafa": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, columns=("frozen",)),
-    "paca": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, columns=("one_hot",)),
-    "rows": Method("partial:whole", **_SPENT, **_WHOLE, own_ranks=True, rows=("one_hot",)),
+    "lori": Method("partial:entries", **_ONE, granularity=("element",), columns=("frozen",)),
+    "lorafa": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("frozen",)),
+    "paca": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("one_hot",)),
+    "rows": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, rows=("one_hot",)),
     "ticket": Method("partial:ticket", **_SPENT, **_WHOLE, **_BOTH, ranked=True, importance="adapter"),
     # It chooses rows that meet the kept columns of the next module.
     "flow": Method("flow:flow", **_CALIBRATED, granularity=("rows_columns", "element"), **_BOTH),

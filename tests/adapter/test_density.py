@@ -34,6 +34,7 @@ from partial_lora.adapter import (
     trainable_parameters,
     write_compact,
 )
+from partial_lora.adapter.layer import PartialLinear
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT, random_keys
 
@@ -44,12 +45,19 @@ FORMS = {
     "units": {"granularity": "units"},
     "groups": {"granularity": "groups"},
     "frozen": {"columns": "frozen", "row_exponent": 0.5},
+    "frozen, entries": {"columns": "frozen", "granularity": "element"},
+    "frozen, units": {"columns": "frozen", "granularity": "units"},
+    "one-hot": {"columns": "one_hot"},
+    "one-hot, entries": {"columns": "one_hot", "granularity": "element"},
+    "one-hot rows": {"rows": "one_hot"},
+    "one-hot, ranks": {"columns": "one_hot", "rank_pattern": {"fc1": 1, "attn.proj": 3}},
     "ranks": {"rank_pattern": {"fc1": 1, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
 BASES = [vit, timm_convnext]  # linear layers; convolutions, which store and gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
+CASES = [(form, base) for form in FORMS for base in BASES if base is vit or "one-hot" not in form]
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
 
@@ -103,8 +111,7 @@ def test_where_all_modules_have_one_scaling_it_is_saved_as_one_alpha(tmp_path):
         )
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "base"), CASES)
 def test_every_form_is_saved_loaded_merged_and_resumed(form, base, tmp_path):
     sparsity = {KINDS["wrapped_vit" if base is vit else "timm_convnext"].targets[0]: 0.95, ".*": 0.6}
     model, batch = fill(adapt(base, sparsity=sparsity, **FORMS[form])), BATCH[base](3)
@@ -167,19 +174,62 @@ def test_a_frozen_a_is_the_seed_s_as_peft_would_draw_it_and_never_trains():
     assert trainable_parameters(model) == sum(b.kept.numel() for b in factors(model, "B").values())
 
 
-def test_a_frozen_a_trains_b_as_lora_with_a_frozen_does():
-    model = adapt(sparsity=0.0, columns="frozen")
-    for factor in factors(model, "B").values():
+FAMILY = {  # each published method, and the literal factors that its adapter has to have
+    "LoRA-FA": {"columns": "frozen", "sparsity": 0.0},
+    "PaCA": {"columns": "one_hot", "sparsity": 0.0},
+    "RoCoFT's rows": {"rows": "one_hot", "sparsity": 0.0},
+    "LoRI": {"columns": "frozen", "granularity": "element", "sparsity": 0.7},
+    "rows of PaCA": {"columns": "one_hot", "sparsity": 0.5},
+    "columns of RoCoFT": {"rows": "one_hot", "sparsity": 0.5},
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", FAMILY)
+def test_a_factor_trains_as_in_lora_whose_other_factor_is_frozen(method, fused, monkeypatch):
+    monkeypatch.setattr(PartialLinear, "fuses", fused)
+    settings = FAMILY[method]
+    model = adapt(target_modules=["qkv", "fc1", "fc2"], **settings)
+    of_frozen, of_trained = ("B", "A") if "rows" in settings else ("A", "B")
+    for factor in factors(model, of_trained).values():
         factor.full = False  # the fused operation, which leaves what is dense to PEFT
+        assert not factor.weight.any()
+    for factor in factors(model, of_frozen).values():
+        dense = factor.weight if of_frozen == "A" else factor.weight.T
+        if "one_hot" in settings.values():  # literally: one 1 in each row, and no two in one column
+            assert sorted(dense.sum(1).tolist()) == sorted(dense.amax(1).tolist()) == [1.0] * len(dense)
+            assert dense.sum(0).max() == 1
+        else:
+            assert dense.all()
     twin = dense_twin(model, vit)
-    for factor in factors(twin, "A").values():
+    for factor in factors(twin, of_frozen).values():
         factor.weight.requires_grad_(False)
+    for name, factor in factors(twin, of_trained).items():
+        mine = factors(model, of_trained)[name]
+        exists = mine.fill(torch.ones_like(mine.kept)).detach()
+        factor.weight.register_hook(lambda gradient, exists=exists: gradient * exists)
     losses = []
     for each in (model, twin):
         optimizer = optimizer_of(each)
-        losses.append([step(each, optimizer, images(seed)) for seed in range(4)])
+        losses.append([step(each, optimizer, images(seed)) for seed in range(10)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] != losses[0][0]
+    for which in "AB":
+        for name, factor in factors(model, which).items():
+            torch.testing.assert_close(factor.weight.clone(), factors(twin, which)[name].weight, **CLOSE)
+
+
+def test_unit_vectors_are_of_rows_and_columns_that_there_are_and_their_order_is_the_seed_s():
+    drawn = [module_masks(adapt(columns="one_hot", sparsity=0.0, mask_seed=seed)) for seed in (0, 0, 1)]
+    name = next(iter(drawn[0]))
+    assert drawn[0] == drawn[1]
+    assert drawn[0][name].columns != drawn[2][name].columns
+    assert len(drawn[0][name].columns.kept) == 4
+    with pytest.raises(PartialLoraError, match=r"^columns.*qkv"):
+        adapt(columns="one_hot", sparsity=0.0, r=33, target_modules=["qkv"])
+    for settings in ({"columns": "one_hot"}, {"rows": "one_hot"}):
+        with pytest.raises(PartialLoraError, match=f"{next(iter(settings))}='one_hot'"):
+            adapt(timm_convnext, sparsity=0.0, **settings)
 
 
 def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
@@ -192,8 +242,9 @@ def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
         return shapes
 
     assert (10, 64) in saved("masked")
-    assert (10, 4) in saved("frozen")
-    assert (10, 64) not in saved("frozen")
+    for columns in ("frozen", "one_hot"):
+        assert (10, 4) in saved(columns)
+        assert (10, 64) not in saved(columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
-import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from configured import inputs
 from method_settings import adapted
-from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from transformers import TrainerControl, TrainerState
 
@@ -20,7 +16,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.methods.lora import Allocate, orthogonality_penalty
 from partial_lora.methods.setting import Training
 from partial_lora.methods.setting import training as training_of
-from partial_lora.training.cost import optimizer_bytes
 
 
 def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation() -> None:
@@ -148,33 +143,6 @@ def test_an_allocator_goes_on_from_the_state_of_the_optimizer(stop: int) -> None
     steps_of_adalora(again, 10 - stop, 10, start=stop, optimizer=optimizer)
     expected, found = values(whole), values(again)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_lorafa_steps_as_the_optimizer_of_peft_does_but_in_full_precision(monkeypatch) -> None:
-    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
-    model, setting = adapted("lorafa", "tiny_vit")
-    twin = copy.deepcopy(model.double())  # a gradient near zero would make of the last digits another step of Adam
-    (project,) = training_of("lorafa", model).callbacks
-    project.on_train_begin(None, None, None)
-    own = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01, eps=0, weight_decay=0)
-    literal = create_lorafa_optimizer(twin, r=setting.rank, lora_alpha=setting.method.alpha, lr=0.01)
-    literal.param_groups[0]["eps"] = 0
-    start = {name: each.detach().clone() for name, each in model.named_parameters()}
-    for step in range(3):
-        for each, optimizer in ((model, own), (twin, literal)):
-            batch = {name: values.double() for name, values in inputs("tiny_vit", seed=step).items()}
-            each(**batch).logits.square().sum().backward()
-            if optimizer is own:
-                project.on_pre_optimizer_step(None, None, None)
-            optimizer.step()
-            optimizer.zero_grad()
-    expected, found = dict(twin.named_parameters()), dict(model.named_parameters())
-    moved = {name for name in found if not torch.equal(found[name], start[name])}
-    assert moved == {name for name in found if ".lora_B." in name or "modules_to_save" in name}
-    for name in moved:
-        torch.testing.assert_close(found[name], expected[name])
-    rows = sum(setting.rank * m for m, _ in setting.shapes.values())
-    assert optimizer_bytes(own) == 2 * 8 * (rows + 32 * 3 + 3) + 4 * len(moved)
 
 
 def test_full_keeps_tied_weights_tied_and_one_model_in_memory() -> None:

@@ -199,7 +199,8 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
-    for method, is_spent in (("lora", False), ("dora", False), ("lorafa", False), ("low_rank", True), ("lokr", True)):
+    spent = {"low_rank": True, "lokr": True, "lorafa": True, "lora": False, "dora": False, "adalora": False}
+    for method, is_spent in spent.items():
         found = composed(f"method={method}", "calibration=fixed").warnings
         assert [each.startswith("calibration.budget=0.13 ") for each in found] == [True] * (not is_spent)
     assert composed("method=lora", "calibration=threshold").warnings == []
