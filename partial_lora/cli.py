@@ -202,6 +202,8 @@ def _next_steps(place: Path, stage: str, config: Config) -> list[str]:
 def info(arguments: list[str]) -> int:
     """Print a run's trainable parameters, memory and file size, without running it; return the exit code.
 
+    --memory also counts what a step keeps for its backward pass, on a model without memory.
+
     A text model without a named task is counted with a task of two classes.
     """
     shown = _print_json_outline if "--json" in arguments else _print_outline
@@ -213,11 +215,12 @@ def info(arguments: list[str]) -> int:
 
         config = config if named else without_task(config)
         with _libraries():  # some methods are counted with them
-            run = outline(config)
+            run = outline(config, memory="--memory" in arguments)
         shown(config, run)
         return 0
 
-    return compose("info", [argument for argument in arguments if argument != "--json"], outlined)
+    options = ("--json", "--memory")
+    return compose("info", [argument for argument in arguments if argument not in options], outlined)
 
 
 def _print_json_outline(config: Config, run: Outline) -> None:
@@ -238,7 +241,7 @@ def _print_outline(config: Config, run: Outline) -> None:
 
     from partial_lora.building import size
 
-    Console().print(size.table(run.counts, run.memory))
+    Console().print(size.table(run.counts, run.memory, run.kept))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
     head += "" if run.is_known else ", a guess: the task does not say how many there are"

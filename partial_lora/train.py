@@ -19,7 +19,7 @@ from transformers import set_seed
 from partial_lora import files, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
-from partial_lora.building import build
+from partial_lora.building import build, memory
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun
@@ -53,6 +53,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
+    config = memory.within(config)
     method = build.method_of(config.method)
     sharded = fsdp.ask(config.trainer.strategy)
     world = join(config.trainer.device)

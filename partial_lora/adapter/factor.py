@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional as F
 
@@ -155,8 +156,8 @@ class MaskedFactor(nn.Module):
         processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
         dense = self.fill(whole(self.kept))
-        # Under a compiler nobody writes, and with a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full or torch.compiler.is_compiling() else dense.as_subclass(DenseView)
+        # With a full mask this is a view of `kept`: nothing written is lost.
+        return dense if self.full else _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -332,7 +333,7 @@ class _Frozen:
     def weight(self) -> Tensor:
         """The factor, read-only; nothing but its own values can be assigned."""
         dense = self.fill(self.kept)
-        return dense if torch.compiler.is_compiling() else dense.as_subclass(DenseView)
+        return _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -516,6 +517,11 @@ class DenseView(Tensor):
         """Pickle as an ordinary tensor, for torch.save too: the reader may not know this class."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _read_only(dense: Tensor) -> Tensor:
+    """Return a tensor as a DenseView; as it is where nobody writes, under a compiler and where it has no values."""
+    return dense if torch.compiler.is_compiling() or type(dense) is FakeTensor else dense.as_subclass(DenseView)
 
 
 _IN_PLACE = {

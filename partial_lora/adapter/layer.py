@@ -10,6 +10,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
@@ -330,7 +331,7 @@ def _is_plain(base: nn.Module) -> bool:
         can_fuse(base)
         and not _is_watched(base)
         and not base.weight.requires_grad
-        and type(base.weight) in (nn.Parameter, Tensor)  # no DTensor, no quantised tensor
+        and type(base.weight) in (nn.Parameter, Tensor, FakeTensor)  # no DTensor, no quantised tensor
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from partial_lora.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
@@ -28,6 +27,7 @@ class Outline:
     the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
     models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. width: of the
     model (`rates.width`). is_known: whether the task or its files say how many outputs there are; else they are two.
+    kept: bytes that a step keeps for its backward pass (`memory.StepMemory`), where they are counted.
     """
 
     counts: dict[str, int | float | None]
@@ -37,6 +37,7 @@ class Outline:
     memory: dict[str, dict[str, int]]
     width: int
     is_known: bool = True
+    kept: dict[str, int | None] | None = None
 
     @property
     def density(self) -> float:
@@ -54,8 +55,17 @@ def without_task(config: Config) -> Config:
     return replace(config, task=TaskConfig(name="none", path="none", modality=model.modality, kind=kind, classes=2))
 
 
-def outline(config: Config) -> Outline:
-    """Return the outline of a run; the head is for two classes where neither the task nor its files say how many."""
+def outline(config: Config, *, memory: bool = False) -> Outline:
+    """Return the outline of a run; the head is for two classes where neither the task nor its files say how many.
+
+    memory: also count what a step keeps, which takes seconds.
+    """
+    kept = None
+    if memory or config.calibration.kept:
+        from partial_lora.building import memory as steps  # with torch
+
+        config = steps.within(config)
+        kept = asdict(steps.step_memory(config))
     model, method, calibration = config.model, config.method, config.calibration
     check_modality(model, config.task)
     known = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
@@ -75,13 +85,13 @@ def outline(config: Config) -> Outline:
     elif method.traits.dense:
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
     if sparsity is None or method.traits.own_ranks or method.rank == "auto":  # ranks of their own decide
-        counts = _counted(config, shapes, geometry | {"num_labels": outputs or 2}, sparsity)
+        counts = _counted(config, shapes, outputs or 2, sparsity)
         source = "counted on the adapter itself" if sparsity is None else source
     else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.nominal_rank, sparsity=sparsity, granularity=granularity)
-    memory, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
-    return Outline(counts, source, outputs, passes, memory, width, known is not None)
+    peak, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
+    return Outline(counts, source, outputs, passes, peak, width, known is not None, kept)
 
 
 def _classes(config: Config, task: TaskConfig) -> int | None:
@@ -111,19 +121,14 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
     return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
 
 
-def _counted(
-    config: Config, shapes: Shapes, geometry: Mapping, sparsity: Sparsity | None
-) -> dict[str, int | float | None]:
+def _counted(config: Config, shapes: Shapes, outputs: int, sparsity: Sparsity | None) -> dict[str, int | float | None]:
     """Return the counts of an adapter that is made on the meta device."""
-    from partial_lora import models
-    from partial_lora.building.build import method_of, setting_of
+    from partial_lora.building.memory import adapted
     from partial_lora.training.cost import describe_adapted
 
-    with warnings.catch_warnings():  # PEFT uses a name that transformers deprecates
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = method_of(config.method)(models.empty(**geometry), setting_of(config, shapes, sparsity))
     dense = dense_parameters(shapes, config.method.nominal_rank)
-    return describe_adapted(adapted, config.model.head, new_modules=config.model.new_modules, dense=dense)
+    model = adapted(config, sparsity, outputs=outputs)
+    return describe_adapted(model, config.model.head, new_modules=config.model.new_modules, dense=dense)
 
 
 def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:

@@ -79,8 +79,15 @@ def describe(
     return with_bytes(counts, adapter_bytes=FP32 * (adapter["dense"] + head_count))
 
 
-def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[str, int]] | None = None) -> Table:
-    """Return what `describe` returns, and peak memory by the format of the weights, as a table for a terminal."""
+def table(
+    info: Mapping[str, int | float | None],
+    memory: Mapping[str, Mapping[str, int]] | None = None,
+    kept: Mapping[str, int | None] | None = None,
+) -> Table:
+    """Return what `describe` returns, as a table for a terminal.
+
+    memory: peak memory by the format of the weights. kept: for the backward pass of a step (`memory.StepMemory`).
+    """
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity, full = info["adapter_sparsity"], ""
     if info["saturated_modules"]:
@@ -100,6 +107,11 @@ def table(info: Mapping[str, int | float | None], memory: Mapping[str, Mapping[s
     for kind, peak in (memory or {}).items():
         checkpointed = f"{_size(peak['peak_checkpointed'])} with gradient checkpoints"
         rows.append((f"memory at the peak, {kind}", _size(peak["peak"]), checkpointed))
+    if kept:
+        above = f"{_size(kept['floor'])} by the frozen model, {_size(kept['adapter'])} by the adapter"
+        if kept["checkpointed"] is not None:
+            above += f"; {_size(kept['checkpointed'])} with gradient checkpoints"
+        rows.append(("kept for a backward pass", _size(kept["floor"] + kept["adapter"]), above))
     columns = Table(show_header=False, box=None, pad_edge=False)
     columns.add_column(style="bold")
     columns.add_column(justify="right")

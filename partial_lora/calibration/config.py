@@ -56,6 +56,8 @@ class CalibrationConfig:
     threshold: float = 0.9  # share of the frozen model's score that must be left
     # trainable parameters, in place of the threshold: a share of dense LoRA's (at most 1) or a number
     budget: Optional[float] = None
+    # in place of both: the bytes that a training step may keep for its backward pass, from which the budget follows
+    kept: Optional[float] = None
     shots: int = 16  # scored examples of each class
     share: float = 0.03  # texts: share of the training rows to score, in place of shots; 0: take shots
     # most examples of each of the two draws, for the head and for the score; null: no limit
@@ -95,6 +97,7 @@ class CalibrationConfig:
         budget = self.budget
         whole = budget is None or (0 < budget < math.inf and (budget <= 1 or float(budget).is_integer()))
         require(whole, "calibration.budget", budget, "a share in (0, 1] or a whole count of trainable parameters")
+        require(self.kept is None or self.kept >= 1, "calibration.kept", self.kept, "at least 1 byte, or null")
         require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
         require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
         seeded = self.seed is None or self.seed >= 0

@@ -98,8 +98,8 @@ def _is_saturated(layer: LoraLayer) -> bool:
         return False
     sizes = zip(factors, (layer.out_features, layer.in_features), strict=True)
     rows, columns = (getattr(factor, "touched", size) for factor, size in sizes)
-    trained = [each for factor in factors for each in factor.parameters() if each.requires_grad]
-    return sum(each.numel() for each in trained) >= rows * columns
+    trained = [sum(part.numel() for part in factor.parameters() if part.requires_grad) for factor in factors]
+    return all(trained) and sum(trained) >= rows * columns
 
 
 def _trained_whole(model: nn.Module, head: str | None, new_modules: Sequence[str]) -> list[nn.Module]:
@@ -130,7 +130,7 @@ def _copies(model: nn.Module) -> dict[int, nn.Parameter]:
 
 # Memory that a forward pass keeps for its backward pass: every storage once and whole.
 
-# Distinct storages by address: while they are held here, no other storage can get the same address.
+# Distinct storages by identity: while they are held here, no other storage can get the same one.
 Storages = dict[int, torch.UntypedStorage]
 
 
@@ -167,7 +167,7 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
         for part in (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,):
             with suppress(RuntimeError):  # FSDP frees memory while its tensor lives
                 if part.untyped_storage().nbytes():
-                    pieces[part.untyped_storage().data_ptr()] = part.untyped_storage()
+                    pieces[part.untyped_storage()._cdata] = part.untyped_storage()
     return pieces
 
 
@@ -180,7 +180,7 @@ def alive(kind: str = "cpu") -> Storages:
 
 def total(pieces: Storages, *, without: Storages) -> int:
     """Return the bytes of the storages that are not among `without`."""
-    return sum(piece.nbytes() for address, piece in pieces.items() if address not in without)
+    return sum(piece.nbytes() for key, piece in pieces.items() if key not in without)
 
 
 def tensors_in(state: Iterable[Mapping]) -> Iterator[Tensor]:

@@ -1,0 +1,189 @@
+"""Bytes that a training step keeps for its backward pass, counted on models without memory, and the size they allow.
+
+A forward pass over fake tensors, which have shapes and no values, saves what a real one saves. So every model and
+method is counted by the code that trains it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partial_lora import models
+from partial_lora.adapter.model import base_name
+from partial_lora.budget import Shapes, even_sparsity, masked_units, parameter_count
+from partial_lora.building.build import method_of, setting_of
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.masks import PAPER_BUDGET, Sparsity
+from partial_lora.methods import METHODS
+from partial_lora.models.skeleton import skeleton
+from partial_lora.settings.schema import Config
+from partial_lora.settings.sparsities import fixed_sparsity
+from partial_lora.training.cost import kept_by_forward
+from partial_lora.training.trainer import mixed_precision
+
+logger = logging.getLogger(__name__)
+
+_OUTPUTS = 2  # of the head, which keeps next to nothing
+_HALVINGS = 8  # of the share of dense LoRA's parameters: to within 0.4 % of it
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one process keeps for the backward pass of a step, of images or texts as large as settings allow.
+
+    Attributes:
+        floor: of the frozen model alone, through which gradients pass.
+        adapter: what the adapter adds.
+        checkpointed: floor and adapter with gradient checkpoints; None for a model that has none.
+    """
+
+    floor: int
+    adapter: int
+    checkpointed: int | None
+
+
+def step_memory(config: Config, sparsity: float | Sparsity | None = None) -> StepMemory:
+    """Return what a step of these settings keeps. sparsity: of a calibrated method; None: one share everywhere."""
+    model = adapted(config, sparsity)
+    layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    floor, whole = _kept(config, _frozen(config, layers)), _kept(config, model)
+    try:
+        checkpointed = _kept(config, adapted(config, sparsity), checkpointed=True)
+    except PartialLoraError:
+        checkpointed = None
+    return StepMemory(floor, whole - floor, checkpointed)
+
+
+def within(config: Config) -> Config:
+    """Return settings whose calibration.budget is the largest at which a step keeps at most `calibration.kept` bytes.
+
+    The size is found on one share everywhere, and holds for calibrated shares, too, about: their columns differ. Raises
+    PartialLoraError where no size keeps as little.
+    """
+    most = config.calibration.kept
+    if most is None:
+        return config
+    if config.model.quantization is not None:
+        raise PartialLoraError("calibration.kept: expected null for a quantised model, whose layers cannot be counted")
+
+    sizes: dict[float, int] = {}
+
+    def fits(share: float) -> bool:
+        try:
+            sizes[share] = _kept(config, adapted(_at(config, share)))
+        except PartialLoraError:  # too few parameters for the method
+            if not sizes:
+                raise
+        return sizes.get(share, most + 1) <= most
+
+    low, high = 0.0, _largest(config)
+    if fits(high):
+        low = high
+    for _ in range(_HALVINGS if low < high else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == 0:
+        least = min(sizes.values())
+        raise PartialLoraError(
+            f"calibration.kept={most:.0f}: expected at least about {least} for method={config.method.name}; "
+            "model.gradient_checkpointing=true keeps less, a smaller batch, image or text, or another method"
+        )
+    logger.info("calibration.kept=%.0f allows calibration.budget=%.4g", most, low)
+    return _at(config, low)
+
+
+def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: int = _OUTPUTS) -> PeftModel:
+    """Return the model with its adapter on the meta device, where neither has values. outputs: of the head."""
+    shapes, bare = _shapes(config), _empty(config, outputs)
+    method = config.method
+    if sparsity is None and method.traits.is_sparse:
+        sparsity = fixed_sparsity(config, shapes) or _even(config, shapes)
+    # Which rows are kept, by importance or at random, changes no size.
+    build = METHODS["partial"] if method.traits.ranked else method_of(method)
+    with _quiet():
+        return build(bare, setting_of(config, shapes, sparsity))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # libraries use names that others deprecate
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _at(config: Config, share: float) -> Config:
+    return replace(config, calibration=replace(config.calibration, budget=share, kept=None))
+
+
+def _largest(config: Config) -> float:
+    """Return the share of dense LoRA's parameters that the masks can keep at most."""
+    shapes, rank = _shapes(config), config.method.nominal_rank
+    units, unit = masked_units(shapes, rank, config.mask.counted)
+    return min(1.0, unit * sum(map(sum, units.values())) / (rank * sum(m + n for m, n in shapes.values())))
+
+
+def _even(config: Config, shapes: Shapes) -> Sparsity:
+    masks = shapes, config.method.nominal_rank, config.mask.counted
+    return even_sparsity(*masked_units(*masks), parameter_count(config.calibration.budget or PAPER_BUDGET, *masks))
+
+
+def _geometry(config: Config) -> dict:
+    model = config.model
+    return {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+
+
+def _shapes(config: Config) -> Shapes:
+    return skeleton(**_geometry(config), outputs=_OUTPUTS).targets(**config.model.trained_modules)
+
+
+def _empty(config: Config, outputs: int = _OUTPUTS) -> nn.Module:
+    model = models.empty(**_geometry(config), num_labels=outputs)
+    return model.to(getattr(torch, config.model.dtype))
+
+
+def _frozen(config: Config, adapted: Iterable[str]) -> nn.Module:
+    """Return the model without an adapter; gradients pass from the first of the adapted modules on."""
+    model = _empty(config).requires_grad_(False)
+    for name in adapted:
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: _needing_gradients(output))
+    return model
+
+
+def _needing_gradients(output: torch.Tensor) -> torch.Tensor:
+    """Return an output that needs gradients, of an operation that keeps nothing."""
+    return output if output.requires_grad else output + torch.zeros((), requires_grad=True)
+
+
+def _kept(config: Config, model: nn.Module, *, checkpointed: bool = False) -> int:
+    """Return the bytes that a forward pass of a model on the meta device keeps."""
+    size, rows = config.model, config.trainer.local_batch_size
+    if checkpointed or size.gradient_checkpointing:
+        with _quiet():
+            models.enable_gradient_checkpointing(model)
+    precision = mixed_precision(config.trainer.mixed_precision, "cuda" if torch.cuda.is_available() else "cpu")
+    number = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", number) if number else nullcontext():
+        model = model.to_empty(device="cpu").train()
+        if size.modality == "image":
+            batch = {"pixel_values": torch.empty(rows, 3, size.image_size, size.image_size)}
+        else:
+            batch = {
+                name: torch.ones(rows, size.max_length, dtype=torch.long) for name in ("input_ids", "attention_mask")
+            }
+        try:
+            with kept_by_forward() as counted:
+                output = model(**batch)  # noqa: F841 (it holds what it needs)
+        except RuntimeError as error:
+            reason = f"model.name={size.name}: what a step of it keeps cannot be counted ({one_line(error)})"
+            raise PartialLoraError(reason) from error
+    return counted.bytes

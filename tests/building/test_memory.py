@@ -1,0 +1,65 @@
+"""What a step keeps is what it was said to keep, and the size that a limit allows is the largest that meets it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from partial_lora import models
+from partial_lora.building import memory
+from partial_lora.errors import PartialLoraError
+from partial_lora.settings.compose import composed
+from partial_lora.training.cost import kept_by_forward
+
+SMALL = ("trainer.batch_size=4", "method.rank=8", "calibration=fixed", "calibration.budget=0.3")
+CASES = [("tiny_vit", "cifar10", method) for method in ("partial", "low_rank", "entries", "lori", "paca", "rows")]
+CASES += [("tiny_llama", "arc_easy", "partial"), ("tiny_deberta", "sst2", "lorafa")]
+
+
+def batch_of(config) -> dict[str, torch.Tensor]:
+    size = config.model
+    if size.modality == "image":
+        return {"pixel_values": torch.rand(4, 3, size.image_size, size.image_size)}
+    mask = torch.ones(4, size.max_length, dtype=torch.long)
+    mask[0, -1] = 0  # padding, without which a model may leave the mask out
+    return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
+
+
+def measured(config, *, checkpointed: bool = False) -> int:
+    """The bytes that a real pass keeps, after a first one, when everything that lasts exists."""
+    model = memory.adapted(config).to_empty(device="cpu").train()
+    for value in [*model.parameters(), *model.buffers()]:
+        value.data.zero_()
+    if checkpointed:
+        models.enable_gradient_checkpointing(model)
+    batch = batch_of(config)
+    model(**batch)
+    with kept_by_forward() as kept:
+        output = model(**batch)
+    assert output is not None
+    return kept.bytes
+
+
+@pytest.mark.parametrize(("name", "task", "method"), CASES)
+def test_what_a_step_keeps_is_known_without_memory(name: str, task: str, method: str) -> None:
+    config = composed(f"model={name}", f"task={task}", f"method={method}", *SMALL)
+    step = memory.step_memory(config)
+    assert step.floor + step.adapter == pytest.approx(measured(config), rel=0.05)
+    assert step.checkpointed == pytest.approx(measured(config, checkpointed=True), rel=0.05)
+    assert step.adapter >= 0
+
+
+def test_the_budget_of_a_limit_is_the_largest_that_meets_it() -> None:
+    given = ("model=tiny_vit", "task=cifar10", *SMALL)
+    step = memory.step_memory(composed(*given))
+    limit = step.floor + step.adapter
+    config = composed(*given, f"calibration.kept={limit}")
+    found = memory.within(config).calibration
+    assert found.budget >= 0.29
+    assert found.kept is None
+    for budget, fits in ((found.budget, True), (found.budget + 0.05, False)):
+        step = memory.step_memory(composed(*given, f"calibration.budget={budget}"))
+        assert (step.floor + step.adapter <= limit) == fits
+    with pytest.raises(PartialLoraError, match=r"^calibration\.kept=1000: "):
+        memory.within(composed(*given, "calibration.kept=1000"))
+    assert memory.within(composed(*given)) == composed(*given)
