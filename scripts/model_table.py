@@ -2,6 +2,7 @@
 
     python scripts/model_table.py        # writes results/models/models.md and models.json
     make models                          # the same
+    python scripts/model_table.py --kept    # writes results/models/kept.md and kept.json, in minutes
     python scripts/model_table.py --skeletons    # writes partial_lora/models/skeletons.json
 
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
@@ -10,6 +11,10 @@ for two classes, and causal models have none. The same numbers, one model at a t
 Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/size.py): frozen
 weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
 both axes and 19 levels can take at most.
+
+What a step keeps for its backward pass, in MB, of fp32: counted on a model without memory
+(`partial-lora info --memory`), and measured in a pass of the same model with zeros for weights. Methods have 13 % of
+dense LoRA's parameters, `lora` all of them.
 
 Skeletons are the models as the installed timm and transformers build them, by which `partial-lora info` counts without
 importing either. They are to be made again where a model of conf/model is added or changed; tests/models compare the
@@ -20,12 +25,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
+import torch
 from tabulate import tabulate
 from torch import nn
 
 from partial_lora import models
+from partial_lora.building import memory
 from partial_lora.building.info import outline
 from partial_lora.files import write_atomic, write_json
 from partial_lora.models.config import ModelConfig
@@ -33,6 +42,7 @@ from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
+from partial_lora.training.cost import kept_by_forward
 
 FOLDER = Path("results/models")
 _MIB, _GIB = 2**20, 2**30
@@ -152,6 +162,68 @@ def page(each: dict[str, dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# --- What a step keeps.
+
+METHODS = ("lora", "low_rank", "entries", "partial", "lori", "lorafa", "paca")
+STEPS = {
+    "`vit_s14`, 16 images of 56 pixels": ("model=vit_s14", "task=digits", "model.image_size=56"),
+    "`vit_s14`, 16 images of 224 pixels": ("model=vit_s14", "task=digits", "model.image_size=224"),
+    "`minilm_l6`, 16 texts of 64 tokens": ("model=minilm_l6", "task=trec", "model.max_length=64"),
+    "`smollm2_135m`, one text of 2,048 tokens": (
+        *("model=smollm2_135m", "task=arc_easy", "model.dtype=float32", "model.max_length=2048"),
+        "trainer.batch_size=1",
+    ),
+}
+
+
+def measured(config: Config) -> int:
+    """The bytes that a real pass keeps, after a first one, when everything that lasts exists."""
+    model, size = memory.adapted(config).to_empty(device="cpu").train(), config.model
+    for value in [*model.parameters(), *model.buffers()]:
+        value.data.zero_()
+    rows = config.trainer.local_batch_size
+    if size.modality == "image":
+        batch = {"pixel_values": torch.zeros(rows, 3, size.image_size, size.image_size)}
+    else:
+        mask = torch.ones(rows, size.max_length, dtype=torch.long)
+        mask[0, -1] = 0  # padding, without which a model may leave the mask out
+        batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    model(**batch)
+    with kept_by_forward() as kept:
+        output = model(**batch)
+    assert output is not None  # held as long as it is counted
+    return kept.bytes
+
+
+def steps() -> dict[str, dict[str, dict]]:
+    """What a step of every method keeps, counted and measured."""
+    found: dict[str, dict[str, dict]] = {}
+    for (name, settings), method in product(STEPS.items(), METHODS):
+        size = [] if method == "lora" else ["calibration=fixed"] * (method in ("low_rank", "partial"))
+        config = composed("trainer.batch_size=16", *settings, f"method={method}", *size)
+        step = {**asdict(memory.step_memory(config)), "measured": measured(config)}
+        found.setdefault(name, {})[method] = step
+        print(name, method, step, flush=True)
+    return found
+
+
+def kept_page(found: dict[str, dict[str, dict]]) -> str:
+    """A table a model and size of its inputs."""
+    parts = ["    python scripts/model_table.py --kept", __doc__.split("\n\n")[4].strip()]
+    for name, of_methods in found.items():
+        floor, checkpointed = of_methods["lora"]["floor"], of_methods["lora"]["checkpointed"]
+        parts.append(f"## {name}")
+        parts.append(f"The frozen model keeps {floor / 1e6:,.1f}, with gradient checkpoints {checkpointed / 1e6:,.1f}.")
+        rows = []
+        for method, each in of_methods.items():
+            numbers = (each["adapter"], each["floor"] + each["adapter"], each["measured"], each["checkpointed"])
+            rows.append([f"`{method}`", *(f"{value / 1e6:,.1f}" for value in numbers)])
+        heads = ["method", "the adapter adds", "in all", "measured", "with gradient checkpoints"]
+        align = ["left", *["right"] * 4]
+        parts.append(tabulate(rows, headers=heads, tablefmt="pipe", disable_numparse=True, colalign=align))
+    return "\n\n".join(parts) + "\n"
+
+
 def write_skeletons() -> None:
     """Write the skeletons of all models, a line each."""
     every = {}
@@ -167,8 +239,13 @@ def main() -> int:
     if sys.argv[1:] == ["--skeletons"]:
         write_skeletons()
         return 0
-    each = outlines()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1:] == ["--kept"]:
+        found = steps()
+        write_json(FOLDER / "kept.json", found)
+        write_atomic(FOLDER / "kept.md", kept_page(found))
+        return 0
+    each = outlines()
     write_json(FOLDER / "models.json", each)
     write_atomic(FOLDER / "models.md", page(each))
     print(page(each))

@@ -708,7 +708,7 @@ _VARIANTS = {
 
 def table7(evidence: Evidence) -> Table:
     """Table 7, why the count matters: time, memory and bytes against dense LoRA and PEFT's other methods."""
-    methods = ("lora", "partial", "dora", "vera", "adalora", "lorafa", "random_weights", "low_rank", "full")
+    methods = ("lora", "partial", "dora", "vera", "adalora", "lorafa_projected", "random_weights", "low_rank", "full")
     files = evidence.files("bench/adapter.json")
     bench = of_bench(json.loads(files[0].read_text(encoding="utf-8"))["cells"] if files else [])
     runs = most_methods(at_points(evidence.comparable, methods, POINTS))

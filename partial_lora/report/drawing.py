@@ -42,7 +42,7 @@ _LOOKS = {  # a marker each, so that colour is never what tells two apart
     "dora": (VERMILLION, "d"),
     "vera": (_PURPLE, "h"),
     "adalora": (_BLACK, "8"),
-    "lorafa": (_GREY, "H"),
+    "lorafa_projected": (_GREY, "H"),
     "full": (_ORANGE, "*"),
     "probe": (_GREY, "X"),
 }

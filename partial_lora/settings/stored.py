@@ -41,6 +41,8 @@ CHANGES = (
     Change("0.4.0", "trainer.optimizer", before=None),
     Change("0.4.0", "trainer.patience", before=None),
     Change("0.4.0", "trainer.args", before=None),
+    Change("0.5.0", "mask.rows", before="masked"),
+    Change("0.5.0", "calibration.kept", before=None),
 )
 
 
@@ -65,6 +67,9 @@ def upgraded_settings(settings: Mapping) -> dict:
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
         kept = {key: value for key, value in method.items() if key != "ranks"}
         current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
+    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in (settings.get("mask") or {}):
+        # Before 0.5.0: dense LoRA with A frozen, trained on the gradient that LoRA-FA projects.
+        current["method"] |= {"name": "lorafa_projected", "peft_type": "LORA"}
     return current
 
 
