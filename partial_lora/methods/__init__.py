@@ -28,6 +28,7 @@ class Method:
         size: who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget
             (null: PAPER_BUDGET); "options", those of a tuner of PEFT, unless there is a budget; "own", its own keys.
         at_budget: the arguments by which a method with a size of its own gets that of a budget.
+        as_calibrated: it has the sparsities that a calibration chooses.
         size_alone: a calibration decides nothing about it but how many parameters it trains.
         even: it has one sparsity for all modules and axes.
         dense: it is LoRA as it is, without sparsities.
@@ -41,12 +42,15 @@ class Method:
         tuner: as a tuner of PEFT (method.peft_type) it may get another size.
         granularities, columns: what these keys of `mask` may be; empty: anything.
         importance: the only measure that it ranks by; None: any.
+        reference: others are compared with it at equal size, unless another is named.
+        words: what a page calls it; "": by its name.
     """
 
     function: str
     training: str | None = None
     size: str = "own"
     at_budget: tuple[str, ...] = ()
+    as_calibrated: bool = False
     size_alone: bool = False
     even: bool = False
     dense: bool = False
@@ -61,6 +65,8 @@ class Method:
     granularities: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     importance: str | None = None
+    reference: bool = False
+    words: str = ""
 
     @property
     def is_fixed(self) -> bool:
@@ -79,20 +85,32 @@ class Method:
 _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
 _WHOLE: dict[str, Any] = {"granularities": ("rows_columns",)}
 METHODS = {
-    "partial": Method("partial:partial", **_CALIBRATED, any_rank=True),
-    "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, ranked=True),
+    "partial": Method(
+        "partial:partial",
+        **_CALIBRATED,
+        as_calibrated=True,
+        any_rank=True,
+        words="Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
+    ),
+    "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, as_calibrated=True, ranked=True),
     "entries": Method("partial:entries", size="budget", masked=True, granularities=("element",)),
     "ticket": Method(
         "partial:ticket", size="budget", masked=True, **_WHOLE, columns=("masked",), ranked=True, importance="adapter"
     ),
     # It chooses rows that meet the kept columns of the next module.
-    "flow": Method("flow:flow", **_CALIBRATED, granularities=("rows_columns", "element"), columns=("masked",)),
+    "flow": Method(
+        "flow:flow",
+        **_CALIBRATED,
+        as_calibrated=True,
+        granularities=("rows_columns", "element"),
+        columns=("masked",),
+    ),
     "uniform": Method("controls:uniform", **_CALIBRATED, size_alone=True, even=True, any_rank=True),
     "shuffled": Method("controls:shuffled", **_CALIBRATED, any_rank=True),
     "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
-    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True),
+    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True, reference=True),
     "random_weights": Method("controls:random_weights", size="calibrated", size_alone=True, product=False),
-    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True),
+    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True, words="LoRA"),
     "dora": Method(
         "lora:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
     ),

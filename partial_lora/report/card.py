@@ -20,6 +20,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.launching.directory import tensor_files
+from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
 from partial_lora.report import examples, records, statistics, summary
@@ -164,10 +165,7 @@ def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
     if numbers["adapter_dense"]:
         whole += f", {numbers['share_of_dense']:.1%} of those of LoRA of rank {config.method.nominal_rank}"
     head = f" and a head of {numbers['head_parameters']:,}" if numbers["head_parameters"] else ""
-    method = {
-        "partial": "Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
-        "lora": "LoRA",
-    }.get(run.method, f"`method={run.method}` of partial-lora")
+    method = called(run.method).words or f"`method={run.method}` of partial-lora"
     labels = run.labels()
     named = f" Its labels: {shortlist([_plain(label) for label in labels], most=20)}." if labels else ""
     return (

@@ -23,6 +23,7 @@ from partial_lora.files import flatten, read_json
 from partial_lora.launching import packs
 from partial_lora.launching.directory import INTERRUPTED, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
+from partial_lora.methods import called
 from partial_lora.settings import identity, schema, stored, tuned
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_EXAMPLES, OF_TEXTS
@@ -247,7 +248,8 @@ def method_of(result: Mapping) -> str:
     name, mask = result["config"]["method"]["name"], result["config"].get("mask") or {}
     masks = "frozen" if mask.get("columns") == "frozen" else mask.get("granularity", _ROWS_COLUMNS)
     unmasked = result.get("calibration") is None and result.get("fixed") is None
-    return name if masks == _ROWS_COLUMNS or unmasked or name == "entries" else f"{name} ({masks})"
+    told = masks == _ROWS_COLUMNS or called(name).granularities == (masks,)  # by its name
+    return name if told or unmasked else f"{name} ({masks})"
 
 
 def came_to(result: Mapping) -> dict[str, float | None]:

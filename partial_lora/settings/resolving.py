@@ -25,7 +25,7 @@ from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.metrics import FITTING
-from partial_lora.training.config import TRACKER_PACKAGES
+from partial_lora.training.config import TRACKERS
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
 OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes
@@ -111,7 +111,7 @@ def _check_surroundings(config: Config) -> None:
     require(known, "calibration.file", calibration, "an existing calibration.json")
     known = trainer.tuned is None or Path(trainer.tuned).is_file()
     require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
-    missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
+    missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
