@@ -35,6 +35,7 @@ from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
+from partial_lora.tasks.kinds import kind_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -486,16 +487,10 @@ def predict(arguments: Sequence[str]) -> int:
 
     run = finished_run(parsed.run)
     task = one_task(run, parsed.member).config.task
-    if parsed.max_new_tokens and task.kind != "generation":
+    if parsed.max_new_tokens and kind_of(task).answers != "text":
         raise PartialLoraError(f"--max-new-tokens: task={task.name} generates no texts; leave it out")
     sources = [*parsed.inputs, *(f"@{file}" for file in parsed.lines)]
-    stream, total = read_inputs(
-        sources,
-        modality=task.modality,
-        pairs=len(task.text_columns) == 2,
-        kind=task.kind,
-        stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # standard input may be closed
-    )
+    stream, total = read_inputs(sources, task, getattr(sys.stdin, "buffer", io.BytesIO()))  # which may be closed
     first = next(stream, None)  # before torch is imported, which takes its time
     if first is None:
         raise PartialLoraError(

@@ -35,9 +35,10 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
 from partial_lora.settings.stored import plain
 from partial_lora.tasks.task import Transform
-from partial_lora.training import checkpoints, fsdp, metrics, objectives
+from partial_lora.training import checkpoints, fsdp, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
+from partial_lora.training.predictions import write_predictions
 from partial_lora.training.trackers import Tracking
 from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
 
@@ -159,7 +160,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         method=aids,
         heads=setting.whole(),
         callbacks=[tracking, cost, unreached],
-        reads_tokens=task.modality == "text",
         sharded=sharded,
     )
     shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
@@ -189,7 +189,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # Records.
     if world.is_main:
-        metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+        write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
     _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()

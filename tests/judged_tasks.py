@@ -47,7 +47,6 @@ def trained(judge: objectives.Judge, directory: Path) -> ResumableTrainer:
         transform=judge.transform,
         judge=judge,
         world=World("cpu"),
-        reads_tokens=True,
         directory=directory,
         precision="no",
         seed=0,

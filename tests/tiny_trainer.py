@@ -15,7 +15,7 @@ from transformers import TrainerCallback, default_data_collator
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.launching import directory as results
-from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.trainer import ResumableTrainer, build_trainer
@@ -73,7 +73,7 @@ def trainer(
     judge = SimpleNamespace(
         loss=objectives.loss_of_batch,
         reduce=None,
-        measure=lambda outputs: metrics.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
+        measure=lambda outputs: predictions.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
         selects=chosen[0],
     )
     return build_trainer(

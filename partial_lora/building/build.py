@@ -34,6 +34,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import imported, kind_of
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
@@ -94,30 +95,20 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
         members = [transform_of(model, member) for member in chosen.members.values()]
         return tasks.MixtureTransform(members, task)
     if model.modality == "image":
-        return tasks.ImageTransform(
-            image_size=model.image_size, mean=model.mean, std=model.std, interpolation=model.interpolation
-        )
-    tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
-    if chosen.kind == "label":
-        return tasks.TextTransform(tokenizer, model.max_length)
-    chat = chosen.chat_template
-    if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
-        is_benchmark = chosen.format is not None and chosen.path != "files"
-        chat = not is_benchmark and tokenizer.chat_template is not None
-    too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
-    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
+        inputs = {name: getattr(model, name) for name in ("image_size", "mean", "std", "interpolation")}
+    else:
+        tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
+        inputs = {"tokenizer": tokenizer, "max_length": model.max_length}
+    return imported(kind_of(chosen).transform)(chosen, **inputs)
 
 
 def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:
     """Return the loss and the metrics of a task, or of the members of a mixture."""
-    several = isinstance(task, tasks.Mixture)
-    members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
-    settings = config.task.members.values() if several else [config.task]
-    judges = [
-        objectives.judge_of(member, prepared, chosen, peers, batch_size=config.trainer.eval_batch_size)
-        for member, prepared, chosen in zip(members, transforms, settings, strict=True)
-    ]
-    return objectives.judge_of_members(task, judges) if several else judges[0]
+    size = config.trainer.eval_batch_size
+    if not isinstance(task, tasks.Mixture):
+        return objectives.judge_of(task, transform, config.task, peers, batch_size=size)
+    members = zip(task.members, transform.transforms, config.task.members.values(), strict=True)
+    return objectives.judge_of_members(task, [objectives.judge_of(*of, peers, batch_size=size) for of in members])
 
 
 def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
@@ -159,7 +150,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
 
 def draw_settings(config: Config) -> dict[str, int | float | None]:
     """Return the keys of `calibration` that decide the draws: texts are drawn by `share`, unless that is 0."""
-    key = "share" if config.task.modality == "text" and config.calibration.share > 0 else "shots"
+    key = kind_of(config.task).draws_by if config.calibration.share > 0 else "shots"
     return {key: getattr(config.calibration, key), "max_samples": config.calibration.max_samples}
 
 
@@ -176,11 +167,9 @@ def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
 def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     """Return the settings of calibration with the seed and the score that null and "auto" stand for."""
     score = config.calibration.score
-    if score == "auto" and task.kind != "label":
-        score = {"choice": "options", "generation": "loss"}[task.kind]
-    elif score == "auto":
+    if score == "auto":
         primary = "accuracy" if task.sizes else task.metrics[0]  # the only metric that all members of a mixture have
-        score = {"mse": "loss"}.get(primary, primary)
+        score = kind_of(task).score or {"mse": "loss"}.get(primary, primary)
     return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
 

@@ -32,7 +32,7 @@ from partial_lora.models import weights_digest
 from partial_lora.models.modes import frozen
 from partial_lora.peers import Alone, Peers, of_first
 from partial_lora.tasks import Draws, strata
-from partial_lora.tasks.mixture import starts, training_batches, within
+from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.task import Transform
 
 VERSION = 1  # of the computation of scores; a calibration that was cached under another version is not used
@@ -163,7 +163,7 @@ def importance_few_shot(
             name: scores_of(name, module.weight, measure, seed=seed, options=options)
             for name, module in targets.items()
         }
-    fit = training_batches(train.select(draws.fit), transform, _BATCH)
+    fit = transform.training_batches(train.select(draws.fit), _BATCH)
     loss = mean_loss_within(sizes) if sizes else None
     with few_shot_head(model, head, fit, sizes=sizes):
         return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)

@@ -22,6 +22,7 @@ from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
 from partial_lora.models.texts import longest_text
 from partial_lora.models.weights import quiet, takes
+from partial_lora.tasks.kinds import KINDS
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _TIMM = "timm_wrapper"
@@ -148,12 +149,13 @@ def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
             classes[family] = [each.__name__ for each in (known if isinstance(known, tuple) else [known])]
     saved = {*(config.architectures or ())}
     wanted = [family for family in classes if saved & {*classes[family]}]
-    if kind == "label" and "encoder" in classes:
+    has_head = kind is None or KINDS["text", kind].has_head
+    if kind and has_head and "encoder" in classes:
         return "encoder"
-    if wanted and not (wanted == ["encoder"] and kind not in (None, "label")):
+    if wanted and (has_head or wanted != ["encoder"]):
         return wanted[0]
     others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
-    if others and kind in (None, "label"):
+    if others and has_head:
         return others[0]
     instead = "take task=text_generation" if "causal" in classes else "take another model"
     raise PartialLoraError(

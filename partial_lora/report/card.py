@@ -28,6 +28,7 @@ from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain, without_places
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
@@ -104,7 +105,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     settings = textwrap.indent(
         yaml.safe_dump(_settings(run.config), sort_keys=False), "    "
     )  # no text ends this block
-    kind = _pipeline(config.model, members[0])
+    kind = kind_of(config.task).pipeline
     others = {"merged": _PIPELINE.format(kind=kind), "gguf": _LLAMA}
     data = ModelCardData(
         base_model=base if is_on_hub(base) else None,
@@ -151,12 +152,6 @@ def _plain(text: object) -> str:
 
 def _code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', '')}`"
-
-
-def _pipeline(model: ModelConfig, task: TaskConfig) -> str:
-    if task.modality == "image":
-        return "image-classification"
-    return "text-generation" if model.family == "causal" else "text-classification"
 
 
 def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:

@@ -13,26 +13,18 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES
-
-_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models by modality
-_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # tasks by the family of a model
+from partial_lora.tasks.kinds import kind_of, kinds_for
 
 
 def check_modality(model: ModelConfig, task: TaskConfig) -> None:
     """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
-    if model.modality != task.modality:
+    asked, known = kind_of(task), kinds_for(model.family)
+    if asked not in known:
+        answers = " or ".join(f"{kind.answers}s" for kind in known)
         raise PartialLoraError(
-            f"model={model.name} reads {model.modality}s, and task={task.name} has {task.modality}s: choose another "
-            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
-            f"model={_EXAMPLE[task.modality]}"
-        )
-    causal = model.family == "causal"
-    if causal != (task.kind != "label"):
-        kinds = "chooses options or writes texts" if causal else "tells labels"
-        other = "minilm_l6" if causal else "smollm2_135m"
-        raise PartialLoraError(
-            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
-            f"model such as model={other}"
+            f"model={model.name} reads {model.modality}s and gives {answers}, and task={task.name} asks of "
+            f"{task.modality}s for {asked.answers}s: choose another task, such as task={known[0].example}, or another "
+            f"model, such as model={asked.model}"
         )
 
 

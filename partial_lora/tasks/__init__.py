@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from partial_lora.tasks.images import ImageTransform
     from partial_lora.tasks.metrics import final_number
     from partial_lora.tasks.mixture import Joined, Mixture, MixtureTransform, member_draws, mix
-    from partial_lora.tasks.prompts import CausalTransform
+    from partial_lora.tasks.prompts import CausalTransform, ChoiceTransform
     from partial_lora.tasks.splits import Draws, few_shot_draws, shared_inputs, strata
     from partial_lora.tasks.task import SPLITS, Task, load
     from partial_lora.tasks.texts import TextTransform
@@ -19,7 +19,7 @@ _MODULES = {
     "images": ("ImageTransform",),
     "metrics": ("final_number",),
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mix"),
-    "prompts": ("CausalTransform",),
+    "prompts": ("CausalTransform", "ChoiceTransform"),
     "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
     "task": ("SPLITS", "Task", "load"),
     "texts": ("TextTransform",),
@@ -29,6 +29,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "SPLITS",
     "CausalTransform",
+    "ChoiceTransform",
     "Draws",
     "ImageTransform",
     "Joined",

@@ -28,7 +28,7 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
     """
     from sklearn.model_selection import train_test_split  # half a second, and many tasks come with all their splits
 
-    classes = _classes(rows)
+    classes = class_names(rows)
     labels = np.asarray(rows["label"][:]) if classes else None
     try:
         rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
@@ -58,14 +58,15 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
     """Draw at most `count` of the rows; None is all of them. Raises PartialLoraError for less than one row a class."""
     if count is None or count >= len(rows):
         return rows
-    classes = _classes(rows)
+    classes = class_names(rows)
     if count < len(classes):
         raise PartialLoraError(f"task.{key}={count}: expected at least one row for each of {len(classes)} classes")
     labels = np.asarray(rows["label"][:]) if classes else np.zeros(len(rows), dtype=np.int64)
     return rows.select(np.sort(_in_turn(_shuffled(labels, np.random.default_rng(seed)))[:count]))
 
 
-def _classes(rows: Dataset) -> list[str]:
+def class_names(rows: Dataset) -> list[str]:
+    """Return the names of the classes; none where labels are none."""
     feature = rows.features.get("label")  # rows of a generation have none
     return feature.names if isinstance(feature, ClassLabel) else []
 

@@ -533,7 +533,6 @@ def build_trainer(
     method: Training | None = None,
     heads: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
-    reads_tokens: bool = False,
     sharded: bool = False,
 ) -> ResumableTrainer:
     """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that validation selects.
@@ -547,7 +546,6 @@ def build_trainer(
         versions: of the libraries; training resumes under the same ones alone.
         method: what the method adds.
         heads: the names of the modules that train whole beside the adapter: the head and other new modules.
-        reads_tokens: True to count tokens, so that progress reports their rate.
         sharded: True where parameters are sharded over the processes (fsdp.py).
     """
     method = method or Training()
@@ -585,7 +583,7 @@ def build_trainer(
         load_best_model_at_end=True,
         metric_for_best_model=judge.selects,
         greater_is_better=judge.selects not in LOWER_IS_BETTER,
-        include_num_input_tokens_seen="non_padding" if reads_tokens else "no",
+        include_num_input_tokens_seen="non_padding" if transform.lengths else "no",
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,

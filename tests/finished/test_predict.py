@@ -151,7 +151,7 @@ def test_texts_are_written_as_the_run_itself_wrote_them() -> None:
 
 def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
     """Of known data sets, whose options have their space from the layout; winogrande's are a part of the prompt."""
-    transform = tasks.CausalTransform(byte_tokenizer(), 128, kind="choice")
+    transform = tasks.ChoiceTransform(byte_tokenizer(), 128)
     arc = {"question": "what is red?", "choices": {"text": ["a rose", "coal"], "label": ["A", "B"]}, "answerKey": "A"}
     wino = {"sentence": "The cup fits not the box as the _ is too big.", "option1": "cup", "option2": "box"}
     cases = (

@@ -412,7 +412,7 @@ def test_questions_of_several_sets_are_calibrated_on_as_one() -> None:
     splits = [{split: Dataset.from_list(each.to_list(), split=split) for split in tasks_of.SPLITS} for each in rows]
     own = [Task(name=name, **settings, **each) for name, each in zip("ab", splits, strict=True)]
     mixed = tasks_of.mix("mixture", own, mixing="proportional", seed=0)
-    transform = tasks_of.CausalTransform(tokenizer, 64, kind="choice")
+    transform = tasks_of.ChoiceTransform(tokenizer, 64)
     batches = tasks_of.MixtureTransform([transform, transform], mixed).batches(mixed.test, 8)
     first, second = (FewShotScore(model, transform.batches(each, 8), "options")(model) for each in rows)
     assert first != second

@@ -19,7 +19,6 @@ from partial_lora.files import HIDDEN
 from partial_lora.launching import directory as results
 from partial_lora.settings import resolving
 from partial_lora.settings.compose import composed
-from partial_lora.training import trackers
 from partial_lora.training.trackers import Tracking
 
 MEASURED = {

@@ -23,7 +23,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.methods.setting import training as training_of
 from partial_lora.tasks.metrics import standard_error
-from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
@@ -329,11 +329,11 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         ),
         judge=SimpleNamespace(
             loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
-            reduce=metrics.log_likelihoods if causal else None,
+            reduce=predictions.log_likelihoods if causal else None,
             measure=lambda outputs: (
                 {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
                 if causal
-                else metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+                else predictions.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
             ),
             selects="perplexity" if causal else "accuracy",
         ),
