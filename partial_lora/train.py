@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -79,15 +80,15 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
-        scores = draws = None
+        examples, scores, draws = build.few_shot_of(config, task, transform, model), None, None
         if reads_weights:
             with timed(record, "calibrate" if calibrated else "importance"):
                 draws = build.draws_of(config, task.train)
-                scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
+                scores = of_first(world, lambda: examples.importance(targets, draws))
 
         # Calibration: from the few examples and the frozen model to one sparsity for each module and axis.
         if calibrated:
-            calibrate = build.calibrating(config, task, transform, model, scores, world)
+            calibrate = partial(examples.calibrate, scores, peers=world)
             with timed(record, "calibrate"):
                 calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
                 calibration = calibration or build.calibration(config.calibration.file, targets, draws, calibrate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from partial_lora import methods, models, tasks
 from partial_lora.budget import shrunk
 from partial_lora.calibration.config import CalibrationConfig
-from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
+from partial_lora.calibration.few_shot import FewShot
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
@@ -178,46 +177,22 @@ def new_head_of(model: ModelConfig) -> str | None:
     return None if models.has_own_head(model.family) else model.head
 
 
-def importance(
-    config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
-) -> ModuleScores:
-    """Score the rows and columns of the modules that are to be adapted."""
-    return importance_few_shot(
-        model,
-        task.train,
-        transform,
-        config.importance,
-        modules=modules,
-        draws=draws,
-        head=new_head_of(config.model),
-        seed=config.calibration_seed,
-        rank=config.method.nominal_rank,
-        alpha=config.method.alpha,
-        sizes=task.sizes,
-    )
-
-
-def calibrating(
-    config: Config, task: Task, transform: Transform, model: nn.Module, scores: ModuleScores, peers: Peers
-) -> Callable[..., Calibration]:
-    """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
-    return functools.partial(
-        calibrate_few_shot,
+def few_shot_of(config: Config, task: Task, transform: Transform, model: nn.Module) -> FewShot:
+    """Return a run's model and rows for importance and calibration."""
+    return FewShot(
         model,
         task.train,
         transform,
         calibration_config(config, task),
-        importance=config.importance,
-        scores=scores,
-        drawn=draw_settings(config),
-        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
-        rank=config.method.nominal_rank,
-        granularity=config.mask.counted,
-        alpha=config.method.alpha,
+        config.importance,
         head=new_head_of(config.model),
         blocks=config.model.blocks,
+        rank=config.method.nominal_rank,
+        alpha=config.method.alpha,
+        granularity=config.mask.counted,
+        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
+        drawn=draw_settings(config),
         sizes=task.sizes,
-        peers=peers,
     )
 
 
