@@ -41,7 +41,7 @@ from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.predictions import write_predictions
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
+from partial_lora.training.trainer import Computation, build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
-    computed_by = record["versions"] | {"precision": record["mixed_precision"]}
+    computed_by, folder = record["versions"] | {"precision": record["mixed_precision"]}, directory / results.CHECKPOINTS
     tracking = Tracking(
         config.trainer.report_to if world.is_main else [],
         directory=directory,
@@ -149,21 +149,15 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     trainer = build_trainer(
         adapted,
         trained,
-        train=rows["train"],
-        validation=rows["validation"],
+        Computation(world, folder, record["mixed_precision"], config.seed, computed_by, sharded),
+        rows=rows,
         transform=transform,
         judge=judge,
-        world=world,
-        directory=directory / results.CHECKPOINTS,
-        precision=record["mixed_precision"],
-        seed=config.seed,
-        versions=computed_by,
         method=aids,
         heads=setting.whole(),
         callbacks=[tracking, cost, unreached],
-        sharded=sharded,
     )
-    shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
+    shape = checkpoints.shape_of(adapted)
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
     record["resumed_from_step"] = checkpoint and checkpoints.step_of(checkpoint)
     with tracking:

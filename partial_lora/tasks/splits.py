@@ -128,22 +128,24 @@ def few_shot_draws(
     Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
     """
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.floating):
-        if share is None:
-            return _shots(labels, seed, shots, max_samples)
-        return _shares(labels, seed, max(LEAST, round(share * len(labels))), f"calibration.share={share}", max_samples)
-    if share is not None:
-        size, key = round(share * len(labels)), f"calibration.share={share}"
+    has_classes = not np.issubdtype(labels.dtype, np.floating)
+    if share is None and has_classes:
+        draws = _shots(labels, seed, shots, max_samples)
     else:
         size, key = shots, f"calibration.shots={shots}"
-    if size < LEAST:
-        key += f" (at least {LEAST} rows where there are no classes)"
-    if len(labels) < 2:
-        raise PartialLoraError(
-            f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
-        )
-    draws = _shares(np.zeros(len(labels), dtype=np.int64), seed, max(LEAST, size), key, max_samples)
-    logger.info("%s: %d rows for each draw", key, len(draws.fit))
+        if share is not None:
+            size, key = round(share * len(labels)), f"calibration.share={share}"
+        if not has_classes:
+            labels = np.zeros(len(labels), dtype=np.int64)
+            key += f" (at least {LEAST} rows where there are no classes)" if size < LEAST else ""
+        if len(labels) < 2:
+            raise PartialLoraError(
+                f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
+            )
+        draws = _shares(labels, seed, max(LEAST, size), key, max_samples)
+        logger.info("%s: %d rows for each draw", key, len(draws.fit))
+    for warning in draws.warnings:
+        logger.warning("%s", warning)
     return draws
 
 
@@ -168,8 +170,6 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
     single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
         warnings.append(f"{key}: a single training example, fitted on and never scored: class {shortlist(single)}")
-    for warning in warnings:
-        logger.warning("%s", warning)
     return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))
 
 
@@ -203,8 +203,6 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
             f"calibration.shots={shots}: a single training example, fitted on and never scored: "
             f"class {shortlist(single)}"
         )
-    for warning in warnings:
-        logger.warning("%s", warning)
     return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
 
 

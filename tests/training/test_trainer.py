@@ -30,6 +30,7 @@ from partial_lora.training.distributed import World
 from partial_lora.training.fsdp import ShardedTrainer
 from partial_lora.training.trainer import (
     OVERRIDDEN,
+    Computation,
     LengthSampler,
     ResumableTrainer,
     UninterruptedCollate,
@@ -318,9 +319,8 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
     return build_trainer(
         without_dropout(name),
         TrainerConfig(**settings, gradient_accumulation_steps=parts),
-        train=inputs(name, ROWS),
-        validation=inputs(name, 6),
-        directory=folder,
+        Computation(World("cpu"), folder, "no", 0, {}),
+        rows={"train": inputs(name, ROWS), "validation": inputs(name, 6)},
         transform=SimpleNamespace(
             collate=lambda some: default_data_collator(
                 [{key: value for key, value in row.items() if key != "length"} for row in some]
@@ -337,10 +337,6 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
             ),
             selects="perplexity" if causal else "accuracy",
         ),
-        world=World("cpu"),
-        precision="no",
-        seed=0,
-        versions={},
     )
 
 
