@@ -641,10 +641,7 @@ def generate(arguments: Sequence[str]) -> int:
     _add_device(parser)
     parsed = parser.parse_args(list(arguments))
     run = finished_run(parsed.run)
-    if run.config.model.family != "causal":
-        raise PartialLoraError(
-            f"{run.directory}: model={run.config.model.name} writes no texts, expected a run of a causal language model"
-        )
+    run.check_causal(run.directory)
     one_task(run, parsed.member)
     prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
     if (prompt is not None and not prompt.strip()) or "" in parsed.stop:

@@ -44,9 +44,6 @@ def check(config: Config, *, here: bool) -> None:
     if bare is None:
         return
     _check_image_size(model, bare)
-    whole = [("head", model.head)] if model.head else []
-    for key, name in [*whole, *(("new_modules", name) for name in model.new_modules)]:
-        require(name in bare.modules, f"model.{key}", name, f"a module of {bare.kind}")
     shapes = bare.targets(**model.trained_modules)
     fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
     if is_calibrated(config) and calibration.budget is not None:
