@@ -15,6 +15,7 @@ from transformers import TrainerCallback, default_data_collator
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.launching import directory as results
+from partial_lora.models.config import ModelConfig
 from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
@@ -45,7 +46,7 @@ def adapted(
 ) -> PeftModel:
     torch.manual_seed(seed)
     settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
-    model = models.load(model_args=TINY | {"depth": depth}, labels=list(labels), **settings)
+    model = models.load(ModelConfig(model_args=TINY | {"depth": depth}, **settings), list(labels))
     own = {"r": 2, "target_modules": ["attn.qkv"], "modules_to_save": ["timm_model.head"]}
     return get_peft_model(model, method(**own | changes))
 

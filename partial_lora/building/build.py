@@ -118,8 +118,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
     these are not the labels. Raises PartialLoraError where texts of the settings' length do not fit, and for a `head`
     that does not give the logits.
     """
-    settings = {name: getattr(model, name) for name in models.SETTINGS}
-    loaded = models.load(labels=list(class_names or labels), **settings)
+    loaded = models.load(model, list(class_names or labels))
     if class_names:
         loaded.config.id2label = dict(enumerate(labels))
         loaded.config.label2id = {label: index for index, label in enumerate(labels)}

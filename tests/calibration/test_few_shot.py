@@ -15,6 +15,7 @@ from partial_lora.calibration import importance
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.few_shot import FewShot, features, few_shot_head, fitted_head
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.config import ModelConfig
 from partial_lora.tasks.config import TaskConfig
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -24,12 +25,8 @@ HEAD = "timm_model.head"
 def tiny_vit(labels: list[str]) -> nn.Module:
     torch.manual_seed(0)
     return models.load(
-        name="tiny_vit",
-        weights="random",
-        architecture="vit_tiny_patch16_224",
-        model_args=TINY,
-        labels=labels,
-        image_size=32,
+        ModelConfig("tiny_vit", weights="random", architecture="vit_tiny_patch16_224", model_args=TINY, image_size=32),
+        labels,
     )
 
 
