@@ -86,11 +86,8 @@ def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
-    geometry, size = (
-        _image_geometry(model.architecture, model.model_args, head_config(labels, model.name)),
-        model.image_size,
-    )
-    shapes = geometry.empty()
+    geometry = _image_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    shapes, size = geometry.empty(), model.image_size
     try:
         shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
