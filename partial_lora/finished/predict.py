@@ -226,9 +226,14 @@ class OfPrompts(_Predicted):
         return [_prompt(each) for each in inputs]
 
     def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
-        length = self.longest or self.task.max_new_tokens
-        writing = {"stop": self.task.stop, "max_new_tokens": length, "batch_size": len(read)}
-        texts = generate(self.model.model, self.transform, read, **writing)
+        texts = generate(
+            self.model.model,
+            self.transform,
+            read,
+            stop=self.task.stop,
+            max_new_tokens=self.longest or self.task.max_new_tokens,
+            batch_size=len(read),
+        )
         return [Prediction(_words(each), text, None, {}) for each, text in zip(inputs, texts, strict=True)]
 
 
