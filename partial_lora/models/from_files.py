@@ -26,7 +26,7 @@ from partial_lora.tasks.kinds import KINDS
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _TIMM = "timm_wrapper"
-_AUTO = {  # of transformers, by family
+AUTO = {  # classes of transformers, by family
     "image": "AutoModelForImageClassification",
     "encoder": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
@@ -127,7 +127,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
             "model.quantization=nf4 quantises those"
         )
     family = _family(config, weights, kind)
-    built = getattr(transformers, _AUTO[family])._model_mapping[type(config)]
+    built = getattr(transformers, AUTO[family])._model_mapping[type(config)]
     args = _geometry(config, content, built[0] if isinstance(built, tuple) else built)
     dtype = str(config.dtype).removeprefix("torch.")
     settings = {
@@ -142,7 +142,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
 def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     """Return the family of a model: by the task's kind, else by the head that it was saved with."""
     classes = {}
-    for family, auto in _AUTO.items():
+    for family, auto in AUTO.items():
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
             known = mapping[type(config)]

@@ -23,6 +23,7 @@ from partial_lora.launching.directory import tensor_files
 from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
+from partial_lora.models.from_files import AUTO
 from partial_lora.report import examples, records, statistics, summary
 from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
@@ -31,12 +32,7 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-_CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
-    "timm": "TimmWrapperForImageClassification",
-    "image": "AutoModelForImageClassification",
-    "encoder": "AutoModelForSequenceClassification",
-    "causal": "AutoModelForCausalLM",
-}
+_CLASSES = {"timm": "TimmWrapperForImageClassification"} | AUTO  # CLIP's head is made by this package
 _TEMPLATE = """---
 {{ card_data }}
 ---
