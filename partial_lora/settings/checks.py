@@ -18,13 +18,12 @@ from partial_lora.tasks.kinds import kind_of, kinds_for
 
 def check_modality(model: ModelConfig, task: TaskConfig) -> None:
     """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
-    asked, known = kind_of(task), kinds_for(model.family)
-    if asked not in known:
-        answers = " or ".join(f"{kind.answers}s" for kind in known)
+    kind, known = kind_of(task), kinds_for(model.family)
+    if kind not in known:
         raise PartialLoraError(
-            f"model={model.name} reads {model.modality}s and gives {answers}, and task={task.name} asks of "
-            f"{task.modality}s for {asked.answers}s: choose another task, such as task={known[0].example}, or another "
-            f"model, such as model={asked.model}"
+            f"model={model.name} gives {' or '.join(each.asked for each in known)}, and task={task.name} asks for "
+            f"{kind.asked}: choose another task, such as task={known[0].example}, or another model, such as "
+            f"model={kind.model}"
         )
 
 

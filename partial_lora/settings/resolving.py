@@ -196,7 +196,7 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
     (first, one), *others = members.items()
     for other, its in others:
         kinds = [kind_of(member) for member in (one, its)]
-        alike = f"tasks of one kind: {first} is of {kinds[0].name}, {other} of {kinds[1].name}"
+        alike = f"tasks of one kind: {first} asks for {kinds[0].asked}, {other} for {kinds[1].asked}"
         require(kinds[0] is kinds[1], "task.members", list(members), alike)
     classes = [member.classes for member in members.values()]
     return replace(

@@ -52,6 +52,11 @@ class Kind:
     draws_by: str = "share"
 
     @property
+    def asked(self) -> str:
+        """What is asked for, in words."""
+        return f"{self.answers}s of {self.reads}s"
+
+    @property
     def has_head(self) -> bool:
         """True where a head that the task trains gives the answers, and no causal language model."""
         return "causal" not in self.families
