@@ -27,6 +27,9 @@ from partial_lora import files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
 from partial_lora.finished import FORMS
+from partial_lora.finished.inputs import is_stream, read_inputs
+from partial_lora.finished.run import finished_run
+from partial_lora.finished.task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
@@ -35,6 +38,7 @@ from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
+from partial_lora.tasks.kinds import kind_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,6 +107,10 @@ def _overview(arguments: list[str]) -> int:
         commands.add_parser(name, help=words)
     parser.parse_args(arguments)  # prints what is asked for, and exits
     return USAGE_ERROR
+
+
+def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"partial-lora {command}", description=description, epilog=epilog)
 
 
 # --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
@@ -259,10 +267,7 @@ def _print_outline(config: Config, run: Outline) -> None:
 
 def env(arguments: list[str]) -> int:
     """Print versions, platform and devices, as a report of a bug needs them; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora env",
-        description="Print what a report of a bug needs: versions, platform, devices. It prints no paths.",
-    )
+    parser = _parser("env", "Print what a report of a bug needs: versions, platform, devices. It prints no paths.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
     from partial_lora.launching.surroundings import surroundings
@@ -279,9 +284,9 @@ def env(arguments: list[str]) -> int:
 
 def compare(arguments: Sequence[str]) -> int:
     """Search for every method's learning rate at every size, train with seeds, rank; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora compare",
-        description="Find out which method is best at which size on your task. Every method searches for its learning "
+    parser = _parser(
+        "compare",
+        "Find out which method is best at which size on your task. Every method searches for its learning "
         "rate at every budget, and the better half of the rates goes on to the next seed. A table and a page rank the "
         "results. Finished runs are not run again.",
         epilog="For example: partial-lora compare task=image_folder task.data_files=photos "
@@ -342,7 +347,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 def _of_run(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of a command that takes a finished run."""
-    parser = argparse.ArgumentParser(prog=f"partial-lora {command}", description=description, epilog=epilog)
+    parser = _parser(command, description, epilog)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     return parser
 
@@ -401,9 +406,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         "--json", action="store_true", help="print one JSON object: the folder and all of evaluation.json"
     )
     parsed = parser.parse_intermixed_args(list(arguments))
-    from partial_lora.finished.run import finished_run
-    from partial_lora.finished.task import evaluation_settings
-
     run = finished_run(parsed.run)
     task, trainer = evaluation_settings(run, parsed.overrides, parsed.member)
     if parsed.lm_eval:
@@ -483,22 +485,12 @@ def predict(arguments: Sequence[str]) -> int:
     PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    from partial_lora.finished.inputs import is_stream, read_inputs
-    from partial_lora.finished.run import finished_run
-    from partial_lora.finished.task import one_task
-
     run = finished_run(parsed.run)
     task = one_task(run, parsed.member).config.task
-    if parsed.max_new_tokens and task.kind != "generation":
+    if parsed.max_new_tokens and kind_of(task).answers != "text":
         raise PartialLoraError(f"--max-new-tokens: task={task.name} generates no texts; leave it out")
     sources = [*parsed.inputs, *(f"@{file}" for file in parsed.lines)]
-    stream, total = read_inputs(
-        sources,
-        modality=task.modality,
-        pairs=len(task.text_columns) == 2,
-        kind=task.kind,
-        stdin=getattr(sys.stdin, "buffer", io.BytesIO()),  # standard input may be closed
-    )
+    stream, total = read_inputs(sources, task, getattr(sys.stdin, "buffer", io.BytesIO()))  # which may be closed
     first = next(stream, None)  # before torch is imported, which takes its time
     if first is None:
         raise PartialLoraError(
@@ -651,14 +643,8 @@ def generate(arguments: Sequence[str]) -> int:
     _add_member(parser)
     _add_device(parser)
     parsed = parser.parse_args(list(arguments))
-    from partial_lora.finished.run import finished_run
-    from partial_lora.finished.task import one_task
-
     run = finished_run(parsed.run)
-    if run.config.model.family != "causal":
-        raise PartialLoraError(
-            f"{run.directory}: model={run.config.model.name} writes no texts, expected a run of a causal language model"
-        )
+    run.check_causal(run.directory)
     one_task(run, parsed.member)
     prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
     if (prompt is not None and not prompt.strip()) or "" in parsed.stop:
@@ -707,9 +693,6 @@ def export(arguments: Sequence[str]) -> int:
         "this package; gguf: that the tensors are the run's)",
     )
     parsed = parser.parse_args(list(arguments))
-
-    from partial_lora.finished.run import finished_run
-
     run = finished_run(parsed.run)
     with _libraries():
         from partial_lora.finished import export
@@ -724,9 +707,9 @@ def export(arguments: Sequence[str]) -> int:
 
 def merge(arguments: Sequence[str]) -> int:
     """Write one adapter that combines those of several runs, print their overlaps, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora merge",
-        description="Merge the adapters of several finished runs into one, by PEFT's add_weighted_adapter. All runs "
+    parser = _parser(
+        "merge",
+        "Merge the adapters of several finished runs into one, by PEFT's add_weighted_adapter. All runs "
         "must have been trained on the same base model.",
     )
     parser.add_argument(
@@ -758,8 +741,6 @@ def merge(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(list(arguments))
     from rich.console import Console
     from rich.table import Table
-
-    from partial_lora.finished.run import finished_run
 
     base = parsed.runs.pop(0) if len(parsed.runs) == len(parsed.weights) + 1 else None
     runs = [finished_run(each) for each in parsed.runs]
@@ -796,7 +777,6 @@ def push(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="write RUN_DIR/export/hub and upload nothing")
     parsed = parser.parse_args(list(arguments))
     from partial_lora.finished import push
-    from partial_lora.finished.run import finished_run
 
     push.check(parsed.repo)
     run = finished_run(parsed.run)
@@ -813,15 +793,21 @@ def push(arguments: Sequence[str]) -> int:
 # --- runs, report: what runs there are, and what the finished ones come to.
 
 
+def _of_results(command: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that takes a results directory."""
+    parser = _parser(command, description)
+    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
+    return parser
+
+
 def runs(arguments: Sequence[str]) -> int:
     """List the runs of a results directory, the last one last; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora runs",
-        description="List the runs of a results directory, the last one last: when it began, task, model, method, "
+    parser = _of_results(
+        "runs",
+        "List the runs of a results directory, the last one last: when it began, task, model, method, "
         "operating point, seed, test score (or how the run stands), path. Other commands take the path, the start of "
         "the run's id, or `latest`.",
     )
-    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     place = parser.parse_args(list(arguments)).results_dir
     from partial_lora.report import summary
 
@@ -838,13 +824,12 @@ def runs(arguments: Sequence[str]) -> int:
 
 def pack(arguments: Sequence[str]) -> int:
     """Pack the finished runs of a results directory into two tables; return 1 where something broken is left out."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora pack",
-        description="Write the finished runs of a results directory into two tables: RESULTS_DIR/runs.parquet, a row a "
+    parser = _of_results(
+        "pack",
+        "Write the finished runs of a results directory into two tables: RESULTS_DIR/runs.parquet, a row a "
         "run with its whole record, and predictions.parquet, a row a test example. Runs that are packed already stay; "
         "report, runs, compare and train read them. Runs that failed or have not ended are counted and left out.",
     )
-    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     parser.add_argument(
         "--remove",
         action="store_true",
@@ -863,14 +848,13 @@ def pack(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="partial-lora report",
-        description="Make tables, figures and one self-contained page of the finished runs of a folder, in "
+    parser = _of_results(
+        "report",
+        "Make tables, figures and one self-contained page of the finished runs of a folder, in "
         "RESULTS_DIR/report. Runs that failed or have not ended are counted and left out. A record that is broken or "
         "foreign is named, and so is what should have been compared and could not be; the exit code is then 1. For the "
         "directory of one run, its page is made: RUN_DIR/index.html.",
     )
-    parser.add_argument("results_dir", nargs="?", default=Path("results"), type=Path, metavar="RESULTS_DIR")
     parser.add_argument(
         "--where",
         nargs="+",

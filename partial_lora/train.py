@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -35,11 +36,12 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
 from partial_lora.settings.stored import plain
 from partial_lora.tasks.task import Transform
-from partial_lora.training import checkpoints, fsdp, metrics, objectives
+from partial_lora.training import checkpoints, fsdp, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
+from partial_lora.training.predictions import write_predictions
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
+from partial_lora.training.trainer import Computation, build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +81,15 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
 
         # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
-        scores = draws = None
+        examples, scores, draws = build.few_shot_of(config, task, transform, model), None, None
         if reads_weights:
             with timed(record, "calibrate" if calibrated else "importance"):
                 draws = build.draws_of(config, task.train)
-                scores = of_first(world, lambda: build.importance(config, task, transform, model, targets, draws))
+                scores = of_first(world, lambda: examples.importance(targets, draws))
 
         # Calibration: from the few examples and the frozen model to one sparsity for each module and axis.
         if calibrated:
-            calibrate = build.calibrating(config, task, transform, model, scores, world)
+            calibrate = partial(examples.calibrate, scores, peers=world)
             with timed(record, "calibrate"):
                 calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
                 calibration = calibration or build.calibration(config.calibration.file, targets, draws, calibrate)
@@ -137,7 +139,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     unreached = Unreached(adapted)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
-    computed_by = record["versions"] | {"precision": record["mixed_precision"]}
+    computed_by, folder = record["versions"] | {"precision": record["mixed_precision"]}, directory / results.CHECKPOINTS
     tracking = Tracking(
         config.trainer.report_to if world.is_main else [],
         directory=directory,
@@ -148,22 +150,15 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     trainer = build_trainer(
         adapted,
         trained,
-        train=rows["train"],
-        validation=rows["validation"],
+        Computation(world, folder, record["mixed_precision"], config.seed, computed_by, sharded),
+        rows=rows,
         transform=transform,
         judge=judge,
-        world=world,
-        directory=directory / results.CHECKPOINTS,
-        precision=record["mixed_precision"],
-        seed=config.seed,
-        versions=computed_by,
         method=aids,
         heads=setting.whole(),
         callbacks=[tracking, cost, unreached],
-        reads_tokens=task.modality == "text",
-        sharded=sharded,
     )
-    shape, folder = checkpoints.shape_of(adapted), directory / results.CHECKPOINTS
+    shape = checkpoints.shape_of(adapted)
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
     record["resumed_from_step"] = checkpoint and checkpoints.step_of(checkpoint)
     with tracking:
@@ -190,7 +185,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # Records.
     if world.is_main:
-        metrics.write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+        write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
     _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()

@@ -46,7 +46,7 @@ import yaml
 from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
-from partial_lora import budget, cli, files, models, peers, tasks
+from partial_lora import budget, cli, files, models, tasks
 from partial_lora.building import build
 from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
@@ -101,7 +101,7 @@ class Subject:
         """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
         chosen = replace(self.config, importance=replace(self.config.importance, name=measure))
         with models.dequantised(self.model):
-            return build.importance(chosen, self.task, self.transform, self.model, list(self.shapes), draws)
+            return build.few_shot_of(chosen, self.task, self.transform, self.model).importance(list(self.shapes), draws)
 
     def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
         """Return the Calibration of these draws, from the cache where it is there.
@@ -111,15 +111,14 @@ class Subject:
         chosen = replace(self.config, calibration=replace(self.config.calibration, **changes))
         task = self.task if train is None else replace(self.task, train=train)
         with models.dequantised(self.model):
-            scores = build.importance(chosen, task, self.transform, self.model, list(self.shapes), draws)
-            calibrate = build.calibrating(chosen, task, self.transform, self.model, scores, peers.Alone())
-            return calibrate(draws=draws)
+            examples = build.few_shot_of(chosen, task, self.transform, self.model)
+            return examples.calibrate(examples.importance(list(self.shapes), draws), draws)
 
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
+        scores = self.importance(self.config.importance.name, draws)
         with models.dequantised(self.model):
-            scores = build.importance(self.config, self.task, self.transform, self.model, list(self.shapes), draws)
             model, chosen = self.config.model, build.calibration_config(self.config, self.task)
             with few_shot.few_shot_head(self.model, build.new_head_of(model), fit):
                 score = FewShotScore(self.model, scored, chosen.score, model.blocks, chosen.memory)

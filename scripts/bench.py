@@ -677,7 +677,7 @@ def calibration(options: argparse.Namespace) -> dict:
     draws = build.draws_of(config, task.train)
     targets = list(target_linears(model, **config.model.trained_modules))
     fit, scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
-    importance = build.importance(config, task, transform, model, targets, draws)
+    importance = build.few_shot_of(config, task, transform, model).importance(targets, draws)
     made, sides, chosen = machine(), {}, config.calibration
     for side in ("scan", "bisect", "literal"):
         load = os.getloadavg()[0]

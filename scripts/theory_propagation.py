@@ -117,9 +117,8 @@ class Network:
 
     def __init__(self, name: str) -> None:
         settings = composed(f"model={name}").model
-        keys = ("name", "weights", "architecture", "model_args", "image_size")
         self.name, self.image_size = name, settings.image_size
-        loaded = models.load(labels=["one", "other"], **{key: getattr(settings, key) for key in keys})
+        loaded = models.load(settings, ["one", "other"])
         self.vit = loaded.timm_model.eval().double()  # the smallest changes are near float32's rounding
         for block in self.vit.blocks:
             block.attn.fused_attn = False  # the fused product has no forward derivative

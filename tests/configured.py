@@ -10,6 +10,7 @@ from refusals import refusal
 from torch import Tensor, nn
 
 from partial_lora import models
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import stored_settings
 
 FOLDER = Path(__file__).parents[1] / "conf" / "model"
@@ -47,7 +48,7 @@ def load(name: str, labels=LABELS, seed: int = 0, **changes: object) -> nn.Modul
     """The model of a group file, its head drawn from a seed."""
     chosen = settings(name, **changes)
     torch.manual_seed(seed)
-    return models.load(labels=labels, **{key: chosen[key] for key in models.SETTINGS if key in chosen})
+    return models.load(ModelConfig(**chosen), labels)
 
 
 def refused(key: str, name: str, **changes: object) -> None:

@@ -12,7 +12,7 @@ from tiny_causal import llama, merging_tokenizer
 from partial_lora.training import objectives
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
-from partial_lora.training.trainer import ResumableTrainer, build_trainer
+from partial_lora.training.trainer import Computation, ResumableTrainer, build_trainer
 
 TOKENIZER = merging_tokenizer()
 
@@ -41,16 +41,10 @@ def trained(judge: objectives.Judge, directory: Path) -> ResumableTrainer:
         TrainerConfig(
             epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup_ratio=0.0
         ),
-        versions={},
-        train=judge.train(),
-        validation=judge.validation(),
+        Computation(World("cpu"), directory, "no", 0, {}),
+        rows={"train": judge.train(), "validation": judge.validation()},
         transform=judge.transform,
         judge=judge,
-        world=World("cpu"),
-        reads_tokens=True,
-        directory=directory,
-        precision="no",
-        seed=0,
     )
     trainer.train()
     return trainer

@@ -15,10 +15,11 @@ from transformers import TrainerCallback, default_data_collator
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.launching import directory as results
-from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.models.config import ModelConfig
+from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
-from partial_lora.training.trainer import ResumableTrainer, build_trainer
+from partial_lora.training.trainer import Computation, ResumableTrainer, build_trainer
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 BATCH = 8
@@ -45,7 +46,7 @@ def adapted(
 ) -> PeftModel:
     torch.manual_seed(seed)
     settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
-    model = models.load(model_args=TINY | {"depth": depth}, labels=list(labels), **settings)
+    model = models.load(ModelConfig(model_args=TINY | {"depth": depth}, **settings), list(labels))
     own = {"r": 2, "target_modules": ["attn.qkv"], "modules_to_save": ["timm_model.head"]}
     return get_peft_model(model, method(**own | changes))
 
@@ -59,7 +60,7 @@ def masked(method: type = PartialLoraConfig, **changes: object) -> PeftModel:
 def trainer(
     model: PeftModel, directory: Path, count: int = 20, real: bool = False, size: int = 16, **changes: object
 ) -> ResumableTrainer:
-    """Return a Trainer; changes are of TrainerConfig or of the arguments of `build_trainer`."""
+    """Return a Trainer; changes are of TrainerConfig, Computation or the arguments of `build_trainer`."""
     config = {"epochs": 3.0, "batch_size": BATCH, "eval_batch_size": 5, "learning_rate": 1e-2, "weight_decay": 0.0}
     names = {field.name for field in dataclasses.fields(TrainerConfig)} & changes.keys()
     config |= {name: changes.pop(name) for name in names}
@@ -73,21 +74,20 @@ def trainer(
     judge = SimpleNamespace(
         loss=objectives.loss_of_batch,
         reduce=None,
-        measure=lambda outputs: metrics.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
+        measure=lambda outputs: predictions.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
         selects=chosen[0],
     )
+    world = World("cpu", changes.pop("world_size", 1))
+    computation = Computation(world, directory / results.CHECKPOINTS, "no", 0, VERSIONS)
+    known = {field.name for field in dataclasses.fields(Computation)}
     return build_trainer(
         model,
         TrainerConfig(**config),
-        train=rows(count, real, size),
-        validation=rows(12, real, size),
+        dataclasses.replace(computation, **{name: changes.pop(name) for name in known & changes.keys()}),
+        rows={"train": rows(count, real, size), "validation": rows(12, real, size)},
         transform=transform,
         judge=judge,
-        world=World("cpu", changes.pop("world_size", 1)),
-        directory=directory / results.CHECKPOINTS,
-        precision="no",
-        seed=0,
-        **{"versions": VERSIONS} | changes,
+        **changes,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from partial_lora import methods, models, tasks
 from partial_lora.budget import shrunk
 from partial_lora.calibration.config import CalibrationConfig
-from partial_lora.calibration.few_shot import calibrate_few_shot, importance_few_shot
+from partial_lora.calibration.few_shot import FewShot
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
@@ -34,6 +33,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import imported, kind_of
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
@@ -94,30 +94,20 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
         members = [transform_of(model, member) for member in chosen.members.values()]
         return tasks.MixtureTransform(members, task)
     if model.modality == "image":
-        return tasks.ImageTransform(
-            image_size=model.image_size, mean=model.mean, std=model.std, interpolation=model.interpolation
-        )
-    tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
-    if chosen.kind == "label":
-        return tasks.TextTransform(tokenizer, model.max_length)
-    chat = chosen.chat_template
-    if chat is None:  # a benchmark's prompts stay as they are: they are part of what is compared
-        is_benchmark = chosen.format is not None and chosen.path != "files"
-        chat = not is_benchmark and tokenizer.chat_template is not None
-    too_long = chosen.too_long if chosen.kind == "generation" else "refuse"
-    return tasks.CausalTransform(tokenizer, model.max_length, kind=chosen.kind, chat=chat, too_long=too_long)
+        inputs = {name: getattr(model, name) for name in ("image_size", "mean", "std", "interpolation")}
+    else:
+        tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
+        inputs = {"tokenizer": tokenizer, "max_length": model.max_length}
+    return imported(kind_of(chosen).transform)(chosen, **inputs)
 
 
 def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:
     """Return the loss and the metrics of a task, or of the members of a mixture."""
-    several = isinstance(task, tasks.Mixture)
-    members, transforms = (task.members, transform.transforms) if several else ([task], [transform])
-    settings = config.task.members.values() if several else [config.task]
-    judges = [
-        objectives.judge_of(member, prepared, chosen, peers, batch_size=config.trainer.eval_batch_size)
-        for member, prepared, chosen in zip(members, transforms, settings, strict=True)
-    ]
-    return objectives.judge_of_members(task, judges) if several else judges[0]
+    size = config.trainer.eval_batch_size
+    if not isinstance(task, tasks.Mixture):
+        return objectives.judge_of(task, transform, config.task, peers, batch_size=size)
+    members = zip(task.members, transform.transforms, config.task.members.values(), strict=True)
+    return objectives.judge_of_members(task, [objectives.judge_of(*of, peers, batch_size=size) for of in members])
 
 
 def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
@@ -128,8 +118,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
     these are not the labels. Raises PartialLoraError where texts of the settings' length do not fit, and for a `head`
     that does not give the logits.
     """
-    settings = {name: getattr(model, name) for name in models.SETTINGS}
-    loaded = models.load(labels=list(class_names or labels), **settings)
+    loaded = models.load(model, list(class_names or labels))
     if class_names:
         loaded.config.id2label = dict(enumerate(labels))
         loaded.config.label2id = {label: index for index, label in enumerate(labels)}
@@ -159,7 +148,7 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
 
 def draw_settings(config: Config) -> dict[str, int | float | None]:
     """Return the keys of `calibration` that decide the draws: texts are drawn by `share`, unless that is 0."""
-    key = "share" if config.task.modality == "text" and config.calibration.share > 0 else "shots"
+    key = kind_of(config.task).draws_by if config.calibration.share > 0 else "shots"
     return {key: getattr(config.calibration, key), "max_samples": config.calibration.max_samples}
 
 
@@ -176,11 +165,9 @@ def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
 def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     """Return the settings of calibration with the seed and the score that null and "auto" stand for."""
     score = config.calibration.score
-    if score == "auto" and task.kind != "label":
-        score = {"choice": "options", "generation": "loss"}[task.kind]
-    elif score == "auto":
+    if score == "auto":
         primary = "accuracy" if task.sizes else task.metrics[0]  # the only metric that all members of a mixture have
-        score = {"mse": "loss"}.get(primary, primary)
+        score = kind_of(task).score or {"mse": "loss"}.get(primary, primary)
     return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
 
 
@@ -189,46 +176,22 @@ def new_head_of(model: ModelConfig) -> str | None:
     return None if models.has_own_head(model.family) else model.head
 
 
-def importance(
-    config: Config, task: Task, transform: Transform, model: nn.Module, modules: Sequence[str], draws: Draws
-) -> ModuleScores:
-    """Score the rows and columns of the modules that are to be adapted."""
-    return importance_few_shot(
-        model,
-        task.train,
-        transform,
-        config.importance,
-        modules=modules,
-        draws=draws,
-        head=new_head_of(config.model),
-        seed=config.calibration_seed,
-        rank=config.method.nominal_rank,
-        alpha=config.method.alpha,
-        sizes=task.sizes,
-    )
-
-
-def calibrating(
-    config: Config, task: Task, transform: Transform, model: nn.Module, scores: ModuleScores, peers: Peers
-) -> Callable[..., Calibration]:
-    """Return `calibrate_few_shot` with these settings, to be called with the draws and the name of the stage."""
-    return functools.partial(
-        calibrate_few_shot,
+def few_shot_of(config: Config, task: Task, transform: Transform, model: nn.Module) -> FewShot:
+    """Return a run's model and rows for importance and calibration."""
+    return FewShot(
         model,
         task.train,
         transform,
         calibration_config(config, task),
-        importance=config.importance,
-        scores=scores,
-        drawn=draw_settings(config),
-        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
-        rank=config.method.nominal_rank,
-        granularity=config.mask.counted,
-        alpha=config.method.alpha,
+        config.importance,
         head=new_head_of(config.model),
         blocks=config.model.blocks,
+        rank=config.method.nominal_rank,
+        alpha=config.method.alpha,
+        granularity=config.mask.counted,
+        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
+        drawn=draw_settings(config),
         sizes=task.sizes,
-        peers=peers,
     )
 
 

@@ -17,6 +17,7 @@ from partial_lora.settings.checks import check_modality
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import KINDS, kind_of
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Outline:
 
 def without_task(config: Config) -> Config:
     """Return the settings with a task of two classes if the default task does not suit the model; else as they are."""
-    model = config.model
-    if (model.modality, model.head is None) == (config.task.modality, config.task.kind != "label"):
+    family = config.model.family
+    if family in kind_of(config.task).families:
         return config
-    kind = "choice" if model.head is None else "label"
-    return replace(config, task=TaskConfig(name="none", path="none", modality=model.modality, kind=kind, classes=2))
+    modality, kind = next(of for of, kind in KINDS.items() if family in kind.families)
+    return replace(config, task=TaskConfig(name="none", path="none", modality=modality, kind=kind, classes=2))
 
 
 def outline(config: Config, *, memory: bool = False) -> Outline:

@@ -66,13 +66,8 @@ def describe(
     `new_modules` included), `compact_bytes` with the kept entries alone, `gradient_bytes` and `optimizer_bytes`
     (AdamW), all in fp32. Raises PartialLoraError for names that the model does not have.
     """
-    whole = [] if head is None else [("head", head)]
-    whole += [("new_modules", name) for name in new_modules]
-    for key, name in whole:
-        if name not in model.modules:
-            raise PartialLoraError(f"model.{key}={name}: {model.kind} has no module of that name")
-    head_count = sum(model.size(name) for _, name in whole)
     shapes = model.targets(target_modules, head, new_modules)
+    head_count = sum(model.size(name) for name in (*new_modules, *filter(None, [head])))
     adapter = adapter_parameters(shapes, rank, sparsity, granularity)
     full = len(saturated(shapes, rank, sparsity, granularity))
     counts = counts_of(base=model.size() - head_count, head=head_count, **adapter, modules=len(shapes), saturated=full)

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from partial_lora.models import weights_digest
 from partial_lora.models.modes import frozen
 from partial_lora.peers import Alone, Peers, of_first
 from partial_lora.tasks import Draws, strata
-from partial_lora.tasks.mixture import starts, training_batches, within
+from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.task import Transform
 
 VERSION = 1  # of the computation of scores; a calibration that was cached under another version is not used
@@ -132,119 +133,112 @@ def few_shot_head(
 # --- Importance and sparsities by the two draws
 
 
+@dataclass(frozen=True)
+class FewShot:
+    """A task's frozen model and rows, and what a few of the rows are to tell of it.
+
+    Attributes:
+        train: the training rows, which both draws come from.
+        config: the settings of the calibration, with `score` and `seed` in place of "auto" and null.
+        measure: of importance.
+        head: the new module, which is fitted on the fit draw and left as it was; None where there is none.
+        blocks: the name of the model's sequence of blocks.
+        rank, alpha: of the adapter.
+        granularity: what its budget is spent on (`budget.counted_of`).
+        architecture: what, beside its weights, decides what the model computes.
+        drawn: the settings that draws are made with, which are only recorded.
+        sizes: the number of classes of each member of a mixture; each member's head is fitted and scored by itself.
+    """
+
+    model: nn.Module
+    train: Dataset
+    transform: Transform
+    config: CalibrationConfig
+    measure: ImportanceConfig
+    head: str | None
+    blocks: str | None = None
+    rank: int = 16
+    alpha: float = 16.0
+    granularity: str = "rows_columns"
+    architecture: Mapping[str, object] = field(default_factory=dict)
+    drawn: Mapping[str, object] = field(default_factory=dict)
+    sizes: Sequence[int] = ()
+
+    def importance(self, modules: Sequence[str], draws: Draws) -> ModuleScores:
+        """Return the importance of every row and column of the modules.
+
+        A measure that needs data sees the fit draw alone, and a new head is fitted on it; any other measure sees the
+        weights alone.
+        """
+        name, seed, options = self.measure.name, self.config.seed, self._options()
+        targets = {module: self.model.get_submodule(module) for module in modules}
+        if name not in NEEDS_DATA:
+            return {
+                module: scores_of(module, layer.weight, name, seed=seed, options=options)
+                for module, layer in targets.items()
+            }
+        fit = self.transform.training_batches(self.train.select(draws.fit), _BATCH)
+        loss = mean_loss_within(self.sizes) if self.sizes else None
+        with few_shot_head(self.model, self.head, fit, sizes=self.sizes):
+            return data_scores(name, self.model, targets, fit, seed=seed, options=options, loss=loss)
+
+    def _options(self) -> dict[str, object]:
+        """Return the options that the measure takes: its keys, and the adapter's rank and alpha if it trains one."""
+        takes = inspect.signature((MEASURES | NEEDS_DATA)[self.measure.name]).parameters
+        known = dataclasses.asdict(self.measure) | {"rank": self.rank, "alpha": self.alpha}
+        return {name: value for name, value in known.items() if name in takes}
+
+    def calibrate(
+        self, scores: ModuleScores, draws: Draws, *, peers: Peers | None = None, stage: str = "calibrate"
+    ) -> Calibration:
+        """Find the sparsities (Algorithm 1), reusing what any earlier run found for the same question.
+
+        Args:
+            scores: importance of rows and columns by module.
+            peers: the processes that share the work (`calibration.calibrate`); all see the head that the first fitted.
+            stage: the name of this work in progress reports.
+        """
+        config = self.config
+        fit, scored = (batches_of(self.train, rows, self.transform) for rows in (draws.fit, draws.scored))
+        decides = {
+            "version": VERSION,
+            "architecture": dict(self.architecture),
+            "importance": {"seed": config.seed, "name": self.measure.name} | self._options(),
+            "modules": sorted(scores),
+            "levels": config.levels,
+            "max_sparsity": config.max_sparsity,
+            "search": config.search,
+        }
+        if config.score != "accuracy":  # keys from before there were other scores do not name it
+            decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
+        if self.sizes:
+            decides["sizes"] = list(self.sizes)
+        key = _key(weights_digest(self.model, exclude=self.head or ""), (*fit, *scored), decides)
+        with few_shot_head(self.model, self.head, fit, peers, self.sizes):
+            return calibrate(
+                self.model,
+                FewShotScore(self.model, scored, config.score, self.blocks, config.memory, self.sizes),
+                config,
+                target_modules=list(scores),
+                importance=dict(scores),
+                rank=self.rank,
+                granularity=self.granularity,
+                settings=decides | dict(self.drawn) | {"seed": config.seed, "key": key},
+                store=cache_dir() / "calibrations" / f"{key}.json",
+                peers=peers,
+                progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
+            )
+
+
 def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:
     """Return a draw as the model sees it."""
     return transform.batches(train.select(rows), _BATCH)
 
 
-def importance_few_shot(
-    model: nn.Module,
-    train: Dataset,
-    transform: Transform,
-    config: ImportanceConfig,
-    *,
-    modules: Sequence[str],
-    draws: Draws,
-    head: str | None,
-    seed: int,
-    rank: int = 16,
-    alpha: float = 16.0,
-    sizes: Sequence[int] = (),
-) -> ModuleScores:
-    """Return the importance of every row and column of the modules, by the measure that `config` names.
-
-    A measure that needs data sees the fit draw alone, and a new head is fitted on it; any other measure sees the
-    weights alone. rank, alpha: of the adapter. sizes: the number of classes of each member of a mixture.
-    """
-    measure, options = config.name, options_of(config, rank, alpha)
-    targets = {name: model.get_submodule(name) for name in modules}
-    if measure not in NEEDS_DATA:
-        return {
-            name: scores_of(name, module.weight, measure, seed=seed, options=options)
-            for name, module in targets.items()
-        }
-    fit = training_batches(train.select(draws.fit), transform, _BATCH)
-    loss = mean_loss_within(sizes) if sizes else None
-    with few_shot_head(model, head, fit, sizes=sizes):
-        return data_scores(measure, model, targets, fit, seed=seed, options=options, loss=loss)
-
-
-def options_of(config: ImportanceConfig, rank: int, alpha: float) -> dict[str, object]:
-    """Return the options that the measure takes: its keys, and the adapter's rank and alpha if it trains one."""
-    takes = inspect.signature((MEASURES | NEEDS_DATA)[config.name]).parameters
-    known = dataclasses.asdict(config) | {"rank": rank, "alpha": alpha}
-    return {name: value for name, value in known.items() if name in takes}
-
-
-def calibrate_few_shot(
-    model: nn.Module,
-    train: Dataset,
-    transform: Transform,
-    config: CalibrationConfig,
-    *,
-    importance: ImportanceConfig,
-    scores: ModuleScores,
-    draws: Draws,
-    drawn: Mapping[str, object],
-    architecture: Mapping[str, object],
-    rank: int,
-    granularity: str,
-    alpha: float = 16.0,
-    head: str | None,
-    blocks: str | None,
-    sizes: Sequence[int] = (),
-    peers: Peers | None = None,
-    stage: str = "calibrate",
-) -> Calibration:
-    """Find the sparsities of a task's model (Algorithm 1), reusing what any earlier run found for the same question.
-
-    Args:
-        train: the training rows that both draws come from.
-        config: the settings, with `score` and `seed` in place of "auto" and null.
-        scores: importance of rows and columns by module; `importance` says how it was measured.
-        draws: the two draws of `train`; `drawn`, which is only recorded, holds the settings that they were made with.
-        architecture: what, beside its weights, decides what the model computes.
-        head: the new module, which is fitted on the fit draw and left as it was; None where there is none.
-        sizes: the number of classes of each member of a mixture; each member's head is fitted and scored by itself.
-        stage: the name of this work in progress reports.
-        peers: the processes that share the work (`calibration.calibrate`); all see the head that the first one fitted.
-        The others as in `calibration.calibrate`.
-    """
-    fit, scored = (batches_of(train, rows, transform) for rows in (draws.fit, draws.scored))
-    decides = {
-        "version": VERSION,
-        "architecture": dict(architecture),
-        "importance": {"seed": config.seed, "name": importance.name} | options_of(importance, rank, alpha),
-        "modules": sorted(scores),
-        "levels": config.levels,
-        "max_sparsity": config.max_sparsity,
-        "search": config.search,
-    }
-    if config.score != "accuracy":  # keys from before there were other scores do not name it
-        decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
-    if sizes:
-        decides["sizes"] = list(sizes)
-    key = _key(weights_digest(model, exclude=head or ""), (*fit, *scored), decides)
-    with few_shot_head(model, head, fit, peers, sizes):
-        return calibrate(
-            model,
-            FewShotScore(model, scored, config.score, blocks, config.memory, sizes),
-            config,
-            target_modules=list(scores),
-            importance=dict(scores),
-            rank=rank,
-            granularity=granularity,
-            settings=decides | dict(drawn) | {"seed": config.seed, "key": key},
-            store=cache_dir() / "calibrations" / f"{key}.json",
-            peers=peers,
-            progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
-        )
-
-
 def halves_few_shot(calibrate: Callable[..., Calibration], train: Dataset, draws: Draws, seed: int) -> dict:
     """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
 
-    calibrate: `calibrate_few_shot`, to be called with draws and stage; each half has the head of the whole fit draw.
+    calibrate: `FewShot.calibrate` for some scores; each half has the head of the whole fit draw.
     seed: splits the draw.
     """
     labels = strata(train)[draws.scored]

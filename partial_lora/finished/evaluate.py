@@ -20,11 +20,14 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
 from partial_lora.peers import Alone
+from partial_lora.settings.checks import check_modality
 from partial_lora.settings.identity import digests, run_id
 from partial_lora.settings.stored import plain
 from partial_lora.tasks import SPLITS, Task
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.training import metrics, objectives
+from partial_lora.tasks.kinds import kind_of
+from partial_lora.training import objectives
+from partial_lora.training.predictions import write_predictions
 
 FOLDER = "evaluations"
 EVALUATION = "evaluation.json"
@@ -62,11 +65,7 @@ def evaluate_run(
     start = time.perf_counter()
     known = one_task(run, member, of_another=not task.members)
     own = known.config.task
-    if task.modality != run.config.task.modality:
-        raise PartialLoraError(
-            f"task={task.name} has {task.modality}s, and the run's model reads {run.config.task.modality}s: choose "
-            "another task"
-        )
+    check_modality(run.config.model, task)
     is_own = task == own
     if split != "test" and task.name == own.name and "test" in files_by_split(task.data_files):
         require(
@@ -83,7 +82,7 @@ def evaluate_run(
             require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=batch_size))
     other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
-    places = _places(known.labels, other) if other.kind == "label" else None
+    places = _places(known.labels, other) if kind_of(task).has_head else None
     if places is not None:
         other = replace(other, labels=tuple(known.labels))  # by which predictions are named
     model = RunModel(run, device)
@@ -184,7 +183,7 @@ def write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EVALUATION).unlink(missing_ok=True)
         if len(predictions):
-            metrics.write_predictions(folder / directory.PREDICTIONS, predictions)
+            write_predictions(folder / directory.PREDICTIONS, predictions)
         write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

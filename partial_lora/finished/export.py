@@ -37,6 +37,7 @@ from partial_lora.finished import FORMS, serving
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.models import weights
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.task import Transform
 
 
@@ -281,18 +282,18 @@ class Samples:
 
 def _samples(run: FinishedRun) -> Samples:
     """Return images of noise, or sentences of unlike length, all but the longest padded on the right."""
-    transform, labels = _transform(run), run.labels()
-    if run.config.model.modality == "image":
+    transform, labels, kind = _transform(run), run.labels(), kind_of(run.config.task)
+    if kind.reads == "image":
         size, noise = run.config.model.image_size, np.random.default_rng(0)
         images = [Image.fromarray(noise.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(_SAMPLES)]
-        return Samples("image-classification", images, dict(transform.encode(images)), labels)
+        return Samples(kind.pipeline, images, dict(transform.encode(images)), labels)
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
-    if run.config.model.family != "causal":
-        return Samples("text-classification", sentences, dict(transform.encode(sentences)), labels)
+    if kind.has_head:
+        return Samples(kind.pipeline, sentences, dict(transform.encode(sentences)), labels)
     tokens = [each[: run.config.model.max_length] for each in transform.tokenizer(sentences)["input_ids"]]
     batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return Samples("text-generation", sentences, inputs, [])
+    return Samples(kind.pipeline, sentences, inputs, [])
 
 
 def _logits(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
 from partial_lora.tasks.prompts import Message, Prompt
 from partial_lora.tasks.questions import ASSISTANT
-from partial_lora.training.metrics import generation_config
+from partial_lora.training.generation import generation_config
 
 
 class Writer:

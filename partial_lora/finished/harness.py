@@ -25,10 +25,7 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     template. The record has {task: {metric: {value, error}}}, where error is the harness's standard error or null.
     Raises PartialLoraError without the harness, for a run that is no language model's, and for an unknown task.
     """
-    if run.config.model.family != "causal":
-        raise PartialLoraError(
-            f"--lm-eval: model={run.config.model.name} is no language model, expected a run of a causal one"
-        )
+    run.check_causal("--lm-eval")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

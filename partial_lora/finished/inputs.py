@@ -11,7 +11,9 @@ from typing import BinaryIO
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import walk
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import is_image
+from partial_lora.tasks.kinds import kind_of
 
 _LONGEST = 2**24  # bytes of a line
 
@@ -32,23 +34,20 @@ class Input:
     place: str = ""
 
 
-def read_inputs(
-    arguments: Sequence[str], *, modality: str, pairs: bool, stdin: BinaryIO, kind: str = "label"
-) -> tuple[Iterator[Input], int | None]:
+def read_inputs(arguments: Sequence[str], task: TaskConfig, stdin: BinaryIO) -> tuple[Iterator[Input], int | None]:
     """Return an iterator over the inputs that arguments name, in order, and their number where it is known.
 
     Args:
         arguments: an image file, a folder of images or a text; @FILE for the lines of a file, - for those of `stdin`.
             A line is a text, several of them with tabs between them, or the path of an image; it is read when needed.
-        modality: "image" or "text".
-        pairs: whether texts come in pairs.
-        kind: of the task; "choice" has a prompt and its options in a line, "generation" a prompt.
+        task: whose inputs they are.
 
     Raises PartialLoraError, in one line, for an argument that is no such thing.
     """
     if sum(map(is_stdin, arguments)) > 1:
         raise PartialLoraError("-: standard input can be read once, and is named twice")
-    parse = _question if kind == "choice" else _pair if pairs and modality == "text" else _text
+    modality, reads = task.modality, kind_of(task).reads
+    parse = _pair if reads == "text" and len(task.text_columns) == 2 else LINES[reads]
     sources: list[tuple[Iterable[Input], int | None]] = []
     for argument in arguments:
         if is_stdin(argument):
@@ -146,6 +145,9 @@ def _question(line: str) -> Input:
     prompt, *options = line.split("\t")
     problem = problem_of_question(prompt, options)
     return Input(line, line if problem else (prompt, tuple(options)), problem)
+
+
+LINES = {"image": _text, "text": _text, "prompt": _text, "question": _question}  # by what the kind of a task reads
 
 
 def problem_of_question(prompt: str, options: Sequence[str]) -> str | None:

@@ -26,10 +26,13 @@ from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.finished.task import one_task
-from partial_lora.tasks import CausalTransform
+from partial_lora.finished.task import OneTask, one_task
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import kind_of
+from partial_lora.tasks.prompts import ChoiceTransform
 from partial_lora.training.distributed import device_of
-from partial_lora.training.metrics import generate, log_likelihoods
+from partial_lora.training.generation import generate
+from partial_lora.training.predictions import log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,14 +100,11 @@ class Predictor:
         _at_least_one("max_new_tokens", max_new_tokens)
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         asked = one_task(run, member)
-        task, self.labels, self._outputs = asked.config.task, asked.labels, asked.outputs
-        self.modality, self.kind = task.modality, task.kind
-        self._pairs = len(task.text_columns) == 2
-        self._writing: dict[str, Any] = {"stop": task.stop, "max_new_tokens": max_new_tokens or task.max_new_tokens}
-        self._layout = task.format
+        self.labels = asked.labels
         self._batch_size = run.config.trainer.eval_batch_size
-        self._transform: Any = build.transform_of(run.config.model, task)  # its methods depend on the kind of task
-        self._model = RunModel(run, device)
+        transform = build.transform_of(run.config.model, asked.config.task)
+        predicted = PREDICTED[kind_of(asked.config.task).reads]
+        self._of = predicted(asked, transform, RunModel(run, device), max_new_tokens)
 
     def predict(self, inputs: Iterable, batch_size: int | None = None) -> list[Prediction]:
         """Return a prediction for every input, in order.
@@ -130,8 +130,7 @@ class Predictor:
 
     def window(self, batch_size: int | None = None) -> int:
         """Return how many inputs `outcomes` takes at once: a batch, or several of texts that get labels or numbers."""
-        size = batch_size or self._batch_size
-        return size * _AHEAD if self.modality == "text" and self.kind == "label" else size
+        return (batch_size or self._batch_size) * self._of.ahead
 
     def outcomes(self, inputs: Sequence, batch_size: int | None = None) -> list[Prediction | PartialLoraError]:
         """Return a prediction for every input of one window, in order, or what is wrong with it.
@@ -139,71 +138,132 @@ class Predictor:
         Texts of like length share a batch, so that little of it is padding.
         """
         size = batch_size or self._batch_size
-        outcomes: list = self._encode(inputs)
+        outcomes: list = self._of.read(inputs)
         readable = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, PartialLoraError)]
-        if self.modality == "text":
+        if self._of.by_length:
             readable.sort(key=lambda place: len(_words(inputs[place])), reverse=True)
         for start in range(0, len(readable), size):
             places = readable[start : start + size]
-            predictions = self._predict([inputs[place] for place in places], [outcomes[place] for place in places])
+            predictions = self._of.predict([inputs[place] for place in places], [outcomes[place] for place in places])
             for place, prediction in zip(places, predictions, strict=True):
                 outcomes[place] = prediction
         return outcomes
 
-    def _encode(self, inputs: Sequence) -> list:
-        """Return images as pixels of the model's size, since their files may be far larger; texts as they are.
 
-        Questions, which can be too long, come as the tokens of their options. An error stands for what cannot be read.
-        """
-        if self.kind == "choice":
-            return [
-                rows_of(self._transform, self._layout, *each)
-                if is_question(each)
-                else _unlike(each, "(prompt, options), texts in UTF-8")
-                for each in inputs
-            ]
-        if self.kind == "generation":
-            return [_prompt(each) for each in inputs]
-        if self.modality == "text":
-            expected = ("two texts" if self._pairs else "a text") + " in UTF-8"
-            return [each if is_text(each, self._pairs) else _unlike(each, expected) for each in inputs]
+@dataclass
+class _Predicted:
+    """Predictions for inputs of one form.
+
+    asked: the task, its labels and their places among the model's outputs. longest: of a text that is written, in
+    tokens; None for as many as the task has.
+    """
+
+    asked: OneTask
+    transform: Any  # its methods depend on the kind of task
+    model: RunModel
+    longest: int | None
+    ahead = 1  # batches that a window has
+    by_length = True  # inputs of like length share a batch
+
+    @property
+    def task(self) -> TaskConfig:
+        return self.asked.config.task
+
+    def read(self, inputs: Sequence) -> list:
+        """Return what the model is shown of every input; an error stands for what cannot be read."""
+        raise NotImplementedError
+
+    def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
+        """Return the predictions for inputs that can be read."""
+        raise NotImplementedError
+
+
+class OfTexts(_Predicted):
+    """Labels, or numbers, of texts and pairs of them."""
+
+    ahead = _AHEAD
+
+    def read(self, inputs: Sequence) -> list:
+        pairs = len(self.task.text_columns) == 2
+        expected = ("two texts" if pairs else "a text") + " in UTF-8"
+        return [each if is_text(each, pairs) else _unlike(each, expected) for each in inputs]
+
+    def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
+        logits, places = self.model.logits(self._batch(read)), self.asked.outputs
+        logits = logits if places is None else logits[:, places]
+        return [_outcome(_words(each), row, self.asked.labels) for each, row in zip(inputs, logits, strict=True)]
+
+    def _batch(self, read: list) -> dict[str, Tensor]:
+        return self.transform.encode(read)
+
+
+class OfImages(OfTexts):
+    """Labels, or numbers, of images: pixels of the model's size are kept, since their files may be far larger."""
+
+    ahead, by_length = 1, False
+
+    def read(self, inputs: Sequence) -> list:
         Image.init()  # before the threads, which would all do it
         with ThreadPoolExecutor(_DECODERS) as threads:
             return list(threads.map(self._pixels, inputs))
 
     def _pixels(self, image: object) -> Tensor | PartialLoraError:
         try:
-            return self._transform.encode([read_image(image)])["pixel_values"]
+            return self.transform.encode([read_image(image)])["pixel_values"]
         except PartialLoraError as error:
             return error
         except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:  # it must not end a stream
             return PartialLoraError(f"{_words(image)}: cannot be made into what the model reads ({_reason(error)})")
 
-    def _predict(self, inputs: list, encoded: list) -> list[Prediction | PartialLoraError]:
-        """Return the predictions for inputs that can be read."""
-        words = [_words(each) for each in inputs]
-        if self.kind == "generation":
-            texts = generate(self._model.model, self._transform, encoded, batch_size=len(encoded), **self._writing)
-            return [Prediction(*each, None, {}) for each in zip(words, texts, strict=True)]
-        if self.kind == "choice":
-            scores = self._likelihoods(encoded)
-            return [_outcome(*each) for each in zip(words, scores, (options for _, options in inputs), strict=True)]
-        is_text = self.modality == "text"
-        batch = self._transform.encode(encoded) if is_text else {"pixel_values": torch.cat(encoded)}
-        logits = self._model.logits(batch)
-        logits = logits if self._outputs is None else logits[:, self._outputs]
-        return [_outcome(*each, self.labels) for each in zip(words, logits, strict=True)]
+    def _batch(self, read: list) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat(read)}
+
+
+class OfPrompts(_Predicted):
+    """Texts that the model writes after prompts."""
+
+    def read(self, inputs: Sequence) -> list:
+        return [_prompt(each) for each in inputs]
+
+    def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
+        texts = generate(
+            self.model.model,
+            self.transform,
+            read,
+            stop=self.task.stop,
+            max_new_tokens=self.longest or self.task.max_new_tokens,
+            batch_size=len(read),
+        )
+        return [Prediction(_words(each), text, None, {}) for each, text in zip(inputs, texts, strict=True)]
+
+
+class OfQuestions(_Predicted):
+    """Options of questions; they are read as the tokens of their options, which can be too many."""
+
+    def read(self, inputs: Sequence) -> list:
+        expected = "(prompt, options), texts in UTF-8"
+        return [
+            rows_of(self.transform, self.task.format, *each) if is_question(each) else _unlike(each, expected)
+            for each in inputs
+        ]
+
+    def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
+        pairs = zip(inputs, self._likelihoods(read), strict=True)
+        return [_outcome(_words(each), likelihoods, each[1]) for each, likelihoods in pairs]
 
     def _likelihoods(self, questions: Sequence[Rows]) -> list[np.ndarray]:
         """Return the log likelihood of every option of every question, a sum over its tokens."""
         rows = [row for question in questions for row in question]
         size = max(len(questions), *map(len, questions))  # as large as the options of any one question need
         scores = [
-            self._model.logits(self._transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
+            self.model.logits(self.transform.collate(rows[start : start + size]), log_likelihoods)[:, 0]
             for start in range(0, len(rows), size)
         ]
         ends = np.cumsum([len(question) for question in questions])
         return np.split(np.concatenate(scores), ends[:-1])
+
+
+PREDICTED = {"image": OfImages, "text": OfTexts, "prompt": OfPrompts, "question": OfQuestions}  # by what a kind reads
 
 
 def _at_least_one(key: str, number: object) -> None:
@@ -279,7 +339,7 @@ def _unlike(content: object, expected: str) -> PartialLoraError:
 
 # --- Questions to a causal language model: a prompt and its options, and the likelihood of each option.
 
-Rows = list[dict]  # one an option, as `CausalTransform.options` makes them
+Rows = list[dict]  # one an option, as `ChoiceTransform.options` makes them
 
 
 def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
@@ -291,7 +351,7 @@ def is_question(content: object) -> TypeGuard[tuple[str, Sequence[str]]]:
 
 
 def rows_of(
-    transform: CausalTransform, layout: str | None, prompt: str, options: Sequence[str]
+    transform: ChoiceTransform, layout: str | None, prompt: str, options: Sequence[str]
 ) -> Rows | PartialLoraError:
     """Return the options of a question as the model reads them, or what is wrong with the question.
 

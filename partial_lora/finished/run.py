@@ -38,6 +38,11 @@ class FinishedRun:
         """True where its adapter has masks."""
         return (self.adapter / "partial_lora.json").is_file()
 
+    def check_causal(self, asked: object, instead: str = "") -> None:
+        """Raise PartialLoraError, naming what was asked of it, unless the run is of a causal language model."""
+        if (model := self.config.model).family != "causal":
+            raise PartialLoraError(f"{asked}: model={model.name} is no causal language model, expected one{instead}")
+
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
         labels = self.result.get("labels")  # none in the record of a run made before records had them

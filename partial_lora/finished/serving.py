@@ -49,13 +49,8 @@ def read(run: FinishedRun, to: str) -> Served:
     Raises PartialLoraError, in one line, where the run is of no causal language model, its adapter is more than a LoRA,
     or its files are broken.
     """
-    config = run.config.model
-    if config.family != "causal":
-        raise PartialLoraError(
-            f"{run.directory}: model={config.name} is no causal language model, expected one for --to {to}; export it"
-            " with --to merged"
-        )
-    settings = _settings(run, to)
+    run.check_causal(run.directory, f" for --to {to}; export it with --to merged")
+    config, settings = run.config.model, _settings(run, to)
     model = models.empty(family=config.family, architecture=config.architecture, model_args=config.model_args)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return Served(settings, _factors(run.adapter / _WEIGHTS, settings, linear), linear, model.config)

@@ -15,6 +15,7 @@ from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import split_folders
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.training.config import TrainerConfig
 
 
@@ -47,7 +48,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
         if member is not None:
             raise PartialLoraError(f"--member {member}: the run has one task, {task.name}; leave it out")
         return OneTask(None, run.config, run.labels(), None)
-    if member is None and of_another and task.kind != "label":
+    if member is None and of_another and not kind_of(task).has_head:
         return OneTask(None, run.config, [], None)
     listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
     if member is None:
@@ -55,7 +56,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
     if member not in members:
         raise PartialLoraError(f"--member {member}: no member of the run's mixture, expected --member {listed}")
     config = replace(run.config, task=members[member])
-    if task.kind != "label":
+    if not kind_of(task).has_head:
         return OneTask(member, config, [], None)
     prefix = f"{config.task.name}/"
     own = {place: label for place, label in enumerate(run.labels()) if label.startswith(prefix)}

@@ -22,6 +22,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, read_json, redacted
 from partial_lora.settings.stored import upgraded
 from partial_lora.settings.tuned import tuned
+from partial_lora.training.config import TRACKERS
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -43,7 +44,7 @@ REFUSED = "refused"  # in the record of a run that was refused before anything w
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 _BROKEN = "result.json.broken"
 _CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
-_OF_TRACKERS = {TRACKERS_FILE, "tensorboard", "wandb"}
+_OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their name
 
 
 def read_result(directory: Path, name: str = RESULT) -> dict | None:

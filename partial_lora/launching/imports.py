@@ -64,7 +64,7 @@ def hide_quantiser(model: ModelConfig) -> None:
 
 def may_be_quantised(model: ModelConfig) -> bool:
     """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
-    stored = model.family in ("encoder", "causal") and model.weights != "random" and model.weights[:8] != "bundled:"
+    stored = model.modality == "text" and model.weights != "random" and model.weights[:8] != "bundled:"
     return model.quantization is not None or stored
 
 

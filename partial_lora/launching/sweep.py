@@ -35,6 +35,7 @@ from partial_lora.progress import STOPPING, handling
 from partial_lora.settings.compose import Plan
 from partial_lora.settings.resolving import resolve
 from partial_lora.settings.schema import Config
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 _LOOK = 0.3  # seconds between two looks at the jobs
@@ -93,7 +94,7 @@ def _check_sampler(plan: Plan, stage: str) -> None:
     if stage == "calibrate":
         raise PartialLoraError(f"hydra/sweeper={plan.sweeper}: calibrate has no validation metric; use it with train")
     task = plan.runs[0][1].task
-    metric = "perplexity" if task.kind == "generation" else (task.metrics or ["accuracy"])[0]
+    metric = kind_of(task).selects or (task.metrics or ["accuracy"])[0]
     better = "minimize" if metric in LOWER_IS_BETTER else "maximize"
     if not task.members and plan.direction not in (None, better):
         warning = f"hydra.sweeper.direction={plan.direction} seeks the worst {metric}; expected {better}"

@@ -28,6 +28,7 @@ class Method:
         size: who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget
             (null: PAPER_BUDGET); "options", those of a tuner of PEFT, unless there is a budget; "own", its own keys.
         at_budget: the arguments by which a method with a size of its own gets that of a budget.
+        as_calibrated: it has the sparsities that a calibration chooses.
         size_alone: a calibration decides nothing about it but how many parameters it trains.
         even: it has one sparsity for all modules and axes.
         dense: it is LoRA as it is, without sparsities.
@@ -41,12 +42,15 @@ class Method:
         tuner: as a tuner of PEFT (method.peft_type) it may get another size.
         granularity, rows, columns: what these keys of `mask` may be; empty: anything.
         importance: the only measure that it ranks by; None: any.
+        reference: others are compared with it at equal size, unless another is named.
+        words: what a page calls it; "": by its name.
     """
 
     function: str
     training: str | None = None
     size: str = "own"
     at_budget: tuple[str, ...] = ()
+    as_calibrated: bool = False
     size_alone: bool = False
     even: bool = False
     dense: bool = False
@@ -62,6 +66,8 @@ class Method:
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     importance: str | None = None
+    reference: bool = False
+    words: str = ""
 
     @property
     def is_fixed(self) -> bool:
@@ -83,8 +89,14 @@ _ONE: dict[str, Any] = {**_SPENT, "product": False}  # factor trains
 _WHOLE: dict[str, Any] = {"granularity": ("rows_columns",)}
 _BOTH: dict[str, Any] = {"rows": ("masked",), "columns": ("masked",)}
 METHODS = {
-    "partial": Method("partial:partial", **_CALIBRATED, any_rank=True),
-    "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, ranked=True),
+    "partial": Method(
+        "partial:partial",
+        **_CALIBRATED,
+        as_calibrated=True,
+        any_rank=True,
+        words="Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
+    ),
+    "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, as_calibrated=True, ranked=True),
     "entries": Method("partial:entries", **_SPENT, granularity=("element",), **_BOTH),
     "lori": Method("partial:entries", **_ONE, granularity=("element",), columns=("frozen",)),
     "lorafa": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("frozen",)),
@@ -92,13 +104,13 @@ METHODS = {
     "rows": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, rows=("one_hot",)),
     "ticket": Method("partial:ticket", **_SPENT, **_WHOLE, **_BOTH, ranked=True, importance="adapter"),
     # It chooses rows that meet the kept columns of the next module.
-    "flow": Method("flow:flow", **_CALIBRATED, granularity=("rows_columns", "element"), **_BOTH),
+    "flow": Method("flow:flow", **_CALIBRATED, as_calibrated=True, granularity=("rows_columns", "element"), **_BOTH),
     "uniform": Method("controls:uniform", **_CALIBRATED, size_alone=True, even=True, any_rank=True),
     "shuffled": Method("controls:shuffled", **_CALIBRATED, any_rank=True),
     "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
-    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True),
+    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True, reference=True),
     "random_weights": Method("controls:random_weights", size="calibrated", size_alone=True, product=False),
-    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True),
+    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True, words="LoRA"),
     "dora": Method(
         "lora:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
     ),

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from partial_lora.models.family import (
-        SETTINGS,
-        empty,
-        enable_gradient_checkpointing,
-        has_own_head,
-        head_name,
-        load,
-        weights_digest,
-    )
-    from partial_lora.models.quantization import dequantised, size_of
-    from partial_lora.models.texts import longest_text, tokenizer
-    from partial_lora.models.weights import in_full_precision
-
-__all__ = [
-    "SETTINGS",
-    "dequantised",
-    "empty",
-    "enable_gradient_checkpointing",
-    "has_own_head",
-    "head_name",
-    "in_full_precision",
-    "load",
-    "longest_text",
-    "size_of",
-    "tokenizer",
-    "weights_digest",
-]
-
-# Imported on first use, so that `partial-lora info` can count without torch. The others are of `family`.
+# Imported on first use, so that `partial-lora info` can count without torch.
 _MODULES = {
-    "dequantised": "quantization",
-    "in_full_precision": "weights",
-    "size_of": "quantization",
-    "longest_text": "texts",
-    "tokenizer": "texts",
+    "family": ("empty", "enable_gradient_checkpointing", "has_own_head", "head_name", "load", "weights_digest"),
+    "quantization": ("dequantised", "size_of"),
+    "texts": ("longest_text", "tokenizer"),
+    "weights": ("in_full_precision",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'family')}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from partial_lora.errors import one_of, require
 from partial_lora.files import at_home, plain_name
+from partial_lora.tasks.kinds import KINDS
 
 # Arguments of timm and transformers by which other weights, or code of their own, would be read.
 _OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -72,7 +73,7 @@ class ModelConfig:
     @property
     def modality(self) -> str:
         """The input of the model: "image" or "text"."""
-        return "text" if self.family in ("encoder", "causal") else "image"
+        return next(modality for (modality, _), kind in KINDS.items() if self.family in kind.families)
 
     @property
     def takes_any_size(self) -> bool:

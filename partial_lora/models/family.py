@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import images, texts
+from partial_lora.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Family:
     own_head: whether its models have a head for any task before anything is fitted.
     """
 
-    load: Callable[..., PreTrainedModel]
+    load: Callable[[ModelConfig, Sequence[str]], PreTrainedModel]
     empty: Callable[..., PreTrainedModel]
     head_name: Callable[[PreTrainedModel], str]
     own_head: bool = False
@@ -35,28 +35,16 @@ FAMILIES = {
     "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name),
     "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, own_head=True),
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(
-    *, family: str = "timm", dtype: str = "float32", model_args: Mapping | None = None, **settings
-) -> PreTrainedModel:
+def load(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     """Load a pre-trained model with a head for the labels (none: one real number), on the CPU, in evaluation mode.
 
-    The settings are labels and those of the config's `model`; `load_timm`, `load_image`, `load_clip`, `load_encoder`
-    and `load_causal` explain what each family takes of them. A causal model gets no new head and ignores labels. All
-    weights but the quantised ones have `dtype`, the head's too. Raises PartialLoraError, in one line, where the model
-    cannot be had.
+    `load_timm`, `load_image`, `load_clip`, `load_encoder` and `load_causal` explain what each family takes of the
+    settings. A causal model gets no new head and ignores labels. All weights but the quantised ones have `model.dtype`,
+    the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
     """
-    if unknown := settings.keys() - _TAKEN:
-        raise TypeError(f"no setting of a model: {', '.join(sorted(unknown))}")
-    chosen = FAMILIES[family].load
-    own = {key: value for key, value in settings.items() if key in signature(chosen).parameters}
-    return chosen(dtype=_DTYPES[dtype], model_args=dict(model_args or {}), **own)
-
-
-_TAKEN = {key for each in FAMILIES.values() for key in signature(each.load).parameters}
-SETTINGS = ("family", *sorted(_TAKEN - {"labels"}))  # keys of the group `model`
+    return FAMILIES[model.family].load(model, labels)
 
 
 def empty(

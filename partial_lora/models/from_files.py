@@ -22,10 +22,11 @@ from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
 from partial_lora.models.texts import longest_text
 from partial_lora.models.weights import quiet, takes
+from partial_lora.tasks.kinds import KINDS
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _TIMM = "timm_wrapper"
-_AUTO = {  # of transformers, by family
+AUTO = {  # classes of transformers, by family
     "image": "AutoModelForImageClassification",
     "encoder": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
@@ -126,7 +127,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
             "model.quantization=nf4 quantises those"
         )
     family = _family(config, weights, kind)
-    built = getattr(transformers, _AUTO[family])._model_mapping[type(config)]
+    built = getattr(transformers, AUTO[family])._model_mapping[type(config)]
     args = _geometry(config, content, built[0] if isinstance(built, tuple) else built)
     dtype = str(config.dtype).removeprefix("torch.")
     settings = {
@@ -141,19 +142,20 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
 def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     """Return the family of a model: by the task's kind, else by the head that it was saved with."""
     classes = {}
-    for family, auto in _AUTO.items():
+    for family, auto in AUTO.items():
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
             known = mapping[type(config)]
             classes[family] = [each.__name__ for each in (known if isinstance(known, tuple) else [known])]
     saved = {*(config.architectures or ())}
     wanted = [family for family in classes if saved & {*classes[family]}]
-    if kind == "label" and "encoder" in classes:
+    has_head = kind is None or KINDS["text", kind].has_head
+    if kind and has_head and "encoder" in classes:
         return "encoder"
-    if wanted and not (wanted == ["encoder"] and kind not in (None, "label")):
+    if wanted and (has_head or wanted != ["encoder"]):
         return wanted[0]
     others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
-    if others and kind in (None, "label"):
+    if others and has_head:
         return others[0]
     instead = "take task=text_generation" if "causal" in classes else "take another model"
     raise PartialLoraError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.fetch import OFFLINE_IMAGE_MODEL, RANDOM, folder_of, name_after
 from partial_lora.models.texts import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
 from partial_lora.models.weights import (
@@ -32,96 +33,66 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
 
 
-def load_timm(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    labels: Sequence[str],
-    image_size: int = 224,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> TimmWrapperForImageClassification:
+def load_timm(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageClassification:
     """Load the pre-trained model with a new head for `labels`, on the CPU, in evaluation mode.
 
-    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. Random weights are
-    the same in every run, as pre-trained ones are. The head alone is drawn from torch's global generator, which the
-    rest leaves as it was. attn_implementation: sdpa for torch's fused attention, eager for the formula; None leaves it
-    to timm. Raises PartialLoraError where the weights cannot be had, where they leave a parameter unfilled, and where
-    images of `image_size` pixels do not fit.
+    `model.weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. Random
+    weights are the same in every run, as pre-trained ones are. The head alone is drawn from torch's global generator,
+    which the rest leaves as it was. `model.attn_implementation`: sdpa for torch's fused attention, eager for the
+    formula; None leaves it to timm. Raises PartialLoraError where the weights cannot be had, where they leave a
+    parameter unfilled, and where images of `model.image_size` pixels do not fit.
     """
-    head = head_config(labels, name)
-    model = _load(name, weights, architecture, model_args, head, image_size, dtype, attn_implementation)
-    draw_head(model.get_submodule(head_name(model)), std=model.config.initializer_range)
-    return model.eval()
+    loaded = _load(model, head_config(labels, model.name))
+    draw_head(loaded.get_submodule(head_name(loaded)), std=loaded.config.initializer_range)
+    return loaded.eval()
 
 
-def _load(
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    head: dict[str, object],
-    image_size: int,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-) -> TimmWrapperForImageClassification:
+def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageClassification:
     """Load the model with a head that is still to be filled; the caller's generator is left as it was."""
-    shapes = empty_timm(architecture=architecture, model_args=model_args, num_labels=head["num_labels"])
-    _check_image_size(shapes, name, image_size)  # before anything is downloaded
-    _set_attention(shapes, attn_implementation)
+    architecture, dtype = model.architecture, getattr(torch, model.dtype)
+    shapes = empty_timm(architecture=architecture, model_args=model.model_args, num_labels=head["num_labels"])
+    _check_image_size(shapes, model.name, model.image_size)  # before anything is downloaded
+    _set_attention(shapes, model.attn_implementation)
     with fixed_seed(), _Undrawn():
-        if weights == RANDOM:
-            config = transformers.TimmWrapperConfig(architecture=architecture, model_args=dict(model_args), **head)
-            model = transformers.TimmWrapperForImageClassification(config).to(dtype)
+        if model.weights == RANDOM:
+            config = transformers.TimmWrapperConfig(
+                architecture=architecture, model_args=dict(model.model_args), **head
+            )
+            loaded = transformers.TimmWrapperForImageClassification(config).to(dtype)
         else:
-            folder = folder_of(weights, name)
+            folder = folder_of(model.weights, model.name)
             with quiet():
                 config = transformers.TimmWrapperConfig.from_pretrained(folder, **head)
-            check_architecture(architecture, config.architecture, weights)
+            check_architecture(architecture, config.architecture, model.weights)
             vars(config).pop("label_names", None)  # the weights' own classes, which a saved copy would name
-            config.model_args = {**(config.model_args or {}), **model_args}
+            config.model_args = {**(config.model_args or {}), **model.model_args}
             config.model_args.pop("num_classes", None)  # the head's size is num_labels
-            model = load_weights(
+            loaded = load_weights(
                 transformers.TimmWrapperForImageClassification,
                 folder,
                 config,
-                name=name,
-                weights=weights,
+                name=model.name,
+                weights=model.weights,
                 dtype=dtype,
-                may_be_new=lambda model, key: key.startswith(f"{head_name(model)}."),
+                may_be_new=lambda loaded, key: key.startswith(f"{head_name(loaded)}."),
             )
-            name_after(model, weights)
-    _set_attention(model, attn_implementation)
-    return model
+            name_after(loaded, model.weights)
+    _set_attention(loaded, model.attn_implementation)
+    return loaded
 
 
-def load_image(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    labels: Sequence[str],
-    image_size: int = 224,
-    new_modules: Sequence[str] = (),
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
+def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     """Load an image model of transformers' own with a new head, as `load_encoder` loads one of texts.
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
-    geometry = _image_geometry(architecture, model_args, head_config(labels, name))
-    shapes = geometry.empty()
+    geometry = _image_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    shapes, size = geometry.empty(), model.image_size
     try:
-        shapes(pixel_values=torch.empty(1, 3, image_size, image_size, device="meta"))
+        shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
-        raise PartialLoraError(f"model.image_size={image_size}: model={name} {one_line(error)}") from error
-    return load_classifier(
-        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=False, instead=OFFLINE_IMAGE_MODEL
-    )
+        raise PartialLoraError(f"model.image_size={size}: model={model.name} {one_line(error)}") from error
+    return load_classifier(geometry, model, pickles=False, instead=OFFLINE_IMAGE_MODEL)
 
 
 def empty_image(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
@@ -216,45 +187,31 @@ def _set_attention(model: TimmWrapperForImageClassification, implementation: str
 _BATCH = 64  # descriptions that are embedded at once
 
 
-def load_clip(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    labels: Sequence[str],
-    image_size: int = 224,
-    text_weights: str | None = None,
-    text_args: dict | None = None,
-    prompts: Sequence[str] = ("a photo of a {}.",),
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> TimmWrapperForImageClassification:
+def load_clip(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageClassification:
     """Load CLIP's image tower with the zero-shot head for `labels`; the caller's generator is left as it was.
 
-    weights: the image tower, in timm's format. text_weights: the CLIP it belongs to, in transformers' format (text
-    tower, projections, tokenizer): a repository of the hub, a folder, or random with the geometry `text_args`.
-    prompts: descriptions of a class, with {} for its name. Raises PartialLoraError as `load_timm` does, for a task
-    without classes, and where the two weights are not of one CLIP.
+    `model.weights`: the image tower, in timm's format. `model.text_weights`: the CLIP it belongs to, in transformers'
+    format (text tower, projections, tokenizer): a repository of the hub, a folder, or random with the geometry
+    `model.text_args`. `model.prompts`: descriptions of a class, with {} for its name. Raises PartialLoraError as
+    `load_timm` does, for a task without classes, and where the two weights are not of one CLIP.
     """
     if not labels:
-        raise PartialLoraError(f"model={name}: a zero-shot head needs classes with names, and the task has none")
-    config, descriptions = head_config(labels, name), described(labels, prompts)
-    model = _load(name, weights, architecture, model_args, config, image_size, dtype, attn_implementation)
-    head = model.get_submodule(head_name(model))
-    clip, tokenizer = _whole_clip(text_weights, text_args or {}, name=name, width=head.in_features)
+        raise PartialLoraError(f"model={model.name}: a zero-shot head needs classes with names, and the task has none")
+    tower = _load(model, head_config(labels, model.name))
+    head = tower.get_submodule(head_name(tower))
+    clip, tokenizer = _whole_clip(model.text_weights, model.text_args, name=model.name, width=head.in_features)
     projection = clip.visual_projection.weight.detach()
     if projection.shape[1] != head.in_features:
         raise PartialLoraError(
-            f"model.text_weights={text_weights}: projects images of width {projection.shape[1]}, "
-            f"model.architecture={architecture} has {head.in_features}; both must be of one CLIP"
+            f"model.text_weights={model.text_weights}: projects images of width {projection.shape[1]}, "
+            f"model.architecture={model.architecture} has {head.in_features}; both must be of one CLIP"
         )
-    classes = embedded(clip, tokenizer, descriptions)
-    scale = clip.logit_scale.detach().exp() / typical_length(projection, _last_norm(model))
+    classes = embedded(clip, tokenizer, described(labels, model.prompts))
+    scale = clip.logit_scale.detach().exp() / typical_length(projection, _last_norm(tower))
     with torch.no_grad():
         head.weight.copy_(scale * classes @ projection)
         head.bias.zero_()
-    return model.eval()
+    return tower.eval()
 
 
 def described(labels: Sequence[str], prompts: Sequence[str]) -> list[list[str]]:

@@ -57,9 +57,14 @@ class Skeleton:
         """Return (out, in) of the modules to adapt, by full name in the model's order, matched as PEFT matches them.
 
         target_modules: a list of names or suffixes, one regular expression or "all-linear", as PEFT's LoraConfig takes
-        them. Raises PartialLoraError where nothing matches, or where a match is no linear layer with a plain weight.
-        `head` and `new_modules` train whole, so patterns pass over them, as over PEFT's modules_to_save.
+        them. Raises PartialLoraError where nothing matches, where a match is no linear layer with a plain weight, and
+        for a head or new module that is not there. These train whole, so patterns pass over them, as over PEFT's
+        modules_to_save.
         """
+        whole = dict.fromkeys(new_modules, "new_modules") | ({} if head is None else {head: "head"})
+        for name, key in whole.items():
+            if name not in self.modules:
+                raise PartialLoraError(f"model.{key}={name}: {self.kind} has no module of that name")
         if not isinstance(target_modules, Collection):
             raise PartialLoraError(f"target_modules={target_modules}: expected names or a regular expression")
         if ALL_LINEAR in ([target_modules] if isinstance(target_modules, str) else target_modules):
@@ -75,7 +80,6 @@ class Skeleton:
             for target in target_modules:
                 if not any(ends[name].endswith(f".{target}") for name in matched):
                     raise PartialLoraError(f"target_modules: no module of {self.kind} matches {target!r}")
-        whole = [*new_modules, *([] if head is None else [head])]
         matched = [name for name in matched if not any(_is_in(name, module) for module in whole)]
         if not matched:
             raise PartialLoraError(f"target_modules={target_modules}: no module of {self.kind} matches")

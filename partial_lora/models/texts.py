@@ -24,6 +24,7 @@ from transformers import (
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models import quantization as quantizations
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
 from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, quiet
 
@@ -32,104 +33,65 @@ _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # [SEP] is not 2, which CLIP's
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
-def load_encoder(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    labels: Sequence[str],
-    new_modules: Sequence[str] = (),
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
+def load_encoder(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     """Load the pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in eval mode.
 
-    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head alone is
-    drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the weights
-    cannot be had, do not have the geometry of `model_args`, or leave a part of the encoder unfilled but `new_modules`.
+    `model.weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head
+    alone is drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the
+    weights cannot be had, do not have the geometry of `model.model_args`, or leave a part of the encoder unfilled but
+    `model.new_modules`.
     """
-    geometry = _encoder_geometry(architecture, model_args, head_config(labels, name))
-    return load_classifier(
-        geometry, name, weights, dtype, attn_implementation, new_modules, pickles=True, instead=OFFLINE_TEXT_MODEL
-    )
+    geometry = _encoder_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    return load_classifier(geometry, model, pickles=True, instead=OFFLINE_TEXT_MODEL)
 
 
-def load_classifier(
-    geometry: Geometry,
-    name: str,
-    weights: str,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-    new_modules: Sequence[str],
-    *,
-    pickles: bool,
-    instead: str,
-) -> PreTrainedModel:
+def load_classifier(geometry: Geometry, model: ModelConfig, *, pickles: bool, instead: str) -> PreTrainedModel:
     """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
-    new = tuple(f"{module}." for module in new_modules)
-    model = _load(
+    new = tuple(f"{module}." for module in model.new_modules)
+    loaded = _load(
         geometry,
-        name,
-        weights,
-        dtype,
-        attn_implementation,
-        may_be_new=lambda model, key: not key.startswith(f"{model.base_model_prefix}.") or key.startswith(new),
+        model,
+        may_be_new=lambda loaded, key: not key.startswith(f"{loaded.base_model_prefix}.") or key.startswith(new),
         pickles=pickles,
         instead=instead,
     )
-    if getattr(model.config, "pad_token_id", 0) is None:  # a language model's last token is classified
-        ends = model.config.eos_token_id  # by which `tokenizer` pads
-        model.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None) or _HEAD_STD
-    draw_head(model.get_submodule(head_name(model)), std=std)
+    if getattr(loaded.config, "pad_token_id", 0) is None:  # a language model's last token is classified
+        ends = loaded.config.eos_token_id  # by which `tokenizer` pads
+        loaded.config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    std = getattr(loaded.config, "initializer_range", None) or getattr(loaded.config, "init_std", None) or _HEAD_STD
+    draw_head(loaded.get_submodule(head_name(loaded)), std=std)
     # Else the Trainer multiplies the loss, and so the gradient, by the steps of accumulation and the processes.
-    model.accepts_loss_kwargs = False
-    return model.eval()
+    loaded.accepts_loss_kwargs = False
+    return loaded.eval()
 
 
-def load_causal(
-    *,
-    name: str,
-    weights: str,
-    architecture: str,
-    model_args: dict,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    quantization: str | None = None,
-) -> PreTrainedModel:
+def load_causal(model: ModelConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
     """Load the pre-trained model in evaluation mode, on the CPU; a quantised one where transformers puts it.
 
-    `weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
-    random. `quantization`, nf4 or int8, is for all linear layers but the last; all other weights have `dtype`. torch's
-    global generator is left as it was. Raises PartialLoraError where the weights cannot be had, do not have the
-    geometry of `model_args`, leave a part unfilled, or cannot be quantised here.
+    `model.weights` is bundled:NAME, a repository of the model hub, a folder in the same format (safetensors alone), or
+    random. `model.quantization`, nf4 or int8, is for all linear layers but the last; all other weights have
+    `model.dtype`. torch's global generator is left as it was. Raises PartialLoraError where the weights cannot be had,
+    do not have the geometry of `model.model_args`, leave a part unfilled, or cannot be quantised here.
     """
-    options = {}
+    options, quantization = {}, model.quantization
     if quantization is not None:
-        options["quantization_config"] = quantizations.config(quantization, dtype)
-    model = _load(
-        _causal_geometry(architecture, model_args),
-        name,
-        weights,
-        dtype,
-        attn_implementation,
-        may_be_new=lambda model, key: False,
+        options["quantization_config"] = quantizations.config(quantization, getattr(torch, model.dtype))
+    loaded = _load(
+        _causal_geometry(model.architecture, model.model_args),
+        model,
+        may_be_new=lambda loaded, key: False,
         pickles=False,
         instead=OFFLINE_CAUSAL_MODEL,
         **options,
     )
     if quantization is not None:
-        quantizations.keep_gradients(model)
-    return model.eval()
+        quantizations.keep_gradients(loaded)
+    return loaded.eval()
 
 
 def _load(
     geometry: Geometry,
-    name: str,
-    weights: str,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
+    model: ModelConfig,
     *,
     may_be_new: Callable[[PreTrainedModel, str], bool],
     pickles: bool,
@@ -137,14 +99,15 @@ def _load(
     **options: object,
 ) -> PreTrainedModel:
     geometry.empty()  # refuses an impossible one before anything is downloaded
-    if attn_implementation is not None:
-        geometry.check_attention(attn_implementation)
-        options["attn_implementation"] = attn_implementation
+    if model.attn_implementation is not None:
+        geometry.check_attention(model.attn_implementation)
+        options["attn_implementation"] = model.attn_implementation
+    name, weights, dtype = model.name, model.weights, getattr(torch, model.dtype)
     with fixed_seed():
         if weights == RANDOM:
             return _random(geometry, dtype, options)
         folder = folder_of(weights, name, text=True, pickles=pickles, instead=instead)
-        model = load_weights(
+        loaded = load_weights(
             geometry.auto,
             folder,
             geometry.config_in(folder, weights),
@@ -155,8 +118,8 @@ def _load(
             pickles=pickles,
             **options,
         )
-    name_after(model, weights)
-    return model
+    name_after(loaded, weights)
+    return loaded
 
 
 def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:

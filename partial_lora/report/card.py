@@ -20,21 +20,19 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.launching.directory import tensor_files
+from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
+from partial_lora.models.from_files import AUTO
 from partial_lora.report import examples, records, statistics, summary
 from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain, without_places
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-_CLASSES = {  # of transformers, by a model's family; CLIP's head is made by this package
-    "timm": "TimmWrapperForImageClassification",
-    "image": "AutoModelForImageClassification",
-    "encoder": "AutoModelForSequenceClassification",
-    "causal": "AutoModelForCausalLM",
-}
+_CLASSES = {"timm": "TimmWrapperForImageClassification"} | AUTO  # CLIP's head is made by this package
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -103,7 +101,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     settings = textwrap.indent(
         yaml.safe_dump(_settings(run.config), sort_keys=False), "    "
     )  # no text ends this block
-    kind = _pipeline(config.model, members[0])
+    kind = kind_of(config.task).pipeline
     others = {"merged": _PIPELINE.format(kind=kind), "gguf": _LLAMA}
     data = ModelCardData(
         base_model=base if is_on_hub(base) else None,
@@ -152,22 +150,13 @@ def _code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
-def _pipeline(model: ModelConfig, task: TaskConfig) -> str:
-    if task.modality == "image":
-        return "image-classification"
-    return "text-generation" if model.family == "causal" else "text-classification"
-
-
 def _what(run: FinishedRun, numbers: Mapping, file: Path) -> str:
     config = run.config
     whole = f"{numbers['adapter_parameters']:,} parameters"
     if numbers["adapter_dense"]:
         whole += f", {numbers['share_of_dense']:.1%} of those of LoRA of rank {config.method.nominal_rank}"
     head = f" and a head of {numbers['head_parameters']:,}" if numbers["head_parameters"] else ""
-    method = {
-        "partial": "Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
-        "lora": "LoRA",
-    }.get(run.method, f"`method={run.method}` of partial-lora")
+    method = called(run.method).words or f"`method={run.method}` of partial-lora"
     labels = run.labels()
     named = f" Its labels: {shortlist([_plain(label) for label in labels], most=20)}." if labels else ""
     return (

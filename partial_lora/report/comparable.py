@@ -13,6 +13,7 @@ import pandas as pd
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.pairs import Outcome
 from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
+from partial_lora.tasks.kinds import kind_in
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
@@ -63,7 +64,7 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
     }
     row = run.row | {
         "mixture": "",
-        "kind": _kind(task),
+        "kind": kind_in(task).name,
         "importance": config.get("importance", {}).get("name", NONE) if calibration else NONE,
         "peak_memory_bytes": number(run.record.get("peak_memory_bytes")),
         **{name: number(calibration.get(name)) for name in ("baseline", "joint", "chance")},
@@ -89,12 +90,6 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
         of_member = {"task": name, "mixture": "+".join(members), "metric": metric, "test": score}
         rows.append(row | of_member | {"outcome": replace(Outcome.of(row | of_member, stored), member=name)})
     return rows
-
-
-def _kind(task: Mapping) -> str:
-    if (kind := task.get("kind", "label")) != "label":
-        return "causal" if kind == "choice" else kind
-    return "texts" if task.get("modality") == "text" else "images"
 
 
 def draw_of(record: Mapping) -> int:

@@ -35,13 +35,13 @@ import pyarrow as pa
 
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
+from partial_lora.methods import called
 from partial_lora.report.records import LEVEL
 from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_TEXTS, within
 
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 DRAWS = 10_000  # of a bootstrap
 _COUNTS_AT_ONCE = 2**22  # counts of examples in draws: 32 MiB, and as much again for a copy as floats
-_AS_CALIBRATED = ("partial", "targeted", "flow")  # methods whose sparsities are calibration's own
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,8 @@ def reliability(records: Iterable[Mapping]) -> float:
     records: runs that differ in their seed alone. Where they calibrated on halves of their draw
     (`calibration.reliability`) it is the Spearman–Brown correlation, the mean over runs. Where every seed calibrated on
     examples of its own (`calibration.seed=null`) it is Pearson's correlation of their sparsities, over modules and
-    axes, the mean over all pairs of seeds: of `partial`, `targeted` and `flow`, since controls do not have the
-    sparsities that were calibrated.
+    axes, the mean over all pairs of seeds: of methods that have the sparsities which were calibrated, as most
+    controls have not.
     """
     records = list(records)
     halves = [(record.get("calibration") or {}).get("reliability") or {} for record in records]
@@ -348,6 +348,6 @@ def reliability(records: Iterable[Mapping]) -> float:
 
 def _calibrated_itself(record: Mapping) -> bool:
     config, calibration = record["config"], record.get("calibration")
-    if not calibration or config["method"]["name"] not in _AS_CALIBRATED:
+    if not calibration or not called(config["method"]["name"]).as_calibrated:
         return False
     return config["calibration"].get("file") is None and config["calibration"].get("seed", 0) is None

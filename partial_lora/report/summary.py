@@ -33,6 +33,7 @@ from partial_lora.report.records import (
     without_common_start,
 )
 from partial_lora.settings import rates
+from partial_lora.tasks.kinds import kind_in
 from partial_lora.tasks.metrics import SHARES
 from partial_lora.training.config import AUTO
 
@@ -262,12 +263,11 @@ def next_commands(run: str, config: Mapping, example: str | None = None) -> list
     if members := task.get("members"):
         name = next(iter(members))
         task, member = members[name], f" --member {shlex.quote(name)}"
-    if task.get("modality") == "image":
-        inputs = shlex.quote(example) if example else "IMAGE …"
-    elif task.get("kind") == "choice":
-        inputs = r"$'PROMPT\tOPTION\tOPTION'"
-    else:
-        inputs = r"$'TEXT\tTEXT'" if len(task.get("text_columns") or ()) == 2 else "TEXT …"
+    inputs = kind_in(task).typed
+    if len(task.get("text_columns") or ()) == 2:
+        inputs = r"$'TEXT\tTEXT'"
+    elif example:
+        inputs = shlex.quote(example)
     form = "compact" if called(config["method"]["name"]).masked else "peft"
     return [
         f"partial-lora predict {shlex.quote(run)}{member} {inputs}",

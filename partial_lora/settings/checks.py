@@ -13,26 +13,17 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES
-
-_EXAMPLE = {"image": "vit_s14", "text": "minilm_l6"}  # models by modality
-_TASKS = {"image": "digits", "encoder": "sst2", "causal": "arc_easy"}  # tasks by the family of a model
+from partial_lora.tasks.kinds import kind_of, kinds_for
 
 
 def check_modality(model: ModelConfig, task: TaskConfig) -> None:
     """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
-    if model.modality != task.modality:
+    kind, known = kind_of(task), kinds_for(model.family)
+    if kind not in known:
         raise PartialLoraError(
-            f"model={model.name} reads {model.modality}s, and task={task.name} has {task.modality}s: choose another "
-            f"task, such as task={_TASKS.get(model.family, _TASKS['image'])}, or another model, such as "
-            f"model={_EXAMPLE[task.modality]}"
-        )
-    causal = model.family == "causal"
-    if causal != (task.kind != "label"):
-        kinds = "chooses options or writes texts" if causal else "tells labels"
-        other = "minilm_l6" if causal else "smollm2_135m"
-        raise PartialLoraError(
-            f"model={model.name} {kinds}, and task={task.name} is of kind {task.kind}: choose another task, or a "
-            f"model such as model={other}"
+            f"model={model.name} gives {' or '.join(each.asked for each in known)}, and task={task.name} asks for "
+            f"{kind.asked}: choose another task, such as task={known[0].example}, or another model, such as "
+            f"model={kind.model}"
         )
 
 
@@ -52,9 +43,6 @@ def check(config: Config, *, here: bool) -> None:
     if bare is None:
         return
     _check_image_size(model, bare)
-    whole = [("head", model.head)] if model.head else []
-    for key, name in [*whole, *(("new_modules", name) for name in model.new_modules)]:
-        require(name in bare.modules, f"model.{key}", name, f"a module of {bare.kind}")
     shapes = bare.targets(**model.trained_modules)
     fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
     if is_calibrated(config) and calibration.budget is not None:

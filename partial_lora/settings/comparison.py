@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from partial_lora.errors import PartialLoraError, require
+from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, settings_of
 from partial_lora.settings.study import commands
 
@@ -45,7 +46,8 @@ class Comparison:
         for key, least in (("seeds", 1), ("rates", 2)):
             value = getattr(self, key)
             require(type(value) is int and value >= least, key, value, f"a whole number, at least {least}")
-        self.reference = self.reference or ("low_rank" if "low_rank" in self.methods else self.methods[0])
+        usual = (method for method in self.methods if called(method).reference)
+        self.reference = self.reference or next(usual, self.methods[0])
         known = ", ".join(self.methods)
         require(self.reference in self.methods, "reference", self.reference, f"one of {known}")
 

@@ -24,8 +24,9 @@ from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
-from partial_lora.training.config import TRACKER_PACKAGES
+from partial_lora.training.config import TRACKERS
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
 OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes
@@ -49,7 +50,7 @@ def resolve(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(composed)  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
-    fits = not task.members or task.kind != "label" or config.calibration.score in _SCORES
+    fits = not task.members or not kind_of(task).has_head or config.calibration.score in _SCORES
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
@@ -111,7 +112,7 @@ def _check_surroundings(config: Config) -> None:
     require(known, "calibration.file", calibration, "an existing calibration.json")
     known = trainer.tuned is None or Path(trainer.tuned).is_file()
     require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
-    missing = [TRACKER_PACKAGES[name] for name in trainer.report_to if not _installed(name)]
+    missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
@@ -194,9 +195,9 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
         members[name] = _member(name, {"name": name, **own, **for_each, **of_files})
     (first, one), *others = members.items()
     for other, its in others:
-        for key, its_own, expected in (("modality", its.modality, one.modality), ("kind", its.kind, one.kind)):
-            alike = f"tasks of one {key}: {first} is of {expected}, {other} of {its_own}"
-            require(its_own == expected, "task.members", list(members), alike)
+        kinds = [kind_of(member) for member in (one, its)]
+        alike = f"tasks of one kind: {first} asks for {kinds[0].asked}, {other} for {kinds[1].asked}"
+        require(kinds[0] is kinds[1], "task.members", list(members), alike)
     classes = [member.classes for member in members.values()]
     return replace(
         task,

@@ -10,13 +10,8 @@ from omegaconf import MISSING
 
 from partial_lora.errors import one_of, require
 from partial_lora.files import at_home, plain_name
+from partial_lora.tasks.kinds import KINDS, kind_of
 from partial_lora.tasks.metrics import FITTING
-
-_METRICS = {  # metrics that a task of each kind may have
-    "label": (*FITTING["classes"], *FITTING["real numbers"]),
-    "choice": FITTING["places of options"],
-    "generation": FITTING["texts"],
-}
 
 
 @dataclass
@@ -83,18 +78,17 @@ class TaskConfig:
         seeded = self.split_seed is None or self.split_seed >= 0
         require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
         require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
-        one_of("task.modality", self.modality, "image", "text")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
-        one_of("task.kind", self.kind, *_METRICS)
+        one_of("task.kind", self.kind, *dict.fromkeys(kind for _, kind in KINDS))
+        one_of("task.modality", self.modality, *(modality for modality, kind in KINDS if kind == self.kind))
+        kind = kind_of(self)
         one_of("task.mixing", self.mixing, "proportional", "equal")
         is_mixture = self.path == "members"
         expected = "names of tasks, such as [sst2,mrpc], for task=mixture, else null"
         require(is_mixture == bool(self.members), "task.members", self.members, expected)
-        known = _METRICS[self.kind]
+        known = [metric for labels in kind.labelled_by for metric in FITTING[labels]]
         require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
-        texts = self.kind == "label" or self.modality == "text"
-        require(texts, "task.modality", self.modality, f"text, for task.kind={self.kind}")
         one_of("task.answer", self.answer, None, "number")
         alone = not (self.messages_column and (self.prompt_columns or self.response_column))
         expected = "null, if task.prompt_columns or task.response_column is set"
@@ -109,7 +103,7 @@ class TaskConfig:
         require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         noise = self.label_noise
         require(0 <= noise < 1, "task.label_noise", noise, "a share in [0, 1)")
-        require(noise == 0 or self.kind == "label", "task.label_noise", noise, "0, for a task without classes")
+        require(noise == 0 or kind.has_head, "task.label_noise", noise, "0, for a task without classes")
         if isinstance(self.data_files, Mapping) and not is_mixture:  # a mixture has files by member
             splits = set(self.data_files)
             valid = "train" in splits and splits <= {"train", "validation", "test"}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import PIL
@@ -19,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.sources import eight_bits, first_line
 from partial_lora.tasks.texts import cached
 
@@ -55,6 +57,11 @@ class ImageTransform:
                 v2.PILToTensor(),
             ]
         )
+
+    @classmethod
+    def of(cls, task: TaskConfig, **pixels: Any) -> ImageTransform:
+        """Return the transform of a task's rows."""
+        return cls(**pixels)
 
     @property
     def warnings(self) -> list[str]:
@@ -108,6 +115,8 @@ class ImageTransform:
             pairs = zip(decoded["pixels"], decoded["label"], strict=True)
             batches.append(self.collate([{"pixels": pixels, "label": label} for pixels, label in pairs]))
         return batches
+
+    training_batches = batches
 
     def encode(self, images: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
         """Make one batch of images that have no label."""

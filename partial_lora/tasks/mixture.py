@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import splits
-from partial_lora.tasks.prompts import CausalTransform
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.splits import Draws, few_shot_draws, strata
 from partial_lora.tasks.task import SPLITS, Task, Transform
 
@@ -54,7 +54,7 @@ def mix(name: str, members: Sequence[Task], *, mixing: str, seed: int) -> Mixtur
     whose labels are real numbers.
     """
     for member in members:
-        if member.kind == "label" and not member.labels:
+        if "real numbers" in kind_of(member).labelled_by and not member.labels:
             raise PartialLoraError(
                 f"task.members: the labels of {member.name} are real numbers, expected tasks of classes: a squared "
                 "error cannot be added to cross entropy"
@@ -164,9 +164,13 @@ class MixtureTransform:
 
     def batches(self, rows: Dataset, size: int) -> Batches:
         """Return all rows in order, at most `size` a batch."""
-        return self.by_member(rows, lambda own, transform: transform.batches(own, size))
+        return self._by_member(rows, lambda own, transform: transform.batches(own, size))
 
-    def by_member(self, rows: Dataset, batches: Callable[[Dataset, object], Batches]) -> Batches:
+    def training_batches(self, rows: Dataset, size: int) -> Batches:
+        """Return all rows in order as in training."""
+        return self._by_member(rows, lambda own, transform: transform.training_batches(own, size))
+
+    def _by_member(self, rows: Dataset, batches: Callable[[Dataset, Transform], Batches]) -> Batches:
         """Return the batches of each member's rows and transform; labels are numbered across all members."""
         return [
             batch | {"labels": batch["labels"] + start} if start else batch
@@ -174,24 +178,11 @@ class MixtureTransform:
             for batch in batches(own, transform)
         ]
 
-    def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, object, int]]:
+    def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, Transform, int]]:
         """Return, for each member with any of the rows: its rows, its transform, and its first label's number."""
         sizes = self._mixture.sizes
         each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
         return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
-
-
-def training_batches(rows: Dataset, transform: Transform, size: int) -> list[dict[str, Tensor]]:
-    """Return all rows in order as in training: for a choice, only the right option."""
-    if isinstance(transform, MixtureTransform):
-        return transform.by_member(rows, lambda own, each: training_batches(own, each, size))
-    if not isinstance(transform, CausalTransform):
-        return transform.batches(rows, size)
-    prepared = transform.prepare(rows, cache_bytes=0)
-    return [
-        transform.collate([prepared[row] for row in range(start, min(start + size, len(prepared)))])
-        for start in range(0, len(prepared), size)
-    ]
 
 
 # --- Heads of several tasks side by side in one linear layer: an example has only the outputs of its own task

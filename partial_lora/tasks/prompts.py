@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import IGNORED
 from partial_lora.tasks.questions import ASSISTANT
 from partial_lora.tasks.texts import cached, fingerprint, in_memory
@@ -192,14 +194,13 @@ _OPTIONS = Features(
 
 
 class CausalTransform:
-    """Converts prompts with options, or with responses, to input_ids, attention_mask and labels, each (N, L).
+    """Converts prompts with responses to input_ids, attention_mask and labels, each (N, L).
 
     Only the tokens of the answer are labels, all else is -100; the model itself shifts them by one token. Rows with
     `messages` are conversations, and every answer in one is trained. A sequence that is longer than `max_length` tokens
     loses the start of its prompt or conversation, but nothing of a last answer that fits by itself.
 
     Args:
-        kind: "choice", or "generation", whose responses end with the tokenizer's end token.
         chat: put prompts and answers into the tokenizer's chat template.
         too_long: what becomes of an answer that does not fit by itself: "refuse" raises; "cut" takes off its end and
             leaves the prompt up to half of the tokens; "drop" leaves out its row. `warnings` say how many there were.
@@ -208,19 +209,22 @@ class CausalTransform:
     """
 
     lengths = True  # prepared rows have a column `length`, of tokens
+    ends = True  # answers end with the tokenizer's end token
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        *,
-        kind: str = "generation",
-        chat: bool = False,
-        too_long: str = "refuse",
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool = False, too_long: str = "refuse"
     ) -> None:
-        self.tokenizer, self.kind, self.chat, self.warnings = tokenizer, kind, chat, []
+        self.tokenizer, self.chat, self.warnings = tokenizer, chat, []
         self._too_long = too_long
         self._max_length, self._tokens = max_length, Continuations(tokenizer, chat)
+
+    @classmethod
+    def of(cls, task: TaskConfig, *, tokenizer: PreTrainedTokenizerBase, max_length: int) -> CausalTransform:
+        """Return the transform of a task's rows. A benchmark's prompts stay as they are: they are what is compared."""
+        is_benchmark = task.format is not None and task.path != FILES
+        chat = not is_benchmark and tokenizer.chat_template is not None
+        chat = chat if task.chat_template is None else task.chat_template
+        return cls(tokenizer, max_length, chat=chat, too_long=task.too_long if cls.ends else "refuse")
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
         """Return rows to train on, for `collate`: the right answer of each, tokens without padding.
@@ -242,15 +246,6 @@ class CausalTransform:
             raise PartialLoraError(f"model.max_length={self._max_length}: no answer fits, expected more; raise it")
         return prepared
 
-    def options(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
-        """Return rows to score, one for each option, a question's options in sequence, with three more columns.
-
-        item (the number of the question), right (True for the right option), characters (the option's length, by which
-        lm-evaluation-harness's acc_norm divides).
-        """
-        count = sum(map(len, rows["options"]))
-        return self._prepared(rows, partial(self.option_columns, split=rows.split), _OPTIONS, count, cache_bytes)
-
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows, padded on the right to the longest of them."""
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
@@ -263,31 +258,12 @@ class CausalTransform:
         return self._padded(tokens, "right") | {"labels": pad_sequence(labels, True, IGNORED)}
 
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
-        """Return all rows in order, for few-shot draws, which fit in memory: at most `size` sequences a batch.
+        """Return all rows in order, at most `size` a batch: for few-shot draws, which fit in memory."""
+        convert = partial(self._right_answers, split=rows.split)
+        prepared = in_memory(rows, convert, self._features(rows)).to_list()
+        return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
 
-        For a choice every option is a sequence, and all options of a question are in one batch, however many. A batch
-        also has `items` (N,), the question of each option, and `answers` (N,), True for the right option.
-        """
-        if self.kind != "choice":
-            convert = partial(self._right_answers, split=rows.split)
-            prepared = in_memory(rows, convert, self._features(rows)).to_list()
-            return [self.collate(prepared[start : start + size]) for start in range(0, len(prepared), size)]
-        batches: list[list[dict]] = [[]]
-        options = in_memory(rows, partial(self.option_columns, split=rows.split), _OPTIONS).to_list()
-        for _, item in groupby(options, key=lambda row: row["item"]):
-            item = list(item)
-            if batches[-1] and len(batches[-1]) + len(item) > size:
-                batches.append([])
-            batches[-1] += item
-        return [
-            self.collate(batch)
-            | {
-                "items": torch.tensor([row["item"] for row in batch]),
-                "answers": torch.tensor([row["right"] for row in batch]),
-            }
-            for batch in batches
-            if batch
-        ]
+    training_batches = batches
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Make one batch of prompts to be continued, padded on the left."""
@@ -314,7 +290,7 @@ class CausalTransform:
             "tokenizer": fingerprint(self.tokenizer),
             "template": str(self.tokenizer.chat_template) if self._tokens.chat else None,
             "max_length": self._max_length,
-            "kind": self.kind,
+            "ends": self.ends,
             "columns": list(features),
             "too_long": self._too_long,
         }
@@ -324,36 +300,20 @@ class CausalTransform:
         """Return the columns of the right answers of a batch of rows."""
         if "messages" in batch:
             return self._conversations(batch["messages"], places, split)
-        if self.kind == "choice":
-            labels = batch["label"]
-            prompts = [each[label] for each, label in zip(batch["prompts"], labels, strict=True)]
-            answers = [each[label] for each, label in zip(batch["options"], labels, strict=True)]
-        else:
-            prompts = batch["prompt"]
-            answers = [
-                response if not prompt or prompt[-1].isspace() else f" {response}"
-                for prompt, response in zip(prompts, batch["response"], strict=True)
-            ]
-        return self._sequences(prompts, answers, places, split)
+        return self._sequences(*self._answered(batch), places, split)
 
-    def option_columns(self, batch: Mapping[str, list], places: Sequence[int], split: object = None) -> dict[str, list]:
-        """Return the columns of `options` for a batch of rows, and their places in the split."""
-        prompts = [prompt for each in batch["prompts"] for prompt in each]
-        options = [option for each in batch["options"] for option in each]
-        counts = list(map(len, batch["options"]))
-        items = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
-        return self._sequences(prompts, options, items, split) | {
-            "item": items,
-            "right": [
-                place == label for count, label in zip(counts, batch["label"], strict=True) for place in range(count)
-            ],
-            "characters": [len(option.removeprefix(" ")) for option in options],
-        }
+    def _answered(self, batch: Mapping[str, list]) -> tuple[list[str], list[str]]:
+        """Return the prompts of a batch of rows, and their right answers."""
+        answers = [
+            response if not prompt or prompt[-1].isspace() else f" {response}"
+            for prompt, response in zip(batch["prompt"], batch["response"], strict=True)
+        ]
+        return batch["prompt"], answers
 
     def _sequences(
         self, prompts: Sequence[str], answers: Sequence[str], places: Sequence[int], split: object
     ) -> dict[str, list]:
-        pairs = self._tokens.pairs(prompts, answers, ends=self.kind == "generation")
+        pairs = self._tokens.pairs(prompts, answers, ends=self.ends)
         columns = self._fitted([(context, [False] * len(context), answer) for context, answer in pairs], places, split)
         del columns["trained"]  # nothing before the answer trains
         return columns
@@ -407,6 +367,65 @@ class CausalTransform:
             "input_ids": pad_sequence(tokens, True, 0 if pad is None else pad, padding_side=side),
             "attention_mask": pad_sequence(mask, True, 0, padding_side=side),
         }
+
+
+class ChoiceTransform(CausalTransform):
+    """Converts prompts with options: the right one of each to train on, or all of them to score."""
+
+    ends = False
+
+    def options(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
+        """Return rows to score, one for each option, a question's options in sequence, with three more columns.
+
+        item (the number of the question), right (True for the right option), characters (the option's length, by which
+        lm-evaluation-harness's acc_norm divides).
+        """
+        count = sum(map(len, rows["options"]))
+        return self._prepared(rows, partial(self.option_columns, split=rows.split), _OPTIONS, count, cache_bytes)
+
+    def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
+        """Return all options in order, at most `size` a batch, but all options of a question in one, however many.
+
+        A batch also has `items` (N,), the question of each option, and `answers` (N,), True for the right option.
+        """
+        batches: list[list[dict]] = [[]]
+        options = in_memory(rows, partial(self.option_columns, split=rows.split), _OPTIONS).to_list()
+        for _, item in groupby(options, key=lambda row: row["item"]):
+            item = list(item)
+            if batches[-1] and len(batches[-1]) + len(item) > size:
+                batches.append([])
+            batches[-1] += item
+        return [
+            self.collate(batch)
+            | {
+                "items": torch.tensor([row["item"] for row in batch]),
+                "answers": torch.tensor([row["right"] for row in batch]),
+            }
+            for batch in batches
+            if batch
+        ]
+
+    def option_columns(self, batch: Mapping[str, list], places: Sequence[int], split: object = None) -> dict[str, list]:
+        """Return the columns of `options` for a batch of rows, and their places in the split."""
+        prompts = [prompt for each in batch["prompts"] for prompt in each]
+        options = [option for each in batch["options"] for option in each]
+        counts = list(map(len, batch["options"]))
+        items = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
+        return self._sequences(prompts, options, items, split) | {
+            "item": items,
+            "right": [
+                place == label for count, label in zip(counts, batch["label"], strict=True) for place in range(count)
+            ],
+            "characters": [len(option.removeprefix(" ")) for option in options],
+        }
+
+    def _answered(self, batch: Mapping[str, list]) -> tuple[list[str], list[str]]:
+        labels = batch["label"]
+        prompts, options = (
+            [texts[label] for texts, label in zip(batch[column], labels, strict=True)]
+            for column in ("prompts", "options")
+        )
+        return prompts, options
 
 
 def _kept(context: Tokens, room: int, start: Tokens) -> list[int]:

@@ -29,6 +29,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES, is_image, split_folders
+from partial_lora.tasks.kinds import kind_of
 
 Label = str | int | float | bool
 
@@ -65,14 +66,14 @@ LAYOUTS = (  # the first that fits is read
 )
 
 
-def read(config: TaskConfig, label_column: str | None) -> Mapping[str, Dataset]:
+def read(config: TaskConfig) -> Mapping[str, Dataset]:
     """Read the rows of a task by split, as the source has them; files replace any other source."""
     if config.data_files:
         written = filter(None, (config.answer_column, config.response_column))
         texts = [*config.text_columns, *config.prompt_columns, *config.option_columns, *written]
-        if config.kind == "generation":
+        if "texts" in kind_of(config).labelled_by:
             texts += [column for layout in LAYOUTS for column in (*layout.prompt, layout.response)]
-        return read_files(config.data_files, texts, label_column, config.regression)
+        return read_files(config.data_files, texts, config.label_column, config.regression)
     if config.path == FILES:
         raise PartialLoraError(f"task.data_files: task={config.name} reads files of yours; name them")
     if config.path == "bundled:digits":
@@ -408,18 +409,24 @@ def _lossless(numbers: Mapping[str, int | float], regression: bool | None) -> bo
 # --- The columns of a task: inputs and labels, by name or by type.
 
 
-def select_columns(
-    rows: Dataset, config: TaskConfig, split: str, label_column: str | None, file: Path | None
-) -> Dataset:
+def labelled(splits: Mapping[str, Dataset], config: TaskConfig) -> dict[str, Dataset]:
+    """Return every split's rows as `label` and `image`, or `label`, `text` and, for pairs, `text_pair`.
+
+    Raises PartialLoraError as `select_columns` and `encode_labels` do.
+    """
+    rows = {split: select_columns(of_split, config, split) for split, of_split in splits.items()}
+    return encode_labels(rows, config.name, config.regression)
+
+
+def select_columns(rows: Dataset, config: TaskConfig, split: str) -> Dataset:
     """Return the rows with their inputs and labels under the names every task has, and nothing else.
 
-    file: the user's file that they are read from; paths of images in a table are relative to its folder.
-
-    Raises PartialLoraError for a column that is not there or cannot be told from another, and for a row without input.
+    Paths of images in a table of the user's are relative to its folder. Raises PartialLoraError for a column that is
+    not there or cannot be told from another, and for a row without input.
     """
-    name, modality = config.name, config.modality
+    name, modality, file = config.name, config.modality, file_of(config.data_files, split)
     place = f"the {split} split of {name}" + (f" ({file})" if file else "")
-    label = _label_column(rows, place, label_column)
+    label = _label_column(rows, place, config.label_column)
     if modality == "text":
         inputs = dict(zip(("text", "text_pair"), _text_columns(rows, place, config.text_columns, label), strict=False))
     else:
@@ -561,10 +568,8 @@ def _with_images(rows: Dataset, name: str, split: str, folder: Path | None) -> D
 # --- Labels: classes, which the training rows decide, or real numbers.
 
 
-def encode_labels(
-    splits: dict[str, Dataset], name: str, regression: bool | None
-) -> tuple[tuple[str, ...], dict[str, Dataset]]:
-    """Return the names of the classes, and the rows with `label` as a class's number; no names for real numbers.
+def encode_labels(splits: dict[str, Dataset], name: str, regression: bool | None) -> dict[str, Dataset]:
+    """Return the rows with `label` as a class's number, or a real one.
 
     Labels that the source names stay as they are. Others become classes, the sorted labels of the training rows, with
     numbers in numeric order. But where some are fractions, all are real labels; so are whole numbers, 1.0 as well as 1,
@@ -577,7 +582,7 @@ def encode_labels(
     if isinstance(feature, ClassLabel):
         if regression:
             raise PartialLoraError(f"task.regression=true: the labels of {name} are classes, expected numbers")
-        return tuple(feature.names), {
+        return {
             split: _check_classes(rows, feature.names, name, split)
             if isinstance(rows.features["label"], ClassLabel)
             else _numbered(rows, _plain_labels(rows, name, split), feature.names, name, split)
@@ -593,7 +598,7 @@ def encode_labels(
                         f"{row_name(name, split, row)} has the label {label!r}, expected a number, since this is "
                         "regression (task.regression)"
                     )
-        return (), {
+        return {
             split: rows.remove_columns("label").add_column("label", np.asarray(labels[split], np.float32))
             for split, rows in splits.items()
         }
@@ -603,7 +608,7 @@ def encode_labels(
             f"task={name}: all training rows have the label {names[0]}, expected two classes or more (of a folder of "
             "images, one sub-folder a class)"
         )
-    return names, {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
+    return {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
 
 
 def label_name(label: Label) -> str:

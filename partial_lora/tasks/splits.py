@@ -28,7 +28,7 @@ def cut(rows: Dataset, share: float, seed: int, name: str, *, least: int) -> tup
     """
     from sklearn.model_selection import train_test_split  # half a second, and many tasks come with all their splits
 
-    classes = _classes(rows)
+    classes = class_names(rows)
     labels = np.asarray(rows["label"][:]) if classes else None
     try:
         rest, off = train_test_split(np.arange(len(rows)), test_size=share, random_state=seed, stratify=labels)
@@ -58,14 +58,15 @@ def sample(rows: Dataset, count: int | None, seed: int, key: str) -> Dataset:
     """Draw at most `count` of the rows; None is all of them. Raises PartialLoraError for less than one row a class."""
     if count is None or count >= len(rows):
         return rows
-    classes = _classes(rows)
+    classes = class_names(rows)
     if count < len(classes):
         raise PartialLoraError(f"task.{key}={count}: expected at least one row for each of {len(classes)} classes")
     labels = np.asarray(rows["label"][:]) if classes else np.zeros(len(rows), dtype=np.int64)
     return rows.select(np.sort(_in_turn(_shuffled(labels, np.random.default_rng(seed)))[:count]))
 
 
-def _classes(rows: Dataset) -> list[str]:
+def class_names(rows: Dataset) -> list[str]:
+    """Return the names of the classes; none where labels are none."""
     feature = rows.features.get("label")  # rows of a generation have none
     return feature.names if isinstance(feature, ClassLabel) else []
 
@@ -127,22 +128,24 @@ def few_shot_draws(
     Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
     """
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.floating):
-        if share is None:
-            return _shots(labels, seed, shots, max_samples)
-        return _shares(labels, seed, max(LEAST, round(share * len(labels))), f"calibration.share={share}", max_samples)
-    if share is not None:
-        size, key = round(share * len(labels)), f"calibration.share={share}"
+    has_classes = not np.issubdtype(labels.dtype, np.floating)
+    if share is None and has_classes:
+        draws = _shots(labels, seed, shots, max_samples)
     else:
         size, key = shots, f"calibration.shots={shots}"
-    if size < LEAST:
-        key += f" (at least {LEAST} rows where there are no classes)"
-    if len(labels) < 2:
-        raise PartialLoraError(
-            f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
-        )
-    draws = _shares(np.zeros(len(labels), dtype=np.int64), seed, max(LEAST, size), key, max_samples)
-    logger.info("%s: %d rows for each draw", key, len(draws.fit))
+        if share is not None:
+            size, key = round(share * len(labels)), f"calibration.share={share}"
+        if not has_classes:
+            labels = np.zeros(len(labels), dtype=np.int64)
+            key += f" (at least {LEAST} rows where there are no classes)" if size < LEAST else ""
+        if len(labels) < 2:
+            raise PartialLoraError(
+                f"{key}: {len(labels)} training rows, expected at least one to fit and one to score; add rows"
+            )
+        draws = _shares(labels, seed, max(LEAST, size), key, max_samples)
+        logger.info("%s: %d rows for each draw", key, len(draws.fit))
+    for warning in draws.warnings:
+        logger.warning("%s", warning)
     return draws
 
 
@@ -167,8 +170,6 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
     single = [str(labels[rows[0]]) for rows in classes if len(rows) == 1]
     if single:
         warnings.append(f"{key}: a single training example, fitted on and never scored: class {shortlist(single)}")
-    for warning in warnings:
-        logger.warning("%s", warning)
     return Draws(np.sort(fit[:count]), np.sort(scored[:count]), tuple(warnings))
 
 
@@ -202,8 +203,6 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
             f"calibration.shots={shots}: a single training example, fitted on and never scored: "
             f"class {shortlist(single)}"
         )
-    for warning in warnings:
-        logger.warning("%s", warning)
     return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from datasets import Dataset
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.tasks import questions, sources, splits
+from partial_lora.tasks import sources, splits
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import Kind, imported, kind_of
 from partial_lora.tasks.metrics import FITTING
 
 if TYPE_CHECKING:
@@ -38,17 +39,16 @@ class Transform(Protocol):
 
     def batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]: ...
 
+    def training_batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]: ...
+
 
 @dataclass(frozen=True)
 class Task:
     """A labelled data set in three disjoint splits.
 
     `train` is learned from, `validation` selects a checkpoint, `test` is evaluated once, at the end. Their columns are
-    `label` and `image`, or `label`, `text` and `text_pair`. Kind "choice" has `prompts`, `options` and `label`, the
-    right option's place (`questions.format_choices`). Kind "generation" has `prompt` and `response`; a conversation
-    also has `messages`, of which the last is the response and all before it are the prompt.
+    those that its kind's `rows` make (`kinds.KINDS`).
 
-    modality: "image" or "text".
     labels: the names of the classes; none for regression, where `label` is a real number, and for any other kind.
     metrics: names of the metrics; the first one selects.
     """
@@ -80,42 +80,32 @@ def load(config: TaskConfig, seed: int = 0) -> Task:
     Raises PartialLoraError for no network; a missing file, column, label or text; labels that do not fit; an empty
     split; a class too small to split.
     """
-    name, kind = config.name, config.kind
-    source, label_column = _source(config)
+    name, kind = config.name, kind_of(config)
+    source, config = _source(config)
     of_source = places(name, source, config.train_split, config.test_split, own_files=bool(config.data_files))
     rows = {split: source[place] for split, place in of_source.items()}
     for split in rows:
         if len(rows[split]) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
-    labels: tuple[str, ...] = ()
-    if kind == "choice":
-        rows = questions.format_choices(rows, config)
-    elif kind == "generation":
-        rows = questions.format_completions(rows, config)
-    else:
-        for split, place in of_source.items():
-            file = sources.file_of(config.data_files, place)
-            rows[split] = sources.select_columns(rows[split], config, split, label_column, file)
-        labels, rows = sources.encode_labels(rows, name, config.regression)
+    rows = imported(kind.rows)(rows, config)
+    labels = tuple(splits.class_names(rows["train"]))
     test_seed, seed = (0, seed) if config.split_seed is None else (config.split_seed,) * 2
     rows = _three_splits(rows, config, test_seed, seed)
     rows["train"] = splits.with_label_noise(rows["train"], config.label_noise, seed, name)
-    labelled_by = {"choice": "places of options", "generation": "texts"}.get(
-        kind, "classes" if labels else "real numbers"
-    )
-    chosen = _metrics(config.metrics, name, labelled_by, config.answer)
-    return Task(name=name, modality=config.modality, labels=labels, metrics=chosen, kind=kind, **rows)
+    metrics = _metrics(config, kind, kind.labelled_by[0 if labels else -1])
+    return Task(name=name, modality=config.modality, labels=labels, metrics=metrics, kind=config.kind, **rows)
 
 
-def _source(config: TaskConfig) -> tuple[Mapping[str, Dataset], str | None]:
-    """Return the splits of the source, and the column of labels if the settings or the values tell it."""
-    source, label_column = sources.read(config, config.label_column), config.label_column
-    if config.data_files and config.kind == "label" and label_column is None:
-        label_column = sources.guess_label_column(source["train"], [*config.text_columns, config.image_column])
-        if label_column:
-            logger.info("task=%s: the labels are column %s, the one of few values", config.name, label_column)
-            source = sources.read(config, label_column)
-    return source, label_column
+def _source(config: TaskConfig) -> tuple[Mapping[str, Dataset], TaskConfig]:
+    """Return the splits of the source, and the settings with the column of labels if the values tell it."""
+    source = sources.read(config)
+    if config.data_files and kind_of(config).has_head and config.label_column is None:
+        column = sources.guess_label_column(source["train"], [*config.text_columns, config.image_column])
+        if column:
+            logger.info("task=%s: the labels are column %s, the one of few values", config.name, column)
+            config = replace(config, label_column=column)
+            source = sources.read(config)
+    return source, config
 
 
 def places(
@@ -150,17 +140,14 @@ def _three_splits(rows: dict[str, Dataset], config: TaskConfig, test_seed: int, 
     return rows
 
 
-def _metrics(chosen: Sequence[str], name: str, labelled_by: str, answer: str | None) -> tuple[str, ...]:
-    """Return the chosen metrics, which have to fit the labels, or the default ones."""
+def _metrics(config: TaskConfig, kind: Kind, labelled_by: str) -> tuple[str, ...]:
+    """Return the chosen metrics, which have to fit the labels, or the usual ones."""
     fitting = FITTING[labelled_by]
-    unfit = [metric for metric in chosen if metric not in fitting]
+    unfit = [metric for metric in config.metrics if metric not in fitting]
     if unfit:
         raise PartialLoraError(
-            f"task.metrics: {name} has labels that are {labelled_by}, expected some of {', '.join(fitting)}, not "
-            f"{unfit[0]}"
+            f"task.metrics: {config.name} has labels that are {labelled_by}, expected some of {', '.join(fitting)}, "
+            f"not {unfit[0]}"
         )
-    if chosen:
-        return tuple(chosen)
-    if labelled_by == "texts":
-        return ("exact_match" if answer else "rouge_l", "perplexity")
-    return fitting if labelled_by == "places of options" else fitting[:1]
+    usual = ("exact_match", *kind.metrics[1:]) if config.answer else kind.metrics
+    return tuple(config.metrics) or usual or fitting[:1]

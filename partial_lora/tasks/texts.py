@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from partial_lora.files import cache_dir, verified_folder
+from partial_lora.tasks.config import TaskConfig
 
 _VERSION = 2  # of the cached rows; raising it leaves older rows unused. Version 1 had 16-bit images as white
 _ROWS = "rows.arrow"
@@ -38,6 +39,11 @@ class TextTransform:
         self.tokenizer, self._max_length = tokenizer, max_length
         self._cut = self._prepared = 0  # rows
         self._inputs = tuple(self._encoded(["a"], None))
+
+    @classmethod
+    def of(cls, task: TaskConfig, *, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTransform:
+        """Return the transform of a task's rows."""
+        return cls(tokenizer, max_length)
 
     @property
     def warnings(self) -> list[str]:
@@ -79,6 +85,8 @@ class TextTransform:
             batch = self._padded(self._encoded(part["text"], part.get("text_pair")))
             batches.append(batch | {"labels": torch.tensor(part["label"])})
         return batches
+
+    training_batches = batches
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, Tensor]:
         """Make one batch of texts, or of pairs, that have no label."""

@@ -11,12 +11,12 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
-_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300  # a table of some hundred rows has not been learned after five passes
-TRACKER_PACKAGES = {  # as pip calls them
-    "tensorboard": "tensorboard",
-    "mlflow": "mlflow-skinny",
-    "wandb": "wandb",
-    "trackio": "trackio",
+_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300
+TRACKERS = {  # the package of each, as pip calls it, and MODULE:NAME of what reports to it
+    "tensorboard": ("tensorboard", "trackers:TensorBoard"),
+    "mlflow": ("mlflow-skinny", "trackers:MLflow"),
+    "wandb": ("wandb", "trackers:Wandb"),
+    "trackio": ("trackio", "trackers:Trackio"),
 }
 
 # Fields of TrainingArguments that a run sets itself, or by which it could not be resumed, compared or found again.
@@ -59,19 +59,20 @@ _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
-    epochs: Optional[float] = 5.0  # passes over the training rows; null: 5, or as many as make 300 steps
+    # passes over the training rows; null: 5, or as many as make 300 steps: a small table has not been learned before
+    epochs: Optional[float] = None
     max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
     save_steps: Optional[int] = None
     save_total_limit: int = 1  # checkpoints to keep beside the best one
     # the latest checkpoint is taken whose validation score is within so many standard errors of the best; 0: the best
     select_within: float = 1.0
-    batch_size: int = 32  # examples of one optimizer step, over all processes and accumulation steps
+    batch_size: int = 16  # examples of one optimizer step, over all processes and accumulation steps
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 64  # examples at once in evaluation and prediction
     # learning rate of the adapter; auto: by method, size, model and the number of steps
-    learning_rate: Any = 1e-3
+    learning_rate: Any = AUTO
     # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's
     head_learning_rate: Optional[float] = None
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
@@ -188,8 +189,8 @@ class TrainerConfig:
         shared = f"a multiple of {parts}: trainer.num_processes={processes}"
         shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
-        trackers = set(self.report_to) <= set(TRACKER_PACKAGES)
-        require(trackers, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKER_PACKAGES)}")
+        known = set(self.report_to) <= set(TRACKERS)
+        require(known, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
 

@@ -63,7 +63,7 @@ def measured(
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     # Under PEFT, each with the frozen module it was copied from.
-    heads = _trained_whole(model, head, new_modules)
+    heads = [model.get_submodule(name) for name in (*filter(None, [head]), *new_modules)]
     in_heads = {id(parameter) for module in heads for parameter in module.parameters()}
     adapter_parts = _adapter_parts(layers) if layers else _copies(model)
     base = 0
@@ -100,19 +100,6 @@ def _is_saturated(layer: LoraLayer) -> bool:
     rows, columns = (getattr(factor, "touched", size) for factor, size in sizes)
     trained = [sum(part.numel() for part in factor.parameters() if part.requires_grad) for factor in factors]
     return all(trained) and sum(trained) >= rows * columns
-
-
-def _trained_whole(model: nn.Module, head: str | None, new_modules: Sequence[str]) -> list[nn.Module]:
-    """Return the head and `new_modules`, which train without an adapter."""
-    modules = []
-    heads = [] if head is None else [("head", head)]
-    for key, name in [*heads, *(("new_modules", name) for name in new_modules)]:
-        try:
-            modules.append(model.get_submodule(name))
-        except AttributeError as error:
-            kind = type(model).__name__
-            raise PartialLoraError(f"model.{key}={name}: {kind} has no module of that name") from error
-    return modules
 
 
 def _adapter_parts(layers: Sequence[BaseTunerLayer]) -> dict[int, nn.Parameter]:

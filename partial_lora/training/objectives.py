@@ -22,11 +22,14 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER, OF_TEXTS
 from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.prompts import Prompt
-from partial_lora.training import metrics
+from partial_lora.tasks.task import Transform
+from partial_lora.training import predictions
 from partial_lora.training.fsdp import is_sharded_model
+from partial_lora.training.generation import generate
 
 AVERAGE = "average"  # of the members' main metrics
 
@@ -132,12 +135,17 @@ class _TaskJudge:
     """The rows of one task, prepared by its transform."""
 
     task: Task
-    transform: object
+    transform: Transform
     cache_bytes: int
+
+    @classmethod
+    def of(cls, task: Task, transform: Transform, config: TaskConfig, peers: Peers, batch_size: int) -> Judge:
+        """Return the judge of a task (`judge_of`)."""
+        return cls(task, transform, config.cache_bytes)
 
     @property
     def selects(self) -> str:
-        return self.task.metrics[0]
+        return kind_of(self.task).selects or self.task.metrics[0]
 
     def train(self) -> Dataset:
         return self.transform.prepare(self.task.train, cache_bytes=self.cache_bytes)
@@ -163,13 +171,13 @@ class ByLabels(_TaskJudge):
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the metrics and the loss over all examples: Trainer's own loss is of one process's batches."""
         logits, references = outputs.predictions, np.asarray(outputs.label_ids)
-        loss = metrics.mean_loss(logits, references)
-        return metrics.metrics_of(self.task.metrics, logits, references) | {"loss": loss}
+        loss = predictions.mean_loss(logits, references)
+        return predictions.metrics_of(self.task.metrics, logits, references) | {"loss": loss}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         logits, references = predict(self._rows(split))
         values = self.measure(EvalPrediction(logits, references))
-        frame = metrics.predictions_of(logits, references, self.task.labels)
+        frame = predictions.predictions_of(logits, references, self.task.labels)
         return Judged({"primary": self.task.metrics[0], **values}, frame)
 
 
@@ -178,21 +186,21 @@ class ByOptions(_TaskJudge):
     """Multiple choice: trained on the right option alone, judged by the most likely of all."""
 
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(metrics.log_likelihoods)
+    reduce = staticmethod(predictions.log_likelihoods)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
-        columns = metrics.option_predictions(outputs.predictions[:, 0], *_option_columns(self.validation()))
-        return metrics.option_metrics(columns)
+        columns = predictions.option_predictions(outputs.predictions[:, 0], *_option_columns(self.validation()))
+        return predictions.option_metrics(columns)
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         rows = self._rows(split)
         (likelihoods, tokens), (items, right, characters) = predict(rows)[0].T, _option_columns(rows)
         loss = -likelihoods[right].sum() / tokens[right].sum()  # a mean over tokens of right options, as in training
-        columns = metrics.option_predictions(likelihoods, items, right, characters)
+        columns = predictions.option_predictions(likelihoods, items, right, characters)
         frame = pandas.DataFrame(columns)
         frame.insert(0, "index", np.arange(len(frame)))
         frame["score"] = [max(scores) for scores in frame["scores"]]
-        values = metrics.option_metrics(columns)
+        values = predictions.option_metrics(columns)
         chosen = {name: values[name] for name in self.task.metrics}
         return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
 
@@ -207,9 +215,13 @@ class ByTexts(_TaskJudge):
     peers: Peers
     writing: Mapping[str, object]  # stop, max_new_tokens, batch_size of `generate`
     answer: str | None = None
-    selects = "perplexity"
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(metrics.log_likelihoods)
+    reduce = staticmethod(predictions.log_likelihoods)
+
+    @classmethod
+    def of(cls, task: Task, transform: Transform, config: TaskConfig, peers: Peers, batch_size: int) -> Judge:
+        writing = {"stop": config.stop, "max_new_tokens": config.max_new_tokens, "batch_size": batch_size}
+        return cls(task, transform, config.cache_bytes, peers, writing, config.answer)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the perplexity and the loss over all tokens: Trainer's own loss depends on the batches."""
@@ -221,7 +233,7 @@ class ByTexts(_TaskJudge):
         """Judge by the likelihood of the responses and, on test alone, by generated texts."""
         values = self.measure(EvalPrediction(*predict(self._rows(split))))
         if split != "test":
-            return Judged({"primary": "perplexity", **values}, pandas.DataFrame())
+            return Judged({"primary": self.selects, **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
         prompts, references = list(rows["prompt"]), list(rows["response"])
         if "messages" in rows.column_names:
@@ -241,7 +253,7 @@ class ByTexts(_TaskJudge):
         own = list(prompts[self.peers.rank :: self.peers.size])
         if together and len(own) < -(-len(prompts) // self.peers.size):
             own.append(prompts[0])
-        texts = metrics.generate(
+        texts = generate(
             model,
             self.transform,
             own,
@@ -253,13 +265,12 @@ class ByTexts(_TaskJudge):
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
 
 
-def judge_of(task: Task, transform: object, config: TaskConfig, peers: Peers, *, batch_size: int) -> Judge:
+JUDGES = {"label": ByLabels, "option": ByOptions, "text": ByTexts}  # by the form of the answers (`kinds.Kind`)
+
+
+def judge_of(task: Task, transform: Transform, config: TaskConfig, peers: Peers, *, batch_size: int) -> Judge:
     """Return the judge of one task. batch_size: of texts that are generated together."""
-    given = (task, transform, config.cache_bytes)
-    if task.kind == "generation":
-        writing = {"stop": config.stop, "max_new_tokens": config.max_new_tokens, "batch_size": batch_size}
-        return ByTexts(*given, peers, writing, config.answer)
-    return ByOptions(*given) if task.kind == "choice" else ByLabels(*given)
+    return JUDGES[kind_of(task).answers].of(task, transform, config, peers, batch_size)
 
 
 def predicts(trainer: Trainer) -> Predict:

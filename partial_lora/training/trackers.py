@@ -7,11 +7,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Protocol
 
 from transformers import TrainerCallback
@@ -19,6 +20,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.errors import one_line
 from partial_lora.files import flatten, one_writer, redacted, write_json
+from partial_lora.training.config import TRACKERS
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
 DEFAULTS = {  # environment variables, where the user has not set them
@@ -200,14 +202,6 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Run], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "mlflow": MLflow,
-    "wandb": Wandb,
-    "trackio": Trackio,
-}
-
-
 class Tracking(TrainerCallback):
     """Pass what Trainer measures to trackers and, at the end, the run's results.
 
@@ -271,7 +265,7 @@ class Tracking(TrainerCallback):
         for name in unopened:
             with self._guarded(name):
                 run = Run(run_name, self._parameters, self._directory, self._store, step, run_ids.get(name))
-                self._open[name] = TRACKERS[name](run)
+                self._open[name] = resolve_name(f"{__package__}.{TRACKERS[name][1]}")(run)
                 run_ids[name] = self._open[name].run_id
                 write_json(self._record, run_ids)
 

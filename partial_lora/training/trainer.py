@@ -69,34 +69,29 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     something else than one process does, and so would several parts of a step. Evaluation leaves no row out.
 
     Args:
+        config: the settings of training.
         versions: of the libraries that compute.
-        keep: the number of checkpoints kept beside the best one.
         length_grouped: True to put texts of like length in one batch.
         final_after: from the number of steps to the step after which the method has its final size.
-        rates: learning rates (`TrainerConfig.learning_rates`).
         heads: the names of the modules that train whole, in the model that is adapted.
-        select_within: the latest checkpoint is selected whose score is within so many standard errors of the best.
         settings: Trainer's.
     """
 
     def __init__(
         self,
         *,
+        config: TrainerConfig,
         versions: Mapping[str, str],
-        keep: int,
         length_grouped: bool,
         final_after: Callable[[int], int],
-        rates: Mapping[str, float],
         heads: Sequence[str],
-        select_within: float,
         **settings,
     ) -> None:
         super().__init__(**settings)
-        self._versions, self._keep = dict(versions), keep
-        self._rates, self._heads = dict(rates), list(heads)
+        self._config, self._versions, self._heads = config, dict(versions), list(heads)
+        self._rates = config.learning_rates
         self._logged_rates: dict[str, float] = {}
         self._length_grouped, self._final_after = length_grouped, final_after
-        self._select_within = select_within
         self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self._earlier_seconds, self._began = 0.0, time.perf_counter()
         self._checkpoint_parent = Path(self.args.output_dir)
@@ -213,11 +208,11 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         value, best = metrics[f"eval_{metric}"], state.best_metric
         if super()._determine_best_metric(metrics, trial):
             return True
-        if self._select_within == 0 or metric in LOWER_IS_BETTER:
+        if self._config.select_within == 0 or metric in LOWER_IS_BETTER:
             losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
             is_near = value == best and losses[state.global_step] < losses[state.best_global_step]
         else:
-            is_near = value >= best - self._select_within * standard_error(best, len(self.eval_dataset))
+            is_near = value >= best - self._config.select_within * standard_error(best, len(self.eval_dataset))
         if is_near:
             state.best_global_step = state.global_step
         return is_near
@@ -249,7 +244,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             shape = checkpoints.shape_of(self.model)
             checkpoints.Progress(losses, self.seconds, self._versions, shape).save(building)
             seal(building, final)  # replaces what an earlier attempt left under this name
-            checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._keep)
+            checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._config.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _name_best(self) -> None:
@@ -517,40 +512,45 @@ def data_workers(requested: int | None, device: str, processes: int) -> int:
     return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, cpu_count() // processes - 1))
 
 
+@dataclass(frozen=True)
+class Computation:
+    """Where and how a training is computed.
+
+    directory: of its checkpoints. precision: "no", "bf16" or "fp16" (`mixed_precision`). versions: of the libraries;
+    training resumes under the same ones alone. sharded: True where parameters are, over the processes (fsdp.py).
+    """
+
+    world: World
+    directory: Path
+    precision: str
+    seed: int
+    versions: Mapping[str, str]
+    sharded: bool = False
+
+
 def build_trainer(
     model: nn.Module,
     config: TrainerConfig,
+    computation: Computation,
     *,
-    train: Dataset,
-    validation: Dataset,
+    rows: Mapping[str, Dataset],
     transform: Transform,
     judge: Judge,
-    world: World,
-    directory: Path,
-    precision: str,
-    seed: int,
-    versions: Mapping[str, str],
     method: Training | None = None,
     heads: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
-    reads_tokens: bool = False,
-    sharded: bool = False,
 ) -> ResumableTrainer:
-    """Return a Trainer whose `train()` ends with the checkpoint, in `directory`, that validation selects.
+    """Return a Trainer whose `train()` ends with the checkpoint that validation selects.
 
     AdamW without decay of biases and norms, a schedule after linear warm-up, clipped gradients. Validation is
     measured and a checkpoint made every `config.save_steps` steps, or every epoch.
 
     Args:
-        transform: by which the rows were prepared; judge: their loss and metrics.
-        precision: "no", "bf16" or "fp16" (`mixed_precision`).
-        versions: of the libraries; training resumes under the same ones alone.
+        rows: to train on and for validation, by split, as `transform` prepares them; judge: their loss and metrics.
         method: what the method adds.
         heads: the names of the modules that train whole beside the adapter: the head and other new modules.
-        reads_tokens: True to count tokens, so that progress reports their rate.
-        sharded: True where parameters are sharded over the processes (fsdp.py).
     """
-    method = method or Training()
+    method, world, train = method or Training(), computation.world, rows["train"]
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     parts = world.size * accumulation
     times = f" times trainer.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
@@ -562,12 +562,12 @@ def build_trainer(
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
     steps = config.save_steps or max(1, len(train) // batch_size)
     arguments = TrainingArguments(
-        output_dir=str(directory),
+        output_dir=str(computation.directory),
         use_cpu=world.device == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        seed=seed,
-        data_seed=seed,
+        bf16=computation.precision == "bf16",
+        fp16=computation.precision == "fp16",
+        seed=computation.seed,
+        data_seed=computation.seed,
         num_train_epochs=config.passes(len(train)),
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=batch_size // parts,
@@ -585,7 +585,7 @@ def build_trainer(
         load_best_model_at_end=True,
         metric_for_best_model=judge.selects,
         greater_is_better=judge.selects not in LOWER_IS_BETTER,
-        include_num_input_tokens_seen="non_padding" if reads_tokens else "no",
+        include_num_input_tokens_seen="non_padding" if transform.lengths else "no",
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -602,20 +602,18 @@ def build_trainer(
         **({"optim": config.optimizer} if config.optimizer else {}),
         **(config.args or {}),
     )
-    if sharded and world.device == "cpu":
+    if computation.sharded and world.device == "cpu":
         fsdp.allow_on_cpu()
     trainer = ResumableTrainer(
-        versions=versions,
-        keep=config.save_total_limit,
+        config=config,
+        versions=computation.versions,
         length_grouped=transform.lengths,
         final_after=method.final_after,
-        rates=config.learning_rates,
         heads=heads,
-        select_within=config.select_within,
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=rows["validation"],
         data_collator=UninterruptedCollate(transform.collate),
         compute_loss_func=method.loss(judge.loss, parts),
         compute_metrics=judge.measure,
@@ -627,7 +625,7 @@ def build_trainer(
             *(ReportProgress(), StopOnNonFinite(), StopOnSignal(), LogAtSave()),
         ],
     )
-    if sharded:
+    if computation.sharded:
         fsdp.reduce_in_float32(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer

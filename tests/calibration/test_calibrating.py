@@ -187,14 +187,14 @@ def test_a_file_is_used_as_it_is_whatever_stands_beside_it(place: Place) -> None
 
 def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    calibrate = few_shot.calibrate_few_shot
+    calibrate = few_shot.FewShot.calibrate
 
-    def watched(*given, draws, **settings):
-        found = calibrate(*given, draws=draws, **settings)
-        asked.append((draws, found, settings))
+    def watched(self, scores, draws, **settings):
+        found = calibrate(self, scores, draws, **settings)
+        asked.append((draws, found, {"scores": scores, "peers": settings["peers"]}))
         return found
 
-    monkeypatch.setattr(build, "calibrate_few_shot", watched)
+    monkeypatch.setattr(few_shot.FewShot, "calibrate", watched)
     directory, entry = place.calibrate("calibration.reliability=true")
     (whole, found, how), (first, one, how_one), (second, other, _) = asked
     assert not set(first.scored) & set(second.scored)

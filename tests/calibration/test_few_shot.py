@@ -12,9 +12,10 @@ from torch import nn
 
 from partial_lora import models, tasks
 from partial_lora.calibration import importance
-from partial_lora.calibration.config import ImportanceConfig
-from partial_lora.calibration.few_shot import features, few_shot_head, fitted_head, importance_few_shot
+from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
+from partial_lora.calibration.few_shot import FewShot, features, few_shot_head, fitted_head
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.config import ModelConfig
 from partial_lora.tasks.config import TaskConfig
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -24,12 +25,8 @@ HEAD = "timm_model.head"
 def tiny_vit(labels: list[str]) -> nn.Module:
     torch.manual_seed(0)
     return models.load(
-        name="tiny_vit",
-        weights="random",
-        architecture="vit_tiny_patch16_224",
-        model_args=TINY,
-        labels=labels,
-        image_size=32,
+        ModelConfig("tiny_vit", weights="random", architecture="vit_tiny_patch16_224", model_args=TINY, image_size=32),
+        labels,
     )
 
 
@@ -155,23 +152,27 @@ def same(first: dict, second: dict) -> bool:
 def test_importance_sees_the_fit_draw_and_never_the_scored_one(digits, measure: str, options: dict) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
-    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
-    settings["config"] = ImportanceConfig(measure, **options)
     model = ten_classes()
+
+    def importance_of(rows: Dataset) -> dict:
+        examples = FewShot(model, rows, transform, CalibrationConfig(), ImportanceConfig(measure, **options), HEAD)
+        return examples.importance(TARGETS, draws)
+
     own = {key: value.clone() for key, value in model.state_dict().items()}
-    scores = importance_few_shot(model, task.train, transform, **settings)
+    scores = importance_of(task.train)
     assert list(scores) == TARGETS
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
-    assert same(scores, importance_few_shot(model, spoilt(task.train, draws.scored), transform, **settings))
-    assert not same(scores, importance_few_shot(model, spoilt(task.train, draws.fit), transform, **settings))
+    assert same(scores, importance_of(spoilt(task.train, draws.scored)))
+    assert not same(scores, importance_of(spoilt(task.train, draws.fit)))
 
 
 def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
     model = ten_classes()
-    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
-    scores = importance_few_shot(model, task.train, transform, ImportanceConfig("snip"), **settings)
+    scores = FewShot(model, task.train, transform, CalibrationConfig(), ImportanceConfig("snip"), HEAD).importance(
+        TARGETS, draws
+    )
     fit = transform.batches(task.train.select(draws.fit), 30)
     layer = model.get_submodule(HEAD)
     weight, bias = fitted_head(*features(model, HEAD, fit), outputs=10)
@@ -188,8 +189,9 @@ def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
 def test_measures_of_the_weights_alone_look_at_no_example(digits) -> None:
     task, transform = digits
     draws = tasks.Draws(fit=np.empty(0, dtype=np.int64), scored=np.empty(0, dtype=np.int64))
-    settings = {"modules": TARGETS, "draws": draws, "head": HEAD, "seed": 0}
     model = ten_classes()
-    found = importance_few_shot(model, task.train, transform, ImportanceConfig("svd", k=3), **settings)
+    found = FewShot(model, task.train, transform, CalibrationConfig(), ImportanceConfig("svd", k=3), HEAD).importance(
+        TARGETS, draws
+    )
     rows, _ = importance.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
     assert torch.equal(found[TARGETS[0]][0], rows.cpu())

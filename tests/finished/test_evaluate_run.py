@@ -189,7 +189,7 @@ def test_a_task_of_other_labels_inputs_or_answers_is_refused_by_both(run) -> Non
     refused(run, "task=cifar10: .* pink .* blue, green", override(files({"train": pink, "test": pink}, "pink")))
     questions = ("task=choice_table", *finished_runs.CHOICE, override(finished_runs.question_files()))
     sentences = ("task=text_table", override(finished_runs.sentence_files()))
-    refused(run, ".*texts.*images", "task.modality=text")
+    refused(run, "model=.*task=", "task.modality=text")
     refused(finished_runs.pair_run(), ".*labels.*numbers", *sentences)
     refused(finished_runs.text_run(), ".*choice", *questions)
     refused(finished_runs.choice_run(), ".*label", *sentences)

@@ -20,7 +20,9 @@ from partial_lora.tasks.config import TaskConfig
 
 def read(*arguments: str, modality: str = "text", stdin: bytes = b"", pairs: bool = False, kind: str = "label"):
     """The inputs, and how many they are."""
-    stream, total = read_inputs(arguments, modality=modality, pairs=pairs, kind=kind, stdin=io.BytesIO(stdin))
+    columns = ["first", "second"] if pairs else []
+    task = TaskConfig("own", "files", modality=modality, kind=kind, text_columns=columns)
+    stream, total = read_inputs(arguments, task, io.BytesIO(stdin))
     return list(stream), total
 
 
@@ -137,7 +139,7 @@ def test_lines_are_read_one_by_one_and_once() -> None:
             return b"again\n"
 
     endless = Endless()
-    stream, _ = read_inputs(["first", "-"], modality="text", pairs=False, stdin=endless)
+    stream, _ = read_inputs(["first", "-"], TaskConfig("own", "files", modality="text"), endless)
     assert [each.content for each in itertools.islice(stream, 4)] == ["first", "again", "again", "again"]
     assert endless.lines == 3
     with refusal("-: "):

@@ -95,9 +95,9 @@ def test_texts_of_like_length_share_a_batch(predictor, monkeypatch) -> None:
     """A window of texts is padded no more than if it came sorted; one of images is a batch."""
     assert predictor.window(4) == 4
     predictor, texts = Predictor(finished_runs.text_run(), device="cpu"), finished_runs.sentences(10, 100)["text"]
-    shapes, logits = [], predictor._model.logits
+    shapes, logits = [], predictor._of.model.logits
     monkeypatch.setattr(
-        predictor._model, "logits", lambda batch: shapes.append(tuple(batch["input_ids"].shape)) or logits(batch)
+        predictor._of.model, "logits", lambda batch: shapes.append(tuple(batch["input_ids"].shape)) or logits(batch)
     )
     shown = random.Random(0).sample(list(texts), len(texts))
     predictions = predictor.predict(shown, batch_size=4)
@@ -151,7 +151,7 @@ def test_texts_are_written_as_the_run_itself_wrote_them() -> None:
 
 def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
     """Of known data sets, whose options have their space from the layout; winogrande's are a part of the prompt."""
-    transform = tasks.CausalTransform(byte_tokenizer(), 128, kind="choice")
+    transform = tasks.ChoiceTransform(byte_tokenizer(), 128)
     arc = {"question": "what is red?", "choices": {"text": ["a rose", "coal"], "label": ["A", "B"]}, "answerKey": "A"}
     wino = {"sentence": "The cup fits not the box as the _ is too big.", "option1": "cup", "option2": "box"}
     cases = (
@@ -236,7 +236,7 @@ def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert "limit" in str(predictor.outcomes(photos[:1])[0])
-    monkeypatch.setattr(predictor._model, "logits", lambda batch: np.array([[0.0, 1.0, 0.0], [0.0, np.nan, 0.0]]))
+    monkeypatch.setattr(predictor._of.model, "logits", lambda batch: np.array([[0.0, 1.0, 0.0], [0.0, np.nan, 0.0]]))
     first, second = predictor.outcomes(photos[:2])
     assert first.label == finished_runs.COLOURS[1]
     assert str(second).startswith(photos[1])

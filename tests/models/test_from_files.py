@@ -14,6 +14,7 @@ from refusals import refusal
 
 from partial_lora import models
 from partial_lora.models import fetch
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import settings_of
 from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
 from partial_lora.settings.compose import composed, plan
@@ -63,8 +64,7 @@ def saved(folder: Path, name: str, keys: dict, dtype: torch.dtype = torch.float3
 
 
 def loaded(folder: Path, settings: dict, labels: list[str]) -> transformers.PreTrainedModel:
-    own = {key: settings[key] for key in models.SETTINGS if key in settings}
-    return models.load(name="own", weights=str(folder), labels=labels, **own)
+    return models.load(ModelConfig(**settings | {"name": "own", "weights": str(folder)}), labels)
 
 
 @pytest.mark.parametrize("name", SAVED)

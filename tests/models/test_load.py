@@ -15,6 +15,7 @@ from transformers import BertModel, DebertaV2Model, LlamaForCausalLM, Qwen2ForCa
 
 from partial_lora import models
 from partial_lora.models import images
+from partial_lora.models.config import ModelConfig
 
 VIT, BERT, DEBERTA, LLAMA = (
     settings(name)["model_args"] for name in ("tiny_vit", "tiny_bert", "tiny_deberta", "tiny_llama")
@@ -271,14 +272,6 @@ def test_a_digest_tells_every_weight_and_buffer_but_the_heads_and_is_the_same_ev
 def test_an_encoder_whose_config_has_no_range_of_its_own_gets_a_head_as_berts() -> None:
     widths = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     args = {"vocab_size": 300, "d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **widths}
-    bart = models.load(
-        name="bart",
-        family="encoder",
-        architecture="bart",
-        model_args=args,
-        weights="random",
-        labels=["a", "b"],
-        image_size=None,
-    )
+    bart = models.load(ModelConfig("bart", "encoder", "random", "bart", args), ["a", "b"])
     head = bart.get_submodule(models.head_name(bart, "encoder"))
     assert 0.01 < float(head.weight.std()) < 0.03

@@ -23,7 +23,6 @@ from partial_lora.launching import directory
 from partial_lora.settings import compose, identity, keys, resolving, schema, stored
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
-from partial_lora.training.config import TrainerConfig
 
 OUT_OF_RANGE = yaml.safe_load("""
 calibration: {threshold: 1.01, budget: 1.5, max_sparsity: 1.0, shots: 0, share: 0.6, levels: 0.0, seed: -1, memory: -1,
@@ -245,11 +244,15 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
     assert stored.load(stored.plain(chosen)) == chosen
 
 
-def test_the_file_of_the_trainer_has_every_key_that_can_be_set() -> None:
-    shown = OmegaConf.to_container(OmegaConf.load(schema.conf_dir() / "trainer" / "default.yaml"))
-    defaults = dataclasses.asdict(TrainerConfig())
-    assert shown.keys() == defaults.keys()
-    assert {key for key in shown if shown[key] != defaults[key]} == {"epochs", "batch_size", "learning_rate"}
+def test_what_the_default_files_set_are_the_defaults_of_the_schema() -> None:
+    primary = yaml.safe_load((schema.conf_dir() / "config.yaml").read_text())
+    assert primary.keys() == {"defaults", "hydra"}
+    taken = [pair for entry in primary["defaults"] if isinstance(entry, dict) for pair in entry.items()]
+    for group, name in taken:
+        if group in schema.SECTIONS and group not in ("model", "task"):  # an example of each
+            shown = yaml.safe_load((schema.conf_dir() / group / f"{name}.yaml").read_text())
+            usual = dataclasses.asdict(schema.SECTIONS[group]())
+            assert shown == {key: usual[key] for key in (usual if group == "trainer" else shown)}
 
 
 def test_a_mask_that_is_chosen_goes_before_the_one_that_a_method_would_choose() -> None:

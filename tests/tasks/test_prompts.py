@@ -45,7 +45,7 @@ def completions(*pairs: tuple[str, str]) -> datasets.Dataset:
 
 
 def choice(tokenizer, length: int = 64, **named: object) -> tasks.CausalTransform:
-    return tasks.CausalTransform(tokenizer, length, kind="choice", **named)
+    return tasks.ChoiceTransform(tokenizer, length, **named)
 
 
 def literal(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -205,7 +205,7 @@ def test_a_stray_trainable_parameter_is_named():
 
 def test_a_head_that_is_not_there_is_named():
     with pytest.raises(PartialLoraError, match=r"model\.head=classifier"):
-        cost.measured(Model(), "classifier")
+        skeleton_of(Model()).targets(TARGETS, "classifier")
 
 
 def test_the_table_has_the_numbers_within_80_columns():

@@ -13,6 +13,7 @@ from sharded_worker import STEPS
 
 from partial_lora import models
 from partial_lora.launching import directory
+from partial_lora.models.config import ModelConfig
 from partial_lora.training import checkpoints, fsdp
 
 
@@ -51,7 +52,7 @@ def test_a_process_holds_its_share(found) -> None:
 def test_the_adapter_is_saved_whole_for_plain_peft(found, alone) -> None:
     torch.manual_seed(0)
     settings = {"name": "tiny", "weights": "random", "architecture": "vit_tiny_patch16_224", "image_size": 16}
-    base = models.load(model_args=sharded_worker.TINY, labels=["a", "b", "c"], **settings)
+    base = models.load(ModelConfig(model_args=sharded_worker.TINY, **settings), ["a", "b", "c"])
     model = PeftModel.from_pretrained(base, found[0] / "adapter").eval()
     with torch.no_grad():
         logits = model(sharded_worker.rows(13)["pixel_values"][:]).logits

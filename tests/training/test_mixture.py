@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from partial_lora import tasks as tasks_of
 from partial_lora.building import build
-from partial_lora.calibration import answers, few_shot
+from partial_lora.calibration import answers
 from partial_lora.calibration.answers import SCORES
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head
@@ -115,8 +115,8 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
         ([], r"task\.members=null"),
         (["task.members=[sst2,nowhere]"], r"task\.members=nowhere"),
         (["task.members=[sst2,sst2]"], r"task\.members"),
-        (["task.members=[sst2,digits]"], r"task\.members.*digits of image"),
-        (["task.members=[sst2,piqa]"], r"task\.members.*piqa of choice"),
+        (["task.members=[sst2,digits]"], r"task\.members.*digits .*images"),
+        (["task.members=[sst2,piqa]"], r"task\.members.*piqa .*questions"),
         (["task.members=[sst2,stsb]"], r"task\.members=stsb"),
         (["task.members={a: {path: files, size: 3}}"], r"task\.members\.a\.size"),
         (["task.members={a: {path: files, name: b}}"], r"task\.members\.a\.name=b"),
@@ -303,29 +303,17 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     model = build.model_of(chosen.model, mixed.labels, mixed.class_names)
     assert list(model.config.id2label.values()) == list(mixed.labels)
     draws = build.draws_of(chosen, mixed.train)
-    asked = {"modules": ["bert.encoder.layer.0.output.dense"], "draws": draws, "head": "classifier", "seed": 0}
-    scores = few_shot.importance_few_shot(
-        model, mixed.train, transform, ImportanceConfig("snip"), sizes=mixed.sizes, **asked
+    examples = dataclasses.replace(
+        build.few_shot_of(chosen, mixed, transform, model),
+        config=dataclasses.replace(build.calibration_config(chosen, mixed), levels=0.3, max_sparsity=0.3),
+        measure=ImportanceConfig("snip"),
     )
-    found = few_shot.calibrate_few_shot(
-        model,
-        mixed.train,
-        transform,
-        dataclasses.replace(build.calibration_config(chosen, mixed), levels=0.3, max_sparsity=0.3),
-        scores=scores,
-        importance=ImportanceConfig("snip"),
-        architecture={},
-        rank=2,
-        granularity="rows_columns",
-        head="classifier",
-        blocks="bert.encoder.layer",
-        drawn={},
-        draws=draws,
-        sizes=mixed.sizes,
-    )
+    (module,) = modules = ["bert.encoder.layer.0.output.dense"]
+    scores = examples.importance(modules, draws)
+    found = examples.calibrate(scores, draws)
     fit, scored = (transform.batches(mixed.train.select(rows), 99) for rows in (draws.fit, draws.scored))
     right, gradients = [], 0.0
-    matrix = model.get_submodule(asked["modules"][0]).weight
+    matrix = model.get_submodule(module).weight
     for of_fit, of_scored, size, start in zip(fit, scored, (2, 3), (0, 2), strict=True):
         entering, labels = features(model, "classifier", [of_fit])
         weight, bias = map(torch.from_numpy, fitted_head(entering, labels - start, size))
@@ -335,7 +323,7 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     assert found.baseline == pytest.approx(np.mean(right))
     assert 0.3 < np.mean(right) < 1
     entries = (matrix * gradients).abs().double()
-    assert torch.allclose(scores[asked["modules"][0]][0], entries.sum(1), rtol=1e-3, atol=0)
+    assert torch.allclose(scores[module][0], entries.sum(1), rtol=1e-3, atol=0)
 
 
 # Whole runs
@@ -412,7 +400,7 @@ def test_questions_of_several_sets_are_calibrated_on_as_one() -> None:
     splits = [{split: Dataset.from_list(each.to_list(), split=split) for split in tasks_of.SPLITS} for each in rows]
     own = [Task(name=name, **settings, **each) for name, each in zip("ab", splits, strict=True)]
     mixed = tasks_of.mix("mixture", own, mixing="proportional", seed=0)
-    transform = tasks_of.CausalTransform(tokenizer, 64, kind="choice")
+    transform = tasks_of.ChoiceTransform(tokenizer, 64)
     batches = tasks_of.MixtureTransform([transform, transform], mixed).batches(mixed.test, 8)
     first, second = (FewShotScore(model, transform.batches(each, 8), "options")(model) for each in rows)
     assert first != second

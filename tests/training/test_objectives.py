@@ -13,7 +13,7 @@ from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
 from tiny_causal import llama, merging_tokenizer
 
 from partial_lora.peers import Alone
-from partial_lora.tasks import CausalTransform, Task
+from partial_lora.tasks import CausalTransform, ChoiceTransform, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
@@ -34,7 +34,7 @@ def task(kind: str, metrics: tuple[str, ...]) -> Task:
 
 def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
     chosen = task("choice", ("accuracy", "accuracy_norm"))
-    judge = objectives.ByOptions(chosen, CausalTransform(TOKENIZER, 64, kind="choice"), CACHE_BYTES)
+    judge = objectives.ByOptions(chosen, ChoiceTransform(TOKENIZER, 64), CACHE_BYTES)
     trainer = trained(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):

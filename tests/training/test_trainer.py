@@ -23,13 +23,14 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.methods.setting import training as training_of
 from partial_lora.tasks.metrics import standard_error
-from partial_lora.training import checkpoints, metrics, objectives
+from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.fsdp import ShardedTrainer
 from partial_lora.training.trainer import (
     OVERRIDDEN,
+    Computation,
     LengthSampler,
     ResumableTrainer,
     UninterruptedCollate,
@@ -318,9 +319,8 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
     return build_trainer(
         without_dropout(name),
         TrainerConfig(**settings, gradient_accumulation_steps=parts),
-        train=inputs(name, ROWS),
-        validation=inputs(name, 6),
-        directory=folder,
+        Computation(World("cpu"), folder, "no", 0, {}),
+        rows={"train": inputs(name, ROWS), "validation": inputs(name, 6)},
         transform=SimpleNamespace(
             collate=lambda some: default_data_collator(
                 [{key: value for key, value in row.items() if key != "length"} for row in some]
@@ -329,18 +329,14 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         ),
         judge=SimpleNamespace(
             loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
-            reduce=metrics.log_likelihoods if causal else None,
+            reduce=predictions.log_likelihoods if causal else None,
             measure=lambda outputs: (
                 {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
                 if causal
-                else metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+                else predictions.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
             ),
             selects="perplexity" if causal else "accuracy",
         ),
-        world=World("cpu"),
-        precision="no",
-        seed=0,
-        versions={},
     )
 
 
