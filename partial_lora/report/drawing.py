@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from partial_lora.files import write_atomic
-from partial_lora.report.records import NONE
+from partial_lora.report.rows import NONE
 from partial_lora.report.summary import size_text
 from partial_lora.tasks.metrics import SHARES, within
 
@@ -46,7 +46,7 @@ _LOOKS = {  # a marker each, so that colour is never what tells two apart
     "full": (_ORANGE, "*"),
     "probe": (_GREY, "X"),
 }
-_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `records.method_of` calls what is masked
+_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `rows.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 
