@@ -104,11 +104,10 @@ pages:
 first-day:
 	$(SCRIPT)/first_day.py --data $(DATA) --out results/first_day $(FIRST_DAY)
 
-# BENCH=--profile: where the time of a step goes, in place of the benchmarks.
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter $(if $(BENCH),,calibration serving starts steps methods long threads); do $(SCRIPT)/bench.py $$part $(BENCH) || exit 1; done
+	for part in adapter calibration serving starts steps methods long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

@@ -1,4 +1,4 @@
-"""Four analyses of how far a calibration can be trusted, each with its numbers, a table and a figure.
+"""Four analyses of how far a calibration can be trusted, each with its numbers and a table.
 
     python scripts/analyses.py agreement     # do measures of importance choose the same rows and columns?
     python scripts/analyses.py reliability   # do two halves of the examples give the same sparsities?
@@ -6,9 +6,8 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log, table.md and
-figure.svg. Each part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one table and
-figure are made again.
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log and table.md. Each
+part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one the table is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,12 +36,10 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import datasets
-import matplotlib
 import numpy as np
 import pandas as pd
 import transformers
 import yaml
-from matplotlib.figure import Figure
 from scipy.stats import hypergeom
 
 from partial_lora import budget, cli, files, models, tasks
@@ -57,7 +53,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.report.drawing import save
 from partial_lora.settings import compose, identity, stored
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
@@ -155,7 +150,6 @@ class Analysis(NamedTuple):
     parts: Callable[[Mapping], dict[str, Callable[[Subject], dict]]]
     summary: Callable[[Mapping, Mapping[str, dict]], dict]
     tables: Callable[[Mapping], dict[str, pd.DataFrame | str]]
-    figure: Callable[[Mapping], Figure]
 
 
 # Agreement: do measures choose the same rows and columns?
@@ -243,27 +237,6 @@ def agreement_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
     }
 
 
-def agreement_figure(analysis: Mapping) -> Figure:
-    """The Jaccard index of every two measures at each sparsity, the darker the further beyond chance."""
-    summary, measures = analysis["summary"], analysis["config"]["analysis"]["measures"]
-    figure = Figure(figsize=(max(7, 2.9 * len(summary)), 3.8), layout="constrained")
-    for axes, (point, lines) in zip(figure.subplots(1, len(summary), squeeze=False).flat, summary.items(), strict=True):
-        matrix = np.full((len(measures) - 1, len(measures) - 1), np.nan)
-        for line in lines:
-            if line["n"]:
-                row, column = measures.index(line["second"]) - 1, measures.index(line["first"])
-                matrix[row, column] = line["beyond_chance"]
-                ink = "white" if line["beyond_chance"] > 0.55 else "black"
-                axes.text(column, row, f"{line['jaccard']:.2f}", ha="center", va="center", color=ink)
-                axes.set_title(f"sparsity {point}\nby chance {line['chance']:.2f}")
-        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(measures) - 1), measures[:-1], rotation=30, ha="right")
-        axes.set_yticks(range(len(measures) - 1), measures[1:])
-        axes.grid(False)
-    figure.suptitle(title("Agreement of the chosen rows and columns (Jaccard)", analysis))
-    return figure
-
-
 # Reliability: do two halves of the scored draw give the same sparsities?
 
 
@@ -317,26 +290,6 @@ def reliability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
     notes = {"spearman_brown": "corrected, for the whole draw."}
     notes |= {f"{number}.": text for number, text in enumerate(summary["said"], 1)}
     return {"Split-half reliability of the sparsities": pd.DataFrame(rows)} | notes
-
-
-def reliability_figure(analysis: Mapping) -> Figure:
-    """The sparsities of one half against those of the other, and the correlations of every split."""
-    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    *scatters, splits = figure.subplots(1, 3)
-    for axes, axis in zip(scatters, AXES, strict=True):
-        halves = [[half["sparsity"] for half in part["halves"]] for part in analysis["parts"].values()]
-        pairs = Counter((first[module][axis], second[module][axis]) for first, second in halves for module in first)
-        sizes = [160 * count / max(pairs.values()) for count in pairs.values()]
-        axes.scatter(*zip(*pairs, strict=True), s=sizes, alpha=0.55, linewidths=0)
-        axes.plot([0, 1], [0, 1], color="0.35", linestyle=":")
-        axes.set(title=axis, xlabel="sparsity, first half", ylabel="sparsity, second half", aspect="equal")
-    for key, marker in (("pearson", "o"), ("spearman", "s"), ("spearman_brown", "^")):
-        values = [part["reliability"][key] for part in analysis["parts"].values()]
-        splits.plot(list(analysis["parts"]), np.array(values, float), linestyle="none", marker=marker, label=key)
-    splits.set(ylabel="correlation of the two halves", ylim=(min(0, splits.get_ylim()[0]), 1.02))
-    splits.legend()
-    figure.suptitle(title("Split-half reliability", analysis) + "; larger marks: more modules")
-    return figure
 
 
 # Stability: what do the draw, its size and wrong labels change?
@@ -424,34 +377,6 @@ def stability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
     return {"Stability of the sparsities": frame[["shots", "noise", *keys]]} | notes
 
 
-def stability_figure(analysis: Mapping) -> Figure:
-    """Agreement between seeds and with the reference, and density: over the number of shots, and over wrong labels."""
-    frame, usual = stability_frame(analysis), analysis["summary"]["reference"]["shots"]
-    figure = Figure(figsize=(8, 7.2), layout="constrained")
-    panels = figure.subplots(3, 2, sharex="col", sharey="row")
-    sides = (frame[frame["noise"] == 0].set_index("shots"), frame[frame["shots"] == usual].set_index("noise"))
-    for column, side in enumerate(sides):
-        for axes, key in zip(panels[:2, column], ("pearson", "mean_absolute"), strict=True):
-            axes.plot(side[f"between_seeds, {key}"].astype(float).dropna(), "o-", label="between seeds")
-            label = f"with {usual} shots, no noise"
-            axes.plot(side[f"to_reference, {key}"].astype(float).dropna(), "s--", markerfacecolor="none", label=label)
-        density, deviation = (side[f"density, {moment}"].astype(float).fillna(0) for moment in ("mean", "deviation"))
-        panels[2, column].errorbar(
-            side.index, density, yerr=deviation, marker="^", capsize=3, label="mean ± sd over seeds"
-        )
-        if column == 0:
-            panels[2, 0].set_xscale("log", base=2)
-        panels[2, column].set_xticks(side.index, [f"{value:g}" for value in side.index])
-    panels[2, 0].set_xlabel("shots (scored examples a class)")
-    panels[2, 1].set_xlabel(f"share of wrong labels, {usual} shots")
-    for axes, label in zip(panels[:, 0], ("Pearson correlation", "mean absolute difference", "density"), strict=True):
-        axes.set_ylabel(label)
-        axes.legend()
-    panels[2, 0].set_ylim(0, 1.05)
-    figure.suptitle(title("Stability of the sparsities", analysis))
-    return figure
-
-
 # Cost: what does a calibration take, and what each measure of importance?
 
 _AGREEMENT = ("mean", "pearson", "spearman", "mean_absolute", "differ")
@@ -534,26 +459,11 @@ def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
     }
 
 
-def cost_figure(analysis: Mapping) -> Figure:
-    """Draw the evaluations and seconds of each search, and the seconds of each measure of importance."""
-    searches, _, importance = (table for table in cost_tables(analysis).values() if isinstance(table, pd.DataFrame))
-    searches, importance = searches.set_index("search"), importance.set_index("measure")
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
-    values = (searches["sample_blocks"], searches["seconds"].dropna(), importance["seconds"])
-    for axes, bars, form in zip(figure.subplots(1, 3), values, ("{:,.0f}", "{:,.1f}", "{:,.1f}"), strict=True):
-        axes.bar_label(axes.barh(bars.index, bars, height=0.6), fmt=form, padding=3)
-        axes.invert_yaxis()
-        axes.margins(x=0.3)
-        axes.set_xlabel(f"{bars.name} of each {bars.index.name}")
-    figure.suptitle(title("Cost of a calibration", analysis))
-    return figure
-
-
 ANALYSES = {
-    "agreement": Analysis(agreement_parts, agreement_summary, agreement_tables, agreement_figure),
-    "reliability": Analysis(reliability_parts, reliability_summary, reliability_tables, reliability_figure),
-    "stability": Analysis(stability_parts, stability_summary, stability_tables, stability_figure),
-    "cost": Analysis(cost_parts, cost_summary, cost_tables, cost_figure),
+    "agreement": Analysis(agreement_parts, agreement_summary, agreement_tables),
+    "reliability": Analysis(reliability_parts, reliability_summary, reliability_tables),
+    "stability": Analysis(stability_parts, stability_summary, stability_tables),
+    "cost": Analysis(cost_parts, cost_summary, cost_tables),
 }
 
 
@@ -561,11 +471,6 @@ def moments(values: Iterable[float | None]) -> dict:
     """Return the mean and the standard deviation of the values that are not None."""
     values = list(values)
     return {"mean": reliability.mean_of(values), "deviation": reliability.deviation_of(values)}
-
-
-def title(text: str, analysis: Mapping) -> str:
-    """Return the title of a figure, with model and task."""
-    return f"{text}: {analysis['config']['model']['name']}, {analysis['config']['task']['name']}"
 
 
 def markdown(analysis: Mapping) -> str:
@@ -593,15 +498,6 @@ DEFAULTS = {
     "shots": [4, 8, 16, 32],  # stability: scored examples a class
     "noise": [0.0, 0.1, 0.2],  # stability: shares of labels that are wrong
 }
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-}
-STYLE |= {"axes.titlesize": 9, "figure.titlesize": 11, "grid.color": "0.9", "legend.frameon": False}
-STYLE |= {"axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"])}
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
@@ -682,8 +578,6 @@ def analyse(what: str, settings: dict, command: str) -> int:
             analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
             files.write_json(path, analysis)
         files.write_atomic(folder / "table.md", markdown(analysis))
-        with matplotlib.rc_context(STYLE):
-            save(ANALYSES[what].figure(analysis), folder / "figure.svg")
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
 

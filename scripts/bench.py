@@ -428,26 +428,6 @@ def adapter(options: argparse.Namespace) -> dict:
     return {"command": command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
 
 
-def profile(options: argparse.Namespace) -> str:
-    """Return torch's profile of a step of every variant, at the highest rank, as Markdown."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    parts = [f"# Where an adapter's time goes\n\nMade by `python scripts/bench.py {shlex.join(options.words)}`."]
-    for name in MODELS:
-        model = (QUICK_MODELS if options.quick else MODELS)[name]()
-        torch.manual_seed(SEED)
-        base, batch = model.build(), model.batch()
-        for variant in VARIANTS:
-            own = built(variant, base, model, max(options.ranks))
-            optimizer = optimizer_of(own)
-            step(own, optimizer, batch)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-                step(own, optimizer, batch)
-            spent = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
-            parts.append(f"## {model.title}: {NAMES[variant]}\n\n```text\n{spent}```")
-    return "\n\n".join(parts) + "\n"
-
-
 def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
     """Everything about one model at one rank: bytes once, seconds in shuffled rounds."""
     load, started = os.getloadavg()[0], time.perf_counter()
@@ -1372,7 +1352,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
-    parser.add_argument("--profile", action="store_true", help="of adapter: profile.md, time by operation, instead")
     parser.add_argument("--page", action="store_true", help="make the page of the record that is there")
     options = parser.parse_args(words)
     if options.quick and options.out == OUT:
@@ -1382,9 +1361,6 @@ def main(words: Sequence[str] | None = None) -> None:
     measure, usual = WHOLE[what] if what in WHOLE else (OF_RUNS[what][0], 5)
     options.repeats = options.repeats or usual
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.profile:
-        write_atomic(options.out / "profile.md", profile(options))
-        return
     file = options.out / f"{name}.json"
     before, record = committed(file), json.loads(file.read_text()) if file.is_file() else {}
     if not options.page and what in WHOLE:

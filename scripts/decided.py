@@ -40,7 +40,7 @@ from partial_lora.report.claims import (
 )
 from partial_lora.report.comparable import BUDGET, THRESHOLD, collect
 from partial_lora.report.pairs import Pair, between, by_seed
-from partial_lora.report.records import NONE
+from partial_lora.report.rows import NONE
 
 MARGIN = 0.02
 WORSE = "undecided (worse, perhaps by less than two points)"

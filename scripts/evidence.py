@@ -22,23 +22,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from partial_lora.files import write_atomic
+from partial_lora.report.drawing import look
+from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
 
-LOOKS = {  # a method in ordinary words, its colour, its marker, and how far its label is from the mark
-    "partial": ("rows and columns", "blue", "o", (-40, 38)),
-    "partial mask=frozen": ("rows of B, A frozen", "blue", "p", (-20, 56)),
-    "lora on attn.qkv": ("LoRA on q, k, v", "red", "^", (8, -15)),
-    "lora on query, value": ("LoRA on q, v", "red", "^", (8, -15)),
-    "low_rank": ("plain LoRA", "red", "s", (26, -12)),
-    "entries": ("single entries", "green", "D", (26, 3)),
-    "random_weights": ("entries of W", "purple", "P", (8, -4)),
-    "oft": ("OFT", "orange", "v", (8, 6)),
-    "hira": ("HiRA", "orange", "<", (-36, 22)),
+NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark
+    "partial": ("partial", "rows and columns", (-40, 38)),
+    "partial mask=frozen": ("partial (frozen)", "rows of B, A frozen", (-20, 56)),
+    "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
+    "lora on query, value": ("lora", "LoRA on q, v", (8, -15)),
+    "low_rank": ("low_rank", "plain LoRA", (26, -12)),
+    "entries": ("entries", "single entries", (26, 3)),
+    "random_weights": ("random_weights", "entries of W", (8, -4)),
+    "oft": ("oft", "OFT", (8, 6)),
+    "hira": ("hira", "HiRA", (-36, 22)),
 }
-LIGHT = {"ink": "#1d2329", "faint": "#d0d7de", "muted": "#59636e", "page": "#ffffff"}
-LIGHT |= {"blue": "#0072b2", "red": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
-DARK = {"ink": "#e6edf3", "faint": "#3d444d", "muted": "#9198a1", "page": "#0d1117"}
-DARK |= {"blue": "#58a6ff", "red": "#ff8a4c", "green": "#3fd0a0", "purple": "#d2a8ff", "orange": "#e3b341"}
+LIGHT = {"black": "#1d2329", "faint": "#d0d7de", "grey": "#59636e", "page": "#ffffff"}  # dark enough for words
+LIGHT |= {"blue": "#0072b2", "vermillion": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
+LIGHT |= {"sky": "#1a7fa8"}
+DARK = {"black": "#e6edf3", "faint": "#3d444d", "grey": "#9198a1", "page": "#0d1117"}
+DARK |= {"blue": "#58a6ff", "vermillion": "#ff8a4c", "green": "#3fd0a0", "purple": "#d2a8ff", "orange": "#e3b341"}
+DARK |= {"sky": "#8ad8ff"}
 OURS = ("partial", "low_rank", "entries", "random_weights", "lora")
 SETS = {"gtsrb": "gtsrb, traffic signs", "trec": "trec, questions", "digits": "digits", "signdigits": "signdigits"}
 CLAIMS = {  # a claim of the paper, and the method that rows and columns are set against
@@ -50,9 +54,9 @@ CLAIMS = {  # a claim of the paper, and the method that rows and columns are set
 }
 VERDICTS = {  # in ordinary words, with a colour and a marker
     "holds": ("holds", "blue", "o"),
-    "does not hold": ("refuted", "red", "s"),
-    "undecided (worse, perhaps by less than two points)": ("open, worse", "muted", "d"),
-    "undecided": ("open", "muted", "d"),
+    "does not hold": ("refuted", "vermillion", "s"),
+    "undecided (worse, perhaps by less than two points)": ("open, worse", "grey", "d"),
+    "undecided": ("open", "grey", "d"),
 }
 WORDS = {  # a verdict as pages have it
     "holds": "holds",
@@ -76,8 +80,8 @@ def figures(results: Path) -> None:
 
 
 def _style(colours: dict[str, str]) -> dict:
-    ink = {f"{part}.color": colours["ink"] for part in ("text", "xtick", "ytick")}
-    edges = {"axes.edgecolor": colours["muted"], "axes.facecolor": colours["page"], "axes.labelcolor": colours["ink"]}
+    ink = {f"{part}.color": colours["black"] for part in ("text", "xtick", "ytick")}
+    edges = {"axes.edgecolor": colours["grey"], "axes.facecolor": colours["page"], "axes.labelcolor": colours["black"]}
     return ink | edges | {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "partial-lora"}
 
 
@@ -117,19 +121,21 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
         others = ~of_task["form"].str.contains(" ") | (of_task["form"] == "partial mask=frozen")
         of_size = others & (of_task["size"] == "0.13") | of_task["form"].str.startswith("lora on")
         for row in of_task[of_size].itertuples():
-            name, color, marker, place = LOOKS.get(row.form, ("", "muted", ".", (0, 0)))
-            if name:
-                axes.errorbar(row.above, row.lead, row.lead_half, color=colours[color], linewidth=1, capsize=2)
-                label(axes, name, (row.above, row.lead), place, colours[color])
-            mark(axes, (row.above, row.lead), marker, colours[color], row.lead_seeds, colours)
-        axes.axhline(0, color=colours["muted"], linewidth=1)
+            at, ink, marker = (row.above, row.lead), colours["grey"], "."
+            if row.form in NAMED:
+                method, name, place = NAMED[row.form]
+                ink, marker = look_of(method, colours)
+                axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
+                label(axes, name, at, place, ink)
+            mark(axes, at, marker, ink, row.lead_seeds, colours)
+        axes.axhline(0, color=colours["grey"], linewidth=1)
         low, high = axes.get_ylim()
         for x, y, words, place in (
             (0, low, f"the model itself: {floor / 1e6:.0f} MB", (4, 4)),
             (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
         ):
-            axes.axvline(x, color=colours["muted"], linewidth=1.5, linestyle="--")
-            label(axes, words, (x, y), place, colours["muted"])
+            axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
+            label(axes, words, (x, y), place, colours["grey"])
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
         titled(axes, SETS[task], colours)
@@ -138,10 +144,16 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
     return figure
 
 
-def mark(axes: Axes, at: tuple[float, float], marker: str, ink: str, seeds: int, colours: dict[str, str]) -> None:
+def look_of(method: str, colours: dict[str, str]) -> tuple[str, object]:
+    """Return the colour and the marker that a method has in all figures, its hue as the page has it."""
+    own = look(method, NONE)
+    return colours[own.hue], own.marker
+
+
+def mark(axes: Axes, at: tuple[float, float], marker: object, ink: str, seeds: int, colours: dict[str, str]) -> None:
     """Draw a method at one size: filled for eight seeds, hollow for three."""
     face = ink if seeds > 3 else colours["page"]
-    axes.plot(*at, marker, color=ink, markerfacecolor=face, markersize=7, zorder=3)
+    axes.plot(*at, marker=marker, color=ink, markerfacecolor=face, markersize=7, zorder=3)
 
 
 def label(axes: Axes, words: str, at: tuple[float, float], place: tuple[float, float], ink: str) -> None:
@@ -171,8 +183,8 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
         lines = {form: of_task[of_task["form"] == form] for form in ("low_rank", "entries", "partial")}
         lines["oft"] = best_of_others(of_task, results)
         for form, line in lines.items():
-            name, color, marker, _ = LOOKS[form]
-            line, ink = line.sort_values("share"), colours[color]
+            method, name, _ = NAMED[form]
+            line, (ink, marker) = line.sort_values("share"), look_of(method, colours)
             scores = 100 * line["test"]
             axes.errorbar(line["share"], scores, 100 * line["half"], color=ink, linewidth=1.5, elinewidth=0.6)
             at = list(zip(line["share"], scores, strict=True))
@@ -180,10 +192,10 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
                 mark(axes, place, marker, ink, seeds, colours)
             if task == "gtsrb":
                 place, away = beside[form]
-                theirs = f"PEFT's best on validation: {', '.join(LOOKS[each][0] for each in line['form'].unique())}"
+                theirs = f"PEFT's best on validation: {', '.join(NAMED[each][1] for each in line['form'].unique())}"
                 label(axes, theirs if form == "oft" else name, at[place], away, ink)
         if task == "gtsrb":
-            label(axes, "dense LoRA, 95 %", (0.0085, 100 * dense["test"]), (0, -3), colours["ink"])
+            label(axes, "dense LoRA, 95 %", (0.0085, 100 * dense["test"]), (0, -3), colours["black"])
         shares = (0.01, 0.02, 0.05, 0.13, 0.6) if task == "gtsrb" else (0.01, 0.13, 0.6)
         axes.set(xscale="log", xlim=(0.008, 1))
         axes.minorticks_off()

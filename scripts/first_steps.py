@@ -55,7 +55,7 @@ from partial_lora.masks import AS_PEFT, kept_count
 from partial_lora.models.modes import differentiable
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save
-from partial_lora.report.records import half_interval
+from partial_lora.report.statistics import half_interval
 from partial_lora.settings import compose
 from partial_lora.settings.schema import Config
 

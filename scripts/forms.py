@@ -20,8 +20,8 @@ import pandas as pd
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import ranking, records
-from partial_lora.report.records import NONE
+from partial_lora.report import predictions, ranking, records
+from partial_lora.report.rows import NONE
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 FROM_DENSE = "from_dense.csv"
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         for line in skipped:
             print(line, file=sys.stderr)
-        table = ranking.rows_of(runs, records.Predictions(options.results))
+        table = ranking.rows_of(runs, predictions.Predictions(options.results))
         from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
         if options.page:
             command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])

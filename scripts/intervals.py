@@ -35,11 +35,11 @@ from scipy.special import nctdtr, stdtrit
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import ranking, records
+from partial_lora.report import folders, ranking, records
 from partial_lora.report.comparable import POINTS, gather
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
-from partial_lora.report.records import NONE
+from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import bootstrap, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (2, 3, 5, 8)
@@ -298,7 +298,7 @@ def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
     for folder in results_dirs:
         curves: dict[tuple, list[dict[int, float]]] = {}
         runs = records.read(folder)[0]
-        for run, usual in zip(runs, records.table(runs)["usual"] if runs else (), strict=True):
+        for run, usual in zip(runs, folders.table(runs)["usual"] if runs else (), strict=True):
             if not usual:
                 continue
             metric, config = run.record["metrics"]["test"]["primary"], run.record["config"]

@@ -42,6 +42,7 @@ from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
 from partial_lora.report.comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
+from partial_lora.report.depth import grid
 from partial_lora.report.drawing import (
     COLOURS,
     MARKERS,
@@ -55,7 +56,10 @@ from partial_lora.report.drawing import (
     sized,
 )
 from partial_lora.report.figures import MOST, band
-from partial_lora.report.records import NONE, Run, gathered, grid, half_interval
+from partial_lora.report.folders import gathered
+from partial_lora.report.records import Run
+from partial_lora.report.rows import NONE
+from partial_lora.report.statistics import half_interval
 from partial_lora.report.summary import size_text
 from partial_lora.tasks.metrics import SHARES
 

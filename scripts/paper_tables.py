@@ -67,8 +67,8 @@ from partial_lora.report.comparable import (
     models_of,
 )
 from partial_lora.report.pairs import EXAMPLES, SEEDS
-from partial_lora.report.records import COSTS, NONE, half_interval, number, point_order
-from partial_lora.report.statistics import MARGIN, reliability, together
+from partial_lora.report.rows import COSTS, NONE, number, point_order
+from partial_lora.report.statistics import MARGIN, half_interval, reliability, together
 from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
 from partial_lora.tasks.metrics import SHARES

@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.report.drawing import save
+from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, save
 
 MOST_RANK = 10**6
 Selection = tuple[np.ndarray, np.ndarray]  # rows, columns
@@ -548,7 +548,7 @@ def table(setting: Setting, numbers: Sequence[dict]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
+GREY = "0.35"
 POINT = {"linestyle": "none", "markersize": 5, "color": "black", "markerfacecolor": "white"}
 LEGEND = {"frameon": False, "fontsize": 8}
 SPARSITIES = np.round(np.arange(0.1, 0.951, 0.05), 2)
@@ -561,7 +561,7 @@ def draw(setting: Setting, marked: Sequence[float], path: Path) -> Path:
     errors, ranks, masses = figure.subplots(1, 3)
 
     errors.plot(x, 1 - values["kept"], color=BLUE, label="1 − pq, all updates inside the mask")
-    errors.plot(x, 1 - values["rows"], color=ORANGE, linestyle="--", label="1 − p, of outputs, any inputs")
+    errors.plot(x, 1 - values["rows"], color=VERMILLION, linestyle="--", label="1 − p, of outputs, any inputs")
     label = "simulated ± s.d. of masks"
     errors.errorbar(x, values["error"], values["error_deviation"], marker="o", label=label, **POINT)
     errors.set_title("Rows and columns: least squared error\nagainst a fixed dense target", fontsize=10)
@@ -570,7 +570,7 @@ def draw(setting: Setting, marked: Sequence[float], path: Path) -> Path:
 
     ranks.plot(x, values["blocks"] / t, color=BLUE, linestyle="-.", label="suffices, by blocks")
     ranks.plot(x, values["counting"] / t, color=GREEN, label="suffices, by counting")
-    ranks.plot(x, values["necessary"] / t, color=ORANGE, linestyle="--", label="necessary, almost every target")
+    ranks.plot(x, values["necessary"] / t, color=VERMILLION, linestyle="--", label="necessary, almost every target")
     ranks.plot(x, values["simulated_rank"] / t, marker="o", label=f"simulated: every row of B keeps {t}", **POINT)
     at = setting.rank / t
     ranks.axhline(at, color=GREY, linestyle=":", linewidth=1.5, label=f"rank {setting.rank}: {at:g} ×")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.drawing import save
+from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, save
 from partial_lora.settings.compose import composed
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
@@ -39,7 +39,7 @@ SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # |T| / |W| of the dense update, Frobeni
 POWER_ITERATIONS = 10
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SEEN = ("norm1", "norm2", *LINEAR)
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's palette
+GREY = "0.35"
 
 # --------------------------------------------------------------------------------------------------------- statements
 
@@ -362,7 +362,7 @@ def draw(record: Mapping, out: Path) -> Path:
         x = [point["relative_size"] for point in points]
         for key, label, style in (
             ("bound", "proved: constants from known activations", {"color": BLUE, "marker": "s"}),
-            ("slopes", "to first order, largest slopes", {"color": ORANGE, "marker": "D", "linestyle": "-."}),
+            ("slopes", "to first order, largest slopes", {"color": VERMILLION, "marker": "D", "linestyle": "-."}),
             ("secant", "slopes measured afterwards", {"color": GREEN, "marker": "^", "linestyle": "--"}),
             ("measured", "measured", {"color": "black", "marker": "o", "linestyle": "-"}),
         ):

@@ -13,7 +13,7 @@ import pandas as pd
 from partial_lora import files
 from partial_lora.launching import directory, packs
 from partial_lora.methods.config import nominal_rank
-from partial_lora.report import records
+from partial_lora.report import folders, records
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
@@ -158,4 +158,4 @@ def _predicted(wrong: int) -> pd.DataFrame:
 
 def rows_of(results_dir: Path) -> pd.DataFrame:
     """The rows of the runs under a results directory."""
-    return records.table(records.read(results_dir)[0])
+    return folders.table(records.read(results_dir)[0])

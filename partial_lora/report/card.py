@@ -24,7 +24,8 @@ from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import AUTO
-from partial_lora.report import examples, records, statistics, summary
+from partial_lora.report import predictions, statistics, summary
+from partial_lora.report.rows import came_to, row
 from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain, without_places
@@ -86,7 +87,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     the run cannot know it. Raises PartialLoraError for a run whose score is no number.
     """
     try:
-        numbers = records.row(run.result)
+        numbers = row(run.result)
     except ValueError as error:
         raise PartialLoraError(f"{run.directory / directory.RESULT}: {error}") from error
     file = max(tensor_files(folder), key=lambda each: each.stat().st_size)
@@ -188,7 +189,7 @@ def _task(task: TaskConfig) -> str:
 
 def _scores(run: FinishedRun, numbers: Mapping) -> str:
     test = {name: value for name, value in run.result["metrics"]["test"].items() if name != "primary"}
-    predicted = (examples.predictions([run.directory]) or [None])[0]
+    predicted = (predictions.read_all([run.directory]) or [None])[0]
     count = "–" if predicted is None else f"{len(predicted):,}"
     rows = ["| on the test split | | 95 % interval | n |", "|---|---|---|---|"]
     for name, value in sorted(test.items(), key=lambda each: each[0] != numbers["metric"]):
@@ -246,7 +247,7 @@ def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
 
 def _made(run: FinishedRun) -> str:
     result = run.result
-    trainer = replace(run.config.trainer, **records.came_to(result))
+    trainer = replace(run.config.trainer, **came_to(result))
     steps = max((entry["step"] for entry in result["history"]), default=0)
     seconds = sum(value for value in result["seconds"].values() if value)
     device = _plain(result.get("device") or "an unknown device")

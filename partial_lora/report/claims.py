@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
-from partial_lora.report.records import LEVEL, NONE, point_order
-from partial_lora.report.statistics import MARGIN, Estimate, by_sides, together
+from partial_lora.report.rows import NONE, point_order
+from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, together
 from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES

@@ -12,7 +12,9 @@ import pandas as pd
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.pairs import Outcome
-from partial_lora.report.records import COSTS, NONE, Predictions, Run, conditions, number, of_method, read
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.records import Run, read
+from partial_lora.report.rows import COSTS, NONE, conditions, number, of_method
 from partial_lora.tasks.kinds import kind_in
 
 THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"

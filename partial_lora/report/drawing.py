@@ -21,32 +21,35 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from partial_lora.files import write_atomic
-from partial_lora.report.records import NONE
+from partial_lora.report.rows import NONE
 from partial_lora.report.summary import size_text
 from partial_lora.tasks.metrics import SHARES, within
 
-BLUE, VERMILLION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"  # Okabe and Ito's palette
-_SKY, _PURPLE, _BLACK, _GREY = "#56B4E9", "#CC79A7", "#000000", "#808080"
-COLOURS = (BLUE, VERMILLION, _GREEN, _ORANGE, _PURPLE, _SKY, _BLACK, _GREY)
+HUES = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
+HUES |= {"purple": "#CC79A7", "sky": "#56B4E9", "black": "#000000", "grey": "#808080"}  # Okabe and Ito's palette
+COLOURS, BLUE, VERMILLION, GREEN = tuple(HUES.values()), HUES["blue"], HUES["vermillion"], HUES["green"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LOOKS = {  # a marker each, so that colour is never what tells two apart
-    "partial": (BLUE, "o"),
-    "targeted": (VERMILLION, "^"),
-    "lora": (_BLACK, "s"),
-    "uniform": (_GREEN, "D"),
-    "shuffled": (_ORANGE, "<"),
-    "inverted": (_SKY, ">"),
-    "low_rank": (_PURPLE, "v"),
-    "flow": (_GREEN, "p"),
-    "random_weights": (_SKY, "P"),
-    "dora": (VERMILLION, "d"),
-    "vera": (_PURPLE, "h"),
-    "adalora": (_BLACK, "8"),
-    "lorafa_projected": (_GREY, "H"),
-    "full": (_ORANGE, "*"),
-    "probe": (_GREY, "X"),
+_LOOKS: dict[str, tuple[str, object]] = {  # a marker each, so that colour is never what tells two apart
+    "partial": ("blue", "o"),
+    "targeted": ("vermillion", "^"),
+    "lora": ("black", "s"),
+    "uniform": ("green", "D"),
+    "shuffled": ("orange", "<"),
+    "inverted": ("sky", ">"),
+    "low_rank": ("purple", "v"),
+    "flow": ("green", "p"),
+    "random_weights": ("sky", "P"),
+    "dora": ("vermillion", "d"),
+    "vera": ("purple", "h"),
+    "adalora": ("black", "8"),
+    "lorafa_projected": ("grey", "H"),
+    "full": ("orange", "*"),
+    "probe": ("grey", "X"),
+    "entries": ("green", (5, 0, 180)),
+    "oft": ("orange", (4, 1, 45)),
+    "hira": ("orange", (3, 1, 180)),
 }
-_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `records.method_of` calls what is masked
+_MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `rows.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 
 
@@ -54,10 +57,14 @@ _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}
 class Look:
     """The look of a method at an operating point: markers are filled but for a budget, whose lines are dashed."""
 
-    color: str
-    marker: str
+    hue: str
+    marker: object
     linestyle: str
     filled: bool
+
+    @property
+    def color(self) -> str:
+        return HUES[self.hue]
 
     @property
     def markers(self) -> dict:
@@ -68,11 +75,11 @@ class Look:
 def look(method: str, point: str) -> Look:
     """Return the look of a method at an operating point."""
     kind, (name, _, masks) = point.partition(" ")[0], method.partition(" ")
-    color, marker = _LOOKS.get(name, (_GREY, MARKERS[sum(name.encode()) % len(MARKERS)]))
+    hue, marker = _LOOKS.get(name, ("grey", MARKERS[sum(name.encode()) % len(MARKERS)]))
     if masks:  # not of rows and columns: the method's colour, and a star of its own number of points
         points = 4 + list(_LOOKS).index(name) if name in _LOOKS else 3
         marker = (points + 3 * _MASKS.index(masks) if masks in _MASKS else 3, 1, 0)
-    return Look(color, marker, _DASHES.get(kind, "-"), kind != "budget")
+    return Look(hue, marker, _DASHES.get(kind, "-"), kind != "budget")
 
 
 def panels(count: int, *, wide: float, high: float, across: int = 3, least: float = 5.5) -> tuple[Figure, list[Axes]]:
@@ -164,7 +171,7 @@ def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines:
     methods = dict.fromkeys(method for method, _ in used)
     handles = [_handle(method, replace(look(method, NONE), linestyle="-"), lines) for method in methods]
     if len({look(*each).filled for each in used}) > 1:
-        handles.append(_handle("empty: budget", Look(_GREY, "o", _DASHES["budget"], False), lines))
+        handles.append(_handle("empty: budget", Look("grey", "o", _DASHES["budget"], False), lines))
     legend_below(figure, handles)
 
 

@@ -6,15 +6,12 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow.parquet import ParquetFile
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.launching import packs
-from partial_lora.launching.directory import PREDICTIONS
+from partial_lora.report.predictions import losses_of
 
 _SIDE = 112  # pixels of an image at most
 _LETTERS = 400  # of a text
@@ -33,27 +30,6 @@ class Example:
     loss: float
     image: str = ""
     text: list[str] = field(default_factory=list)
-
-
-def predictions(directories: Sequence[Path]) -> list[pa.Table]:
-    """Return what the runs of these directories predicted, for those that kept it and agree about the examples."""
-    tables: list[pa.Table] = []
-    for directory in directories:
-        file = Path(directory) / PREDICTIONS
-        try:
-            table = read(file) if file.is_file() else packs.predictions_of(directory)
-        except (OSError, ValueError):
-            continue
-        named = table is not None and {"label", "prediction"} <= set(table.column_names)
-        if named and (not tables or table["label"].equals(tables[0]["label"])):
-            tables.append(table)
-    return tables
-
-
-def read(file: Path) -> pa.Table:
-    """Return what a run predicted, out of its own file; pandas would take long to make lists of logits."""
-    with ParquetFile(file) as opened:
-        return opened.read(use_threads=False)
 
 
 def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
@@ -140,49 +116,6 @@ def thumbnail(image) -> str:
     stream = io.BytesIO()
     small.save(stream, "WEBP", quality=75)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def losses_of(table: pa.Table) -> np.ndarray:
-    """Return the loss of every example (N,); of a mixture by member, each with the columns that are its own."""
-    columns = table.column_names
-    if "loss" in columns:  # of a packed run
-        return table["loss"].to_numpy().astype(float)
-    if "member" in columns:
-        losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
-        for member in dict.fromkeys(members.tolist()):
-            rows = np.flatnonzero(members == member)
-            own = table.take(pa.array(rows))
-            absent = [name for name in own.column_names if own[name].null_count == len(own)]
-            losses[rows] = losses_of(own.drop_columns(["member", *absent]))
-        return losses
-    if "scores" in columns:
-        values, _, at_label = _end_to_end(table["scores"], table["label"])
-        return -np.log(np.maximum(values[at_label], 1e-30))
-    if "logits" in columns and "label_name" in columns:
-        values, starts, at_label = _end_to_end(table["logits"], table["label"])
-        lengths = np.diff(np.append(starts, len(values)))
-        shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
-        return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[at_label]  # minus the logarithm of softmax
-    if "rouge_l" in columns:
-        return 1 - table["rouge_l"].to_numpy().astype(float)
-    if pa.types.is_floating(table.schema.field("label").type):
-        return (table["prediction"].to_numpy().astype(float) - table["label"].to_numpy().astype(float)) ** 2
-    pairs = zip(table["prediction"].to_pylist(), table["label"].to_pylist(), strict=True)
-    return np.array([prediction != label for prediction, label in pairs], float)
-
-
-def _end_to_end(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return lists of numbers, however long each is, end to end; where each begins, and where its label's number is.
-
-    Raises ValueError where a list has no number for its label.
-    """
-    together = lists.combine_chunks()
-    lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    own = label.to_numpy().astype(np.int64)
-    if (own < 0).any() or (own >= lengths).any():
-        raise ValueError("a label without an output of its own")
-    starts = np.cumsum(lengths) - lengths
-    return together.flatten().to_numpy(zero_copy_only=False).astype(float), starts, starts + own
 
 
 def _named(table: pa.Table, column: str, row: int) -> str:

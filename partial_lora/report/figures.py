@@ -20,7 +20,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from partial_lora.calibration.search import Curve, curve_of, line
 from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import records
+from partial_lora.report import folders
+from partial_lora.report.depth import depth_of, grid, without_common_start
 from partial_lora.report.drawing import (
     BLUE,
     COLOURS,
@@ -40,19 +41,11 @@ from partial_lora.report.drawing import (
     sized,
     words_of,
 )
-from partial_lora.report.examples import are_of, hardest, predictions, rgb
-from partial_lora.report.records import (
-    NONE,
-    PLACE,
-    Predictions,
-    Run,
-    depth_of,
-    gathered,
-    grid,
-    method_of,
-    task_of,
-    without_common_start,
-)
+from partial_lora.report.examples import are_of, hardest, rgb
+from partial_lora.report.folders import gathered
+from partial_lora.report.predictions import Predictions, read_all
+from partial_lora.report.records import Run
+from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
 from partial_lora.report.statistics import MARGIN
 from partial_lora.report.summary import measured
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -213,7 +206,7 @@ def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
     rows: the task's test split. Gives the file; None, and writes nothing, where the rows are no longer at hand, have no
     images or are not of classes.
     """
-    tables = predictions([folder])
+    tables = read_all([folder])
     if rows is None or "image" not in rows.column_names or not tables or "label_name" not in tables[0].column_names:
         return None
     table = tables[0].to_pandas()
@@ -292,7 +285,7 @@ def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
     Rows under other conditions than most are small grey dots, and the axis of scores does not reach out for them. The
     id of a row's mark is "row-" and its index in the table.
 
-    table: of `records.group`. least: the figure's width in inches at least.
+    table: of `folders.group`. least: the figure's width in inches at least.
     """
     whole = list(table.groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
@@ -327,7 +320,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     Rows under other conditions than most are left out. The axis reaches as far as the seeds do, and half as far again
     for the intervals.
 
-    table: of `records.group`; frame: the runs.
+    table: of `folders.group`; frame: the runs.
     """
     whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
@@ -363,7 +356,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     Where less is better there is no strip, and better is on the left. What is far from all others is a number at the
     end of the axis.
 
-    compared: the rows of `tables.differences`; None where it has no differences.
+    compared: the rows of `comparison.differences`; None where it has no differences.
     """
     if "difference" not in compared or compared["difference"].isna().all():
         return None
@@ -431,8 +424,8 @@ def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     Of the methods that share a calibration, runs of `partial` count if there are any: others may move sparsities. Of
     these count the ones under the usual conditions that are no variants, again if there are any.
     """
-    every = records.folders(runs)
-    usual = records.usual_conditions(every)
+    every = folders.folders(runs)
+    usual = folders.usual_conditions(every)
     calibrated = [each for each in every if each.runs[0].record["calibration"] and each.runs[0].record.get("sparsity")]
     averaged = {}
     for key, alike in gathered(calibrated, lambda each: _calibration(each.runs[0])).items():
@@ -440,7 +433,7 @@ def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
         plain = [
             each
             for each in alike
-            if each.row["conditions"] == usual[records.panel_of(each.row)].row["conditions"] and not each.is_variant
+            if each.row["conditions"] == usual[panel_of(each.row)].row["conditions"] and not each.is_variant
         ]
         averaged[key] = mean_sparsity([run.record["sparsity"] for each in plain or alike for run in each.runs])
     return averaged
@@ -783,7 +776,7 @@ def draw_gallery(
 ) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that the runs have something for.
 
-    frame: of `records.table`; table: of `records.group`; compared: the rows of `tables.differences`.
+    frame: of `folders.table`; table: of `folders.group`; compared: the rows of `comparison.differences`.
     """
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)

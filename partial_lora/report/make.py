@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from partial_lora.report import figures, page, records, tables
+from partial_lora.report import choice, comparison, figures, folders, page, records, tables
 from partial_lora.report.pairs import best
+from partial_lora.report.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def report(
     """Write the report of the runs below `place` into place/report.
 
     Args:
-        where: conditions on runs, KEY=VALUE each (`records.where`).
+        where: conditions on runs, KEY=VALUE each (`choice.where`).
         by: the keys, with commas between them, that rows of the table differ in; None for the usual ones.
         spread: one of `report.SPREADS`.
         examples: how many of the hardest test examples the page shows for each row.
@@ -54,23 +55,23 @@ def report(
     runs, left_out = records.read(place)
     for line in tables.said_of(left_out):
         note(line)
-    predictions = records.Predictions(place)
-    keys = records.keys(runs, by) if by else []
-    runs = records.where(runs, where)
-    frame = records.table(runs)
+    predictions = Predictions(place)
+    keys = choice.keys(runs, by) if by else []
+    runs = choice.where(runs, where)
+    frame = folders.table(runs)
     for key in keys:
-        frame[key] = [records.value_of(run, key) for run in runs]
-    folders = records.group(frame)
-    marked = set() if keys or frame.empty else best(folders, predictions)
+        frame[key] = [choice.value_of(run, key) for run in runs]
+    table = folders.group(frame)
+    marked = set() if keys or frame.empty else best(table, predictions)
     written = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
-    compared = tables.differences(runs, predictions)
-    written += tables.write_differences(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, frame, folders, compared.rows, predictions, place)
+    compared = comparison.differences(runs, predictions)
+    written += comparison.write(compared, place, command=command)
+    drawn = figures.draw_gallery(runs, frame, table, compared.rows, predictions, place)
     whole = page.write(
         place,
         runs=runs,
-        table=folders,
-        by=(keys, records.group(frame, keys)) if keys else None,
+        table=table,
+        by=(keys, folders.group(frame, keys)) if keys else None,
         spread=spread,
         marked=marked,
         compared=compared,

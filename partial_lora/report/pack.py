@@ -23,14 +23,14 @@ from partial_lora.files import one_writer, write_atomic
 from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
-from partial_lora.report import examples, ranking, records
+from partial_lora.report import predictions, ranking, records
 from partial_lora.settings.stored import upgraded
 from partial_lora.tasks.metrics import OF_TEXTS
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", *OF_TEXTS)
 _TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers
 _SUFFIX = {"double": "_number", "string": "_text"}
-_OF_DEFAULTS = {"group", "conditions"}  # columns of `records.row` that hold only under the defaults of one version
+_OF_DEFAULTS = {"group", "conditions"}  # columns of `rows.row` that hold only under the defaults of one version
 
 
 class Packed(NamedTuple):
@@ -90,8 +90,8 @@ def _loose(place: Path) -> Content:
     """Return a run out of its folder; raises ValueError, KeyError or OSError where a file of it is broken."""
     found = (place / name for name in (RESULT, DYNAMICS))
     known = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in found]
-    predictions = examples.read(place / PREDICTIONS) if (place / PREDICTIONS).is_file() else None
-    return Content(*known, None if predictions is None else _kept(predictions))
+    file = place / PREDICTIONS
+    return Content(*known, _kept(predictions.read(file)) if file.is_file() else None)
 
 
 def _kept(table: pa.Table) -> pa.Table:
@@ -101,7 +101,7 @@ def _kept(table: pa.Table) -> pa.Table:
     """
     names = [name for name in (*_KEPT, "member") if name in table.column_names]
     columns = {name: table[name].cast(_TYPES.get(str(table[name].type), table[name].type)) for name in names}
-    columns["loss"] = pa.array(examples.losses_of(table), pa.float32())
+    columns["loss"] = pa.array(predictions.losses_of(table), pa.float32())
     if "logits" in table.column_names and "member" not in table.column_names:
         columns["classes"] = pa.array([len(table["logits"][0])] * len(table))
     return pa.table(columns)

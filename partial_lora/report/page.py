@@ -25,9 +25,10 @@ from partial_lora.errors import one_line
 from partial_lora.files import flatten, write_atomic
 from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import EXAMPLES, tables
-from partial_lora.report import examples as hard
+from partial_lora.report import EXAMPLES, comparison, tables
 from partial_lora.report.classes import MOST, Classes, counted
+from partial_lora.report.comparison import Differences
+from partial_lora.report.depth import grid
 from partial_lora.report.drawing import inline, words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.figures import (
@@ -40,22 +41,12 @@ from partial_lora.report.figures import (
     selected,
     training_curve,
 )
-from partial_lora.report.records import (
-    NONE,
-    OF_SEED,
-    LeftOut,
-    Predictions,
-    Run,
-    gathered,
-    grid,
-    number,
-    panel_of,
-    run_of,
-    warnings_of,
-)
+from partial_lora.report.folders import OF_SEED, gathered
+from partial_lora.report.predictions import Predictions, read_all
+from partial_lora.report.records import LeftOut, Run, run_of
+from partial_lora.report.rows import NONE, number, panel_of, warnings_of
 from partial_lora.report.statistics import over_examples
 from partial_lora.report.summary import measured, named_in_full, next_commands, percent
-from partial_lora.report.tables import Differences
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
@@ -89,7 +80,7 @@ def write(
 ) -> Path:
     """Write results_dir/report/index.html, a tab a task: the best of every method, differences, and all else folded.
 
-    table: of `records.group`; marked: its best rows. by: the keys of another grouping and its table, which then opens
+    table: of `folders.group`; marked: its best rows. by: the keys of another grouping and its table, which then opens
     the page. examples: how many of the hardest to show, 0 for none.
     """
     titles = {row.group: words_of(row) for row in table.itertuples()}
@@ -192,7 +183,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     curves = run.directory / CURVES  # as the run has drawn them; there are none without a calibration
     figure = ("Calibration curves", "The few-shot score as each module's rows or columns are zeroed.")
     config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
-    predicted = (hard.predictions([run.directory]) or [None])[0]
+    predicted = (read_all([run.directory]) or [None])[0]
     said = f"test {metric}"
     if ends := over_examples(predicted, metric):
         low, high = (measured(metric, end) for end in ends)
@@ -314,7 +305,7 @@ def _headline(
                 "of dense LoRA": NONE
                 if row["share_of_dense"] != row["share_of_dense"]
                 else f"{row['share_of_dense']:.1%}",
-                "from partial": NONE if difference is None else tables.difference_in_words(difference),
+                "from partial": NONE if difference is None else comparison.in_words(difference),
             }
         )
     frame = pd.DataFrame(cells, dtype=object)
@@ -359,7 +350,7 @@ def _differences(place: tuple[str, str, str], compared: Differences, ids: Mappin
     if rows.empty or rows["difference"].isna().all():
         return []
     reach = 3 * float(rows[["low", "high"]].abs().max(axis=1).median()) or 1.0
-    shown = tables.readable_differences(rows).drop(columns=["task", "model"]).astype(object)
+    shown = comparison.readable(rows).drop(columns=["task", "model"]).astype(object)
     drawn = [
         Markup("{}{}").format(words, _strip(row.difference, (row.low, row.high), (-reach, reach), 0.0))
         if row.difference == row.difference
@@ -367,7 +358,7 @@ def _differences(place: tuple[str, str, str], compared: Differences, ids: Mappin
         for words, row in zip(shown["difference [95 %]"], rows.itertuples(), strict=True)
     ]
     shown = shown.assign(**{"method": _linked(rows, ids), "difference [95 %]": _markup(drawn, shown)})
-    notes = tables.notes_of_differences(tables.Differences(rows))
+    notes = comparison.notes(comparison.Differences(rows))
     first = ("method", "operating point", "differs in", "difference [95 %]", "verdict")
     return [_table("Differences from partial", _beginning(shown, first), notes, filtered=True)]
 
@@ -542,7 +533,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
 def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) -> tuple[list[Example], list[str]]:
     """Return the hardest examples with their inputs, or why there are none; `splits` keeps the rows that were read."""
     try:
-        predicted = hard.predictions([run.directory for run in runs]) if count else []
+        predicted = read_all([run.directory for run in runs]) if count else []
         worst = hardest(predicted, count)
         if not worst:
             return [], []

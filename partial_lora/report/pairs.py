@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.records import BLOCK, NONE, Predictions
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.rows import BLOCK, NONE
 from partial_lora.report.statistics import DRAWS, Estimate, by_example, drawn_again, estimate, judge, over_sets
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, within
 
@@ -37,7 +38,7 @@ class Outcome:
 
     @classmethod
     def of(cls, row: Mapping, stored: Predictions | None) -> Outcome:
-        """Return the outcome of a row of `records.row`."""
+        """Return the outcome of a row of `rows.row`."""
         return cls(row["test"], row["metric"], row["group"], row["seed"], stored)
 
     @cached_property
@@ -208,9 +209,9 @@ def by_seed(runs: pd.DataFrame) -> Side:
 
 
 def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
-    """Return the indices of rows that are better than every other of the same `records.BLOCK` (`is_best`).
+    """Return the indices of rows that are better than every other of the same `rows.BLOCK` (`is_best`).
 
-    table: of `records.group`, one row a folder of runs. A row without predictions, or with nothing beside it, is not
+    table: of `folders.group`, one row a folder of runs. A row without predictions, or with nothing beside it, is not
     marked.
     """
     marked = set()

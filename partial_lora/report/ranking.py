@@ -1,6 +1,6 @@
 """Methods at equal size, each at its best learning rate: a ranking with intervals, and who is on the Pareto front.
 
-Rows are those of `records.row` with a size and a form, which is a method with what is special about its masks; a cell
+Rows are those of `rows.row` with a size and a form, which is a method with what is special about its masks; a cell
 is a task, a size and a form.
 """
 
@@ -25,8 +25,10 @@ from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import BLUE, inline, name_beside, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
-from partial_lora.report.records import NONE, Predictions, Run, half_interval
-from partial_lora.report.statistics import holm
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.records import Run
+from partial_lora.report.rows import NONE
+from partial_lora.report.statistics import half_interval, holm
 from partial_lora.settings.compose import composed
 from partial_lora.settings.rates import Worth, ranked
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES

@@ -36,9 +36,9 @@ import pyarrow as pa
 from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
 from partial_lora.methods import called
-from partial_lora.report.records import LEVEL
 from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_TEXTS, within
 
+LEVEL = 0.95  # of every interval
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
 DRAWS = 10_000  # of a bootstrap
 _COUNTS_AT_ONCE = 2**22  # counts of examples in draws: 32 MiB, and as much again for a copy as floats
@@ -154,6 +154,15 @@ def weights_of_sets(each: Sequence[Estimate]) -> np.ndarray:
     # At tau² = var(differences) the spread is no more than due, but for rounding.
     tau2 = brentq(lambda tau2: spread(tau2) - due, 0, 2 * differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
     return 1 / (errors**2 + tau2)
+
+
+def half_interval(std: float, n: int) -> float:
+    """Return half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
+    from scipy.special import stdtrit  # scipy.stats takes half a second to import
+
+    if n < 2 or math.isnan(std):
+        return math.nan
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2) * std / math.sqrt(n))
 
 
 def holm(significances: Sequence[float]) -> list[float]:

@@ -20,18 +20,8 @@ from partial_lora.launching.directory import INTERRUPTED
 from partial_lora.masks import AXES
 from partial_lora.methods import called
 from partial_lora.methods.config import nominal_rank
-from partial_lora.report.records import (
-    NONE,
-    came_to,
-    depth_of,
-    method_of,
-    number,
-    operating_point,
-    row,
-    task_of,
-    warnings_of,
-    without_common_start,
-)
+from partial_lora.report.depth import depth_of, without_common_start
+from partial_lora.report.rows import NONE, came_to, method_of, number, operating_point, row, task_of, warnings_of
 from partial_lora.settings import rates
 from partial_lora.tasks.kinds import kind_in
 from partial_lora.tasks.metrics import SHARES

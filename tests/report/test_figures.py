@@ -14,9 +14,10 @@ from PIL import Image
 from recorded_runs import leave, place, record, rows_of
 
 from partial_lora.launching.directory import PICTURE, PREDICTIONS
-from partial_lora.report import drawing, figures, records
+from partial_lora.report import drawing, figures, folders, records
+from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
-from partial_lora.report.records import Predictions
+from partial_lora.report.predictions import Predictions
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 HISTORY = [
@@ -146,7 +147,7 @@ def test_every_module_is_at_its_kind_and_depth():
         cells = axes.images[0].get_array()
         assert cells.mask.sum() == 1  # the module that is not there
         for module, sparsity in result["sparsity"].items():
-            (depth,), kind = records.depth_of(module)[1], module.split(".", 3)[3]
+            (depth,), kind = depth_of(module)[1], module.split(".", 3)[3]
             assert cells[KINDS.index(kind), depth] == pytest.approx(np.clip(sparsity[axis], 0, 1))
         assert (axes.images[0].norm.vmin, axes.images[0].norm.vmax) == (0, 1)  # the same scale in every figure
     few, _ = calibrated(2)
@@ -286,8 +287,8 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
     for number in range(figures.MOST + 2):
         place(tmp_path, record(task=f"task{number:02}"))
     runs = records.read(tmp_path)[0]
-    frame = records.table(runs)
-    table = records.group(frame)
+    frame = folders.table(runs)
+    table = folders.group(frame)
     for each in (figures.pareto(table), figures.methods(table, frame)):
         assert len([axes for axes in each.figure.axes if axes.get_visible()]) == figures.MOST
         assert "9 of 11 places" in each.cut
@@ -296,7 +297,7 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
     most = figures._MOST_ROWS
     numbers = [f"runs/{number:02}" for number in range(most + 2)]
     rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
-    (axes,) = figures.methods(records.group(rows), rows).figure.axes
+    (axes,) = figures.methods(folders.group(rows), rows).figure.axes
     assert axes.get_title(loc="left").endswith(f"({most} of {most + 2})")
     assert len(set(words(axes.get_yticklabels()))) == most
 
@@ -332,8 +333,8 @@ def test_an_axis_of_scores_ends_about_where_the_metric_does(metric, points, ends
 
 
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
-    frame = records.table(runs)
-    table = records.group(frame)
+    frame = folders.table(runs)
+    table = folders.group(frame)
     cifar, digits = figures.pareto(table).figure.axes
     assert [axes.get_title(loc="left") for axes in (cifar, digits)] == ["cifar10, vit", "digits, vit"]
     points = [tuple(point) for line in digits.lines if line.get_marker() != "None" for point in data(line)]
@@ -401,7 +402,7 @@ def test_agreement_of_predictions_is_over_common_seeds(tmp_path):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=50, seed=seed + 1)
     leave(tmp_path, "probe", wrong=0, seed=7)
-    table = records.group(rows_of(tmp_path))
+    table = folders.group(rows_of(tmp_path))
     order = table["method"].tolist()
     matrix = figures.prediction_agreement(table, Predictions(tmp_path))
     assert matrix[order.index("partial"), order.index("lora")] == pytest.approx(1 - 30 / 200)
@@ -437,8 +438,8 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, runs):
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
-    frame, predictions = records.table(runs), Predictions(tmp_path)
-    drawn = figures.draw_gallery(runs, frame, records.group(frame), pd.DataFrame(), predictions, tmp_path)
+    frame, predictions = folders.table(runs), Predictions(tmp_path)
+    drawn = figures.draw_gallery(runs, frame, folders.group(frame), pd.DataFrame(), predictions, tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
     assert not old.exists()
@@ -452,8 +453,8 @@ def test_seeds_in_another_precision_leave_the_name_of_the_others_alone(tmp_path)
     for seed, changes in enumerate([{}, {}, {"mixed_precision": "bf16"}]):
         place(tmp_path, record(seed=seed, test=0.9 - seed / 10, **changes), id="aaaa1111")
     place(tmp_path, record("lora"))
-    frame = records.table(records.read(tmp_path)[0])
+    frame = folders.table(records.read(tmp_path)[0])
     told = frame[frame["method"] == "partial"].set_index("seed")["differs"]
     assert told.to_list() == ["–", "–", "mixed_precision=bf16"]
-    (axes,) = [axes for axes in figures.methods(records.group(frame), frame).figure.axes if axes.get_visible()]
+    (axes,) = [axes for axes in figures.methods(folders.group(frame), frame).figure.axes if axes.get_visible()]
     assert [x for line in axes.lines if line.get_markersize() == 9 for x in line.get_xdata()] == [0.9, 0.8]

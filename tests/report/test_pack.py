@@ -18,7 +18,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.launching import packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import examples, records, tables
+from partial_lora.report import comparison, predictions, records
 from partial_lora.report.pack import pack
 
 
@@ -39,9 +39,9 @@ def study(tmp_path: Path) -> Path:
 
 def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     runs, _ = records.read(study)
-    differences = tables.differences(runs, records.Predictions(study)).rows
+    differences = comparison.differences(runs, predictions.Predictions(study)).rows
     loose = {run.directory: json.loads((run.directory / RESULT).read_text()) for run in runs}
-    predicted = {path: table.to_pydict() for path in loose for table in examples.predictions([path])}
+    predicted = {path: table.to_pydict() for path in loose for table in predictions.read_all([path])}
     done = pack(study, remove=True)
     assert (done.runs, done.added, len(done.removed), done.left_out) == (8, 8, 8, [])
     assert not (study / "runs").exists()
@@ -49,7 +49,7 @@ def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     assert [run.row for run in again] == [run.row for run in runs]
     assert {path: packs.stored(path, RESULT) for path in loose} == loose
     assert packs.stored(runs[3].directory, packs.DYNAMICS)["metrics"]["train"]["accuracy"] == 0.9
-    pd.testing.assert_frame_equal(tables.differences(again, records.Predictions(study)).rows, differences)
+    pd.testing.assert_frame_equal(comparison.differences(again, predictions.Predictions(study)).rows, differences)
     for path, columns in predicted.items():
         kept = packs.predictions_of(path).to_pydict()
         assert {name: kept[name] for name in columns} == columns
@@ -109,12 +109,12 @@ def test_losses_and_classes_stand_for_logits_and_labels_are_of_any_type(tmp_path
         folder = place(tmp_path, record("lora"), id=id)
         frame = pd.DataFrame({"index": np.arange(EXAMPLES), **columns})
         frame.to_parquet(folder / PREDICTIONS)
-        losses[folder] = examples.losses_of(examples.read(folder / PREDICTIONS))
+        losses[folder] = predictions.losses_of(predictions.read(folder / PREDICTIONS))
     pack(tmp_path, remove=True)
     for folder, expected in losses.items():
         kept = packs.predictions_of(folder)
         columns = kinds[folder.parent.name[-2:]]
-        np.testing.assert_allclose(examples.losses_of(kept), expected, rtol=1e-6)
+        np.testing.assert_allclose(predictions.losses_of(kept), expected, rtol=1e-6)
         assert kept["label"].to_pylist() == list(columns["label"])
         assert kept["prediction"].to_pylist() == list(columns["prediction"])
         assert ("classes" in kept.column_names) == ("logits" in columns)

@@ -10,9 +10,9 @@ from refusals import refusal
 from scipy import stats
 
 from partial_lora.launching.directory import PREDICTIONS
-from partial_lora.report import records, tables
+from partial_lora.report import folders, tables
 from partial_lora.report.pairs import Outcome, Pair, average, best, between, over_tasks
-from partial_lora.report.records import Predictions
+from partial_lora.report.predictions import Predictions
 from partial_lora.report.statistics import by_example, drawn_again, estimate, over_sets
 
 
@@ -109,14 +109,14 @@ def results(tmp_path):
 
 
 def marked(results_dir):
-    table = records.group(rows_of(results_dir))
+    table = folders.group(rows_of(results_dir))
     return table.loc[sorted(best(table, Predictions(results_dir))), "method"].tolist()
 
 
 def test_only_a_difference_that_holds_is_marked_and_in_all_files(results):
     assert marked(results) == ["partial"]  # lora is one example better than probe, which does not hold
     rows = rows_of(results)
-    found = best(records.group(rows), Predictions(results))
+    found = best(folders.group(rows), Predictions(results))
     markdown, numbers, latex = tables.write(rows, results, command="x", marked=found)
     assert markdown.read_text(encoding="utf-8").count("**95.00 ± 0.00**") == 1
     assert r"\textbf{95.00 $\pm$ 0.00}" in latex.read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ def test_what_is_not_better_than_all_others_of_its_block_is_not_marked(results, 
     for seed in (0, 1):
         leave(results, "uniform", wrong=0, seed=seed, trainer__epochs=50.0)
     assert marked(results) == ["partial"]  # uniform is better, and has nothing beside it
-    shown = tables.readable(records.group(rows_of(results))).set_index("method")["differs in"]
+    shown = tables.readable(folders.group(rows_of(results))).set_index("method")["differs in"]
     assert shown[["uniform", "partial", "lora"]].tolist() == ["epochs=50", "–", "–"]
     for seed in (0, 1):
         leave(results, "flow", wrong=11, seed=seed)  # of partial's own block, and as good

@@ -11,7 +11,7 @@ from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report import ranking, records
+from partial_lora.report import predictions, ranking, records
 from partial_lora.report.pairs import Outcome, Pair, between
 
 
@@ -59,7 +59,7 @@ def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -
         for method, wrong in (("partial", 20 + 9 * seed), ("low_rank", 60)):
             leave(tmp_path, method, wrong=wrong, seed=seed, budget=0.13)
     leave(tmp_path, "oft", wrong=10, budget=0.13)  # one seed: over examples, which decides nothing
-    runs, stored = records.read(tmp_path)[0], records.Predictions(tmp_path)
+    runs, stored = records.read(tmp_path)[0], predictions.Predictions(tmp_path)
     ranked = ranking.compared(ranking.at_best_rates(ranking.rows_of(runs, stored)), "low_rank").set_index("form")
     row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
     sides = (

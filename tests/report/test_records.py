@@ -12,15 +12,16 @@ from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import records, summary, tables
-from partial_lora.report.records import Predictions, conditions, differences
+from partial_lora.report import choice, comparison, folders, records, summary, tables
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.rows import NONE, conditions, operating_point, point_order, row
 from partial_lora.settings import tuned
 
 
 def test_points_are_in_the_order_of_kinds_and_of_sizes() -> None:
     ordered = ["–", "threshold 0.9", "threshold 0.5", "budget 2,000", "budget 0.13", "budget 0.05"]
     ordered += ["sparsity 0.5", "sparsity 0.87", "sparsity of modules 1e5a2b"]
-    assert sorted(sorted(ordered), key=records.point_order) == ordered
+    assert sorted(sorted(ordered), key=point_order) == ordered
 
 
 def test_a_finished_run_is_a_row(tmp_path):
@@ -52,10 +53,10 @@ def test_a_finished_run_is_a_row(tmp_path):
     assert {key: run.row[key] for key in expected} == expected
     assert records.one(run.directory).row == run.row | {"group": "partial-0a1b2c3d"}
     of_a_file = record(method__name="partial", calibration__file="c.json", calibration={"threshold": 0.5})
-    assert records.row(of_a_file)["operating_point"] == "threshold 0.5"
-    entries = [records.row(record(method, mask__granularity="element"))["method"] for method in ("partial", "lora")]
+    assert row(of_a_file)["operating_point"] == "threshold 0.5"
+    entries = [row(record(method, mask__granularity="element"))["method"] for method in ("partial", "lora")]
     assert entries == ["partial (element)", "lora"]  # masks of single entries are another method
-    assert records.row({key: value for key, value in record().items() if key != "tuning"})["tuning"] == "untuned"
+    assert row({key: value for key, value in record().items() if key != "tuning"})["tuning"] == "untuned"
 
 
 @pytest.mark.parametrize(
@@ -75,17 +76,17 @@ def test_a_finished_run_is_a_row(tmp_path):
 )
 def test_a_user_s_own_rows_go_by_their_file_or_folder_too(tmp_path, files, path, name) -> None:
     own = record(task="own", task__path=path, task__data_files=files)
-    assert records.row(own)["task"] == name
+    assert row(own)["task"] == name
     place(tmp_path, own)
     (run,) = runs = records.read(tmp_path)[0]
-    assert [records.where(runs, [f"task={word}"]) for word in {"own", name}] == [[run]] * len({"own", name})
+    assert [choice.where(runs, [f"task={word}"]) for word in {"own", name}] == [[run]] * len({"own", name})
     assert summary.run_line(run.directory, own)[1] == name
 
 
 def test_a_file_of_sparsities_need_not_say_its_point() -> None:
     of_file = {"config": {"calibration": {"file": "c.json", "threshold": 0.9}}}
-    for point, name in ((None, records.NONE), (0.8, "threshold 0.8")):
-        assert records.operating_point(of_file | {"calibration": {"threshold": point, "budget": None}}) == name
+    for point, name in ((None, NONE), (0.8, "threshold 0.8")):
+        assert operating_point(of_file | {"calibration": {"threshold": point, "budget": None}}) == name
 
 
 def _without(group, name):
@@ -158,11 +159,11 @@ def test_settings_of_a_method_and_those_that_change_no_result_are_no_conditions(
 def test_all_other_settings_are_conditions_and_named_where_they_differ():
     changed = {"trainer__epochs": 50.0, "trainer__max_steps": 9, "trainer__head_learning_rate": 0.01}
     other = conditions(record(**changed, task__train_samples=None))
-    assert sorted(differences(other, conditions(record()))) == [
-        "task.train_samples null against 600",
-        "trainer.epochs 50 against 3",
-        "trainer.head_learning_rate 0.01 against null",
-        "trainer.max_steps 9 against null",
+    assert sorted(tuned.differing(other, conditions(record())), key=str) == [
+        ("task.train_samples", None, 600),
+        ("trainer.epochs", 50.0, 3.0),
+        ("trainer.head_learning_rate", 0.01, None),
+        ("trainer.max_steps", 9, None),
     ]
 
 
@@ -191,8 +192,8 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not():
 # Which runs are compared with which
 
 
-def compared(place) -> tables.Differences:
-    return tables.differences(records.read(place)[0], Predictions(place))
+def compared(place) -> comparison.Differences:
+    return comparison.differences(records.read(place)[0], Predictions(place))
 
 
 def pairs_of(place) -> set[tuple[str, str]]:
@@ -207,10 +208,10 @@ def test_runs_under_other_conditions_are_named_once_and_not_paired(tmp_path):
         leave(tmp_path, "partial", wrong=20, budget=budget)
     leave(tmp_path, "probe", wrong=0, id="x", trainer__epochs=50.0, **others)
     leave(tmp_path, "lora", wrong=0, trainer__learning_rate=0.1, trainer__num_workers=4)  # no other conditions
-    comparison = compared(tmp_path)
-    assert set(comparison.rows["method"]) == {"partial", "lora"}
-    assert comparison.problems == ()
-    (apart,) = comparison.apart
+    made = compared(tmp_path)
+    assert set(made.rows["method"]) == {"partial", "lora"}
+    assert made.problems == ()
+    (apart,) = made.apart
     assert apart.startswith("runs/digits/vit/probe-x: ")
     assert "threshold 0.9 and budget 0.13: trainer.epochs 50 against 3, trainer.key0 0 against" in apart
     assert apart.endswith("2 more")
@@ -228,16 +229,16 @@ def test_up_to_three_references_are_each_compared_with(tmp_path):
     leave(tmp_path, "lora", wrong=20)
     for rate in (0.1, 0.2, 0.3):
         leave(tmp_path, "partial", wrong=20, trainer__learning_rate=rate)
-    comparison = compared(tmp_path)
-    assert comparison.uncompared == ()
-    assert comparison.rows.groupby("reference").size().tolist() == [4, 4, 4]
-    shown = tables.readable_differences(comparison.rows)
+    made = compared(tmp_path)
+    assert made.uncompared == ()
+    assert made.rows.groupby("reference").size().tolist() == [4, 4, 4]
+    shown = comparison.readable(made.rows)
     assert (shown["differs in"] == shown["against"]).sum() == shown["verdict"].tolist().count("reference") == 3
     assert set(shown["against"]) == {f"learning_rate={rate}" for rate in (0.1, 0.2, 0.3)}
     leave(tmp_path, "partial", wrong=20, trainer__learning_rate=0.4)
-    comparison = compared(tmp_path)
-    assert comparison.rows.empty
-    assert "--where trainer.learning_rate=" in comparison.uncompared[0]
+    made = compared(tmp_path)
+    assert made.rows.empty
+    assert "--where trainer.learning_rate=" in made.uncompared[0]
 
 
 def test_of_many_references_the_nearest_to_the_schema_is_taken(tmp_path):
@@ -245,13 +246,13 @@ def test_of_many_references_the_nearest_to_the_schema_is_taken(tmp_path):
         leave(tmp_path, method, wrong=20, id="x")
     for number in range(3):
         leave(tmp_path, "partial", wrong=20, mask__count=f"another {number}")
-    comparison = compared(tmp_path)
-    assert comparison.problems == ()
-    assert set(comparison.rows["reference"]) == {"runs/digits/vit/partial-x"}
-    assert len(comparison.rows) == 5
-    (remark,) = comparison.remarks
+    made = compared(tmp_path)
+    assert made.problems == ()
+    assert set(made.rows["reference"]) == {"runs/digits/vit/partial-x"}
+    assert len(made.rows) == 5
+    (remark,) = made.remarks
     assert remark.startswith("runs/digits/vit/partial-x: ")
-    assert f"{remark}." in tables.notes_of_differences(comparison)
+    assert f"{remark}." in comparison.notes(made)
 
 
 def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_path):
@@ -279,9 +280,9 @@ def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_pa
 def test_a_task_without_a_metric_of_examples_is_remarked(tmp_path, of):
     for method in ("partial", "lora"):
         leave(tmp_path, method, **of)
-    comparison = compared(tmp_path)
-    assert (comparison.problems, comparison.known, len(comparison.remarks)) == ((), False, 1)
-    assert comparison.remarks[0].startswith(("mixture: ", "digits: "))
+    made = compared(tmp_path)
+    assert (made.problems, made.known, len(made.remarks)) == ((), False, 1)
+    assert made.remarks[0].startswith(("mixture: ", "digits: "))
 
 
 # Averages and choices
@@ -294,7 +295,7 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
         of_seed["parameters"]["adapter_trainable"] = 700 + seed // 2
         place(tmp_path, of_seed, id="0")
     place(tmp_path, record(test=0.5), id="1")
-    table = records.group(rows_of(tmp_path))
+    table = folders.group(rows_of(tmp_path))
     assert table["n"].tolist() == [3, 1]
     assert table["seeds"].tolist() == ["0 1 2", "0"]
     assert table["test_mean"][0] == pytest.approx(statistics.mean(accuracies))
@@ -308,7 +309,7 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
 def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
     for seed, precision in enumerate(("no", "no", "bf16")):
         place(tmp_path, record(seed=seed, mixed_precision=precision))
-    table = records.group(rows_of(tmp_path), by)
+    table = folders.group(rows_of(tmp_path), by)
     assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
     assert set(tables.readable(table, by=by)["precision"]) == {"fp32", "bf16"}
 
@@ -342,18 +343,18 @@ def runs(tmp_path_factory):
     ],
 )
 def test_conditions_are_met_together_and_values_by_what_they_are(runs, conditions, count):
-    assert len(records.where(runs, conditions)) == count
+    assert len(choice.where(runs, conditions)) == count
 
 
 @pytest.mark.parametrize(
     ("choose", "words", "names"),
     [
-        (records.where, ["task"], "--where task"),
-        (records.where, ["=1"], "--where =1"),
-        (records.where, ["taks=digits"], ".*taks.*task"),
-        (records.where, ["task=rte"], "--where task=rte"),
-        (records.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
-        (records.keys, ",", "--by ,"),
+        (choice.where, ["task"], "--where task"),
+        (choice.where, ["=1"], "--where =1"),
+        (choice.where, ["taks=digits"], ".*taks.*task"),
+        (choice.where, ["task=rte"], "--where task=rte"),
+        (choice.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
+        (choice.keys, ",", "--by ,"),
     ],
 )
 def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, names):
@@ -362,18 +363,18 @@ def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, name
 
 
 def test_runs_are_averaged_over_all_that_the_keys_do_not_tell_apart(runs):
-    assert records.keys(runs, "method, method.rank") == ["method", "method.rank"]
-    table = records.group(records.table(runs), ["method"])
+    assert choice.keys(runs, "method, method.rank") == ["method", "method.rank"]
+    table = folders.group(folders.table(runs), ["method"])
     assert table[["method", "n"]].to_numpy().tolist() == [["lora", 1], ["partial", 7]]
     assert table["test_mean"][1] == pytest.approx(statistics.mean([0.98, 0.985, 0.9925, *[0.9861] * 4]))
     assert table["operating_point"].tolist() == ["–", "–"]  # the one has none, the other several
 
 
-@pytest.mark.parametrize("key", [*records._COLUMNS, "model.target_modules"])
+@pytest.mark.parametrize("key", [*choice._COLUMNS, "model.target_modules"])
 def test_every_column_and_a_setting_of_many_values_can_be_grouped_by(runs, key):
-    frame = records.table(runs)
-    frame[key] = [records.value_of(run, key) for run in runs]
-    table = records.group(frame, [key])
+    frame = folders.table(runs)
+    frame[key] = [choice.value_of(run, key) for run in runs]
+    table = folders.group(frame, [key])
     assert table["n"].sum() == len(runs)
     shown = tables.readable(table, by=[key])
     assert next(iter(shown)) == key

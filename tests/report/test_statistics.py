@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -188,15 +188,21 @@ def test_the_mean_of_sets_is_that_of_random_effects_found_by_trying() -> None:
     assert np.isnan(over_sets([Estimate(0.1, 0.2, 3)]).interval()).all()
 
 
-def test_holm_judges_what_its_adjusted_significances_would() -> None:
-    drawn = np.random.default_rng(5)
-    for _ in range(50):
-        p = drawn.uniform(size=6) ** 4
-        order, adjusted = np.argsort(p), np.empty(6)
-        for step, place in enumerate(order):
-            adjusted[place] = max(min(1, (6 - k) * p[order[k]]) for k in range(step + 1))
-        judged = [one <= level for one, level in zip([*p, np.nan], holm([*p, np.nan]), strict=True)]
-        assert judged == [*(adjusted <= 0.05), False]
+def test_holm_judges_what_a_closed_test_of_all_subsets_does() -> None:
+    """A hypothesis falls where Bonferroni refutes every subset of hypotheses with it (Marcus, Peritz, Gabriel 1976)."""
+    drawn, numbers = np.random.default_rng(5), range(6)
+    subsets = [each for size in range(1, 7) for each in combinations(numbers, size)]
+    fallen = []
+    for _ in range(60):
+        p = drawn.uniform(size=6) ** 6
+        p[3] = p[drawn.integers(6)]  # equal ones, too
+        refuted = {each for each in subsets if min(p[list(each)]) <= 0.05 / len(each)}
+        fallen.append([all(each in refuted for each in subsets if one in each) for one in numbers])
+        assert [one <= level for one, level in zip([*p, np.nan], holm([*p, np.nan]), strict=True)] == [
+            *fallen[-1],
+            False,
+        ]
+    assert {sum(each) for each in fallen} == {0, 1, 2, 3, 4, 5, 6}
 
 
 def test_what_is_decided_on_one_side_leaves_no_level_to_the_other() -> None:

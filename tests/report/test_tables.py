@@ -11,12 +11,13 @@ from recorded_runs import leave, place, record, rows_of
 from rich.console import Console
 
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import records, tables
-from partial_lora.report.records import LeftOut, Predictions
+from partial_lora.report import comparison, folders, records, tables
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.records import LeftOut
 
 
 def shown_of(results_dir, **options):
-    return tables.readable(records.group(rows_of(results_dir)), **options)
+    return tables.readable(folders.group(rows_of(results_dir)), **options)
 
 
 def test_rows_that_would_read_alike_say_what_they_differ_in(tmp_path):
@@ -104,7 +105,7 @@ def test_three_files_begin_with_their_command(tmp_path):
     place(tmp_path, record("lora", model="vit_s14"))
     runs, _ = records.read(tmp_path)
     command = "partial-lora report \\\n  results/first"
-    files = tables.write(records.table(runs), tmp_path, command=command, left_out=LEFT_OUT)
+    files = tables.write(folders.table(runs), tmp_path, command=command, left_out=LEFT_OUT)
     assert [str(path.relative_to(tmp_path)) for path in files] == [
         f"report/table.{kind}" for kind in ("md", "csv", "tex")
     ]
@@ -135,9 +136,9 @@ def test_three_files_begin_with_their_command(tmp_path):
 
 def test_only_an_untuned_table_has_the_warning(tmp_path):
     place(tmp_path, record())
-    assert tables.notes(records.group(rows_of(tmp_path))) == []
+    assert tables.notes(folders.group(rows_of(tmp_path))) == []
     place(tmp_path, record("lora", tuning="untuned"))
-    assert tables.notes(records.group(rows_of(tmp_path))) == [tables._UNTUNED]
+    assert tables.notes(folders.group(rows_of(tmp_path))) == [tables._UNTUNED]
 
 
 def test_the_table_on_screen_fits_80_columns(tmp_path):
@@ -178,18 +179,18 @@ def test_the_best_of_a_method_is_chosen_on_validation_whatever_the_seeds(tmp_pat
         place(tmp_path, record("lora", 0.7, seed=seed))
     place(tmp_path, scored(0.8, 0.7, budget=0.3))  # as good, but of one seed
     place(tmp_path, record("probe", 1.0, trainer__epochs=50.0))  # under other conditions than most
-    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    best = tables.best_of_each(folders.group(rows_of(tmp_path)))
     assert list(zip(best["method"], best["operating_point"], strict=True)) == [
         ("lora", "–"),
         ("partial", "budget 0.13"),
     ]
     place(tmp_path, scored(0.99, 0.88, budget=0.5))
-    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    best = tables.best_of_each(folders.group(rows_of(tmp_path)))
     assert best[["method", "operating_point", "n"]].values.tolist()[0] == ["partial", "budget 0.5", 1]
     worse = record("lora", 3.0, metrics={"test": {"primary": "mse", "mse": 3.0}}, task="cars")
     place(tmp_path, worse)
     place(tmp_path, record("dora", metrics={"test": {"primary": "mse", "mse": 2.0}}, task="cars"))
-    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    best = tables.best_of_each(folders.group(rows_of(tmp_path)))
     assert best.query("task == 'cars'")["method"].tolist() == ["dora", "lora"]  # of mse less is better
 
 
@@ -199,7 +200,7 @@ def test_a_generation_is_chosen_by_its_perplexity_on_validation(tmp_path):
         validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
         metrics = {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}
         place(tmp_path, record(test=exact, seed=seed, budget=budget, metrics=metrics))
-    best = tables.best_of_each(records.group(rows_of(tmp_path)))
+    best = tables.best_of_each(folders.group(rows_of(tmp_path)))
     assert best["operating_point"].tolist() == ["budget 0.13"]
 
 
@@ -209,7 +210,7 @@ def test_the_smallest_nearly_as_good_has_as_many_seeds(tmp_path):
         place(tmp_path, record(test=0.895, seed=seed, budget=0.5))
         place(tmp_path, record(test=0.85, seed=seed, budget=0.13))
     place(tmp_path, record(test=0.9, budget=0.01))
-    table = records.group(rows_of(tmp_path))
+    table = folders.group(rows_of(tmp_path))
     best = table[table["method"] == "lora"].iloc[0]
     assert tables.smallest_within(table, best)["operating_point"] == "budget 0.5"
     assert tables.smallest_within(table[table["method"] == "lora"], best) is None
@@ -220,7 +221,7 @@ def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_the_metr
         leave(tmp_path, "partial", wrong=wrong, seed=seed)
     leave(tmp_path, "lora", wrong=20)
     leave(tmp_path, "dora", 0.9)
-    rows = {row["method"]: row for _, row in records.group(rows_of(tmp_path)).iterrows()}
+    rows = {row["method"]: row for _, row in folders.group(rows_of(tmp_path)).iterrows()}
     predictions = Predictions(tmp_path)
     assert tables.interval(rows["partial"], predictions) == (0.0, 1.0, "seeds")
     *ends, over = tables.interval(rows["lora"], predictions)
@@ -246,17 +247,17 @@ def results(tmp_path):
 
 
 def compared(results_dir):
-    return tables.differences(records.read(results_dir)[0], Predictions(results_dir))
+    return comparison.differences(records.read(results_dir)[0], Predictions(results_dir))
 
 
 def written(results_dir):
-    return tables.write_differences(compared(results_dir), results_dir, command="partial-lora report x")
+    return comparison.write(compared(results_dir), results_dir, command="partial-lora report x")
 
 
 def test_each_is_compared_with_the_reference_at_its_point(results):
-    comparison = compared(results)
-    assert comparison.uncompared == ()
-    rows = {(row.operating_point, row.method): row for row in comparison.rows.itertuples()}
+    made = compared(results)
+    assert made.uncompared == ()
+    rows = {(row.operating_point, row.method): row for row in made.rows.itertuples()}
     assert rows.keys() == {
         *(("threshold 0.9", method) for method in ("partial", "lora")),
         *(("budget 0.13", method) for method in ("partial", "partial (element)", "uniform", "lora")),
@@ -271,8 +272,8 @@ def test_each_is_compared_with_the_reference_at_its_point(results):
     assert (worse.optimizer_bytes, worse.reliability) == (2000.5, 0.75)
     assert np.isnan(lora.reliability)
 
-    decidable = int((comparison.rows["pairs"] > 1).sum())
-    part = tables.readable_differences(comparison.rows[comparison.rows["operating_point"] == "budget 0.13"])
+    decidable = int((made.rows["pairs"] > 1).sum())
+    part = comparison.readable(made.rows[made.rows["operating_point"] == "budget 0.13"])
     assert f"after correction for {decidable}" in part  # a part of a report is corrected for all of it
 
     text, numbers = (path.read_text(encoding="utf-8") for path in written(results))
@@ -303,40 +304,40 @@ def test_what_cannot_be_compared_is_named(results):
     (folder,) = results.glob("runs/*/*/uniform-0/seed1")
     (folder / PREDICTIONS).unlink()
     leave(results, "targeted", wrong=3, seed=4)
-    comparison = compared(results)
-    (broken,), (other_seeds,) = comparison.problems, comparison.apart
+    made = compared(results)
+    (broken,), (other_seeds,) = made.problems, made.apart
     assert "uniform-0/seed1" in broken
     assert "targeted" in other_seeds
-    assert comparison.rows.query("method == 'targeted'")["difference"].isna().all()
+    assert made.rows.query("method == 'targeted'")["difference"].isna().all()
 
 
 def test_differences_are_over_the_seeds_that_both_have(tmp_path):
     for seed in (0, 1, 2):
         leave(tmp_path, "partial", wrong=20, seed=seed)
         leave(tmp_path, "lora", wrong=60, seed=seed + 2)
-    comparison = compared(tmp_path)
-    shown = tables.readable_differences(comparison.rows).set_index("method")
+    made = compared(tmp_path)
+    shown = comparison.readable(made.rows).set_index("method")
     assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
     assert shown.loc["partial", "n"] == "3"
-    alone = tables.notes_of_differences(comparison)
+    alone = comparison.notes(made)
     for seed in (0, 1):
         leave(tmp_path, "lora", wrong=60, seed=seed)
-    several = tables.notes_of_differences(compared(tmp_path))
+    several = comparison.notes(compared(tmp_path))
     assert len(alone) == len(several) + 2  # of one seed, and of the reference's seeds
     assert set(several) < set(alone)
     (unneeded,) = tmp_path.glob(f"runs/*/*/lora*/seed4/{PREDICTIONS}")
     unneeded.unlink()
-    comparison = compared(tmp_path)
-    assert comparison.problems == ()
-    assert comparison.rows.set_index("method").loc["lora", "pairs"] == 3
+    made = compared(tmp_path)
+    assert made.problems == ()
+    assert made.rows.set_index("method").loc["lora", "pairs"] == 3
 
 
 def test_records_without_predictions_are_no_problem_but_remarked(results):
     for file in results.rglob(PREDICTIONS):
         file.unlink()
-    comparison = compared(results)
-    assert (comparison.problems, comparison.known, len(comparison.remarks)) == ((), False, 1)
+    made = compared(results)
+    assert (made.problems, made.known, len(made.remarks)) == ((), False, 1)
     others = [run for run in records.read(results)[0] if run.row["method"] != "partial"]
-    (remark,) = tables.differences(others, Predictions(results)).remarks
+    (remark,) = comparison.differences(others, Predictions(results)).remarks
     assert "partial" in remark
-    assert tables.differences(others[:1], Predictions(results)).remarks == ()
+    assert comparison.differences(others[:1], Predictions(results)).remarks == ()

@@ -35,7 +35,7 @@ FEW = {
     "stability": ("--shots=[2,4]", "--noise=[0.0,0.2]", "--seeds=[0,1]"),
     "cost": ("--measures", "[svd,activation]"),
 }
-FILES = {"analysis.json", "analysis.log", "table.md", "figure.svg"}
+FILES = {"analysis.json", "analysis.log", "table.md"}
 
 
 def settings(*arguments: str) -> dict:
@@ -160,7 +160,7 @@ def test_halves_are_calibrated_on_what_is_theirs(subject) -> None:
     assert part["rows"]["pearson"] == pytest.approx(np.corrcoef(*rows)[0, 1])
 
 
-def test_without_any_correlation_there_is_a_table_and_a_figure() -> None:
+def test_without_any_correlation_there_is_a_table() -> None:
     """A model that nothing changes is cut to the highest level everywhere: nothing correlates, and a note tells why."""
     halves = [{"examples": 2, "density": 0.1, "sparsity": {"m.0": {"rows": 0.9, "columns": 0.9}}}] * 2
     none = {"pearson": None, "spearman": None, "spearman_brown": None, "n": 2, "said": "all equal"}
@@ -168,7 +168,6 @@ def test_without_any_correlation_there_is_a_table_and_a_figure() -> None:
     analysis = {"what": "reliability", "config": settings(), "parts": parts, "git_commit": None, "device": "cpu"}
     analysis |= {"command": "c", "summary": analyses.reliability_summary(settings(), parts)}
     assert "split 0: all equal" in analyses.markdown(analysis)
-    assert analyses.reliability_figure(analysis).axes
 
 
 # Stability
@@ -348,31 +347,10 @@ def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None
     assert not [each for each in logging.getLogger("partial_lora").handlers if isinstance(each, logging.FileHandler)]
 
 
-def test_the_numbers_of_the_figure_are_those_of_the_summary(done) -> None:
-    what, _, analysis = done
-    summary, axes = analysis["summary"], analyses.ANALYSES[what].figure(analysis).axes
-    if what == "agreement":
-        for panel, lines in zip(axes, summary.values(), strict=True):
-            assert [text.get_text() for text in panel.texts] == [f"{line['jaccard']:.2f}" for line in lines]
-    elif what == "reliability":
-        pairs = [[half["sparsity"] for half in part["halves"]] for part in analysis["parts"].values()]
-        points = {(first[module]["rows"], second[module]["rows"]) for first, second in pairs for module in first}
-        assert set(map(tuple, axes[0].collections[0].get_offsets().tolist())) == points
-    elif what == "stability":
-        between, reference = axes[0].lines
-        lines = [line for line in summary["conditions"] if line["noise"] == 0]
-        assert between.get_xydata().tolist() == [[line["shots"], line["between_seeds"]["pearson"]] for line in lines]
-        assert 4 not in reference.get_xdata()  # the reference is not compared with itself
-    else:
-        widths = [bar.get_width() for bar in axes[0].patches]
-        assert widths == [cost["sample_blocks"] for cost in summary["searches"].values()]
-
-
-def test_a_finished_analysis_is_not_done_again_but_drawn(done, monkeypatch) -> None:
+def test_a_finished_analysis_is_not_done_again_but_its_table_is_made(done, monkeypatch) -> None:
     what, folder, _ = done
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for name in ("table.md", "figure.svg"):
-        (folder / name).unlink()
+    (folder / "table.md").unlink()
     monkeypatch.setattr(analyses, "Subject", None)  # whoever loads the model fails
     assert analyses.main([what, *TINY, *FEW[what], f"results_dir={folder.parents[3]}"]) == 0
     assert {name: (folder / name).read_bytes() for name in FILES} == before

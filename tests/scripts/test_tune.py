@@ -13,7 +13,7 @@ from searched_rates import RATES, best, run, search, settings
 
 from partial_lora import files
 from partial_lora.launching import directory, places
-from partial_lora.report import records
+from partial_lora.report.rows import operating_point
 from partial_lora.settings import stored, tuned
 from partial_lora.tasks import metrics
 
@@ -131,7 +131,7 @@ def test_a_search_with_a_calibration_file_is_at_its_point(tmp_path: Path) -> Non
     files.write_json(tmp_path / "calibration.json", content)
     runs = search([0.5, 0.6, 0.9, 0.8], f"calibration.file={tmp_path / 'calibration.json'}")
     (entry,) = best(*(each | {"calibration": content} for each in runs))
-    assert entry["operating_point"] == records.operating_point(runs[0] | {"calibration": content}) == "budget 0.13"
+    assert entry["operating_point"] == operating_point(runs[0] | {"calibration": content}) == "budget 0.13"
     assert entry["settings"]["calibration.axes"] == "joint"
 
 

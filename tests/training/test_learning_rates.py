@@ -23,7 +23,8 @@ from partial_lora import methods
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
-from partial_lora.report import records, summary
+from partial_lora.report import summary
+from partial_lora.report.rows import row
 from partial_lora.training import cost
 from partial_lora.training.config import AUTO, TrainerConfig
 
@@ -269,7 +270,7 @@ def test_a_run_that_leaves_its_rate_open_records_what_it_came_to() -> None:
     run = trained("open", *own, "trainer.learning_rate=auto", "trainer.max_steps=null", "trainer.epochs=2")
     came_to, wished = run.result["training"], run.config.trainer
     assert (wished.learning_rate, wished.head_learning_rate) == (AUTO, None)
-    assert came_to["learning_rate"] == records.row(run.result)["learning_rate"]
+    assert came_to["learning_rate"] == row(run.result)["learning_rate"]
     assert came_to["learning_rate"] == pytest.approx(2e-3 * came_to["density"] ** -(2 / 3))
     assert came_to["head_learning_rate"] == 2e-3
     logged = [entry for entry in run.result["history"] if "head_learning_rate" in entry]

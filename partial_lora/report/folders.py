@@ -1,0 +1,223 @@
+"""Folders of runs that differ in their seed alone: what tells them apart, and the means over their seeds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from partial_lora.report.records import Run
+from partial_lora.report.rows import NONE, conditions, of_method, panel_of, point_order
+from partial_lora.report.statistics import half_interval
+from partial_lora.settings import tuned
+
+T = TypeVar("T")
+Key = TypeVar("Key")
+
+OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """The runs of a folder, which differ in their seed alone."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def row(self) -> dict:
+        return self.runs[0].row
+
+    @property
+    def config(self) -> dict:
+        return self.runs[0].record["config"]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name and precision: of one name there are several where seeds differ in precision."""
+        return self.name, self.row["precision"]
+
+    @property
+    def id(self) -> str:
+        """The end of the folder's name, by which a run is found."""
+        return self.name.rpartition("-")[2]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.row["seed"] for run in self.runs]
+
+    @property
+    def measure(self) -> str | None:
+        """The measure of importance that its sparsities were calibrated by."""
+        calibrated = self.runs[0].record.get("calibration") is not None
+        return (self.config.get("importance") or {}).get("name") if calibrated else None
+
+    @cached_property
+    def distance(self) -> int:
+        """The number of the method's settings that differ from the schema's defaults."""
+        return len(of_method(self.config))
+
+    @property
+    def is_variant(self) -> bool:
+        """True for a variant of another run: its masks have a seed of their own, or its sparsities were repaired."""
+        masks, calibration = (self.config.get(name) or {} for name in ("mask", "calibration"))
+        return masks.get("seed") is not None or bool(calibration.get("repair"))
+
+
+def folders(runs: Iterable[Run]) -> list[Folder]:
+    """Return runs by folder, in the order of the first; a folder whose seeds differ in precision is several."""
+    alike = gathered(runs, lambda run: (run.row["group"], run.row["precision"]))
+    return [Folder(name, of_folder) for (name, _), of_folder in alike.items()]
+
+
+def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """Return things by their key, in the order in which the keys first come."""
+    groups: dict[Key, list[T]] = {}
+    for one in each:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
+    """Return, by panel, a folder under the conditions that most methods share; of equals, those with the most runs."""
+    usual = {}
+    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
+        alike = gathered(of_place, lambda each: each.row["conditions"]).values()
+        usual[place] = max(
+            alike, key=lambda own: (len({each.row["method"] for each in own}), sum(len(each.runs) for each in own))
+        )[0]
+    return usual
+
+
+def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
+    """Return by `Folder.key` the settings that tell it from others that would read alike: "rank=64", or "–".
+
+    They are the conditions that are not usual for its task and model, and the settings of its method that vary among
+    the folders of one method at one operating point and are no defaults. The learning rate, or the id, is added where
+    nothing else tells two folders apart.
+    """
+    usual, told = usual_conditions(every), {}
+    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
+        shared = conditions(usual[place].runs[0].record)
+        settings = {
+            each.key: {key: own for key, own, _ in tuned.differing(conditions(each.runs[0].record), shared)}
+            for each in of_place
+        }
+        alike = gathered(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
+        for same in alike:
+            own = {each.key: of_method(each.config) for each in same}
+            for key in sorted({key for each in own.values() for key in each}):
+                if len({repr(each.get(key)) for each in own.values()}) > 1:
+                    for name, each in own.items():
+                        settings[name] |= {key: each[key]} if key in each else {}
+        short = _short_keys({key for each in settings.values() for key in each})
+        for same in alike:
+            words = {
+                each: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in settings[each.key].items())
+                for each in same
+            }
+            for twins in gathered(same, words.get).values():
+                by_rate = gathered(twins, lambda each: f"learning_rate={each.row['learning_rate']:g}")
+                for rate, of_rate in by_rate.items():
+                    for each in of_rate:
+                        more = [rate] * (len(by_rate) > 1) + [each.id] * (len(of_rate) > 1)
+                        told[each.key] = ", ".join(filter(None, [words[each], *more])) or NONE
+    return told
+
+
+def _short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return keys without their groups, except where two would be the same or the meaning would be lost."""
+    short = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
+    several = Counter(short.values())
+    return {key: key if several[word] > 1 or word == "seed" else word for key, word in short.items()}
+
+
+def table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the rows of runs; `differs` is what tells them apart, `usual` whether they are under usual conditions."""
+    every = folders(runs)
+    usual, differs = usual_conditions(every), told_apart(every)
+    return pd.DataFrame(
+        [
+            run.row
+            | {
+                "differs": differs[run.row["group"], run.row["precision"]],
+                "usual": run.row["conditions"] == usual[panel_of(run.row)].row["conditions"],
+            }
+            for run in runs
+        ]
+    )
+
+
+# Runs averaged: over their seeds, or over all that share what the reader names.
+
+_SAME = (
+    *("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning"),
+    *("conditions", "differs", "usual", "precision", "group"),
+)
+_WHOLE = ("adapter_dense", "head_parameters")
+_AVERAGED = (
+    *("adapter_parameters", *_WHOLE, "share_of_dense", "adapter_sparsity", "adapter_bytes"),
+    *("calibrate_seconds", "train_seconds", "evaluate_seconds"),
+)
+
+
+def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Return runs that differ in nothing but their seed (one folder method-id) as one row: mean, deviation, n.
+
+    by: columns of the frame instead; runs of one metric and precision that agree in these are a row. The deviation is
+    the sample's (n - 1), NaN for a single run; test_half is half the 95 % interval of the mean by Student's t. Rows are
+    in the order of task, model, operating point, method, or of the keys.
+    """
+    if frame.empty:
+        return frame
+    same = list(dict.fromkeys([*by, "metric", "precision"])) if by else list(_SAME)
+    rest = [name for name in _SAME if name not in same and name != "group"]
+    table = (
+        frame.groupby(same, sort=False, dropna=False)
+        .agg(
+            n=("seed", "size"),
+            seeds=("seed", lambda seeds: " ".join(str(seed) for seed in sorted(set(seeds)))),
+            test_mean=("test", "mean"),
+            test_std=("test", "std"),
+            validation_mean=("validation", "mean"),
+            **{name: (name, "mean") for name in _AVERAGED},
+            **{name: (name, _shared) for name in rest},
+            calibrations_reused=("calibration_reused", "sum"),
+            **({} if "commit" in same else {"commit": ("commit", distinct)}),
+        )
+        .reset_index()
+    )
+    halves = [half_interval(std, n) for std, n in zip(table["test_std"], table["n"], strict=True)]
+    table.insert(table.columns.get_loc("test_std") + 1, "test_half", halves)
+    if by:
+        return table.sort_values(list(by), kind="stable", key=_sortable).reset_index(drop=True)
+    for name in _WHOLE:
+        table[name] = table[name].round().astype(int)  # the same for every seed, so the mean is whole
+    table["id"] = table["group"].str.rpartition("-")[2]
+    order = table.assign(_point=table["operating_point"].map(point_order))
+    order = order.sort_values(["task", "model", "_point", "method", "learning_rate", "id"], kind="stable")
+    return table.loc[order.index].reset_index(drop=True)
+
+
+def distinct(values: pd.Series) -> str:
+    """Return all different values, in order, as words."""
+    return ", ".join(sorted({str(value) for value in values}))
+
+
+def _shared(values: pd.Series) -> object:
+    """Return the value that all share; "–" (of numbers NaN) where they differ."""
+    if values.nunique(dropna=False) == 1:
+        return values.iloc[0]
+    return math.nan if is_numeric_dtype(values) else NONE
+
+
+def _sortable(values: pd.Series) -> pd.Series:
+    """Return numbers by size where all are numbers, words otherwise."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    return values.astype(str) if numbers.isna().any() else numbers
