@@ -21,7 +21,6 @@ from commands import begun, environment, here
 from partial_lora import cli
 from partial_lora.building import build
 from partial_lora.methods import called
-from partial_lora.report import figures
 from partial_lora.settings import keys, schema
 
 TINY = ("model=tiny_vit", "trainer.max_steps=4", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
@@ -267,12 +266,6 @@ def no_draws() -> None:
         raise AssertionError("drawn")
 
     build.draws_of = refuse
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without what takes longest to draw: tests/report looks at it."""
-    monkeypatch.setattr(figures, "draw_gallery", lambda *given: [])
 
 
 @pytest.mark.usefixtures("no_figures")

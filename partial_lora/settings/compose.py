@@ -75,6 +75,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     Raises Hydra's and OmegaConf's own errors for what does not compose.
     """
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     with hydra_of(arguments) as (hydra, name, overrides, flags):
         master = None if flags.multirun else _single_run(hydra, name, overrides)
@@ -85,7 +86,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         parsed = _sweep_overrides(master, hydra.config_loader)
         combinations = _combinations(parsed, sampled=choices["hydra/sweeper"] != "basic")
         swept = frozenset(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override())
-        if swept or sweeper.get("params"):
+        if swept or sweeper.get("params") or OmegaConf.missing_keys(choices):  # refused in a run alone
             load = hydra.config_loader.load_sweep_config
             runs = ((overrides, load(master, list(overrides))) for overrides in combinations)
         else:
