@@ -80,6 +80,12 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Reports without figures, which take most of their time: tests/report looks at these."""
+    monkeypatch.setattr("partial_lora.report.figures.draw_gallery", lambda *given: [])
+
+
+@pytest.fixture
 def model():
     """A tiny ViT under a name of its own: what calibration is tested on, where a test has no model of its own."""
     from scored_models import Named, tiny_vit

@@ -23,6 +23,7 @@ from partial_lora.settings.stored import plain
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")
+SHORT += ("calibration.levels=0.3",)  # where there is a calibration: three in place of nineteen
 _PLACE = tempfile.TemporaryDirectory(prefix="partial-lora-tests-")  # gone when the interpreter ends
 
 datasets.disable_progress_bars()  # as the commands do in a process of their own

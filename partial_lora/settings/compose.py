@@ -75,6 +75,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     Raises Hydra's and OmegaConf's own errors for what does not compose.
     """
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     with hydra_of(arguments) as (hydra, name, overrides, flags):
         master = None if flags.multirun else _single_run(hydra, name, overrides)
@@ -84,9 +85,12 @@ def plan(arguments: Sequence[str]) -> Plan:
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
         combinations = _combinations(parsed, sampled=choices["hydra/sweeper"] != "basic")
-        runs = (
-            (overrides, hydra.config_loader.load_sweep_config(master, list(overrides))) for overrides in combinations
-        )
+        swept = frozenset(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override())
+        if swept or sweeper.get("params") or OmegaConf.missing_keys(choices):  # refused in a run alone
+            load = hydra.config_loader.load_sweep_config
+            runs = ((overrides, load(master, list(overrides))) for overrides in combinations)
+        else:
+            runs = [(combinations[0], master)]
         direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
         return _checked(
             runs,
@@ -94,9 +98,7 @@ def plan(arguments: Sequence[str]) -> Plan:
             launcher=choices["hydra/launcher"],
             sweeper=choices["hydra/sweeper"],
             sweep_dir=Path(master.hydra.sweep.dir),
-            swept=frozenset(
-                override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()
-            ),
+            swept=swept,
             direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
 

@@ -24,9 +24,11 @@ _PROVIDER = "command-line"
 _OF_COMPOSITION = (  # what Hydra itself writes there, whatever a file says
     "hydra.runtime.choices",
     "hydra.runtime.config_sources",
+    "hydra.runtime.cwd",
     "hydra.job.override_dirname",
     "hydra.job.config_name",
 )
+_EXPECTED: dict[tuple, dict[str, object]] = {}  # `Loader._own_keys`: a comparison composes hundreds of runs
 
 
 class Loader(ConfigLoaderImpl):
@@ -51,7 +53,7 @@ class Loader(ConfigLoaderImpl):
         super().__init__(search_path)
         sources = self.repository.get_sources()
         sources[:] = [_Folder(_PROVIDER, source.path) if source.provider == _PROVIDER else source for source in sources]
-        self._own, self._expected = ConfigLoaderImpl(own), {}
+        self._own = ConfigLoaderImpl(own)
         self._written = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
         self._place = file or (None if folder is None else f"--config-dir {folder}")
 
@@ -85,12 +87,12 @@ class Loader(ConfigLoaderImpl):
 
     def _own_keys(self, choices: tuple[str, ...], config_name: str | None) -> dict[str, object]:
         """Return the keys of `hydra` without the user's files, for a launcher and a sweeper; composed once for each."""
-        if choices not in self._expected:
-            fields = [override for override in self._written if override.lstrip("+~").startswith("hydra.")]
-            name, overrides = config_name and CONFIG_NAME, [*choices, *fields]
-            composed = self._own.load_configuration(name, overrides, RunMode.RUN, validate_sweep_overrides=False)
-            self._expected[choices] = _keys(composed)
-        return self._expected[choices]
+        fields = [override for override in self._written if override.lstrip("+~").startswith("hydra.")]
+        name, overrides = config_name and CONFIG_NAME, (*choices, *fields)
+        if (name, overrides) not in _EXPECTED:
+            composed = self._own.load_configuration(name, list(overrides), RunMode.RUN, validate_sweep_overrides=False)
+            _EXPECTED[name, overrides] = _keys(composed)
+        return _EXPECTED[name, overrides]
 
 
 class _Folder(FileConfigSource):

@@ -70,7 +70,7 @@ def _with_model(composed: DictConfig) -> DictConfig:
     chosen, task = OmegaConf.to_container(composed.model), composed.task
     left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing, list(nothing or ()))]
     if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
-        return OmegaConf.merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
+        return OmegaConf.unsafe_merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
     found = stored_settings(chosen["weights"])
     if found is None:
         require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
@@ -83,7 +83,7 @@ def _with_model(composed: DictConfig) -> DictConfig:
     values = {key: found[key] for key in (*left, "weights") if key in found}
     values["new_modules"] = chosen["new_modules"] or found["new_modules"]
     values["model_args"] = found["model_args"] | chosen["model_args"]
-    return OmegaConf.merge(composed, {"model": values})
+    return OmegaConf.unsafe_merge(composed, {"model": values})
 
 
 @functools.cache

@@ -55,9 +55,8 @@ FORMS = {
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-BASES = [vit, timm_convnext]  # linear layers; convolutions, which store and gather otherwise
+OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "frozen", "ranks of entries")  # which gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
-CASES = [(form, base) for form in FORMS for base in BASES if base is vit or "one-hot" not in form]
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
 
@@ -111,7 +110,9 @@ def test_where_all_modules_have_one_scaling_it_is_saved_as_one_alpha(tmp_path):
         )
 
 
-@pytest.mark.parametrize(("form", "base"), CASES)
+@pytest.mark.parametrize(
+    ("form", "base"), [(form, vit) for form in FORMS] + [(form, timm_convnext) for form in OF_CONVOLUTIONS]
+)
 def test_every_form_is_saved_loaded_merged_and_resumed(form, base, tmp_path):
     sparsity = {KINDS["wrapped_vit" if base is vit else "timm_convnext"].targets[0]: 0.95, ".*": 0.6}
     model, batch = fill(adapt(base, sparsity=sparsity, **FORMS[form])), BATCH[base](3)
@@ -326,8 +327,10 @@ def change_of_outputs(density, *, convolution, steps, **settings):
     return (model(x).detach() - before).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("convolution", [False, True])
-@pytest.mark.parametrize("granularity", ["rows_columns", "element", "units"])
+@pytest.mark.parametrize(
+    ("granularity", "convolution"),
+    [("rows_columns", False), ("element", False), ("units", False), ("rows_columns", True)],
+)
 def test_a_step_moves_the_outputs_as_far_at_every_density(granularity, convolution):
     """The coordinate check of scripts/first_steps.py: one learning rate for every size, but not as PEFT draws A."""
     densities = [1.0, 0.25, 0.0625]

@@ -190,9 +190,12 @@ def test_a_quantised_base_is_merged_with_the_values_that_its_weights_stand_for(t
 # Proof
 
 
-@pytest.mark.parametrize("to", ["peft", "merged"])
-def test_a_clean_interpreter_agrees_with_the_run(tmp_path, to):
-    assert export.export(image_run(), to, tmp_path / "out", check=True).proof
+def test_clean_interpreters_of_peft_and_of_timm_alone_agree_with_the_run(tmp_path):
+    assert export.export(image_run(), "peft", tmp_path / "peft", check=True).proof
+    merged, samples = export.export(image_run(), "merged", tmp_path / "merged").folder, export._samples(image_run())
+    found = export.logits_elsewhere(samples, model=merged, library="timm")
+    expected = export._logits(export.adapted_model(image_run()), samples.inputs)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_clean_interpreter_cannot_import_this_package(tmp_path, monkeypatch):

@@ -93,13 +93,22 @@ def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() ->
     assert searched(lambda rate, seed: None if seed else rate / 4 if rate < 4 else 0)[0] is None
 
 
-GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
-SHORT = ("rates=3", "seeds=2", "results_dir=out")
+composed = functools.cache(lambda *arguments, checked=compare.checked: checked(arguments))
 
 
-def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
-    overrides = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch, tmp_path) -> None:
+    """Comparisons and what looks at them compose the same runs: each is composed at its first mention."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "checked", lambda arguments: composed(*arguments))
+
+
+GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32", "results_dir=out")
+SHORT = ("rates=3", "seeds=2")
+
+
+def test_every_method_is_at_every_budget_and_those_of_their_own_size_once() -> None:
+    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], GIVEN)
     assert [entry.name for entry in entries] == [
         "lora, own size",
         *(f"{name}, {budget}" for name in ("low_rank", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
@@ -110,9 +119,9 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
     assert centres == {"low_rank": 2e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
-    (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
+    (written_out,) = compare.entries(["hira"], [0.3], (*GIVEN, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], overrides)
+    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], GIVEN)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 
@@ -138,10 +147,9 @@ def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", *
     return 0
 
 
-@pytest.mark.usefixtures("composed_once")
-def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(tmp_path) -> None:
+def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished() -> None:
     """With a launcher that only writes records: the ranking, and nothing twice."""
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
     launched: list[list[str]] = []
     said: list[str] = []
 
@@ -153,19 +161,18 @@ def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished(
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
     assert all("left" in each for each in said)
-    made, own = len(launched), (*GIVEN, f"results_dir={tmp_path}")
-    again = compare.entries(["low_rank", "uniform"], [0.3], own)
+    made = len(launched)
+    again = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
     assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
     assert len(launched) == made  # records suffice: there are no weights here
-    again = compare.entries(["low_rank", "uniform"], [0.3], (*own, "overwrite=true"))
+    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, "overwrite=true"))
     assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0
     assert len(launched) == 2 * made
 
 
-@pytest.mark.usefixtures("composed_once")
-def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes(tmp_path) -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes() -> None:
+    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
     made: list[int] = []
     said: list[str] = []
 
@@ -178,21 +185,21 @@ def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes(tmp_path)
     assert all(0 < least <= sum(made[place:]) for place, least in enumerate(left))
     assert left[-1] == made[-1]
     said.clear()
-    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    again = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
     compare.compare(again, rates=2, seeds=2, launch=launch, say=said.append)
     assert "at least 0 left" in said[-1]
 
 
-def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+def test_an_interrupted_comparison_makes_no_further_runs() -> None:
+    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
     launched: list[list[str]] = []
     code = compare.compare(entries, rates=3, seeds=2, launch=lambda each: launched.append(each) or 130, say=print)
     assert (code, len(launched)) == (130, 1)
 
 
-def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path) -> None:
+def test_a_run_that_another_process_holds_ends_a_comparison() -> None:
     """Else its rate would pass for one that failed."""
-    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (entry,) = compare.entries(["low_rank"], [0.3], GIVEN)
     held = next(iter(compare.places_of(entry, [(entry.centre, 0)]).values()))
     with directory.locked(held), refusal("", held):
         compare.compare([entry], rates=3, seeds=2, launch=lambda each: 2, say=print)
@@ -245,17 +252,6 @@ def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) 
     assert not list(tmp_path.glob("results*"))
 
 
-@pytest.fixture
-def composed_once(monkeypatch) -> None:
-    """A test and the comparison that it looks at compose the same runs: each is composed at its first mention."""
-    checked = functools.cache(lambda *arguments: compare_checked(arguments))
-    monkeypatch.setattr(compare, "checked", lambda arguments: checked(*arguments))
-
-
-compare_checked = compare.checked
-
-
-@pytest.mark.usefixtures("composed_once")
 def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_form_is_called(
     tmp_path, monkeypatch
 ) -> None:

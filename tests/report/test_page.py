@@ -198,6 +198,7 @@ def test_a_run_without_a_calibration_leaves_a_page_and_a_page_that_cannot_be_mad
 # The command
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for seed, accuracy in enumerate((0.98, 0.985, 0.9925)):

@@ -28,7 +28,7 @@ from partial_lora.settings import stored
 from partial_lora.settings.compose import composed
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
-TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9")
+TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9", "model.target_modules=[attn.qkv,mlp.fc2]")
 FEW = {
     "agreement": ("--measures=[svd,magnitude,activation]", "--sparsities=[0.5]"),
     "reliability": ("--splits=1",),
@@ -228,6 +228,7 @@ def test_stability_is_that_of_the_calibrations_made(subject) -> None:
 
 def test_wrong_labels_are_refused_where_there_are_no_classes() -> None:
     generation = ("task=text_generation", "model=tiny_llama", *finished_runs.GENERATION, "--shots=[8]")
+    generation += ("model.target_modules=[q_proj,down_proj]",)
     for given, kind in ((generation, "generation"), (["task.regression=true"], "regression")):
         chosen = settings(*given)
         with refusal(rf"--noise=\[0\.0, 0\.1, 0\.2\]: .*{kind}"):
@@ -272,8 +273,8 @@ def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject
 
 def of_causal(kind: str, *overrides: str) -> tuple[dict, analyses.Subject]:
     """The settings and the subject of a small causal model on a task of some kind."""
-    given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1", *overrides)
-    chosen = settings(*given)
+    given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1")
+    chosen = settings(*given, "model.target_modules=[q_proj,down_proj]", *overrides)
     return chosen, analyses.Subject(chosen)
 
 

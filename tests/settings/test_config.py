@@ -22,6 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.settings import compose, identity, keys, resolving, schema, stored
 from partial_lora.settings.compose import composed
+from partial_lora.settings.loader import Loader
 from partial_lora.settings.schema import Config
 
 OUT_OF_RANGE = yaml.safe_load("""
@@ -172,6 +173,13 @@ def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compose, "resolve", lambda node: configs.append(resolve(node)) or configs[-1])
     assert compose.compose("info", ["-m", "model=tiny_vit", "seed=1,2"], lambda each: each.seed - 1) == 1
     assert [each.seed for each in configs] == [1, 2]
+    made, load = [], Loader.load_configuration
+    monkeypatch.setattr(
+        Loader, "load_configuration", lambda self, *given, **named: made.append(given) or load(self, *given, **named)
+    )
+    for flags in ([], ["-m"]):
+        assert len(compose.plan([*flags, "model=tiny_vit"]).runs) == 1
+    assert len(made) == 2
 
 
 def test_settings_come_back_as_they_were_from_plain_data_even_without_their_files(tmp_path: Path) -> None:
@@ -466,8 +474,10 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
         words = ["-m"] * flag_first + [settings_file(tmp_path, "model: tiny_vit\n")] + ["-m"] * (not flag_first)
         swept = compose.plan([*words, "seed=0,1"])
         assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
-    with refusal("model=.*"):
-        composed(settings_file(tmp_path, "model: ???\n"))
+    for flags in ([], ["-m"]):
+        words = [*flags, settings_file(tmp_path, "model: ???\n")]
+        with refusal("model=.*"), compose.in_one_line(words):
+            compose.plan(words)
     words = ["seed=0,1", "-m", settings_file(tmp_path, "trainer.epocs: 3\n")]
     with refusal(f"{tmp_path}/own.yaml: trainer.epocs"), compose.in_one_line(words):
         compose.plan(words)

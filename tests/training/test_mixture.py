@@ -330,7 +330,7 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
 
 
 def test_a_mixture_of_one_is_that_task(tables) -> None:
-    short = ("calibration.max_sparsity=0.2", "calibration.levels=0.1", "model.target_modules=[query,output.dense]")
+    short = ("calibration.max_sparsity=0.2", "calibration.levels=0.2", "model.target_modules=[query,output.dense]")
     reviews = ("task=text_table", f"task.data_files='{tables['reviews']}'", "model=tiny_bert")
     single = trained("one-alone", *reviews, "task.metrics=[matthews,accuracy]", "calibration.score=accuracy", *short)
     mixed = trained("one-mixture", *members(tables, "reviews"), *short)
