@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
+from partial_lora.adapter.factor import OneHotA
 from partial_lora.masks import AS_PEFT
 
 WORLD = 2
@@ -62,6 +63,7 @@ SPARSITY = {
 CASES = {
     "llama": Case("llama", {"sparsity": SPARSITY, "r": 3}),
     "llama_element": Case("llama", {"sparsity": SPARSITY, "granularity": "element"}),
+    "llama_one_hot": Case("llama", {"sparsity": SPARSITY, "columns": "one_hot", "r": 3}),
     # At the scaling by density these rates are so large that the order of a sum shows.
     "vit": Case("wrapped_vit", {"sparsity": 0.87, **AS_PEFT}),
     "gpt2_checkpointed": Case("gpt2", {"sparsity": 0.5, "granularity": "element"}, checkpointing=True),
@@ -112,6 +114,7 @@ def reference(case: Case) -> torch.nn.Module:
 def values_outside(model: torch.nn.Module, dense: dict[str, torch.Tensor]) -> int:
     """How many entries of the dense adapter are not zero though no mask keeps them."""
     kept = sum(int((tensor != 0).sum()) for name, tensor in dense.items() if "lora_" in name)
+    kept -= sum(int((module.weight != 0).sum()) for module in model.modules() if isinstance(module, OneHotA))
     return kept - sum(p.numel() for name, p in trained(model).items() if name.endswith("kept"))
 
 

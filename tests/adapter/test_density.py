@@ -277,8 +277,9 @@ def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tm
                 assert torch.equal(a.weight, drawn[name].weight.to(a.weight.dtype))
 
 
-def test_a_frozen_a_compiles():
-    model = fill(adapt(sparsity=0.5, columns="frozen"))
+@pytest.mark.parametrize("form", ["frozen", "frozen, entries", "one-hot", "one-hot rows"])
+def test_a_frozen_factor_compiles(form):
+    model = fill(adapt(sparsity=0.5, **FORMS[form]))
     expected = logits(model, images())
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(model, backend="eager")(**images()).logits, expected, atol=1e-5)
