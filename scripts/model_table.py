@@ -23,6 +23,7 @@ file with what is built.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -36,7 +37,7 @@ from torch import nn
 from partial_lora import models
 from partial_lora.building import memory
 from partial_lora.building.info import outline
-from partial_lora.files import write_atomic, write_json
+from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
@@ -195,15 +196,17 @@ def measured(config: Config) -> int:
     return kept.bytes
 
 
-def steps() -> dict[str, dict[str, dict]]:
-    """What a step of every method keeps, counted and measured."""
-    found: dict[str, dict[str, dict]] = {}
+def steps(file: Path) -> dict[str, dict[str, dict]]:
+    """What a step of every method keeps, counted and measured; a file holds what is known, and gets what is new."""
+    found: dict[str, dict[str, dict]] = read_json(file) if file.is_file() else {}
     for (name, settings), method in product(STEPS.items(), METHODS):
-        size = [] if method == "lora" else ["calibration=fixed"] * (method in ("low_rank", "partial"))
+        if method in found.setdefault(name, {}):
+            continue
+        size = ["calibration=fixed"] if method in ("low_rank", "partial") else []
         config = composed("trainer.batch_size=16", *settings, f"method={method}", *size)
-        step = {**asdict(memory.step_memory(config)), "measured": measured(config)}
-        found.setdefault(name, {})[method] = step
-        print(name, method, step, flush=True)
+        found[name][method] = {**asdict(memory.step_memory(config)), "measured": measured(config)}
+        write_json(file, found)
+        gc.collect()
     return found
 
 
@@ -241,8 +244,7 @@ def main() -> int:
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     if sys.argv[1:] == ["--kept"]:
-        found = steps()
-        write_json(FOLDER / "kept.json", found)
+        found = steps(FOLDER / "kept.json")
         write_atomic(FOLDER / "kept.md", kept_page(found))
         return 0
     each = outlines()
