@@ -152,7 +152,10 @@ class Predictor:
 
 @dataclass
 class _Predicted:
-    """Predictions for inputs of one form: `read` gives what the model is shown of each, or an error, `predict` the rest.
+    """Predictions for inputs of one form.
+
+    `read` returns what the model is shown of every input, or an error in its place, and `predict` the predictions for
+    those without one.
 
     asked: the task, its labels and their places among the model's outputs. longest: of a text that is written, in
     tokens; None for as many as the task has.
