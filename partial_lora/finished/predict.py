@@ -104,7 +104,7 @@ class Predictor:
         self._batch_size = run.config.trainer.eval_batch_size
         transform = build.transform_of(run.config.model, asked.config.task)
         predicted = PREDICTED[kind_of(asked.config.task).reads]
-        self._of = predicted(asked, transform, RunModel(run, device), max_new_tokens)
+        self._of: Any = predicted(asked, transform, RunModel(run, device), max_new_tokens)
 
     def predict(self, inputs: Iterable, batch_size: int | None = None) -> list[Prediction]:
         """Return a prediction for every input, in order.
@@ -154,6 +154,9 @@ class Predictor:
 class _Predicted:
     """Predictions for inputs of one form.
 
+    `read` returns what the model is shown of every input, or an error in its place, and `predict` the predictions for
+    those without one.
+
     asked: the task, its labels and their places among the model's outputs. longest: of a text that is written, in
     tokens; None for as many as the task has.
     """
@@ -168,14 +171,6 @@ class _Predicted:
     @property
     def task(self) -> TaskConfig:
         return self.asked.config.task
-
-    def read(self, inputs: Sequence) -> list:
-        """Return what the model is shown of every input; an error stands for what cannot be read."""
-        raise NotImplementedError
-
-    def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
-        """Return the predictions for inputs that can be read."""
-        raise NotImplementedError
 
 
 class OfTexts(_Predicted):

@@ -52,7 +52,7 @@ def test_a_kind_like_another_is_an_entry_and_nothing_else(monkeypatch, tmp_path:
     assert isinstance(transform, tasks.ChoiceTransform)
     judge = build.judge_of(config, loaded, transform, Alone())
     assert isinstance(judge, objectives.ByOptions)
-    assert {len(judge.train()), 3 * len(judge.test())} == {len(loaded.train), len(judge.test()) * 3}
+    assert (len(judge.train()), len(judge.test())) == (len(loaded.train), 3 * len(loaded.test))  # a row an option
     assert build.calibration_config(config, loaded).score == "loss"
     (read,), _ = inputs.read_inputs(["-"], task, io.BytesIO(b"which?\tone\ttwo\n"))
     assert read.content == ("which?", ("one", "two"))
