@@ -55,7 +55,7 @@ FORMS = {
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "frozen", "ranks of entries")  # which gather otherwise
+OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "groups", "frozen", "ranks of entries")  # gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 

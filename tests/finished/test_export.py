@@ -195,7 +195,7 @@ def test_clean_interpreters_of_peft_and_of_timm_alone_agree_with_the_run(tmp_pat
     merged, samples = export.export(image_run(), "merged", tmp_path / "merged").folder, export._samples(image_run())
     found = export.logits_elsewhere(samples, model=merged, library="timm")
     expected = export._logits(export.adapted_model(image_run()), samples.inputs)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_clean_interpreter_cannot_import_this_package(tmp_path, monkeypatch):

@@ -49,9 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swept(place: Path) -> subprocess.CompletedProcess:
     """Three jobs side by side, of which two are the same run and one fails."""
-    running = begun(place, "train", "-m", *TINY, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
-    out, err = running.communicate(timeout=300)
-    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+    return command(place, "train", "-m", *TINY, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
 
 
 def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
