@@ -313,9 +313,8 @@ class PartialLoraConfig(LoraConfig):
         A factor that does not train has a density of 1 here.
         """
         exponents = {"rows": cast("float", self.row_exponent), "columns": self.column_exponent}  # set by __post_init__
-        exponents.pop(self.frozen_axis, None)
-        masks = self.masks[module]
-        return math.prod(getattr(masks, axis).reach ** -exponent for axis, exponent in exponents.items())
+        masks, trains = self.masks[module], [axis for axis in AXES if axis != self.frozen_axis]
+        return math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
 
     def as_lora(self) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter in its dense form."""
