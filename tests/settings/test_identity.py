@@ -184,4 +184,6 @@ def test_every_committed_run_is_found() -> None:
         for place in packs.directories(table.parent):
             if place.name == "seed0" and place.parts[-4] == "digits":
                 settings = stored.load(packs.packed(place)["config"])
+                if settings.method.name == "lorafa_projected":  # which nothing can run any more
+                    continue
                 assert places.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
