@@ -1,15 +1,17 @@
 """Intervals of differences: how often they hold the truth, and how many seeds and steps decide a margin.
 
-    python scripts/intervals.py coverage    # or `make coverage`; about seven minutes of one core
+    python scripts/intervals.py coverage    # or `make coverage`; some minutes of one core
     python scripts/intervals.py power       # or `make power`; from committed records alone
 
-*Coverage*: of 95 % intervals by components and by a bootstrap, with 2 to 8 seeds. Two kinds of experiments whose truth
-is known. *Resampled*: predictions of two methods with eight seeds are all there is; an experiment draws seeds and test
-examples of them, and the truth is their mean difference. *Fitted*: the components of variance of a set's committed runs
-(medians over its pairs of methods), with seeds that are normal, or heavy-tailed as where a run collapses (Student's t
-with three degrees of freedom, of the same variance). Then five sets with these components, of which the truth is the
-mean of all such sets: the interval of random effects beside a bootstrap of the five at hand, as sets differ by 0, 1 and
-3 points. Writes OUT/coverage.{md,csv,png,svg}.
+*Coverage*: of 95 % intervals by components, by a bootstrap and by Student's t over the seeds alone, with 2 to 8 seeds.
+Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
+is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
+components of variance of a set's committed runs (medians over its pairs of methods), with seeds that are normal, or
+heavy-tailed as where a run collapses (Student's t with three degrees of freedom, of the same variance). Then five sets
+with these components, of which the truth is the mean of all such sets: the interval of random effects beside a
+bootstrap of the five at hand, as sets differ by 0, 1 and 3 points. *Races*: twelve forms beside one reference, which
+all comparisons share, with the same components; counted are the races in which anything is decided of forms that are
+as good as the reference. Writes OUT/coverage.{md,csv,svg} and OUT/races.csv.
 
 *Power*: the same components and the test rows that `make decided` has give the error of S seeds; where the truth is 0,
 the interval lies above minus the margin with the probability of a noncentral Student's t. Counted are the seeds with
@@ -23,14 +25,15 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.special import nctdtr, stdtrit
+from scipy.special import nctdtr, stdtr, stdtrit
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
@@ -40,13 +43,28 @@ from partial_lora.report.comparable import POINTS, gather
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import bootstrap, ends_of, estimate, mean_squares, over_sets
+from partial_lora.report.statistics import (
+    LEVEL,
+    by_sides,
+    ends_of,
+    estimate,
+    mean_squares,
+    over_sets,
+)
 
-SEEDS = (2, 3, 5, 8)
+SEEDS = (2, 3, 4, 5, 6, 7, 8)
 FEWEST = 3  # seeds of a pair that components are taken from
 DRAWS = 300
-COMPONENTS, BOOTSTRAP = "components", "bootstrap"
+COMPONENTS, BOOTSTRAP, ALONE = "components", "bootstrap", "seeds alone"
 FIVE = "five sets"
+FORMS, FAR, RACES = 12, 0.2, 2000  # beside the reference; how far those are that differ; races of each kind
+RULES = (
+    "components, Holm",
+    "components, each side by Holm",
+    "components, uncorrected",
+    "seeds alone, Holm",
+    "components with Satterthwaite's freedom, Holm",
+)
 MARGINS, CLAIMS = (0.01, 0.02), 12
 POWER, SIGNIFICANCE, MOST = 0.8, 0.05, 64
 TEST_ROWS = {
@@ -132,34 +150,58 @@ def fitted(variances: Components, examples: int, *, heavy: bool = False, between
 def of_one_set(draw: Experiment, seeds: int, repetitions: int) -> Held:
     """Return how often intervals held the truth 0 of repeated experiments, and their mean width."""
     generator = np.random.default_rng(seeds)
-    each = (draw(generator, seeds) for _ in range(repetitions))
-    return _held((estimate(d).interval(), ends_of(bootstrap(d, generator, DRAWS))) for d in each)
+    each = [draw(generator, seeds) for _ in range(repetitions)]
+    again = Again(generator, *each[0].shape)
+    return _held(
+        {
+            COMPONENTS: estimate(d).interval(),
+            BOOTSTRAP: ends_of(again.means(d)),
+            ALONE: estimate(d.mean(axis=1, keepdims=True)).interval(),
+        }
+        for d in each
+    )
 
 
 def of_all_sets(draws: list[Experiment], seeds: int, repetitions: int) -> Held:
     """Return the same of the mean of sets: by random effects, and by a bootstrap of the sets at hand."""
     generator = np.random.default_rng(seeds)
-    each = ([draw(generator, seeds) for draw in draws] for _ in range(repetitions))
+    each = [[draw(generator, seeds) for draw in draws] for _ in range(repetitions)]
+    again = [Again(generator, *d.shape) for d in each[0]]
     return _held(
-        (
-            over_sets([estimate(d) for d in sets]).interval(),
-            ends_of(np.mean([bootstrap(d, generator, DRAWS) for d in sets], axis=0)),
-        )
+        {
+            COMPONENTS: over_sets([estimate(d) for d in sets]).interval(),
+            BOOTSTRAP: ends_of(np.mean([own.means(d) for own, d in zip(again, sets, strict=True)], axis=0)),
+        }
         for sets in each
     )
 
 
-def _held(ends: Iterable[tuple[tuple[float, float], tuple[float, float]]]) -> Held:
-    low, high = np.moveaxis(np.array(list(ends)), -1, 0)
-    held, width = ((low <= 0) & (high >= 0)).mean(axis=0), (high - low).mean(axis=0)
-    return {name: (float(held[at]), float(width[at])) for at, name in enumerate((COMPONENTS, BOOTSTRAP))}
+class Again:
+    """The bootstrap's draws of seeds and examples, the same for all experiments of a kind: drawing takes the time."""
+
+    def __init__(self, generator: np.random.Generator, seeds: int, examples: int) -> None:
+        sizes = (seeds, examples)
+        self._seeds, self._examples = (generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in sizes)
+
+    def means(self, d: np.ndarray) -> np.ndarray:
+        """Return the mean difference in every draw, as `statistics.bootstrap` does."""
+        return (self._seeds @ d * self._examples).sum(axis=1)
 
 
-def simulate(results_dir: Path, repetitions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row for each kind of experiment, set, number of seeds and interval; and the components of each set."""
-    rows, fits, every = [], [], {}
-    for task, _, d in pairs(results_dir):
-        every.setdefault(task, []).append(d)
+def _held(ends: Iterable[Mapping[str, tuple[float, float]]]) -> Held:
+    held = {}
+    for name, of_interval in pd.DataFrame(ends).items():
+        low, high = np.array(list(of_interval)).T
+        held[name] = float(((low <= 0) & (high >= 0)).mean()), float((high - low).mean())
+    return held
+
+
+def simulate(every: Mapping[str, list[np.ndarray]], repetitions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a row for each kind of experiment, set, number of seeds and interval; and the components of each set.
+
+    every: differences (seeds, examples) of the pairs of each set.
+    """
+    rows, fits = [], []
 
     def add(kind: str, task: str, seeds: int, found: Held) -> None:
         for name, (held, width) in found.items():
@@ -188,12 +230,102 @@ def simulate(results_dir: Path, repetitions: int) -> tuple[pd.DataFrame, pd.Data
     return pd.DataFrame(rows), pd.DataFrame(fits)
 
 
+# --- Races: many comparisons with one reference.
+
+
+def race(
+    variances: Components, examples: int, seeds: int, differing: int, *, heavy: bool, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the seeds' mean differences (races, seeds, forms), and the mean squares of examples and of what is left.
+
+    Of a difference a form and the reference have half of each component. The last `differing` forms are far better than
+    the reference, all others as good. Sums of squares over examples are not drawn entry by entry: those of normal
+    numbers of all forms together have Wishart's distribution, and Bartlett's factor of it has a row a form.
+    """
+    of_seeds, of_examples, left = (math.sqrt(variance / 2) for variance in variances)
+    shape = (RACES, seeds, FORMS + 1)
+    luck = generator.standard_t(3, shape) / math.sqrt(3) if heavy else generator.normal(size=shape)
+    means = of_seeds * luck + left / math.sqrt(examples) * generator.normal(size=shape)
+    means += of_examples / math.sqrt(examples) * generator.normal(size=(RACES, 1, FORMS + 1))
+    means[..., FORMS + 1 - differing :] += FAR
+
+    def mean_square(deviation: float, freedom: int) -> np.ndarray:
+        factor = np.tril(generator.normal(size=(RACES, FORMS + 1, FORMS + 1)), -1)
+        diagonal = np.arange(FORMS + 1)
+        factor[:, diagonal, diagonal] = np.sqrt(generator.chisquare(freedom - diagonal, size=(RACES, FORMS + 1)))
+        return deviation**2 * ((factor[:, 1:] - factor[:, :1]) ** 2).sum(axis=-1) / freedom
+
+    by_example = mean_square(math.sqrt(seeds * of_examples**2 + left**2), examples - 1)
+    return means[..., 1:] - means[..., :1], by_example, mean_square(left, (seeds - 1) * (examples - 1))
+
+
+def estimates(
+    means: np.ndarray, by_example: np.ndarray, rest: np.ndarray, examples: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return differences and errors, as `statistics.estimate` does of one, and the degrees of freedom of Satterthwaite.
+
+    means: of the seeds (races, seeds, forms). Satterthwaite's freedom, which `estimate` does not take, is that of all
+    parts together; seeds that happen to differ less than what is left are taken for seeds that do not differ.
+    """
+    seeds = means.shape[1]
+    spread = means.var(axis=1, ddof=1) / seeds
+    by_example, left = by_example / (seeds * examples), rest / (seeds * examples)
+    extra, free = np.maximum(0, by_example - left), (seeds - 1) * (examples - 1)
+    variance = np.maximum(spread, left) + extra
+    squares = np.where(spread < left, left**2 / free, spread**2 / (seeds - 1))
+    squares += np.where(extra > 0, by_example**2 / (examples - 1) + left**2 / free, 0)
+    return means.mean(axis=1), np.sqrt(variance), variance**2 / squares
+
+
+def falsely_decided(
+    variances: Components, examples: int, seeds: int, differing: int, *, heavy: bool, generator: np.random.Generator
+) -> dict[str, float]:
+    """Return by RULES the share of races that decide anything of forms that are as good as the reference."""
+    means, by_example, rest = race(variances, examples, seeds, differing, heavy=heavy, generator=generator)
+    difference, error, satterthwaite = estimates(means, by_example, rest, examples)
+    alone = means.std(axis=1, ddof=1) / math.sqrt(seeds)
+    above, below = (np.minimum(1, 2 * stdtr(seeds - 1, side * difference / error)) for side in (-1, 1))
+    both, equal = np.minimum(above, below), FORMS - differing  # the equal forms are the first
+
+    def share(*sides: np.ndarray) -> float:
+        """Return the share of races in which an equal form is within its level; those of one side are Holm's."""
+        return fmean(
+            any(
+                p <= level
+                for ends, levels in zip(race[:equal], by_sides(race), strict=False)
+                for p, level in zip(ends, levels, strict=True)
+            )
+            for race in np.stack(sides, axis=-1).tolist()
+        )
+
+    found = (
+        share(both),
+        share(above, below),
+        float((both[:, :equal] <= 1 - LEVEL).any(axis=1).mean()),
+        share(2 * stdtr(seeds - 1, -abs(difference) / alone)),
+        share(2 * stdtr(satterthwaite, -abs(difference) / error)),
+    )
+    return dict(zip(RULES, found, strict=True))
+
+
+def races(every: Mapping[str, list[np.ndarray]]) -> pd.DataFrame:
+    """Return a row for each kind of race, set, number of seeds and rule, with the share that decides falsely."""
+    rows = []
+    for heavy, (task, of_pairs), differing in product((False, True), every.items(), (0, FORMS // 2)):
+        variances, generator = np.median([components(d) for d in of_pairs], axis=0), np.random.default_rng(0)
+        named = {"seeds' tails": "heavy" if heavy else "normal", "forms that differ": differing, "set": task}
+        for seeds in SEEDS[1:]:
+            found = falsely_decided(variances, of_pairs[0].shape[1], seeds, differing, heavy=heavy, generator=generator)
+            rows += [named | {"seeds": seeds, "rule": rule, "false": share} for rule, share in found.items()]
+    return pd.DataFrame(rows)
+
+
 def draw(numbers: pd.DataFrame, out: Path) -> Path:
-    """Draw the coverage of both intervals by the number of seeds, a panel for each kind of experiment."""
+    """Draw the coverage of the intervals by the number of seeds, a panel for each kind of experiment."""
     five = numbers["set"] == FIVE
     panels = [*numbers[~five].groupby("experiments", sort=False), (FIVE, numbers[five])]
     figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
-    looks = {COMPONENTS: ("C0", "o"), BOOTSTRAP: ("C1", "s")}
+    looks = {COMPONENTS: ("C0", "o"), BOOTSTRAP: ("C1", "s"), ALONE: ("C2", "^")}
     for axes, (title, part) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         axes.axhline(0.95, color="0.4", linestyle=":", linewidth=1)
         for (name, *_), own in part.groupby(["interval", "experiments", "set"], sort=False):
@@ -203,54 +335,64 @@ def draw(numbers: pd.DataFrame, out: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("share of intervals that hold the truth")
     handles = [figure.axes[0].plot([], [], color=color, marker=mark)[0] for color, mark in looks.values()]
-    figure.legend(handles, list(looks), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, list(looks), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, out / "coverage.svg")
 
 
-def coverage_page(numbers: pd.DataFrame, fits: pd.DataFrame, command: str, repetitions: int) -> str:
-    """Return the table as Markdown: coverage and mean width by the number of seeds, and the components."""
-    rows = {}
-    for row in numbers.itertuples():
-        cells = rows.setdefault((row.experiments, row.set), {"experiments": row.experiments, "set": row.set})
-        cells[f"{row.interval}, {row.seeds} seeds"] = f"{row.coverage:.3f} ({row.width:.1f})"
-    shown = fits.round({"of seeds": 2, "of examples": 1, "left": 1})
+def coverage_page(
+    numbers: pd.DataFrame, fits: pd.DataFrame, raced: pd.DataFrame, command: str, repetitions: int
+) -> str:
+    """Return the tables as Markdown: coverage and mean width by the number of seeds, the components, and races."""
+    cells = [f"{held:.3f} ({width:.1f})" for held, width in zip(numbers["coverage"], numbers["width"], strict=True)]
+    shown = by_seeds(numbers.assign(cell=cells), ["experiments", "set", "interval"])
+    columns = ["seeds' tails", "forms that differ", "rule"]
+    over_sets = raced.groupby([*columns, "seeds"], sort=False)["false"].agg(["min", "max"]).reset_index()
+    ends = zip(over_sets["min"], over_sets["max"], strict=True)
+    shares = over_sets.assign(cell=[f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in ends])
     parts = [
         f"    {command}",
         "# How often 95 % intervals hold the truth",
         f"Coverage over {repetitions} experiments, and in brackets the mean width in points. Resampled: "
         f"{2 * repetitions} experiments, out of the predictions of all pairs of methods with eight seeds. Fitted: with "
         f"the components below. Five sets: {math.ceil(repetitions / 2)} experiments; the truth is the mean of all sets "
-        "like them.",
-        pd.DataFrame(rows.values()).to_markdown(index=False),
-        "Components of a difference, standard deviations in points, medians over pairs of a set's methods:",
+        "like them. Seeds alone: Student's t over the seeds' scores, as where predictions were not kept.",
         shown.to_markdown(index=False),
+        "Components of a difference, standard deviations in points, medians over pairs of a set's methods:",
+        fits.round({"of seeds": 2, "of examples": 1, "left": 1}).to_markdown(index=False),
+        "# How often a race decides something falsely",
+        f"{FORMS} forms beside one reference, {RACES:,} races for each of the sets above, with its components; cells "
+        "have the lowest and the highest set's share. Counted are races in which a form is called better or worse that "
+        "is as good as the reference; forms that differ are far better, so that Holm's steps get past them. Components "
+        "with Holm is the rule of rankings, each side by Holm that of claims. Degrees of freedom of Satterthwaite take "
+        "seeds that happen to agree for seeds that do not differ, and are used no more.",
+        by_seeds(shares, columns).to_markdown(index=False),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def by_seeds(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
+    """Return the column `cell` with a column for each number of seeds."""
+    cells = cells.assign(order=cells.groupby(rows, sort=False).ngroup(), seeds=cells["seeds"].astype(str) + " seeds")
+    table = cells.pivot(index=["order", *rows], columns="seeds", values="cell")
+    return table.reset_index().drop(columns="order")
 
 
 # --- Power.
 
 
-def error(variances: Components, examples: int, seeds: int) -> tuple[float, float]:
-    """Return the standard error of a mean difference, and Satterthwaite's degrees of freedom, as they are expected.
+def error(variances: Components, examples: int, seeds: int) -> float:
+    """Return the standard error of a mean difference, as it is expected.
 
     variances: of seeds, of examples and of what is left (`components`).
     """
     of_seeds, of_examples, left = variances
-    total = seeds * examples
-    squares = [  # expected mean squares, as shares of the variance of the mean, with their degrees of freedom
-        ((examples * of_seeds + left) / total, seeds - 1),
-        ((seeds * of_examples + left) / total, examples - 1),
-        (left / total, (seeds - 1) * (examples - 1)),
-    ]
-    variance = squares[0][0] + squares[1][0] - squares[2][0]
-    return math.sqrt(variance), variance**2 / sum(share**2 / freedom for share, freedom in squares)
+    return math.sqrt(of_seeds / seeds + of_examples / examples + left / (seeds * examples))
 
 
 def power(variances: Components, examples: int, seeds: int, margin: float, significance: float) -> float:
     """Return the chance that the interval lies above -margin where the truth is 0."""
-    deviation, freedom = error(variances, examples, seeds)
-    return float(1 - nctdtr(freedom, margin / deviation, stdtrit(freedom, 1 - significance / 2)))
+    bound = stdtrit(seeds - 1, 1 - significance / 2)
+    return float(1 - nctdtr(seeds - 1, margin / error(variances, examples, seeds), bound))
 
 
 def needed(variances: Components, examples: int, margin: float, significance: float) -> int | None:
@@ -272,7 +414,7 @@ def seeds_by_set(results_dir: Path) -> pd.DataFrame:
         examples = TEST_ROWS.get(task, most[task])
         row = {"set": task, "pairs": len(each), "test rows": examples}
         row |= dict(zip(("of seeds", "of examples", "left"), 100 * np.sqrt(variances), strict=True))
-        row["half interval, 8 seeds"] = 100 * _half(variances, examples, 8)
+        row["half interval, 8 seeds"] = 100 * error(variances, examples, 8) * stdtrit(7, 1 - SIGNIFICANCE / 2)
         for margin in MARGINS:
             for claims in (1, CLAIMS):
                 among = "" if claims == 1 else f", among {claims}"
@@ -281,11 +423,6 @@ def seeds_by_set(results_dir: Path) -> pd.DataFrame:
                 )
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _half(variances: Components, examples: int, seeds: int) -> float:
-    deviation, freedom = error(variances, examples, seeds)
-    return float(stdtrit(freedom, 1 - SIGNIFICANCE / 2) * deviation)
 
 
 def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -349,11 +486,15 @@ def power_page(seeds: pd.DataFrame, steps: pd.DataFrame, command: str) -> str:
 
 
 def coverage(options: argparse.Namespace, command: str) -> None:
-    """Write the table of coverage, its numbers and the figure."""
-    numbers, fits = simulate(options.results / "cpu", options.repetitions)
+    """Write the tables of coverage and of races, their numbers and the figure."""
+    every: dict[str, list[np.ndarray]] = {}
+    for task, _, d in pairs(options.results / "cpu"):
+        every.setdefault(task, []).append(d)
+    raced, (numbers, fits) = races(every), simulate(every, options.repetitions)
     options.out.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
-    write_atomic(options.out / "coverage.md", coverage_page(numbers, fits, command, options.repetitions))
+    write_atomic(options.out / "coverage.md", coverage_page(numbers, fits, raced, command, options.repetitions))
+    write_atomic(options.out / "races.csv", raced.to_csv(index=False, float_format="%.5g"))
     draw(numbers, options.out)
 
 

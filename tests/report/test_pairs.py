@@ -102,7 +102,7 @@ def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
 
 @pytest.fixture
 def results(tmp_path):
-    for seed in (0, 1):
+    for seed in range(3):
         for method, wrong in (("partial", 10), ("targeted", 70), ("lora", 10), ("probe", 11)):
             leave(tmp_path, method, wrong=wrong, seed=seed)
     return tmp_path
@@ -124,12 +124,12 @@ def test_only_a_difference_that_holds_is_marked_and_in_all_files(results):
 
 
 def test_what_is_not_better_than_all_others_of_its_block_is_not_marked(results, tmp_path_factory):
-    for seed in (0, 1):
+    for seed in range(3):
         leave(results, "uniform", wrong=0, seed=seed, trainer__epochs=50.0)
     assert marked(results) == ["partial"]  # uniform is better, and has nothing beside it
     shown = tables.readable(folders.group(rows_of(results))).set_index("method")["differs in"]
     assert shown[["uniform", "partial", "lora"]].tolist() == ["epochs=50", "–", "–"]
-    for seed in (0, 1):
+    for seed in range(3):
         leave(results, "flow", wrong=11, seed=seed)  # of partial's own block, and as good
     assert marked(results) == []
     one_seed = tmp_path_factory.mktemp("one_seed")

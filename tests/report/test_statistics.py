@@ -101,8 +101,8 @@ def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> Non
     assert (same.difference, same.low, same.high, same.verdict) == (0, 0, 0, "matches")
 
 
-def literal_components(d: np.ndarray) -> tuple[float, float]:
-    """Variance and Satterthwaite's degrees of freedom of a mean over seeds and examples, entry by entry."""
+def literal_components(d: np.ndarray) -> float:
+    """Variance of a mean over seeds and examples, entry by entry."""
     seeds, examples = d.shape
     mean = sum(d[s, j] for s in range(seeds) for j in range(examples)) / (seeds * examples)
     of_seed = [sum(d[s, j] for j in range(examples)) / examples for s in range(seeds)]
@@ -113,12 +113,7 @@ def literal_components(d: np.ndarray) -> tuple[float, float]:
     by_seed = examples * sum((each - mean) ** 2 for each in of_seed) / (seeds - 1)
     by_example = seeds * sum((each - mean) ** 2 for each in of_example) / (examples - 1)
     of = {"seed": max(by_seed - rest, 0) / examples, "example": max(by_example - rest, 0) / seeds, "rest": rest}
-    variance = of["seed"] / seeds + of["example"] / examples + of["rest"] / (seeds * examples)
-    used = [(by_seed, seeds - 1)] if by_seed > rest else [(rest, (seeds - 1) * (examples - 1))]
-    if by_example > rest:
-        used += [(by_example, examples - 1), (rest, (seeds - 1) * (examples - 1))]
-    squares = sum((square / (seeds * examples)) ** 2 / freedom for square, freedom in used)
-    return variance, variance**2 / squares
+    return of["seed"] / seeds + of["example"] / examples + of["rest"] / (seeds * examples)
 
 
 @pytest.mark.parametrize(
@@ -133,17 +128,23 @@ def test_the_error_is_that_of_the_components_entry_by_entry(by_seed: float, by_e
         d -= d.mean(axis=1, keepdims=True)  # no component is taken for less than zero
     if not by_example:
         d -= d.mean(axis=0, keepdims=True)
-    found, (variance, freedom) = estimate(d), literal_components(d)
-    assert (found.error**2, found.freedom) == pytest.approx((variance, freedom))
-    assert found.interval() == pytest.approx(stats.t.interval(0.95, freedom, d.mean(), np.sqrt(variance)))
+    found, variance = estimate(d), literal_components(d)
+    assert (found.error**2, found.freedom) == pytest.approx((variance, 3))
+    assert found.interval() == pytest.approx(stats.t.interval(0.95, 3, d.mean(), np.sqrt(variance)))
 
 
-def test_two_seeds_that_agree_say_little_of_how_much_seeds_differ() -> None:
+def test_seeds_that_agree_are_not_taken_for_seeds_that_do_not_differ() -> None:
     d = np.random.default_rng(3).normal(size=(3, 400))
     d -= d.mean(axis=1, keepdims=True)  # seeds agree
     two, three = estimate(d[:2]), estimate(d)
-    assert two.freedom < 2 < 100 < three.freedom
-    assert two.interval()[1] > 4 * three.interval()[1] > 0
+    assert (two.freedom, three.freedom) == (1, 2)
+    assert two.interval()[1] > 2 * three.interval()[1] > 4 / np.sqrt(1200)
+
+
+def test_without_predictions_it_is_students_t_over_the_seeds_scores() -> None:
+    scores = np.random.default_rng(7).normal(size=(5, 1))
+    expected = stats.t.interval(0.95, 4, scores.mean(), stats.sem(scores[:, 0]))
+    assert estimate(scores).interval() == pytest.approx(expected)
 
 
 def test_of_parts_seeds_are_lucky_on_all_and_examples_on_one() -> None:
@@ -218,12 +219,12 @@ def test_what_is_decided_on_one_side_leaves_no_level_to_the_other() -> None:
 
 def test_one_seed_decides_nothing() -> None:
     label = np.arange(500) % 2
-    good, poor = (right_or_wrong(label, [np.arange(500) >= count] * 2) for count in (0, 100))
+    good, poor = (right_or_wrong(label, [np.arange(500) >= count] * 3) for count in (0, 100))
     alone = compare({0: good[0]}, poor, "accuracy")
     assert alone.low > 0.1
     assert (alone.verdict, alone.reason, alone.seeds) == ("undecided", "one seed", 1)
-    two = compare(good, poor, "accuracy")
-    assert (two.verdict, two.reason) == ("better", None)
+    three = compare(good, poor, "accuracy")
+    assert (three.verdict, three.reason) == ("better", None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from recorded_runs import leave
 
 from partial_lora.launching.directory import PREDICTIONS
 from partial_lora.launching.packs import RUNS_TABLE
-from partial_lora.report.statistics import estimate
+from partial_lora.report.statistics import bootstrap, estimate, mean_squares
 
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 
@@ -43,15 +43,64 @@ def test_of_sets_that_differ_random_effects_hold_the_truth_and_a_bootstrap_of_th
     assert narrow < 0.001 < wide
 
 
-def test_the_table_has_both_intervals_for_each_number_of_seeds(tmp_path) -> None:
+def test_races_are_those_whose_every_prediction_is_drawn(monkeypatch) -> None:
+    """Means, mean squares and their spread over races, with a reference that all forms share, literally."""
+    monkeypatch.setattr(intervals, "RACES", 3000)
+    generator, (of_seeds, of_examples, left) = np.random.default_rng(1), np.sqrt(np.array(VARIANCES) / 2)
+    drawn = []
+    for _ in range(300):
+        luck, shared = of_seeds * generator.normal(size=(13, 3, 1)), of_examples * generator.normal(size=(13, 1, 40))
+        scores = luck + shared + left * generator.normal(size=(13, 3, 40))
+        drawn.append([estimate(d) for d in scores[1:] - scores[0]])
+    means, *squares = intervals.race(VARIANCES, 40, 3, 0, heavy=False, generator=generator)
+    difference, error, _ = intervals.estimates(means, *squares, 40)
+    for literal, found in (
+        ([[one.difference for one in race] for race in drawn], difference),
+        ([[one.error for one in race] for race in drawn], error),
+    ):
+        literal = np.array(literal)
+        assert found.mean() == pytest.approx(literal.mean(), abs=5e-3)
+        assert found.std() == pytest.approx(literal.std(), rel=0.1)
+        together = [np.corrcoef(each.T)[np.triu_indices(12, 1)].mean() for each in (found, literal)]
+        assert together[0] == pytest.approx(together[1], abs=0.1)
+
+
+def test_an_estimate_of_a_race_is_that_of_its_predictions() -> None:
+    d = np.random.default_rng(2).normal(size=(4, 30))
+    _, by_example, rest = mean_squares(d)
+    squares = (np.array([[each]]) for each in (by_example, rest))
+    difference, error, _ = intervals.estimates(d.mean(axis=1)[None, :, None], *squares, 30)
+    assert (difference.item(), error.item()) == pytest.approx((estimate(d).difference, estimate(d).error))
+
+
+def test_forms_that_differ_count_as_nothing_decided_falsely(monkeypatch) -> None:
+    monkeypatch.setattr(intervals, "RACES", 200)
+    generator = np.random.default_rng(0)
+    found = intervals.falsely_decided((1e-12, 1e-12, 1e-12), 40, 8, 12, heavy=False, generator=generator)
+    assert set(found.values()) == {0}
+    equal = intervals.falsely_decided(VARIANCES, 300, 8, 0, heavy=False, generator=generator)
+    assert equal["components, Holm"] < 0.1 < equal["components, uncorrected"]
+
+
+def test_draws_again_are_those_of_the_bootstrap() -> None:
+    d = np.random.default_rng(3).normal(size=(3, 20))
+    expected = bootstrap(d, np.random.default_rng(4), 20_000)
+    found = np.concatenate([intervals.Again(np.random.default_rng(seed), 3, 20).means(d) for seed in range(30)])
+    assert (found.mean(), found.std()) == pytest.approx((expected.mean(), expected.std()), abs=0.02)
+
+
+def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(intervals, "RACES", 3)
     for seed in range(8):
         leave(tmp_path / "cpu", "lora", seed=seed, wrong=20 + seed)
         leave(tmp_path / "cpu", "partial", seed=seed, wrong=30 + 2 * seed, budget=0.13)
     places = ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
     assert intervals.main(["coverage", *places, "--repetitions", "2"]) == 0
     numbers = pd.read_csv(tmp_path / "out" / "coverage.csv")
-    assert len(numbers) == (3 + 3) * 4 * 2  # kinds of one set, and of five; seeds; intervals
+    assert len(numbers) == (3 * 3 + 3 * 2) * 7  # intervals of kinds of one set, and of five; seeds
     assert numbers["coverage"].between(0, 1).all()
+    races = pd.read_csv(tmp_path / "out" / "races.csv")
+    assert len(races) == 2 * 2 * 6 * len(intervals.RULES)  # tails, forms that differ, seeds
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".md", ".csv", ".svg"}
 
 
@@ -70,7 +119,7 @@ def test_the_power_is_how_often_simulated_intervals_lie_above_the_margin() -> No
     found = [estimate(draw(generator, 6)) for _ in range(600)]
     above = np.mean([one.interval()[0] > -0.03 for one in found])
     assert intervals.power(VARIANCES, 300, 6, 0.03, 0.05) == pytest.approx(above, abs=0.07)
-    expected, _ = intervals.error(VARIANCES, 300, 6)
+    expected = intervals.error(VARIANCES, 300, 6)
     assert expected == pytest.approx(np.std([one.difference for one in found]), rel=0.1)
 
 
@@ -93,11 +142,6 @@ def test_a_set_has_stopped_where_the_last_quarter_of_its_longest_runs_gained_les
         (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
     (row,) = intervals.steps_by_set([tmp_path / "cpu", tmp_path / "longer"]).to_dict("records")
     assert (row["steps"], row["gain"], row["stopped"]) == (16, pytest.approx(0.005), True)
-
-
-def test_where_one_source_varies_the_degrees_of_freedom_are_its_own() -> None:
-    assert intervals.error((1.0, 0.0, 1e-9), 300, 6)[1] == pytest.approx(5, rel=1e-3)
-    assert intervals.error((0.0, 1.0, 1e-9), 300, 6)[1] == pytest.approx(299, rel=1e-3)
 
 
 @needs_results

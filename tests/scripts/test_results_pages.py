@@ -55,7 +55,7 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
     evidence.figures(tmp_path)
     drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
     assert drawn.keys() == {f"{name}{theme}.svg" for name in ("memory", "size", "claims") for theme in ("", "-dark")}
-    for name, _, _, _ in evidence.LOOKS.values():
+    for _, name, _ in evidence.NAMED.values():
         assert name in drawn["memory.svg"]
     verdicts = [drawn["claims.svg"].count(f">{word}<") for word in ("holds", "refuted", "open")]
     assert verdicts == [3, 3, 18]
