@@ -39,7 +39,7 @@ from partial_lora.training import checkpoints, fsdp, metrics, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import build_trainer, mixed_precision, still_rising
+from partial_lora.training.trainer import Pause, build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
     aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
-    unreached = Unreached(adapted)
+    unreached, pause = Unreached(adapted), Pause(trained.until)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
     computed_by = record["versions"] | {"precision": record["mixed_precision"]}
@@ -158,7 +158,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         versions=computed_by,
         method=aids,
         heads=setting.whole(),
-        callbacks=[tracking, cost, unreached],
+        callbacks=[tracking, cost, unreached, pause],
         reads_tokens=task.modality == "text",
         sharded=sharded,
     )
@@ -168,6 +168,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
+    record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
+    if pause.is_over:
+        record["status"] = results.PAUSED
+        return
     record["training"]["selected"] = trainer.state.best_global_step
     if unreached.names:
         record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
@@ -176,7 +180,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         longer = trained.longer(len(rows["train"]))
         record["warnings"].append(f"validation was still getting better at the end: {longer} trains twice as long")
         logger.warning(record["warnings"][-1])
-    record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.

@@ -314,8 +314,16 @@ def _plain(value: float) -> str:
     return summary.cell(value, ",.0f" if abs(value) >= 1000 else ".4g")
 
 
-def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
-    """Write out/report/index.html: the ranking, a Pareto figure for every cost, and a table with all numbers."""
+def write_page(
+    numbers: pd.DataFrame,
+    out: Path,
+    *,
+    reference: str,
+    command: str,
+    refused: Sequence[str],
+    verdict: Sequence[str] = (),
+) -> Path:
+    """Write out/report/index.html: verdict, ranking, a Pareto figure for every cost, and a table with all numbers."""
     numbers, figures = numbers.reset_index(drop=True), []
     (out / "report").mkdir(parents=True, exist_ok=True)
     for cost, (label, _) in _COSTS.items():
@@ -332,4 +340,5 @@ def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str
         command=command,
         origin=_origin(reference),
         refused=refused,
+        leads=verdict,
     )
