@@ -397,7 +397,8 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     reference = (
         ranking.form_of(of_reference[0]["config"]) if of_reference else comparison.reference or entries[0].method
     )
-    _, numbers = ranking.write(runs, out, "compare", reference)
+    limit = entries[0].group if comparison.limit else None
+    _, numbers = ranking.write(runs, out, "compare", reference, limit)
     Console().print(ranking.on_screen(numbers, reference))
     said: list[str] = []
     groups: dict[str, list] = {}
@@ -407,7 +408,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     for title, group in groups.items():
         found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
         sentences = verdict.words(group, found, metric, comparison.margin)
-        said.append(" ".join([f"{title}:", *sentences] if len(groups) > 1 else sentences))
+        said += [f"{title}: {sentences[0]}" if len(groups) > 1 else sentences[0], *sentences[1:]]
         print(*sentences, sep="\n")
         best = next(entry for entry in group if entry.name == found.leader)
         print(

@@ -78,7 +78,7 @@ def _first_seed(
 
     The best is that of the least loss and, of whole runs, that of the best score.
     """
-    rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
+    rates = [_rung(centre, power) for power in range(-(count // 2), count - count // 2)]
     rates = sorted(known) if len(known) >= count else rates
     tried: dict[float, Worth] = {}
     while rates:
@@ -89,8 +89,13 @@ def _first_seed(
         if until < 1 and not _stands_out(tried):
             edges = []
         room = len(tried) < _MOST_RATES and edges
-        rates = [edges[0] / 2 if edges[0] == min(tried) else edges[0] * 2] if room else []
+        rates = [_rung(edges[0], -1 if edges[0] == min(tried) else 1)] if room else []
     return tried
+
+
+def _rung(rate: float, power: int) -> float:
+    """Return a rate so many factors of two away, as records and command lines have it."""
+    return float(f"{rate * 2.0**power:g}")
 
 
 def _stands_out(tried: Mapping[float, Worth]) -> bool:

@@ -231,7 +231,10 @@ def in_words(size: str) -> str:
     """Return what methods of a size have in common."""
     if size == "own":
         return "sizes of their own"
-    number = float(size.replace(",", ""))
+    try:
+        number = float(size.replace(",", ""))
+    except ValueError:  # a limit
+        return size
     return f"{size} parameters" if number > 1 else f"{100 * number:g} % of dense LoRA's parameters"
 
 
@@ -258,9 +261,15 @@ def _origin(reference: str) -> str:
     )
 
 
-def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers."""
-    numbers = compared(at_best_rates(rows_of(runs, Predictions(out))), reference)
+def write(
+    runs: Iterable[Run], out: Path, stem: str, reference: str, size: str | None = None
+) -> tuple[str, pd.DataFrame]:
+    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers.
+
+    size: what all have in common in place of their sizes, as a limit.
+    """
+    rows = rows_of(runs, Predictions(out))
+    numbers = compared(at_best_rates(rows if size is None else rows.assign(size=size)), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"
