@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 from joblib import cpu_count
 
@@ -20,7 +21,7 @@ from partial_lora.files import is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
-from partial_lora.launching.search import QUARTER, Search, Trial, full, quick, worth
+from partial_lora.launching.search import QUARTER, Search, Trial, full, quick, steps_of, worth
 from partial_lora.methods import METHODS
 from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
@@ -92,10 +93,12 @@ class Entry:
 
     @property
     def seconds(self) -> float:
-        """The seconds of a whole run, as its timed one has it."""
+        """The seconds of a whole run: the mean of those that are done, or as its timed one has it."""
+        if self.done:
+            return fmean(sum(record["seconds"].values()) for record in self.done.values())
         if not self.timed:
             return 0.0
-        seconds, steps = self.timed["seconds"], self.timed["training"]["steps"]
+        seconds, steps = self.timed["seconds"], steps_of(self.timed)
         step = self.step_seconds or 0.0
         apart = sum(seconds.values()) - min(steps * step, seconds["train"])
         return apart + _START + self.steps * step * (1 + _VALIDATION)
@@ -180,8 +183,10 @@ def chosen_methods(comparison: Comparison, overrides: Sequence[str]) -> tuple[li
     if comparison.serve:
         for method in list(methods):
             (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
-            tuner, options = config.method.peft_type, config.method.peft or {}
-            if tuner not in (None, "LORA") or options.get("use_dora") or not config.method.traits.product:
+            chosen, traits = config.method, config.method.traits
+            of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
+            own = chosen.peft_type is None and not traits.tuner
+            if not traits.product or not (of_peft or own):
                 methods = [other for other in methods if other != method]
                 lines.append(f"{method}: left out, servers load LoRA's B and A alone")
     if is_auto and len(methods) > _AUTO_COUNT:
@@ -248,7 +253,7 @@ def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
     (usual,) = entry.configs([Trial(entry.centre, 0)]).values()
     for place in (run_directory(usual), *at_other_rates(usual)):
         record = recorded(place)
-        if record and record["status"] == "finished" and record.get("cost") and record.get("training"):
+        if record and record["status"] == "finished" and record.get("cost"):
             entry.timed = record
             return
     short = [*entry.overrides, *_TIMED, f"results_dir={Path(usual.results_dir) / _TIMES}"]

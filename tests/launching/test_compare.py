@@ -57,6 +57,7 @@ def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", *
         score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
         left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
+        left["history"] = [{"step": 10, "eval_loss": 1 - score}]
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
         run_directory(config).mkdir(parents=True, exist_ok=True)
         write_json(run_directory(config) / "result.json", left | failed)

@@ -29,8 +29,8 @@ def searched(score, *, searching=None, centre=1.0, count=5, seeds=3, known=()):
 
 
 def test_a_quick_search_drops_rates_at_a_quarter_and_trains_two_to_the_end() -> None:
-    def loss(rate: float, seed: int) -> float:
-        return -abs(math.log2(rate / 4) - 0.1)
+    def loss(rate: float, seed: int) -> tuple[float, float]:
+        return (-1 - abs(math.log2(rate / 4) - 0.1),) * 2
 
     best, batches = searched(loss, searching=search.quick(1.0, 3))
     assert batches[:-1] == [
@@ -40,6 +40,11 @@ def test_a_quick_search_drops_rates_at_a_quarter_and_trains_two_to_the_end() -> 
     ]
     assert batches[-1] == [Trial(4.0, 0), Trial(8.0, 0)]
     assert best == 4.0
+
+
+def test_where_no_rate_stands_out_at_a_quarter_a_quick_search_looks_no_further() -> None:
+    _, batches = searched(lambda rate, seed: (-1 + rate * 1e-5,) * 2, searching=search.quick(1.0, 3))
+    assert [len(batch) for batch in batches] == [3, 2]
 
 
 def test_the_end_decides_between_the_two_that_a_quarter_left() -> None:
