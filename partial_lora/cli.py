@@ -1006,7 +1006,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
-    "compare": (compare, "rank methods at equal size, each at its best learning rate"),
+    "compare": (compare, "say which method to take at one size or under one limit, each at its best learning rate"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
     "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),

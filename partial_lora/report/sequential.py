@@ -90,9 +90,14 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
             name: own if name in alive else {seed: own[seed] for seed in range(standings[name].seeds)}
             for name, own in counted.items()
         }
-        moved, freedom = spread_of_seeds(counted)
         leader = max(alive, key=lambda name: _mean(outputs[name], seeds))
         standings[leader] = Standing(OPEN, leader, seeds=seeds)
+        if seeds == 1:  # which decides nothing
+            for name in alive:
+                apart = _mean(outputs[leader], 1) - _mean(outputs[name], 1)
+                standings[name] = Standing(OPEN, leader, apart, math.nan, math.nan, 1)
+            break
+        moved, freedom = spread_of_seeds(counted)
         for name in alive:
             if name == leader:
                 continue

@@ -76,7 +76,7 @@ def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) ->
     ]
     for name, standing in of[WORSE]:
         dropped = "" if standing.seeds == max(each.seeds for each in found.standings.values()) else "dropped"
-        seeds = f"{dropped} after {standing.seeds} seeds".strip()
+        seeds = f"{dropped} after {_seeds(standing)}".strip()
         lines.append(f"{short[name]} is worse than {short[standing.against]} by {_apart(standing, metric)}, {seeds}.")
     for name, standing in of[AS_GOOD]:
         cheaper = _cheaper(entries[name], entries[standing.against])
@@ -85,7 +85,7 @@ def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) ->
     for name, standing in of[OPEN]:
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
         lines.append(
-            f"{short[name]}: not decided after {standing.seeds} seeds, {apart}; {_wanted(standing, entries, name)}"
+            f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {_wanted(standing, entries, name)}"
         )
     return lines
 
@@ -96,13 +96,21 @@ def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str) -> str:
         pair = (entries[name], entries[standing.against])
         seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds)
         return f"some {standing.wants} seeds would decide ({in_time(seconds)} more)."
+    if math.isnan(standing.high):
+        return "one seed decides nothing."
     margin = f"margin={100 * standing.high + 0.05:.1f} is met"
     return f"seeds alone would hardly decide: more test rows would, and {margin}."
 
 
+def _seeds(standing: Standing) -> str:
+    return "1 seed" if standing.seeds == 1 else f"{standing.seeds} seeds"
+
+
 def _apart(standing: Standing, metric: str) -> str:
-    low, high = (_number(value, metric) for value in (standing.low, standing.high))
-    return f"{_points(standing.difference, metric)} [{low}, {high}]"
+    points = _points(standing.difference, metric)
+    if math.isnan(standing.low):
+        return points
+    return f"{points} [{_number(standing.low, metric)}, {_number(standing.high, metric)}]"
 
 
 def _number(value: float, metric: str) -> str:

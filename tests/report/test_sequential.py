@@ -49,6 +49,11 @@ def test_seeds_that_are_missing_are_asked_for_and_equal_scores_decide_nothing() 
     assert referee(same, 0.01, (2,)).standings["b"].verdict == OPEN
 
 
+def test_one_seed_decides_nothing() -> None:
+    found = referee(study({"a": 0.9, "b": 0.1}, seeds=1), 0.01, (1,))
+    assert (found.leader, found.standings["b"].verdict, found.asks) == ("a", OPEN, {})
+
+
 def test_the_looks_spend_five_percent_together() -> None:
     assert sum(map(sequential.spent, range(len(sequential.LOOKS)))) == pytest.approx(0.05)
 
