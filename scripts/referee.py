@@ -164,7 +164,7 @@ def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
 
 # --- The seeds.
 
-MARGIN, REPETITIONS, ROWS = 0.01, 400, 100
+MARGIN, REPETITIONS, ROWS = 0.01, 100, 100
 PLANS = {"looks": sequential.LOOKS, "3 seeds": (3,), "8 seeds": (8,)}
 KINDS = ("normal", "heavy", "uneven")
 TRUTHS = {  # points

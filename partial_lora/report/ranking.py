@@ -245,20 +245,25 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
 
 
+_JUDGED = ["difference over", "after correction"]  # columns that a verdict takes the place of
+
+
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(numbers, reference)
-    wide = ["difference over", "after correction"]
-    narrow = {title: part.drop(columns=[*wide, *part.columns[-2:]]) for title, part in parts.items()}
+    narrow = {title: part.drop(columns=[*_JUDGED, *part.columns[-2:]]) for title, part in parts.items()}
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
-def _origin(reference: str) -> str:
-    return (
+def _origin(reference: str, *, corrected: bool = True) -> str:
+    origin = (
         f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
         "rows, from variance components, or over seeds, by Student's t, where predictions were not kept, as those of "
-        "scores are. 'After correction' says what is significant after correction for all comparisons of its table."
+        "scores are. "
     )
+    if corrected:
+        return f"{origin}'After correction' says what is significant after correction for all comparisons of its table."
+    return f"{origin}Each is of one pair alone; the verdict accounts for all pairs and for every look at them."
 
 
 def write(
@@ -340,14 +345,18 @@ def write_page(
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Grey: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
+    tables_by_title = titled(numbers, reference)
+    if verdict:
+        tables_by_title = {title: part.drop(columns=_JUDGED) for title, part in tables_by_title.items()}
+    origin = _origin(reference, corrected=not verdict)
     shown = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(
         out,
-        titled(numbers, reference),
+        tables_by_title,
         figures,
         folded={"All numbers (times in seconds, sizes in bytes)": shown},
         command=command,
-        origin=_origin(reference),
+        origin=origin,
         refused=refused,
         leads=verdict,
     )

@@ -2,8 +2,8 @@
 
 At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
 both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
-what they move is taken from all methods together: the residual of methods and seeds in the table of scores, never less
-than a pair's own, at as many degrees of freedom as that table leaves.
+what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
+scores, never less than a pair's own, at as many degrees of freedom as that table leaves.
 
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
 margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
@@ -97,11 +97,14 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
                 apart = _mean(outputs[leader], 1) - _mean(outputs[name], 1)
                 standings[name] = Standing(OPEN, leader, apart, math.nan, math.nan, 1)
             break
-        moved, freedom = spread_of_seeds(counted)
+        moved, freedom = spread_of_seeds({name: counted[name] for name in alive})
+        if freedom < _ENOUGH:  # what is decided tells of seeds, too
+            moved, freedom = spread_of_seeds(counted)
         for name in alive:
             if name == leader:
                 continue
-            pair = Spread.of(np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)]), moved)
+            d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
+            pair = Spread.of(d, moved)
             found = pair.estimate(seeds, freedom)
             low, high = found.interval(1 - level / comparisons)
             verdict = _verdict(low, high, margin) if found.error > _NOTHING else OPEN
@@ -109,7 +112,9 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
             if verdict == OPEN:
                 ends = partial(_ends, pair, freedom / (seeds - 1), 1 - levels[-1] / comparisons)
                 at = replace(at, wants=_wanted(ends, margin))
-                if seeds == looks[-1] or not _may_decide(ends(looks[-1]), found.error, margin):
+                alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
+                hoped = partial(_ends, alone, freedom / (seeds - 1), 1 - levels[-1] / comparisons)(looks[-1])
+                if seeds == looks[-1] or not _may_decide(hoped, found.error, margin):
                     given_up.add(name)
             standings[name] = at
     standings[leader] = Standing(LEADS, leader, seeds=standings[leader].seeds if leader in standings else 1)
@@ -118,6 +123,7 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
 
 _UNDECIDED = Standing(OPEN, "")
 _NOTHING = 1e-12
+_ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
 def _mean(own: Mapping[int, np.ndarray], seeds: int) -> float:

@@ -99,7 +99,7 @@ def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str) -> str:
     if math.isnan(standing.high):
         return "one seed decides nothing."
     margin = f"margin={100 * standing.high + 0.05:.1f} is met"
-    return f"seeds alone would hardly decide: more test rows would, and {margin}."
+    return f"no number of seeds would be likely to decide, more test rows might; {margin}."
 
 
 def _seeds(standing: Standing) -> str:
