@@ -137,6 +137,16 @@ def _cheaper(entry: Entry, leader: Entry) -> str:
 # --- Files to act with.
 
 
+_ARGUMENTS = {  # of transformers, by which key of `trainer` each is set
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_ratio",  # below 1, a share of the steps
+    "per_device_train_batch_size": "batch_size",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+
+
 def write_take(entry: Entry, folder: Path) -> Path:
     """Write into a folder what the best run was made with, for `partial-lora train` and for plain PEFT; return it.
 
@@ -151,16 +161,8 @@ def write_take(entry: Entry, folder: Path) -> Path:
     if adapter.is_file():
         shutil.copyfile(adapter, folder / adapter.name)
     trainer = config["trainer"]
-    arguments = {
-        "learning_rate": trainer["learning_rate"],
-        "lr_scheduler_type": trainer.get("schedule", "cosine"),
-        "warmup_steps": trainer["warmup_ratio"],
-        "max_steps": trained.get("steps") or trainer.get("max_steps"),
-        "per_device_train_batch_size": trainer["batch_size"],
-        "weight_decay": trainer["weight_decay"],
-        "max_grad_norm": trainer["max_grad_norm"],
-        "seed": record["seed"],
-    }
+    arguments = {name: trainer[key] for name, key in _ARGUMENTS.items() if key in trainer}
+    arguments |= {"max_steps": trained.get("steps") or trainer.get("max_steps"), "seed": record["seed"]}
     write_json(folder / "training_arguments.json", arguments)
     write_json(folder / "method_comparison.json", _of_peft(record, entry, arguments))
     return folder
