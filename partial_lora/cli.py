@@ -171,6 +171,9 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
     if outcome.status in ("interrupted", "failed"):
         print(f"partial-lora: {outcome.reason}", file=sys.stderr)
         return
+    if outcome.status == directory.PAUSED:
+        print(f"paused (trainer.until={config.trainer.until:g}); the same command without it goes on from there")
+        return
     if outcome.status == "skipped":
         print("finished before, not run again (overwrite=true runs it again)")
     if outcome.elsewhere:
@@ -279,66 +282,149 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-# --- compare: a sweep for every method and size, and a ranking.
+# --- compare: searches, seeds where they decide, a verdict.
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """Search for every method's learning rate at every size, train with seeds, rank; return the exit code."""
+    """Find out which method is best at equal size, and say so; return the exit code."""
     parser = _parser(
         "compare",
-        "Find out which method is best at which size on your task. Every method searches for its learning "
-        "rate at every budget, and the better half of the rates goes on to the next seed. A table and a page rank the "
-        "results. Finished runs are not run again.",
-        epilog="For example: partial-lora compare task=image_folder task.data_files=photos "
-        "methods=[partial,low_rank,dora,lokr] budgets=[0.13,0.02]",
+        "Find out which method is best on your task at one size or under one limit. Every method searches "
+        "for its learning rate and is trained with two seeds. From there seeds go to what is undecided, until the best "
+        "is known or the time is over. It ends with a verdict in words, a table, a page, and the files to act with. "
+        "Finished runs are not run again.",
+        epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
+        "methods=[low_rank,partial,entries] margin=2 hours=1",
     )
     parser.add_argument(
         "settings",
         nargs="*",
         metavar="KEY=VALUE",
-        help="methods=[…]; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; seeds=3; "
-        "rates=5: learning rates of a search; reference=NAME: the method that others are compared with (low_rank, else "
-        "the first); results_dir=results/compare; all other keys are those of train. experiment=race alone is the "
-        "study that its file lists",
+        help="methods=[…] or auto; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; or "
+        "one limit.{served,kept,memory,seconds}: bytes of the file that is served, bytes kept for the backward pass, "
+        "peak memory, seconds a step; serve=true: what servers load alone; margin=1: points within which a method is "
+        "as good; hours=N: that it may take; jobs=1: runs side by side; search=quick, or full; seeds=N: of every "
+        "method, in place of two and more where they decide; rates=3: learning rates of a search; reference=NAME: the "
+        "method from which the table's differences are (low_rank, else the first); results_dir=results/compare; all "
+        "other keys are those of train. experiment=race alone is the study that its file lists",
     )
     from partial_lora.settings.comparison import of_study, read
 
     comparisons = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    chosen, _ = comparisons[0]
+    first, _ = comparisons[0]
     with _libraries():
-        from partial_lora.launching import compare as search
-    entries = [
-        entry for each, overrides in comparisons for entry in search.entries(each.methods, each.budgets, overrides)
-    ]
+        from partial_lora.launching import compare as comparing
+    by_sweeps = any(override.startswith("hydra/launcher=") for _, overrides in comparisons for override in overrides)
+
+    def launch_one(config: Config) -> None:
+        launch.launch(config, "train")
+
+    entries, lines = [], []
+    for chosen, overrides in comparisons:
+        methods, left_out = comparing.chosen_methods(chosen, overrides)
+        found = comparing.entries(methods, comparing.SIZES if chosen.limit else chosen.budgets, overrides)
+        if chosen.limit:
+            found = comparing.fitting(found, chosen.limit, lambda entry: comparing.time_entry(entry, launch_one))
+        entries += found
+        lines += left_out
+    print(*lines, sep="\n", end="\n" if lines else "")
     for entry in entries:
-        print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters"))
-    code = search.compare(
-        entries, rates=chosen.rates, seeds=chosen.seeds, launch=functools.partial(_stage, "train"), say=print
+        if first.search == "quick":
+            comparing.time_entry(entry, launch_one)
+        step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
+        print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
+    least, most = comparing.expected(entries, first)
+    if most:
+        between = f"{comparing.in_time(least)} to {comparing.in_time(most)}"
+        print(f"expected: {between}, as the first looks decide or not; margin={first.margin:g}", flush=True)
+    make = functools.partial(_make_runs, jobs=first.jobs)
+    code = comparing.compare(
+        entries,
+        first,
+        make=functools.partial(comparing.by_sweeps, sweep=functools.partial(_stage, "train")) if by_sweeps else make,
+        asks=functools.partial(_look, comparison=first),
+        say=lambda line: print(line, flush=True),
     )
-    if code:
+    if code > 2:
+        print("the same command goes on from here", file=sys.stderr)
         return code
     reasons: dict[str, list[str]] = {}
     for entry in entries:
         if entry.refused:
             reasons.setdefault(entry.refused, []).append(entry.name)
-    refused = [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]
+    refused = [*lines, *(f"{'; '.join(names)}: {reason}" for reason, names in reasons.items())]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
-    places = {place: record for entry in entries for place, record in entry.done.items()}
-    if not places:
+    if not any(entry.done for entry in entries):
         return 1
+    return _verdict(entries, first, refused, shlex.join(["partial-lora", "compare", *arguments]))
+
+
+def _make_runs(runs, jobs: int) -> int:
+    """Make runs of a comparison side by side, a line for each that fails and a bar for all; return the exit code."""
+    from rich.console import Console
+
+    from partial_lora.launching import compare as comparing
+
+    with Bars(Console()) as bars:
+        done = 0
+        bars.update({"stage": "runs", "done": 0, "total": len(runs)})
+
+        def ended(entry, trial, outcome: launch.Outcome) -> None:
+            nonlocal done
+            done += 1
+            bars.update({"stage": "runs", "done": done, "total": len(runs)})
+            if outcome.exit_code:
+                bars.note(f"{entry.name}, learning rate {trial.rate:g}, seed {trial.seed}: {outcome.reason}")
+
+        return comparing.side_by_side(runs, jobs, ended)
+
+
+def _look(group, comparison) -> dict:
+    """Return the seeds that the entries of a group need next, and say what is decided so far."""
+    with _libraries():
+        from partial_lora.report import verdict
+    if any(entry.of_seed(0) is None for entry in group):
+        return dict.fromkeys(group, 1)
+    found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
+    if found.standings and found.asks:
+        print(*verdict.words(group, found, metric, comparison.margin), sep="\n", flush=True)
+    return {entry: found.asks[entry.name] for entry in group if entry.name in found.asks}
+
+
+def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
+    """Print the ranking and the verdict, write table, page and the files to act with; return the exit code."""
     with _libraries():
         from rich.console import Console
 
-        from partial_lora.report import ranking, records
+        from partial_lora.report import ranking, verdict
+    places = {place: record for entry in entries for place, record in entry.done.items()}
     out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
-    runs = [records.run_of(record, place, str(place.parent.relative_to(out))) for place, record in places.items()]
-    references = [run for entry in entries if entry.method == chosen.reference for run in entry.done.values()]
-    reference = ranking.form_of(references[0]["config"]) if references else chosen.reference
-    _, numbers = ranking.write(runs, out, "compare", reference)
+    runs = [verdict.run_of(record, place, out) for place, record in places.items()]
+    of_reference = [run for entry in entries if entry.method == comparison.reference for run in entry.done.values()]
+    reference = (
+        ranking.form_of(of_reference[0]["config"]) if of_reference else comparison.reference or entries[0].method
+    )
+    limit = entries[0].group if comparison.limit else None
+    _, numbers = ranking.write(runs, out, "compare", reference, limit)
     Console().print(ranking.on_screen(numbers, reference))
-    command = shlex.join(["partial-lora", "compare", *arguments])
-    print(ranking.write_page(numbers, out, reference=reference, command=command, refused=refused))
+    said: list[str] = []
+    groups: dict[str, list] = {}
+    for entry in entries:
+        if entry.best is not None:
+            groups.setdefault(entry.group, []).append(entry)
+    for title, group in groups.items():
+        found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
+        sentences = verdict.words(group, found, metric, comparison.margin)
+        said += [f"{title}: {sentences[0]}" if len(groups) > 1 else sentences[0], *sentences[1:]]
+        print(*sentences, sep="\n")
+        best = next(entry for entry in group if entry.name == found.leader)
+        print(
+            verdict.write_take(
+                best, out / verdict.TAKE / title.replace(", ", "-") if len(groups) > 1 else out / verdict.TAKE
+            )
+        )
+    print(ranking.write_page(numbers, out, reference=reference, command=command, refused=refused, verdict=said))
     return 0
 
 
@@ -907,7 +993,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
-    "compare": (compare, "rank methods at equal size, each at its best learning rate"),
+    "compare": (compare, "say which method to take at one size or under one limit, each at its best learning rate"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
     "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),

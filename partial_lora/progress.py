@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,8 +66,11 @@ class Reader:
 def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
     """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts.
 
-    A SIGHUP that is ignored stays ignored, as `nohup` asks.
+    A SIGHUP that is ignored stays ignored, as `nohup` asks. Only the main thread of a process is sent signals.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         numbers = [number for number in numbers if number != signal.SIGHUP]
     before = {number: signal.signal(number, handler) for number in numbers}

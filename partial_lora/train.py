@@ -41,7 +41,7 @@ from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.predictions import write_predictions
 from partial_lora.training.trackers import Tracking
-from partial_lora.training.trainer import Computation, build_trainer, mixed_precision, still_rising
+from partial_lora.training.trainer import Computation, Pause, build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     if sharded:
         fsdp.name_blocks(adapted, config.model.blocks)
     aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
-    unreached = Unreached(adapted)
+    unreached, pause = Unreached(adapted), Pause(trained.until)
     record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
     computed_by, folder = record["versions"] | {"precision": record["mixed_precision"]}, directory / results.CHECKPOINTS
@@ -156,7 +156,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         judge=judge,
         method=aids,
         heads=setting.whole(),
-        callbacks=[tracking, cost, unreached],
+        callbacks=[tracking, cost, unreached, pause],
     )
     shape = checkpoints.shape_of(adapted)
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
@@ -164,6 +164,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
+    record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
+    if pause.is_over:
+        record["status"] = results.PAUSED
+        return
     record["training"]["selected"] = trainer.state.best_global_step
     if unreached.names:
         record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
@@ -172,7 +176,6 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         longer = trained.longer(len(rows["train"]))
         record["warnings"].append(f"validation was still getting better at the end: {longer} trains twice as long")
         logger.warning(record["warnings"][-1])
-    record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     record["parameters"] |= aids.summary()
 
     # Evaluation: validation has selected the checkpoint, test is looked at once.

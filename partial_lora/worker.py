@@ -78,7 +78,8 @@ def work(place: Path, stage: str) -> int:
         run(chosen, place, record, stage)
         if is_main:
             files.sync(place)  # before the record says that the files are there
-        record |= {"status": "finished", "files": directory.file_sizes(place)}
+        if record["status"] != directory.PAUSED:
+            record |= {"status": "finished", "files": directory.file_sizes(place)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal
@@ -93,9 +94,9 @@ def work(place: Path, stage: str) -> int:
     finally:
         if is_main:
             files.write_json(place / directory.RESULT, record)
-    if record["status"] != "finished":
+    if record["status"] == "failed":
         return 1
-    if is_main:
+    if is_main and record["status"] == "finished":
         directory.remove_checkpoints(place)  # once the record says that the run has finished
     return 0
 

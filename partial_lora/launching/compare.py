@@ -1,105 +1,114 @@
-"""A comparison of methods at equal size: which runs it takes, and which learning rates go on to the next seed."""
+"""A comparison of methods at equal size: its entries, their sizes and times, and the runs that decide between them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import monotonic
+from statistics import fmean
+
+from joblib import cpu_count
 
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
-from partial_lora.launching.directory import LOCK
+from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
+from partial_lora.launching.search import QUARTER, Search, Trial, full, quick, steps_of, worth
 from partial_lora.methods import METHODS
+from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
+from partial_lora.settings.comparison import EVERY, FULL, LIMITS, Comparison
 from partial_lora.settings.compose import Plan, in_one_line, plan
-from partial_lora.settings.rates import Worth, ranked
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.training.config import AUTO
 
-_MOST_RATES = 12  # of a search whose best rate is at an edge again and again
-
-Runs = list[tuple[float, int]]  # learning rate and seed
-
-
-def search(
-    centre: float, count: int, seeds: int, known: Collection[float] = ()
-) -> Generator[Runs, Mapping[tuple[float, int], Worth], float | None]:
-    """Yield the runs to make next, be sent what they are worth, and return the best learning rate; None if all failed.
-
-    The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
-    tried with it (known), if they are as many, so that another centre does not begin the search again. It tries more
-    while the best of them, by score or by loss, is at an edge: where no rate has learned anything yet, the loss alone
-    knows which way to go. The better half goes on to the next seed, by the mean over the seeds so far, and so on
-    (successive halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all
-    seeds.
-    """
-    rates = [centre * 2.0**power for power in range(-(count // 2), count - count // 2)]
-    rates = sorted(known) if len(known) >= count else rates
-    tried: dict[float, dict[int, Worth]] = {}
-
-    def run(rates: list[float], seed: int) -> Generator[Runs, Mapping[tuple[float, int], Worth], None]:
-        for (rate, _), worth in (yield [(rate, seed) for rate in rates]).items():
-            tried.setdefault(rate, {})[seed] = worth
-
-    yield from run(rates, 0)
-    while len(tried) < _MOST_RATES:
-        by_loss = {rate: {0: worth[0] and worth[0][::-1]} for rate, worth in tried.items()}
-        edges = [best for best in (*ranked(by_loss)[:1], *ranked(tried)[:1]) if best in (min(tried), max(tried))]
-        if not edges:
-            break
-        yield from run([edges[0] / 2 if edges[0] == min(tried) else edges[0] * 2], 0)
-    rates = ranked(tried)[: math.ceil(len(tried) / 2)]
-    for seed in range(1, seeds):
-        if not rates:
-            return None
-        yield from run(rates, seed)
-        rates = ranked(tried)[: math.ceil(len(rates) / 2)]
-    return rates[0] if rates else None
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how many of them.
+CANDIDATES = ("hira", "oft", "entries", "unilora", "lokr", "random_weights", "low_rank", "gralora", "partial")
+_AUTO_COUNT = 4
+SIZES = (1.0, 0.5, 0.25, 0.13, 0.06, 0.03, 0.015)  # shares of dense LoRA's parameters that are tried under a limit
+_TIMED = ("seed=0", "trainer.max_steps=3", "trainer.save_steps=3", "keep_records=true", "overwrite=false")
+_TIMES = "timed"  # folder of timed runs in the results directory
 
 
-def runs_at_least(count: int, seeds: int) -> int:
-    """Return how many runs a search makes whose best rate is never at an edge."""
-    total = 0
-    for _ in range(seeds):
-        total, count = total + count, math.ceil(count / 2)
-    return total
-
-
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A method at a size: its settings, where its search is centred, and what has become of it.
 
-    overrides: on the command line of `train`, all but the seed and the learning rate. best: the learning rate, once it
-    is found. refused: why it is not compared. overwrite: make finished runs again. done: the records of finished runs
-    by directory.
+    overrides: on the command line of `train`, all but the seed and the learning rate. group: what it has in common with
+    the entries that it is compared with. best: the learning rate, once it is found. refused: why it is not compared.
+    overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. timed: the
+    record of a run of three steps, or of an earlier run.
     """
 
     method: str
     size: str
     overrides: tuple[str, ...]
+    group: str = ""
     centre: float = 0.0
     parameters: int = 0
+    served: int = 0
+    steps: int = 0
     best: float | None = None
     refused: str | None = None
     overwrite: bool = False
     done: dict[Path, dict] = field(default_factory=dict)
+    timed: dict | None = None
+    composed: dict[tuple[float, int], Config] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"{self.method}, {self.size}"
 
-    def arguments(self, runs: Runs) -> list[str]:
-        """Return the arguments of a sweep over runs of one seed."""
-        rates = ",".join(f"{rate:g}" for rate, _ in runs)
-        return ["-m", *self.overrides, f"seed={runs[0][1]}", f"trainer.learning_rate={rates}"]
+    def arguments(self, trials: Sequence[Trial]) -> list[str]:
+        """Return the arguments of a sweep over trials of one seed."""
+        rates = ",".join(f"{trial.rate:g}" for trial in trials)
+        until = [] if trials[0].until == 1 else [f"trainer.until={trials[0].until:g}"]
+        return ["-m", *self.overrides, f"seed={trials[0].seed}", f"trainer.learning_rate={rates}", *until]
+
+    def configs(self, trials: Sequence[Trial]) -> dict[Trial, Config]:
+        """Return the settings of trials of one seed, each composed once, since that takes its time."""
+        new = [trial for trial in trials if trial[:2] not in self.composed]
+        if new:
+            runs = checked(self.arguments(new)).runs
+            self.composed |= {trial[:2]: config for trial, (_, config) in zip(new, runs, strict=True)}
+        configs = {trial: self.composed[trial[:2]] for trial in trials}
+        return {
+            trial: replace(config, trainer=replace(config.trainer, until=trial.until))
+            for trial, config in configs.items()
+        }
+
+    def of_seed(self, seed: int) -> dict | None:
+        """Return the record of a seed at the best rate."""
+        same = (record for record in self.done.values() if record["config"]["trainer"]["learning_rate"] == self.best)
+        return next((record for record in same if record["seed"] == seed), None)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of a whole run: the mean of those that are done, or as its timed one has it."""
+        if self.done:
+            return fmean(sum(record["seconds"].values()) for record in self.done.values())
+        if not self.timed:
+            return 0.0
+        seconds, steps = self.timed["seconds"], steps_of(self.timed)
+        step = self.step_seconds or 0.0
+        apart = sum(seconds.values()) - min(steps * step, seconds["train"])
+        return apart + _START + self.steps * step * (1 + _VALIDATION)
+
+    @property
+    def step_seconds(self) -> float | None:
+        return (self.timed or {}).get("cost", {}).get("step_seconds")
+
+
+_START, _VALIDATION = 5.0, 0.1  # seconds in which a run starts; time of validations, as a share of that of steps
 
 
 def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
@@ -108,7 +117,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
     own_calibration = any(override.startswith("calibration=") for override in overrides)
-    made = []
+    made, rows = [], 0
     for method in dict.fromkeys(methods):
         known = METHODS.get(method)
         if known is None:  # a file that gives a method another name
@@ -129,18 +138,19 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
             if not made:
-                task_of(config, mixtures=True)  # all runs read these rows: what is wrong with them is said once, now
-            entry.overwrite = config.overwrite
+                # All runs read these rows: what is wrong with them is said once, now.
+                rows = len(task_of(config, mixtures=True).train)
+            entry.overwrite, entry.group = config.overwrite, f"{config.task.name}, {config.model.name}, {size}"
             try:
-                entry.parameters, entry.centre = _parameters_and_centre(config)
+                _measure(entry, config, rows)
             except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
             made.append(entry)
     return made
 
 
-def _parameters_and_centre(config: Config) -> tuple[int, float]:
-    """Return the parameters of an entry, and the rung nearest to the learning rate that suits it.
+def _measure(entry: Entry, config: Config, rows: int) -> None:
+    """Fill in an entry's sizes, its steps, and the rung nearest to the learning rate that suits it.
 
     Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
     """
@@ -148,7 +158,9 @@ def _parameters_and_centre(config: Config) -> tuple[int, float]:
     usual = learning_rates.dense_rate(run.width)
     suited = learning_rates.auto(plain(config), width=run.width, density=run.density)
     dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
-    return run.counts["adapter_trainable"], dense * 2.0 ** round(math.log2(suited / usual))
+    entry.centre = dense * 2.0 ** round(math.log2(suited / usual))
+    entry.parameters, entry.served = run.counts["adapter_trainable"], run.counts["adapter_bytes"]
+    entry.steps = config.trainer.steps(rows)
 
 
 def checked(arguments: Sequence[str]) -> Plan:
@@ -160,75 +172,280 @@ def checked(arguments: Sequence[str]) -> Plan:
     return planned
 
 
+Make = Callable[[Sequence[tuple[Entry, Trial]]], int]  # makes runs, returns an exit code
+Asks = Callable[[Sequence[Entry]], Mapping[Entry, int]]  # the seeds that entries of a group need
+
+
+def chosen_methods(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the methods to compare, and a line on each that is left out of `methods=auto` or cannot be served."""
+    is_auto = comparison.methods == [EVERY]
+    methods, lines = list(CANDIDATES) if is_auto else comparison.methods, []
+    if comparison.serve:
+        for method in list(methods):
+            (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
+            chosen, traits = config.method, config.method.traits
+            of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
+            own = chosen.peft_type is None and not traits.tuner
+            if not traits.product or not (of_peft or own):
+                methods = [other for other in methods if other != method]
+                lines.append(f"{method}: left out, servers load LoRA's B and A alone")
+    if is_auto and len(methods) > _AUTO_COUNT:
+        later, methods = methods[_AUTO_COUNT:], methods[:_AUTO_COUNT]
+        lines.append(
+            f"{', '.join(later)}: left out, behind the others in the records (results/race); methods=[…] takes them"
+        )
+    return methods, lines
+
+
+def fitting(found: Sequence[Entry], limit: Mapping[str, float], timed: Callable[[Entry], None]) -> list[Entry]:
+    """Return each method at the largest of its sizes that meets a limit; one that none does is refused.
+
+    timed: gives an entry its timed run.
+    """
+    ((name, most),) = limit.items()
+    kept = []
+    for method in dict.fromkeys(entry.method for entry in found):
+        tried = [entry for entry in found if entry.method == method and entry.refused is None]
+        tried = tried or [entry for entry in found if entry.method == method][-1:]
+        for entry in tried:
+            if entry.refused is not None:
+                break
+            value = cost_of(entry, name, timed)
+            if value is not None and value <= most:
+                break
+            nearest = "unknown" if value is None else in_units(name, value)
+            entry.refused = (
+                f"limit.{name}={in_units(name, most)}: at {entry.size} of dense LoRA's parameters it takes {nearest}"
+            )
+        else:
+            entry = tried[-1]
+        if entry.refused is not None and entry is not tried[-1]:
+            continue
+        entry.group = f"{LIMITS[name][0]}, at most {in_units(name, most)}"
+        kept.append(entry)
+    return kept
+
+
+def cost_of(entry: Entry, name: str, timed: Callable[[Entry], None]) -> float | None:
+    """Return what a limit is on, of an entry: in bytes or seconds."""
+    if name == "served":
+        return entry.served
+    timed(entry)
+    if entry.timed is None:
+        return None
+    if name == "memory":
+        return entry.timed["peak_memory_bytes"]
+    return entry.timed["cost"]["saved_activation_bytes" if name == "kept" else "step_seconds"]
+
+
+def in_units(name: str, value: float) -> str:
+    """Return a limit's value in words."""
+    return f"{value:.3g} s" if LIMITS[name][1] == "seconds" else f"{value / 1e6:.3g} MB"
+
+
+def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
+    """Give an entry the record of an earlier run of it, or else of one of three steps, made now.
+
+    An entry whose run of three steps fails is refused.
+    """
+    if entry.timed is not None or entry.refused is not None:
+        return
+    (usual,) = entry.configs([Trial(entry.centre, 0)]).values()
+    for place in (run_directory(usual), *at_other_rates(usual)):
+        record = recorded(place)
+        if record and record["status"] == "finished" and record.get("cost"):
+            entry.timed = record
+            return
+    short = [*entry.overrides, *_TIMED, f"results_dir={Path(usual.results_dir) / _TIMES}"]
+    ((_, config),) = checked(["-m", *short, f"trainer.learning_rate={entry.centre:g}"]).runs
+    if worth(recorded(run_directory(config))) is None:
+        launch_one(config)
+    record = recorded(run_directory(config))
+    if record and record["status"] == "finished":
+        entry.timed = record
+    elif record and record["status"] == "failed" and record.get("error") != directory.INTERRUPTED:
+        entry.refused = record["error"]
+
+
 def compare(
     chosen: Sequence[Entry],
+    comparison: Comparison,
     *,
-    rates: int,
-    seeds: int,
-    launch: Callable[[list[str]], int],
+    make: Make,
+    asks: Asks,
     say: Callable[[str], None],
+    now: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Search for the learning rate of every entry that is not refused; return the exit code.
+    """Search for the learning rate of every entry that is not refused, and train with the seeds that decide.
 
-    Runs that are finished are not made again. launch: makes the runs of a sweep of `train`, given its arguments, and
-    returns its exit code; after an interrupted sweep no further run is made.
+    Runs that are finished are not made again. make: makes runs, and returns an exit code; after an interruption no
+    further run is made. asks: what the entries of a group need for the next look; nothing once all is decided.
     """
-    searched = [entry for entry in chosen if entry.refused is None]
-    took: list[float] = []  # seconds of every run that was not finished before
-    for others, entry in zip(reversed(range(len(searched))), searched, strict=True):
-        searching = search(entry.centre, rates, seeds, [] if entry.overwrite else known_rates(entry))
-        runs = next(searching)
-        tried = 0  # rates that the seed under way has tried
-        while True:
-            places = places_of(entry, runs)
-            new = [run for run, place in places.items() if entry.overwrite or worth(recorded(place)) is None]
-            seed = runs[0][1]
-            tried = len(runs) if seed else tried + len(runs)
-            left = len(new) - tried + runs_at_least(tried, seeds - seed) + others * runs_at_least(rates, seeds)
-            time = f"some {left * sum(took) / len(took) / 60:.0f} min" if took else "the first ones say how long"
-            known = f"{len(runs)} runs of seed {seed}, {len(runs) - len(new)} finished"
-            say(f"{entry.name}: {known}; at least {left} left, {time}")
-            if new:  # a record is enough: what is compared needs no weights
-                began = monotonic()
-                code = launch(entry.arguments(new))
-                if code > 2:
-                    return code
-                if held := [str(places[run]) for run in new if is_locked(places[run] / LOCK)]:
-                    raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
-                took += [(monotonic() - began) / len(new)] * len(new)
-            found = {run: recorded(place) for run, place in places.items()}
-            entry.done |= {places[run]: record for run, record in found.items() if worth(record) is not None}
-            try:
-                runs = searching.send({run: worth(record) for run, record in found.items()})
-            except StopIteration as end:
-                entry.best = end.value
+    began = now()
+    code = _search(chosen, comparison, make, say)
+    if code > 2:
+        return code
+    groups: dict[str, list[Entry]] = {}
+    for entry in chosen:
+        if entry.best is not None:
+            groups.setdefault(entry.group, []).append(entry)
+    for group in groups.values():
+        while group and (wanted := asks(group)):
+            runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(wanted.get(entry, 0))]
+            new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]
+            left = sum(entry.seconds for entry, _ in new) / comparison.jobs
+            if comparison.hours and max(wanted.values()) > 2 and now() - began + left > 3600 * comparison.hours:
+                say(f"hours={comparison.hours:g} are over: {len(new)} runs more would take {in_time(left)}")
                 break
-        if entry.best is None:
-            errors = [record["error"] for record in found.values() if record and record.get("error")]
-            entry.refused = errors[0] if errors else "no run of it finished"
+            code = _make(runs, make)
+            if code > 2:
+                return code
+            for entry in {entry for entry, trial in new if entry.of_seed(trial.seed) is None}:
+                entry.refused, entry.best = f"a seed failed at its best learning rate, {entry.best:g}", None
+                group.remove(entry)
     return 0
 
 
-def places_of(entry: Entry, runs: Runs) -> dict[tuple[float, int], Path]:
-    """Return the directory of every run."""
-    configs = [config for _, config in checked(entry.arguments(runs)).runs]
-    return {run: run_directory(config) for run, config in zip(runs, configs, strict=True)}
+def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Callable[[str], None]) -> int:
+    """Find every entry's learning rate, the searches side by side; return the exit code."""
+    until = 1.0 if comparison.search == FULL else QUARTER
+    searches: dict[Entry, Search] = {}
+    trials: dict[Entry, list[Trial]] = {}
+    for entry in chosen:
+        if entry.refused is not None:
+            continue
+        known = [] if entry.overwrite else known_rates(entry, until)
+        if comparison.search == FULL:
+            searches[entry] = full(entry.centre, comparison.rates, comparison.seeds, known)
+        else:
+            searches[entry] = quick(entry.centre, comparison.rates, known)
+        trials[entry] = next(searches[entry])
+    while trials:
+        code = _make([(entry, trial) for entry, own in trials.items() for trial in own], make)
+        if code > 2:
+            return code
+        for entry, own in list(trials.items()):
+            records = {trial: recorded(place) for trial, place in places_of(entry, own).items()}
+            try:
+                trials[entry] = searches[entry].send({each: worth(records[each], each.until) for each in own})
+                continue
+            except StopIteration as end:
+                entry.best = end.value
+            del trials[entry]
+            if entry.best is None:
+                errors = [record["error"] for record in records.values() if record and record.get("error")]
+                entry.refused = errors[0] if errors else "no run of it finished"
+            say(f"{entry.name}: " + (entry.refused or f"learning rate {entry.best:g}"))
+    return 0
 
 
-def known_rates(entry: Entry) -> list[float]:
-    """Return the learning rates at which runs of an entry's first seed are recorded."""
-    ((_, config),) = checked(entry.arguments([(entry.centre, 0)])).runs
+def _make(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
+    """Make those of the runs that are not recorded, and add them to the entries' records; return the exit code."""
+    places = {(entry, trial): place for entry, own in _by_entry(runs) for trial, place in places_of(entry, own).items()}
+    new = [
+        run
+        for run, place in places.items()
+        if (run[0].overwrite and place not in run[0].done) or worth(recorded(place), run[1].until) is None
+    ]
+    code = make(new) if new else 0  # a record is enough: what is compared needs no weights
+    if code > 2:
+        return code
+    if held := [str(places[run]) for run in new if is_locked(places[run] / directory.LOCK)]:
+        raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
+    for (entry, _), place in places.items():
+        record = recorded(place)
+        if worth(record) is not None:
+            entry.done[place] = record
+    return code
+
+
+def _by_entry(runs: Sequence[tuple[Entry, Trial]]) -> Iterable[tuple[Entry, list[Trial]]]:
+    """Return the trials of each entry, of one seed and one share each."""
+    parts: dict[tuple, tuple[Entry, list[Trial]]] = {}
+    for entry, trial in runs:
+        parts.setdefault((entry, trial.seed, trial.until), (entry, []))[1].append(trial)
+    return parts.values()
+
+
+def by_sweeps(runs: Sequence[tuple[Entry, Trial]], sweep: Callable[[list[str]], int]) -> int:
+    """Make runs by sweeps of `train`, whose launcher may be that of a cluster; return the exit code."""
+    codes = [0]
+    for entry, trials in _by_entry(runs):
+        codes.append(sweep(entry.arguments(trials)))
+        if codes[-1] > 2:
+            break
+    return max(codes)
+
+
+def side_by_side(
+    runs: Sequence[tuple[Entry, Trial]], jobs: int, ended: Callable[[Entry, Trial, launch.Outcome], None]
+) -> int:
+    """Make runs on this machine, so many at a time, which share its cores; return the exit code.
+
+    A request to stop goes on to all that are under way.
+    """
+    requests: list[int] = []
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))
+    waiting = [
+        (entry, trial, config) for entry, trials in _by_entry(runs) for trial, config in entry.configs(trials).items()
+    ]
+    under_way: dict[Future, tuple[Entry, Trial]] = {}
+    with ThreadPoolExecutor(jobs) as pool, handling(lambda number, frame: requests.append(number)):
+        try:
+            while under_way or (waiting and not requests):
+                while waiting and len(under_way) < jobs and not requests:
+                    entry, trial, config = waiting.pop(0)
+                    under_way[pool.submit(_one, config, trial.until, lambda: requests)] = entry, trial
+                for future in wait(under_way, timeout=_LOOK, return_when=FIRST_COMPLETED).done:
+                    ended(*under_way.pop(future), future.result())
+        except BaseException:
+            requests.append(signal.SIGTERM)
+            raise
+    return 128 + requests[0] if requests else 0
+
+
+def _one(config: Config, until: float, stop: Callable[[], Sequence[int]]) -> launch.Outcome:
+    """Make a run, once no other process has it; one that came as far there is not made again."""
+    place = run_directory(config)
+    while not stop():
+        if is_locked(place / directory.LOCK):
+            time.sleep(_LOOK)
+            continue
+        if not config.overwrite and worth(recorded(place), until) is not None:
+            break
+        try:
+            return launch.launch(config, "train", stop=stop)
+        except PartialLoraError:
+            if not is_locked(place / directory.LOCK):
+                raise
+    return launch.Outcome(place, "skipped")
+
+
+_LOOK = 0.3  # seconds between two looks at requests to stop
+
+
+def in_time(seconds: float) -> str:
+    """Return a time in words."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def expected(chosen: Sequence[Entry], comparison: Comparison) -> tuple[float, float]:
+    """Return the seconds of a comparison that two seeds decide, and of one that takes eight, with quick searches."""
+    alive = [entry for entry in chosen if entry.refused is None]
+    searching = comparison.rates * QUARTER + 2 * (1 - QUARTER)
+    seeds = (comparison.seeds or 2, comparison.seeds or 8)
+    return tuple(sum(entry.seconds * (searching + count - 1) for entry in alive) / comparison.jobs for count in seeds)
+
+
+def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:
+    """Return the directory of every trial of one seed."""
+    return {trial: run_directory(config) for trial, config in entry.configs(trials).items()}
+
+
+def known_rates(entry: Entry, until: float) -> list[float]:
+    """Return the learning rates at which runs of an entry's first seed are recorded, up to a share of their steps."""
+    (config,) = entry.configs([Trial(entry.centre, 0)]).values()
     records = (recorded(place) for place in at_other_rates(config))
-    known = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record) is not None}
+    known = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record, until) is not None}
     return sorted(known - {AUTO})
-
-
-def worth(record: Mapping | None) -> Worth:
-    """Return a run's score and loss on validation, the larger the better; None where one of them is no number."""
-    if not record or record["status"] != "finished":
-        return None
-    validation = record["metrics"]["validation"]
-    score, loss = validation[validation["primary"]], validation["loss"]
-    if score is None or loss is None:
-        return None
-    return (-score if validation["primary"] in LOWER_IS_BETTER else score), -loss

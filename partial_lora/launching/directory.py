@@ -42,6 +42,7 @@ LATEST = "latest"  # in a results directory, a link to the run that `train` fini
 RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
 REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
+PAUSED = "paused"  # the status of a run that has come as far as trainer.until
 _BROKEN = "result.json.broken"
 _CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
 _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their name

@@ -43,7 +43,7 @@ _RECORD = 40.0  # seconds that may pass until the record says that a run has end
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: finished, skipped (it was finished before), failed or interrupted.
+    """The end of a run: finished, paused (trainer.until), skipped (it was finished before), failed or interrupted.
 
     signal: the name of what interrupted it. error: why it failed. elsewhere: where the results are, on a machine that
     has none of them.
@@ -144,8 +144,8 @@ def _outcome(place: Path, code: int) -> Outcome:
     """Return how a run ended: by its record, or else by the worker's exit code."""
     result = directory.read_result(place) or {}
     status = result.get("status")
-    if status == "finished":
-        return Outcome(place, "finished")
+    if status in ("finished", directory.PAUSED):
+        return Outcome(place, status)
     if code in _STOPPED and result.get("error") in (None, directory.INTERRUPTED):
         return Outcome(place, "interrupted", signal=signal.Signals(code - 128).name)
     return Outcome(place, "failed", error=result["error"] if status == "failed" else _silent_end(code))
@@ -311,6 +311,7 @@ def end_with_parent() -> None:
 
 
 _PRELOADED = ["partial_lora.launching.forking", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
+_STARTING = threading.Lock()
 _OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
 
 
@@ -363,7 +364,7 @@ def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: in
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
-    with mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
+    with _STARTING, mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
         ensure_running()
     arguments = command[command.index("-m") + 1 :]
     passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process

@@ -147,6 +147,7 @@ def write_tables(
     command: str,
     origin: str,
     refused: Sequence[str],
+    leads: Sequence[str] = (),
 ) -> Path:
     """Write results_dir/report/index.html out of rankings by title, "TASK, SIZE", figures, and tables that are folded.
 
@@ -159,7 +160,10 @@ def write_tables(
     tab = _tab(
         "tab-0",
         "All tasks",
-        leads=[Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts],
+        leads=[
+            *leads,
+            *(Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts),
+        ],
         tables=[] if several else rankings[0],
         figures=[(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
         folded=[_table(title, each, filtered=True) for title, each in folded.items()],

@@ -234,7 +234,10 @@ def in_words(size: str) -> str:
     """Return what methods of a size have in common."""
     if size == "own":
         return "sizes of their own"
-    number = float(size.replace(",", ""))
+    try:
+        number = float(size.replace(",", ""))
+    except ValueError:  # a limit
+        return size
     return f"{size} parameters" if number > 1 else f"{100 * number:g} % of dense LoRA's parameters"
 
 
@@ -245,25 +248,36 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
 
 
+_JUDGED = ["difference over", "after correction"]  # columns that a verdict takes the place of
+
+
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
     parts = titled(numbers, reference)
-    wide = ["difference over", "after correction"]
-    narrow = {title: part.drop(columns=[*wide, *part.columns[-2:]]) for title, part in parts.items()}
+    narrow = {title: part.drop(columns=[*_JUDGED, *part.columns[-2:]]) for title, part in parts.items()}
     return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
 
 
-def _origin(reference: str) -> str:
-    return (
+def _origin(reference: str, *, corrected: bool = True) -> str:
+    origin = (
         f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
         "rows, from variance components, or over seeds, by Student's t, where predictions were not kept, as those of "
-        "scores are. 'After correction' says what is significant after correction for all comparisons of its table."
+        "scores are. "
     )
+    if corrected:
+        return f"{origin}'After correction' says what is significant after correction for all comparisons of its table."
+    return f"{origin}Each is of one pair alone; the verdict accounts for all pairs and for every look at them."
 
 
-def write(runs: Iterable[Run], out: Path, stem: str, reference: str) -> tuple[str, pd.DataFrame]:
-    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers."""
-    numbers = compared(at_best_rates(rows_of(runs, Predictions(out))), reference)
+def write(
+    runs: Iterable[Run], out: Path, stem: str, reference: str, size: str | None = None
+) -> tuple[str, pd.DataFrame]:
+    """Write the ranking of a folder's runs (`compared`) as its stem.md and .csv; return it as text, and its numbers.
+
+    size: what all have in common in place of their sizes, as a limit.
+    """
+    rows = rows_of(runs, Predictions(out))
+    numbers = compared(at_best_rates(rows if size is None else rows.assign(size=size)), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
     parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"
@@ -317,8 +331,16 @@ def _plain(value: float) -> str:
     return summary.cell(value, ",.0f" if abs(value) >= 1000 else ".4g")
 
 
-def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str, refused: Sequence[str]) -> Path:
-    """Write out/report/index.html: the ranking, a Pareto figure for every cost, and a table with all numbers."""
+def write_page(
+    numbers: pd.DataFrame,
+    out: Path,
+    *,
+    reference: str,
+    command: str,
+    refused: Sequence[str],
+    verdict: Sequence[str] = (),
+) -> Path:
+    """Write out/report/index.html: verdict, ranking, a Pareto figure for every cost, and a table with all numbers."""
     numbers, figures = numbers.reset_index(drop=True), []
     (out / "report").mkdir(parents=True, exist_ok=True)
     for cost, (label, _) in _COSTS.items():
@@ -326,13 +348,18 @@ def write_page(numbers: pd.DataFrame, out: Path, *, reference: str, command: str
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Grey: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
+    tables_by_title = titled(numbers, reference)
+    if verdict:
+        tables_by_title = {title: part.drop(columns=_JUDGED) for title, part in tables_by_title.items()}
+    origin = _origin(reference, corrected=not verdict)
     shown = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(
         out,
-        titled(numbers, reference),
+        tables_by_title,
         figures,
         folded={"All numbers (times in seconds, sizes in bytes)": shown},
         command=command,
-        origin=_origin(reference),
+        origin=origin,
         refused=refused,
+        leads=verdict,
     )

@@ -1,15 +1,17 @@
-"""The settings of `compare` itself: what is compared, at which sizes, with how many seeds and learning rates."""
+"""The settings of `compare` itself: what is compared, under which limit, and how much may be spent to decide it."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from partial_lora.errors import PartialLoraError, require
+from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, settings_of
 from partial_lora.settings.study import commands
@@ -21,35 +23,80 @@ _INSTEAD = {  # of keys of `train` that a comparison sets
 }
 
 
+LIMITS = {  # of `limit.NAME`: what is limited, and its unit
+    "served": ("file that is served", "bytes"),
+    "kept": ("kept for the backward pass", "bytes"),
+    "memory": ("peak memory", "bytes"),
+    "seconds": ("a step", "seconds"),
+}
+QUICK, FULL, EVERY = "quick", "full", "auto"
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
 @dataclass
 class Comparison:
     """Methods that are compared, and how.
 
-    budgets: shares of dense LoRA's parameters, or numbers of parameters. rates: learning rates of a search. reference:
-    the method that others are compared with; by default low_rank, else the first.
+    budgets: shares of dense LoRA's parameters, or numbers of parameters. limit: one of LIMITS, by name, in place of
+    budgets. serve: leave out what servers cannot load. margin: points within which a method is as good as another.
+    hours: that it may take; None: as many as it needs. jobs: runs side by side. search: "quick" drops learning rates at
+    a quarter of their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they
+    decide. rates: with which a search begins. reference: the method that others are compared with; by default low_rank,
+    else the first.
     """
 
     methods: list[str]
     budgets: list[float] = field(default_factory=lambda: [0.13])
-    seeds: int = 3
-    rates: int = 5
+    limit: dict[str, float] = field(default_factory=dict)
+    serve: bool = False
+    margin: float = 1.0
+    hours: float | None = None
+    jobs: int = 1
+    search: str = QUICK
+    seeds: int | None = None
+    rates: int | None = None
     reference: str | None = None
 
     def __post_init__(self) -> None:
         named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
-        require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr]")
+        require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
         self.budgets = [_as_number(budget) for budget in self.budgets]
-        numbers = bool(self.budgets) and all(
-            type(each) in (int, float) and 0 < each < math.inf for each in self.budgets
-        )
+        numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
         require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
-        for key, least in (("seeds", 1), ("rates", 2)):
+        require(len(self.limit) < 2, "limit", ", ".join(self.limit), "one of them: one limit sizes every method")
+        for name, value in self.limit.items():
+            self.limit[name] = _quantity(f"limit.{name}", value, LIMITS[name][1])
+        one_of("search", self.search, QUICK, FULL)
+        self.margin, self.hours = _as_number(self.margin), _as_number(self.hours)
+        require(_is_positive(self.margin), "margin", self.margin, "points, such as 1")
+        require(self.hours is None or _is_positive(self.hours), "hours", self.hours, "a number above 0, such as 0.5")
+        is_full = self.search == FULL
+        self.rates = self.rates or (5 if is_full else 3)
+        self.seeds = 3 if self.seeds is None and is_full else self.seeds
+        for key, least in (("seeds", 1), ("rates", 2), ("jobs", 1)):
             value = getattr(self, key)
-            require(type(value) is int and value >= least, key, value, f"a whole number, at least {least}")
+            whole = type(value) is int and value >= least
+            require(whole or (key, value) == ("seeds", None), key, value, f"a whole number, at least {least}")
+        one_of("serve", self.serve, True, False)
+        if self.methods == [EVERY]:
+            return
         usual = (method for method in self.methods if called(method).reference)
         self.reference = self.reference or next(usual, self.methods[0])
         known = ", ".join(self.methods)
         require(self.reference in self.methods, "reference", self.reference, f"one of {known}")
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _quantity(key: str, value: object, unit: str) -> float:
+    """Return a number of bytes or seconds; raises PartialLoraError, naming the key, for anything else."""
+    number, name = re.fullmatch(r"\s*([\d.e+-]*)\s*([A-Za-z]*)\s*", str(value)).groups() if value else ("", "")
+    number, scale = _as_number(number), _UNITS.get(name.upper()) if unit == "bytes" else _UNITS.get(name)
+    fits = _is_positive(number) and scale is not None
+    require(fits, key, value, "bytes, such as 40MB" if unit == "bytes" else "seconds, such as 0.2")
+    return number * scale
 
 
 def of_study(settings: Sequence[str]) -> list[list[str]]:
@@ -66,11 +113,16 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
 def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
     names = {each.name for each in fields(Comparison)}
-    own: dict[str, object] = {"methods": []}
+    own: dict[str, Any] = {"methods": []}
     others = []
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in names:
+        if key.startswith("limit."):
+            name = key.removeprefix("limit.")
+            one_of("limit", name, *LIMITS)
+            own.setdefault("limit", {})[name] = value
+            continue
+        if key not in names or key == "limit":
             others.append(setting)
             continue
         try:
@@ -87,6 +139,8 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     in_file = any("results_dir" in content and not is_record(content) for content in written)
     if not in_file and not any(setting.startswith("results_dir=") for setting in others):
         others.append("results_dir=results/compare")
+    if not any(setting.startswith("trainer.start=") for setting in others):
+        others.append("trainer.start=fork")  # some seconds less a run, and the same results
     return comparison, others
 
 

@@ -35,6 +35,7 @@ NOT_SETTINGS = {
     "trainer.tuned_elsewhere",  # of earlier records
     "trainer.device",
     "trainer.start",
+    "trainer.until",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",
     "trainer.num_processes",

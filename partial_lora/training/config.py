@@ -87,6 +87,8 @@ class TrainerConfig:
     optimizer: Optional[str] = None  # as transformers calls it: adafactor, lion_32bit, sgd, …; null: AdamW
     # training ends after so many validations in a row that were no better than the best; null: never before its end
     patience: Optional[int] = None
+    # share of the steps after whose next validation a run is paused; the same command without it goes on from there
+    until: float = 1.0
     # further fields of transformers' TrainingArguments, {field: value}, such as {neftune_noise_alpha: 5}
     args: Any = None
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -176,6 +178,7 @@ class TrainerConfig:
         require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
         require(0 <= self.warmup_ratio < 1, "trainer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
         positive("trainer.max_grad_norm", self.max_grad_norm)
+        require(0 < self.until <= 1, "trainer.until", self.until, "a share above 0 and at most 1")
         require(self.patience is None or self.patience >= 1, "trainer.patience", self.patience, "1 or more, or null")
         if self.args or self.optimizer or self.schedule != "cosine":
             self._check_names()

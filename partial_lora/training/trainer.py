@@ -433,6 +433,20 @@ class LogAtSave(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class Pause(TrainerCallback):
+    """End training at the first checkpoint from a share of its steps on, which a later run goes on from.
+
+    is_over: whether that came before the last step.
+    """
+
+    def __init__(self, until: float) -> None:
+        self._until, self.is_over = until, False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._until * state.max_steps <= state.global_step < state.max_steps:
+            control.should_training_stop = self.is_over = True
+
+
 class StopOnSignal(TrainerCallback):
     """End training at a signal: after the current step, with a checkpoint.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import threading
 
 import pytest
 from commands import here
@@ -13,102 +14,17 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.files import write_json
-from partial_lora.launching import compare, directory
+from partial_lora.launching import compare, directory, search
 from partial_lora.launching.places import run_directory
 from partial_lora.settings import comparison, schema
 
-
-def searched(score, *, centre=1.0, count=5, seeds=3, known=()):
-    """The best rate, and the batches of runs of a search in which a run's score is a function of its rate and seed."""
-    searching, batches = compare.search(centre, count, seeds, known), []
-    runs = next(searching)
-    while True:
-        batches.append(runs)
-        scores = {run: score(*run) for run in runs}
-        worth = {
-            run: value if value is None or isinstance(value, tuple) else (value, 0.0) for run, value in scores.items()
-        }
-        try:
-            runs = searching.send(worth)
-        except StopIteration as end:
-            return end.value, batches
+GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
+SHORT = ("seeds=2", "results_dir=out")
 
 
-def test_the_better_half_of_the_rates_goes_on_to_the_next_seed() -> None:
-    best, batches = searched(lambda rate, seed: -abs(math.log2(rate)))
-    assert best == 1.0
-    assert batches == [
-        [(0.25, 0), (0.5, 0), (1.0, 0), (2.0, 0), (4.0, 0)],
-        [(1.0, 1), (0.5, 1), (2.0, 1)],
-        [(1.0, 2), (0.5, 2)],
-    ]
-    assert sum(map(len, batches)) == compare.runs_at_least(5, 3)
-
-
-def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
-    best, batches = searched(lambda rate, seed: -abs(math.log2(rate / 16)))
-    assert best == 16.0
-    assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
-    _, batches = searched(lambda rate, seed: rate)  # ever better: it comes to an end
-    assert len({rate for each in batches for rate, _ in each}) == 12
-
-
-def test_a_search_goes_on_with_the_rates_that_were_tried_wherever_it_would_begin_now() -> None:
-    _, earlier = searched(lambda rate, seed: -abs(math.log2(rate / 4)), count=3)
-    tried = {rate for each in earlier for rate, seed in each if seed == 0}
-    best, again = searched(lambda rate, seed: -abs(math.log2(rate / 4)), centre=64.0, count=3, known=tried)
-    assert best == 4.0
-    assert {run for each in again for run in each} == {run for each in earlier for run in each}
-    assert searched(lambda rate, seed: 0.0, count=3, known=[7.0, 9.0])[1][0] == [(0.5, 0), (1.0, 0), (2.0, 0)]
-
-
-def test_where_no_rate_has_learned_anything_the_loss_extends_the_range() -> None:
-    lucky = {1.0: 0.1, 16.0: 1.0}  # a score by chance, in the middle of the first rates
-    best, batches = searched(lambda rate, seed: (lucky.get(rate, 0.0), -abs(math.log2(rate / 16))))
-    assert best == 16.0
-    assert batches[1:4] == [[(8.0, 0)], [(16.0, 0)], [(32.0, 0)]]
-
-
-def test_the_mean_over_seeds_decides() -> None:
-    """A rate that leads with the first seed alone loses."""
-    best, _ = searched(
-        lambda rate, seed: {(1.0, 0): 1.0, (2.0, 0): 0.9}.get((rate, seed), rate / 10 if rate <= 2 else 0)
-    )
-    assert best == 2.0
-
-
-@pytest.mark.parametrize("name", ["accuracy", "loss"])
-def test_a_run_whose_score_or_loss_is_no_number_is_worth_nothing(name) -> None:
-    run = record()
-    assert compare.worth(run) is not None
-    run["metrics"]["validation"][name] = None  # as JSON has NaN
-    assert compare.worth(run) is None
-
-
-def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() -> None:
-    best, batches = searched(lambda rate, seed: None if rate > 1 else rate)
-    assert best == 1.0
-    assert all(rate <= 1 for each in batches[2:] for rate, _ in each)
-    assert searched(lambda rate, seed: None)[0] is None
-    assert searched(lambda rate, seed: None if seed else rate / 4 if rate < 4 else 0)[0] is None
-
-
-composed = functools.cache(lambda *arguments, checked=compare.checked: checked(arguments))
-
-
-@pytest.fixture(autouse=True)
-def composed_once(monkeypatch, tmp_path) -> None:
-    """Comparisons and what looks at them compose the same runs: each is composed at its first mention."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "checked", lambda arguments: composed(*arguments))
-
-
-GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32", "results_dir=out")
-SHORT = ("rates=3", "seeds=2")
-
-
-def test_every_method_is_at_every_budget_and_those_of_their_own_size_once() -> None:
-    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], GIVEN)
+def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
+    overrides = (*GIVEN, f"results_dir={tmp_path}")
+    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
     assert [entry.name for entry in entries] == [
         "lora, own size",
         *(f"{name}, {budget}" for name in ("low_rank", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
@@ -119,9 +35,9 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once() -> N
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
     assert centres == {"low_rank": 2e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
-    (written_out,) = compare.entries(["hira"], [0.3], (*GIVEN, "trainer.learning_rate=auto"))
+    (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], GIVEN)
+    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 
@@ -137,72 +53,114 @@ def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> No
 
 def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", **changes: object) -> int:
     """Only write the records of a sweep's runs, better the nearer their rate is to the best. changes: of records."""
-    for _, config in compare.checked(arguments).runs:
+    for _, config in compare.checked(arguments).runs:  # whole ones, whatever share is asked for
         score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
         left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
+        left["history"] = [{"step": 10, "eval_loss": 1 - score}]
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
         run_directory(config).mkdir(parents=True, exist_ok=True)
         write_json(run_directory(config) / "result.json", left | failed)
     return 0
 
 
-def test_a_comparison_makes_the_runs_of_every_search_and_takes_what_is_finished() -> None:
-    """With a launcher that only writes records: the ranking, and nothing twice."""
-    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
-    launched: list[list[str]] = []
-    said: list[str] = []
+def decided(*_) -> dict:
+    """No further seeds."""
+    return {}
 
-    def launch(arguments: list[str]) -> int:
-        launched.append(arguments)
-        return leave_records(arguments, best=2e-3)
 
-    assert compare.compare(entries, rates=3, seeds=2, launch=launch, say=said.append) == 0
+def comparing(chosen: list[compare.Entry], make, *, asks=decided, **settings) -> int:
+    settings = {"methods": [entry.method for entry in chosen], "rates": 3} | settings
+    return compare.compare(chosen, comparison.Comparison(**settings), make=make, asks=asks, say=lambda line: None)
+
+
+def leaving(made: list, **changes: object):
+    """A stand-in for runs that leaves records, and a list of what was asked for."""
+
+    def make(runs) -> int:
+        made.extend(runs)
+        for entry, trials in compare._by_entry(runs):
+            leave_records(entry.arguments(trials), **changes)
+        return 0
+
+    return make
+
+
+@pytest.mark.usefixtures("composed_once")
+def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> None:
+    """With records in place of runs: nothing twice."""
+    own = (*GIVEN, f"results_dir={tmp_path}")
+    entries = compare.entries(["low_rank", "uniform"], [0.3], own)
+    made: list = []
+    assert comparing(entries, leaving(made, best=2e-3), search="full", seeds=2) == 0
     assert {entry.best for entry in entries} == {2e-3}
-    assert sum(len(entry.done) for entry in entries) == sum(each[-1].count(",") + 1 for each in launched)
-    assert all("left" in each for each in said)
-    made = len(launched)
-    again = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
-    assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0  # all of it is there
+    assert sum(len(entry.done) for entry in entries) == len(made) == len(set(made))
+    assert len(made) >= 2 * search.runs_at_least(3, 2)
+    again = compare.entries(["low_rank", "uniform"], [0.3], own)
+    assert comparing(again, leaving([], best=2e-3), search="full", seeds=2) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
-    assert len(launched) == made  # records suffice: there are no weights here
-    again = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, "overwrite=true"))
-    assert compare.compare(again, rates=3, seeds=2, launch=launch, say=said.append) == 0
-    assert len(launched) == 2 * made
+    makes: list = []
+    again = compare.entries(["low_rank", "uniform"], [0.3], own)
+    comparing(again, leaving(makes), search="full", seeds=2)
+    assert makes == []  # records suffice: there are no weights here
+    again = compare.entries(["low_rank", "uniform"], [0.3], (*own, "overwrite=true"))
+    comparing(again, leaving(makes, best=2e-3), search="full", seeds=2)
+    assert len(makes) == len(made)
 
 
-def test_a_comparison_never_says_that_more_runs_are_left_than_it_makes() -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
-    made: list[int] = []
-    said: list[str] = []
-
-    def launch(arguments: list[str]) -> int:
-        made.append(arguments[-1].count(",") + 1)
-        return leave_records(arguments, best=16e-3)  # three rungs above the first rate
-
-    compare.compare(entries, rates=2, seeds=2, launch=launch, say=said.append)
-    left = [int(re.search(r"(\d+) left", line)[1]) for line in said]
-    assert all(0 < least <= sum(made[place:]) for place, least in enumerate(left))
-    assert left[-1] == made[-1]
-    said.clear()
-    again = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
-    compare.compare(again, rates=2, seeds=2, launch=launch, say=said.append)
-    assert "at least 0 left" in said[-1]
+@pytest.mark.usefixtures("composed_once")
+def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_is_open(tmp_path) -> None:
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    made: list = []
+    looks = iter([dict.fromkeys(entries, 2), {entries[0]: 3}, {}])
+    assert comparing(entries, leaving(made, best=2e-3), asks=lambda group: next(looks)) == 0
+    assert all(trial.rate == entry.best for entry, trial in made if trial.seed)
+    assert [max(trial.seed for own, trial in made if own is entry) for entry in entries] == [2, 1]
+    assert {trial.until for _, trial in made if not trial.seed} == {search.QUARTER}  # whole records answer for the rest
 
 
-def test_an_interrupted_comparison_makes_no_further_runs() -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], GIVEN)
-    launched: list[list[str]] = []
-    code = compare.compare(entries, rates=3, seeds=2, launch=lambda each: launched.append(each) or 130, say=print)
-    assert (code, len(launched)) == (130, 1)
+@pytest.mark.usefixtures("composed_once")
+def test_seeds_that_take_longer_than_there_is_time_are_not_begun(tmp_path) -> None:
+    """But the first two always are."""
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    made: list = []
+    looks = iter([dict.fromkeys(entries, 2), dict.fromkeys(entries, 3)])
+    assert comparing(entries, leaving(made, best=2e-3), asks=lambda group: next(looks), hours=1e-9) == 0
+    assert max(trial.seed for _, trial in made) == 1
 
 
-def test_a_run_that_another_process_holds_ends_a_comparison() -> None:
+def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
+    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    launched: list = []
+    assert comparing(entries, lambda runs: launched.append(runs) or 130) == 130
+    assert len(launched) == 1
+
+
+def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path) -> None:
     """Else its rate would pass for one that failed."""
-    (entry,) = compare.entries(["low_rank"], [0.3], GIVEN)
-    held = next(iter(compare.places_of(entry, [(entry.centre, 0)]).values()))
+    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    held = next(iter(compare.places_of(entry, [search.Trial(entry.centre, 0)]).values()))
     with directory.locked(held), refusal("", held):
-        compare.compare([entry], rates=3, seeds=2, launch=lambda each: 2, say=print)
+        comparing([entry], lambda runs: 2)
+
+
+@pytest.mark.usefixtures("composed_once")
+def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(tmp_path, monkeypatch) -> None:
+    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    trial = search.Trial(entry.centre, 0, search.QUARTER)
+    ((place),) = compare.places_of(entry, [trial]).values()
+    monkeypatch.setattr(compare.launch, "launch", lambda *_, **__: pytest.fail("made twice"))
+    outcomes: list[str] = []
+    with directory.locked(place):
+        ender = threading.Timer(0.1, lambda: leave_records(entry.arguments([trial])))
+        ender.start()
+        waiting = threading.Thread(
+            target=compare.side_by_side, args=([(entry, trial)], 1, lambda *each: outcomes.append(each[-1].status))
+        )
+        waiting.start()
+        ender.join()
+    waiting.join()
+    assert outcomes == ["skipped"]
 
 
 @pytest.mark.parametrize("given", ["trainer: {learning_rate: 3e-5}", "trainer.learning_rate: 3e-5"])
@@ -225,6 +183,13 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         (["methods=[low_rank]", "seeds=0"], "seeds"),
         (["methods=[low_rank]", "seeds=true"], "seeds"),
         (["methods=[low_rank]", "rates=1"], "rates"),
+        (["methods=[low_rank]", "margin=0"], "margin"),
+        (["methods=[low_rank]", "hours=-1"], "hours"),
+        (["methods=[low_rank]", "jobs=0"], "jobs"),
+        (["methods=[low_rank]", "search=fast"], "search"),
+        (["methods=[low_rank]", "limit.kept=much"], "limit.kept"),
+        (["methods=[low_rank]", "limit.kept=1MB", "limit.seconds=1"], "limit"),
+        (["methods=[low_rank]", "limit.rows=1"], "limit"),
         (["methods=[low_rank]", "reference=lora"], "reference"),
         (["methods=[nothing]"], "method"),
         (["methods=[low_rank]", "trainer.nothing=1"], "trainer.nothing"),
@@ -252,12 +217,49 @@ def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) 
     assert not list(tmp_path.glob("results*"))
 
 
+@pytest.fixture
+def composed_once(monkeypatch) -> None:
+    """A test and the comparison that it looks at compose the same runs: each is composed at its first mention."""
+    checked = functools.cache(lambda *arguments: compare_checked(arguments))
+    monkeypatch.setattr(compare, "checked", lambda arguments: checked(*arguments))
+
+
+compare_checked = compare.checked
+
+
+def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_one_that_has_none(tmp_path) -> None:
+    """By the file that is served, which for masks of single entries is the dense adapter's."""
+    own = (*GIVEN, f"results_dir={tmp_path}")
+    found = compare.entries(["low_rank", "entries"], [0.5, 0.25], own)
+    dense = max(entry.served for entry in found)
+    kept = compare.fitting(found, {"served": 0.4 * dense}, lambda entry: None)
+    assert [(entry.method, entry.size) for entry in kept if entry.refused is None] == [("low_rank", "0.25")]
+    assert "limit.served" in kept[-1].refused
+    assert len({entry.group for entry in kept}) == 1
+
+
+def test_methods_that_servers_do_not_load_are_left_out_by_name() -> None:
+    chosen = comparison.Comparison(["auto"], serve=True)
+    methods, lines = compare.chosen_methods(chosen, GIVEN)
+    assert "low_rank" in methods
+    assert "oft" not in methods
+    assert any(line.startswith("oft: ") for line in lines)
+    methods, lines = compare.chosen_methods(comparison.Comparison(["dora", "low_rank"], serve=True), GIVEN)
+    assert methods == ["low_rank"]
+
+
+@pytest.mark.usefixtures("composed_once")
 def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_form_is_called(
     tmp_path, monkeypatch
 ) -> None:
     """Two methods are equally good, and the runs of a third fail."""
     leave = functools.partial(leave_records, failing="unilora", mask__fan_in="kept")
-    monkeypatch.setattr(cli, "_stage", lambda stage, arguments: leave(arguments))
+
+    def make(runs, jobs: int) -> int:
+        return max(leave(entry.arguments(trials)) for entry, trials in compare._by_entry(runs))
+
+    monkeypatch.setattr(cli, "_make_runs", make)
+    monkeypatch.setattr(compare, "time_entry", lambda entry, launch_one: None)
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr
@@ -267,3 +269,6 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     assert re.search(r"\| low_rank +\| +0\.001 \| 90\.00", table)
     assert "+0.00" in table
     assert "unilora, 0.3: the loss is not finite" in done.stderr
+    assert "within 1.0 point" in done.stdout or "decided" in done.stdout
+    for name in ("config.yaml", "training_arguments.json", "method_comparison.json"):
+        assert (tmp_path / "out" / "take" / name).is_file()

@@ -32,6 +32,7 @@ from partial_lora.training.trainer import (
     OVERRIDDEN,
     Computation,
     LengthSampler,
+    Pause,
     ResumableTrainer,
     UninterruptedCollate,
     build_trainer,
@@ -93,6 +94,23 @@ def test_training_ends_where_validation_is_no_better_for_a_while_and_so_does_a_r
     assert resumed.state.best_global_step == 4
 
 
+def test_training_pauses_at_the_first_checkpoint_of_its_share_and_a_later_one_ends_as_if_it_had_not(
+    tmp_path: Path,
+) -> None:
+    pause = Pause(0.3)
+    training = trainer(adapted(), tmp_path, max_steps=12, save_steps=2, callbacks=[pause])
+    assert (training.train().global_step, pause.is_over) == (4, True)
+    checkpoint = tmp_path / results.CHECKPOINTS / "checkpoint-4"
+    whole = Pause(1.0)
+    resumed = trainer(adapted(), tmp_path, max_steps=12, save_steps=2, callbacks=[whole])
+    resumed.train(checkpoint)
+    straight = trainer(adapted(), tmp_path / "straight", max_steps=12, save_steps=2)
+    straight.train()
+    assert not whole.is_over
+    states = [trained_state(each.model) for each in (resumed, straight)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path: Path) -> None:
     settings = {
         "schedule": "constant_with_warmup",
@@ -113,6 +131,7 @@ def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path:
         ({"schedule": "sine"}, "trainer.schedule=sine"),
         ({"optimizer": "adam9"}, "trainer.optimizer=adam9"),
         ({"patience": 0}, "trainer.patience=0"),
+        ({"until": 0.0}, "trainer.until=0.0"),
         ({"args": ["seed"]}, "trainer.args="),
         ({"args": {"sedd": 1}}, "trainer.args.sedd=1"),
         ({"args": {"seed": 1}}, "trainer.args.seed=1"),

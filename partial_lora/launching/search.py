@@ -1,0 +1,141 @@
+"""Searches for a learning rate: which runs to make next, by what the last ones are worth, and which rate is the best.
+
+A search is a generator that knows no run: it yields trials and is sent their worth. `scripts/search_replay.py` asks the
+same generators about runs that are recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Generator, Mapping
+from typing import NamedTuple
+
+from partial_lora.launching.directory import PAUSED
+from partial_lora.settings.rates import Worth, ranked
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
+
+QUARTER = 0.25  # of its steps, after which a quick search looks at a run
+FINALISTS = 2  # rates that a quick search trains to the end
+_GAIN = 0.001  # of the loss, without which a quick search does not look beyond its rates
+_MOST_RATES = 12  # of a search whose best rate is at an edge again and again
+
+
+class Trial(NamedTuple):
+    """A run of a search; until: the share of its steps after whose validation it is paused."""
+
+    rate: float
+    seed: int
+    until: float = 1.0
+
+
+Search = Generator[list[Trial], Mapping[Trial, Worth], float | None]
+
+
+def quick(
+    centre: float, count: int, known: Collection[float] = (), *, until: float = QUARTER, finalists: int = FINALISTS
+) -> Search:
+    """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
+
+    Rates a factor of two apart train for a quarter of their steps, at their full schedule, and more while the best is
+    at an edge. The two of the least loss on validation go on to the end. results/referee/referee.md says how often that
+    is the rate of a full search. known: as `full` takes it.
+    """
+    tried = yield from _first_seed(centre, count, known, until)
+    by_loss = ranked({rate: {0: worth} for rate, worth in tried.items()})[:finalists]
+    if not by_loss:
+        return None
+    found = yield [Trial(rate, 0) for rate in by_loss]
+    best = ranked({trial.rate: {0: worth} for trial, worth in found.items()})
+    return best[0] if best else None
+
+
+def full(centre: float, count: int, seeds: int, known: Collection[float] = ()) -> Search:
+    """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
+
+    The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
+    tried with it (known), if they are as many, so that another centre does not begin the search again. It tries more
+    while the best of them, by score or by loss, is at an edge: where no rate has learned anything yet, the loss alone
+    knows which way to go. The better half goes on to the next seed, by the mean over the seeds so far, and so on
+    (successive halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all
+    seeds.
+    """
+    first = yield from _first_seed(centre, count, known, 1.0)
+    tried = {rate: {0: worth} for rate, worth in first.items()}
+    rates = ranked(tried)[: math.ceil(len(tried) / 2)]
+    for seed in range(1, seeds):
+        if not rates:
+            return None
+        for trial, worth in (yield [Trial(rate, seed) for rate in rates]).items():
+            tried[trial.rate][seed] = worth
+        rates = ranked(tried)[: math.ceil(len(rates) / 2)]
+    return rates[0] if rates else None
+
+
+def _first_seed(
+    centre: float, count: int, known: Collection[float], until: float
+) -> Generator[list[Trial], Mapping[Trial, Worth], dict[float, Worth]]:
+    """Yield trials of the first seed until the best of them is inside of their rates; return their worth by rate.
+
+    The best is that of the least loss and, of whole runs, that of the best score.
+    """
+    rates = [_rung(centre, power) for power in range(-(count // 2), count - count // 2)]
+    rates = sorted(known) if len(known) >= count else rates
+    tried: dict[float, Worth] = {}
+    while rates:
+        tried |= {trial.rate: worth for trial, worth in (yield [Trial(rate, 0, until) for rate in rates]).items()}
+        by_loss = ranked({rate: {0: worth and worth[::-1]} for rate, worth in tried.items()})[:1]
+        by_score = ranked({rate: {0: worth} for rate, worth in tried.items()})[:1] if until == 1 else []
+        edges = [best for best in (*by_loss, *by_score) if best in (min(tried), max(tried))]
+        if until < 1 and not _stands_out(tried):
+            edges = []
+        room = len(tried) < _MOST_RATES and edges
+        rates = [_rung(edges[0], -1 if edges[0] == min(tried) else 1)] if room else []
+    return tried
+
+
+def _rung(rate: float, power: int) -> float:
+    """Return a rate so many factors of two away, as records and command lines have it."""
+    return float(f"{rate * 2.0**power:g}")
+
+
+def _stands_out(tried: Mapping[float, Worth]) -> bool:
+    """Return whether the least loss is less than all others by one part in a thousand: else no rate stands out yet."""
+    first, *others = sorted((-worth[1] for worth in tried.values() if worth), key=float) or [math.inf]
+    return not others or first < (1 - _GAIN) * others[0]
+
+
+def runs_at_least(count: int, seeds: int) -> int:
+    """Return how many runs a full search makes whose best rate is never at an edge."""
+    total = 0
+    for _ in range(seeds):
+        total, count = total + count, math.ceil(count / 2)
+    return total
+
+
+def worth(record: Mapping | None, until: float = 1.0) -> Worth:
+    """Return a run's score and loss on validation, the larger the better; None where one of them is no number.
+
+    until: the share of its steps after which it is asked; before the end the loss of the first validation from then on
+    stands for both.
+    """
+    if not record or record["status"] not in ("finished", PAUSED):
+        return None
+    if until < 1:
+        steps = steps_of(record)
+        seen = (
+            entry["eval_loss"] for entry in record["history"] if entry["step"] >= until * steps and "eval_loss" in entry
+        )
+        loss = next(seen, None)
+        return None if loss is None else (-loss, -loss)
+    if record["status"] == PAUSED:
+        return None
+    validation = record["metrics"]["validation"]
+    score, loss = validation[validation["primary"]], validation["loss"]
+    if score is None or loss is None:
+        return None
+    return (-score if validation["primary"] in LOWER_IS_BETTER else score), -loss
+
+
+def steps_of(record: Mapping) -> int:
+    """Return the steps of a run; records of earlier versions have them in their history alone."""
+    return (record.get("training") or {}).get("steps") or record["history"][-1]["step"]

@@ -1,0 +1,194 @@
+"""Seeds where they decide: a comparison that looks at its runs after 2, 3, 5 and 8 seeds, and drops what is decided.
+
+At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
+both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
+what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
+scores, never less than a pair's own, at as many degrees of freedom as that table leaves.
+
+A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
+margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
+number (a group-sequential test with spending by the square: Lan and DeMets 1983), shared by all pairs of methods, since
+the leader is chosen by the same scores. `make sequential` simulates how often such a study says something false.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from partial_lora.report.records import LEVEL
+from partial_lora.report.statistics import Estimate, mean_squares
+
+LOOKS = (2, 3, 5, 8)  # seeds
+MOST = 64  # seeds: what wants more is not to be decided by seeds
+LEADS, WORSE, AS_GOOD, OPEN = "leads", "worse", "as good", "open"
+
+Outputs = Mapping[str, Mapping[int, np.ndarray]]  # by method and seed: what each test row adds to the score, upward
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a method stands.
+
+    verdict: LEADS, WORSE, AS_GOOD or OPEN. against: the leader when it was found. difference: the leader's score less
+    its own, with the ends of the interval of that look. seeds: that it has been judged by. wants: seeds that would
+    decide what is open, if the difference and its spread are as they seem; None: no number up to 64 would.
+    """
+
+    verdict: str
+    against: str
+    difference: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    seeds: int = 0
+    wants: int | None = None
+
+
+@dataclass(frozen=True)
+class Referee:
+    """What the runs so far decide, and what is to be made next.
+
+    asks: by method, the number of seeds that it needs for the next look; empty at the end.
+    """
+
+    leader: str
+    standings: Mapping[str, Standing]
+    asks: Mapping[str, int]
+
+    @property
+    def open(self) -> list[str]:
+        return [name for name, standing in self.standings.items() if standing.verdict == OPEN]
+
+
+def spent(look: int) -> float:
+    """Return the significance that a look, the first of them 0, may spend."""
+    return (1 - LEVEL) * ((look + 1) ** 2 - look**2) / len(LOOKS) ** 2
+
+
+def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Referee:
+    """Return what runs decide, look by look; only the seeds of a look count in it, so that it always says the same.
+
+    margin: in units of the score. looks: numbers of seeds; a single one is an ordinary comparison at 5 %.
+    """
+    standings: dict[str, Standing] = {}
+    levels = [spent(look) for look in range(len(looks))] if len(looks) > 1 else [1 - LEVEL]
+    comparisons = max(1, math.comb(len(outputs), 2))
+    given_up: set[str] = set()
+    leader = max(outputs, key=lambda name: _mean(outputs[name], 1))
+    for seeds, level in zip(looks, levels, strict=True):
+        alive = [name for name in outputs if standings.get(name, _UNDECIDED).verdict == OPEN and name not in given_up]
+        if len(alive) < 2:
+            break
+        if any(seed not in outputs[name] for name in alive for seed in range(seeds)):
+            return Referee(leader, standings, dict.fromkeys(alive, seeds))
+        counted = {name: {seed: own[seed] for seed in range(seeds) if seed in own} for name, own in outputs.items()}
+        counted = {
+            name: own if name in alive else {seed: own[seed] for seed in range(standings[name].seeds)}
+            for name, own in counted.items()
+        }
+        leader = max(alive, key=lambda name: _mean(outputs[name], seeds))
+        standings[leader] = Standing(OPEN, leader, seeds=seeds)
+        if seeds == 1:  # which decides nothing
+            for name in alive:
+                apart = _mean(outputs[leader], 1) - _mean(outputs[name], 1)
+                standings[name] = Standing(OPEN, leader, apart, math.nan, math.nan, 1)
+            break
+        moved, freedom = spread_of_seeds({name: counted[name] for name in alive})
+        if freedom < _ENOUGH:  # what is decided tells of seeds, too
+            moved, freedom = spread_of_seeds(counted)
+        for name in alive:
+            if name == leader:
+                continue
+            d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
+            pair = Spread.of(d, moved)
+            found = pair.estimate(seeds, freedom)
+            low, high = found.interval(1 - level / comparisons)
+            verdict = _verdict(low, high, margin) if found.error > _NOTHING else OPEN
+            at = Standing(verdict, leader, found.difference, low, high, seeds)
+            if verdict == OPEN:
+                ends = partial(_ends, pair, freedom / (seeds - 1), 1 - levels[-1] / comparisons)
+                at = replace(at, wants=_wanted(ends, margin))
+                alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
+                hoped = partial(_ends, alone, freedom / (seeds - 1), 1 - levels[-1] / comparisons)(looks[-1])
+                if seeds == looks[-1] or not _may_decide(hoped, found.error, margin):
+                    given_up.add(name)
+            standings[name] = at
+    standings[leader] = Standing(LEADS, leader, seeds=standings[leader].seeds if leader in standings else 1)
+    return Referee(leader, standings, {})
+
+
+_UNDECIDED = Standing(OPEN, "")
+_NOTHING = 1e-12
+_ENOUGH = 4  # degrees of freedom of methods that are still compared
+
+
+def _mean(own: Mapping[int, np.ndarray], seeds: int) -> float:
+    return float(np.mean([own[seed].mean() for seed in range(seeds) if seed in own]))
+
+
+def _verdict(low: float, high: float, margin: float) -> str:
+    if low > 0:
+        return WORSE
+    return AS_GOOD if high < margin else OPEN
+
+
+def _ends(pair: Spread, freedom: float, level: float, seeds: int) -> tuple[float, float]:
+    """Return the ends of the interval that so many seeds would have. freedom: degrees of it a seed beyond the first."""
+    return pair.estimate(seeds, freedom * (seeds - 1)).interval(level)
+
+
+def _may_decide(ends: tuple[float, float], error: float, margin: float) -> bool:
+    """Return whether an interval like this would decide, if the difference was one error more or less."""
+    return ends[0] + error > 0 or ends[1] - error < margin
+
+
+def _wanted(ends: Callable[[int], tuple[float, float]], margin: float) -> int | None:
+    """Return the fewest seeds whose interval would decide; None where no number up to 64 does."""
+    return next((count for count in range(2, MOST + 1) if _verdict(*ends(count), margin) != OPEN), None)
+
+
+def spread_of_seeds(outputs: Outputs) -> tuple[float, float]:
+    """Return by how much seeds move a difference of two methods (a variance), and its degrees of freedom.
+
+    It is twice the mean square that effects of methods and of seeds leave of the scores, over all runs.
+    """
+    seeds = sorted({seed for own in outputs.values() for seed in own})
+    cells = [(row, seeds.index(seed), own[seed].mean()) for row, own in enumerate(outputs.values()) for seed in own]
+    effects = np.zeros((len(cells), len(outputs) + len(seeds)))
+    for place, (row, column, _) in enumerate(cells):
+        effects[place, [row, len(outputs) + column]] = 1
+    scores = np.array([score for *_, score in cells])
+    freedom = len(cells) - np.linalg.matrix_rank(effects)
+    left = scores - effects @ np.linalg.lstsq(effects, scores, rcond=None)[0]
+    return float(2 * left @ left / freedom), float(freedom)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A difference of two methods and what moves it, as variances: a seed, and the test rows that all seeds share."""
+
+    difference: float
+    of_seed: float
+    of_rows: float
+    rows: int
+
+    @classmethod
+    def of(cls, d: np.ndarray, moved: float) -> Spread:
+        """Return that of d (seeds, rows); moved: by seeds, of all methods together."""
+        of_means = float(d.mean(axis=1).var(ddof=1))
+        if d.shape[1] == 1:
+            return cls(float(d.mean()), max(moved, of_means), 0.0, 1)
+        _, by_row, left = mean_squares(d)
+        least = left / d.shape[1]
+        return cls(float(d.mean()), max(moved, least, of_means), max(0.0, by_row - left) / d.size, d.shape[1])
+
+    def estimate(self, seeds: int, freedom: float) -> Estimate:
+        """Return the difference over so many seeds, with Satterthwaite's degrees of freedom."""
+        parts = [(self.of_seed / seeds, freedom), (self.of_rows, max(1, self.rows - 1))]
+        variance = sum(part for part, _ in parts)
+        squares = sum(part**2 / own for part, own in parts)
+        return Estimate(self.difference, math.sqrt(variance), variance**2 / squares if squares else freedom)

@@ -1,0 +1,195 @@
+"""What a comparison comes to: its verdict in words, and the files to act with."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic, write_json
+from partial_lora.launching import directory
+from partial_lora.launching.compare import Entry, in_time
+from partial_lora.report import records
+from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee
+from partial_lora.report.statistics import per_example
+from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+
+PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
+TAKE = "take"  # folder of the files to act with
+
+
+def run_of(record: dict, place: Path, out: Path) -> records.Run:
+    """Return a run of a comparison; responses count by their perplexity unless a metric of them is named."""
+    run, test = records.run_of(record, place, str(place.parent.relative_to(out))), record["metrics"]["test"]
+    if PERPLEXITY in test and not record["config"]["task"].get("metrics"):
+        run.row.update(metric=PERPLEXITY, test=test[PERPLEXITY])
+    return run
+
+
+def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
+    """Return what each test row adds to a score (sequential.Outputs), and the metric; whole scores without rows."""
+    stored, by_row, whole, metric = records.Predictions(out), {}, {}, ""
+    for entry in group:
+        by_row[entry.name], whole[entry.name] = {}, {}
+        for place, record in entry.done.items():
+            if record["config"]["trainer"]["learning_rate"] != entry.best:
+                continue
+            row = run_of(record, place, out).row
+            metric = row["metric"]
+            sign, seed = -1 if metric in LOWER_IS_BETTER else 1, record["seed"]
+            whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
+            try:
+                frame = stored.of(row["group"], [seed], metric)[seed]
+                by_row[entry.name][seed] = sign * per_example(frame, metric)
+            except (PartialLoraError, ValueError, KeyError):  # predictions were not kept, or are not of this metric
+                by_row[entry.name][seed] = np.array([])
+    rows = {len(own) for seeds in by_row.values() for own in seeds.values()}
+    return (by_row if len(rows) == 1 and rows != {0} else whole), metric
+
+
+def judged(group: Sequence[Entry], margin: float, seeds: int | None) -> tuple[Referee, str]:
+    """Return what the runs of a group decide so far, and the metric. margin: in points. seeds: of every method."""
+    out = next(iter(group[0].done)).parents[4]  # of results_dir/runs/task/model/method-id/seed
+    outputs, metric = outputs_of(group, out)
+    return referee(outputs, margin / 100, LOOKS if seeds is None else (seeds,)), metric
+
+
+def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) -> list[str]:
+    """Return the verdict on a group, a sentence or two a line."""
+    entries = {entry.name: entry for entry in group}
+    short = {name: entry.method for name, entry in entries.items()}
+    leader, of = found.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
+    for name, standing in found.standings.items():
+        of.get(standing.verdict, []).append((name, standing))
+    best = entries[leader]
+    if len(group) == 1:
+        return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
+    lines = [
+        f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
+        if not of[OPEN]
+        else f"{short[leader]} leads (learning rate {best.best:g}), and not all is decided."
+    ]
+    for name, standing in of[WORSE]:
+        dropped = "" if standing.seeds == max(each.seeds for each in found.standings.values()) else "dropped"
+        seeds = f"{dropped} after {_seeds(standing)}".strip()
+        lines.append(f"{short[name]} is worse than {short[standing.against]} by {_apart(standing, metric)}, {seeds}.")
+    for name, standing in of[AS_GOOD]:
+        cheaper = _cheaper(entries[name], entries[standing.against])
+        apart = f"as good as {short[standing.against]} within {_points(margin / 100, metric)}"
+        lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
+    for name, standing in of[OPEN]:
+        apart = f"{_apart(standing, metric)} below {short[standing.against]}"
+        lines.append(
+            f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {_wanted(standing, entries, name)}"
+        )
+    return lines
+
+
+def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str) -> str:
+    """Return what would decide what is open: seeds and their time, or a wider margin."""
+    if standing.wants is not None and standing.wants > standing.seeds:
+        pair = (entries[name], entries[standing.against])
+        seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds)
+        return f"some {standing.wants} seeds would decide ({in_time(seconds)} more)."
+    if math.isnan(standing.high):
+        return "one seed decides nothing."
+    margin = f"margin={100 * standing.high + 0.05:.1f} is met"
+    return f"no number of seeds would be likely to decide, more test rows might; {margin}."
+
+
+def _seeds(standing: Standing) -> str:
+    return "1 seed" if standing.seeds == 1 else f"{standing.seeds} seeds"
+
+
+def _apart(standing: Standing, metric: str) -> str:
+    points = _points(standing.difference, metric)
+    if math.isnan(standing.low):
+        return points
+    return f"{points} [{_number(standing.low, metric)}, {_number(standing.high, metric)}]"
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{100 * value:.1f}" if metric in SHARES or metric == PERPLEXITY else f"{value:.3g}"
+
+
+def _points(value: float, metric: str) -> str:
+    number = _number(value, metric)
+    if metric in SHARES:
+        return f"{number} point{'' if number == '1.0' else 's'}"
+    return f"{number} % of perplexity" if metric == PERPLEXITY else f"{number} of {metric}"
+
+
+def _cheaper(entry: Entry, leader: Entry) -> str:
+    """Return what an entry that is as good takes less of than the leader."""
+    less = {
+        "a smaller file": (entry.served, leader.served),
+        "a faster step": (entry.step_seconds or 0, leader.step_seconds or 0),
+    }
+    names = [name for name, (own, other) in less.items() if 0 < own < 0.9 * other]
+    return f", with {' and '.join(names)}" if names else ""
+
+
+# --- Files to act with.
+
+
+_ARGUMENTS = {  # of transformers, by which key of `trainer` each is set
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup_ratio",  # below 1, a share of the steps
+    "per_device_train_batch_size": "batch_size",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+
+
+def write_take(entry: Entry, folder: Path) -> Path:
+    """Write into a folder what the best run was made with, for `partial-lora train` and for plain PEFT; return it.
+
+    config.yaml; adapter_config.json and training_arguments.json, for transformers' Trainer or TRL; and a record like
+    those of PEFT's method_comparison.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
+    config, trained = record["config"], record.get("training") or {}
+    write_atomic(folder / directory.CONFIG, yaml.safe_dump(config, sort_keys=False))
+    adapter = place / directory.ADAPTER / "adapter_config.json"
+    if adapter.is_file():
+        shutil.copyfile(adapter, folder / adapter.name)
+    trainer = config["trainer"]
+    arguments = {name: trainer[key] for name, key in _ARGUMENTS.items() if key in trainer}
+    arguments |= {"max_steps": trained.get("steps") or trainer.get("max_steps"), "seed": record["seed"]}
+    write_json(folder / "training_arguments.json", arguments)
+    write_json(folder / "method_comparison.json", _of_peft(record, entry, arguments))
+    return folder
+
+
+def _of_peft(record: dict, entry: Entry, arguments: dict) -> dict:
+    """Return a record of a run as PEFT's method_comparison has it."""
+    metrics, parameters, cost = record["metrics"], record["parameters"], record.get("cost") or {}
+    test = {f"test {name}": value for name, value in metrics["test"].items() if name != "primary"}
+    return {
+        "run_info": {
+            "created_at": record["started"],
+            "total_time": sum(record["seconds"].values()),
+            "experiment_name": f"{entry.method}/{entry.size}",
+            "peft_branch": "main",
+            "train_config": {"model_id": record["config"]["model"]["name"], **arguments},
+            "peft_config": {"peft_type": record["config"]["method"].get("peft_type") or "LORA"},
+            "error_msg": "",
+        },
+        "train_info": {
+            "accelerator_memory_max": record["peak_memory_bytes"],
+            "train_time": record["seconds"]["train"],
+            "file_size": cost.get("adapter_bytes"),
+            "num_trainable_params": parameters["adapter_trainable"] + parameters["head"],
+            "num_total_params": parameters["base"] + parameters["adapter_trainable"] + parameters["head"],
+            "status": "success",
+            "metrics": [{"step": arguments["max_steps"], "train loss": metrics["train"]["loss"], **test}],
+        },
+        "meta_info": {"package_info": record["versions"]},
+    }

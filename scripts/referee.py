@@ -1,0 +1,298 @@
+"""What `compare` saves, and at what risk: a quick search replayed on recorded ones, and seeds looked at one by one.
+
+    python scripts/referee.py    # or `make referee`; a minute of one core, from committed records alone
+
+*Search*: the recorded searches of race, forms and decided answer the search of `compare` in place of runs: what a run
+was worth after a quarter of its steps is in its history. Counted are the cells (a set, a method, a size) in which it
+ends with the full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
+best score on test loses. A rate that the full search did not try counts as one that fails. Rates that are predicted
+without any search stand beside it: by today's rule, which has seen all sets, and by that rule moved by what the method
+wanted on the other sets.
+
+*Seeds*: studies are drawn with the components of variance of results/decided, whose truth is known, and judged by
+`report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
+or as good though it is further off than the margin.
+
+Writes OUT/referee.md, OUT/search.csv and OUT/seeds.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+
+from partial_lora import cli
+from partial_lora.files import write_atomic
+from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
+from partial_lora.report import ranking, records, sequential
+from partial_lora.report.pairs import Pair, by_seed, differences_by_example
+from partial_lora.report.statistics import mean_squares
+from partial_lora.settings import rates
+
+SEARCHED = ("race", "forms", "decided")
+LEAST_RATES = 3  # of a cell that was searched
+COUNT = 3  # rates that a search begins with
+
+
+# --- The search.
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recorded search. runs: records by rate and seed; best: its rate; suits: the rate of today's rule."""
+
+    task: str
+    form: str
+    size: str
+    runs: dict[tuple[float, int], dict]
+    best: float
+    suits: float
+
+    @property
+    def centre(self) -> float:
+        """The rung nearest to what today's rule suits, of those that have recorded ones on both sides."""
+        tried = sorted(rate for rate, seed in self.runs if seed == 0)[1:-1]
+        return min(tried, key=lambda rate: abs(math.log2(rate / self.suits)))
+
+    def replayed(self, searching: Search) -> tuple[float | None, float]:
+        """Return the rate that a search ends with, and its cost in runs of the first seed."""
+        reached: dict[float, float] = {}
+        trials = next(searching)
+        while True:
+            answers = {trial: worth(self.runs.get((trial.rate, trial.seed)), trial.until) for trial in trials}
+            for trial in trials:
+                reached[trial.rate] = max(reached.get(trial.rate, 0), self._share(trial))
+            try:
+                trials = searching.send(answers)
+            except StopIteration as end:
+                return end.value, sum(reached.values())
+
+    def _share(self, trial: Trial) -> float:
+        """Return the share of its steps that a trial takes: up to the validation at which it is asked."""
+        history = self.runs[trial[:2]]["history"] if trial[:2] in self.runs else []
+        steps = [entry["step"] for entry in history if "eval_loss" in entry]
+        seen = [step / steps[-1] for step in steps if step >= trial.until * steps[-1]]
+        return seen[0] if seen else trial.until
+
+    def lost(self, rate: float) -> float:
+        """Return what the best rate scores on test above another, the mean over the seeds that both have."""
+        seeds = [seed for own, seed in self.runs if own == rate and (self.best, seed) in self.runs]
+        return fmean(_test(self.runs[self.best, seed]) - _test(self.runs[rate, seed]) for seed in seeds)
+
+
+def _test(record: dict) -> float:
+    return record["metrics"]["test"][record["metrics"]["test"]["primary"]]
+
+
+def cells(results: Path) -> list[Cell]:
+    """Return the recorded searches of three rates or more."""
+    found = []
+    for study in SEARCHED:
+        table = ranking.rows_of(records.read(results / study)[0])
+        for (task, _, size, form), cell in table.groupby(["task", "model", "size", "form"], sort=False):
+            runs = {(row.learning_rate, row.seed): row.run.record for row in cell.itertuples()}
+            tried = {rate: {} for rate, _ in runs}
+            for (rate, seed), record in runs.items():
+                tried[rate][seed] = worth(record)
+            if sum(0 in own for own in tried.values()) < LEAST_RATES or len(runs) < len(cell):  # two settings mixed
+                continue
+            record = next(iter(runs.values()))
+            counts, shapes = record["parameters"], record["shapes"].values()
+            density = counts["adapter_trainable"] / counts["adapter_dense"]
+            width = rates.width(shapes) if shapes else 384  # records without shapes are of bundled models
+            suits = rates.auto(record["config"], width=width, density=density)
+            found.append(Cell(task, form, size, runs, rates.ranked(tried)[0], suits))
+    return found
+
+
+def predicted(cell: Cell, all_cells: Sequence[Cell]) -> float:
+    """Return the rule's rate, moved by what the form wanted on other sets than the cell's."""
+    others = [other for other in all_cells if other.form == cell.form and other.task != cell.task]
+    others = [other for other in others if other.size == cell.size] or others
+    moved = sum(math.log2(other.best / other.suits) for other in others) / (len(others) + 1)  # with one vote for none
+    return cell.suits * 2.0**moved
+
+
+def policies(all_cells: Sequence[Cell]) -> dict[str, Callable[[Cell], tuple[float | None, float]]]:
+    """Return by name what gives a cell's rate, and its cost in runs of the first seed."""
+
+    def search(until: float, finalists: int, count: int = COUNT) -> Callable[[Cell], tuple[float | None, float]]:
+        return lambda cell: cell.replayed(quick(cell.centre, count, until=until, finalists=finalists))
+
+    def tried(cell: Cell, rate: float) -> tuple[float, float]:
+        return min({own for own, seed in cell.runs if seed == 0}, key=lambda own: abs(math.log2(own / rate))), 1.0
+
+    return {
+        "two go on from a quarter (the default)": search(QUARTER, 2),
+        "one goes on from a quarter": search(QUARTER, 1),
+        "two rates, two go on from a quarter": search(QUARTER, 2, 2),
+        "two go on from half": search(0.5, 2),
+        "one goes on from half": search(0.5, 1),
+        "the rule alone": lambda cell: tried(cell, cell.suits),
+        "the rule, moved by other sets, alone": lambda cell: tried(cell, predicted(cell, all_cells)),
+    }
+
+
+def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return a row for each policy."""
+    rows = []
+    for name, policy in policies(all_cells).items():
+        near, same, spent, full, lost = [], [], 0.0, 0.0, []
+        for cell in all_cells:
+            rate, cost = policy(cell)
+            seconds = fmean(record["seconds"]["train"] for record in cell.runs.values())
+            kept = sum(own == cell.best for own, _ in cell.runs)  # which are trained in any case
+            spent, full = spent + (cost - 1) * seconds, full + (len(cell.runs) - kept) * seconds
+            apart = abs(math.log2(rate / cell.best))
+            near.append(apart < 1.01)
+            same.append(apart < 0.01)
+            lost.append(100 * cell.lost(rate))
+        row = {"policy": name, "cells": len(all_cells), "within a factor of two": fmean(near), "same rate": fmean(same)}
+        row |= {"hours": spent / 3600, "hours of the full search": full / 3600, "share": spent / full}
+        rows.append(row | {"points lost": fmean(lost), "points lost by one in twenty": float(np.quantile(lost, 0.95))})
+    return pd.DataFrame(rows)
+
+
+# --- The seeds.
+
+MARGIN, REPETITIONS, ROWS = 0.01, 100, 100
+PLANS = {"looks": sequential.LOOKS, "3 seeds": (3,), "8 seeds": (8,)}
+KINDS = ("normal", "heavy", "uneven")
+TRUTHS = {  # points
+    "all equal": (0, 0, 0),
+    "one worse by just the margin": (0, 0, -1.001),
+    "clear gaps": (0, -3, -10),
+    "one far behind": (0, -0.5, -10),
+    "six equal": (0,) * 6,
+    "six, spread": (0, -1, -2, -4, -8, -16),
+}
+
+
+def components(results: Path) -> dict[str, tuple[float, float, float]]:
+    """Return by set the standard deviations of a difference: of seeds, and of what rows and both add to its mean."""
+    folder = results / "decided"
+    table = ranking.rows_of(records.read(folder)[0], records.Predictions(folder))
+    alike = table.groupby(ranking.CELL).filter(lambda cell: not cell.duplicated(["learning_rate", "seed"]).any())
+    found = {}
+    for task, of_task in ranking.at_best_rates(alike).groupby("task"):
+        sides = [by_seed(own) for _, own in of_task.groupby(["size", "form"])]
+        parts = []
+        for first, second in combinations(sides, 2):
+            pair = Pair(first, second, of_task["metric"].iloc[0])
+            d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= 5 else None
+            if d is not None:
+                rows, (of_seeds, of_rows, left) = d.shape[1], mean_squares(d)
+                parts.append(np.maximum(0, [(of_seeds - left) / rows, (of_rows - left) / d.size, left / rows]))
+        if parts:
+            found[task] = tuple(np.sqrt(np.median(parts, axis=0)))
+    return found
+
+
+def drawn(
+    truth: Sequence[float], parts: tuple[float, float, float], generator: np.random.Generator, kind: str
+) -> dict[str, dict[int, np.ndarray]]:
+    """Return the outputs of a study, by method and seed. heavy: seeds by t(3); uneven: one method moves more."""
+    methods, most = len(truth), max(sequential.LOOKS)
+    of_seed, of_rows, left = (part / math.sqrt(2) for part in parts)  # of one method
+    luck = generator.normal(size=(methods, most))
+    if kind == "heavy":
+        luck = generator.standard_t(3, size=(methods, most)) / math.sqrt(3)
+    luck[0] *= 3 if kind == "uneven" else 1
+    shared, rest = generator.normal(size=(methods, 1, ROWS)), generator.normal(size=(methods, most, ROWS))
+    scores = np.array(truth)[:, None, None] / 100 + of_seed * luck[:, :, None]
+    scores = scores + math.sqrt(ROWS) * (of_rows * shared + left * rest)
+    return {str(method): dict(enumerate(own)) for method, own in enumerate(scores)}
+
+
+def is_false(judged: sequential.Referee, truth: Sequence[float], margin: float) -> bool:
+    """Return whether a study says something that is not so."""
+    for name, standing in judged.standings.items():
+        behind = (truth[int(standing.against)] - truth[int(name)]) / 100
+        if (standing.verdict == sequential.WORSE and behind <= 0) or (
+            standing.verdict == sequential.AS_GOOD and behind > margin
+        ):
+            return True
+    return False
+
+
+def simulate(parts: dict[str, tuple[float, float, float]], repetitions: int) -> pd.DataFrame:
+    """Return a row for each truth, kind, set and plan."""
+    rows = []
+    for (title, truth), kind, (task, own), (plan, looks) in (
+        (named, kind, part, plan)
+        for named in TRUTHS.items()
+        for kind in KINDS[: 3 if "equal" in named[0] else 1]
+        for part in parts.items()
+        for plan in PLANS.items()
+    ):
+        generator = np.random.default_rng(0)
+        studies = [sequential.referee(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
+        settled = [
+            fmean(each.standings[name].verdict != sequential.OPEN for name in each.standings if name != each.leader)
+            for each in studies
+        ]
+        seeds = [sum(standing.seeds for standing in each.standings.values()) / len(truth) for each in studies]
+        row = {"truth": title, "seeds are": kind, "set": task, "plan": plan, "seeds a method": fmean(seeds)}
+        false = fmean(is_false(each, truth, MARGIN) for each in studies)
+        rows.append(row | {"false studies": false, "decided": fmean(settled)})
+    return pd.DataFrame(rows)
+
+
+def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
+    """Return both tables as Markdown; of the sets of a simulation, the mean."""
+    policies = searched.drop(columns=["cells", "hours of the full search"])
+    for name, digits in (("within a factor of two", 1), ("same rate", 0), ("share", 0)):
+        policies[name] = [f"{100 * value:.{digits}f} %" for value in policies[name]]
+    cells, hours = searched[["cells", "hours of the full search"]].iloc[0]
+    means = seeds.groupby(["truth", "seeds are", "plan"], sort=False).mean(numeric_only=True).reset_index()
+    means["worst set"] = seeds.groupby(["truth", "seeds are", "plan"], sort=False)["false studies"].max().values
+    for name in ("false studies", "worst set", "decided"):
+        means[name] = [f"{100 * value:.1f} %" for value in means[name]]
+    parts = [
+        "    python scripts/referee.py",
+        "# What `compare` saves, and at what risk",
+        f"The search for a learning rate, replayed on {cells:.0f} recorded ones, whose runs but those of the best rate "
+        f"took {hours:.1f} hours of one core. A share is of these. Points lost are on test, over seeds that both have.",
+        policies.round(2).to_markdown(index=False),
+        f"Seeds in turn beside 3 and 8 for all: {repetitions} studies of each kind and set, with the variances of "
+        f"{', '.join(seeds['set'].unique())}, {ROWS} test rows that weigh as those do, and a margin of one point. "
+        "Truths are in points below the best. Heavy: seeds by Student's t with three degrees of freedom. Uneven: one "
+        "method moves three times as far. Decided: methods called worse, or as good within the margin.",
+        means.round(1).to_markdown(index=False),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the tables; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the studies")
+    parser.add_argument("--out", type=Path, default=Path("results/referee"))
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="studies of a kind")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        options.out.mkdir(parents=True, exist_ok=True)
+        searched = replay(cells(options.results))
+        write_atomic(options.out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
+        seeds = simulate(components(options.results), options.repetitions)
+        write_atomic(options.out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
+        write_atomic(options.out / "referee.md", page(searched, seeds, options.repetitions))
+        print(options.out / "referee.md")
+        return 0
+
+    return cli.guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

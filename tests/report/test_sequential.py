@@ -1,0 +1,76 @@
+"""Looks at a comparison: what is decided, what is asked for next, and how often it is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from partial_lora.report import sequential
+from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, referee
+
+
+def study(truths: dict[str, float], seeds: int = 8, rows: int = 50, noise: float = 0.01, seed: int = 0):
+    """Scores of each test row by method and seed."""
+    draw = np.random.default_rng(seed).normal
+    return {
+        name: {number: truth + noise * draw() + noise * draw(size=rows) for number in range(seeds)}
+        for name, truth in truths.items()
+    }
+
+
+def test_a_method_far_behind_is_dropped_at_the_first_look_and_asks_for_no_seed() -> None:
+    outputs = study({"a": 0.8, "b": 0.8, "c": 0.2}, seeds=2)
+    found = referee(outputs, 0.01)
+    assert (found.standings["c"].verdict, found.standings["c"].seeds) == (WORSE, 2)
+    assert found.asks == {"a": 3, "b": 3}
+    found = referee(study({"a": 0.8, "b": 0.8, "c": 0.2}), 0.01)  # later seeds change nothing about it
+    assert (found.standings["c"].verdict, found.standings["c"].seeds) == (WORSE, 2)
+
+
+def test_methods_that_differ_by_less_than_the_margin_are_as_good() -> None:
+    found = referee(study({"a": 0.8, "b": 0.8}), margin=0.05)
+    assert sorted(standing.verdict for standing in found.standings.values()) == [AS_GOOD, LEADS]
+    assert found.asks == {}
+
+
+def test_what_no_seed_would_decide_gets_no_further_one_and_says_so() -> None:
+    """Test rows move the difference by far more than seeds do."""
+    draw = np.random.default_rng(1).normal
+    shared = {name: draw(size=20) for name in "ab"}
+    outputs = {name: {seed: shared[name] + 1e-3 * draw(size=20) for seed in range(2)} for name in "ab"}
+    found = referee(outputs, margin=1e-3)
+    (other,) = (standing for standing in found.standings.values() if standing.verdict != LEADS)
+    assert (other.verdict, other.wants, found.asks) == (OPEN, None, {})
+
+
+def test_seeds_that_are_missing_are_asked_for_and_equal_scores_decide_nothing() -> None:
+    assert referee(study({"a": 0.8, "b": 0.7}, seeds=1), 0.01).asks == {"a": 2, "b": 2}
+    same = {"a": {0: np.array([0.8]), 1: np.array([0.8])}, "b": {0: np.array([0.7]), 1: np.array([0.7])}}
+    assert referee(same, 0.01, (2,)).standings["b"].verdict == OPEN
+
+
+def test_one_seed_decides_nothing() -> None:
+    found = referee(study({"a": 0.9, "b": 0.1}, seeds=1), 0.01, (1,))
+    assert (found.leader, found.standings["b"].verdict, found.asks) == ("a", OPEN, {})
+
+
+def test_the_looks_spend_five_percent_together() -> None:
+    assert sum(map(sequential.spent, range(len(sequential.LOOKS)))) == pytest.approx(0.05)
+
+
+def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -> None:
+    """Beside a literal two-way analysis, of a full table; and of one with gaps its degrees of freedom."""
+    table = np.random.default_rng(0).normal(size=(3, 5))
+    outputs = {str(row): {seed: np.array([value]) for seed, value in enumerate(own)} for row, own in enumerate(table)}
+    left = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
+    assert sequential.spread_of_seeds(outputs) == pytest.approx((2 * (left**2).sum() / 8, 8))
+    del outputs["2"][4]
+    assert sequential.spread_of_seeds(outputs)[1] == 7
+
+
+def test_equal_methods_are_told_apart_in_few_studies() -> None:
+    wrong = 0
+    for seed in range(150):
+        found = referee(study({"a": 0.5, "b": 0.5, "c": 0.5}, rows=5, noise=0.02, seed=seed), 0.001)
+        wrong += any(standing.verdict == WORSE for standing in found.standings.values())
+    assert wrong <= 0.08 * 150

@@ -1,0 +1,42 @@
+"""The replay of searches on literal records, and the simulation of looks."""
+
+from __future__ import annotations
+
+import referee
+from recorded_runs import record
+
+from partial_lora.launching.search import quick
+from partial_lora.report import sequential
+
+
+def run(rate: float, score: float, losses: tuple[float, ...]) -> dict:
+    """The record of a run of four steps, with the loss on validation after each."""
+    made = record("low_rank", score, trainer__learning_rate=rate)
+    made["history"] = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses, start=1)]
+    made["metrics"]["validation"] |= {"accuracy": score, "loss": losses[-1]}
+    return made | {"training": {"steps": 4}}
+
+
+def test_a_replayed_search_costs_a_quarter_of_each_rate_and_the_rest_of_two() -> None:
+    runs = {1.0: run(1.0, 0.5, (3, 3, 3, 3)), 2.0: run(2.0, 0.9, (2, 2, 2, 2)), 4.0: run(4.0, 0.8, (1, 2, 3, 4))}
+    cell = referee.Cell("digits", "low_rank", "0.13", {(rate, 0): each for rate, each in runs.items()}, 2.0, 30.0)
+    assert cell.centre == 2.0
+    assert cell.replayed(quick(cell.centre, 3)) == (2.0, 0.25 + 1 + 1 + 0.25)  # 8.0, at the edge, was not recorded
+    assert cell.lost(4.0) > 0
+
+
+def test_a_study_is_false_that_calls_an_equal_method_worse_or_a_distant_one_as_good() -> None:
+    def judged(verdict: str) -> sequential.Referee:
+        standings = {"0": sequential.Standing("leads", "0"), "1": sequential.Standing(verdict, "0")}
+        return sequential.Referee("0", standings, {})
+
+    assert referee.is_false(judged(sequential.WORSE), (0, 0), 0.01)
+    assert not referee.is_false(judged(sequential.WORSE), (0, -1), 0.01)
+    assert referee.is_false(judged(sequential.AS_GOOD), (0, -2), 0.01)
+    assert not referee.is_false(judged(sequential.OPEN), (0, -2), 0.01)
+
+
+def test_clear_gaps_are_decided_with_fewer_seeds_than_eight() -> None:
+    numbers = referee.simulate({"digits": (0.005, 0.001, 0.005)}, 2).set_index(["truth", "plan"])
+    assert numbers.loc[("clear gaps", "looks"), "seeds a method"] < 8
+    assert numbers.loc[("clear gaps", "8 seeds"), "decided"] == 1
