@@ -20,8 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from partial_lora.report.records import LEVEL
-from partial_lora.report.statistics import Estimate, mean_squares
+from partial_lora.report.statistics import LEVEL, Estimate, mean_squares
 
 LOOKS = (2, 3, 5, 8)  # seeds
 MOST = 64  # seeds: what wants more is not to be decided by seeds
