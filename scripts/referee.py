@@ -33,7 +33,7 @@ import pandas as pd
 from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
-from partial_lora.report import ranking, records, sequential
+from partial_lora.report import predictions, ranking, records, sequential
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.statistics import mean_squares
 from partial_lora.settings import rates
@@ -180,7 +180,7 @@ TRUTHS = {  # points
 def components(results: Path) -> dict[str, tuple[float, float, float]]:
     """Return by set the standard deviations of a difference: of seeds, and of what rows and both add to its mean."""
     folder = results / "decided"
-    table = ranking.rows_of(records.read(folder)[0], records.Predictions(folder))
+    table = ranking.rows_of(records.read(folder)[0], predictions.Predictions(folder))
     alike = table.groupby(ranking.CELL).filter(lambda cell: not cell.duplicated(["learning_rate", "seed"]).any())
     found = {}
     for task, of_task in ranking.at_best_rates(alike).groupby("task"):

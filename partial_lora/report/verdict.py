@@ -14,7 +14,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.launching.compare import Entry, in_time
-from partial_lora.report import records
+from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee
 from partial_lora.report.statistics import per_example
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -33,7 +33,7 @@ def run_of(record: dict, place: Path, out: Path) -> records.Run:
 
 def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
     """Return what each test row adds to a score (sequential.Outputs), and the metric; whole scores without rows."""
-    stored, by_row, whole, metric = records.Predictions(out), {}, {}, ""
+    stored, by_row, whole, metric = predictions.Predictions(out), {}, {}, ""
     for entry in group:
         by_row[entry.name], whole[entry.name] = {}, {}
         for place, record in entry.done.items():
