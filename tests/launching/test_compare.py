@@ -58,6 +58,7 @@ def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", *
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
         left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
         left["history"] = [{"step": 10, "eval_loss": 1 - score}]
+        left["metrics"]["train"] = {"primary": "loss", "loss": 0.1}
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
         run_directory(config).mkdir(parents=True, exist_ok=True)
         write_json(run_directory(config) / "result.json", left | failed)
