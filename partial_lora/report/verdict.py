@@ -189,7 +189,7 @@ def _of_peft(record: dict, entry: Entry, arguments: dict) -> dict:
             "num_trainable_params": parameters["adapter_trainable"] + parameters["head"],
             "num_total_params": parameters["base"] + parameters["adapter_trainable"] + parameters["head"],
             "status": "success",
-            "metrics": [{"step": arguments["max_steps"], "train loss": metrics["train"]["loss"], **test}],
+            "metrics": [{"step": arguments["max_steps"], "train loss": metrics.get("train", {}).get("loss"), **test}],
         },
         "meta_info": {"package_info": record["versions"]},
     }
