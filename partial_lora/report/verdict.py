@@ -156,7 +156,8 @@ def write_take(entry: Entry, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
     config, trained = record["config"], record.get("training") or {}
-    write_atomic(folder / directory.CONFIG, yaml.safe_dump(config, sort_keys=False))
+    own = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}  # to train anew
+    write_atomic(folder / directory.CONFIG, yaml.safe_dump(own, sort_keys=False))
     adapter = place / directory.ADAPTER / "adapter_config.json"
     if adapter.is_file():
         shutil.copyfile(adapter, folder / adapter.name)
