@@ -170,9 +170,12 @@ def write_take(entry: Entry, folder: Path) -> Path:
 
 
 def _of_peft(record: dict, entry: Entry, arguments: dict) -> dict:
-    """Return a record of a run as PEFT's method_comparison has it."""
+    """Return a record of a run with the keys that PEFT's method_comparison reads; what was not measured is None."""
     metrics, parameters, cost = record["metrics"], record["parameters"], record.get("cost") or {}
     test = {f"test {name}": value for name, value in metrics["test"].items() if name != "primary"}
+    seen = {"step": arguments["max_steps"], "train loss": metrics.get("train", {}).get("loss")}
+    if arguments["max_steps"]:
+        seen["train samples"] = arguments["max_steps"] * arguments["per_device_train_batch_size"]
     return {
         "run_info": {
             "created_at": record["started"],
@@ -184,13 +187,17 @@ def _of_peft(record: dict, entry: Entry, arguments: dict) -> dict:
             "error_msg": "",
         },
         "train_info": {
+            **dict.fromkeys(("accelerator_memory_reserved_avg", "accelerator_memory_reserved_99th")),
             "accelerator_memory_max": record["peak_memory_bytes"],
             "train_time": record["seconds"]["train"],
             "file_size": cost.get("adapter_bytes"),
             "num_trainable_params": parameters["adapter_trainable"] + parameters["head"],
             "num_total_params": parameters["base"] + parameters["adapter_trainable"] + parameters["head"],
             "status": "success",
-            "metrics": [{"step": arguments["max_steps"], "train loss": metrics.get("train", {}).get("loss"), **test}],
+            "metrics": [seen | test],
         },
-        "meta_info": {"package_info": record["versions"]},
+        "meta_info": {
+            "package_info": {f"{name}-version": version for name, version in record["versions"].items()},
+            "system_info": {},
+        },
     }
