@@ -59,7 +59,7 @@ def place(tmp_path_factory) -> Path:
                 leave(place, "partial", wrong=wrong + more + 2 * seed, **own)
                 leave(place, "targeted", wrong=wrong + more, **own)
         leave(place, "dora", seed=seed, wrong=10)
-        for method, wrong in (("uniform", 90), ("shuffled", 50 + 2 * seed), ("flow", 50 + 2 * seed)):
+        for method, wrong in (("uniform", 170), ("shuffled", 50 + 2 * seed), ("flow", 50 + 2 * seed)):
             leave(place, method, seed=seed, wrong=wrong, budget=0.13)
         for measure in ("snip", "imp"):
             for method in ("partial", "targeted"):
@@ -93,8 +93,8 @@ def test_table1_has_means_and_differences_at_each_point_and_on_average(made: dic
     differences = part(made["table1"], "difference")
     row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="digits")
     assert row["difference"] == pytest.approx(-42 / EXAMPLES)
-    assert row["low"] < row["difference"] < row["high"] < -0.1
-    assert (row["verdict"], row["together"], row["among"]) == ("worse", "worse", 18)
+    assert row["low"] < row["difference"] < row["high"] < -0.08
+    assert (row["verdict"], row["together"], row["among"]) == ("worse", "undecided", 18)
     row = row_of(differences, first="partial", second="lora", operating_point="budget 0.13", task="all sets")
     assert (row["tasks"], row["seeds"], row["examples"], row["up"], row["down"]) == (2, 3, 2 * EXAMPLES, 0, 2)
     assert len(differences) == 3 * 2 * 3  # pairs, points, two tasks and all sets
@@ -269,11 +269,11 @@ def test_what_is_said_of_all_sets_is_of_those_with_a_common_seed(tmp_path: Path)
 
 
 def test_only_what_beats_all_at_its_point_is_marked(tmp_path: Path) -> None:
-    for seed in range(2):
-        for method, wrong, budget in (("lora", 14, None), ("partial", 2, None), ("targeted", 20, None)):
+    for seed in range(3):
+        for method, wrong, budget in (("lora", 30, None), ("partial", 2, None), ("targeted", 40, None)):
             leave(tmp_path, method, seed=seed, wrong=wrong, budget=budget)
-        leave(tmp_path, "partial", seed=seed, wrong=20, budget=0.13)  # beats targeted, not lora
-        leave(tmp_path, "targeted", seed=seed, wrong=60, budget=0.13)
+        leave(tmp_path, "partial", seed=seed, wrong=40, budget=0.13)  # beats targeted, not lora
+        leave(tmp_path, "targeted", seed=seed, wrong=90, budget=0.13)
     table = make("table1", tmp_path)
     marked = part(table, "score", best=True)
     assert marked[["method", "operating_point"]].to_numpy().tolist() == [["partial", "threshold 0.9"]]
