@@ -73,11 +73,13 @@ class ModuleMasks:
 Factors = Mapping[str, str]
 """What becomes of each axis's factor: {"rows": B's, "columns": A's}, "masked", "frozen" (whole) or "one_hot"."""
 
+BOTH_TRAIN = dict.fromkeys(AXES, MASKED)
+
 
 def random_masks(
     geometries: Mapping[str, Geometry],
     sparsity: float | Sparsity,
-    factors: Factors,
+    factors: Factors = BOTH_TRAIN,
     *,
     granularity: str,
     count: str,

@@ -59,7 +59,7 @@ _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
-    # passes over the training rows; null: 5, or as many as make 300 steps: a small table has not been learned before
+    # passes over the training rows; null: 5, or as many as make 300 steps
     epochs: Optional[float] = None
     max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
     # steps between two checkpoints, each with a validation; null: one of each after every epoch

@@ -34,7 +34,7 @@ SETS = (
     "arc_easy",
     "piqa",
 )
-OF_COMPARE = ("methods=", "budgets=", "rates=", "seeds=")
+OF_COMPARE = ("methods=", "budgets=", "rates=", "seeds=", "search=")
 
 
 @pytest.fixture(scope="module")
