@@ -398,7 +398,15 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
         from rich.console import Console
 
         from partial_lora.report import ranking, verdict
-    places = {place: record for entry in entries for place, record in entry.done.items()}
+    # A quick search has chosen among a part of its rates: the ranking has no others, whatever their runs came to.
+    places = {
+        place: record
+        for entry in entries
+        for place, record in entry.done.items()
+        if comparison.search == "full" or record["config"]["trainer"]["learning_rate"] == entry.best
+    }
+    if not places:
+        return 1
     out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     runs = [verdict.run_of(record, place, out) for place, record in places.items()]
     of_reference = [run for entry in entries if entry.method == comparison.reference for run in entry.done.values()]
