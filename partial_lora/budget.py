@@ -56,9 +56,9 @@ def masked_units(shapes: Shapes, rank: int, counted: str) -> tuple[Shapes, int]:
     """
     granularity, axes = _parts(counted)
     single = GRANULARITIES[granularity].single
-    each = rank if single else 1
+    of_feature = rank if single else 1
     units = {
-        module: tuple(each * size * (axis in axes) for axis, size in zip(AXES, shape, strict=True))
+        module: tuple(of_feature * size * (axis in axes) for axis, size in zip(AXES, shape, strict=True))
         for module, shape in shapes.items()
     }
     return units, 1 if single else rank
@@ -89,11 +89,10 @@ def saturated(
     if len(axes) < 2:  # what does not train is whole, or meets as many rows or columns as train
         return []
     units, unit = masked_units(shapes, rank, granularity)
-    found, apart = [], GRANULARITIES[kind].over_entries and not GRANULARITIES[kind].single
+    found, reached = [], rank if GRANULARITIES[kind].apart else 1
     for module, (m, n) in shapes.items():
         shares = sparsity[module] if isinstance(sparsity, Mapping) else dict.fromkeys(AXES, sparsity)
         rows, columns = _kept(units[module], shares).values()
-        reached = rank if apart else 1  # units of the rank keep rows and columns of their own
         if unit * (rows + columns) >= min(m, reached * rows) * min(n, reached * columns):
             found.append(module)
     return found

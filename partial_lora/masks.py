@@ -230,11 +230,11 @@ _BY_DENSITY: Draw = {"fan_in": "kept", "row_exponent": 1.0}  # so that dense LoR
 
 @dataclass(frozen=True)
 class Form:
-    """What a granularity says of its masks: all that depends on which one it is.
+    """Form of the masks of a granularity: all that depends on which one it is.
 
     Attributes:
-        random: draws the mask of one module and axis, (size, sparsity, *, mask_seed, module, axis); over entries also
-            `shape`, that of the dense factor.
+        random: draws the mask of one module and axis, (size, sparsity, *, mask_seed, module, axis); where units are
+            `apart` also (shape), that of the dense factor.
         draw: how A is drawn and the adapter scaled where nothing is set (docs/concepts/learning-rates.md). Single
             entries keep PEFT's draw: with the other they scored less (results/forms/forms.md).
         over_entries: masks are over the entries of B and A, and not over rows and columns of W.
@@ -249,6 +249,11 @@ class Form:
     single: bool = False
     ranked: bool = True
     rate_power: float = 0.0
+
+    @property
+    def apart(self) -> bool:
+        """True where each unit of the rank keeps rows and columns of its own."""
+        return self.over_entries and not self.single
 
     @property
     def tied(self) -> bool:

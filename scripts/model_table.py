@@ -64,8 +64,7 @@ def settings_of(name: str) -> ModelConfig:
 
 def empty(model: ModelConfig) -> nn.Module:
     """The model on the meta device."""
-    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
-    return models.empty(**geometry, num_labels=OUTPUTS)
+    return models.empty(**model.geometry, num_labels=OUTPUTS)
 
 
 def tree(module: nn.Module) -> dict:

@@ -71,7 +71,7 @@ class ModuleMasks:
 # Masks of all modules, by each selection.
 
 Factors = Mapping[str, str]
-"""What becomes of each axis's factor: {"rows": B's, "columns": A's}, "masked", "frozen" (whole) or "one_hot"."""
+"""Choice for each factor, {"rows": B's, "columns": A's}: "masked", "frozen" (whole) or "one_hot"."""
 
 BOTH_TRAIN = dict.fromkeys(AXES, MASKED)
 
@@ -92,7 +92,7 @@ def random_masks(
     def choose(module: str, axis: str, size: int) -> Mask:
         geometry = geometries[module]
         options: dict = {"mask_seed": mask_seed, "module": module, "axis": axis}
-        if form.over_entries and not form.single:
+        if form.apart:
             options["shape"] = geometry.b if axis == "rows" else geometry.a
         draw = Mask.bernoulli if count == "bernoulli" else form.random
         return draw(size, shares[module][axis], **options)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from partial_lora.budget import Shapes, dense_parameters, even_sparsity, masked_units, parameter_count
+from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import size
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
@@ -15,7 +15,7 @@ from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates
 from partial_lora.settings.checks import check_modality
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_point, fixed_sparsity
+from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, spent_evenly
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import KINDS, kind_of
 
@@ -71,8 +71,7 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
     check_modality(model, config.task)
     known = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
     outputs = 2 if known is None else known
-    geometry = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
-    bare = skeleton(**geometry, outputs=outputs or 2)
+    bare = skeleton(**model.geometry, outputs=outputs or 2)
     shapes = bare.targets(**model.trained_modules)
     granularity, passes = config.mask.counted, 0
     sparsity = fixed_sparsity(config, shapes)
@@ -112,14 +111,14 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
 
     The control methods have as many parameters.
     """
-    calibration, masks = config.calibration, (shapes, config.method.nominal_rank, config.mask.counted)
+    calibration = config.calibration
     if calibration.file:
         return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
     budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
     if budget is None:
         budget = PAPER_BUDGET
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
-    return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks)), source
+    return spent_evenly(config, shapes, budget), source
 
 
 def _counted(config: Config, shapes: Shapes, outputs: int, sparsity: Sparsity | None) -> dict[str, int | float | None]:

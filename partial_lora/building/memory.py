@@ -20,14 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partial_lora import models
 from partial_lora.adapter.model import base_name
-from partial_lora.budget import Shapes, even_sparsity, masked_units, parameter_count
+from partial_lora.budget import Shapes, dense_parameters, masked_units
 from partial_lora.building.build import method_of, setting_of
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.methods import METHODS
 from partial_lora.models.skeleton import skeleton
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_sparsity
+from partial_lora.settings.sparsities import fixed_sparsity, spent_evenly
 from partial_lora.training.cost import kept_by_forward
 from partial_lora.training.trainer import mixed_precision
 
@@ -107,7 +107,9 @@ def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: i
     shapes, bare = _shapes(config), _empty(config, outputs)
     method = config.method
     if sparsity is None and method.traits.is_sparse:
-        sparsity = fixed_sparsity(config, shapes) or _even(config, shapes)
+        sparsity = fixed_sparsity(config, shapes) or spent_evenly(
+            config, shapes, config.calibration.budget or PAPER_BUDGET
+        )
     # Which rows are kept, by importance or at random, changes no size.
     build = METHODS["partial"] if method.traits.ranked else method_of(method)
     with _quiet():
@@ -129,25 +131,15 @@ def _largest(config: Config) -> float:
     """Return the share of dense LoRA's parameters that the masks can keep at most."""
     shapes, rank = _shapes(config), config.method.nominal_rank
     units, unit = masked_units(shapes, rank, config.mask.counted)
-    return min(1.0, unit * sum(map(sum, units.values())) / (rank * sum(m + n for m, n in shapes.values())))
-
-
-def _even(config: Config, shapes: Shapes) -> Sparsity:
-    masks = shapes, config.method.nominal_rank, config.mask.counted
-    return even_sparsity(*masked_units(*masks), parameter_count(config.calibration.budget or PAPER_BUDGET, *masks))
-
-
-def _geometry(config: Config) -> dict:
-    model = config.model
-    return {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    return min(1.0, dense_parameters(units, unit) / dense_parameters(shapes, rank))
 
 
 def _shapes(config: Config) -> Shapes:
-    return skeleton(**_geometry(config), outputs=_OUTPUTS).targets(**config.model.trained_modules)
+    return skeleton(**config.model.geometry, outputs=_OUTPUTS).targets(**config.model.trained_modules)
 
 
 def _empty(config: Config, outputs: int = _OUTPUTS) -> nn.Module:
-    model = models.empty(**_geometry(config), num_labels=outputs)
+    model = models.empty(**config.model.geometry, num_labels=outputs)
     return model.to(getattr(torch, config.model.dtype))
 
 

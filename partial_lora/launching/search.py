@@ -1,6 +1,6 @@
 """Searches for a learning rate: which runs to make next, by what the last ones are worth, and which rate is the best.
 
-A search is a generator that knows no run: it yields trials and is sent their worth. `scripts/search_replay.py` asks the
+A search is a generator that knows no run: it yields trials and is sent their worth. `scripts/referee.py` asks the
 same generators about runs that are recorded.
 """
 

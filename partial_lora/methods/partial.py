@@ -35,10 +35,10 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
 def entries(model: nn.Module, setting: Setting) -> PeftModel:
     """Train single entries of the factors that train, drawn at random, the same share of every one.
 
-    `entries` trains A and B. `lori` trains B alone, under an A that stays as it is drawn, with ten times sparser random
-    entries for the same rank: LoRI (Zhang et al. 2025, arXiv 2504.07448), whose entries are the largest after a first
-    training. Nothing is calibrated. In Python, `entries` is `PartialLoraConfig(granularity="element", sparsity=0.87)`;
-    here the budget is spent to the last entry, so that the first factors may have one more.
+    `entries` trains A and B. `lori` trains B alone, under an A that stays as it is drawn: LoRI (Zhang et al. 2025,
+    arXiv 2504.07448), whose entries are the largest after a first training. Nothing is calibrated. In Python, `entries`
+    is `PartialLoraConfig(granularity="element", sparsity=0.87)`; here the budget is spent to the last entry, so that
+    the first factors may have one more.
     """
     even = even_sparsity(*setting.units(), setting.budget())
     return get_peft_model(model, PartialLoraConfig(**setting.masked() | {"sparsity": even}))

@@ -71,6 +71,11 @@ class ModelConfig:
         return self.head is not None or bool(self.new_modules)
 
     @property
+    def geometry(self) -> dict[str, Any]:
+        """Arguments that the model's shapes are built from."""
+        return {"family": self.family, "architecture": self.architecture, "model_args": self.model_args}
+
+    @property
     def modality(self) -> str:
         """The input of the model: "image" or "text"."""
         return next(modality for (modality, _), kind in KINDS.items() if self.family in kind.families)

@@ -1,4 +1,4 @@
-"""What runs predicted, a row a test example: out of their own files or a pack, and the loss of every example."""
+"""Predictions of runs, a row a test example, out of their own files or a pack, and the loss of every example."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ scores, never less than a pair's own, at as many degrees of freedom as that tabl
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
 margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
 number (a group-sequential test with spending by the square: Lan and DeMets 1983), shared by all pairs of methods, since
-the leader is chosen by the same scores. `make sequential` simulates how often such a study says something false.
+the leader is chosen by the same scores. `make referee` simulates how often such a study says something false.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Outputs = Mapping[str, Mapping[int, np.ndarray]]  # by method and seed: what eac
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a method stands.
+    """Standing of a method against the leader.
 
     verdict: LEADS, WORSE, AS_GOOD or OPEN. against: the leader when it was found. difference: the leader's score less
     its own, with the ends of the interval of that look. seeds: that it has been judged by. wants: seeds that would
@@ -49,7 +49,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Referee:
-    """What the runs so far decide, and what is to be made next.
+    """Decision of the runs so far, and the runs to make next.
 
     asks: by method, the number of seeds that it needs for the next look; empty at the end.
     """

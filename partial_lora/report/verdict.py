@@ -1,4 +1,4 @@
-"""What a comparison comes to: its verdict in words, and the files to act with."""
+"""Outcome of a comparison: its verdict in words, and the files to act with."""
 
 from __future__ import annotations
 

@@ -30,12 +30,17 @@ def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
     if is_calibrated(config) or not config.method.traits.is_sparse:
         return None
     if calibration.sparsity in (None, UNIFORM):
-        masks = shapes, config.method.nominal_rank, config.mask.counted
-        return even_sparsity(*masked_units(*masks), parameter_count(calibration.budget, *masks))
+        return spent_evenly(config, shapes, calibration.budget)
     try:
         return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
     except PartialLoraError as error:
         raise PartialLoraError(f"calibration.{error}") from error
+
+
+def spent_evenly(config: Config, shapes: Shapes, budget: float) -> Sparsity:
+    """Return one share everywhere that spends a budget, a share of dense LoRA's parameters or a number of them."""
+    masks = shapes, config.method.nominal_rank, config.mask.counted
+    return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks))
 
 
 def tuner_size(config: Config, shapes: Shapes) -> int | None:

@@ -53,7 +53,7 @@ class Kind:
 
     @property
     def asked(self) -> str:
-        """What is asked for, in words."""
+        """Answers and inputs, in words."""
         return f"{self.answers}s of {self.reads}s"
 
     @property

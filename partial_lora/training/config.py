@@ -11,7 +11,7 @@ from partial_lora.errors import one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
-_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300
+_USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300  # a table of some hundred rows has not been learned after five passes
 TRACKERS = {  # the package of each, as pip calls it, and MODULE:NAME of what reports to it
     "tensorboard": ("tensorboard", "trackers:TensorBoard"),
     "mlflow": ("mlflow-skinny", "trackers:MLflow"),

@@ -528,7 +528,7 @@ def data_workers(requested: int | None, device: str, processes: int) -> int:
 
 @dataclass(frozen=True)
 class Computation:
-    """Where and how a training is computed.
+    """Place and form of a training's computation.
 
     directory: of its checkpoints. precision: "no", "bf16" or "fp16" (`mixed_precision`). versions: of the libraries;
     training resumes under the same ones alone. sharded: True where parameters are, over the processes (fsdp.py).
