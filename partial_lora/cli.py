@@ -303,10 +303,11 @@ def compare(arguments: Sequence[str]) -> int:
         help="methods=[…] or auto; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; or "
         "one limit.{served,kept,memory,seconds}: bytes of the file that is served, bytes kept for the backward pass, "
         "peak memory, seconds a step; serve=true: what servers load alone; margin=1: points within which a method is "
-        "as good; hours=N: that it may take; jobs=1: runs side by side; search=quick, or full; seeds=N: of every "
-        "method, in place of two and more where they decide; rates=3: learning rates of a search; reference=NAME: the "
-        "method from which the table's differences are (low_rank, else the first); results_dir=results/compare; all "
-        "other keys are those of train. experiment=race alone is the study that its file lists",
+        "as good; hours=N: that it may take; jobs=N: runs side by side (as many as cores and memory allow); "
+        "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
+        "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
+        "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
+        "alone is the study that its file lists",
     )
     from partial_lora.settings.comparison import of_study, read
 
@@ -323,6 +324,7 @@ def compare(arguments: Sequence[str]) -> int:
     for chosen, overrides in comparisons:
         methods, left_out = comparing.chosen_methods(chosen, overrides)
         found = comparing.entries(methods, comparing.SIZES if chosen.limit else chosen.budgets, overrides)
+        comparing.share_threads(first.jobs or comparing.jobs_at_once(found))
         if chosen.limit:
             found = comparing.fitting(found, chosen.limit, lambda entry: comparing.time_entry(entry, launch_one))
         entries += found
@@ -333,18 +335,21 @@ def compare(arguments: Sequence[str]) -> int:
             comparing.time_entry(entry, launch_one)
         step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
+    first.jobs = first.jobs or comparing.jobs_at_once(entries)
     least, most = comparing.expected(entries, first)
     if most:
         between = f"{comparing.in_time(least)} to {comparing.in_time(most)}"
-        print(f"expected: {between}, as the first looks decide or not; margin={first.margin:g}", flush=True)
-    make = functools.partial(_make_runs, jobs=first.jobs)
-    code = comparing.compare(
-        entries,
-        first,
-        make=functools.partial(comparing.by_sweeps, sweep=functools.partial(_stage, "train")) if by_sweeps else make,
-        asks=functools.partial(_look, comparison=first),
-        say=lambda line: print(line, flush=True),
-    )
+        print(f"expected: {between}, as looks decide or not; jobs={first.jobs}, margin={first.margin:g}", flush=True)
+    with _making(entries, first) as make:
+        if by_sweeps:
+            make = functools.partial(comparing.by_sweeps, sweep=functools.partial(_stage, "train"))
+        code = comparing.compare(
+            entries,
+            first,
+            make=make,
+            asks=functools.partial(_look, comparison=first),
+            say=lambda line: print(line, flush=True),
+        )
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
@@ -360,24 +365,30 @@ def compare(arguments: Sequence[str]) -> int:
     return _verdict(entries, first, refused, shlex.join(["partial-lora", "compare", *arguments]))
 
 
-def _make_runs(runs, jobs: int) -> int:
-    """Make runs of a comparison side by side, a line for each that fails and a bar for all; return the exit code."""
+@contextlib.contextmanager
+def _making(entries, comparison):
+    """Yield what makes runs side by side, with one bar for the whole comparison and a line for each run that fails."""
     from rich.console import Console
 
     from partial_lora.launching import compare as comparing
 
-    with Bars(Console()) as bars:
-        done = 0
-        bars.update({"stage": "runs", "done": 0, "total": len(runs)})
+    least = comparing.runs_of_each(comparison)[0] * sum(entry.refused is None for entry in entries)
+    reached: dict[tuple, float] = {}  # the share of its steps that each run has made
+
+    def make(runs) -> int:
+        coming = {(entry, *trial[:2]): trial.until for entry, trial in runs}
+        total = max(least, sum((reached | coming).values()))
 
         def ended(entry, trial, outcome: launch.Outcome) -> None:
-            nonlocal done
-            done += 1
-            bars.update({"stage": "runs", "done": done, "total": len(runs)})
+            reached[(entry, *trial[:2])] = trial.until
+            bars.update({"stage": "runs", "done": 0, "total": 1, "share": sum(reached.values()) / total})
             if outcome.exit_code:
                 bars.note(f"{entry.name}, learning rate {trial.rate:g}, seed {trial.seed}: {outcome.reason}")
 
-        return comparing.side_by_side(runs, jobs, ended)
+        return comparing.side_by_side(runs, comparison.jobs, ended)
+
+    with Bars(Console()) as bars:
+        yield make
 
 
 def _look(group, comparison) -> dict:

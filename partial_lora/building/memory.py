@@ -64,6 +64,11 @@ def step_memory(config: Config, sparsity: float | Sparsity | None = None) -> Ste
     return StepMemory(floor, whole - floor, checkpointed)
 
 
+def kept_by_step(config: Config) -> int:
+    """Return the bytes that a step of these settings keeps, with one share everywhere."""
+    return _kept(config, adapted(config))
+
+
 def within(config: Config) -> Config:
     """Return settings whose calibration.budget is the largest at which a step keeps at most `calibration.kept` bytes.
 
@@ -80,7 +85,7 @@ def within(config: Config) -> Config:
 
     def fits(share: float) -> bool:
         try:
-            sizes[share] = _kept(config, adapted(_at(config, share)))
+            sizes[share] = kept_by_step(_at(config, share))
         except PartialLoraError:  # too few parameters for the method
             if not sizes:
                 raise

@@ -12,21 +12,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 from joblib import cpu_count
 
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
+from partial_lora.building.memory import kept_by_step
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.places import at_other_rates, run_directory
-from partial_lora.launching.search import QUARTER, Search, Trial, full, quick, steps_of, worth
+from partial_lora.launching.search import (
+    FINALISTS,
+    QUARTER,
+    Search,
+    Trial,
+    full,
+    quick,
+    runs_at_least,
+    steps_of,
+    worth,
+)
 from partial_lora.methods import METHODS
 from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.comparison import EVERY, FULL, LIMITS, Comparison
 from partial_lora.settings.compose import Plan, in_one_line, plan
+from partial_lora.settings.machines import has_accelerator
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
 from partial_lora.training.config import AUTO
@@ -85,6 +98,12 @@ class Entry:
             trial: replace(config, trainer=replace(config.trainer, until=trial.until))
             for trial, config in configs.items()
         }
+
+    @property
+    def usual(self) -> Config:
+        """The settings of the first seed at the rate where the search is centred."""
+        (config,) = self.configs([Trial(self.centre, 0)]).values()
+        return config
 
     def of_seed(self, seed: int) -> dict | None:
         """Return the record of a seed at the best rate."""
@@ -230,12 +249,12 @@ def cost_of(entry: Entry, name: str, timed: Callable[[Entry], None]) -> float | 
     """Return what a limit is on, of an entry: in bytes or seconds."""
     if name == "served":
         return entry.served
+    if name == "kept":
+        return kept_by_step(entry.usual)
     timed(entry)
     if entry.timed is None:
         return None
-    if name == "memory":
-        return entry.timed["peak_memory_bytes"]
-    return entry.timed["cost"]["saved_activation_bytes" if name == "kept" else "step_seconds"]
+    return entry.timed["peak_memory_bytes"] if name == "memory" else entry.step_seconds
 
 
 def in_units(name: str, value: float) -> str:
@@ -250,13 +269,12 @@ def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
     """
     if entry.timed is not None or entry.refused is not None:
         return
-    (usual,) = entry.configs([Trial(entry.centre, 0)]).values()
-    for place in (run_directory(usual), *at_other_rates(usual)):
+    for place in (run_directory(entry.usual), *at_other_rates(entry.usual)):
         record = recorded(place)
         if record and record["status"] == "finished" and record.get("cost"):
             entry.timed = record
             return
-    short = [*entry.overrides, *_TIMED, f"results_dir={Path(usual.results_dir) / _TIMES}"]
+    short = [*entry.overrides, *_TIMED, f"results_dir={Path(entry.usual.results_dir) / _TIMES}"]
     ((_, config),) = checked(["-m", *short, f"trainer.learning_rate={entry.centre:g}"]).runs
     if worth(recorded(run_directory(config))) is None:
         launch_one(config)
@@ -265,6 +283,23 @@ def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
         entry.timed = record
     elif record and record["status"] == "failed" and record.get("error") != directory.INTERRUPTED:
         entry.refused = record["error"]
+
+
+def jobs_at_once(chosen: Sequence[Entry]) -> int:
+    """Return how many runs go side by side: one on an accelerator, else as many as cores and free memory allow."""
+    alive = [entry for entry in chosen if entry.refused is None]
+    trainers = [entry.usual.trainer for entry in alive[:1]]
+    if any((trainer.num_processes or 1) > 1 or (trainer.device != "cpu" and has_accelerator()) for trainer in trainers):
+        return 1
+    largest = max((entry.timed["peak_memory_bytes"] for entry in alive if entry.timed), default=0)
+    room = psutil.virtual_memory().available // largest if largest else cpu_count()
+    return max(1, min(cpu_count(), room))
+
+
+def share_threads(jobs: int) -> None:
+    """Have runs that go side by side share this machine's cores, unless OMP_NUM_THREADS is set."""
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))
 
 
 def compare(
@@ -385,8 +420,6 @@ def side_by_side(
     A request to stop goes on to all that are under way.
     """
     requests: list[int] = []
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))
     waiting = [
         (entry, trial, config) for entry, trials in _by_entry(runs) for trial, config in entry.configs(trials).items()
     ]
@@ -431,11 +464,18 @@ def in_time(seconds: float) -> str:
 
 
 def expected(chosen: Sequence[Entry], comparison: Comparison) -> tuple[float, float]:
-    """Return the seconds of a comparison that two seeds decide, and of one that takes eight, with quick searches."""
-    alive = [entry for entry in chosen if entry.refused is None]
-    searching = comparison.rates * QUARTER + 2 * (1 - QUARTER)
-    seeds = (comparison.seeds or 2, comparison.seeds or 8)
-    return tuple(sum(entry.seconds * (searching + count - 1) for entry in alive) / comparison.jobs for count in seeds)
+    """Return the seconds of a comparison that two seeds decide, and of one that takes eight."""
+    seconds = sum(entry.seconds for entry in chosen if entry.refused is None) / comparison.jobs
+    return tuple(seconds * runs for runs in runs_of_each(comparison))
+
+
+def runs_of_each(comparison: Comparison) -> tuple[float, float]:
+    """Return how many whole runs a method takes if two seeds decide, and if eight do; at least, since edges are not."""
+    if comparison.search == FULL:
+        count = runs_at_least(comparison.rates, comparison.seeds)
+        return count, count
+    searching = comparison.rates * QUARTER + FINALISTS * (1 - QUARTER)
+    return searching + (comparison.seeds or 2) - 1, searching + (comparison.seeds or 8) - 1
 
 
 def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:
@@ -445,7 +485,6 @@ def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:
 
 def known_rates(entry: Entry, until: float) -> list[float]:
     """Return the learning rates at which runs of an entry's first seed are recorded, up to a share of their steps."""
-    (config,) = entry.configs([Trial(entry.centre, 0)]).values()
-    records = (recorded(place) for place in at_other_rates(config))
+    records = (recorded(place) for place in at_other_rates(entry.usual))
     known = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record, until) is not None}
     return sorted(known - {AUTO})

@@ -159,7 +159,7 @@ def write_tables(
     firsts = [(title, each.iloc[0]) for title, each in shown.items()] if several else []
     tab = _tab(
         "tab-0",
-        "All tasks",
+        "All tasks" if several else next(iter(by_task)),
         leads=[
             *leads,
             *(Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts),

@@ -39,10 +39,11 @@ class Comparison:
 
     budgets: shares of dense LoRA's parameters, or numbers of parameters. limit: one of LIMITS, by name, in place of
     budgets. serve: leave out what servers cannot load. margin: points within which a method is as good as another.
-    hours: that it may take; None: as many as it needs. jobs: runs side by side. search: "quick" drops learning rates at
-    a quarter of their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they
-    decide. rates: with which a search begins. reference: the method that others are compared with; by default low_rank,
-    else the first.
+    hours: that it may take; None: as many as it needs. jobs: runs side by side; None: one
+    on an accelerator, else as many as cores and memory allow. search: "quick" drops learning rates at a quarter of
+    their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they decide. rates:
+    with which a search begins. reference: the method that others are compared with; by default low_rank, else the
+    first.
     """
 
     methods: list[str]
@@ -51,7 +52,7 @@ class Comparison:
     serve: bool = False
     margin: float = 1.0
     hours: float | None = None
-    jobs: int = 1
+    jobs: int | None = None
     search: str = QUICK
     seeds: int | None = None
     rates: int | None = None
@@ -76,7 +77,7 @@ class Comparison:
         for key, least in (("seeds", 1), ("rates", 2), ("jobs", 1)):
             value = getattr(self, key)
             whole = type(value) is int and value >= least
-            require(whole or (key, value) == ("seeds", None), key, value, f"a whole number, at least {least}")
+            require(whole or (value is None and key != "rates"), key, value, f"a whole number, at least {least}")
         one_of("serve", self.serve, True, False)
         if self.methods == [EVERY]:
             return

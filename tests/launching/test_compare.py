@@ -6,13 +6,13 @@ import functools
 import math
 import re
 import threading
+import types
 
 import pytest
 from commands import here
 from recorded_runs import record
 from refusals import refusal
 
-from partial_lora import cli
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory, search
 from partial_lora.launching.places import run_directory
@@ -71,7 +71,7 @@ def decided(*_) -> dict:
 
 
 def comparing(chosen: list[compare.Entry], make, *, asks=decided, **settings) -> int:
-    settings = {"methods": [entry.method for entry in chosen], "rates": 3} | settings
+    settings = {"methods": [entry.method for entry in chosen], "rates": 3, "jobs": 1} | settings
     return compare.compare(chosen, comparison.Comparison(**settings), make=make, asks=asks, say=lambda line: None)
 
 
@@ -237,6 +237,28 @@ def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_on
     assert [(entry.method, entry.size) for entry in kept if entry.refused is None] == [("low_rank", "0.25")]
     assert "limit.served" in kept[-1].refused
     assert len({entry.group for entry in kept}) == 1
+    own = compare.entries(["low_rank"], [0.5, 0.25], own)
+    sizes = [compare.cost_of(entry, "kept", lambda entry: None) for entry in own]  # counted, not measured
+    assert sizes[0] > sizes[1]
+    (within,) = compare.fitting(own, {"kept": sizes[1]}, lambda entry: None)
+    assert within is own[1]
+
+
+def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_accelerator(
+    tmp_path, monkeypatch
+) -> None:
+    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    monkeypatch.setattr(compare, "cpu_count", lambda: 4)
+    monkeypatch.setattr(compare, "has_accelerator", lambda: False)
+    monkeypatch.setattr(compare.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=30))
+    assert compare.jobs_at_once([entry]) == 4
+    entry.timed = {"peak_memory_bytes": 12}
+    assert compare.jobs_at_once([entry]) == 2
+    entry.timed = {"peak_memory_bytes": 50}
+    assert compare.jobs_at_once([entry]) == 1
+    entry.timed = None
+    monkeypatch.setattr(compare, "has_accelerator", lambda: True)
+    assert compare.jobs_at_once([entry]) == 1
 
 
 def test_methods_that_servers_do_not_load_are_left_out_by_name() -> None:
@@ -256,10 +278,10 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     """Two methods are equally good, and the runs of a third fail."""
     leave = functools.partial(leave_records, failing="unilora", mask__fan_in="kept")
 
-    def make(runs, jobs: int) -> int:
+    def make(runs, jobs: int, ended) -> int:
         return max(leave(entry.arguments(trials)) for entry, trials in compare._by_entry(runs))
 
-    monkeypatch.setattr(cli, "_make_runs", make)
+    monkeypatch.setattr(compare, "side_by_side", make)
     monkeypatch.setattr(compare, "time_entry", lambda entry, launch_one: None)
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
