@@ -65,7 +65,8 @@ def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) ->
     short = {name: entry.method for name, entry in entries.items()}
     leader, of = found.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
     for name, standing in found.standings.items():
-        of.get(standing.verdict, []).append((name, standing))
+        if name != leader:
+            of[standing.verdict].append((name, standing))
     best = entries[leader]
     if len(group) == 1:
         return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
@@ -84,14 +85,15 @@ def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) ->
         lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
     for name, standing in of[OPEN]:
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
-        lines.append(
-            f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {_wanted(standing, entries, name)}"
-        )
+        then = _wanted(standing, entries, name, found.asks.get(name))
+        lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
     return lines
 
 
-def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str) -> str:
-    """Return what would decide what is open: seeds and their time, or a wider margin."""
+def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str, next_look: int | None) -> str:
+    """Return what would decide what is open: seeds and their time, or a wider margin. next_look: its seeds, if any."""
+    if next_look is not None and (standing.wants or 0) <= next_look:
+        return f"it goes on to {next_look} seeds."
     if standing.wants is not None and standing.wants > standing.seeds:
         pair = (entries[name], entries[standing.against])
         seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds)
