@@ -317,22 +317,19 @@ def compare(arguments: Sequence[str]) -> int:
         from partial_lora.launching import compare as comparing
     by_sweeps = any(override.startswith("hydra/launcher=") for _, overrides in comparisons for override in overrides)
 
-    def launch_one(config: Config) -> None:
-        launch.launch(config, "train")
-
     entries, lines = [], []
     for chosen, overrides in comparisons:
         methods, left_out = comparing.chosen_methods(chosen, overrides)
         found = comparing.entries(methods, comparing.SIZES if chosen.limit else chosen.budgets, overrides)
         comparing.share_threads(first.jobs or comparing.jobs_at_once(found))
         if chosen.limit:
-            found = comparing.fitting(found, chosen.limit, lambda entry: comparing.time_entry(entry, launch_one))
+            found = comparing.fitting(found, chosen.limit)
         entries += found
         lines += left_out
     print(*lines, sep="\n", end="\n" if lines else "")
     for entry in entries:
         if first.search == "quick":
-            comparing.time_entry(entry, launch_one)
+            comparing.time_entry(entry)
         step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
     first.jobs = first.jobs or comparing.jobs_at_once(entries)

@@ -216,11 +216,8 @@ def chosen_methods(comparison: Comparison, overrides: Sequence[str]) -> tuple[li
     return methods, lines
 
 
-def fitting(found: Sequence[Entry], limit: Mapping[str, float], timed: Callable[[Entry], None]) -> list[Entry]:
-    """Return each method at the largest of its sizes that meets a limit; one that none does is refused.
-
-    timed: gives an entry its timed run.
-    """
+def fitting(found: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:
+    """Return each method at the largest of its sizes that meets a limit; one that none does is refused."""
     ((name, most),) = limit.items()
     kept = []
     for method in dict.fromkeys(entry.method for entry in found):
@@ -229,7 +226,7 @@ def fitting(found: Sequence[Entry], limit: Mapping[str, float], timed: Callable[
         for entry in tried:
             if entry.refused is not None:
                 break
-            value = cost_of(entry, name, timed)
+            value = cost_of(entry, name)
             if value is not None and value <= most:
                 break
             nearest = "unknown" if value is None else in_units(name, value)
@@ -245,13 +242,13 @@ def fitting(found: Sequence[Entry], limit: Mapping[str, float], timed: Callable[
     return kept
 
 
-def cost_of(entry: Entry, name: str, timed: Callable[[Entry], None]) -> float | None:
+def cost_of(entry: Entry, name: str) -> float | None:
     """Return what a limit is on, of an entry: in bytes or seconds."""
     if name == "served":
         return entry.served
     if name == "kept":
         return kept_by_step(entry.usual)
-    timed(entry)
+    time_entry(entry)
     if entry.timed is None:
         return None
     return entry.timed["peak_memory_bytes"] if name == "memory" else entry.step_seconds
@@ -262,7 +259,7 @@ def in_units(name: str, value: float) -> str:
     return f"{value:.3g} s" if LIMITS[name][1] == "seconds" else f"{value / 1e6:.3g} MB"
 
 
-def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
+def time_entry(entry: Entry) -> None:
     """Give an entry the record of an earlier run of it, or else of one of three steps, made now.
 
     An entry whose run of three steps fails is refused.
@@ -276,8 +273,7 @@ def time_entry(entry: Entry, launch_one: Callable[[Config], object]) -> None:
             return
     short = [*entry.overrides, *_TIMED, f"results_dir={Path(entry.usual.results_dir) / _TIMES}"]
     ((_, config),) = checked(["-m", *short, f"trainer.learning_rate={entry.centre:g}"]).runs
-    if worth(recorded(run_directory(config))) is None:
-        launch_one(config)
+    _one(config, 1.0)
     record = recorded(run_directory(config))
     if record and record["status"] == "finished":
         entry.timed = record
@@ -438,7 +434,7 @@ def side_by_side(
     return 128 + requests[0] if requests else 0
 
 
-def _one(config: Config, until: float, stop: Callable[[], Sequence[int]]) -> launch.Outcome:
+def _one(config: Config, until: float, stop: Callable[[], Sequence[int]] = tuple) -> launch.Outcome:
     """Make a run, once no other process has it; one that came as far there is not made again."""
     place = run_directory(config)
     while not stop():

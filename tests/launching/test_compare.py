@@ -233,14 +233,14 @@ def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_on
     own = (*GIVEN, f"results_dir={tmp_path}")
     found = compare.entries(["low_rank", "entries"], [0.5, 0.25], own)
     dense = max(entry.served for entry in found)
-    kept = compare.fitting(found, {"served": 0.4 * dense}, lambda entry: None)
+    kept = compare.fitting(found, {"served": 0.4 * dense})
     assert [(entry.method, entry.size) for entry in kept if entry.refused is None] == [("low_rank", "0.25")]
     assert "limit.served" in kept[-1].refused
     assert len({entry.group for entry in kept}) == 1
     own = compare.entries(["low_rank"], [0.5, 0.25], own)
-    sizes = [compare.cost_of(entry, "kept", lambda entry: None) for entry in own]  # counted, not measured
+    sizes = [compare.cost_of(entry, "kept") for entry in own]  # counted, not measured
     assert sizes[0] > sizes[1]
-    (within,) = compare.fitting(own, {"kept": sizes[1]}, lambda entry: None)
+    (within,) = compare.fitting(own, {"kept": sizes[1]})
     assert within is own[1]
 
 
@@ -282,7 +282,7 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
         return max(leave(entry.arguments(trials)) for entry, trials in compare._by_entry(runs))
 
     monkeypatch.setattr(compare, "side_by_side", make)
-    monkeypatch.setattr(compare, "time_entry", lambda entry, launch_one: None)
+    monkeypatch.setattr(compare, "time_entry", lambda entry: None)
     methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
     done = here(tmp_path, "compare", *GIVEN, *methods, "budgets=0.3", *SHORT)
     assert done.returncode == 0, done.stderr
