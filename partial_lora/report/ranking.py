@@ -166,7 +166,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             {"task": task, "size": size, "form": form}
             | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
             | {"seeds": len(cell), "test": cell["test"].mean()}
-            | {"half": half_interval(cell["test"].std(), len(cell))}
+            | {"half": half_interval(cell["test"].std(), len(cell)) if len(cell) != _TOO_FEW else math.nan}
             | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
             | cell[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
@@ -177,6 +177,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 
 
+_TOO_FEW = 2  # seeds: an interval of two is 25 errors wide, and says nothing
 _NO_DIFFERENCE = {"difference": math.nan, "difference_half": math.nan, "p": math.nan}
 _NO_DIFFERENCE |= {"paired": 0, "examples": 0, "over": NONE}
 
@@ -191,7 +192,8 @@ def _apart(pair: Pair) -> dict:
     found = between([pair], draws=0)
     low, high = found.estimate.interval()
     p = found.estimate.p(0, 0) if found.seeds > 1 and found.error > 1e-12 else math.nan
-    numbers = {"difference": found.difference, "difference_half": (high - low) / 2, "p": p}
+    half = (high - low) / 2 if found.seeds != _TOO_FEW else math.nan
+    numbers = {"difference": found.difference, "difference_half": half, "p": p}
     return numbers | {"paired": found.seeds, "examples": found.examples, "over": found.over}
 
 
@@ -248,6 +250,7 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
 
 
+_SCORES = [2, 3]  # columns of text that may look like numbers
 _JUDGED = ["difference over", "after correction"]  # columns that a verdict takes the place of
 
 
@@ -279,7 +282,10 @@ def write(
     rows = rows_of(runs, Predictions(out))
     numbers = compared(at_best_rates(rows if size is None else rows.assign(size=size)), reference)
     write_atomic(out / f"{stem}.csv", numbers.to_csv(index=False, float_format="%.6g"))
-    parts = [f"### {title}\n\n{part.to_markdown(index=False)}" for title, part in titled(numbers, reference).items()]
+    parts = [
+        f"### {title}\n\n{part.to_markdown(index=False, disable_numparse=_SCORES)}"
+        for title, part in titled(numbers, reference).items()
+    ]
     text = "\n\n".join([_origin(reference), *parts]) + "\n"
     write_atomic(out / f"{stem}.md", text)
     return text, numbers

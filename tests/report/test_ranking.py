@@ -46,12 +46,16 @@ def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
 
 def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     own = {(1e-3, 0): (0.9, 1.0, 0.5), (1e-3, 1): (0.9, 1.0, 0.7), (1e-3, 2): (0.9, 1.0, 0.0)}
-    other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5)}
+    own[1e-3, 3] = (0.9, 1.0, 0.0)
+    other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5), (2e-3, 2): (0.9, 1.0, -0.15)}
     chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(rates=1, edge=False, spent=1.0)
     row = ranking.compared(chosen, "low_rank").set_index("form").loc["partial"]
-    assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 2, 3)
-    assert row["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # Student's t of one degree of freedom
+    assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 3, 4)
+    assert row["difference_half"] == pytest.approx(4.30265 * 0.05 / 3**0.5, rel=1e-4)  # Student's t, two degrees
     assert (row["over"], row["examples"]) == ("seeds", 0)
+    two = ranking.compared(chosen[chosen["seed"] < 2], "low_rank").set_index("form").loc["partial"]
+    assert two["difference"] == pytest.approx(0.15)
+    assert two[["half", "difference_half"]].isna().all()  # of two seeds nothing is known
 
 
 def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -> None:
