@@ -162,7 +162,7 @@ def write_tables(
         "All tasks" if several else next(iter(by_task)),
         leads=[
             *leads,
-            *(Markup("<b>{}:</b> {} {}").format(title, row["form"], row["test"]) for title, row in firsts),
+            *(Markup("<b>{}:</b> {} {}").format(title, row["method"], row["test"]) for title, row in firsts),
         ],
         tables=[] if several else rankings[0],
         figures=[(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],

@@ -203,7 +203,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     for (task, size), part in numbers.groupby(["task", "size"], sort=False):
         rows = list(part.itertuples())
         shown = {
-            "form": part["form"],
+            "method": part["form"],
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
@@ -263,13 +263,12 @@ def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
 
 def _origin(reference: str, *, corrected: bool = True) -> str:
     origin = (
-        f"Differences are from {reference}, of runs of the same seeds. Their 95 % intervals are over seeds and test "
-        "rows, from variance components, or over seeds, by Student's t, where predictions were not kept, as those of "
-        "scores are. "
+        f"A difference is from {reference}, over the seeds that both have. ± is half of a 95 % interval: of a score "
+        "over seeds, of a difference over seeds and test rows, or seeds alone where predictions were not kept. "
     )
     if corrected:
         return f"{origin}'After correction' says what is significant after correction for all comparisons of its table."
-    return f"{origin}Each is of one pair alone; the verdict accounts for all pairs and for every look at them."
+    return f"{origin}The verdict accounts for all pairs of methods and for every look at them."
 
 
 def write(
@@ -292,6 +291,9 @@ def write(
 
 
 # --- Who is better at no higher cost.
+
+
+_ALIKE = 1.05  # times the least cost, up to which costs count as one
 
 
 def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
@@ -328,6 +330,8 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         scored(axes, metric)
         if cost == "parameters":
             sized(axes, of_task[cost])
+        else:
+            axes.set_xlim(left=0)
         plain(axes)
         name_beside(axes, ahead)
     return save_both(figure, out, stem), inline(figure, names, stem=stem)
@@ -350,7 +354,8 @@ def write_page(
     numbers, figures = numbers.reset_index(drop=True), []
     (out / "report").mkdir(parents=True, exist_ok=True)
     for cost, (label, _) in _COSTS.items():
-        if numbers[cost].notna().any():
+        least = numbers.groupby("task")[cost].min()
+        if (numbers.groupby("task")[cost].max() > _ALIKE * least).any():  # else there is nothing to choose by
             files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Grey: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
             figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))

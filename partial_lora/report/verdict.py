@@ -116,7 +116,8 @@ def _apart(standing: Standing, metric: str) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    return f"{100 * value:.1f}" if metric in SHARES or metric == PERPLEXITY else f"{value:.3g}"
+    text = f"{100 * value:.1f}" if metric in SHARES or metric == PERPLEXITY else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def _points(value: float, metric: str) -> str:

@@ -100,7 +100,7 @@ def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -
     assert found["p"].dropna().to_dict() == pytest.approx(p)
     assert found.index[found["holds"]].tolist() == ["sure"]
     shown = ranking.titled(found.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
-    assert dict(zip(shown["form"], shown["after correction"], strict=True))["sure"] == "better"
+    assert dict(zip(shown["method"], shown["after correction"], strict=True))["sure"] == "better"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,9 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
     table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
     settings = {"reference": "low_rank", "command": "partial-lora compare", "refused": ["oft: not applicable"]}
+    alike = ranking.write_page(ranked(table), tmp_path / "alike", **settings).read_text()
+    assert "<title>partial, 0.13: " not in alike  # nothing to choose by
+    table.loc[table["form"] == "low_rank", ["adapter_parameters", "step_seconds", "saved_activation_bytes"]] *= 2
     text = ranking.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
     assert "<use xlink:href=" in text  # as letters and markers are drawn
