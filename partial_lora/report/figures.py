@@ -767,17 +767,16 @@ class Shown:
 
 
 def draw_gallery(
-    runs: Sequence[Run],
-    frame: pd.DataFrame,
-    table: pd.DataFrame,
-    compared: pd.DataFrame,
-    predictions: Predictions,
-    results_dir: Path,
+    every: Sequence[Run], compared: pd.DataFrame, predictions: Predictions, results_dir: Path
 ) -> list[Shown]:
-    """Draw into results_dir/report/figures all figures that the runs have something for.
+    """Draw into results_dir/report/figures all figures that runs have something for, without searches for a rate.
 
-    frame: of `folders.table`; table: of `folders.group`; compared: the rows of `comparison.differences`.
+    compared: the rows of `comparison.differences`.
     """
+    runs = [run for best in folders.at_best_rates(folders.folders(every)) for run in best.runs]
+    frame = folders.table(runs)
+    table = folders.group(frame)
+    searched = " Of each row the best learning rate on validation is drawn." if len(runs) < len(every) else ""
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
@@ -785,19 +784,20 @@ def draw_gallery(
             pareto(table),
             "Test score against trainable parameters",
             "Each mark is the mean over the seeds of a row, with one standard deviation; the head is counted, too. The "
-            "grey line joins the rows that no smaller row beats. Grey dots were trained under other conditions.",
+            "grey line joins the rows that no smaller row beats. Grey dots were trained under other conditions."
+            + searched,
         ),
         "methods": (
             methods(table, frame),
             "Test score of each row",
             "The mean test score with its 95 % interval over seeds (Student's t). Small ticks are the seeds. One seed "
-            "has no interval. An interval without an end goes on beyond the panel.",
+            "has no interval. An interval without an end goes on beyond the panel." + searched,
         ),
         "differences": (differences(compared), "Differences from partial", _of_differences(compared)),
         "training": (
             training(runs),
             "Loss and validation score during training",
-            "Lines are means over seeds. Bands reach from the lowest seed to the highest.",
+            "Lines are means over seeds. Bands reach from the lowest seed to the highest." + searched,
         ),
         "sparsity": (
             sparsity(runs),

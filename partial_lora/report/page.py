@@ -41,7 +41,7 @@ from partial_lora.report.figures import (
     selected,
     training_curve,
 )
-from partial_lora.report.folders import OF_SEED, gathered
+from partial_lora.report.folders import OF_SEED, at_best_rates, folders, gathered
 from partial_lora.report.predictions import Predictions, read_all
 from partial_lora.report.records import LeftOut, Run, run_of
 from partial_lora.report.rows import NONE, number, panel_of, warnings_of
@@ -89,7 +89,8 @@ def write(
     ids = {of[0].row["group"]: section["id"] for of, section in zip(groups, told, strict=True)}
     parts = tables.places(table)
     names = _tab_names([place for place, _ in parts])
-    best = tables.best_of_each(table)
+    searched = {folder.name for folder in at_best_rates(folders(runs))}
+    best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
     known = compared.rows if compared.known else compared.rows.head(0)
     tabs = []

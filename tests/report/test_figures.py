@@ -438,8 +438,7 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, runs):
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
-    frame, predictions = folders.table(runs), Predictions(tmp_path)
-    drawn = figures.draw_gallery(runs, frame, folders.group(frame), pd.DataFrame(), predictions, tmp_path)
+    drawn = figures.draw_gallery(runs, pd.DataFrame(), Predictions(tmp_path), tmp_path)
     stems = [each.files[0].stem for each in drawn]
     assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
     assert not old.exists()

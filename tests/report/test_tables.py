@@ -194,6 +194,22 @@ def test_the_best_of_a_method_is_chosen_on_validation_whatever_the_seeds(tmp_pat
     assert best.query("task == 'cars'")["method"].tolist() == ["dora", "lora"]  # of mse less is better
 
 
+def test_of_a_search_only_the_best_rate_on_validation_is_drawn_and_it_has_the_most_seeds(tmp_path):
+    def left(rate: float, seed: int, score: float, **changes: object) -> None:
+        scores = {"primary": "accuracy", "accuracy": score, "loss": 1 - score}
+        metrics = {"validation": scores, "test": scores}
+        leave(tmp_path, test=score, seed=seed, id=f"{rate:g}", trainer__learning_rate=rate, metrics=metrics, **changes)
+
+    for seed in range(2):
+        left(1e-3, seed, 0.7)
+        left(2e-3, seed, 0.8)
+    left(4e-3, 0, 0.9)  # a lucky seed, alone
+    left(8e-3, 0, 0.1, method="lora")
+    left(3e-3, 0, 0.2, mask__granularity="element")  # another method, whatever its name
+    best = folders.at_best_rates(folders.folders(records.read(tmp_path)[0]))
+    assert sorted(each.row["learning_rate"] for each in best) == [2e-3, 3e-3, 8e-3]
+
+
 def test_a_generation_is_chosen_by_its_perplexity_on_validation(tmp_path):
     """Its texts are written for test rows alone: the best of these may be so by chance."""
     for seed, (budget, perplexity, exact) in enumerate([(0.5, 9.0, 0.9), (0.13, 3.0, 0.2)]):
