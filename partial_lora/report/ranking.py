@@ -38,6 +38,8 @@ _DRAWS = (*AS_PEFT, "column_exponent")
 # Whole rows and columns, as PEFT draws A: what records of version 0.1 leave out.
 _PEFTS = {**asdict(MaskConfig()), **AS_PEFT}
 CELL = ["task", "size", "form"]
+_WINDOW = ("low_1", "high_1", "low_2", "high_2")  # learning rates between which no point is lost, and no two
+_NOTHING = 1e-9
 _AVERAGED = {  # columns of rows, and what the ranking calls their means
     "adapter_parameters": "parameters",
     "step_seconds": "step_seconds",
@@ -134,8 +136,25 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
-        chosen.append(own)
+        chosen.append(own.assign(**window(cell, best)))
     return pd.concat(chosen)
+
+
+def window(cell: pd.DataFrame, best: float) -> dict[str, float]:
+    """Return the lowest and the highest learning rate around the best one from which none costs over 1 or 2 points.
+
+    By score on validation of the first seed, which has tried all rates; NaN of a metric that has no points.
+    """
+    first = cell[cell["seed"] == cell["seed"].min()]
+    scores = first.set_index("learning_rate")["validation"].sort_index()
+    if first["metric"].iloc[0] not in SHARES or best not in scores:
+        return dict.fromkeys(_WINDOW, math.nan)
+    ends = []
+    for points in (1, 2):
+        costly = scores.index[scores < scores[best] - points / 100 - _NOTHING]
+        ends.append(scores.index[scores.index > max(costly[costly < best], default=0)].min())
+        ends.append(scores.index[scores.index < min(costly[costly > best], default=math.inf)].max())
+    return dict(zip(_WINDOW, ends, strict=True))
 
 
 def _worth(cell: pd.DataFrame) -> dict[float, dict[int, Worth]]:
@@ -164,7 +183,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
         first = cell.iloc[0]
         rows.append(
             {"task": task, "size": size, "form": form}
-            | first[["metric", "learning_rate", "edge", "rates"]].to_dict()
+            | first[["metric", "learning_rate", "edge", "rates", *_WINDOW]].to_dict()
             | {"seeds": len(cell), "test": cell["test"].mean()}
             | {"half": half_interval(cell["test"].std(), len(cell)) if len(cell) != _TOO_FEW else math.nan}
             | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
@@ -205,6 +224,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
         shown = {
             "method": part["form"],
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
+            "rates within two points": [_between(row.low_2, row.high_2) for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
             "difference over": [_basis(row.paired, row.examples) for row in rows],
@@ -214,8 +234,14 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "kept for the backward pass, MB": [summary.cell(value / 1e6, ".1f") for value in part["saved_bytes"]],
             "seconds a step": [summary.cell(value, ".3f") for value in part["step_seconds"]],
         }
+        if (part["rates"] == 1).all():  # nothing was searched here
+            shown.pop("rates within two points")
         parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
     return parts
+
+
+def _between(low: float, high: float) -> str:
+    return NONE if math.isnan(low) else f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _basis(seeds: int, examples: int) -> str:
@@ -250,7 +276,7 @@ def _score(metric: str, value: float, half: float, sign: str = "") -> str:
     return f"{times * value:{form}}" + ("" if math.isnan(half) else f" ± {times * half:{form.lstrip('+')}}")
 
 
-_SCORES = [2, 3]  # columns of text that may look like numbers
+_SCORES = [2, 3, 4]  # columns of text that may look like numbers
 _JUDGED = ["difference over", "after correction"]  # columns that a verdict takes the place of
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from recorded_runs import leave, record
@@ -48,7 +49,9 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     own = {(1e-3, 0): (0.9, 1.0, 0.5), (1e-3, 1): (0.9, 1.0, 0.7), (1e-3, 2): (0.9, 1.0, 0.0)}
     own[1e-3, 3] = (0.9, 1.0, 0.0)
     other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5), (2e-3, 2): (0.9, 1.0, -0.15)}
-    chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(rates=1, edge=False, spent=1.0)
+    chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(
+        rates=1, edge=False, spent=1.0, low_1=1e-3, high_1=1e-3, low_2=1e-3, high_2=1e-3
+    )
     row = ranking.compared(chosen, "low_rank").set_index("form").loc["partial"]
     assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 3, 4)
     assert row["difference_half"] == pytest.approx(4.30265 * 0.05 / 3**0.5, rel=1e-4)  # Student's t, two degrees
@@ -229,3 +232,12 @@ def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:
     table.loc[0, "test"] += 0.01
     with pytest.raises(PartialLoraError, match=r"digits, 0\.13, partial"):
         ranking.at_best_rates(table)
+
+
+def test_a_window_is_the_rates_around_the_best_that_cost_no_more_than_so_many_points() -> None:
+    scores = {1e-3: 0.80, 2e-3: 0.895, 4e-3: 0.90, 8e-3: 0.885, 16e-3: 0.20, 32e-3: 0.90}
+    tried = {(rate, 0): (score, 1.0, 0.5) for rate, score in scores.items()} | {(4e-3, 1): (0.5, 1.0, 0.5)}
+    cell = pd.DataFrame(runs("partial", tried))
+    window = ranking.window(cell, 4e-3)
+    assert list(window.values()) == [2e-3, 4e-3, 2e-3, 8e-3]  # of one point, of two; not what lies beyond a gap
+    assert np.isnan(list(ranking.window(cell.assign(metric="perplexity"), 4e-3).values())).all()
