@@ -37,16 +37,13 @@ from partial_lora.launching.search import (
 from partial_lora.methods import METHODS
 from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
-from partial_lora.settings.comparison import EVERY, FULL, LIMITS, Comparison
+from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.machines import has_accelerator
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain
 from partial_lora.training.config import AUTO
 
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how many of them.
-CANDIDATES = ("hira", "oft", "entries", "unilora", "lokr", "random_weights", "low_rank", "gralora", "partial")
-_AUTO_COUNT = 4
 SIZES = (1.0, 0.5, 0.25, 0.13, 0.06, 0.03, 0.015)  # shares of dense LoRA's parameters that are tried under a limit
 _TIMED = ("seed=0", "trainer.max_steps=3", "trainer.save_steps=3", "keep_records=true", "overwrite=false")
 _TIMES = "timed"  # folder of timed runs in the results directory
@@ -208,8 +205,8 @@ def chosen_methods(comparison: Comparison, overrides: Sequence[str]) -> tuple[li
             if not traits.product or not (of_peft or own):
                 methods = [other for other in methods if other != method]
                 lines.append(f"{method}: left out, servers load LoRA's B and A alone")
-    if is_auto and len(methods) > _AUTO_COUNT:
-        later, methods = methods[_AUTO_COUNT:], methods[:_AUTO_COUNT]
+    if is_auto and len(methods) > TAKEN:
+        later, methods = methods[TAKEN:], methods[:TAKEN]
         lines.append(
             f"{', '.join(later)}: left out, behind the others in the records (results/race); methods=[…] takes them"
         )
