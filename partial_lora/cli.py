@@ -319,11 +319,7 @@ def compare(arguments: Sequence[str]) -> int:
 
     entries, lines = [], []
     for chosen, overrides in comparisons:
-        methods, left_out = comparing.chosen_methods(chosen, overrides)
-        found = comparing.entries(methods, comparing.SIZES if chosen.limit else chosen.budgets, overrides)
-        comparing.share_threads(first.jobs or comparing.jobs_at_once(found))
-        if chosen.limit:
-            found = comparing.fitting(found, chosen.limit)
+        found, left_out = comparing.prepared(chosen, overrides)
         entries += found
         lines += left_out
     print(*lines, sep="\n", end="\n" if lines else "")

@@ -192,25 +192,36 @@ Make = Callable[[Sequence[tuple[Entry, Trial]]], int]  # makes runs, returns an 
 Asks = Callable[[Sequence[Entry]], Mapping[Entry, int]]  # the seeds that entries of a group need
 
 
-def chosen_methods(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the methods to compare, and a line on each that is left out of `methods=auto` or cannot be served."""
+def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    """Return the entries of a comparison, each at its size, and a line on each method that is left out.
+
+    Of `methods=auto` the first in the records are taken that have such a size.
+    """
     is_auto = comparison.methods == [EVERY]
     methods, lines = list(CANDIDATES) if is_auto else comparison.methods, []
     if comparison.serve:
-        for method in list(methods):
-            (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
-            chosen, traits = config.method, config.method.traits
-            of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
-            own = chosen.peft_type is None and not traits.tuner
-            if not traits.product or not (of_peft or own):
-                methods = [other for other in methods if other != method]
-                lines.append(f"{method}: left out, servers load LoRA's B and A alone")
-    if is_auto and len(methods) > TAKEN:
-        later, methods = methods[TAKEN:], methods[:TAKEN]
-        lines.append(
-            f"{', '.join(later)}: left out, behind the others in the records (results/race); methods=[…] takes them"
-        )
-    return methods, lines
+        unserved = [method for method in methods if not _is_served(method, overrides)]
+        methods = [method for method in methods if method not in unserved]
+        lines += [f"{method}: left out, servers load LoRA's B and A alone" for method in unserved]
+    found = entries(methods, SIZES if comparison.limit else comparison.budgets, overrides)
+    share_threads(comparison.jobs or jobs_at_once(found))
+    if comparison.limit:
+        found = fitting(found, comparison.limit)
+    if is_auto:
+        alive = list(dict.fromkeys(entry.method for entry in found if entry.refused is None))
+        lines += [f"{entry.name}: left out, {entry.refused}" for entry in found if entry.method not in alive]
+        if later := ", ".join(alive[TAKEN:]):
+            lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
+        found = [entry for entry in found if entry.method in alive[:TAKEN]]
+    return found, lines
+
+
+def _is_served(method: str, overrides: Sequence[str]) -> bool:
+    """Return whether servers can load what a method trains: products B A of LoRA."""
+    (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
+    chosen, traits = config.method, config.method.traits
+    of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
+    return traits.product and (of_peft or (chosen.peft_type is None and not traits.tuner))
 
 
 def fitting(found: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:

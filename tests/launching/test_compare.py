@@ -261,14 +261,25 @@ def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_
     assert compare.jobs_at_once([entry]) == 1
 
 
-def test_methods_that_servers_do_not_load_are_left_out_by_name() -> None:
-    chosen = comparison.Comparison(["auto"], serve=True)
-    methods, lines = compare.chosen_methods(chosen, GIVEN)
-    assert "low_rank" in methods
-    assert "oft" not in methods
-    assert any(line.startswith("oft: ") for line in lines)
-    methods, lines = compare.chosen_methods(comparison.Comparison(["dora", "low_rank"], serve=True), GIVEN)
-    assert methods == ["low_rank"]
+def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None:
+    own = (*GIVEN, f"results_dir={tmp_path}")
+    found, lines = compare.prepared(comparison.Comparison(["oft", "dora", "low_rank"], serve=True), own)
+    assert [entry.method for entry in found] == ["low_rank"]
+    assert [line.partition(":")[0] for line in lines] == ["oft", "dora"]
+
+
+def test_auto_takes_the_first_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
+    own = (*GIVEN, f"results_dir={tmp_path}")
+    monkeypatch.setattr(compare, "CANDIDATES", ("entries", "low_rank", "lori", "uniform"))
+    monkeypatch.setattr(compare, "TAKEN", 2)
+    every, lines = compare.prepared(comparison.Comparison(["auto"]), own)
+    assert [entry.method for entry in every] == ["entries", "low_rank"]
+    assert lines[0].startswith("lori, uniform: ")
+    few = {"served": 1.1 * min(entry.served for entry in every)}  # no single entries, whose file is the dense adapter's
+    found, lines = compare.prepared(comparison.Comparison(["auto"], limit=few), own)
+    assert "entries" not in [entry.method for entry in found]
+    assert found[0].method == "low_rank"
+    assert any(line.startswith("entries, ") for line in lines)
 
 
 @pytest.mark.usefixtures("composed_once")
