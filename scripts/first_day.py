@@ -25,7 +25,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.launching.compare import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
-from partial_lora.launching.places import run_directory
+from partial_lora.launching.paths import run_directory
 
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
 METHODS = ("partial", "lora", "low_rank", "entries")

@@ -20,7 +20,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
-from partial_lora.launching.places import at_other_rates, run_directory
+from partial_lora.launching.paths import at_other_rates, run_directory
 from partial_lora.launching.search import QUARTER, Search, Trial, full, quick, steps_of, worth
 from partial_lora.methods import METHODS
 from partial_lora.progress import handling

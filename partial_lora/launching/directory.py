@@ -1,4 +1,4 @@
-"""The directory of a run: its files, whole or absent; its one writer; its record, which becomes result.json."""
+"""The directory of a run: its files, whole or absent; its one writer; its record. `paths` says where it is."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import redacted
 from partial_lora.launching import directory, failures, imports, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command
-from partial_lora.launching.places import calibration_directory, run_directory
+from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
 from partial_lora.settings.stored import plain

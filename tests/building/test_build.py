@@ -14,7 +14,7 @@ from refusals import refusal
 from partial_lora import methods
 from partial_lora.building import build
 from partial_lora.calibration.config import CalibrationConfig
-from partial_lora.launching import places
+from partial_lora.launching import paths
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
 from partial_lora.models.config import ModelConfig
@@ -135,4 +135,4 @@ def test_seeds_have_training_rows_of_their_own_and_the_same_test_rows_where_the_
     assert own[0][1] != own[1][1]
     assert rows("task.split_seed=0", "seed=3") == own[0]
     first, second = (compose.composed("task.split_seed=null", f"seed={seed}") for seed in (0, 3))
-    assert places.run_directory(first).parent == places.run_directory(second).parent
+    assert paths.run_directory(first).parent == paths.run_directory(second).parent

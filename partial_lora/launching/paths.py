@@ -1,4 +1,4 @@
-"""The places of runs. A recorded run is found by what it was set to, whatever its id was then."""
+"""The paths of runs. A recorded run is found by what it was set to, whatever its id was then."""
 
 from __future__ import annotations
 
