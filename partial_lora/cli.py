@@ -37,7 +37,7 @@ from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.kinds import kind_of
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import compose, identity, stored
+from partial_lora.settings import compose, identity, versions
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -67,7 +67,7 @@ class Subject:
     """
 
     def __init__(self, settings: Mapping) -> None:
-        self.config = stored.load(settings)
+        self.config = versions.load(settings)
         self.device = join(self.config.trainer.device).device
         self.task = build.task_of(self.config)
         self.transform = build.transform_of(self.config.model, self.config.task)
@@ -533,7 +533,7 @@ def folder_of(settings: Mapping, what: str) -> Path:
 
 def _asked(settings: Mapping, contents: Mapping | None) -> list:
     """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
-    current = stored.plain(stored.load({name: settings[name] for name in _DECIDES}))
+    current = versions.plain(versions.load({name: settings[name] for name in _DECIDES}))
     options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
     return [identity.computed(current, contents or {}, unused=True), options]
 
@@ -617,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = shlex.join(["python", "scripts/analyses.py", *arguments])
 
         def work(composed: Config) -> int:
-            return analyse(what, stored.plain(composed) | {"analysis": options}, words)
+            return analyse(what, versions.plain(composed) | {"analysis": options}, words)
 
         return compose.compose(f"analyses {what}", rest, work)
 

@@ -28,7 +28,7 @@ from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.comparison import EVERY, FULL, LIMITS, Comparison
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.training.config import AUTO
 
 # What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how many of them.

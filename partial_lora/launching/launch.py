@@ -33,7 +33,7 @@ from partial_lora.launching.cluster import Cluster, cluster_environment, cluster
 from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -310,7 +310,7 @@ def end_with_parent() -> None:
 # --- A worker that is forked from a process which has imported everything (trainer.start=fork).
 
 
-_PRELOADED = ["partial_lora.launching.forking", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
+_PRELOADED = ["partial_lora.launching.fork_preload", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
 _STARTING = threading.Lock()
 _OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
 

@@ -19,7 +19,7 @@ from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import checks, compose
+from partial_lora.settings import compatibility, compose
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.config import TaskConfig
 
@@ -31,7 +31,7 @@ def model_of(name: str, **changes: object):
 @pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
 def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
     with refusal(f"model={model} ", "task=mine ", task):
-        checks.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
+        compatibility.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
 
 
 @pytest.mark.parametrize(

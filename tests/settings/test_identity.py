@@ -12,7 +12,7 @@ import yaml
 from checkout import RESULTS, needs_results
 
 from partial_lora.launching import directory, packs, paths
-from partial_lora.settings import identity, schema, stored
+from partial_lora.settings import identity, schema, versions
 from partial_lora.settings.compose import composed
 
 
@@ -103,7 +103,7 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
 
 def recorded(place: Path, *overrides: str, **changes: object) -> Path:
     """Leave the record of a run in a folder that no id of today names."""
-    settings = stored.plain(composed(f"results_dir={place}", *overrides))
+    settings = versions.plain(composed(f"results_dir={place}", *overrides))
     folder = place / "runs" / settings["task"]["name"] / settings["model"]["name"]
     folder = folder / f"{settings['method']['name']}-00000000" / f"seed{settings['seed']}"
     folder.mkdir(parents=True)
@@ -127,28 +127,28 @@ def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch:
 
 
 def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = stored.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
+    settings = versions.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
     older = {**settings, "mask": {"seed": None, "granularity": "rows_columns"}}
-    assert stored.plain(stored.load(older)) == settings
+    assert versions.plain(versions.load(older)) == settings
     folder = recorded(tmp_path, config=older)
-    assert paths.run_directory(stored.load(settings)) == folder
+    assert paths.run_directory(versions.load(settings)) == folder
     kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
     assert paths.run_directory(kept) != folder
     for ranks, rank in (("one", 16), ("auto", "auto")):  # which had said whether the rank was to be found
         method = settings["method"] | {"ranks": ranks}
-        assert stored.load({**settings, "method": method}).method.rank == rank
-    renamed = stored.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
-    monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
+        assert versions.load({**settings, "method": method}).method.rank == rank
+    renamed = versions.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
+    monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, renamed))
     trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}
-    assert stored.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
-    assert stored.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
+    assert versions.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
+    assert versions.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
 
 
 def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_path: Path) -> None:
     folder = recorded(tmp_path)
     assert paths.run_directory(composed(f"results_dir={tmp_path}", "seed=4")) == folder.with_name("seed4")
     (folder / directory.RESULT).unlink()
-    (folder / directory.CONFIG).write_text(yaml.safe_dump(stored.plain(composed())))
+    (folder / directory.CONFIG).write_text(yaml.safe_dump(versions.plain(composed())))
     assert paths.run_directory(composed(f"results_dir={tmp_path}")) == folder
     (folder / directory.CONFIG).unlink()
     assert paths.run_directory(composed(f"results_dir={tmp_path}")) != folder
@@ -183,7 +183,7 @@ def test_every_committed_run_is_found() -> None:
     for table in sorted(RESULTS.glob(f"*/{packs.RUNS_TABLE}")):
         for place in packs.directories(table.parent):
             if place.name == "seed0" and place.parts[-4] == "digits":
-                settings = stored.load(packs.packed(place)["config"])
+                settings = versions.load(packs.packed(place)["config"])
                 if settings.method.name == "lorafa_projected":  # which nothing can run any more
                     continue
                 assert paths.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
