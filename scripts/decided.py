@@ -20,13 +20,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-
-from partial_lora import cli
-from partial_lora.calibration.reliability import mean_difference
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic
-from partial_lora.report import ranking
-from partial_lora.report.claims import (
+from claims import (
     ALL_SETS,
     NO_RUNS,
     Claim,
@@ -38,7 +32,13 @@ from partial_lora.report.claims import (
     scores,
     tabled,
 )
-from partial_lora.report.comparable import BUDGET, THRESHOLD, collect
+from comparable import BUDGET, THRESHOLD, collect
+
+from partial_lora import cli
+from partial_lora.calibration.reliability import mean_difference
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
+from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.rows import NONE
 

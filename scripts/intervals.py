@@ -32,6 +32,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
+from comparable import POINTS, gather
 from matplotlib.figure import Figure
 from scipy.special import nctdtr, stdtr, stdtrit
 
@@ -39,7 +40,6 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import folders, ranking, records
-from partial_lora.report.comparable import POINTS, gather
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE

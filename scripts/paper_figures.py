@@ -22,6 +22,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
+from comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,7 +42,6 @@ from partial_lora.files import write_atomic
 from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
-from partial_lora.report.comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from partial_lora.report.depth import grid
 from partial_lora.report.drawing import (
     COLOURS,

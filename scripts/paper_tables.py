@@ -20,12 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
-
-from partial_lora import cli, methods
-from partial_lora.calibration.search import threshold_of
-from partial_lora.files import write_atomic
-from partial_lora.launching import packs
-from partial_lora.report.claims import (
+from claims import (
     ALL_SETS,
     AS_GOOD,
     AVERAGE,
@@ -55,7 +50,7 @@ from partial_lora.report.claims import (
     scores,
     tabled,
 )
-from partial_lora.report.comparable import (
+from comparable import (
     BUDGET,
     CELL,
     POINTS,
@@ -66,6 +61,11 @@ from partial_lora.report.comparable import (
     gather,
     models_of,
 )
+
+from partial_lora import cli, methods
+from partial_lora.calibration.search import threshold_of
+from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.rows import COSTS, NONE, number, point_order
 from partial_lora.report.statistics import MARGIN, half_interval, reliability, together
