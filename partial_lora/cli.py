@@ -84,6 +84,11 @@ def guarded(command: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def script(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Make a function the command of a script: `guarded`, and with exit code 0 unless it returns another."""
+    return functools.wraps(main)(lambda *arguments: guarded(lambda: main(*arguments) or 0))
+
+
 def _complete(arguments: list[str]) -> int:
     """Print the shell's completion script, or the words that may come next; return the exit code."""
     from partial_lora.completion import complete

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -606,22 +605,17 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@cli.script
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose the settings of one analysis or of a sweep, and do it; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    what, options, rest = parse(arguments)
+    words = shlex.join(["python", "scripts/analyses.py", *arguments])
 
-    def command() -> int:
-        what, options, rest = parse(arguments)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # nothing is left half written
-        words = shlex.join(["python", "scripts/analyses.py", *arguments])
+    def work(composed: Config) -> int:
+        return analyse(what, versions.plain(composed) | {"analysis": options}, words)
 
-        def work(composed: Config) -> int:
-            return analyse(what, versions.plain(composed) | {"analysis": options}, words)
-
-        return compose.compose(f"analyses {what}", rest, work)
-
-    return cli.guarded(command)
+    return compose.compose(f"analyses {what}", rest, work)
 
 
 if __name__ == "__main__":
