@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import packs
 from partial_lora.settings.rates import ranked
