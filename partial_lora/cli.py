@@ -37,7 +37,7 @@ from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def guarded(command: Callable[[], int]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def script(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Make a function the command of a script: `guarded`, and with exit code 0 unless it returns another."""
+    return functools.wraps(main)(lambda *arguments: guarded(lambda: main(*arguments) or 0))
 
 
 def _complete(arguments: list[str]) -> int:

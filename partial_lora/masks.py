@@ -27,14 +27,6 @@ Count = Literal["exact", "bernoulli"]
 Rows = Literal["masked", "one_hot"]
 Columns = Literal["masked", "frozen", "one_hot"]
 FanIn = Literal["dense", "kept"]
-CHOICES = {  # of a mask, of the factors under it, and of how A is drawn
-    "granularity": get_args(Granularity),
-    "selection": get_args(Selection),
-    "count": get_args(Count),
-    "rows": get_args(Rows),
-    "columns": get_args(Columns),
-    "fan_in": get_args(FanIn),
-}
 MASKED = "masked"  # of rows or columns: their factor trains, where the mask keeps it
 
 
@@ -255,6 +247,10 @@ class Form:
         """True where each unit of the rank keeps rows and columns of its own."""
         return self.over_entries and not self.single
 
+    def drawn(self, count: str) -> Callable[..., Mask]:
+        """Return what draws a mask, as `random` does, that keeps an exact number or, "bernoulli", each by itself."""
+        return Mask.bernoulli if count == "bernoulli" else self.random
+
     @property
     def tied(self) -> bool:
         """True where no entry is zero, so that the density moves nothing."""
@@ -266,6 +262,14 @@ GRANULARITIES: dict[str, Form] = {
     "element": Form(Mask.random, AS_PEFT, over_entries=True, single=True, rate_power=1 / 6),
     "units": Form(_of_units, _BY_DENSITY, over_entries=True, ranked=False),
     "groups": Form(TiedMask.tied, _BY_DENSITY, ranked=False),
+}
+CHOICES: dict[str, tuple[str, ...]] = {  # of a mask, of the factors under it, and of how A is drawn
+    "granularity": tuple(GRANULARITIES),
+    "selection": get_args(Selection),
+    "count": get_args(Count),
+    "rows": get_args(Rows),
+    "columns": get_args(Columns),
+    "fan_in": get_args(FanIn),
 }
 
 

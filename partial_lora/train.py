@@ -34,7 +34,7 @@ from partial_lora.report import card
 from partial_lora.settings import rates
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, objectives
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured

@@ -18,7 +18,7 @@ from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, failures, imports, launch
 from partial_lora.progress import STOPPING, leave
-from partial_lora.settings import stored
+from partial_lora.settings import versions
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -67,7 +67,7 @@ def work(place: Path, stage: str) -> int:
     try:
         if is_main:
             files.write_json(place / directory.RESULT, record)
-        chosen = stored.load(settings)
+        chosen = versions.load(settings)
         imports.hide_quantiser(chosen.model)
         with imports.importing():  # torch and its kin; the record says, too, where an import fails
             from transformers.utils import logging as transformers_logging

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +52,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import compose, identity, stored
+from partial_lora.settings import compose, identity, versions
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -67,7 +66,7 @@ class Subject:
     """
 
     def __init__(self, settings: Mapping) -> None:
-        self.config = stored.load(settings)
+        self.config = versions.load(settings)
         self.device = join(self.config.trainer.device).device
         self.task = build.task_of(self.config)
         self.transform = build.transform_of(self.config.model, self.config.task)
@@ -533,7 +532,7 @@ def folder_of(settings: Mapping, what: str) -> Path:
 
 def _asked(settings: Mapping, contents: Mapping | None) -> list:
     """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
-    current = stored.plain(stored.load({name: settings[name] for name in _DECIDES}))
+    current = versions.plain(versions.load({name: settings[name] for name in _DECIDES}))
     options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
     return [identity.computed(current, contents or {}, unused=True), options]
 
@@ -606,22 +605,17 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@cli.script
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose the settings of one analysis or of a sweep, and do it; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    what, options, rest = parse(arguments)
+    words = shlex.join(["python", "scripts/analyses.py", *arguments])
 
-    def command() -> int:
-        what, options, rest = parse(arguments)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # nothing is left half written
-        words = shlex.join(["python", "scripts/analyses.py", *arguments])
+    def work(composed: Config) -> int:
+        return analyse(what, versions.plain(composed) | {"analysis": options}, words)
 
-        def work(composed: Config) -> int:
-            return analyse(what, stored.plain(composed) | {"analysis": options}, words)
-
-        return compose.compose(f"analyses {what}", rest, work)
-
-    return cli.guarded(command)
+    return compose.compose(f"analyses {what}", rest, work)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ from partial_lora.masks import kept_count
 from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
 from partial_lora.settings.compose import composed
-from partial_lora.settings.stored import plain as as_plain
+from partial_lora.settings.versions import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
 
 ROOT = Path(__file__).resolve().parents[1]

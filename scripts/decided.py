@@ -20,13 +20,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-
-from partial_lora import cli
-from partial_lora.calibration.reliability import mean_difference
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic
-from partial_lora.report import ranking
-from partial_lora.report.claims import (
+from claims import (
     ALL_SETS,
     NO_RUNS,
     Claim,
@@ -38,7 +32,13 @@ from partial_lora.report.claims import (
     scores,
     tabled,
 )
-from partial_lora.report.comparable import BUDGET, THRESHOLD, collect
+from comparable import BUDGET, THRESHOLD, collect
+
+from partial_lora import cli
+from partial_lora.calibration.reliability import mean_difference
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import write_atomic
+from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.rows import NONE
 
@@ -100,27 +100,23 @@ def form_of(config: dict) -> str:
     return ", ".join([name, *words])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        runs, problems = collect(options.results)
-        if runs.empty:
-            raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
-        runs = runs.assign(
-            method=[form_of(run.record["config"]) for run in runs["run"]],
-            model="all",
-            importance="",
-            calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
-        )
-        best = ranking.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
-        write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
-        return 0
-
-    return cli.guarded(command)
+    runs, problems = collect(options.results)
+    if runs.empty:
+        raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
+    runs = runs.assign(
+        method=[form_of(run.record["config"]) for run in runs["run"]],
+        model="all",
+        importance="",
+        calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
+    )
+    best = ranking.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
+    write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
 
 
 def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from partial_lora.models.config import ModelConfig
 from partial_lora.settings.compose import composed
 from partial_lora.settings.keys import heading, meanings
 from partial_lora.settings.schema import SECTIONS, Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.training.config import TrainerConfig
 

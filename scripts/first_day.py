@@ -25,7 +25,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.launching.compare import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
-from partial_lora.launching.places import run_directory
+from partial_lora.launching.paths import run_directory
 
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
 METHODS = ("partial", "lora", "low_rank", "entries")
@@ -74,8 +74,9 @@ TABLES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the tables that are missing, the runs that are missing, and first_day.{csv,md}; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the tables that are missing, the runs that are missing, and first_day.{csv,md}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder of NAME/{train,test}.parquet")
     parser.add_argument("--out", type=Path, default=Path("results/first_day"))
@@ -84,19 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--factors", nargs="*", type=float, default=FACTORS, help="of the default's learning rate")
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        rows = []
-        for seed, name in product(options.seeds, options.tables):
-            folder = options.out / "data" / name
-            if not folder.is_dir():
-                write_table(TABLES[name], options.data, folder)
-            for method in options.methods:
-                rows += runs(name, folder, options.out, method, seed, options.factors)
-                write(pd.DataFrame(rows), options.out)
-        return 0
-
-    return cli.guarded(command)
+    rows = []
+    for seed, name in product(options.seeds, options.tables):
+        folder = options.out / "data" / name
+        if not folder.is_dir():
+            write_table(TABLES[name], options.data, folder)
+        for method in options.methods:
+            rows += runs(name, folder, options.out, method, seed, options.factors)
+            write(pd.DataFrame(rows), options.out)
 
 
 # --- The rows.

@@ -405,6 +405,7 @@ def draw_density(measured: pd.DataFrame, out: Path) -> None:
 # --- The command.
 
 
+@cli.script
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure unless only a drawing is asked for, and draw; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -422,15 +423,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_reach(subject, path) if is_reach else measure_density(subject, path, range(options.seeds))
         return 0
 
-    def command() -> int:
-        usual = ["preset=cpu", "trainer.tuned=null"] if is_reach else []
-        code = 0 if options.draw else compose.compose(options.what, [*usual, *overrides], work)
-        if code == 0:
-            measured = pd.read_csv(path)
-            draw_reach(beside(measured, pd.read_csv(FORMS)), out) if is_reach else draw_density(measured, out)
-        return code
-
-    return cli.guarded(command)
+    usual = ["preset=cpu", "trainer.tuned=null"] if is_reach else []
+    code = 0 if options.draw else compose.compose(options.what, [*usual, *overrides], work)
+    if code == 0:
+        measured = pd.read_csv(path)
+        draw_reach(beside(measured, pd.read_csv(FORMS)), out) if is_reach else draw_density(measured, out)
+    return code
 
 
 if __name__ == "__main__":

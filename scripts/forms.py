@@ -27,37 +27,33 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 FROM_DENSE = "from_dense.csv"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write forms.md and forms.csv into the results directory; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write forms.md and forms.csv into the results directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--reference", default="low_rank")
     parser.add_argument("--stem", default="forms", help="name of the files")
     parser.add_argument("--page", action="store_true", help="write report/index.html, too")
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        runs, skipped = records.read(options.results)
-        if not runs:
-            raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-        text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
-        origin, _, ranked = text.partition("\n\n")
-        text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
-        if (rates := best_rates(numbers)) is not None:
-            text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"
-        write_atomic(options.results / f"{options.stem}.md", text)
-        print(text)
-        for line in skipped:
-            print(line, file=sys.stderr)
-        table = ranking.rows_of(runs, predictions.Predictions(options.results))
-        from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
-        if options.page:
-            command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
-            settings = {"reference": options.reference, "command": command, "refused": skipped}
-            print(ranking.write_page(numbers, options.results, **settings))
-        return 0
-
-    return cli.guarded(command)
+    runs, skipped = records.read(options.results)
+    if not runs:
+        raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
+    text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
+    origin, _, ranked = text.partition("\n\n")
+    text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
+    if (rates := best_rates(numbers)) is not None:
+        text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"
+    write_atomic(options.results / f"{options.stem}.md", text)
+    print(text)
+    for line in skipped:
+        print(line, file=sys.stderr)
+    table = ranking.rows_of(runs, predictions.Predictions(options.results))
+    from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
+    if options.page:
+        command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
+        settings = {"reference": options.reference, "command": command, "refused": skipped}
+        print(ranking.write_page(numbers, options.results, **settings))
 
 
 def verdicts(numbers: pd.DataFrame) -> str:

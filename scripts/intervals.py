@@ -32,6 +32,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
+from comparable import POINTS, gather
 from matplotlib.figure import Figure
 from scipy.special import nctdtr, stdtr, stdtrit
 
@@ -39,7 +40,6 @@ from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import folders, ranking, records
-from partial_lora.report.comparable import POINTS, gather
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
@@ -510,8 +510,9 @@ def seeds_and_steps(options: argparse.Namespace, command: str) -> None:
 WHAT = {"coverage": coverage, "power": seeds_and_steps}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WHAT)
@@ -520,13 +521,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=500, help="of an experiment")
     options = parser.parse_args(arguments)
     options.out = options.out or Path("results", options.what)
-
-    def command() -> int:
-        WHAT[options.what](options, shlex.join(["python", "scripts/intervals.py", *arguments]))
-        print((options.out / f"{options.what}.md").read_text(encoding="utf-8"))
-        return 0
-
-    return cli.guarded(command)
+    WHAT[options.what](options, shlex.join(["python", "scripts/intervals.py", *arguments]))
+    print((options.out / f"{options.what}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -95,19 +95,15 @@ def filled(text: str) -> str:
     return SOURCED.sub(written, text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill the pages that are named; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill the pages that are named."""
     names = sys.argv[1:] if arguments is None else arguments
-
-    def command() -> int:
-        for name in names or PAGES:
-            text = (ROOT / name).read_text(encoding="utf-8")
-            if (made := filled(text)) != text:
-                write_atomic(ROOT / name, made)
-                print(f"wrote {name}")
-        return 0
-
-    return cli.guarded(command)
+    for name in names or PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if (made := filled(text)) != text:
+            write_atomic(ROOT / name, made)
+            print(f"wrote {name}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
+from comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,7 +42,6 @@ from partial_lora.files import write_atomic
 from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
-from partial_lora.report.comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
 from partial_lora.report.depth import grid
 from partial_lora.report.drawing import (
     COLOURS,
@@ -945,23 +945,19 @@ FIGURES = {
 MEASURED = {"fig3": _groups_of_fig3, "fig7": _groups_of_fig7}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draw what is named, and print which files that is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
     parser.add_argument("--runs", action="store_true", help="print the runs whose dynamics it shows, and draw nothing")
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        for name in dict.fromkeys(options.names):
-            if options.runs:
-                print(*(run.directory for run in measured_runs(name, options.results)), sep="\n")
-            else:
-                print(*(f"wrote {file}" for file in make(name, options.results)), sep="\n")
-        return 0
-
-    return cli.guarded(command)
+    for name in dict.fromkeys(options.names):
+        if options.runs:
+            print(*(run.directory for run in measured_runs(name, options.results)), sep="\n")
+        else:
+            print(*(f"wrote {file}" for file in make(name, options.results)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
-
-from partial_lora import cli, methods
-from partial_lora.calibration.search import threshold_of
-from partial_lora.files import write_atomic
-from partial_lora.launching import packs
-from partial_lora.report.claims import (
+from claims import (
     ALL_SETS,
     AS_GOOD,
     AVERAGE,
@@ -55,7 +50,7 @@ from partial_lora.report.claims import (
     scores,
     tabled,
 )
-from partial_lora.report.comparable import (
+from comparable import (
     BUDGET,
     CELL,
     POINTS,
@@ -66,6 +61,11 @@ from partial_lora.report.comparable import (
     gather,
     models_of,
 )
+
+from partial_lora import cli, methods
+from partial_lora.calibration.search import threshold_of
+from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.rows import COSTS, NONE, number, point_order
 from partial_lora.report.statistics import MARGIN, half_interval, reliability, together
@@ -846,7 +846,8 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is named, and print which files that is, what they say and which runs are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -854,25 +855,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        evidence, folder = gather(options.results), options.results / "tables"
-        wanted = TABLES if CLAIMS in options.names else dict.fromkeys(options.names)
-        made = {name: TABLES[name](evidence) for name in wanted}
-        for name in dict.fromkeys(options.names):
-            line = shlex.join(["python", "scripts/paper_tables.py", name, "--results", str(options.results)])
-            tables = list(made.values()) if name == CLAIMS else [made[name]]
-            files = [write_claims(tables, folder, line)] if name == CLAIMS else write(made[name], folder, line)
-            for file in files:
-                print(f"wrote {file}")
-            for table in tables:
-                for each in table.missing if name != CLAIMS else ():
-                    print(f"missing: {each}")
-                for each in table.verdicts:
-                    print(f"{table.name}: {each.claim} ({each.where}): {in_words(each)}; {each.found}")
-        return 0
-
-    return cli.guarded(command)
+    evidence, folder = gather(options.results), options.results / "tables"
+    wanted = TABLES if CLAIMS in options.names else dict.fromkeys(options.names)
+    made = {name: TABLES[name](evidence) for name in wanted}
+    for name in dict.fromkeys(options.names):
+        line = shlex.join(["python", "scripts/paper_tables.py", name, "--results", str(options.results)])
+        tables = list(made.values()) if name == CLAIMS else [made[name]]
+        files = [write_claims(tables, folder, line)] if name == CLAIMS else write(made[name], folder, line)
+        for file in files:
+            print(f"wrote {file}")
+        for table in tables:
+            for each in table.missing if name != CLAIMS else ():
+                print(f"missing: {each}")
+            for each in table.verdicts:
+                print(f"{table.name}: {each.claim} ({each.where}): {in_words(each)}; {each.found}")
 
 
 if __name__ == "__main__":

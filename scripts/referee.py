@@ -272,26 +272,22 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; return the exit code."""
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the studies")
     parser.add_argument("--out", type=Path, default=Path("results/referee"))
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="studies of a kind")
     options = parser.parse_args(arguments)
-
-    def command() -> int:
-        options.out.mkdir(parents=True, exist_ok=True)
-        searched = replay(cells(options.results))
-        write_atomic(options.out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
-        seeds = simulate(components(options.results), options.repetitions)
-        write_atomic(options.out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
-        write_atomic(options.out / "referee.md", page(searched, seeds, options.repetitions))
-        print(options.out / "referee.md")
-        return 0
-
-    return cli.guarded(command)
+    options.out.mkdir(parents=True, exist_ok=True)
+    searched = replay(cells(options.results))
+    write_atomic(options.out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
+    seeds = simulate(components(options.results), options.repetitions)
+    write_atomic(options.out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
+    write_atomic(options.out / "referee.md", page(searched, seeds, options.repetitions))
+    print(options.out / "referee.md")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from partial_lora import cli
 from partial_lora.settings.study import OF_RUNS, commands
 
 
-def main() -> int:
-    """Run a study; return the exit code of the command that ended it, or 0."""
+@cli.script
+def main() -> int | None:
+    """Run a study; return the exit code of the command that ended it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a file of conf/experiment")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of NAME/{train,test}.parquet")
@@ -29,19 +30,14 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the commands alone")
     options = parser.parse_args()
     only = {key: set(values.split(",")) for key, _, values in (word.partition("=") for word in options.only)}
-
-    def command() -> int:
-        for words in commands(options.name, options.data, only):
-            words += options.settings if words[0] in OF_RUNS else []
-            print("+", shlex.join(words), flush=True)
-            if not options.list:
-                own = words[1:] if words[0] == "python" else ["-m", "partial_lora", *words]
-                code = subprocess.run([sys.executable, *own], check=False).returncode
-                if code > 1:
-                    return code
-        return 0
-
-    return cli.guarded(command)
+    for words in commands(options.name, options.data, only):
+        words += options.settings if words[0] in OF_RUNS else []
+        print("+", shlex.join(words), flush=True)
+        if not options.list:
+            own = words[1:] if words[0] == "python" else ["-m", "partial_lora", *words]
+            code = subprocess.run([sys.executable, *own], check=False).returncode
+            if code > 1:
+                return code
 
 
 if __name__ == "__main__":

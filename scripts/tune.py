@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import packs
 from partial_lora.settings.rates import ranked
@@ -146,6 +147,7 @@ def rate_of(record: Mapping) -> float:
     return float(record["config"]["trainer"]["learning_rate"])
 
 
+@cli.script
 def main(arguments: list[str] | None = None) -> int:
     """Read the runs, write the file and print its new entries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,18 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--extend", action="store_true", help="count the rates that FILE says were tried, too")
     given = parser.parse_args(arguments)
     given.out = given.out or given.results_dir.parent / "tuning.json"
-    try:
-        folders = packs.directories(given.results_dir)
-        records = [record for folder in folders if (record := packs.recorded(folder)) is not None]
-        entries, left_out = best_rates(records, load(given.out) if given.extend else ())
-        for line in left_out:
-            print(f"tune: left out: {line}", file=sys.stderr)
-        if not entries:
-            raise PartialLoraError(f"{given.results_dir}: expected runs of experiment=tune")
-        save(given.out, entries)
-    except PartialLoraError as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
+    folders = packs.directories(given.results_dir)
+    records = [record for folder in folders if (record := packs.recorded(folder)) is not None]
+    entries, left_out = best_rates(records, load(given.out) if given.extend else ())
+    for line in left_out:
+        print(f"tune: left out: {line}", file=sys.stderr)
+    if not entries:
+        raise PartialLoraError(f"{given.results_dir}: expected runs of experiment=tune")
+    save(given.out, entries)
     for entry in entries:
         worth = {rate: "not finite" if value is None else f"{value:.4f}" for rate, value in entry["tried"].items()}
         tried = "  ".join(f"{rate}: {value}" for rate, value in worth.items())

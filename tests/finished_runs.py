@@ -19,7 +19,7 @@ from partial_lora import train
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.launching import directory as record
 from partial_lora.settings.compose import composed
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 COLOURS = ("red", "green", "blue")
 SHORT = ("trainer.max_steps=12", "trainer.device=cpu", "trainer.learning_rate=0.01", "trainer.eval_batch_size=8")

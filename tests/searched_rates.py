@@ -9,7 +9,7 @@ import tune
 
 from partial_lora.launching import directory
 from partial_lora.settings.compose import composed
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 

@@ -21,7 +21,7 @@ from tracked import in_mlflow, points_of, scalars, without_clock
 from partial_lora import tasks
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import HIDDEN
-from partial_lora.launching import places
+from partial_lora.launching import paths
 from partial_lora.settings.compose import composed
 from partial_lora.tasks import sources
 from partial_lora.tasks.config import TaskConfig
@@ -56,8 +56,8 @@ def test_a_run_leaves_no_trace_of_a_secret(secretive) -> None:
 
 
 def test_the_id_of_a_run_does_not_depend_on_what_is_hidden(secretive) -> None:
-    assert places.run_directory(composed(*secretive.given)).name == secretive.directory.name
-    assert places.run_directory(composed(*secretive.given)).parts[-2] == secretive.directory.parts[-2]
+    assert paths.run_directory(composed(*secretive.given)).name == secretive.directory.name
+    assert paths.run_directory(composed(*secretive.given)).parts[-2] == secretive.directory.parts[-2]
 
 
 def test_trackers_have_what_the_record_has(secretive, monkeypatch) -> None:

@@ -94,8 +94,7 @@ def random_masks(
         options: dict = {"mask_seed": mask_seed, "module": module, "axis": axis}
         if form.apart:
             options["shape"] = geometry.b if axis == "rows" else geometry.a
-        draw = Mask.bernoulli if count == "bernoulli" else form.random
-        return draw(size, shares[module][axis], **options)
+        return form.drawn(count)(size, shares[module][axis], **options)
 
     return _masks(geometries, granularity, factors, choose, mask_seed=mask_seed)
 

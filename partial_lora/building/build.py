@@ -28,7 +28,7 @@ from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import RESAMPLING
 from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
-from partial_lora.settings.checks import check_modality
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task

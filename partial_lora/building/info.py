@@ -13,7 +13,7 @@ from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates
-from partial_lora.settings.checks import check_modality
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, spent_evenly
 from partial_lora.tasks.config import TaskConfig

@@ -20,9 +20,9 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
 from partial_lora.peers import Alone
-from partial_lora.settings.checks import check_modality
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests, run_id
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks import SPLITS, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of

@@ -13,8 +13,8 @@ from partial_lora.errors import require
 from partial_lora.finished.predict import RunModel, is_text
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
-from partial_lora.tasks.prompts import Message, Prompt
 from partial_lora.tasks.questions import ASSISTANT
+from partial_lora.tasks.tokens import Message, Prompt
 from partial_lora.training.generation import generation_config
 
 

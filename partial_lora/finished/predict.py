@@ -29,7 +29,7 @@ from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import OneTask, one_task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
-from partial_lora.tasks.prompts import ChoiceTransform
+from partial_lora.tasks.tokens import ChoiceTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.generation import generate
 from partial_lora.training.predictions import log_likelihoods

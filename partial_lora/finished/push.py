@@ -14,7 +14,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building, redacted
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
-from partial_lora.settings.stored import plain, without_places
+from partial_lora.settings.versions import plain, without_places
 
 FOLDER = "hub"  # beside the exports
 

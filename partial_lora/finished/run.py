@@ -9,7 +9,7 @@ from pathlib import Path
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import load
+from partial_lora.settings.versions import load
 from partial_lora.tasks.config import TaskConfig
 
 

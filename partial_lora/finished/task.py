@@ -12,7 +12,7 @@ from partial_lora.settings.arguments import in_grammar, parsed, refuse_group_lis
 from partial_lora.settings.compose import in_one_line, register_schema
 from partial_lora.settings.resolving import check_files, with_files
 from partial_lora.settings.schema import Config, conf_dir
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import split_folders
 from partial_lora.tasks.kinds import kind_of

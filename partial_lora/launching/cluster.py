@@ -13,7 +13,8 @@ from pathlib import Path
 
 from partial_lora import files
 from partial_lora.errors import require
-from partial_lora.settings.machines import ACCELERATE_CONFIG, accelerate_file, has_accelerator
+from partial_lora.settings.accelerate_file import ACCELERATE_CONFIG, accelerate_file
+from partial_lora.settings.compatibility import has_accelerator
 from partial_lora.training.config import TrainerConfig
 
 GRACE = 600  # seconds that several workers have to end well after a request to stop; a second request kills them

@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
-from partial_lora.launching.places import at_other_rates, run_directory
+from partial_lora.launching.paths import at_other_rates, run_directory
 from partial_lora.launching.search import (
     FINALISTS,
     QUARTER,
@@ -39,9 +39,9 @@ from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
 from partial_lora.settings.compose import Plan, in_one_line, plan
-from partial_lora.settings.machines import has_accelerator
+from partial_lora.settings.accelerate_file import has_accelerator
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.training.config import AUTO
 
 SIZES = (1.0, 0.5, 0.25, 0.13, 0.06, 0.03, 0.015)  # shares of dense LoRA's parameters that are tried under a limit

@@ -1,4 +1,4 @@
-"""The directory of a run: its files, whole or absent; its one writer; its record, which becomes result.json."""
+"""The directory of a run: its files, whole or absent; its one writer; its record. `paths` says where it is."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import yaml
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, read_json, redacted
-from partial_lora.settings.stored import upgraded
 from partial_lora.settings.tuned import tuned
+from partial_lora.settings.versions import upgraded
 from partial_lora.training.config import TRACKERS
 
 RESULT = "result.json"

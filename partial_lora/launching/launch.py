@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,22 +17,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from unittest import mock
 
 import yaml
 
 from partial_lora import files, progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import redacted
-from partial_lora.launching import directory, failures, imports, packs
+from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command
-from partial_lora.launching.places import calibration_directory, run_directory
+from partial_lora.launching.fork import Forked, can_fork, fork
+from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -111,7 +108,7 @@ def launch(
             _command(place, stage, cluster),
             _environment(config, place, cluster),
             place / directory.LOG,
-            start=_fork if can_fork(config, cluster) else _start,
+            start=fork if can_fork(config, cluster) else _start,
             watch=watch,
             lock=lock,
             stop=stop,
@@ -226,7 +223,7 @@ def _run_process(
     environment: Mapping[str, str],
     log: Path,
     *,
-    start: Callable[..., subprocess.Popen | _Forked] | None = None,
+    start: Callable[..., subprocess.Popen | Forked] | None = None,
     watch: Callable[[dict], None] = lambda event: None,
     lock: int | None = None,
     stop: Callable[[], Sequence[int]] = tuple,
@@ -235,7 +232,7 @@ def _run_process(
 
     Its output is added to `log`, and its progress goes to `watch`. It inherits the descriptor `lock`, into which its
     pid is written, and so holds the lock to its end, even if this process dies. The first signal that asks this process
-    to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `_fork`. stop:
+    to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `fork`. stop:
     as `launch` takes it.
     """
     events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
@@ -307,85 +304,6 @@ def end_with_parent() -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-# --- A worker that is forked from a process which has imported everything (trainer.start=fork).
-
-
-_PRELOADED = ["partial_lora.launching.forking", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
-_STARTING = threading.Lock()
-_OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
-
-
-def can_fork(config: Config, cluster: Cluster) -> bool:
-    """Return whether a run is to be forked, and can be: else it gets a fresh interpreter.
-
-    Several processes have a launcher of their own, a quantised model needs a library that the forking process has
-    hidden, and trackers end in handlers that a forked process does not run.
-    """
-    return (
-        config.trainer.start == "fork"
-        and "forkserver" in multiprocessing.get_all_start_methods()
-        and not (cluster.is_launched or config.trainer.report_to or imports.may_be_quantised(config.model))
-    )
-
-
-class _Forked:
-    """A forked worker, with as much of subprocess.Popen as `_run_process` calls."""
-
-    def __init__(self, process: multiprocessing.Process) -> None:
-        self._process, self.pid = process, process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, or minus the number of the signal that ended it; None while it runs."""
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        """Return the exit code, if it has ended."""
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for its end, at most so many seconds, and return the exit code if it has ended."""
-        self._process.join(timeout)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
-        if self.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-
-def _fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> _Forked:
-    """Have a worker forked, as `_start` starts one; the first call starts the process that forks.
-
-    That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
-    this one, and hands on how a worker ended.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
-    with _STARTING, mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
-        ensure_running()
-    arguments = command[command.index("-m") + 1 :]
-    passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process
-    process = context.Process(target=_be_forked, args=(arguments, dict(environment), *passed))
-    process.start()
-    return _Forked(process)
-
-
-def _be_forked(arguments: list[str], environment: Mapping[str, str], log: Connection, lock: Connection) -> None:
-    """Be `python -m *arguments` with an environment, a session and a log of its own; `lock` is held until the end."""
-    os.setsid()
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(log.fileno(), stream.fileno())
-    log.close()
-    os.environ.clear()
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere
-    sys.argv = arguments
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-
-
 class _StopRequests:
     """Passes the first request to stop on to the worker, and kills the worker's whole group on the second.
 
@@ -394,7 +312,7 @@ class _StopRequests:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self.worker: subprocess.Popen | _Forked | None = None
+        self.worker: subprocess.Popen | Forked | None = None
         self._last = float("-inf")
 
     def remind(self) -> None:

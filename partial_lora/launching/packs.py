@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import with_an_end
 from partial_lora.launching.directory import RESULT, RUNS, read_result
-from partial_lora.settings.stored import upgraded
+from partial_lora.settings.versions import upgraded
 
 if TYPE_CHECKING:  # a quarter of a second to import; most results directories have no pack
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""PEFT's own methods: LoRA as it is, DoRA, VeRA, AdaLoRA and LoRA-FA, the last two with what they add to training."""
+"""PEFT's own methods: LoRA as it is, DoRA, VeRA, and AdaLoRA with what it adds to training."""
 
 from __future__ import annotations
 

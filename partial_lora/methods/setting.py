@@ -14,7 +14,7 @@ from partial_lora.adapter.config import only
 from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, MASKED, Mask, Sparsity, kept_count
+from partial_lora.masks import AXES, GRANULARITIES, MASKED, Mask, Sparsity, kept_count
 from partial_lora.methods import called, imported
 from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
 
@@ -116,7 +116,7 @@ class Setting:
     def masks(self) -> dict[str, dict[str, Mask]]:
         """Draw the masks of `partial`, by module and axis: of rows and columns, or of the entries of B and of A."""
         sizes, _ = self.units()
-        draw = Mask.bernoulli if self.mask.count == "bernoulli" else Mask.random
+        draw = GRANULARITIES[self.mask.granularity].drawn(self.mask.count)
         return {
             module: {
                 axis: draw(size, shares[axis], mask_seed=self.mask_seed, module=module, axis=axis)

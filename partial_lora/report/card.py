@@ -28,7 +28,7 @@ from partial_lora.report import predictions, statistics, summary
 from partial_lora.report.rows import came_to, row
 from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import plain, without_places
+from partial_lora.settings.versions import plain, without_places
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER

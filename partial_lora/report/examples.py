@@ -89,7 +89,7 @@ def rows_of(settings: Mapping, *, fetch: bool = False):
     import datasets
 
     from partial_lora import tasks
-    from partial_lora.settings.stored import load
+    from partial_lora.settings.versions import load
 
     datasets.disable_progress_bars()
     try:

@@ -24,7 +24,7 @@ from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
 from partial_lora.report import predictions, ranking, records
-from partial_lora.settings.stored import upgraded
+from partial_lora.settings.versions import upgraded
 from partial_lora.tasks.metrics import OF_TEXTS
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", *OF_TEXTS)

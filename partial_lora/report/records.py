@@ -13,7 +13,7 @@ from partial_lora.files import read_json
 from partial_lora.launching import packs
 from partial_lora.launching.directory import INTERRUPTED, RESULT
 from partial_lora.report.rows import row
-from partial_lora.settings import stored
+from partial_lora.settings import versions
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,4 @@ def record(directory: Path) -> dict:
     history = result.get("history", [])
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise ValueError("foreign, its history is no list of steps")
-    return stored.upgraded(result)
+    return versions.upgraded(result)

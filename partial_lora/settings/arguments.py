@@ -19,7 +19,7 @@ from partial_lora.files import flatten, read_yaml
 from partial_lora.models.config import FROM_FILES
 from partial_lora.settings.keys import no_such_option
 from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
-from partial_lora.settings.stored import upgraded_settings
+from partial_lora.settings.versions import upgraded_settings
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -286,7 +286,7 @@ def _show(arguments: Sequence[str]) -> None:
 
 def _unfit(config: Config, launcher: str) -> str | None:
     """Return why a run would be refused once its libraries are imported; None where it would not."""
-    from partial_lora.settings.checks import check
+    from partial_lora.settings.compatibility import check
 
     try:
         check(config, here=launcher in ("basic", "joblib"))

@@ -19,10 +19,10 @@ from partial_lora.files import at_home, plain_name
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.models.config import FROM_FILES
 from partial_lora.models.skeleton import stored_settings
-from partial_lora.settings.machines import accelerate_file
+from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.schema import Config, conf_dir
-from partial_lora.settings.stored import plain
 from partial_lora.settings.tuned import tuned
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING

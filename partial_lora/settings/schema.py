@@ -1,8 +1,8 @@
 """The settings of a run: every key, its type, its default and its range.
 
 The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
-of range are refused by name before anything expensive starts. A default may change: `stored.CHANGES` says what settings
-that are older than the change mean.
+of range are refused by name before anything expensive starts. A default may change: `versions.CHANGES` says what
+older settings mean.
 """
 
 from __future__ import annotations

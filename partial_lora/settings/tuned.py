@@ -19,7 +19,7 @@ from typing import Any
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, redacted, write_json
-from partial_lora.settings import identity, schema, stored
+from partial_lora.settings import identity, schema, versions
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".
 
@@ -293,7 +293,7 @@ def save(file: Path, entries: Iterable[Mapping]) -> None:
 def _upgraded(entry: Mapping, since: str) -> dict:
     """Return an entry in today's terms; one without an operating point has no settings of masks."""
     settings = dict(entry["settings"])
-    for change in dropwhile(lambda change: change.version != since, stored.CHANGES):
+    for change in dropwhile(lambda change: change.version != since, versions.CHANGES):
         if entry["operating_point"] != NO_POINT or not change.key.startswith(_CALIBRATED):
             settings.setdefault(change.key, settings.pop(change.name, change.before))
     length = {key: value for key, value in settings.items() if _is_length(key)}

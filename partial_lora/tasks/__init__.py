@@ -10,7 +10,7 @@ _MODULES = {
     "images": ("ImageTransform",),
     "metrics": ("final_number",),
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mix"),
-    "prompts": ("CausalTransform", "ChoiceTransform"),
+    "tokens": ("CausalTransform", "ChoiceTransform"),
     "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
     "task": ("SPLITS", "Task", "load"),
     "texts": ("TextTransform",),

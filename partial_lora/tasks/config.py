@@ -41,7 +41,7 @@ class TaskConfig:
     text_columns: list[str] = field(default_factory=list)
     image_column: Optional[str] = None  # the column of images; null: the only one
     label_column: Optional[str] = None  # the column of labels; null: the only column that can hold labels
-    # choice: the known data set whose layout the rows have (tasks/formats.py); null: as the columns say
+    # choice: the known data set whose layout the rows have (tasks/prompt_formats.py); null: as the columns say
     format: Optional[str] = None
     prompt_columns: list[str] = field(default_factory=list)  # choice, generation: what comes before the answer
     # choice: one column of lists, or one column for each option

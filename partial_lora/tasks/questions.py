@@ -12,8 +12,8 @@ from datasets import Dataset, Features, List, Value
 from partial_lora import progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
 from partial_lora.tasks.metrics import final_number
+from partial_lora.tasks.prompt_formats import CHOICES, COMPLETIONS, OPTIONAL, Choice, Completion, Row
 from partial_lora.tasks.sources import LAYOUTS, Layout, label_name, row_name
 
 Formatted = TypeVar("Formatted")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from partial_lora.tasks import CausalTransform
-from partial_lora.tasks.prompts import Prompt
+from partial_lora.tasks.tokens import Prompt
 
 
 def generation_config(

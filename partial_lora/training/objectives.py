@@ -25,8 +25,8 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER, OF_TEXTS
 from partial_lora.tasks.mixture import starts, within
-from partial_lora.tasks.prompts import Prompt
 from partial_lora.tasks.task import Transform
+from partial_lora.tasks.tokens import Prompt
 from partial_lora.training import predictions
 from partial_lora.training.fsdp import is_sharded_model
 from partial_lora.training.generation import generate

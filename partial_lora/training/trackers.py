@@ -1,4 +1,4 @@
-"""Experiment trackers beside the local history: TensorBoard, MLflow, Weights & Biases, Trackio."""
+"""Experiment trackers beside the local history, by the names of TRACKERS in training/config.py."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from refusals import refusal
 from partial_lora import methods
 from partial_lora.building import build
 from partial_lora.calibration.config import CalibrationConfig
-from partial_lora.launching import places
+from partial_lora.launching import paths
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import checks, compose
+from partial_lora.settings import compatibility, compose
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.config import TaskConfig
 
@@ -31,7 +31,7 @@ def model_of(name: str, **changes: object):
 @pytest.mark.parametrize(("model", "task"), [("tiny_vit", "text"), ("tiny_bert", "image")])
 def test_a_model_that_cannot_read_the_task_is_refused_by_both_names(model: str, task: str) -> None:
     with refusal(f"model={model} ", "task=mine ", task):
-        checks.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
+        compatibility.check_modality(ModelConfig(**settings(model)), TaskConfig("mine", modality=task))
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_seeds_have_training_rows_of_their_own_and_the_same_test_rows_where_the_
     assert own[0][1] != own[1][1]
     assert rows("task.split_seed=0", "seed=3") == own[0]
     first, second = (compose.composed("task.split_seed=null", f"seed={seed}") for seed in (0, 3))
-    assert places.run_directory(first).parent == places.run_directory(second).parent
+    assert paths.run_directory(first).parent == paths.run_directory(second).parent

@@ -6,7 +6,7 @@ import pytest
 from refusals import refusal
 
 from partial_lora.building.info import outline
-from partial_lora.settings.checks import check
+from partial_lora.settings.compatibility import check
 from partial_lora.settings.compose import composed
 
 OWN = ("model=tiny_bert", "task=text_table", "method=lora")

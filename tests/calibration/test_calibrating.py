@@ -20,7 +20,7 @@ from partial_lora.calibration.reliability import reliability
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as record
 from partial_lora.settings.compose import composed
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3", "calibration.levels=0.2")
 

@@ -21,7 +21,7 @@ from partial_lora.finished import evaluate as evaluate_run
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.finished.task import evaluation_settings
 from partial_lora.launching import directory as results
-from partial_lora.settings import identity, stored
+from partial_lora.settings import identity, versions
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -208,7 +208,7 @@ def with_files(run: FinishedRun, folder: Path, data_files: object) -> FinishedRu
     directory = folder / f"{run.method}-{identity.run_id(settings)}" / "seed0"
     shutil.copytree(run.directory, directory)
     record = json.loads((directory / results.RESULT).read_text())
-    of_files = {"config": stored.plain(settings), "digests": identity.digests(stored.plain(settings))}
+    of_files = {"config": versions.plain(settings), "digests": identity.digests(versions.plain(settings))}
     (directory / results.RESULT).write_text(json.dumps(record | of_files))
     return finished_run(directory)
 

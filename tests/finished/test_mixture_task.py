@@ -22,7 +22,7 @@ from partial_lora.finished import export
 from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
-from partial_lora.settings import stored
+from partial_lora.settings import versions
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -136,9 +136,9 @@ def test_members_are_listed_and_a_run_of_one_task_has_none() -> None:
 
 def test_a_key_that_came_after_the_run_has_its_default_in_a_member_too() -> None:
     run = mixed_runs.text_mixture()
-    older = stored.plain(run.config)
+    older = versions.plain(run.config)
     del older["task"]["members"]["films"]["label_noise"]
-    before = dataclasses.replace(run, config=stored.load(older))
+    before = dataclasses.replace(run, config=versions.load(older))
     assert one_task(before, "films").config.task == run.config.task.members["films"]
 
 

@@ -33,7 +33,7 @@ from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.texts import byte_tokenizer
-from partial_lora.tasks import CausalTransform, formats, questions
+from partial_lora.tasks import CausalTransform, prompt_formats, questions
 
 HALF = "\ud83d"  # of a character: bytes on a command line that are no UTF-8 come as such
 SIZES = (1, 7, 100)  # of a batch: texts are padded to other lengths each time
@@ -155,8 +155,8 @@ def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
     arc = {"question": "what is red?", "choices": {"text": ["a rose", "coal"], "label": ["A", "B"]}, "answerKey": "A"}
     wino = {"sentence": "The cup fits not the box as the _ is too big.", "option1": "cup", "option2": "box"}
     cases = (
-        (formats.arc(arc), None, ("Question: what is red?\nAnswer:", ["a rose", "coal"])),
-        (formats.winogrande(wino | {"answer": 1}), "winogrande", (wino["sentence"], ["cup", "box"])),
+        (prompt_formats.arc(arc), None, ("Question: what is red?\nAnswer:", ["a rose", "coal"])),
+        (prompt_formats.winogrande(wino | {"answer": 1}), "winogrande", (wino["sentence"], ["cup", "box"])),
     )
     for choice, layout, question in cases:
         row = {"prompts": [choice.prompts], "options": [choice.options], "label": [0]}

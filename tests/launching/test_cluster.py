@@ -13,7 +13,7 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.launching import cluster
-from partial_lora.settings import machines
+from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.training.config import TrainerConfig
 
 WORKER = ["-m", "partial_lora.worker", "somewhere"]
@@ -106,7 +106,7 @@ def test_a_file_that_is_none_is_refused(content: bytes | None, tmp_path: Path) -
     if content is not None:
         path.write_bytes(content)
     with refusal(rf"trainer\.accelerate_config={path}: "):
-        machines.accelerate_file(path)
+        accelerate_file(path)
 
 
 def test_a_quantised_model_is_not_shared_out() -> None:

@@ -15,7 +15,7 @@ from refusals import refusal
 
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory, search
-from partial_lora.launching.places import run_directory
+from partial_lora.launching.paths import run_directory
 from partial_lora.settings import comparison, schema
 
 GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")

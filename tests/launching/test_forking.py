@@ -16,7 +16,7 @@ from commands import environment, here, is_alive
 from safetensors.torch import load_file
 
 from partial_lora.launching.cluster import cluster_of
-from partial_lora.launching.launch import can_fork
+from partial_lora.launching.fork import can_fork
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 

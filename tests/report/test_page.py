@@ -22,7 +22,7 @@ from partial_lora import cli
 from partial_lora.launching.directory import EXAMPLE, PICTURE, is_drawn
 from partial_lora.report import page, records
 from partial_lora.report.summary import measured
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _VOID = {"meta", "link", "img", "br", "input", "hr"}

@@ -24,7 +24,7 @@ from partial_lora.calibration.importance import scores_of
 from partial_lora.calibration.reliability import difference, reliability, split_half
 from partial_lora.launching import directory
 from partial_lora.masks import Mask
-from partial_lora.settings import stored
+from partial_lora.settings import versions
 from partial_lora.settings.compose import composed
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
@@ -40,7 +40,7 @@ FILES = {"analysis.json", "analysis.log", "table.md"}
 
 def settings(*arguments: str) -> dict:
     _, options, rest = analyses.parse(["cost", *TINY, *arguments])
-    return stored.plain(composed(*rest)) | {"analysis": options}
+    return versions.plain(composed(*rest)) | {"analysis": options}
 
 
 @pytest.fixture(scope="module", autouse=True)

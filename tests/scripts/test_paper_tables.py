@@ -6,17 +6,16 @@ import json
 import shlex
 from pathlib import Path
 
+import claims
 import numpy as np
 import pandas as pd
 import paper_tables as tables
 import pytest
 from checkout import NEEDED, RESULTS
+from claims import AS_GOOD, FAILS, HOLDS, OPEN
+from comparable import gather
 from paper_tables import Table, missing, planned
 from recorded_runs import EXAMPLES, leave
-
-from partial_lora.report import claims
-from partial_lora.report.claims import AS_GOOD, FAILS, HOLDS, OPEN
-from partial_lora.report.comparable import gather
 
 CHOICE = {"task__kind": "choice", "task__modality": "text"}
 

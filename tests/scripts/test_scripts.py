@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from partial_lora.launching import cluster
-from partial_lora.launching.places import run_directory
+from partial_lora.launching.paths import run_directory
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 

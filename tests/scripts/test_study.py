@@ -13,7 +13,7 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from partial_lora.launching.places import run_directory
+from partial_lora.launching.paths import run_directory
 from partial_lora.settings import comparison, compose, schema
 from partial_lora.settings import study as studies
 

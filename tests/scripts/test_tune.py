@@ -12,9 +12,9 @@ from refusals import refusal
 from searched_rates import RATES, best, run, search, settings
 
 from partial_lora import files
-from partial_lora.launching import directory, places
+from partial_lora.launching import directory, paths
 from partial_lora.report.rows import operating_point
-from partial_lora.settings import stored, tuned
+from partial_lora.settings import tuned, versions
 from partial_lora.tasks import metrics
 
 LORA = ("method=lora",)
@@ -169,7 +169,7 @@ def test_where_losses_are_not_in_the_file_the_choice_among_equals_stands() -> No
 def test_the_command_reads_runs_and_writes_the_file_or_goes_on_with_it(tmp_path: Path, capsys) -> None:
     def results(name: str, runs: list[dict]) -> str:
         for each in runs:
-            place = tmp_path / name / places.run_directory(stored.load(each["config"]))
+            place = tmp_path / name / paths.run_directory(versions.load(each["config"]))
             place.mkdir(parents=True)
             files.write_json(place / directory.RESULT, each)
         return str(tmp_path / name / "results")

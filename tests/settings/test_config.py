@@ -20,7 +20,7 @@ from partial_lora import files, methods
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
-from partial_lora.settings import compose, identity, keys, resolving, schema, stored
+from partial_lora.settings import compose, identity, keys, resolving, schema, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.loader import Loader
 from partial_lora.settings.schema import Config
@@ -187,10 +187,10 @@ def test_settings_come_back_as_they_were_from_plain_data_even_without_their_file
     rows.write_text("text,label")
     chosen = composed("model=tiny_bert", "task=mixture", "task.members=[sst2]", f"task.data_files={{sst2: {rows}}}")
     rows.unlink()
-    assert stored.load(stored.plain(chosen)) == chosen
-    older = stored.plain(chosen)
+    assert versions.load(versions.plain(chosen)) == chosen
+    older = versions.plain(chosen)
     del older["calibration"]["memory"], older["keep_records"]
-    assert stored.load(older) == chosen
+    assert versions.load(older) == chosen
 
 
 def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
     for method in ("entries", "ticket"):  # which never calibrate
         assert composed(f"method={method}", "calibration=fixed") == composed(f"method={method}")
     chosen = composed("calibration.sparsity={attn.qkv: {rows: 0.5, columns: 0}, .*: 0.9}")
-    assert stored.load(stored.plain(chosen)) == chosen
+    assert versions.load(versions.plain(chosen)) == chosen
 
 
 def test_what_the_default_files_set_are_the_defaults_of_the_schema() -> None:
@@ -323,7 +323,7 @@ def test_an_argument_is_what_it_looks_like(argument: str, value: object, tmp_pat
     for name in ("a.csv", "a (1).csv", "b, [c]", "2024", "accuracy"):
         (tmp_path / name).touch()
     key = argument.partition("=")[0]
-    found = stored.plain(composed(argument))
+    found = versions.plain(composed(argument))
     assert functools.reduce(lambda group, name: group[name], key.split("."), found) == value
 
 
@@ -365,7 +365,7 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
         "task.data_files": "~/rows.csv",
     }
     found = files.flatten(
-        stored.plain(composed("model=clip_vit_b16", *(f"{key}={path}" for key, path in keys.items())))
+        versions.plain(composed("model=clip_vit_b16", *(f"{key}={path}" for key, path in keys.items())))
     )
     assert {key: found[key] for key in keys} == {key: path.replace("~", str(tmp_path)) for key, path in keys.items()}
     by_split = composed("task=text_table", "model=tiny_bert", "task.data_files={train: ~/rows.csv}")
@@ -382,7 +382,7 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
 
 def test_a_preset_is_recorded_and_no_setting() -> None:
     chosen = composed("preset=paper", "trainer.tuned=null", "task=digits")
-    assert directory.new(stored.plain(chosen))["preset"] == "paper"
+    assert directory.new(versions.plain(chosen))["preset"] == "paper"
     assert identity.run_id(chosen) == identity.run_id(dataclasses.replace(chosen, preset=None))
 
 
@@ -449,7 +449,7 @@ def test_an_example_composes_to_what_it_says(file: Path, tmp_path: Path, monkeyp
         (tmp_path / name).touch()
     runs = [found for _, found in compose.plan([str(file)]).runs]
     assert len(runs) == (18 if file.stem == "sweep" else 1)
-    content, found = OmegaConf.to_container(OmegaConf.load(file)), files.flatten(stored.plain(runs[0]))
+    content, found = OmegaConf.to_container(OmegaConf.load(file)), files.flatten(versions.plain(runs[0]))
     own = {key: value for key, value in content.items() if key in found and key != "task.data_files"}
     assert {key: found[key] for key in own} == own
     names = {group: content[group] for group in ("model", "task", "method") if group in content}
@@ -501,7 +501,7 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
 )
 def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_path: Path, overrides: list[str]) -> None:
     first = composed(*overrides)
-    record = stored.plain(first)
+    record = versions.plain(first)
     record["trainer"]["tuned_elsewhere"] = "digits"  # which earlier runs noted
     own = settings_file(tmp_path, yaml.safe_dump(record))
     assert composed(own) == dataclasses.replace(first, overwrite=False)  # a finished run is not lost by it
@@ -542,13 +542,13 @@ def kept_of(config: Config) -> dict:
     ],
 )
 def test_a_group_beside_the_settings_of_a_run_is_as_it_is_by_itself(tmp_path: Path, overrides, chosen) -> None:
-    own = settings_file(tmp_path, yaml.safe_dump(stored.plain(composed("model=tiny_vit", *overrides))))
+    own = settings_file(tmp_path, yaml.safe_dump(versions.plain(composed("model=tiny_vit", *overrides))))
     assert composed(own, chosen) == composed("model=tiny_vit", chosen)
 
 
 def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_stays(tmp_path: Path) -> None:
     first = composed("model=tiny_vit", "mask.seed=4", "trainer.learning_rate=3e-4", "method.rank=8")
-    found = composed(settings_file(tmp_path, yaml.safe_dump(stored.plain(first))), "method=entries")
+    found = composed(settings_file(tmp_path, yaml.safe_dump(versions.plain(first))), "method=entries")
     assert found.mask == composed("method=entries", "mask.seed=4").mask
     assert (found.trainer.learning_rate, found.method.rank) == (3e-4, 8)
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from checkout import RESULTS, needs_results
 
-from partial_lora.launching import directory, packs, places
-from partial_lora.settings import identity, schema, stored
+from partial_lora.launching import directory, packs, paths
+from partial_lora.settings import identity, schema, versions
 from partial_lora.settings.compose import composed
 
 
 def test_an_id_is_made_of_settings_alone_and_names_the_folder() -> None:
-    place = places.run_directory(composed("seed=2", "results_dir=here"))
+    place = paths.run_directory(composed("seed=2", "results_dir=here"))
     assert place == Path(f"here/runs/digits/vit_s14/partial-{identity.run_id(composed())}/seed2")
 
 
@@ -55,7 +55,7 @@ def test_what_a_method_has_no_use_for_enters_no_id(method: str, tmp_path: Path) 
     given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
     usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
     assert identity.run_id(usual) == identity.run_id(other)
-    assert places.calibration_directory(usual) != places.calibration_directory(other)
+    assert paths.calibration_directory(usual) != paths.calibration_directory(other)
     used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
     for key, is_used in used.items():
         assert (identity.run_id(composed(*given, key)) != identity.run_id(usual)) == is_used
@@ -71,9 +71,9 @@ def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
 def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
     chosen = (f"experiment={experiment}", "trainer.tuned=null")
     first, second = (composed(*chosen, f"seed={seed}") for seed in (0, 1))
-    assert places.run_directory(first).parent == places.run_directory(second).parent
+    assert paths.run_directory(first).parent == paths.run_directory(second).parent
     assert [each.calibration_seed for each in (first, second)] == [0, 1]
-    assert places.calibration_directory(first) != places.calibration_directory(second)  # which have no folder of a seed
+    assert paths.calibration_directory(first) != paths.calibration_directory(second)  # which have no folder of a seed
     assert identity.run_id(first) != identity.run_id(composed(*chosen, "seed=0", "calibration.seed=0"))
 
 
@@ -103,7 +103,7 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
 
 def recorded(place: Path, *overrides: str, **changes: object) -> Path:
     """Leave the record of a run in a folder that no id of today names."""
-    settings = stored.plain(composed(f"results_dir={place}", *overrides))
+    settings = versions.plain(composed(f"results_dir={place}", *overrides))
     folder = place / "runs" / settings["task"]["name"] / settings["model"]["name"]
     folder = folder / f"{settings['method']['name']}-00000000" / f"seed{settings['seed']}"
     folder.mkdir(parents=True)
@@ -121,45 +121,45 @@ def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch:
     ids = identity.run_id(at_default), identity.run_id(other)
     defaults = {**schema.defaults(), "trainer.warmup_ratio": 0.2}
     monkeypatch.setattr(schema, "defaults", lambda: defaults)
-    places._stored.cache_clear()  # as in a new process
-    assert places.run_directory(at_default) == folder != places.run_directory(other)
+    paths._stored.cache_clear()  # as in a new process
+    assert paths.run_directory(at_default) == folder != paths.run_directory(other)
     assert (identity.run_id(at_default), identity.run_id(other)) == ids  # so that no folder is taken for another's
 
 
 def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = stored.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
+    settings = versions.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
     older = {**settings, "mask": {"seed": None, "granularity": "rows_columns"}}
-    assert stored.plain(stored.load(older)) == settings
+    assert versions.plain(versions.load(older)) == settings
     folder = recorded(tmp_path, config=older)
-    assert places.run_directory(stored.load(settings)) == folder
+    assert paths.run_directory(versions.load(settings)) == folder
     kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
-    assert places.run_directory(kept) != folder
+    assert paths.run_directory(kept) != folder
     for ranks, rank in (("one", 16), ("auto", "auto")):  # which had said whether the rank was to be found
         method = settings["method"] | {"ranks": ranks}
-        assert stored.load({**settings, "method": method}).method.rank == rank
-    renamed = stored.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
-    monkeypatch.setattr(stored, "CHANGES", (*stored.CHANGES, renamed))
+        assert versions.load({**settings, "method": method}).method.rank == rank
+    renamed = versions.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
+    monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, renamed))
     trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}
-    assert stored.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
-    assert stored.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
+    assert versions.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
+    assert versions.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
 
 
 def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_path: Path) -> None:
     folder = recorded(tmp_path)
-    assert places.run_directory(composed(f"results_dir={tmp_path}", "seed=4")) == folder.with_name("seed4")
+    assert paths.run_directory(composed(f"results_dir={tmp_path}", "seed=4")) == folder.with_name("seed4")
     (folder / directory.RESULT).unlink()
-    (folder / directory.CONFIG).write_text(yaml.safe_dump(stored.plain(composed())))
-    assert places.run_directory(composed(f"results_dir={tmp_path}")) == folder
+    (folder / directory.CONFIG).write_text(yaml.safe_dump(versions.plain(composed())))
+    assert paths.run_directory(composed(f"results_dir={tmp_path}")) == folder
     (folder / directory.CONFIG).unlink()
-    assert places.run_directory(composed(f"results_dir={tmp_path}")) != folder
+    assert paths.run_directory(composed(f"results_dir={tmp_path}")) != folder
 
 
 def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
     found = recorded(tmp_path, "trainer.learning_rate=0.1")
     here = f"results_dir={tmp_path}"
-    assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
+    assert paths.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
     for other in ("seed=1", "method=lora", "trainer.warmup_ratio=0.2", "method.rank=8"):
-        assert places.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
+        assert paths.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
 
 
 def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
@@ -171,11 +171,11 @@ def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_n
     folder = recorded(tmp_path, *given, f"task.data_files={tmp_path / 'a' / 'rows.csv'}")
     moved = tmp_path / "elsewhere.csv"
     shutil.copy(tmp_path / "a" / "rows.csv", moved)
-    assert places.run_directory(composed(*given, f"task.data_files={moved}")) == folder
-    assert places.run_directory(second) != folder
+    assert paths.run_directory(composed(*given, f"task.data_files={moved}")) == folder
+    assert paths.run_directory(second) != folder
     record = json.loads((folder / directory.RESULT).read_text())
     (folder / directory.RESULT).write_text(json.dumps(record | {"digests": None}))
-    assert places.run_directory(first) == folder != places.run_directory(second)
+    assert paths.run_directory(first) == folder != paths.run_directory(second)
 
 
 @needs_results
@@ -183,7 +183,7 @@ def test_every_committed_run_is_found() -> None:
     for table in sorted(RESULTS.glob(f"*/{packs.RUNS_TABLE}")):
         for place in packs.directories(table.parent):
             if place.name == "seed0" and place.parts[-4] == "digits":
-                settings = stored.load(packs.packed(place)["config"])
+                settings = versions.load(packs.packed(place)["config"])
                 if settings.method.name == "lorafa_projected":  # which nothing can run any more
                     continue
-                assert places.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
+                assert paths.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place

@@ -14,7 +14,7 @@ from searched_rates import best, run, search
 
 from partial_lora import files
 from partial_lora.launching import directory
-from partial_lora.settings import identity, rates, schema, stored, tuned
+from partial_lora.settings import identity, rates, schema, tuned, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 from partial_lora.training.config import AUTO
@@ -89,7 +89,7 @@ def composed_with(file: Path, overrides: str, *more: str) -> Config:
 
 def tuning_of(chosen: Config) -> str:
     """Return where the rate of a run is from, as its record has it."""
-    return directory.new(stored.plain(chosen))["tuning"]
+    return directory.new(versions.plain(chosen))["tuning"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_rate_beside_the_file_that_sets_it_is_refused(file: Path, tmp_path: Pa
         composed_with(file, "", str(own))
     assert composed_with(file, "", str(own), "trainer.tuned=null").trainer.learning_rate == 0.1
     record = tmp_path / "config.yaml"
-    record.write_text(yaml.safe_dump(stored.plain(composed_with(file, ""))))
+    record.write_text(yaml.safe_dump(versions.plain(composed_with(file, ""))))
     assert (
         composed(str(record), "importance=random").trainer.learning_rate
         == composed_with(file, "").trainer.learning_rate
@@ -326,7 +326,7 @@ def test_the_dense_rate_falls_as_models_get_wider() -> None:
     ],
 )
 def test_the_rate_by_default_suits_method_and_density(overrides: list[str], factor: float) -> None:
-    chosen = stored.plain(composed(*overrides))
+    chosen = versions.plain(composed(*overrides))
     assert chosen["trainer"]["learning_rate"] == AUTO
     assert rates.auto(chosen, width=768, density=0.25) == pytest.approx(factor * 1e-3)
     assert rates.auto(chosen, width=384, density=0.25) == pytest.approx(factor * 2e-3)
@@ -335,7 +335,7 @@ def test_the_rate_by_default_suits_method_and_density(overrides: list[str], fact
 def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -> None:
     def of(*overrides: str) -> tuple[float, float | None]:
         chosen = composed(*overrides)
-        trainer = rates.trainer_of(stored.plain(chosen), chosen.trainer, width=768, density=0.25, has_head=True)
+        trainer = rates.trainer_of(versions.plain(chosen), chosen.trainer, width=768, density=0.25, has_head=True)
         return trainer.learning_rate, trainer.head_learning_rate
 
     assert of("method=vera", "trainer.learning_rate=5") == (5.0, None)

@@ -15,7 +15,7 @@ from partial_lora.finished import inputs, predict
 from partial_lora.peers import Alone
 from partial_lora.report.summary import next_commands
 from partial_lora.settings.compose import composed
-from partial_lora.settings.stored import plain
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import KINDS, Kind, imported, kind_of, kinds_for
 from partial_lora.tasks.metrics import FITTING

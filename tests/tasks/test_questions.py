@@ -14,7 +14,7 @@ from refusals import refusal
 
 from partial_lora import tasks
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.formats import CHOICES
+from partial_lora.tasks.prompt_formats import CHOICES
 
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 OPTIONS = [" cold", " heat", " mud"]

@@ -30,7 +30,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.finished import export
 from partial_lora.launching import directory
 from partial_lora.report import summary
-from partial_lora.settings import identity, stored
+from partial_lora.settings import identity, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 from partial_lora.tasks import Task
@@ -89,7 +89,7 @@ def test_members_by_name_have_the_settings_of_their_group_files(tables) -> None:
     assert found.task.members["sst2"].data_files == tables["reviews"]
     assert found.task.members["cola"].data_files["test"] == tables["reviews"]
     assert (found.task.modality, found.task.kind, found.task.classes) == ("text", "label", 4)
-    assert stored.load(stored.plain(found)) == found
+    assert versions.load(versions.plain(found)) == found
 
 
 def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Path) -> None:

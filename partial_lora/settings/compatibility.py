@@ -1,14 +1,14 @@
-"""Checks of a run that has not begun: what is wrong before anything is imported, downloaded or written."""
+"""What does not go together: model and task, device and machine, images and patches; before anything is downloaded."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from partial_lora.budget import parameter_count
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import Skeleton, stored_skeleton
-from partial_lora.settings.machines import has_accelerator
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
 from partial_lora.tasks.config import TaskConfig
@@ -57,3 +57,11 @@ def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:
     if not own.get("dynamic_img_size") and own.get("img_size"):
         require(size == own["img_size"], "model.image_size", size, f"{own['img_size']}, those of model={model.name}")
     require(size % patches[0] == 0, "model.image_size", size, f"a multiple of {patches[0]}, the patch of {model.name}")
+
+
+_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux
+
+
+def has_accelerator() -> bool:
+    """Return True where this machine shows an accelerator; torch, which takes seconds to import, is not asked."""
+    return any(any(Path("/dev").glob(name)) for name in _DEVICES)

@@ -1,4 +1,4 @@
-"""Preparation of the process that forks runs (`launch._fork`): it imports this module first, and computes nothing.
+"""Preparation of the process that forks runs (`fork`): it imports this module first, and computes nothing.
 
 What libraries print while they are imported is dropped: the terminal is the parent's, and a run has a log of its own.
 """

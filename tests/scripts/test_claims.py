@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import claims
 import pandas as pd
 import pytest
+from claims import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE
 from scipy import stats
 
-from partial_lora.report import claims
-from partial_lora.report.claims import AS_GOOD, BETTER, FAILS, HOLDS, OPEN, WORSE
 from partial_lora.report.statistics import Estimate
 
 

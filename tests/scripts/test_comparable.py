@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from comparable import COLUMNS, Evidence, collect, comparable, usual
 from recorded_runs import leave
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.report.comparable import COLUMNS, Evidence, collect, comparable, usual
 
 
 def kept(place: Path) -> tuple[list[tuple], list[str]]:

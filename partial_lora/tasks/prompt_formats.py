@@ -1,4 +1,4 @@
-"""Formats of known data sets (task.format), as lm-evaluation-harness (0.4.13) puts them to a language model.
+"""Prompts of known data sets (task.format), as lm-evaluation-harness (0.4.13) puts them to a language model.
 
 One function a format.
 """

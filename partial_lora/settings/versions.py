@@ -1,4 +1,4 @@
-"""Settings as plain data, in config.yaml and result.json; those of earlier versions keep their meaning."""
+"""Settings of every version, as plain data in config.yaml and result.json: older ones keep their meaning."""
 
 from __future__ import annotations
 

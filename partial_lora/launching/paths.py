@@ -1,4 +1,4 @@
-"""The places of runs. A recorded run is found by what it was set to, whatever its id was then."""
+"""The paths of runs. A recorded run is found by what it was set to, whatever its id was then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from partial_lora.launching import packs
 from partial_lora.launching.directory import CONFIG, RESULT
 from partial_lora.settings.identity import computed, digests, short_digest
 from partial_lora.settings.schema import Config
-from partial_lora.settings.stored import load, plain
+from partial_lora.settings.versions import load, plain
 
 
 def run_directory(config: Config) -> Path:

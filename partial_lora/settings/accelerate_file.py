@@ -1,4 +1,4 @@
-"""The machines of a run: a file of `accelerate config`, and whether this machine has an accelerator."""
+"""A file of `accelerate config`, which describes the machines of a run."""
 
 from __future__ import annotations
 
@@ -49,11 +49,3 @@ def accelerate_file(file: str | Path) -> dict:
         version = sections["fsdp_config"].get("fsdp_version", 1)
         require(str(version) == "2", f"{ACCELERATE_CONFIG}: fsdp_version", version, "2")
     return content
-
-
-_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # of CUDA, ROCm and Windows' own Linux
-
-
-def has_accelerator() -> bool:
-    """Return True where this machine shows an accelerator; torch, which takes seconds to import, is not asked."""
-    return any(any(Path("/dev").glob(name)) for name in _DEVICES)

@@ -1,0 +1,94 @@
+"""A worker that is forked from a process which has imported everything (trainer.start=fork)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
+from unittest import mock
+
+from partial_lora import progress
+from partial_lora.launching import directory, imports
+from partial_lora.launching.cluster import Cluster
+from partial_lora.settings.schema import Config
+
+_PRELOADED = ["partial_lora.launching.fork_preload", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
+_STARTING = threading.Lock()
+_OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
+
+
+def can_fork(config: Config, cluster: Cluster) -> bool:
+    """Return whether a run is to be forked, and can be: else it gets a fresh interpreter.
+
+    Several processes have a launcher of their own, a quantised model needs a library that the forking process has
+    hidden, and trackers end in handlers that a forked process does not run.
+    """
+    return (
+        config.trainer.start == "fork"
+        and "forkserver" in multiprocessing.get_all_start_methods()
+        and not (cluster.is_launched or config.trainer.report_to or imports.may_be_quantised(config.model))
+    )
+
+
+class Forked:
+    """A forked worker, with as much of subprocess.Popen as `launch` calls."""
+
+    def __init__(self, process: multiprocessing.Process) -> None:
+        self._process, self.pid = process, process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit code, if it has ended."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end, at most so many seconds, and return the exit code if it has ended."""
+        self._process.join(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> Forked:
+    """Have a worker forked, as `launch` starts one; the first call starts the process that forks.
+
+    That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
+    this one, and hands on how a worker ended.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
+    with _STARTING, mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
+        ensure_running()
+    arguments = command[command.index("-m") + 1 :]
+    passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process
+    process = context.Process(target=_be_forked, args=(arguments, dict(environment), *passed))
+    process.start()
+    return Forked(process)
+
+
+def _be_forked(arguments: list[str], environment: Mapping[str, str], log: Connection, lock: Connection) -> None:
+    """Be `python -m *arguments` with an environment, a session and a log of its own; `lock` is held until the end."""
+    os.setsid()
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    log.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
