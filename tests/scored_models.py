@@ -17,12 +17,11 @@ TARGETS = ["attn.qkv", "mlp.fc2"]
 BERT, LLAMA = "bert.encoder.layer", "model.layers"
 
 
-def tiny_vit(seed: int = 0) -> nn.Module:
+def tiny_vit(depth: int = 2) -> nn.Module:
     """Weights large enough that zeroing some of them changes what it says."""
-    torch.manual_seed(seed)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=4
-    )
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": depth, "num_heads": 2, "num_classes": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **size)
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.25)
@@ -92,7 +91,7 @@ def linears(model, part="blocks"):
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part in name]
 
 
-def random_model(family: str, labels: int = 3) -> nn.Module:
+def random_model(family: str, labels: int = 3, layers: int = 2) -> nn.Module:
     """A tiny model of transformers with weights so large that zeroing some of them changes what it says."""
     from transformers import (
         AutoModelForCausalLM,
@@ -104,7 +103,7 @@ def random_model(family: str, labels: int = 3) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    sizes |= {"num_hidden_layers": 3, "initializer_range": 0.4, "max_position_embeddings": 32}
+    sizes |= {"num_hidden_layers": layers, "initializer_range": 0.4, "max_position_embeddings": 32}
     if family == "llama":
         model = AutoModelForCausalLM.from_config(LlamaConfig(num_key_value_heads=1, **sizes))
     elif family == "deberta":

@@ -10,8 +10,12 @@ from copy import deepcopy
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +32,11 @@ _OF_COMPOSITION = (  # what Hydra itself writes there, whatever a file says
     "hydra.job.override_dirname",
     "hydra.job.config_name",
 )
-_EXPECTED: dict[tuple, dict[str, object]] = {}  # `Loader._own_keys`: a comparison composes hundreds of runs
+# Of the package's own files and Hydra's, kept since a comparison composes hundreds of runs: `Loader._own_keys`, what
+# was read, and what some of them come to.
+_EXPECTED: dict[tuple, dict[str, object]] = {}
+_READ: dict[str, ConfigResult | None] = {}
+_COMPOSED: dict[tuple, DictConfig] = {}
 
 
 class Loader(ConfigLoaderImpl):
@@ -69,6 +77,24 @@ class Loader(ConfigLoaderImpl):
         self._check(composed, config_name, overrides)
         return composed
 
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: list[str]
+    ) -> tuple[list[Override], CachingConfigRepository]:
+        if self._place is not None:
+            return super()._parse_overrides_and_create_caching_repo(config_name, overrides)
+        return OverridesParser.create().parse_overrides(overrides), _Own(self.repository)
+
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: CachingConfigRepository
+    ) -> DictConfig:
+        if self._place is not None:
+            return super()._compose_config_from_defaults_list(defaults, repo)
+        files = tuple((default.config_path, default.package) for default in defaults)
+        if files not in _COMPOSED:  # read anew, since composing changes what was read
+            read = CachingConfigRepository(self.repository)
+            _COMPOSED[files] = super()._compose_config_from_defaults_list(defaults, read)
+        return deepcopy(_COMPOSED[files])
+
     def _check(self, composed: DictConfig, config_name: str | None, overrides: Sequence[str]) -> None:
         """Raise PartialLoraError for the first key of `hydra` that a file has changed and must not."""
         chosen = composed.hydra.runtime.choices
@@ -93,6 +119,13 @@ class Loader(ConfigLoaderImpl):
             composed = self._own.load_configuration(name, list(overrides), RunMode.RUN, validate_sweep_overrides=False)
             _EXPECTED[name, overrides] = _keys(composed)
         return _EXPECTED[name, overrides]
+
+
+class _Own(CachingConfigRepository):
+    """The package's own files and Hydra's, each read once."""
+
+    def __init__(self, files: ConfigRepository) -> None:
+        self.delegate, self.cache = files, _READ
 
 
 class _Folder(FileConfigSource):

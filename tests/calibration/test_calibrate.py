@@ -21,7 +21,7 @@ from partial_lora.calibration.search import bisect, line, passes, passes_at_most
 from partial_lora.masks import AXES
 
 TARGETS = ["attn.qkv", "mlp.fc2"]
-NAMES = [f"vit.blocks.{block}.{target}" for block in range(3) for target in TARGETS]
+NAMES = [f"vit.blocks.{block}.{target}" for block in range(2) for target in TARGETS]
 LEVELS = [0.2, 0.4, 0.6, 0.8]
 GRID = {"target_modules": TARGETS, "levels": 0.2, "max_sparsity": 0.8}
 VARIANTS = [
@@ -137,11 +137,11 @@ def test_every_variant_is_that_of_the_literal_twin(model, batches, score, twin, 
 
 
 def test_a_plain_score_gives_what_one_with_bounds_gives(model, batches, score):
-    plain = calibrate(model, Counted(batches), target_modules=TARGETS, levels=0.1)
-    bounded = calibrate(model, score, target_modules=TARGETS, levels=0.1)
+    plain = calibrate(model, Counted(batches), target_modules=TARGETS, levels=0.1, threshold=0.7)
+    bounded = calibrate(model, score, target_modules=TARGETS, levels=0.1, threshold=0.7)
     assert (bounded.sparsity, bounded.joint) == (plain.sparsity, plain.joint)
     assert bounded.evaluations == plain.evaluations == score.evaluations.passes
-    assert score.evaluations.blocks < 0.65 * plain.evaluations * len(model.vit.blocks) * len(batches)
+    assert score.evaluations.blocks < 0.75 * plain.evaluations * len(model.vit.blocks) * len(batches)
 
 
 def test_a_score_that_cannot_settle_is_evaluated_in_full(model, batches, twin):
@@ -178,9 +178,9 @@ def test_progress_weighs_a_curve_by_the_blocks_that_its_passes_run(model, batche
         return told
 
     store, blocks = tmp_path / "curves.json", FewShotScore(model, batches, blocks="vit.blocks")
-    costs = [3] * 4 + [2] * 4 + [1] * 4  # the two curves of two modules in each of three blocks
-    assert shares(blocks, store=store) == pytest.approx([sum(costs[:done]) / 24 for done in range(13)])
-    assert shares(Counted(batches)) == pytest.approx([done / 12 for done in range(13)])
+    costs = [2] * 4 + [1] * 4  # the two curves of two modules in each of two blocks
+    assert shares(blocks, store=store) == pytest.approx([sum(costs[:done]) / 12 for done in range(9)])
+    assert shares(Counted(batches)) == pytest.approx([done / 8 for done in range(9)])
     assert set(shares(blocks, store=store, threshold=0.95)) == {0.0, 1.0}  # what is known already takes no time
     assert set(shares(blocks, budget=0.5)) == set(shares(blocks, threshold=0.8, repair=True)) == {None}
 
@@ -189,7 +189,7 @@ def test_progress_weighs_a_curve_by_the_blocks_that_its_passes_run(model, batche
 def test_weights_come_back_however_a_calibration_ends(model, batches, scope):
     model.train()
     before = weights_of(model)
-    for limit in (9, 17, 26):
+    for limit in (5, 9, 14):
         score = Strict(batches, limit)
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, score, threshold=0.8, scope=scope, **GRID)
@@ -221,7 +221,7 @@ def test_no_calibration_takes_more_passes_than_the_most(model, batches, search, 
     result = calibrate(
         model, Counted(batches), target_modules=TARGETS, levels=0.2, search=search, threshold=0.8, **more
     )
-    most = passes_at_most(6, 1 if "axes" in more else 2, 4, search=search, repair="repair" in more)
+    most = passes_at_most(4, 1 if "axes" in more else 2, 4, search=search, repair="repair" in more)
     assert result.evaluations <= most + 1  # and the baseline
 
 
@@ -241,7 +241,7 @@ def test_negative_scores_are_losses(model, batches):
     loss = minus_loss(batches)
     baseline = loss(model)
     result = calibrate(model, loss, target_modules=["mlp.fc1"], threshold=0.8, levels=0.2, max_sparsity=0.8)
-    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 6
+    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 4
     for name, axes in result.sparsity.items():
         for axis, sparsity in axes.items():
             levels = [level for level in LEVELS if level <= sparsity + 0.2]
@@ -260,7 +260,7 @@ def test_bounds_and_repairs_of_a_loss(model, batches, above_chance, scope):
     assert result.sparsity == expected.sparsity
     assert result.joint == pytest.approx(expected.joint, rel=1e-5)
     assert result.joint >= line(baseline=result.baseline, threshold=0.85, chance=-1.9 if above_chance else None)
-    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 12
+    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 8
 
 
 @pytest.mark.parametrize("scope", ["independent", "cumulative"])
@@ -378,7 +378,7 @@ def test_importance_by_name_by_function_or_given(model, batches):
         ({"chance": math.nan}, r"calibration.chance=nan: "),
         ({"importance": "snap"}, r"importance=snap: .*svd"),
         ({"importance_options": {"k": 99}}, r"importance.k=99: .*vit.blocks.0.attn.qkv"),
-        ({"budget": 2.0}, r"calibration.budget=2: .*192"),
+        ({"budget": 2.0}, r"calibration.budget=2: .*128"),
         ({"budget": -1}, r"calibration.budget=-1: "),
         ({"sparsity": 0.5}, r"calibration.sparsity=0.5: "),
         ({"budget": 1e9}, r"calibration.budget=1e.09: "),

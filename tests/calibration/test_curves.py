@@ -56,10 +56,10 @@ def test_an_interrupted_calibration_goes_on(model, batches, tmp_path):
     store = tmp_path / "curves.json"
     whole = calibrate(model, Counted(batches), **GRID)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, Counted(batches, limit=20), **GRID, store=store)
+        calibrate(model, Counted(batches, limit=12), **GRID, store=store)
     rest = calibrate(model, Counted(batches), **GRID, store=store)
     assert rest.modules == whole.modules
-    assert rest.evaluations == whole.evaluations - 19  # the baseline is evaluated again, to check it
+    assert rest.evaluations == whole.evaluations - 11  # the baseline is evaluated again, to check it
 
 
 def spoil_end(text):

@@ -289,8 +289,8 @@ def test_what_is_stored_is_what_a_fresh_calibration_finds(model, batches, tmp_pa
 def test_it_takes_no_more_passes_than_the_most_and_tells_its_share_of_them(model, batches, kind):
     told = []
     found, scored = found_by(model, batches, progress=lambda *count, **what: told.append((count, what)), **kind)
-    curves = 6 if "axes" in kind else 12
-    most = passes_at_most(6, curves // 6, 4, search="gradient", repair="repair" in kind)
+    curves = 4 if "axes" in kind else 8
+    most = passes_at_most(4, curves // 4, 4, search="gradient", repair="repair" in kind)
     assert found.evaluations == scored.evaluations.passes <= most + 1  # and the baseline
     assert [count for count, _ in told] == [(0, curves)] * (len(told) - 1) + [(curves, curves)]
     shares = [what["share"] for _, what in told]

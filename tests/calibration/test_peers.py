@@ -110,7 +110,7 @@ def test_two_find_what_one_finds_each_with_half_of_the_work(tmp_path):
         elif variant != "repair":
             assert max(passes) < 0.65 * sum(passes)
         for _, _, _, told in (first[variant], second[variant]):
-            curves = 6 if variant == "joint" else 12
+            curves = 4 if variant == "joint" else 8
             assert told.pop(0)[0] == 0  # what it will take
             if variant == "gradient":
                 assert told[-1][:2] == (curves, curves)

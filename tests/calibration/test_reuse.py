@@ -24,10 +24,10 @@ BLOCKS = {
 def made(family):
     """A tiny random model, its inputs in two batches, and the linear layers of its blocks in the model's order."""
     if family == "vit":
-        model = Named(tiny_vit())
+        model = Named(tiny_vit(depth=3))
         batches = scored_draw(model, sizes=(6, 3))
     else:
-        model = random_model(family)
+        model = random_model(family, layers=3)
         batches = word_batches()
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     names = [name for name in linears(model, "") if name.startswith(BLOCKS[family])]
