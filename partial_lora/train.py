@@ -36,7 +36,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.task import Transform
-from partial_lora.training import checkpoints, fsdp, objectives
+from partial_lora.training import checkpoints, fsdp, objectives, packing
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.predictions import write_predictions
@@ -73,6 +73,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             logger.warning("beware: %s", warning)
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
+    if config.trainer.packing:
+        packing.check(model)
     calibrated = is_calibrated(config) or stage == "calibrate"
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)

@@ -34,12 +34,14 @@ def exchanges(count: int, first: int) -> Dataset:
     )
 
 
-def trained(judge: objectives.Judge, directory: Path) -> ResumableTrainer:
+def trained(judge: objectives.Judge, directory: Path, **changes: object) -> ResumableTrainer:
     model = get_peft_model(llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     trainer = build_trainer(
         model,
         TrainerConfig(
-            epochs=2.0, batch_size=4, eval_batch_size=3, learning_rate=1e-2, weight_decay=0.0, warmup_ratio=0.0
+            **{"epochs": 2.0, "batch_size": 4, "eval_batch_size": 3, "learning_rate": 1e-2} | changes,
+            weight_decay=0.0,
+            warmup_ratio=0.0,
         ),
         Computation(World("cpu"), directory, "no", 0, {}),
         rows={"train": judge.train(), "validation": judge.validation()},

@@ -38,6 +38,7 @@ NOT_SETTINGS = {
     "trainer.until",
     "trainer.save_total_limit",
     "trainer.gradient_accumulation_steps",
+    "trainer.packing",
     "trainer.num_processes",
     "trainer.num_machines",
     "trainer.machine_rank",

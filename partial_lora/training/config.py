@@ -71,6 +71,8 @@ class TrainerConfig:
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 64  # examples at once in evaluation and prediction
+    # causal models: short texts of a batch share a row, so that less of it is padding; changes no result
+    packing: bool = False
     # learning rate of the adapter; auto: by method, size, model and the number of steps
     learning_rate: Any = AUTO
     # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from partial_lora.training import checkpoints, fsdp
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.objectives import Judge
+from partial_lora.training.packing import packed
 
 _MOST_WORKERS = 8  # that load data for one accelerator
 # What is overridden below and in fsdp.py is not public. A transformers without one of these would train in another way.
@@ -174,10 +175,11 @@ class ResumableTrainer(fsdp.ShardedTrainer):
 
     def get_train_dataloader(self):
         self.args.dataloader_drop_last = len(self.train_dataset) >= self._step_size
+        collate, self.data_collator = self.data_collator, replace(self.data_collator, packs=self._config.packing)
         try:
             return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last = False
+            self.args.dataloader_drop_last, self.data_collator = False, collate
 
     def _get_train_sampler(self, train_dataset=None):
         """Draw texts of like length together, in batches of all processes, as one process alone would draw them.
@@ -314,19 +316,21 @@ class LengthSampler(LengthGroupedSampler):
 
 @dataclass
 class UninterruptedCollate:
-    """`collate`, which has a process that only loads data ignore the signals to stop.
+    """`collate`, `packed` if it packs, which has a process that only loads data ignore the signals to stop.
 
     Schedulers signal every process of a job. A process that loads data would die, and its training with it before the
     checkpoint is made. It ends with the training in any case.
     """
 
     collate: Callable[[Sequence], dict[str, Tensor]]
+    packs: bool = False
 
     def __call__(self, rows: Sequence) -> dict[str, Tensor]:
         if get_worker_info() is not None:
             for number in progress.STOPPING:
                 signal.signal(number, signal.SIG_IGN)
-        return self.collate(rows)
+        batch = self.collate(rows)
+        return packed(batch) if self.packs else batch
 
 
 class ReportProgress(TrainerCallback):
@@ -573,6 +577,7 @@ def build_trainer(
             f"trainer.batch_size={batch_size}: expected at most {len(train)}, the training rows, since {world.size} "
             f"processes{times} share each batch"
         )
+    counted = "all" if config.packing else "non_padding"  # packed texts have no attention mask to count by
     strategy = "epoch" if config.save_steps is None and config.max_steps is None else "steps"
     steps = config.save_steps or max(1, len(train) // batch_size)
     arguments = TrainingArguments(
@@ -599,7 +604,7 @@ def build_trainer(
         load_best_model_at_end=True,
         metric_for_best_model=judge.selects,
         greater_is_better=judge.selects not in LOWER_IS_BETTER,
-        include_num_input_tokens_seen="non_padding" if transform.lengths else "no",
+        include_num_input_tokens_seen=counted if transform.lengths else "no",
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
