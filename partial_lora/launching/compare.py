@@ -38,8 +38,8 @@ from partial_lora.methods import METHODS
 from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
+from partial_lora.settings.compatibility import has_accelerator
 from partial_lora.settings.compose import Plan, in_one_line, plan
-from partial_lora.settings.accelerate_file import has_accelerator
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.training.config import AUTO
