@@ -43,7 +43,7 @@ from partial_lora.report.drawing import (
 )
 from partial_lora.report.examples import are_of, hardest, rgb
 from partial_lora.report.folders import gathered
-from partial_lora.report.predictions import Predictions, read_all
+from partial_lora.report.predictions import read_all
 from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
 from partial_lora.report.statistics import MARGIN
@@ -53,7 +53,7 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 MOST = 9  # panels of a figure
 _MOST_ROWS, _MOST_LINES, _MOST_MARKS = 48, 12, 8  # of a panel, of a line
 _MOST_LETTERS = 40  # of the name of a row
-_MOST_MAPS, _MOST_MATRICES, _MOST_MATRIX_ROWS = 5, 4, 12
+_MOST_MAPS = 5
 _MOST_NUMBERED = 24  # positions in depth; more than that leave no room for numbers in the cells
 _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
 _MOST_IMAGES, _ACROSS, _MOST_WRONG = 24, 8, 8
@@ -660,95 +660,6 @@ def curve_lines(calibrations: Mapping[str, Mapping]) -> Drawing | None:
     return Drawing(figure, len(shown), len(whole), "calibrations")
 
 
-# Agreement
-
-
-def sparsity_agreement(runs: Sequence[Run]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Return by model the names of its calibrations and the correlation of their sparsities, over modules and axes.
-
-    Models with a single calibration are left out; sparsities that are all the same correlate with nothing (NaN).
-    """
-    by_model = gathered(maps(runs).items(), lambda item: (item[0][1], tuple(sorted(item[1]))))
-    matrices = {}
-    for (model, modules), each in by_model.items():
-        if len(each) > 1:
-            vectors = [[of[module][axis] for module in modules for axis in AXES] for _, of in each]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                names = [f"{task}, {measure}, {point}" for (task, _, measure, point), _ in each]
-                kinds = ", ".join(dict.fromkeys(depth_of(module)[0].rpartition(".")[2] for module in modules))
-                title = f"{model}: {kinds}" if model in matrices else model
-                matrices[title] = (names, np.corrcoef(vectors))
-    return matrices
-
-
-def prediction_agreement(part: pd.DataFrame, predictions: Predictions) -> np.ndarray | None:
-    """Return how often every two rows of a grouped table agree on a test example, over the seeds that both have.
-
-    NaN where two have no seed in common; None where fewer than two have predictions of classes.
-    """
-    outputs: list[dict[int, np.ndarray]] = []
-    for group, seeds in zip(part["group"], part["seeds"], strict=True):
-        of_group = {seed: predictions.outputs(group, seed) for seed in map(int, seeds.split())}
-        outputs.append({seed: each for seed, each in of_group.items() if each is not None})
-    if sum(bool(each) for each in outputs) < 2:
-        return None
-    matrix = np.full((len(outputs), len(outputs)), np.nan)
-    for row, one in enumerate(outputs):
-        for column, other in enumerate(outputs):
-            both = [seed for seed in one.keys() & other.keys() if len(one[seed]) == len(other[seed])]
-            if both:
-                matrix[row, column] = np.mean([float(np.mean(one[seed] == other[seed])) for seed in both])
-    return matrix
-
-
-def sparsity_alike(runs: Sequence[Run]) -> Drawing | None:
-    """Draw how far calibrations of one model choose alike."""
-    whole = sparsity_agreement(runs)
-    shown = [
-        (model + _of_many(names), names[:_MOST_MATRIX_ROWS], matrix[:_MOST_MATRIX_ROWS, :_MOST_MATRIX_ROWS])
-        for model, (names, matrix) in list(whole.items())[:_MOST_MATRICES]
-    ]
-    figure = _matrices(shown, low=0, high=1, form=".2f", title="Correlation of sparsities")
-    return figure and Drawing(figure, len(shown), len(whole), "models")
-
-
-def predictions_alike(table: pd.DataFrame, predictions: Predictions) -> Drawing | None:
-    """Draw how often two methods agree on a test example; where they do not, their adapters do differ."""
-    places = [
-        (key, part)
-        for key, part in table.groupby(list(PLACE), sort=False)
-        if sum(predictions.exist(row.group, map(int, row.seeds.split())) for row in part.itertuples()) > 1
-    ]
-    shown = []
-    for (task, model), part in places[:_MOST_MATRICES]:
-        few = part.head(_MOST_MATRIX_ROWS)
-        matrix = prediction_agreement(few, predictions)
-        if matrix is not None:
-            names = [_shortened(words_of(row)) for row in few.itertuples()]
-            shown.append((f"{task}, {model}{_of_many(part)}", names, 100 * matrix))
-    low = min((float(np.nanmin(matrix)) for _, _, matrix in shown), default=0)
-    figure = _matrices(shown, low=low, high=100, form=".0f", title="Same predictions, in percent")
-    return figure and Drawing(figure, len(shown), len(places))
-
-
-def _of_many(whole: Sized) -> str:
-    return f" ({_MOST_MATRIX_ROWS} of {len(whole)})" if len(whole) > _MOST_MATRIX_ROWS else ""
-
-
-def _matrices(shown: Sequence, *, low: float, high: float, form: str, title: str) -> Figure | None:
-    if not shown:
-        return None
-    side = 0.46 * max(len(names) for _, names, _ in shown) + 2.6
-    figure, drawn = panels(len(shown), wide=side, high=side - 0.6, across=2, least=4.5)
-    for axes, (name, names, matrix) in zip(drawn, shown, strict=True):
-        heat(axes, matrix, low=low, high=high, form=form)
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_title(name, fontsize=10, loc="left")
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
 # The figures of a report, each with what it shows in words
 
 
@@ -766,9 +677,7 @@ class Shown:
     inline: str = ""
 
 
-def draw_gallery(
-    every: Sequence[Run], compared: pd.DataFrame, predictions: Predictions, results_dir: Path
-) -> list[Shown]:
+def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that runs have something for, without searches for a rate.
 
     compared: the rows of `comparison.differences`.
@@ -809,16 +718,6 @@ def draw_gallery(
             "Calibration curves",
             "The few-shot score when the least important rows or columns of a module are zeroed: medians over depth. "
             "The band shows the bounds where an evaluation stopped early.",
-        ),
-        "sparsity_agreement": (
-            sparsity_alike(runs),
-            "Do calibrations agree?",
-            "The correlation (Pearson) of what two calibrations of a model removed, over modules, rows and columns.",
-        ),
-        "prediction_agreement": (
-            predictions_alike(table, predictions),
-            "Do methods predict the same?",
-            "The share of test examples for which two methods predict the same: means over the seeds that both have.",
         ),
     }
     shown = []

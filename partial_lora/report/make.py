@@ -66,7 +66,7 @@ def report(
     written = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
     compared = comparison.differences(runs, predictions)
     written += comparison.write(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, compared.rows, predictions, place)
+    drawn = figures.draw_gallery(runs, compared.rows, place)
     whole = page.write(
         place,
         runs=runs,

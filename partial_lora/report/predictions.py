@@ -35,14 +35,6 @@ class Predictions:
         """
         return {seed: self._frame(group, seed, whole=metric in OF_ALL_TOGETHER) for seed in seeds}
 
-    def outputs(self, group: str, seed: int) -> np.ndarray | None:
-        """Return the prediction for every example (N,); None where none can be read, and of a regression's numbers."""
-        try:
-            values = self._frame(group, seed, whole=False)["prediction"].to_numpy()
-        except (PartialLoraError, ValueError, KeyError):
-            return None
-        return None if values.dtype.kind == "f" else values
-
     def exist(self, group: str, seeds: Iterable[int]) -> bool:
         """Return True where any of these runs has its predictions."""
         files = [self._file(group, seed) for seed in seeds]

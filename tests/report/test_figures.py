@@ -11,13 +11,12 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
-from recorded_runs import leave, place, record, rows_of
+from recorded_runs import place, record
 
 from partial_lora.launching.directory import PICTURE, PREDICTIONS
 from partial_lora.report import drawing, figures, folders, records
 from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
-from partial_lora.report.predictions import Predictions
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 HISTORY = [
@@ -166,7 +165,7 @@ def test_any_names_can_be_drawn(modules):
     assert drawn == [[0.5] * len(modules), [0.0] * len(modules)]
 
 
-def test_a_map_is_of_partial_and_a_mean_over_its_seeds_and_calibrations_of_a_model_are_correlated(tmp_path):
+def test_a_map_is_of_partial_and_a_mean_over_its_seeds(tmp_path):
     modules = [f"blocks.{block}.qkv" for block in range(4)]
     rising = {name: {"rows": 0.1 * number, "columns": 0.1 * number + 0.2} for number, name in enumerate(modules)}
     falling = {name: {axis: 0.9 - value for axis, value in axes.items()} for name, axes in rising.items()}
@@ -181,9 +180,6 @@ def test_a_map_is_of_partial_and_a_mean_over_its_seeds_and_calibrations_of_a_mod
     runs = records.read(tmp_path)[0]
     digits = next(of for (task, *_), of in figures.maps(runs).items() if task == "digits")
     assert digits["blocks.1.qkv"] == pytest.approx({"rows": 0.2, "columns": 0.4})
-    ((model, (names, matrix)),) = figures.sparsity_agreement(runs).items()
-    assert (model, len(names)) == ("vit", 2)
-    assert matrix == pytest.approx(np.array([[1, -1], [-1, 1]]))
 
 
 # Calibration curves
@@ -397,22 +393,6 @@ def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(
     assert 0.025 < right < 0.05
 
 
-def test_agreement_of_predictions_is_over_common_seeds(tmp_path):
-    for seed in (0, 1):
-        leave(tmp_path, "partial", wrong=20, seed=seed)
-        leave(tmp_path, "lora", wrong=50, seed=seed + 1)
-    leave(tmp_path, "probe", wrong=0, seed=7)
-    table = folders.group(rows_of(tmp_path))
-    order = table["method"].tolist()
-    matrix = figures.prediction_agreement(table, Predictions(tmp_path))
-    assert matrix[order.index("partial"), order.index("lora")] == pytest.approx(1 - 30 / 200)
-    assert np.isnan(matrix[order.index("partial"), order.index("probe")])
-    assert figures.prediction_agreement(table.head(1), Predictions(tmp_path)) is None
-    for file in tmp_path.rglob("predictions.parquet"):
-        file.write_bytes(b"no parquet")
-    assert figures.prediction_agreement(table, Predictions(tmp_path)) is None
-
-
 # Files
 
 
@@ -438,9 +418,9 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, runs):
     old = tmp_path / "report" / "figures" / "differences.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
-    drawn = figures.draw_gallery(runs, pd.DataFrame(), Predictions(tmp_path), tmp_path)
+    drawn = figures.draw_gallery(runs, pd.DataFrame(), tmp_path)
     stems = [each.files[0].stem for each in drawn]
-    assert stems == ["pareto", "methods", "training", "sparsity", "calibration", "sparsity_agreement"]
+    assert stems == ["pareto", "methods", "training", "sparsity", "calibration"]
     assert not old.exists()
     for each in drawn:
         assert [file.suffix for file in each.files] == [".png", ".svg"]
