@@ -48,9 +48,9 @@ _LOOKS: dict[str, tuple[str, object]] = {  # a marker each, so that colour is ne
     "entries": ("green", (5, 0, 180)),
     "oft": ("orange", (4, 1, 45)),
     "hira": ("orange", (3, 1, 180)),
-    "lori": ("vermillion", "*"),
-    "lorafa": ("vermillion", "h"),
-    "paca": ("vermillion", "X"),
+    "lori": ("vermillion", (3, 1, 0)),
+    "lorafa": ("vermillion", (3, 1, 90)),
+    "paca": ("vermillion", (3, 1, 270)),
 }
 _MASKS = ("(element)", "(frozen)", "(units)", "(groups)")  # as `rows.method_of` calls what is masked
 _DASHES = {"threshold": "-", "budget": "--", NONE: "-."}

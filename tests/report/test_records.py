@@ -395,7 +395,6 @@ def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path
     file.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=PREDICTIONS):
         Predictions(tmp_path).of(group, [0], "accuracy")
-    assert Predictions(tmp_path).outputs(group, 0) is None
     assert not Predictions(tmp_path).exist(group, [1])
 
 
