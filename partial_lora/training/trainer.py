@@ -283,7 +283,7 @@ def _checkpoint_named_on_error(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch_save = ("PytorchStreamWriter", "inline_container")  # a RuntimeError without errno
+        of_torch_save = ("PytorchStreamWriter", "inline_container", "basic_ios")  # a RuntimeError without errno
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in of_torch_save):
             raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
