@@ -4,12 +4,14 @@
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
 the reference is of runs of the same seeds (`ranking.compared`). Where dense LoRA was trained, too, a table says how far
-the best rate of each form and size is from dense LoRA's, and from_dense.csv how far its score.
+the best rate of each form and size is from dense LoRA's, and from_dense.csv how far its score. Test loss is a second
+endpoint, in loss.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +24,10 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import predictions, ranking, records
 from partial_lora.report.rows import NONE
+from partial_lora.report.statistics import Estimate, half_interval, holm
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
-FROM_DENSE = "from_dense.csv"
+FROM_DENSE, LOSS = "from_dense.csv", "loss.csv"
 
 
 @cli.script
@@ -41,14 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
     text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
     origin, _, ranked = text.partition("\n\n")
-    text = f"{origin}\n\n### In one table\n\n{verdicts(numbers)}\n\n{ranked}"
+    table = ranking.rows_of(runs, predictions.Predictions(options.results))
+    losses = by_loss(table, options.reference)
+    losses.to_csv(options.results / LOSS, index=False, float_format="%.6g")
+    by_score = f"### In one table\n\n{verdicts(numbers)}\n\n### By test loss, in nats\n\n{verdicts(losses)}"
+    text = f"{origin}\n\n{by_score}\n\n{ranked}"
     if (rates := best_rates(numbers)) is not None:
         text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"
     write_atomic(options.results / f"{options.stem}.md", text)
     print(text)
     for line in skipped:
         print(line, file=sys.stderr)
-    table = ranking.rows_of(runs, predictions.Predictions(options.results))
     from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
     if options.page:
         command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
@@ -63,7 +69,7 @@ def verdicts(numbers: pd.DataFrame) -> str:
     """
     rows = []
     for (task, size), part in numbers.dropna(subset=["difference"]).groupby(["task", "size"]):
-        better = (part["difference"] > 0) != part["metric"].isin(LOWER_IS_BETTER)
+        better = (part["difference"] > 0) != part["metric"].isin({*LOWER_IS_BETTER, "loss"})
         before = (part["p"] < 0.05) & ~part["holds"]
         cells = {
             "better, after correction": better & part["holds"],
@@ -75,6 +81,24 @@ def verdicts(numbers: pd.DataFrame) -> str:
         listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
         rows.append({"task": task, "size": ranking.in_words(size), **listed})
     return pd.DataFrame(rows).to_markdown(index=False)
+
+
+def by_loss(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return how far every form's test loss is from the reference's, over the seeds that both have, by Student's t."""
+    chosen = ranking.at_best_rates(table)
+    chosen = chosen.assign(loss=[run.record["metrics"]["test"]["loss"] for run in chosen["run"]])
+    rows = []
+    for (task, size), part in chosen.groupby(["task", "size"]):
+        losses = part.pivot(index="seed", columns="form", values="loss")
+        for form in losses.columns.drop(reference, errors="ignore") if reference in losses else ():
+            d = (losses[form] - losses[reference]).dropna()
+            if len(d) > 2:
+                found = Estimate(d.mean(), d.std() / math.sqrt(len(d)), len(d) - 1)
+                numbers = {"difference": found.difference, "half": half_interval(d.std(), len(d)), "p": found.p(0, 0)}
+                rows.append({"task": task, "size": size, "form": form, "metric": "loss", "seeds": len(d)} | numbers)
+    losses = pd.DataFrame(rows)
+    together = losses.groupby(["task", "size"])["p"]
+    return losses.assign(holds=together.transform(lambda each: each <= holm(list(each))).astype(bool))
 
 
 def _named(row) -> str:

@@ -2,6 +2,11 @@
 
 import forms
 import pandas as pd
+import pytest
+from recorded_runs import leave
+from scipy.stats import ttest_rel
+
+from partial_lora.report import ranking, records
 
 
 def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
@@ -44,3 +49,20 @@ def test_every_form_stands_in_the_column_of_its_verdict() -> None:
         ["oft", "hira", "entries", "dora", "partial"],
         ["partial", "dora", "entries", "hira", "oft"],
     ]
+
+
+def test_test_loss_is_compared_over_the_seeds_that_both_have_as_scipys_t_test_does(tmp_path) -> None:
+    losses = {"low_rank": [0.50, 0.52, 0.55, 0.51], "lokr": [0.41, 0.44, 0.45, 0.42], "oft": [0.6, 0.4, 0.7]}
+    for method, of_method in losses.items():
+        for seed, loss in enumerate(of_method):
+            scores = {"primary": "accuracy", "accuracy": 0.9, "loss": loss}
+            leave(tmp_path, method, 0.9, seed=seed, budget=0.13, metrics={"validation": scores, "test": scores})
+    found = forms.by_loss(ranking.rows_of(records.read(tmp_path)[0]), "low_rank").set_index("form")
+    expected = ttest_rel(losses["lokr"], losses["low_rank"])
+    assert found.loc["lokr", "difference"] == pytest.approx(-0.09)
+    assert found.loc["lokr", "p"] == pytest.approx(expected.pvalue)
+    assert found.loc["lokr", "half"] == pytest.approx(-0.09 - expected.confidence_interval().low)
+    assert found["holds"].to_dict() == {"lokr": True, "oft": False}
+    assert found.loc["oft", "seeds"] == 3
+    cells = [cell.strip() for cell in forms.verdicts(found.reset_index()).splitlines()[-1].split("|")]
+    assert cells[3] == "lokr -0.09"  # a lower loss is better
