@@ -50,17 +50,7 @@ from claims import (
     scores,
     tabled,
 )
-from comparable import (
-    BUDGET,
-    CELL,
-    POINTS,
-    THRESHOLD,
-    Evidence,
-    at_points,
-    draw_of,
-    gather,
-    models_of,
-)
+from comparable import BUDGET, CELL, POINTS, THRESHOLD, Evidence, at_points, draw_of, gather, models_of
 
 from partial_lora import cli, methods
 from partial_lora.calibration.search import threshold_of
