@@ -91,10 +91,7 @@ ABOUT = {  # the title of each table, and the claim of the paper that it tests
         "Table 6: one adapter for several tasks",
         "sparse subnetworks of LoRA match dense LoRA where one adapter learns several tasks, too.",
     ),
-    "table7": (
-        "Table 7: time, memory and bytes",
-        "what is saved is counted in trainable parameters.",
-    ),
+    "table7": ("Table 7: time, memory and bytes", "what is saved is counted in trainable parameters."),
 }
 _CEILING = 0.98
 

@@ -335,7 +335,7 @@ def page(record: Mapping) -> str:
     lines = [
         f"`python scripts/theory_propagation.py`: change of the output when an adapter of rank {record['rank']} stays "
         f"inside random rows and columns at density {record['density']:g}, as a share of the output's norm; medians of "
-        f"{record['images']} images.",
+        f"{record['images']} images."
     ]
     for model in record["models"]:
         lines += [
