@@ -277,7 +277,7 @@ def env(arguments: list[str]) -> int:
     parser = _parser("env", "Print what a report of a bug needs: versions, platform, devices. It prints no paths.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
-    from partial_lora.launching.surroundings import surroundings
+    from partial_lora.launching.env import surroundings
 
     with _libraries():
         found = surroundings()
