@@ -17,7 +17,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.building.info import Outline
-    from partial_lora.finished.evaluate import Evaluation
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
 
@@ -278,7 +277,7 @@ def env(arguments: list[str]) -> int:
     parser = _parser("env", "Print what a report of a bug needs: versions, platform, devices. It prints no paths.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
-    from partial_lora.launching.surroundings import surroundings
+    from partial_lora.launching.env import surroundings
 
     with _libraries():
         found = surroundings()
@@ -515,48 +514,49 @@ def evaluate(arguments: Sequence[str]) -> int:
         with _libraries():
             from partial_lora.finished.harness import evaluate_by_harness
         done = evaluate_by_harness(run, parsed.lm_eval, device=trainer.device, batch_size=trainer.eval_batch_size)
-        return _print_harness(done, parsed.json)
-    with _libraries():
-        from partial_lora.finished.evaluate import evaluate_run
-    with bar("evaluate") as advance:
-        done = evaluate_run(
-            run,
-            task,
-            member=parsed.member,
-            split=parsed.split,
-            device=trainer.device,
-            batch_size=trainer.eval_batch_size,
-            advance=advance,
-        )
+    else:
+        with _libraries():
+            from partial_lora.finished.evaluate import evaluate_run
+        with bar("evaluate") as advance:
+            done = evaluate_run(
+                run,
+                task,
+                member=parsed.member,
+                split=parsed.split,
+                device=trainer.device,
+                batch_size=trainer.eval_batch_size,
+                advance=advance,
+            )
     if parsed.json:
         print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
-        return 0
+    else:
+        (_print_harness if parsed.lm_eval else _print_evaluation)(done.record)
+        print(f"wrote {done.folder}")
+    return 0
+
+
+def _print_evaluation(record: Mapping) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    metrics = dict(done.record["metrics"])
+    metrics = dict(record["metrics"])
     primary = metrics.pop("primary")
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("task", done.record["task"]["name"])
-    table.add_row(done.record["split"], f"{done.record['examples']:,} examples")
+    table.add_row("task", record["task"]["name"])
+    table.add_row(record["split"], f"{record['examples']:,} examples")
     for name, value in metrics.items():
         table.add_row(name, "–" if value is None else f"{value:.4f}", style="bold" if name == primary else None)
     Console().print(table)
-    print(*(f"beware: {warning}" for warning in done.record["warnings"]), f"wrote {done.folder}", sep="\n")
-    return 0
+    for warning in record["warnings"]:
+        print(f"beware: {warning}")
 
 
-def _print_harness(done: Evaluation, as_json: bool) -> int:
-    """Print what the harness has measured, with its errors, and where it is; return the exit code."""
-    if as_json:
-        print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
-        return 0
-    for task, metrics in done.record["metrics"].items():
+def _print_harness(record: Mapping) -> None:
+    """Print what the harness has measured, with its errors."""
+    for task, metrics in record["metrics"].items():
         for name, measured in metrics.items():
             value, error = ("–" if each is None else f"{each:.4f}" for each in measured.values())
             print(f"{task}  {name}  {value} ± {error}")
-    print(f"wrote {done.folder}")
-    return 0
 
 
 @contextmanager

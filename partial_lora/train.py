@@ -199,11 +199,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
 
 def _save_adapter(
-    adapted: PeftModel,
-    run: FinishedRun,
-    transform: Transform,
-    is_main: bool,
-    start: Mapping[str, Tensor] | None,
+    adapted: PeftModel, run: FinishedRun, transform: Transform, is_main: bool, start: Mapping[str, Tensor] | None
 ) -> None:
     """Save the adapter; its folder is there whole or not at all. All processes call this, and one writes.
 

@@ -43,14 +43,7 @@ from partial_lora.report import folders, ranking, records
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import (
-    LEVEL,
-    by_sides,
-    ends_of,
-    estimate,
-    mean_squares,
-    over_sets,
-)
+from partial_lora.report.statistics import LEVEL, by_sides, ends_of, estimate, mean_squares, over_sets
 
 SEEDS = (2, 3, 4, 5, 6, 7, 8)
 FEWEST = 3  # seeds of a pair that components are taken from

@@ -8,7 +8,7 @@
 The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
 for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
 
-Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/size.py): frozen
+Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/peak.py): frozen
 weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
 both axes and 19 levels can take at most.
 

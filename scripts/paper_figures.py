@@ -43,18 +43,7 @@ from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
 from partial_lora.report.depth import grid
-from partial_lora.report.drawing import (
-    COLOURS,
-    MARKERS,
-    heat,
-    legend,
-    look,
-    panels,
-    plain,
-    save,
-    scored,
-    sized,
-)
+from partial_lora.report.drawing import COLOURS, MARKERS, heat, legend, look, panels, plain, save, scored, sized
 from partial_lora.report.figures import MOST, band
 from partial_lora.report.folders import gathered
 from partial_lora.report.records import Run

@@ -50,17 +50,7 @@ from claims import (
     scores,
     tabled,
 )
-from comparable import (
-    BUDGET,
-    CELL,
-    POINTS,
-    THRESHOLD,
-    Evidence,
-    at_points,
-    draw_of,
-    gather,
-    models_of,
-)
+from comparable import BUDGET, CELL, POINTS, THRESHOLD, Evidence, at_points, draw_of, gather, models_of
 
 from partial_lora import cli, methods
 from partial_lora.calibration.search import threshold_of
@@ -101,10 +91,7 @@ ABOUT = {  # the title of each table, and the claim of the paper that it tests
         "Table 6: one adapter for several tasks",
         "sparse subnetworks of LoRA match dense LoRA where one adapter learns several tasks, too.",
     ),
-    "table7": (
-        "Table 7: time, memory and bytes",
-        "what is saved is counted in trainable parameters.",
-    ),
+    "table7": ("Table 7: time, memory and bytes", "what is saved is counted in trainable parameters."),
 }
 _CEILING = 0.98
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.random import Generator
@@ -30,7 +29,7 @@ from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, save
+from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, plain, save
 
 MOST_RANK = 10**6
 Selection = tuple[np.ndarray, np.ndarray]  # rows, columns
@@ -635,12 +634,6 @@ def over_sparsities(setting: Setting) -> dict[str, np.ndarray]:
             }
         )
     return {name: np.array([values[name] for values in points], dtype=np.float64) for name in points[0]}
-
-
-def plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
 
 
 # ----------------------------------------------------------------------------------------------------------- command

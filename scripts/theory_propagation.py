@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, save
+from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, plain, save
 from partial_lora.settings.compose import composed
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
@@ -335,7 +335,7 @@ def page(record: Mapping) -> str:
     lines = [
         f"`python scripts/theory_propagation.py`: change of the output when an adapter of rank {record['rank']} stays "
         f"inside random rows and columns at density {record['density']:g}, as a share of the output's norm; medians of "
-        f"{record['images']} images.",
+        f"{record['images']} images."
     ]
     for model in record["models"]:
         lines += [
@@ -375,9 +375,7 @@ def draw(record: Mapping, out: Path) -> Path:
         axes.set_yscale("log")
         axes.set_xlabel("size of the dense update, |T| / |W|")
         axes.set_title(f"{model['name']}: {model['blocks']} blocks, {model['modules']} modules", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
+        plain(axes)
     style = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 8}
     figure.legend(*panels[0].get_legend_handles_labels(), **style)
     panels[0].set_ylabel("change of the output / its norm")

@@ -1,10 +1,9 @@
-"""Scores of a frozen causal model on multiple choice: this package's beside a literal loop over the options.
+"""Scores of a frozen causal model on multiple choice: the test rows of experiment=causal, scored as a run scores them.
 
     python scripts/zero_shot.py task=arc_easy data_dir=data
 
-The test rows of experiment=causal (results/causal), scored as a run would score them; and the first 100
-of them once more, one option at a time, one pass each, straight from the tokenizer and the model. Writes
-results/causal/zero_shot.json and prints both. About 10 minutes a set on one core.
+Adds them to results/causal/zero_shot.json, and prints them. Minutes a set on one core. That a run scores as
+lm-evaluation-harness does, tests say (tests/tasks/test_prompts.py), and `evaluate --lm-eval` of any run.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from partial_lora.settings.schema import Config
 from partial_lora.training import objectives
 
 OUT = Path("results/causal/zero_shot.json")
-LITERAL = 100  # questions of each set
 
 
-def scored(config: Config, model: torch.nn.Module) -> tuple[objectives.Judged, object]:
-    """Return this package's judgement of the test split, and the tokenizer that it reads with."""
+def scored(config: Config, model: torch.nn.Module) -> objectives.Judged:
+    """Return this package's judgement of the test split."""
     task = build.task_of(config)
     transform = build.transform_of(config.model, config.task)
     judge = build.judge_of(config, task, transform, Alone())
@@ -42,53 +40,16 @@ def scored(config: Config, model: torch.nn.Module) -> tuple[objectives.Judged, o
             answers.append(judge.reduce(logits, batch["labels"]).numpy())
         return np.concatenate(answers), np.empty(0)
 
-    return judge.judged(predict, model, "test"), transform.tokenizer
-
-
-@torch.inference_mode()
-def literally(config: Config, model: torch.nn.Module, tokenizer) -> dict:
-    """Answer the first questions without anything of this package but the texts."""
-    rows = build.task_of(config).test.select(range(LITERAL))
-    chosen, chosen_by_length, right = [], [], []
-    for row in rows:
-        sums, lengths = [], []
-        for prompt, option in zip(row["prompts"], row["options"], strict=True):
-            context, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + option)["input_ids"]
-            logits = model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
-            sums.append(sum(logits[at - 1, whole[at]].item() for at in range(len(context), len(whole))))
-            lengths.append(len(option.removeprefix(" ")))
-        chosen.append(int(np.argmax(sums)))
-        chosen_by_length.append(int(np.argmax(np.array(sums) / lengths)))
-        right.append(row["label"])
-    hits, by_length = np.equal(chosen, right), np.equal(chosen_by_length, right)
-    scores = {"accuracy": float(hits.mean()), "accuracy_norm": float(by_length.mean())}
-    return scores | {"chosen": chosen, "chosen_by_length": chosen_by_length}
+    return judge.judged(predict, model, "test")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Score the task that the settings name."""
     config = composed("experiment=causal", *(sys.argv[1:] if arguments is None else arguments))
     model = build.model_of(config.model, (), ()).eval()
-    judged, tokenizer = scored(config, model)
-    loop = literally(config, model, tokenizer)
-    own = judged.predictions.iloc[:LITERAL]
-    agree = np.equal(own["prediction"], loop.pop("chosen")) & np.equal(
-        own["prediction_norm"], loop.pop("chosen_by_length")
-    )
-    record = {
-        "model": config.model.name,
-        "questions": len(judged.predictions),
-        "package": {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")},
-        "first": {
-            "questions": LITERAL,
-            "package": {
-                "accuracy": float((own["prediction"] == own["label"]).mean()),
-                "accuracy_norm": float((own["prediction_norm"] == own["label"]).mean()),
-            },
-            "literal": loop,
-            "same_choices": int(agree.sum()),
-        },
-    }
+    judged = scored(config, model)
+    package = {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")}
+    record = {"model": config.model.name, "questions": len(judged.predictions), "package": package}
     records = json.loads(OUT.read_text()) if OUT.exists() else {}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(OUT, records | {config.task.name: record})

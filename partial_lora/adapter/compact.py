@@ -378,10 +378,7 @@ def _factors(
     """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
     if not GRANULARITIES[granularity].over_entries:
-        shapes = {
-            "A": [geometry.a[0], counts["columns"], *geometry.a[2:]],
-            "B": [counts["rows"], *geometry.b[1:]],
-        }
+        shapes = {"A": [geometry.a[0], counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
     shapes = {factor: shapes[factor] for factor in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if values.dim() != 1 or len(values) != sum(sizes) or not values.is_floating_point():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -20,15 +20,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
+from partial_lora.adapter.card import complete_card
 from partial_lora.adapter.layer import EMBEDDED
-from partial_lora.adapter.selection import (
-    Geometry,
-    ModuleMasks,
-    frozen_a,
-    random_masks,
-    read_values,
-    top_masks,
-)
+from partial_lora.adapter.selection import Geometry, ModuleMasks, frozen_a, random_masks, read_values, top_masks
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_json
 from partial_lora.masks import (
@@ -162,30 +156,20 @@ class PartialLoraConfig(LoraConfig):
     get_peft_model raises it, before the model is changed, where the settings do not fit the model's modules.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
-    sparsity: float | dict | str | PathLike | None = field(
-        default=None, metadata={"help": "Share of the adapter removed; 0: plain LoRA; None: 0.87."}
-    )
-    granularity: Granularity = field(
-        default="rows_columns", metadata={"help": "What is masked: rows_columns, units, element or groups."}
-    )
-    selection: Selection = field(default="random", metadata={"help": "How the kept ones are chosen: random or top."})
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the random masks."})
-    count: Count = field(default="exact", metadata={"help": "Number of random entries kept: exact or bernoulli."})
-    scores: dict | None = field(default=None, metadata={"help": "Importance of rows and columns of every module."})
-    indices: dict | None = field(default=None, metadata={"help": "Kept rows and columns of every module."})
-    columns: Columns = field(
-        default="masked", metadata={"help": "A: masked, frozen (whole, drawn by mask_seed), or one_hot."}
-    )
-    rows: Rows = field(default="masked", metadata={"help": "B: masked, or one_hot (unit vectors, frozen)."})
-    fan_in: FanIn | None = field(
-        default=None, metadata={"help": "The inputs that A is drawn for: kept or dense (all)."}
-    )
-    row_exponent: float | None = field(
-        default=None, metadata={"help": "Scaling times (density of rows) ** -row_exponent."}
-    )
-    column_exponent: float = field(default=0.0, metadata={"help": "Likewise of columns."})
+    r: int = 16
+    lora_alpha: int = 16
+    sparsity: float | dict | str | PathLike | None = None
+    granularity: Granularity = "rows_columns"
+    selection: Selection = "random"
+    mask_seed: int = 0
+    count: Count = "exact"
+    scores: dict | None = None
+    indices: dict | None = None
+    columns: Columns = "masked"
+    rows: Rows = "masked"
+    fan_in: FanIn | None = None
+    row_exponent: float | None = None
+    column_exponent: float = 0.0
 
     def __post_init__(self) -> None:
         refuse_options(self)  # first, before PEFT's own checks complain of a refused option
@@ -530,61 +514,3 @@ def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> No
         for factor in ("lora_A", "lora_B"):
             if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which has masks: copy it again.")
-
-
-# The model card of a saved adapter: PEFT's README.md, and how a masked adapter is loaded.
-
-CARD = "README.md"
-TAGS = ("lora", "partial-lora")
-HEADING = "## Partial-LoRA"
-VERSIONS = "### Framework versions"  # PEFT's last section
-
-USAGE = """{heading}
-
-Fewer numbers were trained than the low-rank factors have, and `partial_lora.json` says which. The factors in this file
-are whole, so this is an ordinary LoRA adapter, and PEFT alone loads it:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, {adapter})
-```
-
-To train the same entries further, load it with its masks, by the package partial-lora:
-
-```python
-from partial_lora import PartialLoraConfig
-from peft import PeftModel
-
-config = PartialLoraConfig.from_pretrained({adapter})
-model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_trainable=True)
-```
-"""
-ALPHAS = """
-Modules have alphas of their own (`alpha_pattern`). PEFT applies them. Servers that read `lora_alpha` alone, such as
-vLLM, would scale the adapter wrongly: give them the weights of `model.merge_and_unload()`.
-"""
-
-
-def complete_card(folder: Path, *, alphas: bool) -> None:
-    """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
-
-    The card of a named adapter lies in the folder above. What is there already is not added again, and all else in the
-    card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written. alphas: True
-    where modules have alphas of their own.
-    """
-    path, adapter = folder / CARD, '"path/or/hub-id"'
-    if not path.is_file():
-        path, adapter = folder.parent / CARD, f'"path/or/hub-id", subfolder="{folder.name}"'
-    if not path.is_file():
-        return
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    if card.data.get("library_name") != "peft":
-        return
-    card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
-    lines = card.text.splitlines()
-    section = "" if HEADING in lines else USAGE.format(heading=HEADING, adapter=adapter)
-    section += ALPHAS if alphas and ALPHAS not in card.text else ""
-    at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
-    card.text = "\n".join([*lines[:at], *section.splitlines(), *[""] * bool(section), *lines[at:]])
-    card.save(path)

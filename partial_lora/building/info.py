@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from partial_lora.budget import Shapes, dense_parameters
-from partial_lora.building import size
+from partial_lora.building import peak, size
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.search import passes_at_most, sparsity_levels
 from partial_lora.masks import PAPER_BUDGET, Sparsity
@@ -26,7 +26,7 @@ class Outline:
 
     counts: counts and bytes as `size` gives them. sparsity_is: where their sparsity is from. outputs: of
     the head; 0 for a model without a new head. passes: of the calibration, at most; 0 without one. memory: of causal
-    models, bytes at the peak of a training step (`size.peak_memory`) by the format of the frozen weights. width: of the
+    models, bytes at the peak of a training step (`peak.peak_memory`) by the format of the frozen weights. width: of the
     model (`rates.width`). is_known: whether the task or its files say how many outputs there are; else they are two.
     kept: bytes that a step keeps for its backward pass (`memory.StepMemory`), where they are counted.
     """
@@ -137,7 +137,7 @@ def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) ->
         return {}
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
     return {
-        name: size.peak_memory(
+        name: peak.peak_memory(
             model, shapes=shapes, counts=counts, rank=config.method.nominal_rank, quantization=quantization, **batch
         )
         for name, quantization in (("bf16", None), ("nf4", "nf4"))

@@ -43,11 +43,7 @@ class BoundedScore(Protocol):
     def __call__(self, model: nn.Module) -> float: ...
 
     def bounds(
-        self,
-        model: nn.Module,
-        module: str,
-        undecided: Callable[[float, float], bool],
-        known: Bounds | None = None,
+        self, model: nn.Module, module: str, undecided: Callable[[float, float], bool], known: Bounds | None = None
     ) -> Bounds: ...
 
 

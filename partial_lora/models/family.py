@@ -1,4 +1,7 @@
-"""One door to all families of models: image models of timm and transformers, CLIP, text encoders, language models."""
+"""One door to all families of models: image models of timm and transformers, CLIP, text encoders, language models.
+
+`families` in tasks/kinds.py says which answer a task.
+"""
 
 from __future__ import annotations
 

@@ -12,10 +12,7 @@ from partial_lora.models.skeleton import skeleton_of
 
 
 def target_linears(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    head: str | None = None,
-    new_modules: Sequence[str] = (),
+    model: nn.Module, target_modules: str | Sequence[str], head: str | None = None, new_modules: Sequence[str] = ()
 ) -> dict[str, nn.Linear]:
     """Return the modules to adapt, by full name in the model's order.
 

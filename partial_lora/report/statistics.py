@@ -185,12 +185,7 @@ def by_sides(significances: Iterable[tuple[float, float]]) -> list[tuple[float, 
     return list(zip(*map(holm, zip(*significances, strict=True)), strict=True))
 
 
-def judge(
-    found: Estimate,
-    metric: str,
-    seeds: int,
-    levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL),
-) -> str:
+def judge(found: Estimate, metric: str, seeds: int, levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL)) -> str:
     """Return the verdict on an estimate by the ends of its interval: 5 %, or what `by_sides` says.
 
     "better": all of the interval is above zero; "matches": it is above minus the margin; "worse": below zero and not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora.budget import counted_of, dense_parameters, kept_parameters, masked_units, saturated
+from partial_lora.budget import Shapes, counted_of, dense_parameters, kept_parameters, masked_units, saturated
 from partial_lora.launching.directory import INTERRUPTED
 from partial_lora.masks import AXES
 from partial_lora.methods import called
@@ -120,7 +120,7 @@ def module_table(result: Mapping) -> Table:
     drawn.add_column("type", overflow="fold")
     for name in ("shape", "rows", "columns", "parameters\nkept"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    kept = {module: _parameters(result, shapes[module], axes) for module, axes in sparsity.items() if module in shapes}
+    kept = _parameters(result)
     for (module, axes), kind in zip(sparsity.items(), kinds, strict=True):
         shape = " × ".join(map(str, shapes[module])) if module in shapes else NONE
         counted = f"{kept[module]:,}" if module in kept else NONE
@@ -131,48 +131,41 @@ def module_table(result: Mapping) -> Table:
     return drawn
 
 
-def _parameters(result: Mapping, shape: Sequence[int], sparsity: Mapping[str, float]) -> int:
-    """Return the trainable parameters of one module's adapter."""
-    units = masked_units(
-        {"module": tuple(shape)}, nominal_rank(result["config"]["method"]["rank"]), _counted(result["config"])
-    )
-    return kept_parameters(*units, {"module": sparsity})
-
-
 _UNLESS_SAID = {"granularity": "rows_columns", "rows": "masked", "columns": "masked"}
 
 
-def _counted(config: Mapping) -> str:
-    mask = config.get("mask", {})
-    return counted_of(*(mask.get(key, usual) for key, usual in _UNLESS_SAID.items()))
+def _sizes(result: Mapping) -> tuple[Shapes, int, str]:
+    """Return the shapes of W, none of a record that has none, the rank, and what masks count."""
+    config, shapes = result["config"], {name: tuple(shape) for name, shape in (result.get("shapes") or {}).items()}
+    counted = counted_of(*(config.get("mask", {}).get(key, usual) for key, usual in _UNLESS_SAID.items()))
+    return shapes, nominal_rank(config["method"]["rank"]), counted
+
+
+def _parameters(result: Mapping) -> dict[str, int]:
+    """Return the trainable parameters of the adapter of each module whose shape is known."""
+    units, unit = masked_units(*_sizes(result))
+    known = {module: axes for module, axes in result["sparsity"].items() if module in units}
+    return {module: kept_parameters({module: units[module]}, unit, {module: axes}) for module, axes in known.items()}
 
 
 def _saturated(result: Mapping) -> str:
     """Return how many modules would do with a lower rank; nothing where none would, or each has a rank of its own."""
-    config, sparsity, shapes = result["config"], result["sparsity"], result.get("shapes")
-    if not shapes or config["method"]["rank"] == "auto":
+    sparsity, (shapes, rank, counted) = result["sparsity"], _sizes(result)
+    if not shapes or result["config"]["method"]["rank"] == AUTO:
         return ""
-    full = saturated(
-        {name: tuple(shapes[name]) for name in sparsity},
-        nominal_rank(config["method"]["rank"]),
-        sparsity,
-        _counted(config),
-    )
+    full = saturated({name: shapes[name] for name in sparsity}, rank, sparsity, counted)
     words = f"{len(full)} of {len(sparsity)} modules have as many parameters as the block of W that they reach"
     return f"{words}; method.rank=auto reaches more" if full else ""
 
 
 def _auto_rate(result: Mapping) -> str:
     """Return the learning rate to try first for a masked adapter; nothing for a record that was made without shapes."""
-    config, shapes = result["config"], result.get("shapes")
+    config, (shapes, rank, _) = result["config"], _sizes(result)
     if not shapes or not called(config["method"]["name"]).masked:
         return ""
-    kept = sum(_parameters(result, shapes[module], axes) for module, axes in result["sparsity"].items())
-    dense = dense_parameters(
-        {module: tuple(shape) for module, shape in shapes.items()}, nominal_rank(config["method"]["rank"])
-    )
-    rate = rates.auto(config, width=rates.width(shapes.values()), density=kept / dense)
-    return f"to try first: {rate:.2g}, at density {kept / dense:.3g}"
+    density = sum(_parameters(result).values()) / dense_parameters(shapes, rank)
+    rate = rates.auto(config, width=rates.width(shapes.values()), density=density)
+    return f"to try first: {rate:.2g}, at density {density:.3g}"
 
 
 def _by_member(test: Mapping) -> dict[str, str]:

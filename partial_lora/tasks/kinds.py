@@ -62,11 +62,7 @@ class Kind:
         return "causal" not in self.families
 
 
-_CLASSES: dict[str, Any] = {
-    "answers": "label",
-    "rows": "sources:labelled",
-    "labelled_by": ("classes", "real numbers"),
-}
+_CLASSES: dict[str, Any] = {"answers": "label", "rows": "sources:labelled", "labelled_by": ("classes", "real numbers")}
 _CAUSAL: dict[str, Any] = {"families": ("causal",), "model": "smollm2_135m", "pipeline": "text-generation"}
 KINDS = {  # by task.modality and task.kind
     ("image", "label"): Kind(

@@ -26,10 +26,7 @@ from partial_lora.adapter.factor import is_sharded, sharded_like, whole
 logger = logging.getLogger(__name__)
 
 _ENABLED = "ACCELERATE_USE_FSDP"
-_DEFAULTS = {
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-}
+_DEFAULTS = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 
 def ask(strategy: str) -> bool:

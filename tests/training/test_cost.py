@@ -18,7 +18,7 @@ from torch import nn
 from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.budget import saturated
-from partial_lora.building import size
+from partial_lora.building import peak, size
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 from partial_lora.models.skeleton import Skeleton, skeleton, skeleton_of
@@ -269,7 +269,7 @@ def held(model: nn.Module) -> int:
 )
 def test_frozen_weights_take_the_bytes_that_are_counted(name, dtype, quantization):
     model = load(name, model_args=model_args(name), dtype=dtype, quantization=quantization)
-    assert size.weight_bytes(bare(name, model_args(name)), dtype, quantization) == held(model)
+    assert peak.weight_bytes(bare(name, model_args(name)), dtype, quantization) == held(model)
 
 
 def kept(
@@ -334,7 +334,7 @@ CASES = [
 def test_activations_are_within_a_twentieth_of_what_autograd_keeps(name, sparsity, dtype, quantization, few):
     targets = ["q_proj", "v_proj"] if few else settings(name)["target_modules"]
     model, shapes, counts = described(name, sparsity, targets)
-    found = size.activations(
+    found = peak.activations(
         model,
         shapes,
         rank=RANK,
@@ -355,7 +355,7 @@ def estimate(name: str, *, sparsity: float = 0.87, **changes: object) -> dict:
     shapes = model.targets(**adapted)
     counts = size.describe(model, **adapted, rank=16, sparsity=sparsity)
     asked = {"shapes": shapes, "counts": counts, "rank": 16, "batch_size": 4, "length": 512}
-    return size.peak_memory(model, **(asked | changes))
+    return peak.peak_memory(model, **(asked | changes))
 
 
 def test_peak_is_the_sum_of_its_parts_and_counts_each_once():
@@ -380,18 +380,18 @@ def test_checkpoints_of_a_model_with_few_words_peak_inside_a_block():
     """Where log-probabilities are small, the most is kept when a block has been computed again."""
     model, shapes, _ = described("tiny_llama", 0.0)
     one = {"rank": RANK, "density": 1.0, "size": 4, "quantization": None, "batch_size": 1, "length": 10}
-    found = size.activations(model, shapes, **one)
+    found = peak.activations(model, shapes, **one)
     assert found.block > found.after + found.gradient
     assert found.peak_checkpointed == found.blocks * found.entering + found.block + found.logits
     words = dataclasses.replace(model, config={**model.config, "vocab_size": 10**5})
-    many = size.activations(words, shapes, **one)
+    many = peak.activations(words, shapes, **one)
     assert many.peak_checkpointed == many.blocks * many.entering + many.after + many.logits + many.gradient
 
 
 def test_model_of_another_kind_is_refused_in_one_line():
     image = skeleton(family="timm", architecture="vit_tiny_patch16_224", model_args={}, outputs=2)
     with pytest.raises(PartialLoraError, match=r"model\.architecture") as caught:
-        size.activations(image, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
+        peak.activations(image, {}, rank=4, density=1.0, size=4, quantization=None, batch_size=1, length=1)
     assert "\n" not in str(caught.value)
 
 

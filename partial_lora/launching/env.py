@@ -1,4 +1,4 @@
-"""The surroundings of a run, for a report of a bug (`partial-lora env`)."""
+"""What a report of a bug needs to know of this machine (`partial-lora env`)."""
 
 from __future__ import annotations
 
