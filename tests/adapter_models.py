@@ -39,16 +39,17 @@ MIXED = {
     "fc2": {"rows": 0.0, "columns": 0.6},
 }
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "ls_init_value": 1.0}
-DECODER = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+DECODER = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
-def vit() -> TimmWrapperForImageClassification:
-    """A ViT of two blocks for 32 px images and 4 classes."""
+def vit(blocks: int = 1) -> TimmWrapperForImageClassification:
+    """A ViT for 32 px images and 4 classes."""
     torch.manual_seed(0)
+    size = VIT | {"depth": blocks}
     return TimmWrapperForImageClassification(
-        TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=4, model_args=VIT)
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=4, model_args=size)
     )
 
 
@@ -73,28 +74,28 @@ def convnext() -> ConvNextForImageClassification:
 
 
 def llama() -> LlamaForCausalLM:
-    """A Llama of two blocks over 50 tokens."""
+    """A Llama of one block over 50 tokens."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**DECODER, num_attention_heads=4, num_key_value_heads=2))
 
 
 def qwen2() -> Qwen2ForCausalLM:
-    """A Qwen2 of two blocks over 50 tokens: biases in q, k and v, and one tensor for the embeddings and the head."""
+    """A Qwen2 of one block over 50 tokens: biases in q, k and v, and one tensor for the embeddings and the head."""
     torch.manual_seed(0)
     config = Qwen2Config(**DECODER, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     return Qwen2ForCausalLM(config)
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """A GPT-2 of two blocks over 50 tokens; its linear layers are Conv1D, whose weights are in × out."""
+    """A GPT-2 of one block over 50 tokens; its linear layers are Conv1D, whose weights are in × out."""
     torch.manual_seed(0)
-    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
     config = GPT2Config(**size, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     return GPT2LMHeadModel(config)
 
 
 def deberta() -> DebertaV2ForSequenceClassification:
-    """A DeBERTa-v3 of two blocks over 50 tokens, for 3 classes: its query and key layers run twice in each pass."""
+    """A DeBERTa-v3 of one block over 50 tokens, for 3 classes: its query and key layers run twice in each pass."""
     torch.manual_seed(0)
     config = DebertaV2Config(
         **DECODER,

@@ -120,7 +120,7 @@ def test_masks_do_not_depend_on_rank_global_seed_or_order_of_targets():
     ):
         assert module_masks(other) == masks
     assert module_masks(adapt(sparsity=0.7, mask_seed=1)) != masks
-    name = "timm_model.blocks.1.mlp.fc1"
+    name = "timm_model.blocks.0.mlp.fc1"
     assert masks[name].rows == Mask.random(128, 0.7, mask_seed=0, module=name, axis="rows")
     assert masks[name].columns == Mask.random(32, 0.7, mask_seed=0, module=name, axis="columns")
     assert module_sparsity(adapt(sparsity=0.7))[name] == {"rows": 1 - 38 / 128, "columns": 1 - 10 / 32}

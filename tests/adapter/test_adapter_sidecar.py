@@ -168,7 +168,7 @@ def test_the_sidecar_says_what_masks_of_single_entries_are_made_of(tmp_path):
 
 
 QKV = "timm_model.blocks.0.attn.qkv"
-FC2 = "timm_model.blocks.1.mlp.fc2"
+FC2 = "timm_model.blocks.0.mlp.fc2"
 GONE = object()
 
 

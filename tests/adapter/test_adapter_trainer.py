@@ -64,7 +64,7 @@ def test_trainer_loads_the_best_model_at_the_end(tmp_path):
     expected = state(again)
     assert all(torch.equal(value, expected[name]) for name, value in state(model).items())
     assert module_masks(model) == module_masks(again)
-    assert len(layers(model)) == len(VIT_TARGETS) * 2
+    assert len(layers(model)) == len(VIT_TARGETS)
 
 
 @pytest.mark.parametrize(

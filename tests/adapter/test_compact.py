@@ -151,7 +151,7 @@ def test_names_as_long_as_those_of_a_real_llama_fit_too(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_header_fits_where_few_modules_share_it(tmp_path, count):
-    targets = ["blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"][:count]
+    targets = ["blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"][:count]
     for head in ([HEAD], None):
         kind = {"target_modules": targets, "modules_to_save": head}
         for selection in ({}, top(**kind)):
@@ -187,7 +187,7 @@ def test_loading_gives_every_value_back_bit_for_bit(tmp_path, base, settings):
         (vit, {"bias": "all"}),
         (vit, {"bias": "lora_only", "use_rslora": True, "alpha_pattern": {"fc1": 3}}),
         (vit, {"target_modules": "all-linear", "exclude_modules": ["fc2"], "lora_dropout": 0.1}),
-        (vit, {"target_modules": r".*\.blocks\.1\..*(qkv|fc1)", "modules_to_save": None}),
+        (vit, {"target_modules": r".*\.blocks\.0\.(attn\.qkv|mlp\.fc1)", "modules_to_save": None}),
         (llama, {"trainable_token_indices": [1, 3]}),
         (llama, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (qwen2, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
@@ -281,7 +281,7 @@ def replaced(model, name, module):
 def fine_tuned(model):
     """One parameter trained a little."""
     with torch.no_grad():
-        model.timm_model.blocks[1].mlp.fc2.weight.mul_(1.0001)
+        model.timm_model.blocks[0].mlp.fc2.weight.mul_(1.0001)
     return model
 
 

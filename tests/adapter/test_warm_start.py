@@ -209,7 +209,7 @@ REFUSALS = [
     ({"r": 2}, None, "r=4.* r=2"),
     ({"target_modules": ["attn.qkv"]}, None, r"proj\.lora_A\.weight.*target_modules"),
     ({"modules_to_save": None}, None, r"head\.\w+.*modules_to_save"),
-    ({}, lambda f: without(f, "blocks.1.mlp.fc1"), r"1\.mlp\.fc1\.lora_A\.weight"),
+    ({}, lambda f: without(f, "blocks.0.mlp.fc1"), r"0\.mlp\.fc1\.lora_A\.weight"),
     ({}, lambda f: transpose(f, "fc1.lora_A"), r"A\.weight .*\[32, 4\].* \[4, 32\]"),
     ({}, lambda f: transpose(f, "head.weight"), r"timm_model\.head\.weight .*\[32, 4\]"),
     ({}, lambda f: rewrite(f, use_dora=True), "use_dora=True"),
