@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +12,17 @@ from torch.nn.utils.rnn import pad_sequence
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.metrics import IGNORED
 
+_WIDE = 256  # tokens of a row; in wider ones attention, which grows with their square, would take what padding took
+
 
 def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return texts (N, L), padded on the right, in as few rows of L tokens as the first that has room gives.
+    """Return texts (N, L), padded on the right, in rows that hold several.
 
     Positions begin anew with each text, by which transformers keeps texts apart; each token of padding is a text of its
     own. The first token of a text is no label, since nothing before it predicts it.
     """
     tokens, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        row = next((row for row, left in enumerate(room) if lengths[text] <= left), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(tokens.shape[1])
-        rows[row].append(text)
-        room[row] -= lengths[text]
+    rows = _rows(lengths, most=max(_WIDE, tokens.shape[1]))
     labels = batch["labels"].clone()
     labels[:, 0] = IGNORED
     columns = {
@@ -41,19 +36,32 @@ def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _rows(lengths: list[int], most: int) -> list[list[int]]:
+    """Return the texts of each row: of all numbers of rows of at most `most` tokens, that which pads least."""
+    packings = []
+    for count in range(len(lengths), 0, -1):  # of equals the first has the narrowest rows
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+            emptiest = filled.index(min(filled))
+            rows[emptiest].append(text)
+            filled[emptiest] += lengths[text]
+        if max(filled) <= most:
+            packings.append((count * max(filled), rows))
+    return min(packings, key=itemgetter(0))[1]
+
+
 def check(model: nn.Module) -> None:
     """Raise PartialLoraError for a model whose logits of a text depend on what is packed beside it."""
     device, size = model.device, model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(size, (3, 8), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(8) < torch.tensor([[8], [4], [4]])).long()  # the second and the third share a row
-    inputs = packed({"input_ids": tokens, "attention_mask": mask, "labels": tokens})
-    del inputs["labels"]
+    tokens = torch.randint(size, (4, 8), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(8).repeat(2, 2)
     try:
         with torch.no_grad():
-            alone = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            beside = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
-        expected, measured = alone[1:, :4].float(), beside[1].float().unflatten(0, (2, 4))
-        differs = (measured - expected).norm() > torch.finfo(alone.dtype).eps ** 0.5 * expected.norm()
+            alone = model(input_ids=tokens.to(device), use_cache=False).logits
+            packed_in_two = {"input_ids": tokens.view(2, 16).to(device), "position_ids": positions.to(device)}
+            beside = model(**packed_in_two, use_cache=False).logits.view_as(alone)
+        differs = (beside - alone).float().norm() > torch.finfo(alone.dtype).eps ** 0.5 * alone.float().norm()
         reason = "its logits of a text depend on what is beside it"
     except (TypeError, ValueError) as error:
         differs, reason = True, one_line(error)

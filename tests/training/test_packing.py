@@ -27,9 +27,12 @@ def batches(lengths: list[int]) -> tuple[dict, dict]:
     return alone, packing.packed(alone)
 
 
-def test_no_token_is_lost_and_no_row_is_longer_than_the_longest_text() -> None:
-    alone, packed = batches([7, 3, 5, 2, 2, 7, 1])
-    assert packed["input_ids"].shape == (4, 7)
+@pytest.mark.parametrize(
+    ("lengths", "shape"), [([7, 3, 5, 2, 2, 7, 1], (3, 9)), ([250, 240, 130, 120], (3, 250)), ([300] * 3, (3, 300))]
+)
+def test_no_token_is_lost_and_none_is_padded_for_nothing(lengths: list[int], shape: tuple[int, int]) -> None:
+    alone, packed = batches(lengths)
+    assert packed["input_ids"].shape == shape
     ends = (packed["position_ids"] == 0).long().cumsum(1)
     texts = sorted(
         tokens[own == text].tolist()
@@ -46,7 +49,7 @@ def test_losses_and_gradients_are_those_of_texts_alone(attention: str) -> None:
     model.set_attn_implementation(attention)
     model.config.use_cache = False
     found = []
-    for batch in batches([7, 3, 5, 2, 2]):
+    for batch in batches([130, 7, 130, 5, 120]):
         labels = batch["labels"]
         model.zero_grad()
         loss = objectives.loss_of_tokens(model(**{key: batch[key] for key in batch if key != "labels"}), labels)
