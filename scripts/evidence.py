@@ -331,6 +331,8 @@ class Numbers:
                 else dict.fromkeys(apart, "–")
             ),
             "test": f"{test:.1f} ± {half:.1f}",
+            "p": f"{row['p']:.3f}",
+            "share": f"{100 * row['share']:.1f}",
             "seeds": f"{row['seeds']:.0f}",
             "kept": f"{row['saved_bytes'] / 1e6:.0f}",
             "file": f"{row['file_size'] / 1e6:.2g}",
