@@ -90,8 +90,8 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
     else:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.nominal_rank, sparsity=sparsity, granularity=granularity)
-    peak, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
-    return Outline(counts, source, outputs, passes, peak, width, known is not None, kept)
+    at_peak, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
+    return Outline(counts, source, outputs, passes, at_peak, width, known is not None, kept)
 
 
 def _classes(config: Config, task: TaskConfig) -> int | None:

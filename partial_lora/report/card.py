@@ -100,9 +100,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
     base = config.model.weights.partition("@")[0]
     name = f"{config.task.name}-{config.model.name}-{config.method.name}" if repo is None else repo.partition("/")[2]
     version = run.result["versions"]["partial-lora"]
-    settings = textwrap.indent(
-        yaml.safe_dump(_settings(run.config), sort_keys=False), "    "
-    )  # no text ends this block
+    settings = textwrap.indent(yaml.safe_dump(_settings(run.config), sort_keys=False), " " * 4)  # no text ends it
     kind = kind_of(config.task).pipeline
     others = {"merged": _PIPELINE.format(kind=kind), "gguf": _LLAMA}
     data = ModelCardData(

@@ -156,15 +156,8 @@ def _refuse_results_among_rows(config: Config) -> None:
 
 # --- The members of a mixture.
 
-_FOR_EACH = (
-    "train_samples",
-    "test_samples",
-    "validation_share",
-    "test_share",
-    "split_seed",
-    "label_noise",
-    "cache_bytes",
-)
+_FOR_EACH = ("train_samples", "test_samples", "validation_share", "test_share", "split_seed", "label_noise")
+_FOR_EACH += ("cache_bytes",)
 _OF_MIXTURE = {"name", "path", "members", "mixing", "data_files", *_FOR_EACH}
 _FROM_MEMBERS = {"modality", "kind", "classes"}
 _SCORES = {"auto", "accuracy", "loss"}  # scores that are means over examples, each within its member's classes

@@ -201,11 +201,7 @@ def word(value: object) -> str:
 # --- The file.
 
 VERSION = 5
-_LACKING = {
-    2: "0.3.0",
-    3: "0.4.0",
-    4: "0.5.0",
-}  # of earlier versions: the first one of CHANGES that their settings are without
+_LACKING = {2: "0.3.0", 3: "0.4.0", 4: "0.5.0"}  # of earlier versions: the first of CHANGES that they are without
 _NEEDED = (*KEY, "learning_rate", "tried", "seeds", "settings")
 _SHOWN = 3  # settings that are named, at most, where a rate was searched for with other settings
 

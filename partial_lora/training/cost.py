@@ -1,7 +1,7 @@
 """The cost of a training: parameters, counted on the model that trains, bytes on disk and in memory, time of a step.
 
 Parameters are counted after masking, with the task head apart (`measured`); bytes and time are measured while the model
-trains (`Cost`). `training.size` says beforehand what these come to.
+trains (`Cost`). `building.size` says beforehand what these come to.
 """
 
 from __future__ import annotations
