@@ -55,7 +55,7 @@ FORMS = {
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "groups", "frozen", "ranks of entries")  # gather otherwise
+OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "groups", "frozen")  # gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
@@ -70,7 +70,7 @@ def test_a_drawn_for_the_kept_inputs_has_features_of_the_size_of_plain_lora_s(gr
     for name, factor in factors(kept, "A").items():
         torch.testing.assert_close(factor.kept, factors(dense, "A")[name].kept * factor.mask.density**-0.5)
     torch.manual_seed(0)
-    x = torch.randn(20000, 1024)
+    x = torch.randn(4000, 1024)
 
     def size_of_features(**settings):
         model = nn.Sequential(nn.Linear(1024, 8, bias=False))
@@ -212,7 +212,7 @@ def test_a_factor_trains_as_in_lora_whose_other_factor_is_frozen(method, fused, 
     losses = []
     for each in (model, twin):
         optimizer = optimizer_of(each)
-        losses.append([step(each, optimizer, images(seed)) for seed in range(10)])
+        losses.append([step(each, optimizer, images(seed)) for seed in range(4)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] != losses[0][0]
     for which in "AB":
@@ -248,8 +248,7 @@ def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
         assert (10, 64) not in saved(columns)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, False), (torch.float16, True)])
 def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tmp_path, dtype, wide):
     def base(dtype):
         return lambda: vit().to(dtype)
@@ -277,7 +276,7 @@ def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tm
                 assert torch.equal(a.weight, drawn[name].weight.to(a.weight.dtype))
 
 
-@pytest.mark.parametrize("form", ["frozen", "frozen, entries", "one-hot", "one-hot rows"])
+@pytest.mark.parametrize("form", ["frozen", "one-hot", "one-hot rows"])
 def test_a_frozen_factor_compiles(form):
     model = fill(adapt(sparsity=0.5, **FORMS[form]))
     expected = logits(model, images())

@@ -33,7 +33,7 @@ def in_this_process():
 def out(tmp_path_factory):
     """The folder of a quick run of all models and variants."""
     out = tmp_path_factory.mktemp("bench")
-    bench.main(["adapter", "--quick", "--ranks", "8", "16", "--repeats", "24", "--out", str(out)])
+    bench.main(["adapter", "--quick", "--ranks", "8", "16", "--repeats", "6", "--out", str(out)])
     return out
 
 
@@ -49,9 +49,9 @@ def test_every_model_rank_and_variant_is_measured(result):
         assert list(cell["variants"]) == list(cell["ratios"]) == VARIANTS
         for name, variant in cell["variants"].items():
             every = bench.EVERY if name in ("element", "shira") else 1
-            assert variant["repetitions"] == list(range(0, 24, every))
+            assert variant["repetitions"] == list(range(0, 6, every))
             assert {stage: len(each) for stage, each in variant["seconds"].items()} == dict.fromkeys(
-                ("forward", "backward", "optimizer"), 24 // every
+                ("forward", "backward", "optimizer"), 6 // every
             )
     assert {"torch", "peft", "partial-lora"} <= set(result["machine"]["versions"])
 
