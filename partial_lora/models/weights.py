@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.models.skeleton import value_in
 
 
 def load_weights(
@@ -178,7 +179,7 @@ class Geometry:
         config = self._named(config)
         counted = self.empty().config
         for key in self.model_args:
-            expected, value = getattr(counted, key, None), getattr(config, key, None)
+            expected, value = value_in(counted, key), value_in(config, key)
             if value != expected:
                 raise PartialLoraError(
                     f"model.model_args.{key}={expected}: {weights} has {value}; set that, so that parameters are "
@@ -197,7 +198,11 @@ def takes(default: PretrainedConfig, model_class: type, key: str) -> bool:
 
     DeBERTa, for one, asks its config for keys that the config's class does not list.
     """
-    return hasattr(default, key) or f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
+    return (
+        key in default.to_dict()
+        or hasattr(default, key)
+        or f'"{key}"' in inspect.getsource(sys.modules[model_class.__module__])
+    )
 
 
 def head_config(labels: Sequence[str], name: str) -> dict[str, object]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import transformers
 from refusals import refusal
 
 from partial_lora import models
+from partial_lora.errors import PartialLoraError
 from partial_lora.models import fetch
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import settings_of
@@ -40,6 +43,8 @@ SAVED = {  # {class: the keys of its config}
     "Qwen3ForCausalLM": CAUSAL,
     "MistralForCausalLM": CAUSAL,
     "Gemma2ForCausalLM": CAUSAL,
+    "Gemma4ForCausalLM": CAUSAL
+    | {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 4, "global_head_dim": 16},
     "PhiForCausalLM": TEXT | ENDS,
     "GPTNeoXForCausalLM": TEXT | ENDS,
     "OPTForCausalLM": TEXT | ENDS | {"ffn_dim": 24, "word_embed_proj_dim": 16},
@@ -93,6 +98,38 @@ def test_a_folder_loads_and_computes_by_its_config_alone(tmp_path: Path, name: s
         if not key.startswith(new):
             own = key if key in trained else key.removeprefix(f"{model.base_model_prefix}.")
             assert torch.equal(value, trained[own])
+
+
+OF_HEADS = {  # by the class that tells heads apart: the task's kind
+    "AutoModelForSequenceClassification": "label",
+    "AutoModelForTokenClassification": "label",  # the head is replaced by one for whole texts
+    "AutoModelForCausalLM": "generation",
+    "AutoModelForImageClassification": None,
+}
+FEW = {"num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2}
+FEW |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 8, "moe_num_experts": 4}
+
+
+@pytest.mark.skipif("PARTIAL_LORA_TEST_DOWNLOAD" not in os.environ, reason="several minutes: make test-all")
+@pytest.mark.parametrize("auto", OF_HEADS)
+def test_every_type_of_transformers_is_read_or_refused(tmp_path: Path, auto: str) -> None:
+    read = set()
+    for config_class, classes in getattr(transformers, auto)._model_mapping.items():
+        kind = classes[0] if isinstance(classes, tuple) else classes
+        try:
+            config = config_class()
+            config = config_class(
+                **{key: few for key, few in FEW.items() if isinstance(getattr(config, key, 0.0), int)}
+            )
+            with torch.device("meta"):
+                kind(config)
+        except Exception:  # of types whose own defaults build nothing, or that need packages that are not here
+            continue
+        config.architectures = [kind.__name__]
+        config.save_pretrained(folder := tmp_path / config_class.__name__)
+        with suppress(PartialLoraError):
+            read.add(settings_of("own", str(folder), OF_HEADS[auto])["architecture"])
+    assert len(read) > 20
 
 
 def test_what_is_adapted_is_as_in_peft_or_every_linear_layer(tmp_path: Path) -> None:
