@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.config import value_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,15 +120,6 @@ def skeleton_of(model: nn.Module) -> Skeleton:
         if config is None
         else {key: value for key in _CONFIG if (value := value_in(config, key)) is not None},
     )
-
-
-def value_in(config: Any, key: str) -> Any:
-    """Return a value of a config of transformers, or None; of one that differs by layer, that which the config names.
-
-    Such a value, as Gemma 4's `head_dim`, raises where it is read as an attribute.
-    """
-    named = config.to_dict()
-    return named[key] if key in named else getattr(config, key, None)
 
 
 def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.models.skeleton import value_in
+from partial_lora.models.config import value_in
 
 
 def load_weights(
