@@ -29,7 +29,6 @@ FROM_DENSE = "from_dense.csv"
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write forms.md and forms.csv into the results directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--reference", default="low_rank")
