@@ -246,7 +246,6 @@ def _print_json_outline(config: Config, run: Outline) -> None:
 
 
 def _rates(config: Config, run: Outline) -> dict[str, float]:
-    """Return the learning rates of a run by part."""
     known = {"width": run.width, "density": run.density, "has_head": config.model.trains_whole}
     return trainer_of(plain(config), config.trainer, **known).learning_rates
 
@@ -448,7 +447,6 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
 
 
 def _of_run(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of a command that takes a finished run."""
     parser = _parser(command, description, epilog)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN)
     return parser

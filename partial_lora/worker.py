@@ -26,7 +26,6 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
-    """Parse the command line, work, and exit."""
     parser = argparse.ArgumentParser(prog="partial_lora.worker", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", choices=("train", "calibrate"), required=True)

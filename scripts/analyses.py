@@ -227,7 +227,6 @@ def agreement_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
 
 
 def agreement_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    """A row for every two measures at each sparsity."""
     rows = [{"sparsity": point} | line for point, lines in analysis["summary"].items() for line in lines]
     return {
         "Agreement of the chosen rows and columns": pd.DataFrame(rows),
@@ -270,7 +269,6 @@ def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
 
 
 def reliability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    """A row for each split, and the means and standard deviations."""
     summary, keys = analysis["summary"], ("pearson", "spearman", "spearman_brown")
     rows = [
         {"": name}
@@ -359,7 +357,6 @@ def stability_frame(analysis: Mapping) -> pd.DataFrame:
 
 
 def stability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    """A row for each condition, a column for each agreement and each mean."""
     frame, summary = stability_frame(analysis), analysis["summary"]
     keys = [f"{of}, {key}" for of in ("between_seeds", "to_reference") for key in ("pearson", "mean_absolute")]
     keys += ["density, mean", "density, deviation", "baseline, mean", "evaluations, mean", "seconds, mean"]
@@ -442,7 +439,6 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
 
 
 def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    """A row for each search, and a row for each measure."""
     summary = analysis["summary"]
     rows = [{"search": name} | cost for name, cost in summary["searches"].items() if cost]
     searches = pd.DataFrame(rows)

@@ -269,7 +269,6 @@ def short_floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
 
 
 def lora(base: nn.Module, model: Model, rank: int) -> nn.Module:
-    """PEFT's dense LoRA."""
     return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(model.targets)))
 
 
@@ -415,7 +414,6 @@ def kept_entries(model: nn.Module) -> int:
 
 
 def adapter(options: argparse.Namespace) -> dict:
-    """Measure every model at every rank."""
     torch.set_num_threads(1)
     gc.freeze()  # what the imports have made need not be walked through at every collection
     of = machine() | {"malloc": keep_freed_memory()}
@@ -558,7 +556,6 @@ def adapter_figures(result: Mapping) -> Figures:
 
 
 def adapter_page(result: Mapping) -> str:
-    """The result as Markdown."""
     aims = [
         {key: aim[key] for key in ("aim", "variant", "model", "rank")}
         | {"variant": NAMES[aim["variant"]], "at most": aim["limit"], "measured": _interval(aim)}
@@ -729,7 +726,6 @@ def of_calibration(result: Mapping) -> list[dict]:
 
 
 def calibration_page(result: Mapping) -> str:
-    """The whole page, as Markdown."""
     sides, reference, settings, rows = result["sides"], result["literal"], result["settings"], []
     searches = {side: sides[side] | sides[side]["evaluations"] for side in WANTED}
     for name, of in {"literal, all modules": reference, **searches}.items():
@@ -1273,7 +1269,6 @@ def median(measured: Sequence[Mapping], key: str) -> float:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines."""
     return [f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows)]
 
 
@@ -1287,7 +1282,6 @@ OF_RUNS = {
 
 
 def runs_page(record: Mapping) -> str:
-    """Return the page of a record of whole runs."""
     lines = ["# Whole runs", ""]
     for part in (part for part in OF_RUNS if part in record):
         made = record[part]["made"]
@@ -1337,7 +1331,6 @@ WHOLE = {"adapter": (adapter, 28), "calibration": (calibration, 1), "serving": (
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, and write record and page."""
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["worker"]:
         _, loop, count, *job = words

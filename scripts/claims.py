@@ -125,7 +125,6 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows by model, mixture and operating point, and then by method."""
     points = rows["operating_point"].map(point_order)
     by = ["model", "mixture", "_point", "importance", "method"]
     return rows.assign(_point=points).sort_values(by, kind="stable").drop(columns="_point")
@@ -255,7 +254,6 @@ def counted(n: float, what: str) -> str:
 
 
 def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Verdicts as rows."""
     return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
 
 

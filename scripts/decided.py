@@ -102,7 +102,6 @@ def form_of(config: dict) -> str:
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     options = parser.parse_args(arguments)

@@ -89,7 +89,6 @@ def run_page(page: Path, long: bool) -> tuple[int, list[str]]:
 
 
 def main() -> int:
-    """Run or list the blocks, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=lambda page: Path(page).resolve(), metavar="PAGE")
     parser.add_argument("--list", action="store_true", help="run nothing, list what is left out")

@@ -170,7 +170,6 @@ class Moments:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every run that has not been; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
     imports.refuse_hub_code()

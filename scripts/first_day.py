@@ -76,7 +76,6 @@ TABLES = {
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the tables that are missing, the runs that are missing, and first_day.{csv,md}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder of NAME/{train,test}.parquet")
     parser.add_argument("--out", type=Path, default=Path("results/first_day"))

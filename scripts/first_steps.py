@@ -42,7 +42,7 @@ import transformers
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig
@@ -162,10 +162,6 @@ def _dealt(generator: np.random.Generator, groups: int, size: int, kept: int) ->
     return np.maximum(1, generator.multivariate_hypergeometric([size] * groups, groups * kept))
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**batch).loss
-
-
 def gradients_of(subject: Subject) -> dict[str, np.ndarray]:
     """Return the gradient of the mean loss of training rows outside the fit draw for the weight of each module."""
     fit = subject.fit()
@@ -178,7 +174,8 @@ def gradients_of(subject: Subject) -> dict[str, np.ndarray]:
         differentiable(subject.model, modules),
     ):
         for batch in batches:
-            for name, gradient in gradients(subject.model, modules, batch, _loss).items():
+            own = gradients(subject.model, modules, batch, lambda model, batch: model(**batch).loss)
+            for name, gradient in own.items():
                 sums[name] += gradient.double().cpu().numpy() * len(batch["labels"])
     return sums
 

@@ -32,7 +32,6 @@ FROM_DENSE, LOSS = "from_dense.csv", "loss.csv"
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write forms.md and forms.csv into the results directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--reference", default="low_rank")

@@ -453,7 +453,6 @@ def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
 
 
 def power_page(seeds: pd.DataFrame, steps: pd.DataFrame, command: str) -> str:
-    """Return both tables as Markdown."""
     shown = seeds.round({"of seeds": 2, "of examples": 1, "left": 1, "half interval, 8 seeds": 2})
     for name in shown.columns[shown.columns.str.contains("point")]:
         shown[name] = [f"more than {MOST}" if np.isnan(each) else f"{each:.0f}" for each in shown[name].astype(float)]
@@ -474,7 +473,6 @@ def power_page(seeds: pd.DataFrame, steps: pd.DataFrame, command: str) -> str:
 
 
 def coverage(options: argparse.Namespace, command: str) -> None:
-    """Write the tables of coverage and of races, their numbers and the figure."""
     every: dict[str, list[np.ndarray]] = {}
     for task, _, d in pairs(options.results / "cpu"):
         every.setdefault(task, []).append(d)
@@ -487,7 +485,6 @@ def coverage(options: argparse.Namespace, command: str) -> None:
 
 
 def seeds_and_steps(options: argparse.Namespace, command: str) -> None:
-    """Write the tables of seeds and of steps."""
     seeds = seeds_by_set(options.results / "cpu")
     steps = steps_by_set(options.results / name for name in HISTORIES)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -500,7 +497,6 @@ WHAT = {"coverage": coverage, "power": seeds_and_steps}
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the tables."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WHAT)

@@ -58,12 +58,10 @@ def own_task(name: str) -> tuple[str, str]:
 
 
 def settings_of(name: str) -> ModelConfig:
-    """The settings of a model of conf/model."""
     return composed(f"model={name}", f"task={own_task(name)[1]}").model
 
 
 def empty(model: ModelConfig) -> nn.Module:
-    """The model on the meta device."""
     return models.empty(**model.geometry, num_labels=OUTPUTS)
 
 
@@ -86,7 +84,6 @@ def tree(module: nn.Module) -> dict:
 
 
 def stored(model: ModelConfig) -> dict:
-    """Return what is stored of a model."""
     built = empty(model)
     whole, every = skeleton_of(built), dict(built.named_parameters(remove_duplicate=False))
     return {
@@ -142,7 +139,6 @@ def memory_table(outlines: dict[str, dict]) -> str:
 
 
 def outlines() -> dict[str, dict]:
-    """The outline of every model."""
     names = sorted(file.stem for file in (schema.conf_dir() / "model").glob("*.yaml"))
     each = {name: outline(config_of(name)) for name in names}
     return {name: {"counts": of.counts, "memory": of.memory, "passes": of.passes} for name, of in each.items()}
@@ -237,7 +233,6 @@ def write_skeletons() -> None:
 
 
 def main() -> int:
-    """Count every model and write the tables."""
     if sys.argv[1:] == ["--skeletons"]:
         write_skeletons()
         return 0

@@ -97,7 +97,6 @@ def filled(text: str) -> str:
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill the pages that are named."""
     names = sys.argv[1:] if arguments is None else arguments
     for name in names or PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")

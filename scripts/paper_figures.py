@@ -936,7 +936,6 @@ MEASURED = {"fig3": _groups_of_fig3, "fig7": _groups_of_fig7}
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw what is named, and print which files that is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=FIGURES, metavar="NAME", help=", ".join(FIGURES))
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")

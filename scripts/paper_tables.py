@@ -835,7 +835,6 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make what is named, and print which files that is, what they say and which runs are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="+", choices=[*TABLES, CLAIMS], metavar="NAME", help=", ".join([*TABLES, CLAIMS])

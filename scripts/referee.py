@@ -143,7 +143,6 @@ def policies(all_cells: Sequence[Cell]) -> dict[str, Callable[[Cell], tuple[floa
 
 
 def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return a row for each policy."""
     rows = []
     for name, policy in policies(all_cells).items():
         near, same, spent, full, lost = [], [], 0.0, 0.0, []
@@ -274,7 +273,6 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the tables."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the studies")

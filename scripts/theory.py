@@ -640,7 +640,6 @@ def over_sparsities(setting: Setting) -> dict[str, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print bounds and simulated values side by side, and draw them if a figure is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=768, metavar="M", help="outputs of the module (768)")
     parser.add_argument("--columns", type=int, default=768, metavar="N", help="inputs of the module (768)")

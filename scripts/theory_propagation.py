@@ -331,7 +331,6 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def page(record: Mapping) -> str:
-    """Return the table of a record, in Markdown."""
     lines = [
         f"`python scripts/theory_propagation.py`: change of the output when an adapter of rank {record['rank']} stays "
         f"inside random rows and columns at density {record['density']:g}, as a share of the output's norm; medians of "

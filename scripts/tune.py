@@ -149,7 +149,6 @@ def rate_of(record: Mapping) -> float:
 
 @cli.script
 def main(arguments: list[str] | None = None) -> int:
-    """Read the runs, write the file and print its new entries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: tuning.json beside RESULTS_DIR")

@@ -44,7 +44,6 @@ def scored(config: Config, model: torch.nn.Module) -> objectives.Judged:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Score the task that the settings name."""
     config = composed("experiment=causal", *(sys.argv[1:] if arguments is None else arguments))
     model = build.model_of(config.model, (), ()).eval()
     judged = scored(config, model)

@@ -278,7 +278,6 @@ class PartialLoraConfig(LoraConfig):
         return None if self.frozen_axis is None else np.eye(geometry.rank, dtype=np.float32)
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module."""
         ranks = self.rank_pattern or {}
         return ranks.get(get_pattern_key(list(ranks), module), self.r)
 

@@ -509,7 +509,6 @@ class DenseView(Tensor):
         return result
 
     def __deepcopy__(self, memo: dict) -> Tensor:
-        """Return an ordinary tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             return memo.setdefault(id(self), self.as_subclass(Tensor).detach().clone())
 

@@ -48,7 +48,6 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return the exit code, if it has ended."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -57,7 +56,6 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
         if self.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)

@@ -45,7 +45,6 @@ class Skeleton:
 
     @property
     def kind(self) -> str:
-        """The class of the model."""
         return self.modules[""]
 
     def size(self, module: str = "") -> int:

@@ -223,7 +223,6 @@ def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> d
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Return the mean of the numbers there are; NaN of none."""
     known = [value for value in values if value == value]
     return float(np.mean(known)) if known else np.nan
 

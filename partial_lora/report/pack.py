@@ -115,7 +115,6 @@ def _rows(path: str, predictions: pa.Table) -> pa.Table:
 
 
 def _row(path: str, content: Content) -> dict:
-    """Return a run's row of runs.parquet."""
     record = upgraded(content.record)
     run = records.run_of(record, Path(path))
     metrics = {

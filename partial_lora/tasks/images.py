@@ -60,7 +60,6 @@ class ImageTransform:
 
     @classmethod
     def of(cls, task: TaskConfig, **pixels: Any) -> ImageTransform:
-        """Return the transform of a task's rows."""
         return cls(**pixels)
 
     @property

@@ -153,7 +153,6 @@ class MixtureTransform:
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings of all members."""
         return [warning for transform in self.transforms for warning in transform.warnings]
 
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:

@@ -42,7 +42,6 @@ class TextTransform:
 
     @classmethod
     def of(cls, task: TaskConfig, *, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTransform:
-        """Return the transform of a task's rows."""
         return cls(tokenizer, max_length)
 
     @property

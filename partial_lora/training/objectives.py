@@ -157,7 +157,6 @@ class _TaskJudge:
         return self._rows("test")
 
     def _rows(self, split: str) -> Dataset:
-        """Return the rows by which a split is judged."""
         return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
 
 
@@ -353,7 +352,6 @@ class ByMembers:
         return Joined([judge.validation() for judge in self._judges], self._starts)
 
     def _own_outputs(self, number: int, logits: np.ndarray) -> np.ndarray:
-        """Return the logits (N, outputs) of one member."""
         if not self._sizes:
             return logits
         return logits[:, self._starts[number] : self._starts[number] + self._sizes[number]]

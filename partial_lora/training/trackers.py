@@ -296,6 +296,5 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _numbers(values: Mapping[str, object]) -> dict[str, float]:
-    """Return the numbers in plain data, each by the path to it."""
     numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, Real)}
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
