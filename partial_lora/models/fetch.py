@@ -76,15 +76,16 @@ def folder_of(
     )
 
 
-def config_folder_of(weights: str, name: str) -> Path:
+def config_folder_of(weights: str, name: str, instead: str) -> Path:
     """Return a folder with a model's config.json, and what is beside it of its inputs; of the hub, these files alone.
 
+    instead: a model that needs no hub, to recommend.
     Raises PartialLoraError for a folder without one, and where a repository cannot be had.
     """
     if weights.startswith(bundled.PREFIX) or Path(weights).is_dir():
         folder = folder_of(weights, name)
     else:
-        folder = _download(weights, weights, _CONFIGS, OFFLINE_IMAGE_MODEL)
+        folder = _download(weights, weights, _CONFIGS, instead)
     if not (folder / "config.json").is_file():
         raise PartialLoraError(f"model={weights}: expected a config.json in it, which says what model it is")
     return folder

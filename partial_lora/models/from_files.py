@@ -50,11 +50,11 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
     those that PEFT adapts by default in models of the type, or else "all-linear". Raises PartialLoraError that names
     the model and what does not fit.
     """
-    folder = config_folder_of(weights, name)
+    folder = config_folder_of(weights, name, KINDS["text" if kind else "image", kind or "label"].model)
     try:
         content = read_json(folder / "config.json")
         settings = _of_timm(content) if _is_timm(content) else _of_transformers(content, folder, weights, kind)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError) as error:
         raise PartialLoraError(f"model={weights}: cannot read its config.json ({one_line(error)})") from error
     family = settings["family"]
     geometry = {key: settings[key] for key in ("family", "architecture", "model_args")}
@@ -106,17 +106,15 @@ def _of_timm(content: Mapping) -> dict[str, object]:
 
 def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | None) -> dict[str, object]:
     """Return the settings of a config.json of a type that transformers knows."""
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        kind = content.get("model_type")
-        own = "its code (auto_map) is never run" if "auto_map" in content else one_line(error)
-        own = own if kind else "its config.json names none"
+    architecture = content.get("model_type")
+    if architecture not in transformers.CONFIG_MAPPING:
+        why = "its config.json names none" if architecture is None else f"not {architecture}"
         raise PartialLoraError(
-            f"model={weights}: expected a model_type that transformers {transformers.__version__} knows, not {kind}; "
-            f"{own}"
-        ) from error
+            f"model={weights}: expected a model_type that transformers {transformers.__version__} knows, {why}"
+            f"{'; its code (auto_map) is never run' if 'auto_map' in content else ''}"
+        )
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if "auto_map" in content:
         logger.warning(
             "model=%s: its own code (auto_map) is not run; it is a %s of transformers", weights, config.model_type
@@ -157,7 +155,7 @@ def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
     if others and has_head:
         return others[0]
-    instead = "take task=text_generation" if "causal" in classes else "take another model"
+    instead = "take task=text_generation" if has_head and "causal" in classes else "take another model"
     raise PartialLoraError(
         f"model={weights}: {config.model_type}, saved as {', '.join(saved) or 'no class'}, has no head for "
         f"task.kind={kind or 'label'}; {instead}"

@@ -34,8 +34,6 @@ def check(config: Config, *, here: bool) -> None:
     """
     model, calibration = config.model, config.calibration
     check_modality(model, config.task)
-    packs = config.trainer.packing and kind_of(config.task).has_head
-    require(not packs, "trainer.packing", True, "false, unless a causal language model answers")
     for task in (config.task.members or {}).values() or (config.task,):
         expected = f"{{train: PATH, test: PATH}}, or one PATH that a test split is cut from, for task={task.name}"
         require(task.path != FILES or bool(task.data_files), "task.data_files", task.data_files, expected)

@@ -93,6 +93,8 @@ class Config:
             one_of("importance.name", self.importance.name, traits.importance)
         if traits.size == "budget":
             self._check_budgeted()
+        packs = self.trainer.packing and self.model.family != "causal"
+        require(not packs, "trainer.packing", True, "false unless model.family=causal")
         self._check_rates()
 
     def _check_budgeted(self) -> None:

@@ -35,6 +35,8 @@ _INSTEAD = {
     "dataloader_num_workers": "num_workers",
     "bf16": "mixed_precision",
     "fp16": "mixed_precision",
+    "bf16_full_eval": "mixed_precision",  # the adapter would be saved as it was evaluated
+    "fp16_full_eval": "mixed_precision",
     "use_cpu": "device",
     "report_to": "report_to",
 }
@@ -48,7 +50,7 @@ OWN_ARGUMENTS = {
     *("dataloader_drop_last", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_in_order"),
     *("train_sampling_strategy", "length_column_name", "ddp_find_unused_parameters", "local_rank"),
     *("average_tokens_across_devices", "activation_checkpointing", "activation_checkpointing_kwargs"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cache"),
 }
 _OWN_PREFIXES = ("do_", "eval_", "fsdp", "hub_", "log", "push_to_hub", "save_", "trackio_")
 _MOST = 2**31  # of a count: what is larger fits no tensor
@@ -71,7 +73,7 @@ class TrainerConfig:
     # parts in which each process computes its share of a batch, one after the other
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 64  # examples at once in evaluation and prediction
-    # causal models: short texts of a batch share a row, so that less of it is padding; changes no result
+    # causal models: short texts of a batch share a row, so that less of it is padding; losses stay the same
     packing: bool = False
     # learning rate of the adapter; auto: by method, size, model and the number of steps
     learning_rate: Any = AUTO

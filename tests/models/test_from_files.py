@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, name: str, change: Callable,
 
 
 def test_a_masked_model_writes_no_texts(tmp_path: Path) -> None:
-    with refusal("model=", "task.kind=generation"):
+    with refusal("model=.*take another model", "task.kind=generation"):
         settings_of("own", str(saved(tmp_path, "BertForMaskedLM", TEXT)), "generation")
 
 
@@ -246,8 +246,9 @@ def test_an_id_of_the_hub_is_pinned_and_what_the_cache_holds_is_said(tmp_path: P
     assert (model.name, model.weights) == ("bert", "own/bert@0a1b")
     monkeypatch.undo()
     monkeypatch.setattr(fetch, "_connection_error", lambda repo: OSError("no network"))
-    with refusal("model=", "own/other", "cache"):
-        settings_of("other", "own/other")
+    for kind, instead in {"generation": "smollm2_135m", "label": "minilm_l6", None: "vit_s14"}.items():
+        with refusal("model=", "own/other", "cache", instead):
+            settings_of("other", "own/other", kind)
 
 
 def test_a_repository_that_conf_model_names_is_that_model_and_needs_no_hub() -> None:

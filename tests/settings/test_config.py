@@ -109,6 +109,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),
         (["mask=frozen", "trainer.loraplus_ratio=4"], ["trainer.loraplus_ratio=4", "mask.columns=frozen"]),
         ([*CAUSAL, "trainer.head_learning_rate=1e-2"], ["trainer.head_learning_rate=0.01", "model=tiny_llama"]),
+        (["trainer.packing=true"], ["trainer.packing=true: ", "model.family"]),
         (["calibration.threshold=1.5"], ["calibration.threshold=1.5: "]),
         (["calibration.threshold=null"], ["calibration.threshold: "]),
         (["calibration=threshold,budget"], ["calibration=threshold,budget: "]),

@@ -162,6 +162,12 @@ def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
         assert paths.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
 
 
+def test_packing_changes_no_id() -> None:
+    given = ("model=tiny_llama", "task=text_generation")
+    packed = composed(*given, "trainer.packing=true")
+    assert identity.run_id(packed) == identity.run_id(composed(*given))
+
+
 def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -137,6 +137,8 @@ def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path:
         ({"args": {"seed": 1}}, "trainer.args.seed=1"),
         ({"args": {"save_steps": 1}}, "trainer.args.save_steps=1"),
         ({"args": {"warmup_steps": 1}}, "trainer.args.warmup_steps=1.*warmup_ratio"),
+        ({"args": {"use_cache": True}}, "trainer.args.use_cache="),  # by which packed texts would see each other
+        ({"args": {"bf16_full_eval": True}}, "trainer.args.bf16_full_eval=.*mixed_precision"),  # and saved so
     ],
 )
 def test_a_name_that_is_none_and_an_argument_that_a_run_sets_are_refused(settings: dict, key: str) -> None:
