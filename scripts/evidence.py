@@ -28,12 +28,14 @@ from partial_lora.report.statistics import Estimate, weights_of_sets
 
 NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark
     "partial": ("partial", "rows and columns", (-40, 38)),
-    "partial mask=frozen": ("partial (frozen)", "rows of B, A frozen", (-20, 56)),
     "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
-    "lora on query, value": ("lora", "LoRA on q, v", (8, -15)),
+    "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
     "low_rank": ("low_rank", "plain LoRA", (26, -12)),
     "entries": ("entries", "single entries", (26, 3)),
     "random_weights": ("random_weights", "entries of W", (8, -4)),
+    "lori": ("lori", "LoRI", (5, 15)),
+    "lorafa": ("lorafa", "LoRA-FA", (8, -8)),
+    "paca": ("paca", "PaCA", (8, -8)),
     "oft": ("oft", "OFT", (8, 6)),
     "hira": ("hira", "HiRA", (-36, 22)),
 }
@@ -118,8 +120,8 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
         floor = floor_of(of_task)
         of_task = of_task.assign(above=(of_task["saved_bytes"] - floor) / 1e6)
         dense = of_task.loc[of_task["form"] == "lora", "above"].iloc[0]
-        others = ~of_task["form"].str.contains(" ") | (of_task["form"] == "partial mask=frozen")
-        of_size = others & (of_task["size"] == "0.13") | of_task["form"].str.startswith("lora on")
+        others = ~of_task["form"].str.contains(" ") & (of_task["size"] == "0.13")
+        of_size = others | of_task["form"].str.startswith("lora on")
         for row in of_task[of_size].itertuples():
             at, ink, marker = (row.above, row.lead), colours["grey"], "."
             if row.form in NAMED:
@@ -159,7 +161,9 @@ def mark(axes: Axes, at: tuple[float, float], marker: object, ink: str, seeds: i
 def label(axes: Axes, words: str, at: tuple[float, float], place: tuple[float, float], ink: str) -> None:
     """Write words beside a mark, with a line to it from afar."""
     line = {"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkB": 4} if abs(place[1]) > 30 else None
-    axes.annotate(words, at, place, textcoords="offset points", color=ink, fontsize=10, zorder=4, arrowprops=line)
+    ground = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+    offset = {"textcoords": "offset points", "arrowprops": line, "bbox": ground}
+    axes.annotate(words, at, place, color=ink, fontsize=10, zorder=4, **offset)
 
 
 def titled(axes: Axes, title: str, colours: dict[str, str]) -> None:
