@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -44,9 +45,14 @@ def run() -> FinishedRun:
     return finished_runs.image_run()
 
 
-@pytest.fixture(scope="module")
-def predictor(run: FinishedRun) -> Predictor:
-    return Predictor(run.directory, device="cpu")
+@functools.cache
+def predictor_of(run: str) -> Predictor:
+    return Predictor(getattr(finished_runs, run)().directory, device="cpu")
+
+
+@pytest.fixture
+def predictor() -> Predictor:
+    return predictor_of("image_run")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def test_images_are_predicted_as_the_run_itself_did(run, predictor, photos) -> N
 def test_texts_of_like_length_share_a_batch(predictor, monkeypatch) -> None:
     """A window of texts is padded no more than if it came sorted; one of images is a batch."""
     assert predictor.window(4) == 4
-    predictor, texts = Predictor(finished_runs.text_run(), device="cpu"), finished_runs.sentences(10, 100)["text"]
+    predictor, texts = predictor_of("text_run"), finished_runs.sentences(10, 100)["text"]
     shapes, logits = [], predictor._of.model.logits
     monkeypatch.setattr(
         predictor._of.model, "logits", lambda batch: shapes.append(tuple(batch["input_ids"].shape)) or logits(batch)
@@ -111,7 +117,7 @@ def test_texts_of_like_length_share_a_batch(predictor, monkeypatch) -> None:
 
 def test_pairs_are_predicted_as_the_number_that_the_run_itself_had() -> None:
     run, rows = finished_runs.pair_run(), finished_runs.scored_pairs(20, 100)
-    predictor, pairs = Predictor(run, device="cpu"), list(zip(rows["first"], rows["second"], strict=True))
+    predictor, pairs = predictor_of("pair_run"), list(zip(rows["first"], rows["second"], strict=True))
     predictions = predictor.predict(pairs)
     assert [each.input for each in predictions] == [f"{first}\t{second}" for first, second in pairs]
     np.testing.assert_allclose([each.score for each in predictions], recorded(run)["prediction"], atol=1e-5)
@@ -123,7 +129,7 @@ def test_pairs_are_predicted_as_the_number_that_the_run_itself_had() -> None:
 
 def test_options_are_as_likely_as_the_run_itself_had_them() -> None:
     run, rows = finished_runs.choice_run(), finished_runs.questions(11, 100)
-    own, predictor = recorded(run), Predictor(run, device="cpu")
+    own, predictor = recorded(run), predictor_of("choice_run")
     assert own["prediction"].nunique() > 1
     for size in SIZES:
         predictions = predictor.predict([(row["question"], row["options"]) for row in rows], batch_size=size)
@@ -135,7 +141,7 @@ def test_options_are_as_likely_as_the_run_itself_had_them() -> None:
 
 def test_texts_are_written_as_the_run_itself_wrote_them() -> None:
     run, prompts = finished_runs.generation_run(), [row["prompt"] for row in finished_runs.exchanges(9, 100)]
-    own, predictor = list(recorded(run)["prediction"]), Predictor(run, device="cpu")
+    own, predictor = list(recorded(run)["prediction"]), predictor_of("generation_run")
     assert len(set(own)) > 1
     for size in SIZES:
         predictions = predictor.predict(prompts, batch_size=size)
@@ -201,9 +207,8 @@ def test_a_broken_image_is_named_and_the_others_of_its_batch_go_on(predictor, ph
     ],
 )
 def test_what_is_no_input_is_named_and_the_others_go_on(photos, of, given, names) -> None:
-    run = getattr(finished_runs, of)()
     fine = {"image_run": photos[0], "pair_run": ("a", "b"), "choice_run": ("which?", ["a", "b"])}.get(of, "fine")
-    predictor = Predictor(run, device="cpu")
+    predictor = predictor_of(of)
     answer, error = predictor.outcomes([fine, given])
     assert isinstance(answer, Prediction)
     assert names in str(error)
@@ -482,7 +487,7 @@ def written(prompt: str, **given: object) -> list[str]:
 
 
 def test_the_parts_are_what_predict_writes_up_to_a_stop_string() -> None:
-    whole = [each.label for each in Predictor(finished_runs.generation_run(), device="cpu").predict(PROMPTS)]
+    whole = [each.label for each in predictor_of("generation_run").predict(PROMPTS)]
     assert ["".join(written(prompt)) for prompt in PROMPTS] == whole
     assert "".join(written(PROMPTS[0], max_new_tokens=3)) == whole[0][:3]  # a byte each
 

@@ -45,8 +45,10 @@ def test_a_method_is_found_by_the_name_of_its_function_or_in_what_that_says_of_i
         assert method.function.endswith(f":{name}") or f"`{name}`" in methods.imported(method.function).__doc__
 
 
-@pytest.mark.parametrize("name", ["tiny_vit", "tiny_deberta", "tiny_qwen", "tiny_convnext"])
-@pytest.mark.parametrize("high", [0.95, 0.5])
+@pytest.mark.parametrize(
+    ("name", "high"),
+    [*((name, 0.95) for name in ("tiny_vit", "tiny_deberta", "tiny_qwen", "tiny_convnext")), ("tiny_vit", 0.5)],
+)
 def test_controls_train_as_many_parameters_as_partial(name: str, high: float) -> None:
     reference, setting = adapted("partial", name, high=high)
     expected = counted(reference, setting)
@@ -95,9 +97,12 @@ def test_controls_without_masks_train_as_many_parameters_as_bernoulli_has_drawn(
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS.keys() - {"peft"}))
-def test_the_methods_whose_adapter_is_masked_are_known_by_name(method: str) -> None:
-    settings_of_adapter = adapted(method, "tiny_vit")[0].peft_config["default"]
-    assert isinstance(settings_of_adapter, PartialLoraConfig) is methods.METHODS[method].masked
+def test_a_method_is_known_by_name_to_have_a_masked_adapter_and_to_train_a_product(method: str) -> None:
+    model, _ = adapted(method, "tiny_vit")
+    assert isinstance(model.peft_config["default"], PartialLoraConfig) is methods.METHODS[method].masked
+    trains = {name for name, value in model.named_parameters() if value.requires_grad}
+    both = all(any(f".{factor}.default." in name for name in trains) for factor in ("lora_A", "lora_B"))
+    assert methods.METHODS[method].product is both
 
 
 def test_every_method_starts_from_the_same_head_and_changes_nothing_before_it_trains() -> None:

@@ -46,7 +46,7 @@ def test_the_parameters_are_counted_before_the_tuner_is_built(kind: str, given: 
     assert abs(trainable(built, setting) / 2500 - 1) <= tuners.FARTHEST
 
 
-@pytest.mark.parametrize("kind", ["LORA", "LOHA", "LOKR", "UNILORA", "FOURIERFT", "VERA"])
+@pytest.mark.parametrize("kind", ["LORA", "LOHA", "LOKR", "VERA"])
 def test_no_other_value_of_the_size_comes_nearer(kind: str) -> None:
     model = load("tiny_vit")
     setting = setting_of("tiny_vit", model, peft_type=kind, peft=OPTIONS.get(kind, {}), size=2500)
