@@ -7,7 +7,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 class PartialLoraError(Exception):
@@ -67,12 +67,18 @@ def typed(settings: Any, group: str) -> None:
     Numbers become Python's own, which JSON knows, from numpy's.
     """
     for name, kind in get_type_hints(type(settings)).items():
-        value, kinds = getattr(settings, name), get_args(kind) or (kind,)
-        number = (float in kinds and isinstance(value, Real)) or (int in kinds and isinstance(value, Integral))
-        fits = kind is Any or (bool in kinds if isinstance(value, bool) else number or isinstance(value, kinds))
-        require(fits, f"{group}.{name}", value, " or ".join(_TYPES[each] for each in kinds if each in _TYPES))
-        if number and not isinstance(value, (int, float)):
+        value = getattr(settings, name)
+        if of_type(f"{group}.{name}", value, kind) and not isinstance(value, (int, float)):
             setattr(settings, name, int(value) if isinstance(value, Integral) else float(value))
+
+
+def of_type(key: str, value: object, kind: Any) -> bool:
+    """Return whether a value is a number; raise PartialLoraError for one of another type than an annotation's."""
+    kinds = tuple(get_origin(each) or each for each in get_args(kind) or (kind,))
+    number = (float in kinds and isinstance(value, Real)) or (int in kinds and isinstance(value, Integral))
+    fits = kind is Any or (bool in kinds if isinstance(value, bool) else number or isinstance(value, kinds))
+    require(fits, key, value, " or ".join(_TYPES[each] for each in kinds if each in _TYPES))
+    return number
 
 
 _TYPES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}

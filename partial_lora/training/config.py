@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
-from partial_lora.errors import one_of, positive, require
+from partial_lora.errors import of_type, one_of, positive, require
 from partial_lora.files import at_home
 
 AUTO = "auto"  # in place of a learning rate
@@ -216,6 +216,7 @@ class TrainerConfig:
             own = name in OWN_ARGUMENTS or name.startswith(_OWN_PREFIXES)
             instead = f"another key of trainer ({_INSTEAD[name]})" if name in _INSTEAD else "none of that name"
             require(not own, f"trainer.args.{name}", args[name], f"{instead}: a run sets it itself")
+            of_type(f"trainer.args.{name}", args[name], get_type_hints(TrainingArguments)[name])
 
     def _check_machines(self) -> None:
         machines = self.num_machines

@@ -137,6 +137,7 @@ def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path:
         ({"args": {"seed": 1}}, "trainer.args.seed=1"),
         ({"args": {"save_steps": 1}}, "trainer.args.save_steps=1"),
         ({"args": {"warmup_steps": 1}}, "trainer.args.warmup_steps=1.*warmup_ratio"),
+        ({"args": {"neftune_noise_alpha": "lots"}}, "trainer.args.neftune_noise_alpha=lots"),
         ({"args": {"use_cache": True}}, "trainer.args.use_cache="),  # by which packed texts would see each other
         ({"args": {"bf16_full_eval": True}}, "trainer.args.bf16_full_eval=.*mixed_precision"),  # and saved so
     ],
