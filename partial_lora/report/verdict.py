@@ -160,6 +160,7 @@ def write_take(entry: Entry, folder: Path) -> Path:
     place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
     config, trained = record["config"], record.get("training") or {}
     own = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}  # to train anew
+    own["trainer"] = config["trainer"] | {"until": 1.0}  # its first quarter may have been a trial
     write_atomic(folder / directory.CONFIG, yaml.safe_dump(own, sort_keys=False))
     adapter = place / directory.ADAPTER / "adapter_config.json"
     if adapter.is_file():

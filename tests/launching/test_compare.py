@@ -9,6 +9,7 @@ import threading
 import types
 
 import pytest
+import yaml
 from commands import here
 from recorded_runs import record
 from refusals import refusal
@@ -56,7 +57,7 @@ def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", *
     for _, config in compare.checked(arguments).runs:  # whole ones, whatever share is asked for
         score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
-        left["config"]["trainer"]["learning_rate"] = config.trainer.learning_rate
+        left["config"]["trainer"] |= {"learning_rate": config.trainer.learning_rate, "until": search.QUARTER}
         left["history"] = [{"step": 10, "eval_loss": 1 - score}]
         left["metrics"]["train"] = {"primary": "loss", "loss": 0.1}
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
@@ -306,3 +307,5 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     assert "within 1.0 point" in done.stdout or "decided" in done.stdout
     for name in ("config.yaml", "training_arguments.json", "method_comparison.json"):
         assert (tmp_path / "out" / "take" / name).is_file()
+    taken = yaml.safe_load((tmp_path / "out" / "take" / "config.yaml").read_text())
+    assert taken["trainer"]["until"] == 1  # a whole run, though its record may be of one that was paused
