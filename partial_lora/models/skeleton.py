@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError
 
@@ -109,25 +109,19 @@ def skeleton_of(model: nn.Module) -> Skeleton:
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model that reads images, too
         config = config.get_text_config()
+    named = config.to_dict() if hasattr(config, "to_dict") else {}  # as an attribute one that differs by layer raises
     output = model.get_output_embeddings() if hasattr(config, "vocab_size") else None
     return Skeleton(
         modules={name: type(module).__name__ for name, module in model.named_modules()},
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         linears={name: tuple(weight.shape) for name, weight in plain.items() if weight.ndim == 2},
         output=next((name for name, module in linears.items() if module is output), None),
-        config={}
-        if config is None
-        else {key: value for key in _CONFIG if (value := value_in(config, key)) is not None},
+        config={
+            key: named[key] if key in named else getattr(config, key)
+            for key in _CONFIG
+            if key in named or hasattr(config, key)
+        },
     )
-
-
-def value_in(config: Any, key: str) -> Any:
-    """Return a value of a config of transformers, or None; of one that differs by layer, that which the config names.
-
-    Such a value, as Gemma 4's `head_dim`, raises where it is read as an attribute.
-    """
-    named = config.to_dict()
-    return named[key] if key in named else getattr(config, key, None)
 
 
 def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton:
