@@ -193,10 +193,9 @@ class Geometry:
 
 
 def _value_in(config: PretrainedConfig, key: str) -> object:
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:  # it differs by layer, as Gemma 4's head_dim
-        return config.to_dict()[key]
+    """Return a value as a file has it: as an attribute, one that differs by layer raises or equals no other."""
+    named = config.to_dict()
+    return named[key] if key in named else getattr(config, key, None)
 
 
 def takes(default: PretrainedConfig, model_class: type, key: str) -> bool:
