@@ -128,12 +128,3 @@ class ModelConfig:
         )
         alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
         require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)
-
-
-def value_in(config: Any, key: str) -> Any:
-    """Return a value of a config of transformers, or None; of one that differs by layer, that which the config names.
-
-    Such a value, as Gemma 4's `head_dim`, raises where it is read as an attribute.
-    """
-    named = config.to_dict()
-    return named[key] if key in named else getattr(config, key, None)
