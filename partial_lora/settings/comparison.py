@@ -29,8 +29,13 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how many of them.
-CANDIDATES, TAKEN = ("hira", "oft", "entries", "unilora", "lokr", "random_weights", "low_rank", "gralora", "partial"), 4
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and results/forms, and how
+# many of them it takes.
+CANDIDATES = (
+    *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
+    *("low_rank", "lori", "gralora", "partial", "lorafa"),
+)
+TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
