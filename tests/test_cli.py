@@ -187,8 +187,7 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
 
 def test_two_processes_share_a_calibration_and_find_and_train_what_one_does(place: Path) -> None:
     # Rows that do not divide into batches: the epochs that end within these steps end alike.
-    settings = (*TINY, "task.train_samples=170", "trainer.max_steps=12", "trainer.mixed_precision=no")
-    settings += ("importance=snip",)
+    settings = (*TINY, "trainer.max_steps=8", "trainer.mixed_precision=no", "importance=snip")
     runs = []
     for processes in (1, 2):
         own = (f"results_dir=by{processes}", f"trainer.num_processes={processes}")
@@ -225,7 +224,7 @@ def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> No
     assert len(calibrations(place) - known) == 1
 
 
-@pytest.mark.parametrize("method", ["targeted", "uniform", "lora", "probe"])
+@pytest.mark.parametrize("method", ["uniform", "probe"])
 def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: str) -> None:
     done = here(place, "train", *TINY, f"method={method}")
     assert done.returncode == 0, done.stderr
@@ -234,15 +233,8 @@ def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: 
     own, reference = result["parameters"], partial["parameters"]
     assert own["head"] == reference["head"]
     assert result["history"][0]["loss"] == pytest.approx(partial["history"][0]["loss"], abs=1e-5)  # B is zero
-    expected = {
-        "targeted": reference["adapter_trainable"],
-        "lora": reference["adapter_dense"],
-        "probe": 0,
-    }
-    if method == "uniform":
-        assert 0.99 * reference["adapter_trainable"] < own["adapter_trainable"] <= reference["adapter_trainable"]
-    else:
-        assert own["adapter_trainable"] == expected[method]
+    share = own["adapter_trainable"] / reference["adapter_trainable"]
+    assert 0.99 < share <= 1 if method == "uniform" else share == 0
 
 
 def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
