@@ -29,7 +29,7 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and results/forms, and how
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms, and how
 # many of them it takes.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
