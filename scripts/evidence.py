@@ -88,12 +88,15 @@ def _style(colours: dict[str, str]) -> dict:
 
 
 def raced(results: Path) -> pd.DataFrame:
-    """Return a row for each task, size and form of the race and of the forms, with its distance from dense LoRA."""
+    """Return a row for each task, size and form of the race and of the forms, with its distance from dense LoRA.
+
+    Of a form that is in both, the row of more seeds.
+    """
     tables = [pd.read_csv(results / study / f"{study}.csv") for study in ("race", "forms")]
     distances = [pd.read_csv(results / study / "from_dense.csv") for study in ("race", "forms")]
-    cells = pd.concat(tables).drop_duplicates(["task", "size", "form"])
+    cells = most(pd.concat(tables), "seeds").drop_duplicates(["task", "size", "form"])
     at = cells["form"].where(cells["size"] == "own", cells["form"] + " at " + cells["size"])
-    dense = pd.concat(distances).drop_duplicates(["task", "form"]).set_index(["task", "form"])
+    dense = most(pd.concat(distances), "paired").drop_duplicates(["task", "form"]).set_index(["task", "form"])
     found = dense.reindex(pd.MultiIndex.from_arrays([cells["task"], at]))
     whole = cells["task"].map(cells[cells["form"] == "lora"].set_index("task")["parameters"])
     return cells.assign(
@@ -102,6 +105,11 @@ def raced(results: Path) -> pd.DataFrame:
         lead_half=100 * found["difference_half"].to_numpy(),
         lead_seeds=found["paired"].to_numpy(),
     )
+
+
+def most(rows: pd.DataFrame, seeds: str) -> pd.DataFrame:
+    """Return rows, those of more seeds first, else in their order."""
+    return rows.sort_values(seeds, ascending=False, kind="stable")
 
 
 def floor_of(cells: pd.DataFrame) -> float:
