@@ -981,7 +981,7 @@ JOBS = {
 TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
 METHODS = ("lora", "low_rank", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
-METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora")
+METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
 LOOP_TITLES = {
     "bare": "bare loop, PEFT's LoRA",
     "trainer": "transformers' Trainer, PEFT's LoRA",
