@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING
 from partial_lora import files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
-from partial_lora.finished import FORMS
+from partial_lora.finished.forms import FORMS
 from partial_lora.finished.inputs import is_stream, read_inputs
 from partial_lora.finished.run import finished_run
 from partial_lora.finished.task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
-from partial_lora.progress import handling, leave
 from partial_lora.report import EXAMPLES, SPREADS
 from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose
@@ -39,6 +38,7 @@ from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.kinds import kind_of
+from partial_lora.worker_events import handling, leave
 
 if TYPE_CHECKING:
     from rich.console import Console

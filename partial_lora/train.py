@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 
-from partial_lora import files, models, progress
+from partial_lora import files, models, worker_events
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
 from partial_lora.building import build, memory
@@ -130,7 +130,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     known = {"width": width, "density": density, "has_head": config.model.trains_whole}
     trained = rates.trainer_of(plain(config), config.trainer, **known)
     record["training"] = rates.training_of(trained, len(rows["train"]), density)
-    progress.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))
+    worker_events.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))
 
     # Training, on the kept entries and the head.
     if config.model.gradient_checkpointing:

@@ -17,8 +17,8 @@ from pathlib import Path
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, failures, imports, launch
-from partial_lora.progress import STOPPING, leave
 from partial_lora.settings import versions
+from partial_lora.worker_events import STOPPING, leave
 
 logger = logging.getLogger("partial_lora.worker")
 

@@ -12,7 +12,7 @@ import partial_lora
 
 # From the ground up; names in one tuple stand side by side and import none of each other.
 ORDER = (
-    ("errors", "progress", "bars"),
+    ("errors", "worker_events", "bars"),
     ("files", "peers"),
     ("masks",),
     ("budget",),

@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partial_lora import progress
+from partial_lora import worker_events
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.importance import MEASURES, NEEDS_DATA, ModuleScores, data_scores, scores_of
@@ -226,7 +226,7 @@ class FewShot:
                 settings=decides | dict(self.drawn) | {"seed": config.seed, "key": key},
                 store=cache_dir() / "calibrations" / f"{key}.json",
                 peers=peers,
-                progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
+                progress=lambda done, total, **detail: worker_events.emit(stage, done, total, **detail),
             )
 
 

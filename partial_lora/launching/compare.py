@@ -35,7 +35,6 @@ from partial_lora.launching.search import (
     worth,
 )
 from partial_lora.methods import METHODS
-from partial_lora.progress import handling
 from partial_lora.settings import rates as learning_rates
 from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
 from partial_lora.settings.compatibility import has_accelerator
@@ -43,6 +42,7 @@ from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.training.config import AUTO
+from partial_lora.worker_events import handling
 
 SIZES = (1.0, 0.5, 0.25, 0.13, 0.06, 0.03, 0.015)  # shares of dense LoRA's parameters that are tried under a limit
 _TIMED = ("seed=0", "trainer.max_steps=3", "trainer.save_steps=3", "keep_records=true", "overwrite=false")

@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 from unittest import mock
 
-from partial_lora import progress
+from partial_lora import worker_events
 from partial_lora.launching import directory, imports
 from partial_lora.launching.cluster import Cluster
 from partial_lora.settings.schema import Config
 
 _PRELOADED = ["partial_lora.launching.fork_preload", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
 _STARTING = threading.Lock()
-_OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
+_OF_ONE_RUN = (worker_events.VARIABLE, directory.VARIABLE)
 
 
 def can_fork(config: Config, cluster: Cluster) -> bool:

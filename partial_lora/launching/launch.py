@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora import files, progress
+from partial_lora import files, worker_events
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import redacted
 from partial_lora.launching import directory, failures, packs
@@ -34,7 +34,7 @@ from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
-_STOPPED = [128 + number for number in progress.STOPPING]  # exit codes of what was asked to stop
+_STOPPED = [128 + number for number in worker_events.STOPPING]  # exit codes of what was asked to stop
 _RECORD = 40.0  # seconds that may pass until the record says that a run has ended
 
 
@@ -162,7 +162,7 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     environment = {
         key: value for key, value in os.environ.items() if key not in _WORLD and not key.startswith(_FOREIGN)
     }
-    environment[progress.VARIABLE] = str((place / ".progress").resolve())
+    environment[worker_events.VARIABLE] = str((place / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(cluster.processes)
     if cluster.processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -192,7 +192,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
         return Outcome(place, "skipped")
     before = directory.read_result(place)
     environment = _environment(config, place, cluster)
-    del environment[progress.VARIABLE]  # process 0 reports to machine 0
+    del environment[worker_events.VARIABLE]  # process 0 reports to machine 0
     log = place.resolve() / f"train.machine{cluster.rank}.log"
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
         workers = _command(place, stage, cluster, "--log", str(log))
@@ -235,14 +235,15 @@ def _run_process(
     to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `fork`. stop:
     as `launch` takes it.
     """
-    events = progress.Reader(Path(environment[progress.VARIABLE])) if progress.VARIABLE in environment else None
+    told = environment.get(worker_events.VARIABLE)
+    events = worker_events.Reader(Path(told)) if told else None
 
     def look() -> None:
         for event in events or ():
             watch(event)
 
     requests = _StopRequests()
-    with progress.handling(requests), tempfile.TemporaryDirectory(prefix="partial-lora-") as words:
+    with worker_events.handling(requests), tempfile.TemporaryDirectory(prefix="partial-lora-") as words:
         with open(log, "ab") as file:
             worker = (start or _start)(command, {**environment, failures.VARIABLE: words}, file.fileno(), lock)
         requests.worker = worker
@@ -370,7 +371,7 @@ def main() -> None:
             return
         raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
 
-    for number in progress.STOPPING:
+    for number in worker_events.STOPPING:
         signal.signal(number, stop)
     try:
         accelerate.main()
@@ -378,7 +379,7 @@ def main() -> None:
         failures.report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
         sys.exit(1)
     except SignalException as stopped:
-        for number in progress.STOPPING:
+        for number in worker_events.STOPPING:
             signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except Exception as error:

@@ -31,12 +31,12 @@ from rich.text import Text
 from partial_lora import files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, imports, launch, packs
-from partial_lora.progress import STOPPING, handling
 from partial_lora.settings.compose import Plan
 from partial_lora.settings.resolving import resolve
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.worker_events import STOPPING, handling
 
 _LOOK = 0.3  # seconds between two looks at the jobs
 _PATIENCE = 3  # requests to stop after which the sweep leaves, whether its jobs have stopped or not

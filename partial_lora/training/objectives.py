@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 
-from partial_lora import progress
+from partial_lora import worker_events
 from partial_lora.errors import PartialLoraError
 from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
@@ -256,7 +256,7 @@ class ByTexts(_TaskJudge):
             model,
             self.transform,
             own,
-            progress=lambda done, total: progress.emit("generate", done, total),
+            progress=lambda done, total: worker_events.emit("generate", done, total),
             together=together,
             **self.writing,
         )

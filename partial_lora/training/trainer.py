@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from partial_lora import progress
+from partial_lora import worker_events
 from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError
 from partial_lora.files import seal
@@ -327,7 +327,7 @@ class UninterruptedCollate:
 
     def __call__(self, rows: Sequence) -> dict[str, Tensor]:
         if get_worker_info() is not None:
-            for number in progress.STOPPING:
+            for number in worker_events.STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         batch = self.collate(rows)
         return packed(batch) if self.packs else batch
@@ -355,11 +355,11 @@ class ReportProgress(TrainerCallback):
         tokens = state.num_input_tokens_seen - self._earlier_tokens
         if tokens > 0:  # the time since training began includes validation and checkpoints
             detail["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
-        progress.emit("train", state.global_step, state.max_steps, **detail)
+        worker_events.emit("train", state.global_step, state.max_steps, **detail)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self._batches += 1
-        progress.emit(self._stage, self._batches, len(eval_dataloader))
+        worker_events.emit(self._stage, self._batches, len(eval_dataloader))
         if self._batches == len(eval_dataloader):
             self._batches = 0
 
@@ -469,7 +469,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
-        self._handlers = {number: signal.signal(number, self._receive) for number in progress.STOPPING}
+        self._handlers = {number: signal.signal(number, self._receive) for number in worker_events.STOPPING}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._in_step = True

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from sklearn import metrics
 
-from partial_lora import Calibration, progress, tasks, train
+from partial_lora import Calibration, tasks, train, worker_events
 from partial_lora.budget import kept_parameters
 from partial_lora.building import build
 from partial_lora.calibration import few_shot
@@ -46,8 +46,8 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
-    monkeypatch.setattr(progress, "_last", {})
+    monkeypatch.setenv(worker_events.VARIABLE, str(tmp_path / "events"))
+    monkeypatch.setattr(worker_events, "_last", {})
     return Place(tmp_path)
 
 

@@ -18,7 +18,7 @@ import yaml
 from commands import is_alive
 from torch._utils import ExceptionWrapper
 
-from partial_lora import files, progress, worker
+from partial_lora import files, worker, worker_events
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory, failures, imports, launch
 from partial_lora.launching.cluster import Cluster, cluster_environment, command
@@ -141,7 +141,7 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
 def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with progress.handling(progress.leave):
+        with worker_events.handling(worker_events.leave):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -194,7 +194,7 @@ def test_a_request_to_stop_that_is_dropped_is_heard_when_it_is_repeated(monkeypa
             raise
 
     monkeypatch.setattr(accelerate.commands.launch, "main", launched)
-    with progress.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
+    with worker_events.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
         launch.main()
     assert (ended.value.code, waited) == (128 + signal.SIGTERM, ["to the end"])
 

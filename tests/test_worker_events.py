@@ -10,33 +10,33 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from partial_lora import progress
+from partial_lora import worker_events
 from partial_lora.cli import Bars
 
 
 @pytest.fixture
 def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "events"
-    monkeypatch.setenv(progress.VARIABLE, str(path))
-    monkeypatch.setattr(progress, "_last", {})
+    monkeypatch.setenv(worker_events.VARIABLE, str(path))
+    monkeypatch.setattr(worker_events, "_last", {})
     return path
 
 
 def test_the_first_and_the_last_event_of_a_stage_always_arrive(events: Path, monkeypatch) -> None:
     """Events between the two are one in 0.1 s: here every seventh."""
     clock = itertools.count()
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock) / 64))
+    monkeypatch.setattr(worker_events, "time", SimpleNamespace(monotonic=lambda: next(clock) / 64))
     for done in range(1, 1001):
-        progress.emit("train", done, 1000, loss=0.5)
-    read = list(progress.Reader(events))
+        worker_events.emit("train", done, 1000, loss=0.5)
+    read = list(worker_events.Reader(events))
     assert read[0] == {"stage": "train", "done": 1, "total": 1000, "loss": 0.5}
     assert [each["done"] for each in read] == [*range(1, 1000, 7), 1000]
 
 
 def test_a_reader_gives_each_event_once_and_waits_for_the_rest_of_half_a_line(events: Path) -> None:
-    reader = progress.Reader(events)
+    reader = worker_events.Reader(events)
     assert list(reader) == []
-    progress.emit("train", 1, 2)
+    worker_events.emit("train", 1, 2)
     with events.open("a") as file:
         file.write('{"stage": "tr')
     assert [event["done"] for event in reader] == [1]
@@ -48,11 +48,11 @@ def test_a_reader_gives_each_event_once_and_waits_for_the_rest_of_half_a_line(ev
 
 def test_other_ranks_and_a_place_that_is_gone_are_silent(events: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    progress.emit("train", 2, 2)
+    worker_events.emit("train", 2, 2)
     assert not events.exists()
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv(progress.VARIABLE, str(events / "gone" / "events"))
-    progress.emit("train", 2, 2)
+    monkeypatch.setenv(worker_events.VARIABLE, str(events / "gone" / "events"))
+    worker_events.emit("train", 2, 2)
     assert not events.exists()
 
 
