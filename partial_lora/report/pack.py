@@ -74,7 +74,7 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
             _rows(path, each.predictions) for path, each in sorted(contents.items()) if each.predictions is not None
         ]
         if predictions:
-            _write(pa.concat_tables(predictions, promote_options="default"), results_dir / packs.PREDICTIONS_TABLE)
+            _write(pa.concat_tables(predictions, promote_options="permissive"), results_dir / packs.PREDICTIONS_TABLE)
         rows = pd.DataFrame([_row(path, content) for path, content in sorted(contents.items())])
         _write(pa.Table.from_pandas(rows, preserve_index=False), results_dir / packs.RUNS_TABLE)
         if remove:

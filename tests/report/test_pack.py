@@ -68,6 +68,17 @@ def test_a_pack_is_the_same_when_it_is_made_twice_and_keeps_what_it_has(study: P
     assert packs.packed(added)["metrics"]["test"]["accuracy"] == 1 - 9 / EXAMPLES
 
 
+def test_a_pack_whose_numbers_have_another_width_takes_new_runs(study: Path) -> None:
+    pack(study, remove=True)
+    file = study / packs.PREDICTIONS_TABLE
+    table = parquet.read_table(file)
+    index = table.column_names.index("label_number") if "label_number" in table.column_names else 1
+    wide = pa.int64() if table.schema.field(index).type == pa.int32() else pa.int32()
+    parquet.write_table(table.set_column(index, table.column_names[index], table[index].cast(wide)), file)
+    leave(study, "lora", wrong=9, seed=3, id="0a")
+    assert pack(study).runs == 9
+
+
 def test_a_loose_run_wins_and_one_that_is_broken_takes_nothing_from_the_pack(study: Path) -> None:
     pack(study)
     folder = study / "runs" / "digits" / "vit" / "lora-0a" / "seed0"
