@@ -26,8 +26,8 @@ from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
 
-NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark
-    "partial": ("partial", "rows and columns", (-40, 38)),
+NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark, on one set or on all
+    "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38)}),
     "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
     "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
     "low_rank": ("low_rank", "plain LoRA", (26, -12)),
@@ -37,7 +37,7 @@ NAMED = {  # the method of a form, in ordinary words, and how far its label is f
     "lorafa": ("lorafa", "LoRA-FA", (8, -8)),
     "paca": ("paca", "PaCA", (8, -8)),
     "oft": ("oft", "OFT", (8, 6)),
-    "hira": ("hira", "HiRA", (-36, 22)),
+    "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22)}),
 }
 LIGHT = {"black": "#1d2329", "faint": "#d0d7de", "grey": "#59636e", "page": "#ffffff"}  # dark enough for words
 LIGHT |= {"blue": "#0072b2", "vermillion": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
@@ -136,7 +136,7 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
                 method, name, place = NAMED[row.form]
                 ink, marker = look_of(method, colours)
                 axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-                label(axes, name, at, place, ink)
+                label(axes, name, at, place[task] if isinstance(place, dict) else place, ink)
             mark(axes, at, marker, ink, row.lead_seeds, colours)
         axes.axhline(0, color=colours["grey"], linewidth=1)
         low, high = axes.get_ylim()
