@@ -49,7 +49,7 @@ test: $(VENV)/.test-installed
 
 # What is still skipped, and why, stands above the last line.
 test-all: $(VENV)/.test-all-installed browser
-	PARTIAL_LORA_TEST_DOWNLOAD=1 $(PYTEST)
+	PARTIAL_LORA_TEST_DOWNLOAD=1 PARTIAL_LORA_TEST_TYPES=1 $(PYTEST)
 
 # uv finds them; the newest of what they bring along. Downloads torch with its libraries for GPUs: 4 GB.
 OLDEST = adapter/test_adapter.py adapter/test_adapter_embedding.py adapter/test_compact.py calibration/test_calibrating.py \

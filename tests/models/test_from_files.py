@@ -110,7 +110,7 @@ FEW = {"num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "en
 FEW |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 8, "moe_num_experts": 4}
 
 
-@pytest.mark.skipif("PARTIAL_LORA_TEST_DOWNLOAD" not in os.environ, reason="several minutes: make test-all")
+@pytest.mark.skipif("PARTIAL_LORA_TEST_TYPES" not in os.environ, reason="several minutes: make test-all")
 @pytest.mark.parametrize("auto", OF_HEADS)
 def test_every_type_of_transformers_is_read_or_refused(tmp_path: Path, auto: str) -> None:
     read = set()
