@@ -52,15 +52,13 @@ def test_what_a_step_keeps_is_known_without_memory(name: str, task: str, method:
 def test_the_budget_of_a_limit_is_the_largest_that_meets_it(monkeypatch) -> None:
     monkeypatch.setattr(memory, "_HALVINGS", 4)
     given = ("model=tiny_vit", "task=cifar10", *SMALL)
-    step = memory.step_memory(composed(*given))
-    limit = step.floor + step.adapter
+    limit = memory.kept_by_step(composed(*given))
     config = composed(*given, f"calibration.kept={limit}")
     found = memory.within(config).calibration
     assert found.budget >= 0.3 - 1 / 16
     assert found.kept is None
     for budget, fits in ((found.budget, True), (found.budget + 1 / 16, False)):
-        step = memory.step_memory(composed(*given, f"calibration.budget={budget}"))
-        assert (step.floor + step.adapter <= limit) == fits
+        assert (memory.kept_by_step(composed(*given, f"calibration.budget={budget}")) <= limit) == fits
     with pytest.raises(PartialLoraError, match=r"^calibration\.kept=1000: "):
         memory.within(composed(*given, "calibration.kept=1000"))
     assert memory.within(composed(*given)) == composed(*given)
