@@ -57,8 +57,8 @@ CLAIMS = {  # a claim of the paper, and the method that rows and columns are set
 VERDICTS = {  # in ordinary words, with a colour and a marker
     "holds": ("holds", "blue", "o"),
     "does not hold": ("refuted", "vermillion", "s"),
-    "undecided (worse, perhaps by less than two points)": ("open, worse", "grey", "d"),
-    "undecided": ("open", "grey", "d"),
+    "undecided (worse, perhaps by less than two points)": ("worse", "grey", "d"),
+    "undecided": ("not significant", "grey", "d"),
 }
 WORDS = {  # a verdict as pages have it
     "holds": "holds",
@@ -141,7 +141,7 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
         axes.axhline(0, color=colours["grey"], linewidth=1)
         low, high = axes.get_ylim()
         for x, y, words, place in (
-            (0, low, f"the model itself: {floor / 1e6:.0f} MB", (4, 4)),
+            (0, low, f"the frozen model: {floor / 1e6:.0f} MB", (4, 4)),
             (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
         ):
             axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
@@ -149,7 +149,7 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
         titled(axes, SETS[task], colours)
-    drawn[-1].set_xlabel("MB kept for the backward pass, above what the model itself keeps")
+    drawn[-1].set_xlabel("MB kept for the backward pass, above what the frozen model keeps")
     figure.supxlabel("filled: 8 seeds, hollow: 3 seeds; bars: 95 %; dots: other methods of PEFT", fontsize=9)
     return figure
 
@@ -228,7 +228,7 @@ def best_of_others(cells: pd.DataFrame, results: Path) -> pd.DataFrame:
 
 
 def claims(results: Path, colours: dict[str, str]) -> Figure:
-    """Draw the claims by set, each with the mean of all such sets and what a set counts in it."""
+    """Draw the claims by set, each with the mean of the sets and what a set counts in it."""
     folder = results / "decided" / "tables"
     numbers = pd.read_csv(folder / "decided.csv")
     numbers = numbers[(numbers["first"] == "partial") & (numbers["operating_point"] == "budget 0.13")]
@@ -248,15 +248,15 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
         for task, row in own.iterrows():
             y -= 1
             mean = task == "all sets"
-            axes.text(y=y, s="mean of all such sets" if mean else f"{task}, weighs {shares[task]:.0%}", **left)
+            axes.text(y=y, s="mean of the sets" if mean else f"{task}, weighs {shares[task]:.0%}", **left)
             verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(", among ")[0]
             word, color, marker = VERDICTS[verdict]
             ink = colours[color]
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=ink, linewidth=2.5 if mean else 1.5)
             axes.plot(100 * row["difference"], y, marker, color=ink, markersize=8 if mean else 6)
-            axes.text(6.9, y, word, color=ink, va="center")
+            axes.text(6.8, y, word, color=ink, va="center", fontsize=10)
     axes.set(xlim=(-17.5, 6.5), ylim=(y - 1, 0), yticks=[])
-    axes.set_xlabel("rows and columns less the other, points of test accuracy; bars: 95 %", fontsize=9)
+    axes.set_xlabel("rows and columns minus the other, points of test accuracy; bars: 95 %", fontsize=9)
     titled(axes, "", colours)
     axes.spines["left"].set_visible(False)
     return figure
