@@ -195,7 +195,7 @@ Asks = Callable[[Sequence[Entry]], Mapping[Entry, int]]  # the seeds that entrie
 def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Entry], list[str]]:
     """Return the entries of a comparison, each at its size, and a line on each method that is left out.
 
-    Of `methods=auto` the first in the records are taken that have such a size.
+    `methods=auto` takes the first candidates that have such a size.
     """
     is_auto = comparison.methods == [EVERY]
     methods, lines = list(CANDIDATES) if is_auto else comparison.methods, []
@@ -292,8 +292,10 @@ def time_entry(entry: Entry) -> None:
 def jobs_at_once(chosen: Sequence[Entry]) -> int:
     """Return how many runs go side by side: one on an accelerator, else as many as cores and free memory allow."""
     alive = [entry for entry in chosen if entry.refused is None]
-    trainers = [entry.usual.trainer for entry in alive[:1]]
-    if any((trainer.num_processes or 1) > 1 or (trainer.device != "cpu" and has_accelerator()) for trainer in trainers):
+    if not alive:
+        return 1
+    trainer = alive[0].usual.trainer
+    if (trainer.num_processes or 1) > 1 or (trainer.device != "cpu" and has_accelerator()):
         return 1
     largest = max((entry.timed["peak_memory_bytes"] for entry in alive if entry.timed), default=0)
     room = psutil.virtual_memory().available // largest if largest else cpu_count()

@@ -1,4 +1,4 @@
-"""What a report of a bug needs to know of this machine (`partial-lora env`)."""
+"""Facts about this machine that a report of a bug needs (`partial-lora env`)."""
 
 from __future__ import annotations
 

@@ -128,3 +128,12 @@ class ModelConfig:
         )
         alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
         require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)
+
+
+def value_in(config: Any, key: str) -> Any:
+    """Return a value of a config of transformers as its file has it; None where it has none.
+
+    As an attribute a value that differs by layer, such as Gemma 4's `head_dim`, raises or equals no other.
+    """
+    named = config.to_dict() if hasattr(config, "to_dict") else {}
+    return named[key] if key in named else getattr(config, key, None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.models.config import value_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,18 +110,13 @@ def skeleton_of(model: nn.Module) -> Skeleton:
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model that reads images, too
         config = config.get_text_config()
-    named = config.to_dict() if hasattr(config, "to_dict") else {}  # as an attribute one that differs by layer raises
     output = model.get_output_embeddings() if hasattr(config, "vocab_size") else None
     return Skeleton(
         modules={name: type(module).__name__ for name, module in model.named_modules()},
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         linears={name: tuple(weight.shape) for name, weight in plain.items() if weight.ndim == 2},
         output=next((name for name, module in linears.items() if module is output), None),
-        config={
-            key: named[key] if key in named else getattr(config, key)
-            for key in _CONFIG
-            if key in named or hasattr(config, key)
-        },
+        config={key: value for key in _CONFIG if (value := value_in(config, key)) is not None},
     )
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.models.config import value_in
 
 
 def load_weights(
@@ -178,7 +179,7 @@ class Geometry:
         config = self._named(config)
         counted = self.empty().config
         for key in self.model_args:
-            expected, value = _value_in(counted, key), _value_in(config, key)
+            expected, value = value_in(counted, key), value_in(config, key)
             if value != expected:
                 raise PartialLoraError(
                     f"model.model_args.{key}={expected}: {weights} has {value}; set that, so that parameters are "
@@ -190,12 +191,6 @@ class Geometry:
         return PartialLoraError(
             f"model.model_args={dict(self.model_args)}: no geometry of {self.architecture} ({one_line(error)})"
         )
-
-
-def _value_in(config: PretrainedConfig, key: str) -> object:
-    """Return a value as a file has it: as an attribute, one that differs by layer raises or equals no other."""
-    named = config.to_dict()
-    return named[key] if key in named else getattr(config, key, None)
 
 
 def takes(default: PretrainedConfig, model_class: type, key: str) -> bool:

@@ -13,11 +13,10 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from partial_lora.report.records import Run
-from partial_lora.report.rows import BLOCK, NONE, conditions, of_method, panel_of, point_order
+from partial_lora.report.rows import BLOCK, NONE, conditions, of_method, panel_of, point_order, worth_by_rate
 from partial_lora.report.statistics import half_interval
 from partial_lora.settings import tuned
-from partial_lora.settings.rates import Worth, ranked
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
+from partial_lora.settings.rates import ranked
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -90,11 +89,7 @@ def at_best_rates(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
     for alike in gathered(every, _but_for_its_rate).values():
-        worth: dict[float, dict[int, Worth]] = {}
-        for each in alike:
-            sign = -1 if each.row["metric"] in LOWER_IS_BETTER else 1
-            scores = {run.row["seed"]: (sign * run.row["validation"], -run.row["validation_loss"]) for run in each.runs}
-            worth.setdefault(each.row["learning_rate"], {}).update(scores)
+        worth = worth_by_rate(run.row for each in alike for run in each.runs)
         best = ranked(worth)[:1] or list(worth)
         kept += [each for each in alike if each.row["learning_rate"] in best]
     return kept

@@ -27,10 +27,10 @@ from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run
-from partial_lora.report.rows import NONE
+from partial_lora.report.rows import NONE, worth_by_rate
 from partial_lora.report.statistics import half_interval, holm
 from partial_lora.settings.compose import composed
-from partial_lora.settings.rates import Worth, ranked
+from partial_lora.settings.rates import ranked
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
@@ -132,7 +132,7 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        best = ranked(_worth(cell))[0]
+        best = ranked(worth_by_rate(cell.to_dict("records")))[0]
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
@@ -155,15 +155,6 @@ def window(cell: pd.DataFrame, best: float) -> dict[str, float]:
         ends.append(scores.index[scores.index > max(costly[costly < best], default=0)].min())
         ends.append(scores.index[scores.index < min(costly[costly > best], default=math.inf)].max())
     return dict(zip(_WINDOW, ends, strict=True))
-
-
-def _worth(cell: pd.DataFrame) -> dict[float, dict[int, Worth]]:
-    """Return what the runs of a cell are worth by learning rate and seed."""
-    sign = -1 if cell["metric"].iloc[0] in LOWER_IS_BETTER else 1
-    tried: dict[float, dict[int, Worth]] = {}
-    for run in cell.itertuples():
-        tried.setdefault(run.learning_rate, {})[run.seed] = (sign * run.validation, -run.validation_loss)
-    return tried
 
 
 def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from partial_lora.methods import called
 from partial_lora.settings import identity, tuned
+from partial_lora.settings.rates import Worth
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
@@ -84,6 +85,15 @@ def _row(result: Mapping) -> dict:
         "device": result.get("device") or NONE,
         "precision": precision(result),
     }
+
+
+def worth_by_rate(rows: Iterable[Mapping]) -> dict[float, dict[int, Worth]]:
+    """Return what runs of one metric are worth on validation, by learning rate and seed (`rates.ranked`)."""
+    tried: dict[float, dict[int, Worth]] = {}
+    for own in rows:
+        sign = -1 if own["metric"] in LOWER_IS_BETTER else 1
+        tried.setdefault(own["learning_rate"], {})[own["seed"]] = (sign * own["validation"], -own["validation_loss"])
+    return tried
 
 
 def warnings_of(record: Mapping) -> list[str]:

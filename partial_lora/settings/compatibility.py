@@ -1,4 +1,4 @@
-"""What does not go together: model and task, device and machine, images and patches; before anything is downloaded."""
+"""Checks of what goes together, before any download: model and task, device and machine, images and patches."""
 
 from __future__ import annotations
 
