@@ -83,6 +83,10 @@ CLAIMS = {
         (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER),
         (PARTIAL, f"{PARTIAL}, shrink 2", BETTER),
         (PARTIAL, "shuffled", BETTER),
+        ("hira", "lora", AS_GOOD),
+        ("hira", "low_rank", BETTER),
+        ("lori", "low_rank", AS_GOOD),
+        ("lori", PARTIAL, BETTER),
     ],
     THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted", AS_GOOD)],
 }
