@@ -332,6 +332,7 @@ def compare(arguments: Sequence[str]) -> int:
         step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
     first.jobs = first.jobs or comparing.jobs_at_once(entries)
+    comparing.share_threads(first.jobs)  # memory may allow fewer at once than cores
     least, most = comparing.expected(entries, first)
     if most:
         between = f"{comparing.in_time(least)} to {comparing.in_time(most)}"

@@ -294,18 +294,22 @@ def jobs_at_once(chosen: Sequence[Entry]) -> int:
     alive = [entry for entry in chosen if entry.refused is None]
     if not alive:
         return 1
-    trainer = alive[0].usual.trainer
-    if (trainer.num_processes or 1) > 1 or (trainer.device != "cpu" and has_accelerator()):
+    trainers = [entry.usual.trainer for entry in alive]
+    if any((one.num_processes or 1) > 1 or (one.device != "cpu" and has_accelerator()) for one in trainers):
         return 1
     largest = max((entry.timed["peak_memory_bytes"] for entry in alive if entry.timed), default=0)
     room = psutil.virtual_memory().available // largest if largest else cpu_count()
     return max(1, min(cpu_count(), room))
 
 
+_THREADS = "OMP_NUM_THREADS"
+_SHARED: dict[str, str] = {}  # what `share_threads` has set
+
+
 def share_threads(jobs: int) -> None:
-    """Have runs that go side by side share this machine's cores, unless OMP_NUM_THREADS is set."""
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))
+    """Have runs that go side by side share this machine's cores, unless the user has set OMP_NUM_THREADS."""
+    if os.environ.get(_THREADS) == _SHARED.get(_THREADS) and (jobs > 1 or _SHARED):
+        os.environ[_THREADS] = _SHARED[_THREADS] = str(max(1, cpu_count() // jobs))
 
 
 def compare(

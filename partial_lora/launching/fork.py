@@ -87,6 +87,15 @@ def _be_forked(arguments: list[str], environment: Mapping[str, str], log: Connec
     log.close()
     os.environ.clear()
     os.environ.update(environment)
+    take_threads(environment)
     multiprocessing.set_start_method(None, force=True)  # processes that load data start as they do elsewhere
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def take_threads(environment: Mapping[str, str]) -> None:
+    """Compute with as many threads as OMP_NUM_THREADS says; the process that forked may have read another number."""
+    import torch
+
+    if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit():
+        torch.set_num_threads(int(threads))

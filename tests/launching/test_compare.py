@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import threading
 import types
@@ -260,6 +261,19 @@ def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_
     entry.timed = None
     monkeypatch.setattr(compare, "has_accelerator", lambda: True)
     assert compare.jobs_at_once([entry]) == 1
+
+
+def test_runs_side_by_side_share_the_cores_unless_the_user_has_set_their_threads(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "cpu_count", lambda: 4)
+    monkeypatch.setattr(compare, "_SHARED", {})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that what the test leaves is undone
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for jobs, threads in ((1, None), (4, "1"), (2, "2"), (1, "4")):
+        compare.share_threads(jobs)
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    compare.share_threads(4)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from commands import environment, here, is_alive
 from safetensors.torch import load_file
 
 from partial_lora.launching.cluster import cluster_of
-from partial_lora.launching.fork import can_fork
+from partial_lora.launching.fork import can_fork, take_threads
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 
@@ -117,3 +118,14 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_sweep(place: Path, run) -
 def test_what_cannot_be_forked_gets_a_fresh_interpreter(overrides: tuple, expected: bool) -> None:
     config: Config = composed("model=tiny_vit", "trainer.device=cpu", *overrides)
     assert can_fork(config, cluster_of(config.trainer, config.model.quantization)) is expected
+
+
+def test_it_computes_with_the_threads_of_its_own_environment() -> None:
+    before = torch.get_num_threads()
+    try:
+        take_threads({"OMP_NUM_THREADS": str(before + 1)})
+        assert torch.get_num_threads() == before + 1
+        take_threads({"OMP_NUM_THREADS": "2,1"})  # of nested regions, which OpenMP reads by itself
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
