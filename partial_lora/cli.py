@@ -318,6 +318,7 @@ def compare(arguments: Sequence[str]) -> int:
     first, _ = comparisons[0]
     with _libraries():
         from partial_lora.launching import compare as comparing
+        from partial_lora.report import verdict
     by_sweeps = any(override.startswith("hydra/launcher=") for _, overrides in comparisons for override in overrides)
 
     entries, lines = [], []
@@ -333,10 +334,8 @@ def compare(arguments: Sequence[str]) -> int:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
     first.jobs = first.jobs or comparing.jobs_at_once(entries)
     comparing.share_threads(first.jobs)  # memory may allow fewer at once than cores
-    least, most = comparing.expected(entries, first)
-    if most:
-        between = f"{comparing.in_time(least)} to {comparing.in_time(most)}"
-        print(f"expected: {between}, as looks decide or not; jobs={first.jobs}, margin={first.margin:g}", flush=True)
+    if any(entry.seconds for entry in entries):
+        print(*verdict.prospects(entries, first), sep="\n", flush=True)
     with _making(entries, first) as make:
         if by_sweeps:
             make = functools.partial(comparing.by_sweeps, sweep=functools.partial(_stage, "train"))
@@ -369,7 +368,7 @@ def _making(entries, comparison):
 
     from partial_lora.launching import compare as comparing
 
-    least = comparing.runs_of_each(comparison)[0] * sum(entry.refused is None for entry in entries)
+    least = comparing.runs_of_each(comparison, comparison.seeds or 2) * sum(entry.refused is None for entry in entries)
     reached: dict[tuple, float] = {}  # the share of its steps that each run has made
 
     def make(runs) -> int:

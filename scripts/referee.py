@@ -176,8 +176,8 @@ TRUTHS = {  # points
 }
 
 
-def components(results: Path) -> dict[str, tuple[float, float, float]]:
-    """Return by set the standard deviations of a difference: of seeds, and of what rows and both add to its mean."""
+def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
+    """Return by set the standard deviations of a difference, and its rows: of seeds, of rows and of both together."""
     folder = results / "decided"
     table = ranking.rows_of(records.read(folder)[0], predictions.Predictions(folder))
     alike = table.groupby(ranking.CELL).filter(lambda cell: not cell.duplicated(["learning_rate", "seed"]).any())
@@ -192,16 +192,25 @@ def components(results: Path) -> dict[str, tuple[float, float, float]]:
                 rows, (of_seeds, of_rows, left) = d.shape[1], mean_squares(d)
                 parts.append(np.maximum(0, [(of_seeds - left) / rows, (of_rows - left) / d.size, left / rows]))
         if parts:
-            found[task] = tuple(np.sqrt(np.median(parts, axis=0)))
+            found[task] = *np.sqrt(np.median(parts, axis=0)), rows
     return found
 
 
+def spread(parts: dict[str, tuple[float, float, float, int]]) -> pd.DataFrame:
+    """Return by set by how many points a seed moves a difference, one test row for all seeds, and one for one seed."""
+    sets = [
+        (task, rows, *np.multiply(100, (seed, own * rows**0.5, left * rows**0.5)))
+        for task, (seed, own, left, rows) in parts.items()
+    ]
+    return pd.DataFrame(sets, columns=["set", "rows", "seed", "row", "row of one seed"])
+
+
 def drawn(
-    truth: Sequence[float], parts: tuple[float, float, float], generator: np.random.Generator, kind: str
+    truth: Sequence[float], parts: tuple[float, float, float, int], generator: np.random.Generator, kind: str
 ) -> dict[str, dict[int, np.ndarray]]:
     """Return the outputs of a study, by method and seed. heavy: seeds by t(3); uneven: one method moves more."""
     methods, most = len(truth), max(sequential.LOOKS)
-    of_seed, of_rows, left = (part / math.sqrt(2) for part in parts)  # of one method
+    of_seed, of_rows, left = (part / math.sqrt(2) for part in parts[:3])  # of one method
     luck = generator.normal(size=(methods, most))
     if kind == "heavy":
         luck = generator.standard_t(3, size=(methods, most)) / math.sqrt(3)
@@ -223,7 +232,7 @@ def is_false(judged: sequential.Referee, truth: Sequence[float], margin: float) 
     return False
 
 
-def simulate(parts: dict[str, tuple[float, float, float]], repetitions: int) -> pd.DataFrame:
+def simulate(parts: dict[str, tuple[float, float, float, int]], repetitions: int) -> pd.DataFrame:
     """Return a row for each truth, kind, set and plan."""
     rows = []
     for (title, truth), kind, (task, own), (plan, looks) in (
@@ -282,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     searched = replay(cells(options.results))
     write_atomic(options.out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
-    seeds = simulate(components(options.results), options.repetitions)
+    parts = components(options.results)
+    write_atomic(options.out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
+    seeds = simulate(parts, options.repetitions)
     write_atomic(options.out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
     write_atomic(options.out / "referee.md", page(searched, seeds, options.repetitions))
     print(options.out / "referee.md")

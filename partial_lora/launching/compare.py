@@ -55,8 +55,8 @@ class Entry:
 
     overrides: on the command line of `train`, all but the seed and the learning rate. group: what it has in common with
     the entries that it is compared with. best: the learning rate, once it is found. refused: why it is not compared.
-    overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. timed: the
-    record of a run of three steps, or of an earlier run.
+    overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. tested: rows
+    of test. timed: the record of a run of three steps, or of an earlier run.
     """
 
     method: str
@@ -67,6 +67,7 @@ class Entry:
     parameters: int = 0
     served: int = 0
     steps: int = 0
+    tested: int = 0
     best: float | None = None
     refused: str | None = None
     overwrite: bool = False
@@ -133,7 +134,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
     """
     own_calibration = any(override.startswith("calibration=") for override in overrides)
-    made, rows = [], 0
+    made, rows = [], (0, 0)
     for method in dict.fromkeys(methods):
         known = METHODS.get(method)
         if known is None:  # a file that gives a method another name
@@ -155,17 +156,18 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
             ((_, config),) = planned.runs
             if not made:
                 # All runs read these rows: what is wrong with them is said once, now.
-                rows = len(task_of(config, mixtures=True).train)
+                task = task_of(config, mixtures=True)
+                rows = len(task.train), len(task.test)
             entry.overwrite, entry.group = config.overwrite, f"{config.task.name}, {config.model.name}, {size}"
             try:
-                _measure(entry, config, rows)
+                _measure(entry, config, *rows)
             except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
             made.append(entry)
     return made
 
 
-def _measure(entry: Entry, config: Config, rows: int) -> None:
+def _measure(entry: Entry, config: Config, trained: int, tested: int) -> None:
     """Fill in an entry's sizes, its steps, and the rung nearest to the learning rate that suits it.
 
     Rungs are a factor of two apart, for all methods from dense LoRA's rate on: its own, or the one that is set.
@@ -176,7 +178,7 @@ def _measure(entry: Entry, config: Config, rows: int) -> None:
     dense = usual if config.trainer.learning_rate == AUTO else config.trainer.learning_rate
     entry.centre = dense * 2.0 ** round(math.log2(suited / usual))
     entry.parameters, entry.served = run.counts["adapter_trainable"], run.counts["adapter_bytes"]
-    entry.steps = config.trainer.steps(rows)
+    entry.steps, entry.tested = config.trainer.steps(trained), tested
 
 
 def checked(arguments: Sequence[str]) -> Plan:
@@ -473,19 +475,16 @@ def in_time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
-def expected(chosen: Sequence[Entry], comparison: Comparison) -> tuple[float, float]:
-    """Return the seconds of a comparison that two seeds decide, and of one that takes eight."""
-    seconds = sum(entry.seconds for entry in chosen if entry.refused is None) / comparison.jobs
-    return tuple(seconds * runs for runs in runs_of_each(comparison))
+def expected(chosen: Sequence[Entry], comparison: Comparison, seeds: int) -> float:
+    """Return the seconds of a comparison that so many seeds decide."""
+    return sum(entry.seconds for entry in chosen) / comparison.jobs * runs_of_each(comparison, seeds)
 
 
-def runs_of_each(comparison: Comparison) -> tuple[float, float]:
-    """Return how many whole runs a method takes if two seeds decide, and if eight do; at least, since edges are not."""
+def runs_of_each(comparison: Comparison, seeds: int) -> float:
+    """Return how many whole runs a method takes, search included, if so many seeds decide; more at edges."""
     if comparison.search == FULL:
-        count = runs_at_least(comparison.rates, comparison.seeds)
-        return count, count
-    searching = comparison.rates * QUARTER + FINALISTS * (1 - QUARTER)
-    return searching + (comparison.seeds or 2) - 1, searching + (comparison.seeds or 8) - 1
+        return runs_at_least(comparison.rates, seeds)
+    return comparison.rates * QUARTER + FINALISTS * (1 - QUARTER) + seeds - 1
 
 
 def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:

@@ -120,6 +120,19 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
     return Referee(leader, standings, {})
 
 
+# Standard deviations of a difference of shares: what a seed moves it by, and a test row, for one seed and for all.
+# Medians over sets (results/referee/spread.csv).
+_SEED, _ROW_OF_SEED, _ROW = 0.012, 0.27, 0.055
+
+
+def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> float:
+    """Return the least gap that a look would call one, as seeds and test rows move shares in the records."""
+    freedom = (methods - 1) * (seeds - 1)
+    level = spent(looks.index(seeds)) if len(looks) > 1 else 1 - LEVEL
+    usual = Spread(0.0, _SEED**2 + _ROW_OF_SEED**2 / rows, _ROW**2 / rows, rows)
+    return usual.estimate(seeds, freedom).interval(1 - level / math.comb(methods, 2))[1]
+
+
 _UNDECIDED = Standing(OPEN, "")
 _NOTHING = 1e-12
 _ENOUGH = 4  # degrees of freedom of methods that are still compared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import yaml
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
-from partial_lora.launching.compare import Entry, in_time
+from partial_lora.launching.compare import Entry, expected, in_time
 from partial_lora.report import predictions, records
-from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee
+from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
 from partial_lora.report.statistics import per_example
+from partial_lora.settings.comparison import Comparison
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
@@ -57,6 +59,26 @@ def judged(group: Sequence[Entry], margin: float, seeds: int | None) -> tuple[Re
     out = next(iter(group[0].done)).parents[4]  # of results_dir/runs/task/model/method-id/seed
     outputs, metric = outputs_of(group, out)
     return referee(outputs, margin / 100, LOOKS if seeds is None else (seeds,)), metric
+
+
+def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
+    """Return lines on what a comparison takes, and what each of its looks would tell apart on those test rows."""
+    alive = [entry for entry in entries if entry.refused is None]
+    looks = LOOKS if comparison.seeds is None else (comparison.seeds,)
+    times = [in_time(expected(alive, comparison, seeds)) for seeds in looks]
+    between = times[0] if len(looks) == 1 else f"{times[0]} to {times[-1]}, as looks decide or not"
+    lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
+    methods = max(Counter(entry.group for entry in alive).values())
+    metric = next((entry.timed["metrics"]["test"]["primary"] for entry in alive if entry.timed), None)
+    if methods > 1 and metric in SHARES:
+        rows = min(entry.tested for entry in alive)
+        gaps = ", ".join(
+            f"{100 * shows(methods, rows, seeds, looks):.1f} points by {seeds} seeds ({time})"
+            for seeds, time in zip(looks, times, strict=True)
+            if seeds > 2  # of two it is wide
+        )
+        lines += [f"gaps that would be told apart on {rows:,} test rows: {gaps}"] if gaps else []
+    return lines
 
 
 def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) -> list[str]:

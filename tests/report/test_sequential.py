@@ -54,6 +54,16 @@ def test_one_seed_decides_nothing() -> None:
     assert (found.leader, found.standings["b"].verdict, found.asks) == ("a", OPEN, {})
 
 
+def test_a_smaller_gap_shows_with_more_seeds_more_rows_and_fewer_methods() -> None:
+    """And what shows is called worse by a look whose runs spread as those of the records, a little less is not."""
+    gaps = [sequential.shows(3, 120, seeds) for seeds in sequential.LOOKS]
+    assert gaps == sorted(gaps, reverse=True)
+    assert sequential.shows(3, 1000, 8) < gaps[-1] < sequential.shows(6, 120, 8)
+    alone = sequential.shows(2, 120, 8, (8,))
+    usual = sequential.Spread(alone, 0.012**2 + 0.27**2 / 120, 0.055**2 / 120, 120)
+    assert usual.estimate(8, 7).interval()[0] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_looks_spend_five_percent_together() -> None:
     assert sum(map(sequential.spent, range(len(sequential.LOOKS)))) == pytest.approx(0.05)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
+import pytest
 import referee
 from recorded_runs import record
 
@@ -40,3 +44,10 @@ def test_clear_gaps_are_decided_with_fewer_seeds_than_eight() -> None:
     numbers = referee.simulate({"digits": (0.005, 0.001, 0.005)}, 2).set_index(["truth", "plan"])
     assert numbers.loc[("clear gaps", "looks"), "seeds a method"] < 8
     assert numbers.loc[("clear gaps", "8 seeds"), "decided"] == 1
+
+
+def test_gaps_that_seeds_tell_apart_rest_on_the_spread_of_the_committed_studies() -> None:
+    table = pd.read_csv(Path(__file__).parents[2] / "results" / "referee" / "spread.csv")
+    medians = table[["seed", "row of one seed", "row"]].median() / 100
+    kept = [sequential._SEED, sequential._ROW_OF_SEED, sequential._ROW]
+    assert kept == pytest.approx(list(medians), rel=0.05)
