@@ -40,7 +40,7 @@ from partial_lora.training import checkpoints, fsdp, objectives, packing
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.predictions import write_predictions
-from partial_lora.training.trackers import Tracking
+from partial_lora.training.tracking import Tracking
 from partial_lora.training.trainer import Computation, Pause, build_trainer, mixed_precision, still_rising
 
 logger = logging.getLogger(__name__)

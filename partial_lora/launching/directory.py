@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, read_json, redacted
 from partial_lora.settings.tuned import tuned
 from partial_lora.settings.versions import upgraded
-from partial_lora.training.config import TRACKERS
+from partial_lora.training.trackers import TRACKERS
 
 RESULT = "result.json"
 CONFIG = "config.yaml"

@@ -26,7 +26,7 @@ from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
-from partial_lora.training.config import TRACKERS
+from partial_lora.training.trackers import TRACKERS
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
 OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the folder of a sweep, which Hydra makes

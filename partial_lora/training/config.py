@@ -9,15 +9,10 @@ from typing import Any, Optional, get_type_hints
 
 from partial_lora.errors import of_type, one_of, positive, require
 from partial_lora.files import at_home
+from partial_lora.training.trackers import TRACKERS
 
 AUTO = "auto"  # in place of a learning rate
 _USUAL_EPOCHS, _LEAST_STEPS = 5.0, 300  # a table of some hundred rows has not been learned after five passes
-TRACKERS = {  # the package of each, as pip calls it, and MODULE:NAME of what reports to it
-    "tensorboard": ("tensorboard", "trackers:TensorBoard"),
-    "mlflow": ("mlflow-skinny", "trackers:MLflow"),
-    "wandb": ("wandb", "trackers:Wandb"),
-    "trackio": ("trackio", "trackers:Trackio"),
-}
 
 # Fields of TrainingArguments that a run sets itself, or by which it could not be resumed, compared or found again.
 _INSTEAD = {

@@ -1,37 +1,21 @@
-"""Experiment trackers beside the local history, by the names of TRACKERS in training/config.py."""
+"""Experiment trackers beside the local history: a class each, and TRACKERS, by which they are chosen."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Protocol
 
-from transformers import TrainerCallback
-from transformers.integrations.integration_utils import rewrite_logs
-
 from partial_lora.errors import one_line
-from partial_lora.files import flatten, one_writer, redacted, write_json
-from partial_lora.training.config import TRACKERS
+from partial_lora.files import one_writer, redacted
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
-DEFAULTS = {  # environment variables, where the user has not set them
-    "MLFLOW_ALLOW_FILE_STORE": "true",
-    # A service that does not answer holds the run up by some seconds before it is left out.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "WANDB_INIT_TIMEOUT": "30",
-    "WANDB_FINISH_TIMEOUT": "60",
-    "WANDB_SILENT": "true",
-}
 _PARAMETER_LENGTH, _PARAMETERS_PER_REQUEST = 500, 100  # the limits of any MLflow
 
 logger = logging.getLogger(__name__)
@@ -172,7 +156,7 @@ class Wandb:
         try:
             self._run = wandb.init(**settings)
         except Exception as error:
-            logger.warning("wandb: %s; written to %s for `wandb sync`", _in_one_line(error), run.directory / "wandb")
+            logger.warning("wandb: %s; written to %s for `wandb sync`", in_words(error), run.directory / "wandb")
             wandb.teardown()  # otherwise the run's id counts as taken by the failed attempt
             self._run = wandb.init(**settings, mode="offline")
         self._run.define_metric("step")
@@ -202,99 +186,14 @@ class Trackio:
         self._run.finish()
 
 
-class Tracking(TrainerCallback):
-    """Pass what Trainer measures to trackers and, at the end, the run's results.
-
-    As a context it marks the run as failed at the trackers where the block raises. A tracker that raises is left out
-    from then on, and ends nothing else.
-
-    Args:
-        names: the trackers; none in any process but the first.
-        directory: the run's, …/task/model/method-id/seed, by which trackers name it.
-        record: the file with what each tracker calls the run, by which a resumed one continues there.
-        results_dir: the place of MLflow's local store.
-        parameters: the run's settings, flat; their credentials are hidden here.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        directory: Path,
-        record: Path,
-        results_dir: Path,
-        parameters: Mapping[str, object],
-    ) -> None:
-        self._unopened = list(names)
-        self._open: dict[str, Tracker] = {}
-        self._directory, self._record = Path(directory).resolve(), Path(record)
-        self._store = Path(results_dir).resolve() / "mlruns"
-        self._parameters = redacted(parameters)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._begin(state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self._log(rewrite_logs(_numbers(logs or {})), state.global_step)
-
-    def finish(self, results: Mapping[str, object], step: int) -> None:
-        """Log the numbers in plain data, each by the path to it (`test/accuracy`), and end the run everywhere."""
-        self._begin(step)
-        self._log(_numbers(results), step)
-        self._end(succeeded=True)
-
-    def __enter__(self) -> Tracking:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self._end(succeeded=False)
-
-    def _begin(self, step: int) -> None:
-        """Open the run at the trackers that have not opened it yet, where an earlier attempt left off."""
-        if not self._unopened:
-            return
-        for variable, value in DEFAULTS.items():
-            os.environ.setdefault(variable, value)
-        try:
-            run_ids = dict(json.loads(self._record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # the first attempt, or one that left no ids
-            run_ids = {}
-        run_name = "/".join(self._directory.parts[-4:])
-        unopened, self._unopened = self._unopened, []
-        for name in unopened:
-            with self._guarded(name):
-                run = Run(run_name, self._parameters, self._directory, self._store, step, run_ids.get(name))
-                self._open[name] = resolve_name(f"{__package__}.{TRACKERS[name][1]}")(run)
-                run_ids[name] = self._open[name].run_id
-                write_json(self._record, run_ids)
-
-    def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, tracker in list(self._open.items()):
-            with self._guarded(name):
-                tracker.log(metrics, step)
-
-    def _end(self, succeeded: bool) -> None:
-        self._unopened = []
-        while self._open:
-            name, tracker = self._open.popitem()
-            with self._guarded(name):
-                tracker.end(succeeded)
-
-    @contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        """Leave a tracker out from now on where it raises, and let the run continue."""
-        try:
-            yield
-        except Exception as error:  # of any kind: a run must not end for its trackers
-            logger.warning("trainer.report_to: %s is left out from now on (%s)", name, _in_one_line(error))
-            self._open.pop(name, None)
+TRACKERS = {  # the package of each, as pip calls it, and what reports to it
+    "tensorboard": ("tensorboard", TensorBoard),
+    "mlflow": ("mlflow-skinny", MLflow),
+    "wandb": ("wandb", Wandb),
+    "trackio": ("trackio", Trackio),
+}
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """Return an error of a tracker in one line, without credentials."""
     return redacted(f"{type(error).__name__}: {one_line(error)}")
-
-
-def _numbers(values: Mapping[str, object]) -> dict[str, float]:
-    numbers = {key: value for key, value in flatten(values, "/").items() if isinstance(value, Real)}
-    return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}

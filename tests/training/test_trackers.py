@@ -19,7 +19,7 @@ from partial_lora.files import HIDDEN
 from partial_lora.launching import directory as results
 from partial_lora.settings import resolving
 from partial_lora.settings.compose import composed
-from partial_lora.training.trackers import Tracking
+from partial_lora.training.tracking import Tracking
 
 MEASURED = {
     "test": {"primary": "accuracy", "accuracy": 0.75, "members": {"cola": {"f1": 0.5}}},
