@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,7 +19,8 @@ from partial_lora.masks import PAPER_BUDGET
 from partial_lora.models.config import FROM_FILES
 from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.accelerate_file import accelerate_file
-from partial_lora.settings.schema import Config, conf_dir
+from partial_lora.settings.keys import no_such_key
+from partial_lora.settings.schema import SECTIONS, Config, conf_dir
 from partial_lora.settings.tuned import tuned
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
@@ -38,10 +38,11 @@ def resolve(composed: DictConfig) -> Config:
     Raises PartialLoraError, in one line that names the key, for a missing value, a value out of range, and a file that
     is not there; OmegaConf's own errors for an unknown key or a value of another type.
     """
-    # As plain data: of typed settings OmegaConf would take a key that `+key=value` has put past Hydra's own check.
-    settings = OmegaConf.to_container(composed)
-    settings.pop("study", None)  # of an experiment's file: the runs that it lists
-    composed = _with_model(OmegaConf.merge(_schema(), settings))
+    OmegaConf.set_struct(composed, False)
+    composed.pop("study", None)  # of an experiment's file: the runs that it lists
+    if unknown := next(_unknown(composed), None):
+        raise PartialLoraError(no_such_key(unknown))
+    composed = _with_model(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
@@ -86,10 +87,16 @@ def _with_model(composed: DictConfig) -> DictConfig:
     return OmegaConf.unsafe_merge(composed, {"model": values})
 
 
-@functools.cache
-def _schema() -> DictConfig:
-    """Return the schema as a node that is only read, so that a sweep of hundreds of runs makes it once."""
-    return OmegaConf.structured(Config)
+def _unknown(composed: DictConfig) -> Iterator[str]:
+    """Yield the keys that are no field, which `+key=value` puts past Hydra's own check."""
+    for key in composed:
+        if key not in _FIELDS[""]:
+            yield key
+        elif key in SECTIONS and not OmegaConf.is_missing(composed, key):
+            yield from (f"{key}.{name}" for name in composed[key] if name not in _FIELDS[key])
+
+
+_FIELDS = {key: {each.name for each in dataclasses.fields(kind)} for key, kind in {"": Config, **SECTIONS}.items()}
 
 
 def _with_budget(config: Config) -> CalibrationConfig:
