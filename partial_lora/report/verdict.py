@@ -66,7 +66,7 @@ def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     alive = [entry for entry in entries if entry.refused is None]
     looks = LOOKS if comparison.seeds is None else (comparison.seeds,)
     times = [in_time(expected(alive, comparison, seeds)) for seeds in looks]
-    between = times[0] if len(looks) == 1 else f"{times[0]} to {times[-1]}, as looks decide or not"
+    between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
     methods = max(Counter(entry.group for entry in alive).values())
     metric = next((entry.timed["metrics"]["test"]["primary"] for entry in alive if entry.timed), None)
