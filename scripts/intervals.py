@@ -69,7 +69,7 @@ TEST_ROWS = {
     "sst2": 872,
     "trec": 500,
 }
-HISTORIES = ("decided", "longer", "forms", "cpu")  # whose longest runs say how long validation rises
+HISTORIES = ("decided", "forms", "cpu")  # whose longest runs say how long validation rises
 STILL = 0.01  # a last quarter that gains less has stopped
 Components = tuple[float, float, float]  # variances of seeds, of examples and of what is left
 Experiment = Callable[[np.random.Generator, int], np.ndarray]

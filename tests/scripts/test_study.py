@@ -122,11 +122,11 @@ def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, 
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["study.py", "longer", "--data", "nowhere", "--with", "trainer.epochs=1"])
+    monkeypatch.setattr(sys, "argv", ["study.py", "race", "--data", "nowhere", "--with", "trainer.epochs=1"])
     assert study.main() == (2 if ends else 0)
-    assert len(calls) == (1 if ends else 3)
+    assert len(calls) == (1 if ends else 2)
     assert calls[0][-1] == "trainer.epochs=1"
-    assert ends or calls[-1][-2:] == ["report", "results/longer"]
+    assert ends or calls[-1][1:3] == ["scripts/forms.py", "results/race"]
 
 
 def on_digits(name: str, data: Path) -> set[Path]:
@@ -151,9 +151,9 @@ def test_tables_share_the_runs_that_they_have_in_common(data: Path, monkeypatch)
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_every_target_of_a_table_and_a_study_runs_its_file() -> None:
-    for target in ("runs-table1", "reproduce-table1", "race", "digits-rate", "runs-fig7"):
+    for target in ("runs-table1", "reproduce-table1", "race", "runs-fig7"):
         words = ["make", "-n", target, "BIN=bin", "VENV=venv", "PRESET=cpu", "ONLY=task=digits", "WITH=seeds=8"]
         shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        name = target.rpartition("-")[2] if target.startswith(("runs-", "reproduce-")) else target.replace("-", "_")
+        name = target.rpartition("-")[2]
         assert f"scripts/study.py {name} --data" in shown, target
         assert "--with seeds=8" in shown, target
