@@ -106,6 +106,12 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(averages, columns=table.columns)], ignore_index=True)
 
 
+def at_ceiling(table: pd.DataFrame) -> list[str]:
+    """Return the tasks of a table of scores on which dense LoRA errs on less than 3 % of test rows."""
+    dense = table[(table["part"] == SCORE) & (table["method"] == "lora") & table["metric"].isin(SHARES)]
+    return sorted(dense.loc[dense["mean"] > 0.97, "task"].unique())
+
+
 def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
     """(*ROW, task) of those that are better than every other of the same model, task and point.
 

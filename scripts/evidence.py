@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from claims import at_ceiling
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -228,9 +229,10 @@ def best_of_others(cells: pd.DataFrame, results: Path) -> pd.DataFrame:
 
 
 def claims(results: Path, colours: dict[str, str]) -> Figure:
-    """Draw the claims by set, each with the mean of the sets and what a set counts in it."""
+    """Draw the claims by set, each with the mean of sets below their ceiling, and what a set counts in it."""
     folder = results / "decided" / "tables"
     numbers = pd.read_csv(folder / "decided.csv")
+    full = at_ceiling(numbers)
     numbers = numbers[(numbers["first"] == "partial") & (numbers["operating_point"] == "budget 0.13")]
     verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])["verdict"]
     figure = Figure(figsize=(WIDTH, 7.2))
@@ -240,7 +242,7 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     left = {"x": -0.53, "va": "center", "transform": axes.get_yaxis_transform()}
     for second, (title, claim) in CLAIMS.items():
         own = numbers[numbers["second"] == second].set_index("task")
-        sets = own.drop("all sets")
+        sets = own.drop(["all sets", *full])
         weights = weights_of_sets([Estimate(row.difference, row.error, row.freedom) for row in sets.itertuples()])
         shares = dict(zip(sets.index, weights / weights.sum(), strict=True))
         y -= 1.5
@@ -248,7 +250,8 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
         for task, row in own.iterrows():
             y -= 1
             mean = task == "all sets"
-            axes.text(y=y, s="mean of the sets" if mean else f"{task}, weighs {shares[task]:.0%}", **left)
+            weight = f"{task}, weighs {shares[task]:.0%}" if task in shares else f"{task}, at its ceiling"
+            axes.text(y=y, s=f"mean of {len(shares)} sets" if mean else weight, **left)
             verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(", among ")[0]
             word, color, marker = VERDICTS[verdict]
             ink = colours[color]
@@ -256,7 +259,9 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
             axes.plot(100 * row["difference"], y, marker, color=ink, markersize=8 if mean else 6)
             axes.text(6.8, y, word, color=ink, va="center", fontsize=10)
     axes.set(xlim=(-17.5, 6.5), ylim=(y - 1, 0), yticks=[])
-    axes.set_xlabel("rows and columns minus the other, points of test accuracy; bars: 95 %", fontsize=9)
+    axes.set_xlabel(
+        "rows and columns minus the other, points of test accuracy; bars: 95 %, cut at the frame", fontsize=9
+    )
     titled(axes, "", colours)
     axes.spines["left"].set_visible(False)
     return figure

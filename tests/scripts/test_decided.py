@@ -57,6 +57,18 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     assert set(of) >= {("partial", "lora"), ("partial", "low_rank")}
 
 
+def test_a_set_at_its_ceiling_is_named_and_in_no_mean(tmp_path) -> None:
+    for task, wrong in (("digits", 2), ("trec", 20), ("gtsrb", 30)):
+        for seed in SEEDS:
+            run(tmp_path, "partial", wrong + (8 if task == "digits" else 0), task=task, seed=seed, **KEPT)
+            run(tmp_path, "lora", wrong, task=task, seed=seed)
+    assert decided.main([str(tmp_path)]) == 0
+    numbers = pd.read_csv(tmp_path / "tables" / "decided.csv")
+    numbers = numbers[numbers["second"] == "lora"].set_index("task")["difference"]
+    assert numbers["all sets"] == 0 > numbers["digits"]
+    assert "in no mean: digits." in (tmp_path / "tables" / "decided.md").read_text()
+
+
 def test_one_share_everywhere_is_also_set_beside_calibrated_shares_at_their_rate(tmp_path) -> None:
     parameters = record()["parameters"] | {"saturated_modules": 3, "adapted_modules": 4}
     for task, best in (("digits", 1e-3), ("trec", 2e-3)):
