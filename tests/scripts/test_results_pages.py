@@ -58,7 +58,7 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
     for _, name, _ in evidence.NAMED.values():
         assert name in drawn["memory.svg"]
     words = {word for word, *_ in evidence.VERDICTS.values()}
-    assert sum(drawn["claims.svg"].count(f">{word}<") for word in words) == 5 * len(evidence.CLAIMS)  # four sets, a mean
+    assert sum(drawn["claims.svg"].count(f">{word}<") for word in words) == 5 * len(evidence.CLAIMS)
 
 
 @pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])
