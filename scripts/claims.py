@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
+from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.rows import NONE, point_order
-from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, together
+from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, half_interval, holm, together
 from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -366,3 +367,52 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
     where = [name for name in ("model", "mixture", "importance") if name in shown]
     same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
     return shown.drop(columns=same)
+
+
+# Test loss, and forms in one table
+
+
+def verdicts(numbers: pd.DataFrame) -> str:
+    """Return, for every task and size, the forms that are better and worse than the reference, and those in between.
+
+    After correction `holds` says so, before it a p below 0.05.
+    """
+    rows = []
+    for (task, size), part in numbers.dropna(subset=["difference"]).groupby(["task", "size"]):
+        better = (part["difference"] > 0) != part["metric"].isin({*LOWER_IS_BETTER, "loss"})
+        before = (part["p"] < 0.05) & ~part["holds"]
+        cells = {
+            "better, after correction": better & part["holds"],
+            "better, before it": better & before,
+            "not significant": ~before & ~part["holds"],
+            "worse, before it": ~better & before,
+            "worse, after correction": ~better & part["holds"],
+        }
+        listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
+        rows.append({"task": task, "size": ranking.in_words(size), **listed})
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
+def by_loss(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return how far every form's test loss is from the reference's, over the seeds that both have, by Student's t.
+
+    chosen: runs at the best rate of their form.
+    """
+    chosen = chosen.assign(loss=[run.record["metrics"]["test"]["loss"] for run in chosen["run"]])
+    rows = []
+    for (task, size), part in chosen.groupby(["task", "size"]):
+        losses = part.pivot(index="seed", columns="form", values="loss")
+        for form in losses.columns.drop(reference, errors="ignore") if reference in losses else ():
+            d = (losses[form] - losses[reference]).dropna()
+            if len(d) > 2:
+                found = Estimate(d.mean(), d.std() / math.sqrt(len(d)), len(d) - 1)
+                numbers = {"difference": found.difference, "half": half_interval(d.std(), len(d)), "p": found.p(0, 0)}
+                rows.append({"task": task, "size": size, "form": form, "metric": "loss", "seeds": len(d)} | numbers)
+    losses = pd.DataFrame(rows, columns=["task", "size", "form", "metric", "seeds", "difference", "half", "p"])
+    together = losses.groupby(["task", "size"])["p"]
+    return losses.assign(holds=together.transform(lambda each: each <= holm(list(each))).astype(bool))
+
+
+def _named(row) -> str:
+    number = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
+    return f"{row.form} {number}"

@@ -8,7 +8,7 @@ set at its ceiling, where dense LoRA errs on less than 3 % of test rows, is in n
 the narrow intervals would weigh most.
 With the scores stands what a form costs: seconds a step, memory, minutes of calibration. Where shares by gradient were
 trained, too, a table says how far they agree with those of a search by evaluations.
-Writes RESULTS/tables/decided.md, decided.csv and verdicts.csv.
+Test loss is a second endpoint. Writes RESULTS/tables/decided.md, decided.csv, verdicts.csv and loss.csv.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from claims import (
     NO_RUNS,
     Claim,
     at_ceiling,
+    by_loss,
     differences,
     interval,
     judged,
@@ -34,6 +35,9 @@ from claims import (
     readable_scores,
     scores,
     tabled,
+)
+from claims import (
+    verdicts as forms_in_one,
 )
 from comparable import BUDGET, THRESHOLD, collect
 
@@ -238,6 +242,8 @@ def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
     """Write the verdicts, the scores and the differences of runs at their best rates."""
+    folder = results_dir / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
     table, full = scores(runs), at_ceiling(scores(runs))
     apart = differences(runs, [*pairs, *BESIDE])
@@ -273,14 +279,17 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     parts += [f"{missing}: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(numbers) | readable_differences(numbers)
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
+    at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
+    losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
+    if not losses.empty:
+        parts += ["# Test loss less low_rank's, in nats", forms_in_one(losses)]
+        losses.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
     if not (alike := agreements(runs)).empty:
         parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]
     parts += [
         f"**{title}**\n\n{table.to_markdown(index=False, disable_numparse=True)}" for title, table in tables.items()
     ]
     parts += ["\n".join(f"- {line}" for line in problems)] if problems else []
-    folder = results_dir / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
     write_atomic(folder / "decided.csv", numbers.to_csv(index=False))
     write_atomic(folder / "verdicts.csv", pd.concat(decided)[COLUMNS].to_csv(index=False))

@@ -11,21 +11,19 @@ endpoint, in loss.csv.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from claims import by_loss, verdicts
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import predictions, ranking, records
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import Estimate, half_interval, holm
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 FROM_DENSE, LOSS = "from_dense.csv", "loss.csv"
 
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
     origin, _, ranked = text.partition("\n\n")
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
-    losses = by_loss(table, options.reference)
+    losses = by_loss(ranking.at_best_rates(table), options.reference)
     losses.to_csv(options.results / LOSS, index=False, float_format="%.6g")
     by_score = f"### In one table\n\n{verdicts(numbers)}\n\n### By test loss, in nats\n\n{verdicts(losses)}"
     text = f"{origin}\n\n{by_score}\n\n{ranked}"
@@ -59,50 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
         settings = {"reference": options.reference, "command": command, "refused": skipped}
         print(ranking.write_page(numbers, options.results, **settings))
-
-
-def verdicts(numbers: pd.DataFrame) -> str:
-    """Return, for every task and size, the forms that are better and worse than the reference, and those in between.
-
-    After correction `holds` says so, before it a p below 0.05.
-    """
-    rows = []
-    for (task, size), part in numbers.dropna(subset=["difference"]).groupby(["task", "size"]):
-        better = (part["difference"] > 0) != part["metric"].isin({*LOWER_IS_BETTER, "loss"})
-        before = (part["p"] < 0.05) & ~part["holds"]
-        cells = {
-            "better, after correction": better & part["holds"],
-            "better, before it": better & before,
-            "not significant": ~before & ~part["holds"],
-            "worse, before it": ~better & before,
-            "worse, after correction": ~better & part["holds"],
-        }
-        listed = {name: ", ".join(map(_named, part[chosen].itertuples())) or NONE for name, chosen in cells.items()}
-        rows.append({"task": task, "size": ranking.in_words(size), **listed})
-    return pd.DataFrame(rows).to_markdown(index=False)
-
-
-def by_loss(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Return how far every form's test loss is from the reference's, over the seeds that both have, by Student's t."""
-    chosen = ranking.at_best_rates(table)
-    chosen = chosen.assign(loss=[run.record["metrics"]["test"]["loss"] for run in chosen["run"]])
-    rows = []
-    for (task, size), part in chosen.groupby(["task", "size"]):
-        losses = part.pivot(index="seed", columns="form", values="loss")
-        for form in losses.columns.drop(reference, errors="ignore") if reference in losses else ():
-            d = (losses[form] - losses[reference]).dropna()
-            if len(d) > 2:
-                found = Estimate(d.mean(), d.std() / math.sqrt(len(d)), len(d) - 1)
-                numbers = {"difference": found.difference, "half": half_interval(d.std(), len(d)), "p": found.p(0, 0)}
-                rows.append({"task": task, "size": size, "form": form, "metric": "loss", "seeds": len(d)} | numbers)
-    losses = pd.DataFrame(rows)
-    together = losses.groupby(["task", "size"])["p"]
-    return losses.assign(holds=together.transform(lambda each: each <= holm(list(each))).astype(bool))
-
-
-def _named(row) -> str:
-    number = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
-    return f"{row.form} {number}"
 
 
 def best_rates(numbers: pd.DataFrame) -> str | None:
