@@ -312,7 +312,7 @@ def compare(arguments: Sequence[str]) -> int:
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "alone is the study that its file lists",
     )
-    from partial_lora.settings.comparison import of_study, read
+    from partial_lora.settings.comparison import QUICK, of_study, read
 
     comparisons = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
     first, _ = comparisons[0]
@@ -328,7 +328,7 @@ def compare(arguments: Sequence[str]) -> int:
         lines += left_out
     print(*lines, sep="\n", end="\n" if lines else "")
     for entry in entries:
-        if first.search == "quick":
+        if first.search == QUICK:
             comparing.time_entry(entry)
         step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
@@ -349,11 +349,9 @@ def compare(arguments: Sequence[str]) -> int:
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
-    reasons: dict[str, list[str]] = {}
-    for entry in entries:
-        if entry.refused:
-            reasons.setdefault(entry.refused, []).append(entry.name)
-    refused = [*lines, *(f"{'; '.join(names)}: {reason}" for reason, names in reasons.items())]
+    reasons = files.grouped((entry for entry in entries if entry.refused), lambda entry: entry.refused)
+    named = {reason: "; ".join(entry.name for entry in alike) for reason, alike in reasons.items()}
+    refused = [*lines, *(f"{names}: {reason}" for reason, names in named.items())]
     for line in refused:
         print(f"partial-lora: {line}", file=sys.stderr)
     if not any(entry.done for entry in entries):
@@ -405,12 +403,13 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
         from rich.console import Console
 
         from partial_lora.report import ranking, verdict
+        from partial_lora.settings.comparison import FULL
     # A quick search has chosen among a part of its rates: the ranking has no others, whatever their runs came to.
     places = {
         place: record
         for entry in entries
         for place, record in entry.done.items()
-        if comparison.search == "full" or record["config"]["trainer"]["learning_rate"] == entry.best
+        if comparison.search == FULL or record["config"]["trainer"]["learning_rate"] == entry.best
     }
     if not places:
         return 1
@@ -424,10 +423,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     _, numbers = ranking.write(runs, out, "compare", reference, limit)
     Console().print(ranking.on_screen(numbers, reference))
     said: list[str] = []
-    groups: dict[str, list] = {}
-    for entry in entries:
-        if entry.best is not None:
-            groups.setdefault(entry.group, []).append(entry)
+    groups = files.grouped((entry for entry in entries if entry.best is not None), lambda entry: entry.group)
     for title, group in groups.items():
         found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
         sentences = verdict.words(group, found, metric, comparison.margin)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import grouped
 from partial_lora.launching import directory
 from partial_lora.settings.compose import hydra_of
 from partial_lora.settings.schema import list_keys
@@ -85,10 +86,7 @@ def _runs(results: Path) -> Iterator[str]:
     """Yield the names of runs that a command takes: `latest`, and ids, with the seed behind one that has several."""
     if (results / directory.LATEST).is_dir():
         yield directory.LATEST
-    groups: dict[str, list[Path]] = {}
-    for run in sorted(results.glob(directory.RUNS)):
-        groups.setdefault(directory.id_of(run), []).append(run)
-    for identifier, runs in groups.items():
+    for identifier, runs in grouped(sorted(results.glob(directory.RUNS)), directory.id_of).items():
         yield from [identifier] if len(runs) == 1 else [f"{identifier}/{run.name}" for run in runs]
 
 

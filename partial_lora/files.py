@@ -17,17 +17,19 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
 from partial_lora.errors import PartialLoraError, one_line, require
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Key = TypeVar("Key")
 
 MARKER = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
@@ -54,6 +56,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write plain data as indented JSON, atomically; refuses NaN, which JSON has no word for."""
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def grouped(things: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """Return things by their key, in the order in which the keys first come."""
+    groups: dict[Key, list[T]] = {}
+    for one in things:
+        groups.setdefault(key(one), []).append(one)
+    return groups
 
 
 def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[str, Any]:

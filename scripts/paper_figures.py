@@ -38,14 +38,13 @@ from matplotlib.ticker import (
 )
 
 from partial_lora import cli
-from partial_lora.files import write_atomic
+from partial_lora.files import grouped, write_atomic
 from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
 from partial_lora.report.depth import grid
 from partial_lora.report.drawing import COLOURS, MARKERS, heat, legend, look, panels, plain, save, scored, sized
 from partial_lora.report.figures import MOST, band
-from partial_lora.report.folders import gathered
 from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import half_interval
@@ -171,7 +170,7 @@ def measured(cells: Sequence[Cell]) -> list[dict[int, dict]]:
 
 
 def _beside(cells: Iterable[tuple[Hashable, Mapping]]) -> dict[Hashable, list[Mapping]]:
-    return {place: [cell for _, cell in of] for place, of in gathered(cells, itemgetter(0)).items()}
+    return {place: [cell for _, cell in of] for place, of in grouped(cells, itemgetter(0)).items()}
 
 
 # Means over seeds

@@ -332,8 +332,7 @@ class _Frozen:
     @property
     def weight(self) -> Tensor:
         """The factor, read-only; nothing but its own values can be assigned."""
-        dense = self.fill(self.kept)
-        return _read_only(dense)
+        return _read_only(self.fill(self.kept))
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:

@@ -65,7 +65,9 @@ def warm_start(
     shapes, a trained head or bias that the adapter does not train, options of LoRA that do not go with masks, a merged
     adapter, a missing, broken or pickled file.
     """
-    config = _masked_config(model, adapter_name)
+    config = config_of(model, adapter_name)
+    if not isinstance(config, PartialLoraConfig):
+        raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
     for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {})):
         if getattr(config, name) != usual:
             raise PartialLoraError(
@@ -93,13 +95,6 @@ class _Source:
     name: str
     config: LoraConfig
     tensors: Mapping[str, Tensor]
-
-
-def _masked_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
-    config = config_of(model, adapter_name)
-    if not isinstance(config, PartialLoraConfig):
-        raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
-    return config
 
 
 def _masked_factors(model: nn.Module, adapter_name: str) -> dict[str, MaskedFactor]:

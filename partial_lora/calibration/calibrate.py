@@ -77,7 +77,7 @@ def calibrate(
     settings: Mapping | None = None,
     store: Path | None = None,
     peers: Peers | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
     **changes: Any,
 ) -> Calibration:
     """Find one sparsity for each module and axis from the frozen model (Algorithm 1).

@@ -19,7 +19,7 @@ from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import is_locked
+from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.paths import at_other_rates, run_directory
@@ -230,26 +230,25 @@ def fitting(found: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:
     """Return each method at the largest of its sizes that meets a limit; one that none does is refused."""
     ((name, most),) = limit.items()
     kept = []
-    for method in dict.fromkeys(entry.method for entry in found):
-        tried = [entry for entry in found if entry.method == method and entry.refused is None]
-        tried = tried or [entry for entry in found if entry.method == method][-1:]
-        for entry in tried:
-            if entry.refused is not None:
-                break
-            value = cost_of(entry, name)
-            if value is not None and value <= most:
-                break
-            nearest = "unknown" if value is None else in_units(name, value)
-            entry.refused = (
-                f"limit.{name}={in_units(name, most)}: at {entry.size} of dense LoRA's parameters it takes {nearest}"
-            )
-        else:
-            entry = tried[-1]
-        if entry.refused is not None and entry is not tried[-1]:
-            continue
+    for tried in grouped(found, lambda entry: entry.method).values():
+        tried = [entry for entry in tried if entry.refused is None] or tried[-1:]
+        entry = next((entry for entry in tried if _meets(entry, name, most)), tried[-1])
         entry.group = f"{LIMITS[name][0]}, at most {in_units(name, most)}"
         kept.append(entry)
     return kept
+
+
+def _meets(entry: Entry, name: str, most: float) -> bool:
+    """Return whether an entry keeps to a limit; one that does not, or cannot be told, is refused."""
+    if entry.refused is None:
+        value = cost_of(entry, name)
+        if value is not None and value <= most:
+            return True
+        nearest = "unknown" if value is None else in_units(name, value)
+        entry.refused = entry.refused or (
+            f"limit.{name}={in_units(name, most)}: at {entry.size} of dense LoRA's parameters it takes {nearest}"
+        )
+    return False
 
 
 def cost_of(entry: Entry, name: str) -> float | None:
@@ -332,11 +331,7 @@ def compare(
     code = _search(chosen, comparison, make, say)
     if code > 2:
         return code
-    groups: dict[str, list[Entry]] = {}
-    for entry in chosen:
-        if entry.best is not None:
-            groups.setdefault(entry.group, []).append(entry)
-    for group in groups.values():
+    for group in grouped((entry for entry in chosen if entry.best is not None), lambda entry: entry.group).values():
         while group and (wanted := asks(group)):
             runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(wanted.get(entry, 0))]
             new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import grouped
 from partial_lora.launching import packs
 from partial_lora.launching.directory import CONFIG, RESULT
 from partial_lora.settings.identity import computed, digests, short_digest
@@ -68,11 +69,8 @@ def _folders(results_dir: Path, parent: Path, method: str) -> list[list[Path]]:
     pack, start = packs.pack_of(results_dir), f"{(parent / method).relative_to(results_dir).as_posix()}-"
     loose = (place for place in sorted(parent.glob(f"{method}-*/seed*")) if place.is_dir())
     packed = (results_dir / path for path in (pack.paths if pack else ()) if path.startswith(start))
-    folders: dict[Path, list[Path]] = {}
-    for place in [*loose, *packed]:
-        if place.parent.name.rpartition("-")[0] == method:
-            folders.setdefault(place.parent, []).append(place)
-    return list(folders.values())
+    alike = (place for place in [*loose, *packed] if place.parent.name.rpartition("-")[0] == method)
+    return list(grouped(alike, lambda place: place.parent).values())
 
 
 def _stamp(place: Path, results_dir: Path) -> int:

@@ -188,11 +188,9 @@ def _in_words(entry: Mapping) -> str:
 
 def _print_best(plan: Plan, begun: float) -> None:
     """Print the best run of a sampler, if it wrote that down."""
-    from omegaconf import OmegaConf
-
     file = plan.sweep_dir / "optimization_results.yaml"
     if file.is_file() and file.stat().st_mtime >= begun:
-        results: Mapping = OmegaConf.to_container(OmegaConf.load(file))
+        results = files.read_yaml(file)
         params = " ".join(f"{key}={value}" for key, value in (results.get("best_params") or {}).items())
         if params:
             print(f"best on validation: {results['best_value']:.4f} with {params}")

@@ -21,7 +21,7 @@ from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
 from partial_lora.models.texts import longest_text
-from partial_lora.models.weights import quiet, takes
+from partial_lora.models.weights import classes_of, quiet, takes
 from partial_lora.tasks.kinds import KINDS
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -125,8 +125,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
             "model.quantization=nf4 quantises those"
         )
     family = _family(config, weights, kind)
-    built = getattr(transformers, AUTO[family])._model_mapping[type(config)]
-    args = _geometry(config, content, built[0] if isinstance(built, tuple) else built)
+    args = _geometry(config, content, classes_of(getattr(transformers, AUTO[family]), config)[0])
     dtype = str(config.dtype).removeprefix("torch.")
     settings = {
         "family": family,
@@ -139,12 +138,8 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
 
 def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     """Return the family of a model: by the task's kind, else by the head that it was saved with."""
-    classes = {}
-    for family, auto in AUTO.items():
-        mapping = getattr(transformers, auto)._model_mapping
-        if type(config) in mapping:
-            known = mapping[type(config)]
-            classes[family] = [each.__name__ for each in (known if isinstance(known, tuple) else [known])]
+    of_family = {family: classes_of(getattr(transformers, auto), config) for family, auto in AUTO.items()}
+    classes = {family: [one.__name__ for one in known] for family, known in of_family.items() if known}
     saved = {*(config.architectures or ())}
     wanted = [family for family in classes if saved & {*classes[family]}]
     has_head = kind is None or KINDS["text", kind].has_head

@@ -135,22 +135,17 @@ def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: in
 
 def stored_skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton | None:
     """Return the skeleton of a model of conf/model; None for another geometry."""
-    stored = _stored().get(key_of(family, architecture, model_args))
+    stored = _content(FILE).get(key_of(family, architecture, model_args))
     return None if stored is None else _read(stored, outputs)
-
-
-# --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. A run of equal
-# trees is stored once, under the numbers of the first and the last ("0-11").
 
 
 def stored_settings(weights: str) -> Mapping[str, object] | None:
     """Return what the files of a model of conf/model say of it, as `configs.settings_of` would; None for others."""
-    return _stored_settings().get(weights)
+    return _content(CONFIGS).get(weights)
 
 
-@cache
-def _stored_settings() -> dict[str, dict]:
-    return json.loads(CONFIGS.read_text(encoding="utf-8"))
+# --- Skeletons as they are stored: a tree of {class, parameters: {name: shape}, modules: {name: tree}}. A run of equal
+# trees is stored once, under the numbers of the first and the last ("0-11").
 
 
 def key_of(family: str, architecture: str, model_args: Mapping) -> str:
@@ -159,8 +154,8 @@ def key_of(family: str, architecture: str, model_args: Mapping) -> str:
 
 
 @cache
-def _stored() -> dict[str, dict]:
-    return json.loads(FILE.read_text(encoding="utf-8"))
+def _content(file: Path) -> dict[str, dict]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _read(stored: Mapping, outputs: int) -> Skeleton:

@@ -89,12 +89,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def fixed_seed() -> Iterator[None]:
     """Draw from a fixed seed inside the block, and leave torch's global CPU generator as it was."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
         yield
-    finally:
-        torch.set_rng_state(state)
+
+
+def classes_of(auto: type, config: PretrainedConfig) -> tuple[type, ...]:
+    """Return the classes that one of transformers' auto classes has for a config; none where it does not know it."""
+    known = auto._model_mapping.get(type(config), ())
+    return known if isinstance(known, tuple) else (known,)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Geometry:
             raise PartialLoraError(
                 f"model.architecture={self.architecture}: transformers has no such model_type (bert, llama, …)"
             ) from error
-        if type(default) not in self.auto._model_mapping:
+        if not classes_of(self.auto, default):
             raise PartialLoraError(
                 f"model.architecture={self.architecture}: transformers has no {self.noun} of that type"
             )
@@ -137,8 +140,7 @@ class Geometry:
 
     def built(self, config: PretrainedConfig) -> type:
         """Return the class of the models of a config; the first where transformers has several."""
-        known = self.auto._model_mapping[type(config)]
-        return known[0] if isinstance(known, tuple) else known
+        return classes_of(self.auto, config)[0]
 
     def _named(self, config: PretrainedConfig) -> PretrainedConfig:
         """Return a config that names its model's class, by which transformers chooses among several."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import stdev
 
-import numpy as np
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError, one_line, shortlist
-from partial_lora.files import flatten
-from partial_lora.report.folders import OF_SEED, Folder, folders, gathered, told_apart
+from partial_lora.files import flatten, grouped
+from partial_lora.report.folders import OF_SEED, Folder, folders, told_apart
 from partial_lora.report.pairs import Outcome, Pair, between
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run
@@ -114,16 +112,16 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
     these are no more than three.
     """
     pairing, usual = Pairing(), schema.defaults()["importance.name"]
-    for of_place in gathered(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
+    for of_place in grouped(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
         references = [each for each in of_place if each.row["method"] == reference]
         if references and (why := _not_by_examples(references[0])):
             pairing.remarks.append(why)
             continue
         apart: dict[tuple[str, str], list[str]] = {}
-        by_point = gathered(references, lambda each: each.row["operating_point"])
+        by_point = grouped(references, lambda each: each.row["operating_point"])
         for point in sorted(by_point, key=point_order):
             at_point = [each for each in of_place if each.row["operating_point"] in (point, NONE)]
-            alike = gathered(by_point[point], lambda each: (each.row["conditions"], each.measure))
+            alike = grouped(by_point[point], lambda each: (each.row["conditions"], each.measure))
             # The schema's own measure first, and then the plainest.
             order = sorted(alike, key=lambda key: (key[1] != usual, min(each.distance for each in alike[key])))
             for shared, measure in order:
@@ -203,28 +201,23 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
 
 
 def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> dict:
-    tests = [run.row["test"] for run in folder.runs]
+    runs = pd.DataFrame([run.row for run in folder.runs])
     averaged = ("adapter_parameters", "share_of_dense", *COSTS)
     return {
         **{name: folder.row[name] for name in ("task", "model")},
         "operating_point": base.row["operating_point"],
         **{name: folder.row[name] for name in ("method", "metric")},
         "differs": told[folder.key],
-        "n": len(tests),
-        "test_mean": _mean(tests),
-        "test_std": stdev(tests) if len(tests) > 1 else np.nan,
-        **{name: _mean(run.row[name] for run in folder.runs) for name in averaged},
+        "n": len(runs),
+        "test_mean": runs["test"].mean(),
+        "test_std": runs["test"].std(),
+        **runs[list(averaged)].mean().to_dict(),
         "reliability": reliability(run.record for run in folder.runs),
         **{name: folder.row[name] for name in ("learning_rate", "tuning")},
         "group": folder.name,
         "reference": base.name,
         "reference_differs": told[base.key],
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if value == value]
-    return float(np.mean(known)) if known else np.nan
 
 
 # Files

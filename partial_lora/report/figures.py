@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
+from partial_lora.files import grouped
 from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import folders
@@ -42,7 +43,6 @@ from partial_lora.report.drawing import (
     words_of,
 )
 from partial_lora.report.examples import are_of, hardest, rgb
-from partial_lora.report.folders import gathered
 from partial_lora.report.predictions import read_all
 from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
@@ -51,6 +51,10 @@ from partial_lora.report.summary import measured
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure
+FRONT = (
+    "Each mark is a row, the mean over its seeds with one standard deviation; the head is counted, too. The grey line "
+    "joins the rows that no smaller row beats."
+)
 _MOST_ROWS, _MOST_LINES, _MOST_MARKS = 48, 12, 8  # of a panel, of a line
 _MOST_LETTERS = 40  # of the name of a row
 _MOST_MAPS = 5
@@ -235,7 +239,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
 
     Lines are means over seeds, bands reach from the lowest seed to the highest.
     """
-    places = gathered(runs, lambda run: (run.row["task"], run.row["model"]))
+    places = grouped(runs, lambda run: (run.row["task"], run.row["model"]))
     shown = list(places.items())[: MOST // 2]
     across = min(3, len(shown)) if len(shown) != 4 else 2
     figure, drawn = panels(2 * across * -(-len(shown) // across), wide=3.9, high=2.1, across=across)
@@ -245,7 +249,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
         pair = drawn[above], drawn[above + across]
         pair[1].sharex(pair[0])
         metric = selected(of_place[0].record)
-        folders = list(gathered(of_place, lambda run: run.row["group"]).values())
+        folders = list(grouped(of_place, lambda run: run.row["group"]).values())
         for of_folder in folders[:_MOST_LINES]:
             used.append((of_folder[0].row["method"], of_folder[0].row["operating_point"]))
             own, histories = look(*used[-1]), [run.record["history"] for run in of_folder]
@@ -428,7 +432,7 @@ def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     usual = folders.usual_conditions(every)
     calibrated = [each for each in every if each.runs[0].record["calibration"] and each.runs[0].record.get("sparsity")]
     averaged = {}
-    for key, alike in gathered(calibrated, lambda each: _calibration(each.runs[0])).items():
+    for key, alike in grouped(calibrated, lambda each: _calibration(each.runs[0])).items():
         alike = [each for each in alike if each.row["method"] == "partial"] or alike
         plain = [
             each
@@ -692,9 +696,7 @@ def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path
         "pareto": (
             pareto(table),
             "Test score against trainable parameters",
-            "Each mark is the mean over the seeds of a row, with one standard deviation; the head is counted, too. The "
-            "grey line joins the rows that no smaller row beats. Grey dots were trained under other conditions."
-            + searched,
+            f"{FRONT} Grey dots were trained under other conditions.{searched}",
         ),
         "methods": (
             methods(table, frame),

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from partial_lora.files import grouped
 from partial_lora.report.records import Run
 from partial_lora.report.rows import BLOCK, NONE, conditions, of_method, panel_of, point_order, worth_by_rate
 from partial_lora.report.statistics import half_interval
 from partial_lora.settings import tuned
 from partial_lora.settings.rates import ranked
-
-T = TypeVar("T")
-Key = TypeVar("Key")
 
 OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
 
@@ -73,22 +70,14 @@ class Folder:
 
 def folders(runs: Iterable[Run]) -> list[Folder]:
     """Return runs by folder, in the order of the first; a folder whose seeds differ in precision is several."""
-    alike = gathered(runs, lambda run: (run.row["group"], run.row["precision"]))
+    alike = grouped(runs, lambda run: (run.row["group"], run.row["precision"]))
     return [Folder(name, of_folder) for (name, _), of_folder in alike.items()]
-
-
-def gathered(each: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
-    """Return things by their key, in the order in which the keys first come."""
-    groups: dict[Key, list[T]] = {}
-    for one in each:
-        groups.setdefault(key(one), []).append(one)
-    return groups
 
 
 def at_best_rates(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
-    for alike in gathered(every, _but_for_its_rate).values():
+    for alike in grouped(every, _but_for_its_rate).values():
         worth = worth_by_rate(run.row for each in alike for run in each.runs)
         best = ranked(worth)[:1] or list(worth)
         kept += [each for each in alike if each.row["learning_rate"] in best]
@@ -103,8 +92,8 @@ def _but_for_its_rate(folder: Folder) -> tuple:
 def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
     """Return, by panel, a folder under the conditions that most methods share; of equals, those with the most runs."""
     usual = {}
-    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
-        alike = gathered(of_place, lambda each: each.row["conditions"]).values()
+    for place, of_place in grouped(every, lambda each: panel_of(each.row)).items():
+        alike = grouped(of_place, lambda each: each.row["conditions"]).values()
         usual[place] = max(
             alike, key=lambda own: (len({each.row["method"] for each in own}), sum(len(each.runs) for each in own))
         )[0]
@@ -119,13 +108,13 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
     nothing else tells two folders apart.
     """
     usual, told = usual_conditions(every), {}
-    for place, of_place in gathered(every, lambda each: panel_of(each.row)).items():
+    for place, of_place in grouped(every, lambda each: panel_of(each.row)).items():
         shared = conditions(usual[place].runs[0].record)
         settings = {
             each.key: {key: own for key, own, _ in tuned.differing(conditions(each.runs[0].record), shared)}
             for each in of_place
         }
-        alike = gathered(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
+        alike = grouped(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
         for same in alike:
             own = {each.key: of_method(each.config) for each in same}
             for key in sorted({key for each in own.values() for key in each}):
@@ -138,8 +127,8 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
                 each: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in settings[each.key].items())
                 for each in same
             }
-            for twins in gathered(same, words.get).values():
-                by_rate = gathered(twins, lambda each: f"learning_rate={each.row['learning_rate']:g}")
+            for twins in grouped(same, words.get).values():
+                by_rate = grouped(twins, lambda each: f"learning_rate={each.row['learning_rate']:g}")
                 for rate, of_rate in by_rate.items():
                     for each in of_rate:
                         more = [rate] * (len(by_rate) > 1) + [each.id] * (len(of_rate) > 1)

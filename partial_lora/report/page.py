@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from partial_lora.errors import one_line
-from partial_lora.files import flatten, write_atomic
+from partial_lora.files import flatten, grouped, write_atomic
 from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, comparison, tables
@@ -32,6 +32,7 @@ from partial_lora.report.depth import grid
 from partial_lora.report.drawing import inline, words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.figures import (
+    FRONT,
     Shown,
     draw_calibration,
     draw_predictions,
@@ -41,12 +42,12 @@ from partial_lora.report.figures import (
     selected,
     training_curve,
 )
-from partial_lora.report.folders import OF_SEED, at_best_rates, folders, gathered
+from partial_lora.report.folders import OF_SEED, at_best_rates, folders
 from partial_lora.report.predictions import Predictions, read_all
 from partial_lora.report.records import LeftOut, Run, run_of
 from partial_lora.report.rows import NONE, number, panel_of, warnings_of
 from partial_lora.report.statistics import over_examples
-from partial_lora.report.summary import measured, named_in_full, next_commands, percent
+from partial_lora.report.summary import cell, measured, named_in_full, next_commands, percent
 from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,6 @@ _WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lin
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 _FEW = 8  # rows that need no filter
 _SCORES = ("precision (%)", "recall (%)", "F1 (%)")
-_FRONT = (
-    "Each mark is a row, the mean over its seeds with one standard deviation; the head is counted, too. The grey line "
-    "joins the rows that no smaller row beats."
-)
 _OTHERS = " Grey dots were trained under other conditions, some beyond the axis."
 
 
@@ -76,7 +73,7 @@ def write(
     command: str,
     origin: str,
     left_out: Sequence[LeftOut],
-    examples: int = EXAMPLES,
+    examples: int,
 ) -> Path:
     """Write results_dir/report/index.html, a tab a task: the best of every method, differences, and all else folded.
 
@@ -84,7 +81,7 @@ def write(
     the page. examples: how many of the hardest to show, 0 for none.
     """
     titles = {row.group: words_of(row) for row in table.itertuples()}
-    groups = list(gathered(runs, lambda run: run.row["group"]).values())
+    groups = list(grouped(runs, lambda run: run.row["group"]).values())
     told = sections(groups, examples, titles=titles)
     ids = {of[0].row["group"]: section["id"] for of, section in zip(groups, told, strict=True)}
     parts = tables.places(table)
@@ -154,7 +151,7 @@ def write_tables(
 
     Each of several tasks has a tab with its rankings; the first tab says which form is first in each.
     """
-    by_task = gathered(shown.items(), lambda item: item[0].partition(",")[0])
+    by_task = grouped(shown.items(), lambda item: item[0].partition(",")[0])
     several = len(by_task) > 1
     rankings = [[_table(title, each) for title, each in own] for own in by_task.values()]
     firsts = [(title, each.iloc[0]) for title, each in shown.items()] if several else []
@@ -307,9 +304,7 @@ def _headline(
                 "95 % interval": between,
                 "n": str(row["n"]),
                 "trainable parameters": f"{row['adapter_parameters']:,.0f}",
-                "of dense LoRA": NONE
-                if row["share_of_dense"] != row["share_of_dense"]
-                else f"{row['share_of_dense']:.1%}",
+                "of dense LoRA": cell(row["share_of_dense"], ".1%"),
                 "from partial": NONE if difference is None else comparison.in_words(difference),
             }
         )
@@ -391,7 +386,7 @@ def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
         f"{row.adapter_parameters:,.0f} parameters"
         for row in part.itertuples()
     }
-    caption = _FRONT + ("" if part["usual"].all() else _OTHERS)
+    caption = FRONT + ("" if part["usual"].all() else _OTHERS)
     title = f"Test {part['metric'].iloc[0]} against trainable parameters"
     return title, caption, inline(pareto(part, least=4.4).figure, names, stem=next(iter(names)))
 
@@ -493,10 +488,7 @@ def _of_classes(classes: Classes) -> dict:
     """Return the table of every class with its scores."""
     rows = [
         {"class": name, "test examples": f"{examples:,.0f}"}
-        | {
-            score: NONE if value != value else f"{100 * value:.1f}"
-            for score, value in zip(_SCORES, values, strict=True)
-        }
+        | {score: cell(100 * value, ".1f") for score, value in zip(_SCORES, values, strict=True)}
         for name, examples, *values in classes.scores()
     ]
     pairs = [f"{count} of {name} as {said}" for name, said, count in classes.confused()]

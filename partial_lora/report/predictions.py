@@ -45,28 +45,30 @@ class Predictions:
         if key in self._frames:
             return self._frames[key]
         try:
-            self._frames[key] = read(self._file(group, seed), None if whole else _COMPARED).to_pandas()
-        except FileNotFoundError as error:
-            packed = packs.predictions_of(self._results_dir / group / f"seed{seed}")
-            if packed is None:
-                advice = "train it again with overwrite=true"
-                raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; {advice}") from error
-            self._frames[key] = packed.to_pandas()
+            stored = _stored(self._file(group, seed).parent, None if whole else _COMPARED)
         except (OSError, ValueError) as error:
             raise ValueError(f"{group}/seed{seed}/{PREDICTIONS} cannot be read: {error}") from error
+        if stored is None:
+            raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; train it again with overwrite=true")
+        self._frames[key] = stored.to_pandas()
         return self._frames[key]
 
     def _file(self, group: str, seed: int) -> Path:
         return self._results_dir / group / f"seed{seed}" / PREDICTIONS
 
 
+def _stored(directory: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """Return what a run predicted, out of its own file or its pack; None where neither has it."""
+    file = directory / PREDICTIONS
+    return read(file, columns) if file.is_file() else packs.predictions_of(directory)
+
+
 def read_all(directories: Sequence[Path]) -> list[pa.Table]:
     """Return what the runs of these directories predicted, for those that kept it and agree about the examples."""
     tables: list[pa.Table] = []
     for directory in directories:
-        file = Path(directory) / PREDICTIONS
         try:
-            table = read(file) if file.is_file() else packs.predictions_of(directory)
+            table = _stored(Path(directory))
         except (OSError, ValueError):
             continue
         named = table is not None and {"label", "prediction"} <= set(table.column_names)

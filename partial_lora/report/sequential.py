@@ -58,10 +58,6 @@ class Referee:
     standings: Mapping[str, Standing]
     asks: Mapping[str, int]
 
-    @property
-    def open(self) -> list[str]:
-        return [name for name, standing in self.standings.items() if standing.verdict == OPEN]
-
 
 def spent(look: int) -> float:
     """Return the significance that a look, the first of them 0, may spend."""
@@ -84,11 +80,8 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
             break
         if any(seed not in outputs[name] for name in alive for seed in range(seeds)):
             return Referee(leader, standings, dict.fromkeys(alive, seeds))
-        counted = {name: {seed: own[seed] for seed in range(seeds) if seed in own} for name, own in outputs.items()}
-        counted = {
-            name: own if name in alive else {seed: own[seed] for seed in range(standings[name].seeds)}
-            for name, own in counted.items()
-        }
+        judged = {name: seeds if name in alive else standings[name].seeds for name in outputs}
+        counted = {name: {seed: own[seed] for seed in range(judged[name])} for name, own in outputs.items()}
         leader = max(alive, key=lambda name: _mean(outputs[name], seeds))
         standings[leader] = Standing(OPEN, leader, seeds=seeds)
         if seeds == 1:  # which decides nothing
@@ -109,10 +102,10 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
             verdict = _verdict(low, high, margin) if found.error > _NOTHING else OPEN
             at = Standing(verdict, leader, found.difference, low, high, seeds)
             if verdict == OPEN:
-                ends = partial(_ends, pair, freedom / (seeds - 1), 1 - levels[-1] / comparisons)
-                at = replace(at, wants=_wanted(ends, margin))
+                of_seed, last = freedom / (seeds - 1), 1 - levels[-1] / comparisons
+                at = replace(at, wants=_wanted(partial(_ends, pair, of_seed, last), margin))
                 alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
-                hoped = partial(_ends, alone, freedom / (seeds - 1), 1 - levels[-1] / comparisons)(looks[-1])
+                hoped = _ends(alone, of_seed, last, looks[-1])
                 if seeds == looks[-1] or not _may_decide(hoped, found.error, margin):
                     given_up.add(name)
             standings[name] = at

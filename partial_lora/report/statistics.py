@@ -152,11 +152,7 @@ def weights_of_sets(each: Sequence[Estimate]) -> np.ndarray:
 
 def half_interval(std: float, n: int) -> float:
     """Return half the 95 % interval of a mean of n values, by Student's t; NaN of a single one."""
-    from scipy.special import stdtrit  # scipy.stats takes half a second to import
-
-    if n < 2 or math.isnan(std):
-        return math.nan
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2) * std / math.sqrt(n))
+    return Estimate(0.0, std / math.sqrt(n), n - 1).interval()[1] if n > 1 else math.nan
 
 
 def holm(significances: Sequence[float]) -> list[float]:

@@ -222,15 +222,13 @@ def compose(
     The exit code is the highest of the runs, USAGE_ERROR where one was refused. No further run starts after one that
     was interrupted. Raises PartialLoraError for arguments that do not compose.
     """
-    if _HELP & {*arguments}:
-        with in_one_line(arguments):
-            _print_help([argument for argument in arguments if argument not in _HELP])
-        return 0
-    if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
-        with in_one_line(arguments):
-            _show(arguments)
-        return 0
     with in_one_line(arguments):
+        if _HELP & {*arguments}:
+            _print_help([argument for argument in arguments if argument not in _HELP])
+            return 0
+        if _SHOWS & {argument.partition("=")[0] for argument in arguments}:
+            _show(arguments)
+            return 0
         planned = plan(arguments)
     refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
     if sweep is not None:

@@ -179,10 +179,8 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
         raise PartialLoraError(
             f"calibration.max_samples={max_samples}: expected at least one for each of {len(classes)} classes"
         )
-    generator = np.random.default_rng(seed)
     fit, scored, small, single = [], [], [], []
-    for label in classes:
-        rows = generator.permutation(np.flatnonzero(labels == label))
+    for label, rows in zip(classes, _shuffled(labels, np.random.default_rng(seed)), strict=True):
         count = min(shots, (len(rows) + 1) // 2) if len(rows) > 1 else 0
         scored.append(rows[:count])
         fit.append(rows[count : count + shots])

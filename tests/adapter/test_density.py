@@ -39,7 +39,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT, random_keys
 
 FORMS = {
-    "kept": {"fan_in": "kept"},
     "scaled": {"row_exponent": 0.5, "column_exponent": 1.0},
     "kept entries, scaled": {"granularity": "element", "fan_in": "kept", "column_exponent": 0.5},
     "units": {"granularity": "units"},
@@ -55,7 +54,7 @@ FORMS = {
     "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-OF_CONVOLUTIONS = ("kept", "kept entries, scaled", "units", "groups", "frozen")  # gather otherwise
+OF_CONVOLUTIONS = ("scaled", "kept entries, scaled", "units", "groups", "frozen")  # gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
@@ -267,11 +266,11 @@ def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tm
         assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.02), name
     model.save_pretrained(tmp_path)
     other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    drawn = factors(adapt(sparsity=0.5, columns="frozen"), "A")
     for again in (dtype, other, torch.float32):
         config = PartialLoraConfig.from_pretrained(tmp_path)
         for low in (False, True):
             loaded = PeftModel.from_pretrained(base(again)(), tmp_path, config=config, low_cpu_mem_usage=low)
-            drawn = factors(adapt(sparsity=0.5, columns="frozen"), "A")
             for name, a in factors(loaded, "A").items():
                 assert torch.equal(a.weight, drawn[name].weight.to(a.weight.dtype))
 

@@ -224,7 +224,6 @@ def with_other_values(run: FinishedRun, folder: Path, *, b: float = 1.0, alpha: 
 
 SPOILT = {
     "zeroed": lambda folder: with_other_values(choice_run(), folder, b=0.0),
-    "halved": lambda folder: with_other_values(choice_run(), folder, b=0.5),
     "of another scaling": lambda folder: with_other_values(choice_run(), folder, alpha=1.1),
     "of another run": lambda folder: other_run(),
 }

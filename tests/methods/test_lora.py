@@ -29,9 +29,8 @@ def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation()
     assert plain.loss(print) is print
 
 
-@pytest.mark.parametrize("method", ["partial", "lora", "full", "dora"])
-def test_most_methods_add_nothing(method: str) -> None:
-    added = training_of(method, adapted(method, "tiny_vit")[0])
+def test_most_methods_add_nothing() -> None:
+    added = training_of("dora", adapted("dora", "tiny_vit")[0])
     assert (added.callbacks, added.penalty, added.final_after(10), added.summary()) == ((), None, 0, {})
 
 
@@ -85,7 +84,7 @@ def overflowing(model, steps: set[int]) -> None:
     weight.register_hook(grown)
 
 
-@pytest.mark.parametrize("skipped", [{0}, {0, 1, 4}, {7}, {6, 7, 8}])
+@pytest.mark.parametrize("skipped", [{0, 1, 4}, {6, 7, 8}])
 def test_a_step_that_the_scaler_skips_is_not_shown_to_the_allocator(skipped: set[int]) -> None:
     model, _ = adapted("adalora", "tiny_vit")
     overflowing(model, skipped)
