@@ -422,8 +422,7 @@ def adapter(options: argparse.Namespace) -> dict:
         cells.append(cell_of(name, (QUICK_MODELS if options.quick else MODELS)[name](), rank, options.repeats))
         print(f"{name} rank {rank}: {cells[-1]['wall_seconds']:.0f} s", flush=True)
     settings = {"sparsity": SPARSITY, "repeats": options.repeats, "every": EVERY, "quick": options.quick}
-    command = shlex.join(["python", "scripts/bench.py", *options.words])
-    return {"command": command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
+    return {"command": options.command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
 
 
 def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
@@ -679,7 +678,7 @@ def calibration(options: argparse.Namespace) -> dict:
     blocks = len(model.get_submodule(config.model.blocks))
     levels = sparsity_levels(chosen.levels, chosen.max_sparsity)
     result = {
-        "command": shlex.join(["python", "scripts/bench.py", *options.words]),
+        "command": options.command,
         "machine": made,
         "settings": as_plain(config),
         "threads": options.threads,
@@ -815,15 +814,6 @@ class Adapters:
         tokens = x.shape[1]
         low = x.gather(2, self.columns[:, None].expand(-1, tokens, -1)) @ self.a.mT
         return y.scatter_add_(2, self.rows[:, None].expand(-1, tokens, -1), low @ self.b.mT)
-
-    def dense(self, wide: int, high: int) -> Adapters:
-        """The same adapters with their zeros."""
-        if self.columns is None:
-            return self
-        count, rank, _ = self.a.shape
-        a = torch.zeros(count, rank, wide).scatter_(2, self.columns[:, None].expand_as(self.a), self.a)
-        b = torch.zeros(count, high, rank).scatter_(1, self.rows[:, :, None].expand_as(self.b), self.b)
-        return Adapters(a, b)
 
 
 def adapters(form: str, count: int, wide: int, high: int) -> Adapters:
@@ -1349,7 +1339,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     if options.quick and options.out == OUT:
         parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
-    what, options.words = options.what, words
+    what, options.command = options.what, shlex.join(["python", "scripts/bench.py", *words])
     name = what if what in WHOLE else "runs"
     measure, usual = WHOLE[what] if what in WHOLE else (OF_RUNS[what][0], 5)
     options.repeats = options.repeats or usual
@@ -1359,8 +1349,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not options.page and what in WHOLE:
         record = measure(options)
     elif not options.page:
-        command = shlex.join(["python", "scripts/bench.py", *words])
-        made = {"command": command, "repeats": options.repeats, "cpus": os.cpu_count()}
+        made = {"command": options.command, "repeats": options.repeats, "cpus": os.cpu_count()}
         record[what] = {"made": made, "found": measure(options)}
     write_json(file, record)
     page, figures = PAGES[name]
