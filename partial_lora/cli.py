@@ -334,7 +334,7 @@ def compare(arguments: Sequence[str]) -> int:
         print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
     first.jobs = first.jobs or comparing.jobs_at_once(entries)
     comparing.share_threads(first.jobs)  # memory may allow fewer at once than cores
-    if any(entry.seconds for entry in entries):
+    if any(entry.seconds for entry in entries if entry.refused is None):
         print(*verdict.prospects(entries, first), sep="\n", flush=True)
     with _making(entries, first) as make:
         if by_sweeps:
