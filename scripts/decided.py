@@ -55,6 +55,7 @@ WORSE = "undecided (worse, perhaps by less than two points)"
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
+SCALED_LORI = "lori row_exponent=1"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 CAPS_OFF = f"{PARTIAL}, caps at 0.99"
 REFERENCES = ("lora", "low_rank", UNIFORM)
@@ -77,6 +78,7 @@ BESIDE = [
     ("oft", "lora"),
     ("oft", "low_rank"),
     (ELEMENT, "entries"),
+    *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
 ]
 CLAIMS = {
     BUDGET: [
