@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from partial_lora.launching.compare import Entry
-from partial_lora.report import verdict
+from partial_lora.report import sequential, verdict
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
+from partial_lora.settings.comparison import Comparison
 
 
 def group(*methods: str) -> list[Entry]:
@@ -38,3 +39,20 @@ def test_what_is_decided_is_said_of_each_method_and_the_rest_has_the_margin_that
     assert "dropped after 2 seeds" in lines["dora"]
     assert "margin=4.4" in lines["hira"]
     assert "not all is decided" in first
+
+
+def test_gaps_are_foretold_in_points_for_two_methods_and_not_of_responses() -> None:
+    def lines(metrics: dict, methods: tuple[str, ...] = ("lori", "oft")) -> list[str]:
+        record = {"metrics": {"test": metrics}, "config": {"task": {}}, "seconds": {"train": 1.0}, "cost": {}}
+        entries = [Entry(method, "0.13", (), steps=9, tested=100) for method in methods]
+        for entry in entries:
+            entry.timed = record | {"training": {"steps": 3}, "history": [{"step": 3}]}
+        return verdict.prospects(entries, Comparison(methods=list(methods), rates=3, jobs=1))
+
+    scores = {"primary": "accuracy", "accuracy": 0.5}
+    expected, gaps = lines(scores)
+    assert expected.startswith("expected: ")
+    for seeds in (3, 5, 8):
+        assert f"{100 * sequential.shows(2, 100, seeds):.1f} points by {seeds} seeds" in gaps
+    assert len(lines(scores, ("lori",))) == 1
+    assert len(lines({"primary": "rouge_l", "rouge_l": 0.1, "perplexity": 9.0})) == 1
