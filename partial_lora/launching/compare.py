@@ -271,7 +271,7 @@ def in_units(name: str, value: float) -> str:
 def time_entry(entry: Entry) -> None:
     """Give an entry the record of an earlier run of it, or else of one of three steps, made now.
 
-    An entry whose run of three steps fails is refused.
+    An entry whose run of three steps fails is refused. Raises SystemExit where that run was asked to stop.
     """
     if entry.timed is not None or entry.refused is not None:
         return
@@ -282,11 +282,13 @@ def time_entry(entry: Entry) -> None:
             return
     short = [*entry.overrides, *_TIMED, f"results_dir={Path(entry.usual.results_dir) / _TIMES}"]
     ((_, config),) = checked(["-m", *short, f"trainer.learning_rate={entry.centre:g}"]).runs
-    _one(config, 1.0)
+    outcome = _one(config, 1.0)
+    if outcome.status == "interrupted":
+        raise SystemExit(outcome.exit_code)
     record = recorded(run_directory(config))
     if record and record["status"] == "finished":
         entry.timed = record
-    elif record and record["status"] == "failed" and record.get("error") != directory.INTERRUPTED:
+    elif record and record["status"] == "failed":
         entry.refused = record["error"]
 
 

@@ -16,7 +16,7 @@ from recorded_runs import record
 from refusals import refusal
 
 from partial_lora.files import write_json
-from partial_lora.launching import compare, directory, search
+from partial_lora.launching import compare, directory, launch, search
 from partial_lora.launching.paths import run_directory
 from partial_lora.settings import comparison, schema
 
@@ -274,6 +274,15 @@ def test_runs_side_by_side_share_the_cores_unless_the_user_has_set_their_threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     compare.share_threads(4)
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_request_to_stop_while_runs_are_timed_ends_the_comparison(tmp_path, monkeypatch) -> None:
+    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    stopped = launch.Outcome(tmp_path, "interrupted", signal="SIGTERM")
+    monkeypatch.setattr(compare.launch, "launch", lambda *arguments, **named: stopped)
+    with pytest.raises(SystemExit) as ended:
+        compare.time_entry(entry)
+    assert ended.value.code == 128 + 15
 
 
 def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None:
