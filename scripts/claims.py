@@ -372,7 +372,7 @@ def plain(shown: pd.DataFrame) -> pd.DataFrame:
 # Test loss, and forms in one table
 
 
-def verdicts(numbers: pd.DataFrame) -> str:
+def in_one_table(numbers: pd.DataFrame) -> str:
     """Return, for every task and size, the forms that are better and worse than the reference, and those in between.
 
     After correction `holds` says so, before it a p below 0.05.

@@ -29,15 +29,13 @@ from claims import (
     at_ceiling,
     by_loss,
     differences,
+    in_one_table,
     interval,
     judged,
     readable_differences,
     readable_scores,
     scores,
     tabled,
-)
-from claims import (
-    verdicts as forms_in_one,
 )
 from comparable import BUDGET, THRESHOLD, collect
 
@@ -247,7 +245,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     folder = results_dir / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
-    table, full = scores(runs), at_ceiling(scores(runs))
+    table = scores(runs)
+    full = at_ceiling(table)
     apart = differences(runs, [*pairs, *BESIDE])
     if full:
         means = differences(runs[~runs["task"].isin(full)], [*pairs, *BESIDE])
@@ -284,7 +283,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
     losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
     if not losses.empty:
-        parts += ["# Test loss less low_rank's, in nats", forms_in_one(losses)]
+        parts += ["# Test loss less low_rank's, in nats", in_one_table(losses)]
         losses.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
     if not (alike := agreements(runs)).empty:
         parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]

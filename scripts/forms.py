@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import by_loss, verdicts
+from claims import by_loss, in_one_table
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
     losses = by_loss(ranking.at_best_rates(table), options.reference)
     losses.to_csv(options.results / LOSS, index=False, float_format="%.6g")
-    by_score = f"### In one table\n\n{verdicts(numbers)}\n\n### By test loss, in nats\n\n{verdicts(losses)}"
+    by_score = f"### In one table\n\n{in_one_table(numbers)}\n\n### By test loss, in nats\n\n{in_one_table(losses)}"
     text = f"{origin}\n\n{by_score}\n\n{ranked}"
     if (rates := best_rates(numbers)) is not None:
         text += f"\n### Best rates by size (in brackets: factors of two from dense LoRA's)\n\n{rates}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -284,6 +285,7 @@ def time_entry(entry: Entry) -> None:
     ((_, config),) = checked(["-m", *short, f"trainer.learning_rate={entry.centre:g}"]).runs
     outcome = _one(config, 1.0)
     if outcome.status == "interrupted":
+        print(f"{entry.name}: {outcome.reason}", file=sys.stderr)
         raise SystemExit(outcome.exit_code)
     record = recorded(run_directory(config))
     if record and record["status"] == "finished":

@@ -36,7 +36,7 @@ def resolve(composed: DictConfig) -> Config:
     """Return the checked settings of a run: a mixture's members, data files, budget and tuned rate filled in.
 
     Raises PartialLoraError, in one line that names the key, for a missing value, a value out of range, and a file that
-    is not there; OmegaConf's own errors for an unknown key or a value of another type.
+    is not there, and for an unknown key.
     """
     OmegaConf.set_struct(composed, False)
     composed.pop("study", None)  # of an experiment's file: the runs that it lists

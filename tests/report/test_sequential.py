@@ -55,12 +55,13 @@ def test_one_seed_decides_nothing() -> None:
 
 
 def test_a_smaller_gap_shows_with_more_seeds_more_rows_and_fewer_methods() -> None:
-    """And what shows is called worse by a look whose runs spread as those of the records, a little less is not."""
+    """And it is where the interval begins at zero, of runs that spread as those of the records."""
     gaps = [sequential.shows(3, 120, seeds) for seeds in sequential.LOOKS]
     assert gaps == sorted(gaps, reverse=True)
     assert sequential.shows(3, 1000, 8) < gaps[-1] < sequential.shows(6, 120, 8)
     alone = sequential.shows(2, 120, 8, (8,))
-    usual = sequential.Spread(alone, 0.012**2 + 0.27**2 / 120, 0.055**2 / 120, 120)
+    of_seed = sequential._SEED**2 + sequential._ROW_OF_SEED**2 / 120
+    usual = sequential.Spread(alone, of_seed, sequential._ROW**2 / 120, 120)
     assert usual.estimate(8, 7).interval()[0] == pytest.approx(0, abs=1e-6)
 
 

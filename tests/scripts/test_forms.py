@@ -44,7 +44,7 @@ def test_every_form_stands_in_the_column_of_its_verdict() -> None:
     columns = ["form", "metric", "difference", "p", "holds"]
     higher = pd.DataFrame(rows, columns=columns).assign(task="digits", size="0.13")
     lower = higher.assign(task="prices", metric="mse")
-    lines = forms.verdicts(pd.concat([higher, lower])).splitlines()
+    lines = claims.in_one_table(pd.concat([higher, lower])).splitlines()
     names = [[cell.strip().split(" ")[0] for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [each[2:] for each in names] == [
         ["oft", "hira", "entries", "dora", "partial"],
@@ -58,14 +58,13 @@ def test_test_loss_is_compared_over_the_seeds_that_both_have_as_scipys_t_test_do
         for seed, loss in enumerate(of_method):
             scores = {"primary": "accuracy", "accuracy": 0.9, "loss": loss}
             leave(tmp_path, method, 0.9, seed=seed, budget=0.13, metrics={"validation": scores, "test": scores})
-    found = claims.by_loss(ranking.at_best_rates(ranking.rows_of(records.read(tmp_path)[0])), "low_rank").set_index(
-        "form"
-    )
+    chosen = ranking.at_best_rates(ranking.rows_of(records.read(tmp_path)[0]))
+    found = claims.by_loss(chosen, "low_rank").set_index("form")
     expected = ttest_rel(losses["lokr"], losses["low_rank"])
     assert found.loc["lokr", "difference"] == pytest.approx(-0.09)
     assert found.loc["lokr", "p"] == pytest.approx(expected.pvalue)
     assert found.loc["lokr", "half"] == pytest.approx(-0.09 - expected.confidence_interval().low)
     assert found["holds"].to_dict() == {"lokr": True, "oft": False}
     assert found.loc["oft", "seeds"] == 3
-    cells = [cell.strip() for cell in forms.verdicts(found.reset_index()).splitlines()[-1].split("|")]
+    cells = [cell.strip() for cell in claims.in_one_table(found.reset_index()).splitlines()[-1].split("|")]
     assert cells[3] == "lokr -0.09"  # a lower loss is better
