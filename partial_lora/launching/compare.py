@@ -42,6 +42,7 @@ from partial_lora.settings.compatibility import has_accelerator
 from partial_lora.settings.compose import Plan, in_one_line, plan
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.training.config import AUTO
 from partial_lora.worker_events import handling
 
@@ -132,8 +133,13 @@ _START, _VALIDATION = 5.0, 0.1  # seconds in which a run starts; time of validat
 def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
     """Return each method at every budget, or once if no budget resizes it, each entry checked as `train` checks it.
 
-    overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse.
+    overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse. Responses count by their
+    perplexity unless a metric is named, and then no texts are generated.
     """
+    (_, config), *_ = checked(["-m", *overrides, f"method={methods[0]}"]).runs
+    kind = kind_of(config.task)
+    if kind.answers == "text" and not config.task.metrics:
+        overrides = (*overrides, f"task.metrics=[{kind.selects}]")
     own_calibration = any(override.startswith("calibration=") for override in overrides)
     made, rows = [], (0, 0)
     for method in dict.fromkeys(methods):

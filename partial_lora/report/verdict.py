@@ -26,16 +26,8 @@ TAKE = "take"  # folder of the files to act with
 
 
 def run_of(record: dict, place: Path, out: Path) -> records.Run:
-    """Return a run of a comparison, with the metric that it counts by."""
-    run, metric = records.run_of(record, place, str(place.parent.relative_to(out))), _metric_of(record)
-    run.row.update(metric=metric, test=record["metrics"]["test"][metric])
-    return run
-
-
-def _metric_of(record: Mapping) -> str:
-    """Return the metric that a run counts by: of responses their perplexity, unless another one is named."""
-    test = record["metrics"]["test"]
-    return PERPLEXITY if PERPLEXITY in test and not record["config"]["task"].get("metrics") else test["primary"]
+    """Return a run of a comparison."""
+    return records.run_of(record, place, str(place.parent.relative_to(out)))
 
 
 def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
@@ -74,7 +66,7 @@ def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
     methods = max(Counter(entry.group for entry in alive).values())
-    metric = next((_metric_of(entry.timed) for entry in alive if entry.timed), None)
+    metric = next((entry.timed["metrics"]["test"]["primary"] for entry in alive if entry.timed), None)
     if methods > 1 and metric in SHARES:
         rows = min(entry.tested for entry in alive)
         gaps = ", ".join(

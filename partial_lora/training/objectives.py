@@ -209,7 +209,10 @@ class ByOptions(_TaskJudge):
 
 @dataclass
 class ByTexts(_TaskJudge):
-    """Generation: selected by the perplexity of the responses, reported by the texts that the model generates."""
+    """Generation: selected by the perplexity of the responses, reported by the texts that the model generates.
+
+    No text is generated where the task's metrics are of none.
+    """
 
     peers: Peers
     writing: Mapping[str, object]  # stop, max_new_tokens, batch_size of `generate`
@@ -234,13 +237,16 @@ class ByTexts(_TaskJudge):
         if split != "test":
             return Judged({"primary": self.selects, **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
-        prompts, references = list(rows["prompt"]), list(rows["response"])
-        if "messages" in rows.column_names:
-            prompts = [messages[:-1] for messages in rows["messages"]]
-        texts = self._generate(model, prompts)
-        scores = {name: score(texts, references, self.answer) for name, score in OF_TEXTS.items()}
-        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, "prediction": texts, **scores})
-        means = {name: float(scores[name].mean()) for name in self.task.metrics if name in scores}
+        references, told = list(rows["response"]), {}
+        if OF_TEXTS.keys() & set(self.task.metrics):
+            prompts = list(rows["prompt"])
+            if "messages" in rows.column_names:
+                prompts = [messages[:-1] for messages in rows["messages"]]
+            texts = self._generate(model, prompts)
+            scores = {name: score(texts, references, self.answer) for name, score in OF_TEXTS.items()}
+            told = {"prediction": texts, **scores}
+        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **told})
+        means = {name: float(told[name].mean()) for name in self.task.metrics if name in told}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)
 
     def _generate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[str]:

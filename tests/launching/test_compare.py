@@ -43,6 +43,15 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 
+@pytest.mark.parametrize(("named", "metrics"), [([], ["perplexity"]), (["task.metrics=[rouge_l]"], ["rouge_l"])])
+def test_responses_count_by_perplexity_unless_a_metric_is_named(named: list[str], metrics: list[str], tmp_path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "one", "response": "two"}\n' * 20, encoding="utf-8")
+    given = ("task=text_generation", f"task.data_files={file}", "model=tiny_llama", f"results_dir={tmp_path}", *named)
+    (entry,) = compare.entries(["low_rank"], [0.13], given)
+    assert entry.usual.task.metrics == metrics
+
+
 def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
     chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")

@@ -55,4 +55,4 @@ def test_gaps_are_foretold_in_points_for_two_methods_and_not_of_responses() -> N
     for seeds in (3, 5, 8):
         assert f"{100 * sequential.shows(2, 100, seeds):.1f} points by {seeds} seeds" in gaps
     assert len(lines(scores, ("lori",))) == 1
-    assert len(lines({"primary": "rouge_l", "rouge_l": 0.1, "perplexity": 9.0})) == 1
+    assert len(lines({"primary": "perplexity", "perplexity": 9.0})) == 1

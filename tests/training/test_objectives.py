@@ -11,6 +11,7 @@ import pytest
 import torch
 from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
 from tiny_causal import llama, merging_tokenizer
+from torch import nn
 
 from partial_lora.peers import Alone
 from partial_lora.tasks import CausalTransform, ChoiceTransform, Task
@@ -79,6 +80,16 @@ def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: P
         alone = judge.transform.encode([prompt])
         tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
         assert TOKENIZER.decode(tokens, skip_special_tokens=True).strip() == written
+
+
+def test_no_text_is_generated_where_no_metric_is_of_texts() -> None:
+    writing = {"max_new_tokens": 0, "stop": [], "batch_size": 0}  # which generates nothing, and fails
+    chosen = task("generation", ("perplexity",))
+    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), nn.Module(), "test")
+    loss = pytest.approx(0.5)
+    assert told.metrics == {"primary": "perplexity", "perplexity": pytest.approx(math.exp(0.5)), "loss": loss}
+    assert list(told.predictions) == ["index", "label"]
 
 
 def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() -> None:
