@@ -1,0 +1,134 @@
+"""What calibrated shares follow: the first gradient, the change that training makes, or what is lost without it?
+
+    make shares                        # trains dense LoRA (conf/experiment/shares.yaml), and measures it
+    python scripts/shares.py measure   # the runs in results/analyses/shares again
+    python scripts/shares.py draw      # the table again, of what was measured
+
+A share should be large where a parameter is worth much. Three such worths of each module, each divided by the numbers
+of its dense adapter: the squares of the gradient of its weight before training, with a fitted head
+(first_steps.gradients_of); the squares of what dense LoRA has added to the weight in the end; and how far the loss of
+held-out rows rises if that is taken out again, of this module alone. Beside them stand the shares that the runs of
+results/decided were given at 13 %, as means over seeds, and how far two seeds agree. All are correlations of ranks over
+the modules of a model (Spearman's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from first_steps import Subject, gradients_of
+from peft.tuners.lora import LoraLayer
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from partial_lora import cli
+from partial_lora.files import write_atomic
+from partial_lora.finished.predict import RunModel
+from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.report import records
+
+OUT, RUNS = Path("results/analyses/shares"), Path("results/decided")
+ROWS = 400  # of test, of which losses are
+SHARES = {"calibrated": "bisect", "by gradients": "gradient"}  # calibration.search of runs at 13 %
+WORTHS = {"gradient": "first gradient", "change": "change by training", "loss": "loss without it"}
+
+
+def measure(run: FinishedRun) -> pd.DataFrame:
+    """Return what each module of a run of dense LoRA is worth, per number of its adapter."""
+    subject, trained = Subject(run.config), RunModel(run)
+    squares = {name: float((gradient**2).sum()) for name, gradient in gradients_of(subject).items()}
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in trained.model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    rows = subject.task.test.shuffle(seed=0).select(range(min(ROWS, len(subject.task.test))))
+    batches = list(subject.transform.batches(rows, 32))
+    whole, found = loss_of(trained, batches), []
+    for name, layer in layers.items():
+        (adapter,) = layer.active_adapters
+        numbers = sum(layer.get_base_layer().weight.shape) * layer.r[adapter]
+        change = layer.get_delta_weight(adapter).square().sum().item()
+        layer.set_scale(adapter, 0)
+        lost = loss_of(trained, batches) - whole
+        layer.set_scale(adapter, 1)
+        found.append((name, squares[name] / numbers, change / numbers, lost / numbers))
+    task, seed = run.config.task.name, run.config.seed
+    return pd.DataFrame(found, columns=["module", *WORTHS]).assign(task=task, seed=seed)
+
+
+def loss_of(trained: RunModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """Return the mean loss of labelled rows."""
+    losses = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(trained.logits(batch)), batch["labels"], reduction="sum")
+        for batch in batches
+    ]
+    return float(sum(losses)) / sum(len(batch["labels"]) for batch in batches)
+
+
+def shares() -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield (task, kind of calibration, share of each module by seed) of the runs that claims are decided by."""
+    runs, _ = records.read(RUNS)
+    for kind, search in SHARES.items():
+        of_task: dict[str, dict[int, dict[str, float]]] = {}
+        for run in runs:
+            config, shapes = run.record["config"], run.record["shapes"]
+            at = config["method"]["name"], run.row["operating_point"], config["calibration"]["search"]
+            if at == ("partial", "budget 0.13", search) and config["calibration"]["shrink"] == 0:
+                kept = {
+                    name: 1 - (of["rows"] * shapes[name][0] + of["columns"] * shapes[name][1]) / sum(shapes[name])
+                    for name, of in run.record["sparsity"].items()
+                }
+                of_task.setdefault(run.row["task"], {})[run.record["seed"]] = kept
+        for task, of_seed in of_task.items():
+            yield task, kind, pd.DataFrame(of_seed)
+
+
+def correlated(one: pd.Series, other: pd.Series) -> str:
+    """Return a correlation of ranks over modules, with its p."""
+    found = spearmanr(one, other.reindex(one.index))
+    return f"{found.statistic:+.2f} (p = {found.pvalue:.2g})"
+
+
+def agreement(of_seed: pd.DataFrame) -> str:
+    """Return the mean correlation of two seeds' columns."""
+    return f"{np.mean([spearmanr(of_seed[a], of_seed[b]).statistic for a, b in combinations(of_seed, 2)]):+.2f}"
+
+
+def table(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return the correlations, a row for each set and each share or worth."""
+    rows = []
+    for task, of_task in measured.groupby("task", sort=False):
+        worth = {name: of_task.pivot(index="module", columns="seed", values=name) for name in WORTHS}
+        means = {words: worth[name].mean(axis=1) for name, words in WORTHS.items()}
+        of_shares = {kind: of_seed for own, kind, of_seed in shares() if own == task}
+        for kind, of_seed in (of_shares | {words: worth[name] for name, words in WORTHS.items()}).items():
+            mean = of_seed.mean(axis=1)
+            beside = {words: correlated(mean, other) if words != kind else "" for words, other in means.items()}
+            rows.append({"set": task, "": kind, "seeds": of_seed.shape[1], "two seeds": agreement(of_seed), **beside})
+    return pd.DataFrame(rows)
+
+
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "draw"))
+    options = parser.parse_args(arguments)
+    file = OUT / "shares.csv"
+    if options.what == "measure":
+        found = pd.concat([measure(finished_run(place)) for place in sorted(OUT.glob("runs/*/*/*/seed*"))])
+        write_atomic(file, found.to_csv(index=False, float_format="%.6g"))
+    text = table(pd.read_csv(file)).to_markdown(index=False, disable_numparse=True)
+    write_atomic(OUT / "shares.md", f"    make shares\n\n# What calibrated shares follow\n\n{text}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
