@@ -7,8 +7,7 @@
 # make tune, reproduce-tune   learning rates of every method on the studied task; and of those of tables on other sets
 # make data               data sets of the hub as files in data/, each with its licence and checksums
 # make reports            tables, figures and an HTML page of every packed study, in its report/; of race the ranking
-# make bench              time and memory of adapters, calibration, serving and whole runs (results/bench), in two hours;
-#                         each page says what has moved since the figures committed last
+# make bench              time and memory of adapters, serving and whole runs (results/bench), in two hours
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
 # make coverage, power    how often intervals hold the truth; how many seeds and steps a claim takes, from the records
@@ -110,7 +109,7 @@ first-day:
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter calibration serving starts steps methods long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
+	for part in adapter serving starts steps methods long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.
