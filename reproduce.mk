@@ -96,10 +96,9 @@ models:
 	$(SCRIPT)/model_table.py
 
 figures:
-	$(SCRIPT)/evidence.py $@
+	$(SCRIPT)/evidence.py
 
 pages:
-	$(SCRIPT)/evidence.py $@
 	$(SCRIPT)/pages.py
 
 # FIRST_DAY=… has options of the script.
