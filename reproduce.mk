@@ -10,7 +10,7 @@
 # make bench              time and memory of adapters, serving and whole runs (results/bench), in two hours
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
-# make coverage, power    how often intervals hold the truth; how many seeds and steps a claim takes, from the records
+# make coverage           how often intervals hold the truth, from the records
 # make figures, pages     the three figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
 # make models, first-day  every model's sizes; the defaults on tables cut out of real sets, beside searched rates
 #
@@ -40,7 +40,7 @@ ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stabil
 OF_RUNS = $(patsubst %,runs-%,methods $(TABLES) $(FIGURES))
 SCRIPT = $(BIN)/python scripts
 STUDY = $(SCRIPT)/study.py $(1) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
-OTHERS = data tune reproduce-tune methods reproduce reports referee coverage power models first-day bench calibration-analyses figures pages
+OTHERS = data tune reproduce-tune methods reproduce reports referee coverage models first-day bench calibration-analyses figures pages
 .PHONY: $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED) $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
 $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED): | $(VENV)/.installed
 
@@ -89,8 +89,8 @@ reports:
 referee:
 	$(SCRIPT)/referee.py
 
-coverage power:
-	$(SCRIPT)/intervals.py $@
+coverage:
+	$(SCRIPT)/intervals.py
 
 models:
 	$(SCRIPT)/model_table.py
