@@ -38,6 +38,7 @@ from time import process_time
 
 import numpy as np
 import torch
+from data_sets import folder
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
@@ -901,9 +902,7 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     usual += methods.called(method).at_budget if method in ("dora", "vera") else [f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
     usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
-    folders = (Path(os.environ.get("DATA", "data")), ROOT / "data", ROOT.parent / "shared" / "data")
-    data = [f"data_dir={folder}" for folder in folders if folder.is_dir()][:1] if "task=digits" not in job else []
-    return [*usual, *job, *data]
+    return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]
 
 
 def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:

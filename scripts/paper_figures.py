@@ -627,18 +627,11 @@ def _agreements(results_dir: Path) -> list[dict]:
             files.setdefault(file.parts[-3:-1], file)
     rows = []
     for file, model in zip(files.values(), models_of(list(files.values())), strict=True):
-        try:
-            analysis = json.loads(file.read_text(encoding="utf-8"))
-            where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
-            rows += [
-                where
-                | {"point": point}
-                | {name: line[name] for name in ("first", "second", "jaccard", "chance", "beyond_chance")}
-                for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items()
-                for line in lines
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+        analysis = json.loads(file.read_text(encoding="utf-8"))
+        where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
+        for point, lines in analysis.get("summary", {}).items():  # there is none before its end
+            compared = ("first", "second", "jaccard", "chance", "beyond_chance")
+            rows += [where | {"point": point} | {name: line[name] for name in compared} for line in lines]
     return rows
 
 
