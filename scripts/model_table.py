@@ -103,11 +103,6 @@ def config_of(model: str) -> Config:
     return composed(f"model={model}", *task)
 
 
-def tabulated(rows: list[list], headers: list[str]) -> str:
-    align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)
-
-
 def table(counts: dict[str, dict]) -> str:
     """One line a model, in the order of their sizes."""
     rows = [
@@ -126,7 +121,7 @@ def table(counts: dict[str, dict]) -> str:
     ]
     headers = ["model", "frozen", "modules", "dense", "trainable", "head"]
     headers += ["PEFT file, MiB", "compact file, MiB", "gradients and AdamW, MiB"]
-    return tabulated(rows, headers)
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 8)
 
 
 def memory_table(outlines: dict[str, dict]) -> str:
@@ -140,7 +135,7 @@ def memory_table(outlines: dict[str, dict]) -> str:
             rows[-1] += [f"{peak:.2f}" for peak in peaks] + [f"{each['passes']:,}"]
     headers = ["model", "weights, bf16", "weights, nf4", "peak, bf16", "with checkpoints", "peak, nf4"]
     headers += ["with checkpoints", "passes"]
-    return tabulated(rows, headers)
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] + ["right"] * 7)
 
 
 def outlines() -> dict[str, dict]:
@@ -222,7 +217,8 @@ def kept_page(found: dict[str, dict[str, dict]]) -> str:
             numbers = (each["adapter"], each["floor"] + each["adapter"], each["measured"], each["checkpointed"])
             rows.append([f"`{method}`", *(f"{value / 1e6:,.1f}" for value in numbers)])
         heads = ["method", "the adapter adds", "in all", "measured", "with gradient checkpoints"]
-        parts.append(tabulated(rows, heads))
+        align = ["left", *["right"] * 4]
+        parts.append(tabulate(rows, headers=heads, tablefmt="pipe", disable_numparse=True, colalign=align))
     return "\n\n".join(parts) + "\n"
 
 
