@@ -687,25 +687,18 @@ def serving_page(record: Mapping) -> str:
             switches.append([layer, form, f"{held['values']:,}", f"{held['indices']:,}", *taken])
     heads = ["layer", "batch", "adapters", *(f"{form}, ms" for form in FORMS), "masked / dense 16", "masked / dense 2"]
     of_switches = ["layer", "form", "bytes, values", "bytes, indices", "switch, ms", "of dense 16"]
-    lines = [
+    parts = [
         "# Many adapters on one base model",
-        "",
         "Made by `python scripts/bench.py serving`; every repetition is in serving.json. " + record["made"]["how"],
-        "",
         "An adapter's product is added to the output of one layer, for each adapter's share of the batch. Dense of rank"
         f" {LOW_RANK} holds as many numbers as rank {RANK} masked at {1 - SPARSITY:.0%}.",
-        "",
-        *table(heads, rows),
-        "",
+        table(heads, rows),
         "Putting another adapter in the place of one, and what an adapter of the layer takes:",
-        "",
-        *table(of_switches, switches),
-        "",
-        *(f"Masked takes less time than {other} in {count} of {len(cases)} cases." for other, count in wins.items()),
-        "",
+        table(of_switches, switches),
+        "\n".join(f"Masked takes less time than {other} in {n} of {len(cases)} cases." for other, n in wins.items()),
         "![time and memory against the number of adapters](serving.svg)",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def draw_serving(record: Mapping, out: Path) -> None:
@@ -815,11 +808,14 @@ def starts_page(found: Mapping) -> list[str]:
     for start, each in found["sweeps"].items():
         of_run = [f"{median(each, key) / runs:.2f}" for key in ("seconds", "of_training")]
         rows.append([f"trainer.start={start}", *of_run])
-    lines = [f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run", ""]
-    lines += table(["", "seconds", "of these in training"], rows)
     spent = ("seconds", "processor_seconds")
-    rows = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
-    return [*lines, "", "## Commands that train nothing", "", *table(["", "seconds", "processor seconds"], rows)]
+    commands = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
+    return [
+        f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run",
+        table(["", "seconds", "of these in training"], rows),
+        "## Commands that train nothing",
+        table(["", "seconds", "processor seconds"], commands),
+    ]
 
 
 def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
@@ -996,7 +992,7 @@ def steps_page(found: Mapping) -> list[str]:
             seconds, peak = median(each, "step"), f"{median(each, 'peak') / 2**20:,.0f}"
             rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
     heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
-    return ["## A step beside a bare loop's", "", *table(heads, rows)]
+    return ["## A step beside a bare loop's", table(heads, rows)]
 
 
 def methods_page(found: Mapping) -> list[str]:
@@ -1009,7 +1005,7 @@ def methods_page(found: Mapping) -> list[str]:
             rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
     kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
     heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of low_rank's", *kept]
-    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", "", *table(heads, rows)]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
 
 
 def long_page(found: Mapping) -> list[str]:
@@ -1024,7 +1020,7 @@ def long_page(found: Mapping) -> list[str]:
             rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
     heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
     heads += ["kept for the backward pass, MB", "peak memory, MB"]
-    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", "", *table(heads, rows)]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(heads, rows)]
 
 
 def threads_page(found: Mapping) -> list[str]:
@@ -1034,15 +1030,15 @@ def threads_page(found: Mapping) -> list[str]:
         for way, each in ways.items()
     ]
     heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
-    return ["## Threads and how they wait", "", *table(heads, rows)]
+    return ["## Threads and how they wait", table(heads, rows)]
 
 
 def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows)]
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows))
 
 
 OF_RUNS = {
@@ -1055,12 +1051,12 @@ OF_RUNS = {
 
 
 def runs_page(record: Mapping) -> str:
-    lines = ["# Whole runs", ""]
+    parts = ["# Whole runs"]
     for part in (part for part in OF_RUNS if part in record):
         made = record[part]["made"]
         command = f"Made by `{made['command']}`: medians of {made['repeats']}, {made['cpus']} cores."
-        lines += [*OF_RUNS[part][1](record[part]["found"]), "", command, ""]
-    return "\n".join(lines)
+        parts += [*OF_RUNS[part][1](record[part]["found"]), command]
+    return "\n\n".join(parts)
 
 
 # --- The command.
