@@ -25,6 +25,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import intervals
 import numpy as np
 import pandas as pd
 
@@ -32,7 +33,6 @@ from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
 from partial_lora.report import predictions, ranking, records, sequential
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
-from partial_lora.report.statistics import mean_squares
 from partial_lora.settings import rates
 
 RESULTS = Path("results")
@@ -187,8 +187,8 @@ def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
             pair = Pair(first, second, of_task["metric"].iloc[0])
             d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= 5 else None
             if d is not None:
-                rows, (of_seeds, of_rows, left) = d.shape[1], mean_squares(d)
-                parts.append(np.maximum(0, [(of_seeds - left) / rows, (of_rows - left) / d.size, left / rows]))
+                rows = d.shape[1]
+                parts.append(np.divide(intervals.components(d), (1, rows, rows)))
         if parts:
             found[task] = *np.sqrt(np.median(parts, axis=0)), rows
     return found
