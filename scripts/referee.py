@@ -13,7 +13,7 @@ wanted on the other sets.
 `report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
 or as good though it is further off than the margin.
 
-Writes OUT/referee.md, OUT/search.csv and OUT/seeds.csv.
+Writes referee.md, search.csv, spread.csv and seeds.csv into results/referee.
 """
 
 from __future__ import annotations
