@@ -7,11 +7,10 @@
 # make tune, reproduce-tune   learning rates of every method on the studied task; and of those of tables on other sets
 # make data               data sets of the hub as files in data/, each with its licence and checksums
 # make reports            tables, figures and an HTML page of every packed study, in its report/; of race the ranking
-# make bench              time and memory of adapters, calibration, serving and whole runs (results/bench), in two hours;
-#                         each page says what has moved since the figures committed last
+# make bench              time and memory of adapters, serving and whole runs (results/bench), in two hours
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
-# make coverage, power    how often intervals hold the truth; how many seeds and steps a claim takes, from the records
+# make coverage           how often intervals hold the truth, from the records
 # make figures, pages     the three figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
 # make models, first-day  every model's sizes; the defaults on tables cut out of real sets, beside searched rates
 #
@@ -41,7 +40,7 @@ ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stabil
 OF_RUNS = $(patsubst %,runs-%,methods $(TABLES) $(FIGURES))
 SCRIPT = $(BIN)/python scripts
 STUDY = $(SCRIPT)/study.py $(1) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
-OTHERS = data tune reproduce-tune methods reproduce reports referee coverage power models first-day bench calibration-analyses figures pages
+OTHERS = data tune reproduce-tune methods reproduce reports referee coverage models first-day bench calibration-analyses figures pages
 .PHONY: $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED) $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
 $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED): | $(VENV)/.installed
 
@@ -90,17 +89,16 @@ reports:
 referee:
 	$(SCRIPT)/referee.py
 
-coverage power:
-	$(SCRIPT)/intervals.py $@
+coverage:
+	$(SCRIPT)/intervals.py
 
 models:
 	$(SCRIPT)/model_table.py
 
 figures:
-	$(SCRIPT)/evidence.py $@
+	$(SCRIPT)/evidence.py
 
 pages:
-	$(SCRIPT)/evidence.py $@
 	$(SCRIPT)/pages.py
 
 # FIRST_DAY=… has options of the script.
@@ -110,7 +108,7 @@ first-day:
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter calibration serving starts steps methods long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
+	for part in adapter serving starts steps methods long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

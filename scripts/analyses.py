@@ -347,17 +347,12 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     return {"reference": {"shots": usual[0], "noise": 0.0}, "conditions": lines}
 
 
-def stability_frame(analysis: Mapping) -> pd.DataFrame:
-    """Return a row for each condition; the reference is not compared with itself."""
-    frame = pd.json_normalize(analysis["summary"]["conditions"], sep=", ")
-    shots = analysis["summary"]["reference"]["shots"]
-    of_reference = [name for name in frame if name.startswith("to_reference")]
-    frame.loc[(frame["shots"] == shots) & (frame["noise"] == 0), of_reference] = None
-    return frame
-
-
 def stability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    frame, summary = stability_frame(analysis), analysis["summary"]
+    """Return a row for each condition; the reference is not compared with itself."""
+    summary = analysis["summary"]
+    frame = pd.json_normalize(summary["conditions"], sep=", ")
+    of_reference = (frame["shots"] == summary["reference"]["shots"]) & (frame["noise"] == 0)
+    frame.loc[of_reference, [name for name in frame if name.startswith("to_reference")]] = None
     keys = [f"{of}, {key}" for of in ("between_seeds", "to_reference") for key in ("pearson", "mean_absolute")]
     keys += ["density, mean", "density, deviation", "baseline, mean", "evaluations, mean", "seconds, mean"]
     notes = {

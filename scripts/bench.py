@@ -1,7 +1,6 @@
-"""Benchmarks behind `make bench`: steps and bytes of adapters, calibration, many adapters on one base, whole runs.
+"""Benchmarks behind `make bench`: steps and bytes of adapters, many adapters on one base, whole runs.
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
-    python scripts/bench.py calibration    # a scan and a bisect beside Algorithm 1 done literally
     python scripts/bench.py serving        # the products of 1 to 64 adapters of one layer, masked and dense
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
@@ -9,9 +8,8 @@
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
     python scripts/bench.py threads        # a step with one thread or all, by how OpenMP's threads wait
 
-Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md, and its last section says which
-ratios have moved since the last commit: those whose interval and that of before have nothing in common. Ratios of what
-was measured side by side depend less on the machine than seconds do. --page makes the page of a record again.
+Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md. --page makes the page of a record
+again.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -40,6 +38,7 @@ from time import process_time
 
 import numpy as np
 import torch
+from data_sets import folder
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
@@ -50,10 +49,6 @@ from torch.utils.benchmark import Timer
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
 from partial_lora.building import build
-from partial_lora.calibration.calibrate import calibrate
-from partial_lora.calibration.few_shot import batches_of, few_shot_head
-from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import literal_passes, sparsity_levels
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
@@ -68,7 +63,6 @@ OUT = ROOT / "results" / "bench"
 ENOUGH = 8  # repetitions; an interval resampled from fewer would claim more than it knows
 CONFIDENCE = 0.95
 SEED = 0
-Figures = Mapping[str, tuple[float, float, float]]  # {what: (ratio, ends of its interval)}
 
 
 # --- What all have in common.
@@ -87,13 +81,13 @@ def machine() -> dict:
     }
 
 
-def where(of: Mapping, loads: Sequence[float], threads: int) -> str:
+def where(of: Mapping, loads: Sequence[float]) -> str:
     """Return the lines of a page on the machine."""
     lines = [
         f"{of['cpu']}, {of['cpus']} CPUs, {of['capability']}",
         ", ".join(f"{name} {version}" for name, version in of["versions"].items()),
         f"commit {of['git_commit']}; started {of['started']}",
-        f"load average {min(loads):.2f} to {max(loads):.2f}, of which the benchmark is {threads}",
+        f"load average {min(loads):.2f} to {max(loads):.2f}, of which the benchmark is 1",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -101,47 +95,6 @@ def where(of: Mapping, loads: Sequence[float], threads: int) -> str:
 def markdown(rows: Sequence[Mapping]) -> str:
     """Rows {column: text} as a Markdown table."""
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
-def committed(file: Path) -> dict | None:
-    """Return a record as it is in the last commit; None where it is in none."""
-    if not file.resolve().is_relative_to(ROOT):
-        return None
-    name = file.resolve().relative_to(ROOT).as_posix()
-    shown = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=False)
-    return json.loads(shown.stdout) if shown.returncode == 0 else None
-
-
-def ratio_of_medians(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Return the ratio of two medians and its interval, of repetitions that took turns (repetitions,).
-
-    The interval is a percentile bootstrap over repetitions, of 95 %; of fewer than ENOUGH the smallest and the largest
-    ratio of a repetition, which hold the median of six as often.
-    """
-    values, others = np.asarray(values), np.asarray(others)
-
-    def quotient(values: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.median(values, axis=axis) / np.median(others, axis=axis)
-
-    ends = (values / others).min(), (values / others).max()
-    if len(values) >= ENOUGH:
-        settings = {"paired": True, "method": "percentile", "n_resamples": 999, "rng": np.random.default_rng(0)}
-        ends = bootstrap((values, others), quotient, **settings).confidence_interval
-    return float(quotient(values, others)), float(ends[0]), float(ends[1])
-
-
-def since(before: Figures | None, now: Figures) -> str:
-    """Return a page's section on what has moved since the committed figures, if there are any."""
-    heading = "## Since the figures committed last\n\n"
-    if before is None:
-        return heading + "There are none to compare with."
-    common = [what for what in now if what in before]
-    moved = [what for what in common if before[what][2] < now[what][1] or now[what][2] < before[what][1]]
-    if not moved:
-        return f"{heading}None of {len(common)} ratios has moved by more than its interval and that of before."
-    form = "{:.2f} [{:.2f}, {:.2f}]".format
-    rows = [{"ratio": what, "before": form(*before[what]), "now": form(*now[what])} for what in moved]
-    return f"{heading}{len(moved)} of {len(common)} ratios have moved by more than their intervals:\n\n{markdown(rows)}"
 
 
 # --- Adapter: a training step of every variant on two models, and the bytes that it holds.
@@ -542,18 +495,6 @@ def verdict(measured: Mapping, limit: float) -> str:
     return "not met" if measured["low"] > limit else "open: the limit is inside the interval"
 
 
-def adapter_figures(result: Mapping) -> Figures:
-    """The ratios of a result that have intervals."""
-    return {
-        f"{cell['model']} rank {cell['rank']}, {NAMES[name]}: {what}": (each["ratio"], each["low"], each["high"])
-        for cell in result["cells"]
-        for name, own in cell["ratios"].items()
-        if name not in REFERENCES
-        for what, each in own.items()
-        if each["low"] is not None
-    }
-
-
 def adapter_page(result: Mapping) -> str:
     aims = [
         {key: aim[key] for key in ("aim", "variant", "model", "rank")}
@@ -569,7 +510,7 @@ def adapter_page(result: Mapping) -> str:
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
         parts += [title, "Time:", _table(cells, _times), "Memory and files, MiB:", _table(cells, _memory)]
     loads = [load for cell in result["cells"] for load in cell["load"]]
-    parts += ["## How it is measured", _method(result), "## Where", where(result["machine"], loads, 1)]
+    parts += ["## How it is measured", _method(result), "## Where", where(result["machine"], loads)]
     return "\n\n".join(parts)
 
 
@@ -634,152 +575,6 @@ def _method(result: Mapping) -> str:
         " the whole folder of kept values. SHiRA has as many entries in every module as rows and columns keep there.",
     ]
     return "\n".join(f"- {line}" for line in lines)
-
-
-# --- Calibration beside Algorithm 1 done literally: every (module, axis, level) one full pass over the scored draw.
-
-# at least so many times fewer sample-block evaluations, at most so many seconds
-WANTED = {"scan": (2.0, 200), "bisect": (3.0, 120)}
-
-
-def calibration(options: argparse.Namespace) -> dict:
-    """Measure a default scan, a bisect and the literal reference, with nothing known."""
-    torch.set_num_threads(options.threads)
-    config = composed(*(["model=tiny_vit", "calibration.shots=3", "calibration.levels=0.1"] if options.quick else []))
-    task = build.task_of(config)
-    transform = build.transform_of(config.model, config.task)
-    torch.manual_seed(config.seed)
-    model = build.model_of(config.model, task.labels)
-    draws = build.draws_of(config, task.train)
-    targets = list(target_linears(model, **config.model.trained_modules))
-    fit, scored = (batches_of(task.train, rows, transform) for rows in (draws.fit, draws.scored))
-    importance = build.few_shot_of(config, task, transform, model).importance(targets, draws)
-    made, sides, chosen = machine(), {}, config.calibration
-    for side in ("scan", "bisect", "literal"):
-        load = os.getloadavg()[0]
-        with few_shot_head(model, build.new_head_of(config.model), fit):
-            score = FewShotScore(model, scored, "accuracy", config.model.blocks)
-            began, spent = time.perf_counter(), process_time()
-            found = calibrate(
-                model,
-                score.__call__ if side == "literal" else score,  # a full pass alone stops early and reuses nothing
-                target_modules=list(importance),
-                importance=importance,
-                search="bisect" if side == "bisect" else "scan",
-                threshold=chosen.threshold,
-                levels=chosen.levels,
-                max_sparsity=chosen.max_sparsity,
-            )
-            seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": process_time() - spent}
-        known = {key: getattr(found, key) for key in ("baseline", "joint", "sparsity")}
-        sides[side] = seconds | known | {"evaluations": asdict(score.evaluations), "load": [load, os.getloadavg()[0]]}
-        print(f"{side}: {len(importance)} modules in {seconds['wall_seconds']:.0f} s", flush=True)
-    examples = sum(len(batch["labels"]) for batch in scored)
-    blocks = len(model.get_submodule(config.model.blocks))
-    levels = sparsity_levels(chosen.levels, chosen.max_sparsity)
-    result = {
-        "command": options.command,
-        "machine": made,
-        "settings": as_plain(config),
-        "threads": options.threads,
-        "blocks": blocks,
-        "examples": examples,
-        "modules": list(importance),
-        "sides": sides,
-        "literal": literal(sides, levels, blocks * examples),
-    }
-    return result | {"aims": of_calibration(result)}
-
-
-def literal(sides: Mapping[str, Mapping], levels: Sequence[float], pass_sample_blocks: int) -> dict:
-    """Return what the literal reference evaluates and takes, without the pass that puts examples in order.
-
-    Its passes follow from the sparsities: for each curve every level up to the first failure; one for the baseline, one
-    for the joint score. Raises SystemExit where its own run, or the scan, says anything else.
-    """
-    ran, scanned = sides["literal"], sides["scan"]["sparsity"]
-    if ran["sparsity"] != scanned:
-        raise SystemExit(f"the scan's sparsities are not the literal reference's: {scanned}, {ran['sparsity']}")
-    passes = literal_passes([value for axes in scanned.values() for value in axes.values()], levels)
-    counted = ran["evaluations"]["passes"]
-    if passes != counted or ran["evaluations"]["sample_blocks"] != (counted + 1) * pass_sample_blocks:
-        raise SystemExit(f"the literal reference took {counted} passes, expected {passes} of {pass_sample_blocks}")
-    share = passes / (passes + 1)
-    seconds = {name: ran[name] * share for name in ("wall_seconds", "cpu_seconds")}
-    return {"passes": passes, "sample_blocks": passes * pass_sample_blocks, **seconds}
-
-
-def of_calibration(result: Mapping) -> list[dict]:
-    """The aims beside what was measured; seconds count on idle processors only."""
-    verdicts = []
-    for side, (times, seconds) in WANTED.items():
-        own = result["sides"][side]
-        fewer, wall = result["literal"]["sample_blocks"] / own["evaluations"]["sample_blocks"], own["wall_seconds"]
-        for aim, wanted, measured, met in (
-            ("sample-block evaluations, literal / this", f"at least {times:g}", fewer, fewer >= times),
-            ("wall time", f"at most {seconds} s", wall, wall <= seconds),
-        ):
-            verdict = "met" if met else "not met"
-            verdicts.append({"side": side, "aim": aim, "wanted": wanted, "measured": measured, "verdict": verdict})
-    return verdicts
-
-
-def calibration_page(result: Mapping) -> str:
-    sides, reference, settings, rows = result["sides"], result["literal"], result["settings"], []
-    searches = {side: sides[side] | sides[side]["evaluations"] for side in WANTED}
-    for name, of in {"literal, all modules": reference, **searches}.items():
-        ran = f" (from {of['passes']:,} passes)" if of is reference else ""
-        rows.append(
-            {
-                "": name,
-                "passes": f"{of['passes']:,}",
-                "sample-blocks": f"{of['sample_blocks']:,}",
-                "literal / this": f"{reference['sample_blocks'] / of['sample_blocks']:.2f}",
-                "wall, s": f"{of['wall_seconds']:.0f}{ran}",
-                "CPU, s": f"{of['cpu_seconds']:.0f}",
-                "CPU, literal / this": f"{reference['cpu_seconds'] / of['cpu_seconds']:.2f}",
-            }
-        )
-    values = {side: [value for axes in sides[side]["sparsity"].values() for value in axes.values()] for side in WANTED}
-    other, of = sum(one != two for one, two in zip(*values.values(), strict=True)), len(values["scan"])
-    scan, bisect = (sum(own) / of for own in values.values())
-    lines = [
-        f"{settings['model']['name']} on {settings['task']['name']}: {len(result['modules'])} modules, rows and"
-        f" columns, {result['examples']} scored examples, {settings['model']['image_size']} pixels, threshold"
-        f" {settings['calibration']['threshold']}, fp32, threads: {result['threads']}. Nothing is known before.",
-        "A sample-block evaluation is one block run on one example. A block of which only a part is computed counts"
-        " whole, and so does the pass that puts the examples in order.",
-        "Literal: every (module, axis, level) is one full pass from the input over the whole scored draw, in the same"
-        " batches, levels upward to the first failure; one pass for the baseline and one for the joint score. What it"
-        " evaluates follows from the sparsities, and the same formula gives what was counted where it was run, on"
-        " all modules. Its seconds on all modules go by the passes.",
-        "Seconds are from the first full pass to the joint score; importance, head and data are made before.",
-    ]
-    sections = [
-        "# Calibration against its literal reference",
-        f"`{result['command']}`",
-        "## Aims",
-        markdown([{**aim, "measured": f"{aim['measured']:.2f}"} for aim in result["aims"]]),
-        "## Measured",
-        markdown(rows),
-        "## Sparsities",
-        "The scan's are those of the literal reference on all modules (a run in which they are not ends without a"
-        f" page). Bisect's differ in {other} of {of} ({other / of:.1%}): curves are not monotone. Mean sparsity"
-        f" {scan:.3f} by scan, {bisect:.3f} by bisect; baseline {sides['scan']['baseline']:.4f}, joint score"
-        f" {sides['scan']['joint']:.4f} and {sides['bisect']['joint']:.4f}.",
-        "## How it was measured",
-        "\n".join(f"- {line}" for line in lines),
-        "## Where",
-        where(result["machine"], [load for side in sides.values() for load in side["load"]], result["threads"]),
-    ]
-    return "\n\n".join(sections)
-
-
-def calibration_figures(result: Mapping) -> Figures:
-    """Return how many times fewer sample-blocks each search evaluates than the literal reference: an exact number."""
-    whole = result["literal"]["sample_blocks"]
-    times = {side: whole / result["sides"][side]["evaluations"]["sample_blocks"] for side in WANTED}
-    return {f"sample-blocks, literal / {side}": (each, each, each) for side, each in times.items()}
 
 
 # --- Serving: many adapters on one base. Each adds its product for its share of the batch; another takes its place.
@@ -892,35 +687,18 @@ def serving_page(record: Mapping) -> str:
             switches.append([layer, form, f"{held['values']:,}", f"{held['indices']:,}", *taken])
     heads = ["layer", "batch", "adapters", *(f"{form}, ms" for form in FORMS), "masked / dense 16", "masked / dense 2"]
     of_switches = ["layer", "form", "bytes, values", "bytes, indices", "switch, ms", "of dense 16"]
-    lines = [
+    parts = [
         "# Many adapters on one base model",
-        "",
         "Made by `python scripts/bench.py serving`; every repetition is in serving.json. " + record["made"]["how"],
-        "",
         "An adapter's product is added to the output of one layer, for each adapter's share of the batch. Dense of rank"
         f" {LOW_RANK} holds as many numbers as rank {RANK} masked at {1 - SPARSITY:.0%}.",
-        "",
-        *table(heads, rows),
-        "",
+        table(heads, rows),
         "Putting another adapter in the place of one, and what an adapter of the layer takes:",
-        "",
-        *table(of_switches, switches),
-        "",
-        *(f"Masked takes less time than {other} in {count} of {len(cases)} cases." for other, count in wins.items()),
-        "",
+        table(of_switches, switches),
+        "\n".join(f"Masked takes less time than {other} in {n} of {len(cases)} cases." for other, n in wins.items()),
         "![time and memory against the number of adapters](serving.svg)",
     ]
-    return "\n".join(lines)
-
-
-def serving_figures(record: Mapping) -> Figures:
-    """The time of the masked form against the others', in every case."""
-    return {
-        f"{case['layer']}, {case['batch']}, {case['adapters']}: masked / {other}": ratio_of_medians(
-            case["add"]["masked 16"], case["add"][other]
-        )
-        for case, other in product(record["cases"], ("dense 16", "dense 2"))
-    }
+    return "\n\n".join(parts)
 
 
 def draw_serving(record: Mapping, out: Path) -> None:
@@ -1030,11 +808,14 @@ def starts_page(found: Mapping) -> list[str]:
     for start, each in found["sweeps"].items():
         of_run = [f"{median(each, key) / runs:.2f}" for key in ("seconds", "of_training")]
         rows.append([f"trainer.start={start}", *of_run])
-    lines = [f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run", ""]
-    lines += table(["", "seconds", "of these in training"], rows)
     spent = ("seconds", "processor_seconds")
-    rows = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
-    return [*lines, "", "## Commands that train nothing", "", *table(["", "seconds", "processor seconds"], rows)]
+    commands = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
+    return [
+        f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run",
+        table(["", "seconds", "of these in training"], rows),
+        "## Commands that train nothing",
+        table(["", "seconds", "processor seconds"], commands),
+    ]
 
 
 def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
@@ -1117,9 +898,7 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     usual += methods.called(method).at_budget if method in ("dora", "vera") else [f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
     usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
-    folders = (Path(os.environ.get("DATA", "data")), ROOT / "data", ROOT.parent / "shared" / "data")
-    data = [f"data_dir={folder}" for folder in folders if folder.is_dir()][:1] if "task=digits" not in job else []
-    return [*usual, *job, *data]
+    return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]
 
 
 def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
@@ -1213,7 +992,7 @@ def steps_page(found: Mapping) -> list[str]:
             seconds, peak = median(each, "step"), f"{median(each, 'peak') / 2**20:,.0f}"
             rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
     heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
-    return ["## A step beside a bare loop's", "", *table(heads, rows)]
+    return ["## A step beside a bare loop's", table(heads, rows)]
 
 
 def methods_page(found: Mapping) -> list[str]:
@@ -1226,7 +1005,7 @@ def methods_page(found: Mapping) -> list[str]:
             rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
     kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
     heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of low_rank's", *kept]
-    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", "", *table(heads, rows)]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
 
 
 def long_page(found: Mapping) -> list[str]:
@@ -1241,7 +1020,7 @@ def long_page(found: Mapping) -> list[str]:
             rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
     heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
     heads += ["kept for the backward pass, MB", "peak memory, MB"]
-    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", "", *table(heads, rows)]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(heads, rows)]
 
 
 def threads_page(found: Mapping) -> list[str]:
@@ -1251,15 +1030,15 @@ def threads_page(found: Mapping) -> list[str]:
         for way, each in ways.items()
     ]
     heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
-    return ["## Threads and how they wait", "", *table(heads, rows)]
+    return ["## Threads and how they wait", table(heads, rows)]
 
 
 def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows)]
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows))
 
 
 OF_RUNS = {
@@ -1272,52 +1051,18 @@ OF_RUNS = {
 
 
 def runs_page(record: Mapping) -> str:
-    lines = ["# Whole runs", ""]
+    parts = ["# Whole runs"]
     for part in (part for part in OF_RUNS if part in record):
         made = record[part]["made"]
         command = f"Made by `{made['command']}`: medians of {made['repeats']}, {made['cpus']} cores."
-        lines += [*OF_RUNS[part][1](record[part]["found"]), "", command, ""]
-    return "\n".join(lines)
-
-
-def runs_figures(record: Mapping) -> Figures:
-    """Return the ratios of a record: forked starts to fresh ones, loops to the bare one, methods to plain
-    LoRA of a lower rank, ways to wait to one thread."""
-    found = {part: each["found"] for part, each in record.items()}
-    shares: dict[str, tuple[float, float, float]] = {}
-
-    def add(what: str, variants: Mapping[str, Sequence[Mapping]], one: str, other: str, key: str = "step") -> None:
-        shares[what] = ratio_of_medians(*([each[key] for each in variants[name]] for name in (one, other)))
-
-    if "starts" in found:
-        add("a forked run / a fresh one", found["starts"]["sweeps"], "fork", "fresh", "seconds")
-    for job, loops in found.get("steps", {}).items():
-        for loop in list(LOOP_TITLES)[1:]:
-            add(f"{job}: {LOOP_TITLES[loop]} / bare loop", loops, loop, "bare")
-    for job, each in found.get("methods", {}).items():
-        for method in (method for method in each if method != "low_rank"):
-            add(f"{job}: {method} / low_rank", each, method, "low_rank")
-    for way, each in found.get("long", {}).items():
-        for variant in ("lora", "rows_columns"):
-            add(f"a long text, {way}: {LONG_TITLES[variant]} / rank 2", each, variant, "low_rank")
-    for job, ways in found.get("threads", {}).items():
-        for how in ("alone", "two"):
-            waits = {way: each[how] for way, each in ways.items()}
-            for way in list(WAITING)[1:]:
-                add(f"{job}, {how}: {way} / one thread", waits, way, "one thread")
-    return shares
+        parts += [*OF_RUNS[part][1](record[part]["found"]), command]
+    return "\n\n".join(parts)
 
 
 # --- The command.
 
-# By the name of the files: page and ratios of a record.
-PAGES = {
-    "adapter": (adapter_page, adapter_figures),
-    "calibration": (calibration_page, calibration_figures),
-    "serving": (serving_page, serving_figures),
-    "runs": (runs_page, runs_figures),
-}
-WHOLE = {"adapter": (adapter, 28), "calibration": (calibration, 1), "serving": (serving, 60)}  # and usual repetitions
+PAGES = {"adapter": adapter_page, "serving": serving_page, "runs": runs_page}  # by the name of the files
+WHOLE = {"adapter": (adapter, 28), "serving": (serving, 60)}  # and usual repetitions
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -1330,7 +1075,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
     parser.add_argument("--repeats", type=int, help="adapter 28, serving 60, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
-    parser.add_argument("--threads", type=int, default=2, help="of calibration")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -1345,16 +1089,14 @@ def main(words: Sequence[str] | None = None) -> None:
     options.repeats = options.repeats or usual
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
-    before, record = committed(file), json.loads(file.read_text()) if file.is_file() else {}
+    record = json.loads(file.read_text()) if file.is_file() else {}
     if not options.page and what in WHOLE:
         record = measure(options)
     elif not options.page:
         made = {"command": options.command, "repeats": options.repeats, "cpus": os.cpu_count()}
         record[what] = {"made": made, "found": measure(options)}
     write_json(file, record)
-    page, figures = PAGES[name]
-    moved = since(before and figures(before), figures(record))
-    write_atomic(options.out / f"{name}.md", f"{page(record).rstrip()}\n\n{moved}\n")
+    write_atomic(options.out / f"{name}.md", f"{PAGES[name](record).rstrip()}\n")
     if name == "serving":
         draw_serving(record, options.out)
     print(f"wrote {options.out / name}.md")

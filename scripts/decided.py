@@ -78,27 +78,25 @@ BESIDE = [
     (ELEMENT, "entries"),
     *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
 ]
-CLAIMS = {
-    BUDGET: [
-        (PARTIAL, "lora", AS_GOOD),
-        (PARTIAL, "targeted", AS_GOOD),
-        (PARTIAL, UNIFORM, BETTER),
-        (PARTIAL, "low_rank", AS_GOOD),
-        (PARTIAL, "random_weights", AS_GOOD),
-        (PARTIAL, "entries", AS_GOOD),
-        (PARTIAL, ELEMENT, AS_GOOD),
-        (PARTIAL, "partial, PEFT's draw", BETTER),
-        (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER),
-        (PARTIAL, f"{PARTIAL}, shrink 2", BETTER),
-        (PARTIAL, "shuffled", BETTER),
-        ("hira", "lora", AS_GOOD),
-        ("hira", "low_rank", BETTER),
-        ("lori", "low_rank", AS_GOOD),
-        ("lori", PARTIAL, BETTER),
-    ],
-    THRESHOLD: [(PARTIAL, "lora", AS_GOOD), (PARTIAL, "targeted", AS_GOOD)],
-}
-
+CLAIMS = [
+    (PARTIAL, "lora", AS_GOOD, BUDGET),
+    (PARTIAL, "targeted", AS_GOOD, BUDGET),
+    (PARTIAL, UNIFORM, BETTER, BUDGET),
+    (PARTIAL, "low_rank", AS_GOOD, BUDGET),
+    (PARTIAL, "random_weights", AS_GOOD, BUDGET),
+    (PARTIAL, "entries", AS_GOOD, BUDGET),
+    (PARTIAL, ELEMENT, AS_GOOD, BUDGET),
+    (PARTIAL, "partial, PEFT's draw", BETTER, BUDGET),
+    (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER, BUDGET),
+    (PARTIAL, f"{PARTIAL}, shrink 2", BETTER, BUDGET),
+    (PARTIAL, "shuffled", BETTER, BUDGET),
+    ("hira", "lora", AS_GOOD, BUDGET),
+    ("hira", "low_rank", BETTER, BUDGET),
+    ("lori", "low_rank", AS_GOOD, BUDGET),
+    ("lori", PARTIAL, BETTER, BUDGET),
+    (PARTIAL, "lora", AS_GOOD, THRESHOLD),
+    (PARTIAL, "targeted", AS_GOOD, THRESHOLD),
+]
 
 COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 
@@ -244,19 +242,18 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     """Write the verdicts, the scores and the differences of runs at their best rates."""
     folder = results_dir / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = dict.fromkeys((first, second) for claims in CLAIMS.values() for first, second, _ in claims)
+    pairs = [*dict.fromkeys((first, second) for first, second, *_ in CLAIMS), *BESIDE]
     table = scores(runs)
     full = at_ceiling(table)
-    apart = differences(runs, [*pairs, *BESIDE])
+    apart = differences(runs, pairs)
     if full:
-        means = differences(runs[~runs["task"].isin(full)], [*pairs, *BESIDE])
+        means = differences(runs[~runs["task"].isin(full)], pairs)
         apart = together(
             pd.concat([apart[apart["task"] != ALL_SETS], means[means["task"] == ALL_SETS]], ignore_index=True)
         )
     numbers = pd.concat([table, apart], ignore_index=True)
-    claims = [(point, claim) for point, each in CLAIMS.items() for claim in each]
     several = numbers["task"].eq(ALL_SETS)
-    verdicts = judged(numbers[several] if several.any() else numbers, *((*claim, point) for point, claim in claims))
+    verdicts = judged(numbers[several] if several.any() else numbers, *CLAIMS)
     shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
     decided = [made]
@@ -269,7 +266,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     ]
     if several.any():
         alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
-        each_set = tabled(judged(alone, *((*claim, point) for point, claim in claims)))
+        each_set = tabled(judged(alone, *CLAIMS))
         each_set = each_set[each_set["found"] != NO_RUNS]
         decided.append(each_set)
         parts += [

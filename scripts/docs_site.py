@@ -116,19 +116,13 @@ def on_page_content(content, page, config, files):
         return f'<{formula[1]} class="formula">{made}</{formula[1]}>'
 
     def lettered(letter: re.Match) -> str:
-        kind, capital = letter.groups()
-        named = ("{} CAPITAL {}", "MATHEMATICAL {} CAPITAL {}")
-        found = [name.format(kind.upper(), capital) for name in named]
-        return f"<mi>{next(unicodedata.lookup(name) for name in found if _is_character(name))}</mi>"
+        name = f"{letter[1].upper()} CAPITAL {letter[2]}"
+        try:
+            return f"<mi>{unicodedata.lookup(name)}</mi>"
+        except KeyError:  # all but those that were letters before the others
+            return f"<mi>{unicodedata.lookup(f'MATHEMATICAL {name}')}</mi>"
 
     return FORMULA.sub(drawn, content)
-
-
-def _is_character(name: str) -> bool:
-    try:
-        return bool(unicodedata.lookup(name))
-    except KeyError:
-        return False
 
 
 # --- What is generated.

@@ -1,28 +1,21 @@
-"""The evidence in a minute: three figures, each for a light and a dark page, and the pages of results/.
+"""The evidence in a minute: three figures, each for a light and a dark page, out of the tables of results/.
 
-    python scripts/evidence.py figures
-    python scripts/evidence.py pages
+    python scripts/evidence.py      # or `make figures`
 
-Both are made of the tables of results/. In a figure every mark is named beside it, and colour never tells two things
-apart without a shape. A page is a template of results/templates, whose numbers are filled in here; of README.md the
-table between two marks is made.
+Every mark is named beside it, and colour never tells two things apart without a shape.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from claims import at_ceiling
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from partial_lora.files import write_atomic
 from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
@@ -61,13 +54,6 @@ VERDICTS = {  # in ordinary words, with a colour and a marker
     "undecided (worse, perhaps by less than two points)": ("worse", "grey", "d"),
     "undecided": ("not significant", "grey", "d"),
 }
-WORDS = {  # a verdict as pages have it
-    "holds": "holds",
-    "does not hold": "refuted",
-    "undecided": "not significant",
-    "undecided (worse, perhaps by less than two points)": "worse, perhaps by less than two points",
-}
-DECISION = re.compile(r"(?<=<!-- decision -->\n).*?(?=<!-- end of decision -->)", re.DOTALL)
 WIDTH = 6.25  # inches of 96 pixels: 600
 
 
@@ -267,115 +253,5 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     return figure
 
 
-def pages(root: Path) -> dict[Path, str]:
-    """Return the pages that are made of templates, and README.md with the table in it, by path."""
-    results = root / "results"
-    loader = FileSystemLoader(results / "templates")
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    numbers = Numbers(results)
-    environment.globals |= {
-        "claim": numbers.claim,
-        "less": numbers.less,
-        "score": numbers.score,
-        "cell": numbers.cell,
-        "flow": numbers.flow,
-    }
-    names = [name for name in environment.list_templates() if not name.startswith("_")]
-    made = {results / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
-    readme = root / "README.md"
-    decision = environment.get_template("_decision.md").render()
-    return made | {readme: DECISION.sub(lambda _: decision, readme.read_text("utf-8"))}
-
-
-class Numbers:
-    """The numbers of pages, in points, as text."""
-
-    def __init__(self, results: Path) -> None:
-        self.results, folder = results, results / "decided" / "tables"
-        self.decided = pd.read_csv(folder / "decided.csv")
-        self.verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])
-        self.raced = raced(results).set_index(["task", "form", "size"]).sort_index()
-
-    def score(self, task: str, method: str, point: str = "budget 0.13") -> str:
-        """Return the test accuracy of a method of the decided claims; of dense LoRA it has no operating point."""
-        rows = self.decided[(self.decided["part"] == "score") & (self.decided["task"] == task)]
-        (row,) = rows[(rows["method"] == method) & rows["operating_point"].isin([point, "–"])].itertuples()
-        return f"{100 * row.mean:.1f}"
-
-    def _difference(self, task: str, first: str, second: str, point: str) -> pd.Series:
-        rows = self.decided[(self.decided["first"] == first) & (self.decided["second"] == second)]
-        rows = rows[(rows["task"] == task) & (rows["operating_point"] == point)]
-        if len(rows) != 1:
-            raise KeyError((task, first, second, point))
-        return rows.iloc[0]
-
-    def less(self, task: str, first: str, second: str, point: str = "budget 0.13") -> str:
-        """Return a method less another, with its 95 % interval."""
-        row = self._difference(task, first, second, point)
-        return f"{points(row['difference'])} [{points(row['low'])}, {points(row['high'])}]"
-
-    def claim(self, second: str, point: str = "budget 0.13") -> list[dict[str, str]]:
-        """Return what is found of a claim about rows and columns and another method, by set, and then their mean."""
-        name, found = CLAIMS[second][1], []
-        for task in ("digits", "trec", "sst2", "gtsrb", "all sets"):
-            where = f"{'all' if task == 'all sets' else task}, {point}"
-            if (name, where) not in self.verdicts.index:
-                continue
-            alone, verdict = self.verdicts.loc[(name, where), ["alone", "verdict"]]
-            after, _, among = verdict.partition(", among ")
-            found.append(
-                {"task": task, "less": self.less(task, "partial", second, point), "count": among}
-                | {"before": WORDS[alone], "after": WORDS[after]}
-                | {"seeds": f"{self._difference(task, 'partial', second, point)['seeds']:.0f}"}
-            )
-        return found
-
-    def cell(self, task: str, form: str, size: str = "0.13") -> dict[str, str]:
-        """Return what the race has of a form at a size: scores, distances, seeds, bytes."""
-        row = self.raced.loc[(task, form, size)]
-        test, half, less, less_half = (100 * row[name] for name in ("test", "half", "difference", "difference_half"))
-        better = "better" if less > 0 else "worse"
-        lead = {"lead": f"{row['lead']:+.1f}", "lead_seeds": f"{row['lead_seeds']:.0f}"}
-        apart = {
-            "less": f"{less:+.2f} [{less - less_half:+.2f}, {less + less_half:+.2f}]",
-            "after": f"**{better}**" if row["holds"] else "not significant",
-        }
-        return {
-            **{name: text.replace("-", "−") for name, text in lead.items()},
-            **(
-                {name: text.replace("-", "−") for name, text in apart.items()}
-                if row["paired"]
-                else dict.fromkeys(apart, "–")
-            ),
-            "test": f"{test:.1f} ± {half:.1f}",
-            "p": f"{row['p']:.3f}",
-            "share": f"{100 * row['share']:.1f}",
-            "seeds": f"{row['seeds']:.0f}",
-            "kept": f"{row['saved_bytes'] / 1e6:.0f}",
-            "file": f"{row['file_size'] / 1e6:.2g}",
-        }
-
-    def flow(self) -> str:
-        """Return rows and columns less those with repaired paths, with its 95 % interval."""
-        table = pd.read_csv(self.results / "cpu" / "tables" / "table4.csv", comment="#")
-        (row,) = table[(table["first"] == "partial") & (table["second"] == "flow")].itertuples()
-        return f"{points(row.difference)} [{points(row.low)}, {points(row.high)}]"
-
-
-def points(share: float) -> str:
-    """Return a difference of shares in points, with its sign."""
-    return f"{100 * share:+.2f}".replace("-", "−")
-
-
-def main(root: Path, what: str) -> None:
-    """Make the figures or the pages of a checkout."""
-    if what == "figures":
-        figures(root / "results")
-    else:
-        for path, text in pages(root).items():
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, text)
-
-
 if __name__ == "__main__":
-    main(Path(), sys.argv[1])
+    figures(Path("results"))

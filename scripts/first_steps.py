@@ -38,7 +38,7 @@ os.environ.update(openmp())  # before torch is imported
 import numpy as np
 import pandas as pd
 import torch
-import transformers
+from analyses import Subject
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from scipy.stats import spearmanr
@@ -53,31 +53,16 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT, kept_count
 from partial_lora.models.modes import differentiable
-from partial_lora.models.targets import target_linears
 from partial_lora.report.drawing import save
 from partial_lora.report.statistics import half_interval
-from partial_lora.settings import compose
+from partial_lora.settings import compose, versions
 from partial_lora.settings.schema import Config
 
 REACH, DENSITY, FORMS = Path("results/reach"), Path("results/density"), Path("results/forms/forms.csv")
 
 
-class Subject:
-    """A frozen model, the training rows of a task, and the fit draw of a seed."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.task = config, build.task_of(config)
-        self.transform = build.transform_of(config.model, config.task)
-        transformers.set_seed(config.seed)
-        self.model = build.model_of(config.model, self.task.labels)
-        modules = target_linears(self.model, **config.model.trained_modules)
-        self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
-
-    def fit(self, **seed: int) -> np.ndarray:
-        return build.draws_of(self.config, self.task.train, **seed).fit
-
-    def batches(self, rows: np.ndarray, size: int) -> Iterator[Mapping[str, Tensor]]:
-        return self.transform.batches(self.task.train.select(rows), size)
+def batches_of(subject: Subject, rows: np.ndarray, size: int) -> Iterator[Mapping[str, Tensor]]:
+    return subject.transform.batches(subject.task.train.select(rows), size)
 
 
 # --- Reach: what a form can hold of a gradient, as shares of its energy.
@@ -164,10 +149,10 @@ def _dealt(generator: np.random.Generator, groups: int, size: int, kept: int) ->
 
 def gradients_of(subject: Subject) -> dict[str, np.ndarray]:
     """Return the gradient of the mean loss of training rows outside the fit draw for the weight of each module."""
-    fit = subject.fit()
+    fit = subject.draws().fit
     others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(subject.task.train)), fit))[:ROWS]
     modules = {name: subject.model.get_submodule(name) for name in subject.shapes}
-    batches, seen = (subject.batches(rows, 32) for rows in (others, fit))
+    batches, seen = (batches_of(subject, rows, 32) for rows in (others, fit))
     sums = {name: np.zeros(shape) for name, shape in subject.shapes.items()}
     with (
         few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), seen),
@@ -286,13 +271,13 @@ FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "
 def endless(subject: Subject, seed: int) -> Iterator[Mapping[str, Tensor]]:
     """Return batches of the training rows without end, in an order of the seed's, and never the held-out rows."""
     rows = np.random.default_rng(seed).permutation(len(subject.task.train))[HELD_OUT:]
-    return chain.from_iterable(repeat(list(subject.batches(rows[: len(rows) - len(rows) % 8], 8))))
+    return chain.from_iterable(repeat(list(batches_of(subject, rows[: len(rows) - len(rows) % 8], 8))))
 
 
 def held_out(subject: Subject, seed: int) -> Mapping[str, Tensor]:
     """Return the rows whose logits are looked at."""
     rows = np.random.default_rng(seed).permutation(len(subject.task.train))[:HELD_OUT]
-    (batch,) = subject.batches(rows, HELD_OUT)
+    (batch,) = batches_of(subject, rows, HELD_OUT)
     return batch
 
 
@@ -312,7 +297,7 @@ def measure_density(subject: Subject, path: Path, seeds: Sequence[int]) -> None:
     else:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     for seed in seeds:
-        fit = subject.batches(subject.fit(seed=seed), 8)
+        fit = batches_of(subject, subject.draws(seed=seed).fit, 8)
         with few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), fit):
             for density in DENSITIES:
                 for form, settings in MASKS.items():
@@ -360,19 +345,24 @@ def changes_of_outputs(subject: Subject, settings: Mapping, density: float, seed
         adapted.unload()
 
 
+def points_of(measured: pd.DataFrame, form: str, step: int) -> pd.DataFrame:
+    """Return the rows of a form after some steps; at density 1 all forms are plain LoRA, but for a frozen A."""
+    at_step = measured[measured["step"] == step]
+    own = at_step[at_step["form"] == form]
+    return own if "frozen" in form else pd.concat([at_step[at_step["density"] == 1], own[own["density"] < 1]])
+
+
 def slopes(measured: pd.DataFrame) -> pd.DataFrame:
     """Return for every form and step the slope of log change against log density, and its 95 % interval over seeds."""
-    plain = measured[measured["density"] == 1]
     rows = []
     for form in MASKS:
-        own, row = measured[measured["form"] == form], {"form": form}
+        row = {"form": form}
         for step in STEPS:
-            fits = []
-            for seed, part in own[own["step"] == step].groupby("seed"):
-                at_one = plain[(plain["seed"] == seed) & (plain["step"] == step)]
-                points = part if "frozen" in form else pd.concat([at_one, part[part["density"] < 1]])
-                if len(points) > 1:
-                    fits.append(np.polyfit(np.log(points["density"]), np.log(points["change"]), 1)[0])
+            fits = [
+                np.polyfit(np.log(points["density"]), np.log(points["change"]), 1)[0]
+                for _, points in points_of(measured, form, step).groupby("seed")
+                if len(points) > 1
+            ]
             half = half_interval(np.std(fits, ddof=1) if len(fits) > 1 else math.nan, len(fits))
             row[f"step {step}"] = f"{np.mean(fits):+.2f} ± {half:.2f}"
         rows.append(row)
@@ -388,10 +378,11 @@ def draw_density(measured: pd.DataFrame, out: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(STEPS), sharey=False), STEPS, strict=True):
         for form in MASKS:
-            own = measured[(measured["step"] == step) & (measured["form"] == form)]
-            plain = measured[(measured["density"] == 1) & (measured["step"] == step)]
-            whole = own if "frozen" in form else pd.concat([plain, own[own["density"] < 1]])
-            mean = whole.groupby("density")["change"].apply(lambda each: np.exp(np.log(each).mean()))
+            mean = (
+                points_of(measured, form, step)
+                .groupby("density")["change"]
+                .apply(lambda each: np.exp(np.log(each).mean()))
+            )
             axes.plot(mean.index, mean, marker="o", markersize=3, label=form)
         axes.set(xscale="log", yscale="log", xlabel="density", title=f"after {step} step{'s' * (step > 1)}")
     figure.axes[0].set_ylabel("change of the logits (root mean square)")
@@ -416,12 +407,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(config: Config) -> int:
         out.mkdir(parents=True, exist_ok=True)
-        subject = Subject(config)
+        subject = Subject(versions.plain(config))
         measure_reach(subject, path) if is_reach else measure_density(subject, path, range(options.seeds))
         return 0
 
     usual = ["preset=cpu", "trainer.tuned=null"] if is_reach else []
-    code = 0 if options.draw else compose.compose(options.what, [*usual, *overrides], work)
+    code = 0 if options.draw else compose.compose(options.what, [*usual, "trainer.device=cpu", *overrides], work)
     if code == 0:
         measured = pd.read_csv(path)
         draw_reach(beside(measured, pd.read_csv(FORMS)), out) if is_reach else draw_density(measured, out)

@@ -1,6 +1,6 @@
 """Table of the forms of mask at equal size: the best learning rate of each on validation, and its test score.
 
-    python scripts/forms.py results/forms --reference low_rank
+    python scripts/forms.py results/forms
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
 the reference is of runs of the same seeds (`ranking.compared`). Where dense LoRA was trained, too, a table says how far
@@ -25,24 +25,23 @@ from partial_lora.files import write_atomic
 from partial_lora.report import predictions, ranking, records
 from partial_lora.report.rows import NONE
 
-FROM_DENSE, LOSS = "from_dense.csv", "loss.csv"
+REFERENCE, FROM_DENSE, LOSS = "low_rank", "from_dense.csv", "loss.csv"
 
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--reference", default="low_rank")
     parser.add_argument("--stem", default="forms", help="name of the files")
     parser.add_argument("--page", action="store_true", help="write report/index.html, too")
     options = parser.parse_args(arguments)
     runs, skipped = records.read(options.results)
     if not runs:
         raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
-    text, numbers = ranking.write(runs, options.results, options.stem, options.reference)
+    text, numbers = ranking.write(runs, options.results, options.stem, REFERENCE)
     origin, _, ranked = text.partition("\n\n")
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
-    losses = by_loss(ranking.at_best_rates(table), options.reference)
+    losses = by_loss(ranking.at_best_rates(table), REFERENCE)
     losses.to_csv(options.results / LOSS, index=False, float_format="%.6g")
     by_score = f"### In one table\n\n{in_one_table(numbers)}\n\n### By test loss, in nats\n\n{in_one_table(losses)}"
     text = f"{origin}\n\n{by_score}\n\n{ranked}"
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
     if options.page:
         command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
-        settings = {"reference": options.reference, "command": command, "refused": skipped}
+        settings = {"reference": REFERENCE, "command": command, "refused": skipped}
         print(ranking.write_page(numbers, options.results, **settings))
 
 

@@ -1,9 +1,8 @@
-"""Intervals of differences: how often they hold the truth, and how many seeds and steps decide a margin.
+"""Intervals of differences: how often they hold the truth.
 
-    python scripts/intervals.py coverage    # or `make coverage`; some minutes of one core
-    python scripts/intervals.py power       # or `make power`; from committed records alone
+    python scripts/intervals.py    # or `make coverage`; some minutes of one core
 
-*Coverage*: of 95 % intervals by components, by a bootstrap and by Student's t over the seeds alone, with 2 to 8 seeds.
+Coverage is of 95 % intervals by components, by a bootstrap and by Student's t over the seeds alone, with 2 to 8 seeds.
 Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
 is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
 components of variance of a set's committed runs (medians over its pairs of methods), with seeds that are normal, or
@@ -12,11 +11,6 @@ with these components, of which the truth is the mean of all such sets: the inte
 bootstrap of the five at hand, as sets differ by 0, 1 and 3 points. *Races*: twelve forms beside one reference, which
 all comparisons share, with the same components; counted are the races in which anything is decided of forms that are
 as good as the reference. Writes OUT/coverage.{md,csv,svg} and OUT/races.csv.
-
-*Power*: the same components and the test rows that `make decided` has give the error of S seeds; where the truth is 0,
-the interval lies above minus the margin with the probability of a noncentral Student's t. Counted are the seeds with
-which that is 80 %, by itself and as the hardest of twelve claims (Holm). *Steps*: what validation still gained in the
-last quarter of committed runs. Writes OUT/power.{md,csv}.
 """
 
 from __future__ import annotations
@@ -25,7 +19,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
@@ -34,12 +28,11 @@ import numpy as np
 import pandas as pd
 from comparable import POINTS, gather
 from matplotlib.figure import Figure
-from scipy.special import nctdtr, stdtr, stdtrit
+from scipy.special import stdtr
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import folders, ranking, records
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
@@ -58,55 +51,36 @@ RULES = (
     "seeds alone, Holm",
     "components with Satterthwaite's freedom, Holm",
 )
-MARGINS, CLAIMS = (0.01, 0.02), 12
-POWER, SIGNIFICANCE, MOST = 0.8, 0.05, 64
-TEST_ROWS = {
-    "digits": 899,
-    "cifar10": 2000,
-    "flowers17": 340,
-    "gtsrb": 860,
-    "signdigits": 600,
-    "sst2": 872,
-    "trec": 500,
-}
-HISTORIES = ("decided", "forms", "cpu")  # whose longest runs say how long validation rises
-STILL = 0.01  # a last quarter that gains less has stopped
 Components = tuple[float, float, float]  # variances of seeds, of examples and of what is left
 Experiment = Callable[[np.random.Generator, int], np.ndarray]
 Held = dict[str, tuple[float, float]]  # by interval: how often it held the truth, and its mean width
 
 
-def pairs(results_dir: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (task, "method − method, point", d (seeds, examples)) of all pairs of methods with three seeds or more.
+def differences(results_dir: Path) -> dict[str, list[np.ndarray]]:
+    """Return by task d (seeds, examples) of all pairs of methods with three seeds or more.
 
     Of each set: dense methods and, at an operating point, what has masks or a budget by `svd`. Raises PartialLoraError
     where there are none.
     """
-    found = False
-    runs = gather(results_dir).comparable
+    runs, every = gather(results_dir).comparable, {}
     runs = runs[runs["importance"].isin(["svd", NONE]) & (runs["mixture"] == "") & (runs["metric"] == "accuracy")]
     runs = runs[~runs["method"].isin(["probe", "full"])]
-    for task, of_task in runs.groupby("task", sort=False):
-        for point in POINTS:
-            at_point = of_task[of_task["operating_point"].isin([point, NONE])]
-            sides = {name: by_seed(own) for name, own in at_point.groupby("method")}
-            for first, second in combinations(sides, 2):
-                pair = Pair(sides[first], sides[second], "accuracy")
-                d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= FEWEST else None
-                if d is not None:  # None where predictions were not kept
-                    found = True
-                    yield task, f"{first} − {second}, {point}", d
-    if not found:
+    for (task, of_task), point in product(runs.groupby("task", sort=False), POINTS):
+        at_point = of_task[of_task["operating_point"].isin([point, NONE])]
+        sides = [by_seed(own) for _, own in at_point.groupby("method")]
+        for pair in (Pair(*both, "accuracy") for both in combinations(sides, 2)):
+            d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= FEWEST else None
+            if d is not None:  # None where predictions were not kept
+                every.setdefault(task, []).append(d)
+    if not every:
         raise PartialLoraError(f"{results_dir}: expected two methods with predictions of {FEWEST} seeds on a task")
+    return every
 
 
 def components(d: np.ndarray) -> Components:
     """Return the variances of seeds, of examples and of what is left, of d (seeds, examples); none below zero."""
     (seeds, examples), (of_seeds, of_examples, left) = d.shape, mean_squares(d)
     return max(0.0, (of_seeds - left) / examples), max(0.0, (of_examples - left) / seeds), left
-
-
-# --- Coverage.
 
 
 def resampled(population: np.ndarray) -> Experiment:
@@ -365,148 +339,27 @@ def by_seeds(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
     return table.reset_index().drop(columns="order")
 
 
-# --- Power.
-
-
-def error(variances: Components, examples: int, seeds: int) -> float:
-    """Return the standard error of a mean difference, as it is expected.
-
-    variances: of seeds, of examples and of what is left (`components`).
-    """
-    of_seeds, of_examples, left = variances
-    return math.sqrt(of_seeds / seeds + of_examples / examples + left / (seeds * examples))
-
-
-def power(variances: Components, examples: int, seeds: int, margin: float, significance: float) -> float:
-    """Return the chance that the interval lies above -margin where the truth is 0."""
-    bound = stdtrit(seeds - 1, 1 - significance / 2)
-    return float(1 - nctdtr(seeds - 1, margin / error(variances, examples, seeds), bound))
-
-
-def needed(variances: Components, examples: int, margin: float, significance: float) -> int | None:
-    """Return the fewest seeds, of at most 64, that decide it with a chance of 80 %; None where no number does."""
-    enough = (seeds for seeds in range(2, MOST + 1) if power(variances, examples, seeds, margin, significance) >= POWER)
-    return next(enough, None)
-
-
-def seeds_by_set(results_dir: Path) -> pd.DataFrame:
-    """Return a row for each set: its components, and the seeds that decide each margin."""
-    every: dict[str, list[Components]] = {}
-    most: dict[str, int] = {}  # examples that its committed runs have
-    for task, _, d in pairs(results_dir):
-        every.setdefault(task, []).append(components(d))
-        most[task] = d.shape[1]
-    rows = []
-    for task, each in every.items():
-        variances = tuple(np.median(each, axis=0))
-        examples = TEST_ROWS.get(task, most[task])
-        row = {"set": task, "pairs": len(each), "test rows": examples}
-        row |= dict(zip(("of seeds", "of examples", "left"), 100 * np.sqrt(variances), strict=True))
-        row["half interval, 8 seeds"] = 100 * error(variances, examples, 8) * stdtrit(7, 1 - SIGNIFICANCE / 2)
-        for margin in MARGINS:
-            for claims in (1, CLAIMS):
-                among = "" if claims == 1 else f", among {claims}"
-                row[f"{100 * margin:g} point{'s' * (margin > 0.01)}{among}"] = needed(
-                    variances, examples, margin, SIGNIFICANCE / claims
-                )
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def steps_by_set(results_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Return a row for each set: steps, and what validation gained in the last quarter, the mean over its methods.
-
-    Of each method at an operating point the runs at the learning rate that ends best count, under the usual conditions;
-    of each set the folder of the longest runs.
-    """
-    rows = []
-    for folder in results_dirs:
-        curves: dict[tuple, list[dict[int, float]]] = {}
-        runs = records.read(folder)[0]
-        for run, usual in zip(runs, folders.table(runs)["usual"] if runs else (), strict=True):
-            if not usual:
-                continue
-            metric, config = run.record["metrics"]["test"]["primary"], run.record["config"]
-            curve = {each["step"]: each[f"eval_{metric}"] for each in run.record["history"] if f"eval_{metric}" in each}
-            if len(curve) > 2 and not config["task"].get("members"):
-                form = f"{ranking.form_of(config)}, {run.row['operating_point']}"
-                key = (config["task"]["name"], form, float(config["trainer"]["learning_rate"]))
-                curves.setdefault(key, []).append(curve)
-        best: dict[tuple, tuple[float, int, float]] = {}
-        for (task, form, _), each in curves.items():
-            if not (steps := sorted(set.intersection(*map(set, each)))):
-                continue
-            mean = [np.mean([curve[step] for curve in each]) for step in steps]
-            before = np.interp(0.75 * steps[-1], steps, mean)
-            best[task, form] = max(
-                best.get((task, form), (-math.inf, 0, 0.0)), (mean[-1], steps[-1], mean[-1] - before)
-            )
-        for task in dict.fromkeys(task for task, _ in best):
-            own = [found for (name, _), found in best.items() if name == task]
-            longest = max(steps for _, steps, _ in own)
-            gains = [gain for _, steps, gain in own if steps == longest]
-            rows.append(
-                {"set": task, "records": folder.name, "steps": longest, "methods": len(gains), "gain": np.mean(gains)}
-            )
-    table = pd.DataFrame(rows).sort_values("steps", ascending=False, kind="stable").drop_duplicates("set")
-    return table.assign(stopped=table["gain"] < STILL).reset_index(drop=True)
-
-
-def power_page(seeds: pd.DataFrame, steps: pd.DataFrame, command: str) -> str:
-    shown = seeds.round({"of seeds": 2, "of examples": 1, "left": 1, "half interval, 8 seeds": 2})
-    for name in shown.columns[shown.columns.str.contains("point")]:
-        shown[name] = [f"more than {MOST}" if np.isnan(each) else f"{each:.0f}" for each in shown[name].astype(float)]
-    rising = steps.assign(gain=[f"{100 * each:+.1f}" for each in steps["gain"]]).rename(
-        columns={"gain": "gain of the last quarter, points"}
-    )
-    parts = [
-        f"    {command}",
-        "# Seeds that decide a margin",
-        f"With a chance of {POWER:.0%}, where two methods are equally good. Components are standard deviations in "
-        "points, medians over the pairs of a set's methods after 75 steps.",
-        shown.to_markdown(index=False),
-        "# Steps until validation stops rising",
-        f"Stopped: the last quarter of the longest committed runs gained less than {100 * STILL:g} point.",
-        rising.to_markdown(index=False),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def coverage(options: argparse.Namespace, command: str) -> None:
-    every: dict[str, list[np.ndarray]] = {}
-    for task, _, d in pairs(options.results / "cpu"):
-        every.setdefault(task, []).append(d)
-    raced, (numbers, fits) = races(every), simulate(every, options.repetitions)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
-    write_atomic(options.out / "coverage.md", coverage_page(numbers, fits, raced, command, options.repetitions))
-    write_atomic(options.out / "races.csv", raced.to_csv(index=False, float_format="%.5g"))
-    draw(numbers, options.out)
-
-
-def seeds_and_steps(options: argparse.Namespace, command: str) -> None:
-    seeds = seeds_by_set(options.results / "cpu")
-    steps = steps_by_set(options.results / name for name in HISTORIES)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "power.csv", seeds.to_csv(index=False, float_format="%.5g"))
-    write_atomic(options.out / "power.md", power_page(seeds, steps, command))
-
-
-WHAT = {"coverage": coverage, "power": seeds_and_steps}
+# --- The command.
 
 
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of cpu and of other studies")
-    parser.add_argument("--out", type=Path, help="default: results/coverage, results/power")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/coverage"))
     parser.add_argument("--repetitions", type=int, default=500, help="of an experiment")
     options = parser.parse_args(arguments)
-    options.out = options.out or Path("results", options.what)
-    WHAT[options.what](options, shlex.join(["python", "scripts/intervals.py", *arguments]))
-    print((options.out / f"{options.what}.md").read_text(encoding="utf-8"))
+    every = differences(options.results / "cpu")
+    raced, (numbers, fits) = races(every), simulate(every, options.repetitions)
+    options.out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "scripts/intervals.py", *arguments])
+    page = coverage_page(numbers, fits, raced, command, options.repetitions)
+    write_atomic(options.out / "coverage.csv", numbers.to_csv(index=False, float_format="%.5g"))
+    write_atomic(options.out / "coverage.md", page)
+    write_atomic(options.out / "races.csv", raced.to_csv(index=False, float_format="%.5g"))
+    draw(numbers, options.out)
+    print(page)
 
 
 if __name__ == "__main__":

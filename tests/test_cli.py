@@ -75,7 +75,6 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
         "curves.svg",
         "sparsity.png",
         "sparsity.svg",
-        "training.png",
         "predictions.png",
         "example.png",
         "index.html",

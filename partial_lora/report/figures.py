@@ -47,7 +47,6 @@ from partial_lora.report.predictions import read_all
 from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
 from partial_lora.report.statistics import MARGIN
-from partial_lora.report.summary import measured
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 MOST = 9  # panels of a figure
@@ -65,8 +64,6 @@ _FAR = 3  # times the usual distance from zero: a row that lies wholly beyond is
 
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
 _NO_VERDICT = ("D", False)
-_TRAIN = {"color": BLUE, "linestyle": "-"}
-_VALIDATION = {"color": VERMILLION, "linestyle": "--", "marker": "o", "markersize": 4}
 _CURVES = {  # rows are darker than columns, and their larger marker shows behind the other
     "rows": ({"color": BLUE, "linestyle": "-"}, None, {"color": BLUE, "marker": "o", "markersize": 7}),
     "columns": (
@@ -153,53 +150,6 @@ def _banded(axes: Axes, line: Band, *, color: str, **style) -> None:
         axes.plot(steps, means, color=color, markevery=max(1, len(steps) // _MOST_MARKS), **style)
         if low != high:
             axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
-
-
-def training_curve(result: Mapping, path: Path) -> Path | None:
-    """Draw the losses and the validation metric of a run over its optimizer steps.
-
-    Above, training and validation loss; below, the metric on validation, its best value marked, and the test value of
-    the run as a line. Gives the file, in the format of its suffix, or None where nothing was logged.
-    """
-    metric, figure = selected(result), Figure(figsize=(7, 5.4), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    losses, validation = (band([result["history"]], key) for key in ("loss", f"eval_{metric}"))
-    of_validation = band([result["history"]], "eval_loss")
-    if not losses and not validation:
-        return None
-    _banded(above, losses, label="training", linewidth=1.5, **_TRAIN)
-    _banded(above, of_validation, label="validation", linewidth=1.5, **_VALIDATION)
-    above.set_ylabel("loss")
-    if all(value >= 0 for _, value, *_ in losses + of_validation):
-        above.set_ylim(bottom=max(0, above.get_ylim()[0]))  # the margin must not suggest losses below zero
-    _banded(below, validation, label="validation", linewidth=1.5, **_VALIDATION)
-    if validation:
-        sign = 1 if metric in LOWER_IS_BETTER or metric == "loss" else -1
-        loss = {step: mean for step, mean, *_ in of_validation}
-        step, best, *_ = min(  # records of 0.3 do not say which was selected: of the best, that of the least loss
-            validation,
-            key=lambda point: (
-                point[0] != result.get("training", {}).get("selected"),
-                sign * point[1],
-                loss.get(point[0], 0.0),
-            ),
-        )
-        label = f"selected: {measured(metric, best)}, step {step}"
-        below.plot([step], [best], "o", markersize=10, markerfacecolor="none", color="black", label=label)
-    test = result.get("metrics", {}).get("test", {}).get(metric)
-    if test is not None:
-        label = f"test, once at the end: {measured(metric, test)}"
-        below.axhline(test, color="0.25", linestyle=":", linewidth=1.5, label=label)
-    scored(below, metric, metric)
-    below.set_xlabel("optimizer step")
-    below.set_xlim(left=0)
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (above, below):
-        plain(axes)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=9)
-    figure.suptitle(titled("Training", result), fontsize=11)
-    return save(figure, path)
 
 
 def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:

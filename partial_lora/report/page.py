@@ -40,7 +40,6 @@ from partial_lora.report.figures import (
     pareto,
     points,
     selected,
-    training_curve,
 )
 from partial_lora.report.folders import OF_SEED, at_best_rates, folders
 from partial_lora.report.predictions import Predictions, read_all
@@ -224,7 +223,6 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         modules = json.loads(calibration.read_text(encoding="utf-8"))["modules"] if calibration.is_file() else None
         draw_calibration(record, modules, directory)
         if record["metrics"]:
-            training_curve(record, directory / "training.png")
             rows = rows_of(settings, fetch=True)
             draw_predictions(record, directory, rows)
             write_run(run_of(record, directory), rows)

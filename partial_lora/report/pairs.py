@@ -46,7 +46,7 @@ class Outcome:
         """A row a test example; raises PartialLoraError or ValueError, which says why there are none."""
         if self.stored is None:
             raise PartialLoraError(f"{self.group}: its predictions are not asked for")
-        frame = self.stored.of(self.group, [self.seed], self.metric)[self.seed]
+        frame = self.stored.of(self.group, self.seed, self.metric)
         if self.member is None or "member" not in frame:
             return frame
         return frame[frame["member"] == self.member].drop(columns="member").reset_index(drop=True)

@@ -28,30 +28,26 @@ class Predictions:
         self._results_dir = Path(results_dir)
         self._frames: dict[tuple[str, int, bool], pd.DataFrame] = {}
 
-    def of(self, group: str, seeds: Iterable[int], metric: str) -> dict[int, pd.DataFrame]:
-        """Return what the runs of a folder predicted, by seed: the columns that `metric` is computed from.
+    def of(self, group: str, seed: int, metric: str) -> pd.DataFrame:
+        """Return what a run predicted: the columns that `metric` is computed from.
 
-        Raises PartialLoraError where a run has none, ValueError where its file is broken.
+        Raises PartialLoraError where it has kept nothing, ValueError where its file is broken.
         """
-        return {seed: self._frame(group, seed, whole=metric in OF_ALL_TOGETHER) for seed in seeds}
+        whole = metric in OF_ALL_TOGETHER
+        if (group, seed, whole) not in self._frames:
+            try:
+                stored = _stored(self._file(group, seed).parent, None if whole else _COMPARED)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{group}/seed{seed}/{PREDICTIONS} cannot be read: {error}") from error
+            if stored is None:
+                raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; train it again with overwrite=true")
+            self._frames[group, seed, whole] = stored.to_pandas()
+        return self._frames[group, seed, whole]
 
     def exist(self, group: str, seeds: Iterable[int]) -> bool:
         """Return True where any of these runs has its predictions."""
         files = [self._file(group, seed) for seed in seeds]
         return any(file.is_file() or packs.predictions_of(file.parent) is not None for file in files)
-
-    def _frame(self, group: str, seed: int, *, whole: bool) -> pd.DataFrame:
-        key = (group, seed, whole)
-        if key in self._frames:
-            return self._frames[key]
-        try:
-            stored = _stored(self._file(group, seed).parent, None if whole else _COMPARED)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{group}/seed{seed}/{PREDICTIONS} cannot be read: {error}") from error
-        if stored is None:
-            raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; train it again with overwrite=true")
-        self._frames[key] = stored.to_pandas()
-        return self._frames[key]
 
     def _file(self, group: str, seed: int) -> Path:
         return self._results_dir / group / f"seed{seed}" / PREDICTIONS

@@ -285,10 +285,9 @@ def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, st
     if not math.isnan(half):
         return *within((mean - half, mean + half), metric), "seeds"
     try:
-        (frame,) = predictions.of(row["group"], map(int, row["seeds"].split()), metric).values()
-    except (PartialLoraError, ValueError, KeyError):
+        ends = over_examples(predictions.of(row["group"], int(row["seeds"]), metric), metric)
+    except (PartialLoraError, ValueError):
         return None
-    ends = over_examples(frame, metric)
     return None if ends is None else (*ends, "examples")
 
 

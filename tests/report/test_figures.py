@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 from recorded_runs import place, record
@@ -19,14 +18,6 @@ from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-HISTORY = [
-    *({"loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "step": step} for step in range(10, 60, 10)),
-    *(
-        {"eval_loss": 1 - accuracy, "eval_accuracy": accuracy, "eval_runtime": 1.0, "step": step}
-        for step, accuracy in zip((12, 24, 36, 48, 60), (0.5, 0.8, 0.9, 0.975, 0.96), strict=True)
-    ),
-    {"train_loss": 0.3, "train_runtime": 30.0, "step": 60},
-]
 
 
 def test_names_of_classes_are_no_mathematics(tmp_path):
@@ -51,7 +42,7 @@ def calibrated(depth=3, kinds=KINDS, start="timm_model.blocks"):
             passing = [[round(0.05 * step, 10), [0.72, 0.95]] for step in range(1, int(value / 0.05) + 1)]
             curve = [*passing, [0.96, [0.1, 0.71]], [0.97, 0.2], [0.98, None], [0.99, [None, 0.3]]]
             curves[name][axis] = {"sparsity": value, "curve": curve}
-    return record(test=0.9512, sparsity=sparsity, history=HISTORY), curves
+    return record(test=0.9512, sparsity=sparsity), curves
 
 
 def words(labels):
@@ -65,51 +56,10 @@ def data(line):
 # Training
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures that are written, to look at what is in them."""
-    written, write = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *given, **options: written.append(figure) or write(figure, *given, **options)
-    )
-    return written
-
-
-def test_the_curve_is_the_history(tmp_path, saved):
-    figures.training_curve(record(test=0.9512, history=HISTORY), tmp_path / "training.png")
-    above, below = saved[0].axes
-    training, validation = above.lines
-    accuracy, best, test = below.lines
-    for line, key in ((training, "loss"), (validation, "eval_loss"), (accuracy, "eval_accuracy")):
-        assert data(line) == [[entry["step"], entry[key]] for entry in HISTORY if key in entry]
-    assert data(best) == [[48, 0.975]]
-    assert set(test.get_ydata()) == {0.9512}
-    labels = words(below.get_legend().get_texts())
-    assert labels[1:] == ["selected: 97.50 %, step 48", "test, once at the end: 95.12 %"]
-    for axes in (above, below):
-        looks = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
-        assert len(looks) == len(axes.lines)  # without colour
-    bottom, top = above.get_ylim()
-    assert 0 <= bottom <= 0.025 < 0.2 < top < 0.55  # of losses, none of which is below zero
-
-
-def test_of_equal_scores_the_one_with_the_least_loss_is_the_best(tmp_path, saved):
-    at = [(10, 0.9, 0.5), (20, 0.9, 0.3), (30, 0.8, 0.1)]
-    history = [{"step": step, "eval_accuracy": score, "eval_loss": loss} for step, score, loss in at]
-    figures.training_curve(record(test=0.9, history=history), tmp_path / "training.png")
-    assert data(saved[0].axes[1].lines[1]) == [[20, 0.9]]
-
-
-def test_a_metric_that_validation_did_not_log_gives_way_to_the_loss(tmp_path, saved):
+def test_a_metric_that_validation_did_not_log_gives_way_to_the_loss():
     f1 = record(metrics={"validation": {"primary": "f1", "f1": 0.5}}, history=[{"eval_f1": 0.5, "step": 10}])
-    losses = f1 | {"history": [{"eval_loss": 2.0, "step": 10}, {"eval_loss": 1.0, "step": 20}]}
-    alone = record(history=[{"loss": 1.0, "step": 1}], metrics={})
-    nothing = record(history=[{"train_runtime": 1.0, "step": 0}])
-    files = [figures.training_curve(each, tmp_path / "training.png") for each in (f1, losses, alone, nothing)]
-    assert [file is None for file in files] == [False, False, False, True]
-    assert data(saved[0].axes[1].lines[0]) == [[10, 0.5]]
-    assert figures.selected(losses) == "loss"
-    assert data(saved[1].axes[1].lines[1]) == [[20, 1]]  # the best is the lowest
+    assert figures.selected(f1) == "f1"
+    assert figures.selected(f1 | {"history": [{"eval_loss": 2.0, "step": 10}]}) == "loss"
 
 
 def test_a_band_is_over_the_steps_that_all_seeds_have():
@@ -403,10 +353,9 @@ def test_figures_of_a_run_need_no_display_and_the_same_record_gives_the_same_byt
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         figures.draw_calibration(result, modules, tmp_path / name)
-        figures.training_curve(result, tmp_path / name / "training.png")
     contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
     assert contents[0] == contents[1]
-    assert sorted(contents[0]) == ["curves.png", "curves.svg", "sparsity.png", "sparsity.svg", "training.png"]
+    assert sorted(contents[0]) == ["curves.png", "curves.svg", "sparsity.png", "sparsity.svg"]
     (tmp_path / "dense").mkdir()
     figures.draw_calibration(result | {"sparsity": {}}, None, tmp_path / "dense")
     assert list((tmp_path / "dense").iterdir()) == []

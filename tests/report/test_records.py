@@ -386,15 +386,15 @@ def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path
     frame = pd.read_parquet(file)
     frame.assign(logits=[[0.0, 1.0]] * len(frame)).to_parquet(file)
     known, group = Predictions(tmp_path), str(file.parents[1].relative_to(tmp_path))
-    assert set(known.of(group, [0], "accuracy")[0]) == {"label", "prediction"}
-    assert "logits" in known.of(group, [0], "f1")[0]
+    assert set(known.of(group, 0, "accuracy")) == {"label", "prediction"}
+    assert "logits" in known.of(group, 0, "f1")
     file.unlink()
-    assert len(known.of(group, [0], "accuracy")[0]) == len(frame)
+    assert len(known.of(group, 0, "accuracy")) == len(frame)
     with refusal("", PREDICTIONS):
-        Predictions(tmp_path).of(group, [0], "accuracy")
+        Predictions(tmp_path).of(group, 0, "accuracy")
     file.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=PREDICTIONS):
-        Predictions(tmp_path).of(group, [0], "accuracy")
+        Predictions(tmp_path).of(group, 0, "accuracy")
     assert not Predictions(tmp_path).exist(group, [1])
 
 
