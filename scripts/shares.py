@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from first_steps import Subject, gradients_of
+from analyses import Subject
+from first_steps import gradients_of
 from peft.tuners.lora import LoraLayer
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -33,6 +34,7 @@ from partial_lora.files import write_atomic
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.report import records
+from partial_lora.settings.versions import plain
 
 OUT, RUNS = Path("results/analyses/shares"), Path("results/decided")
 ROWS = 400  # of test, of which losses are
@@ -42,7 +44,7 @@ WORTHS = {"gradient": "first gradient", "change": "change by training", "loss": 
 
 def measure(run: FinishedRun) -> pd.DataFrame:
     """Return what each module of a run of dense LoRA is worth, per number of its adapter."""
-    subject, trained = Subject(run.config), RunModel(run)
+    subject, trained = Subject(plain(run.config)), RunModel(run)
     squares = {name: float((gradient**2).sum()) for name, gradient in gradients_of(subject).items()}
     layers = {
         name.removeprefix("base_model.model."): layer
