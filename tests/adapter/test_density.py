@@ -45,16 +45,13 @@ FORMS = {
     "groups": {"granularity": "groups"},
     "frozen": {"columns": "frozen", "row_exponent": 0.5},
     "frozen, entries": {"columns": "frozen", "granularity": "element"},
-    "frozen, units": {"columns": "frozen", "granularity": "units"},
     "one-hot": {"columns": "one_hot"},
-    "one-hot, entries": {"columns": "one_hot", "granularity": "element"},
     "one-hot rows": {"rows": "one_hot"},
     "one-hot, ranks": {"columns": "one_hot", "rank_pattern": {"fc1": 1, "attn.proj": 3}},
-    "ranks": {"rank_pattern": {"fc1": 1, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
-    "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
+    "ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-OF_CONVOLUTIONS = ("scaled", "kept entries, scaled", "units", "groups", "frozen")  # gather otherwise
+OF_CONVOLUTIONS = ("kept entries, scaled", "units", "frozen")  # gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
