@@ -194,7 +194,7 @@ def test_a_clean_interpreter_of_peft_alone_agrees_with_the_run(tmp_path):
 
 
 def test_the_clean_interpreter_cannot_import_this_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_SCRIPT", export._SCRIPT.replace("job = ", "import partial_lora.adapter\njob = "))
+    monkeypatch.setattr(export, "_SCRIPT", export._SCRIPT.replace("import torch\n", "import partial_lora.adapter\n", 1))
     with pytest.raises(ProofError, match=r"partial_lora.*not a package"):
         export.logits_elsewhere(export._samples(image_run()), model=tmp_path)
 
