@@ -152,8 +152,15 @@ def imported_anew(place, found):
     for name in [name for name in sys.modules if name.split(".")[0] == "partial_lora"]:
         del sys.modules[name]
     sys.modules["fcntl"] = None  # as on Windows
-    overridden = (peft.tuners.lora.LoraModel, "add_weighted_adapter")
     refusals, libraries, imports = [], set(), builtins.__import__
+
+    def noted(name, scope=None, *others):
+        if scope and scope["__name__"].startswith("partial_lora"):
+            libraries.add(name.split(".")[0])
+        return imports(name, scope, *others)
+
+    builtins.__import__ = noted
+    overridden = (peft.tuners.lora.LoraModel, "add_weighted_adapter")
     for holder, name in [(peft.utils.other, "get_pattern_key"), overridden]:
         value = getattr(holder, name)
         delattr(holder, name)
@@ -164,12 +171,6 @@ def imported_anew(place, found):
             refusals.append((type(error).__name__, name in line, "pip install" in line))
         setattr(holder, name, value)
 
-    def noted(name, scope=None, *others):
-        if scope and scope["__name__"].startswith("partial_lora"):
-            libraries.add(name.split(".")[0])
-        return imports(name, scope, *others)
-
-    builtins.__import__ = noted
     from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
 
     builtins.__import__ = imports
@@ -201,8 +202,8 @@ def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(imported):
     assert loaded == {"adapter", "errors", "files", "masks"}
     assert same
     required = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in importlib.metadata.requires("peft")}
-    # the import costs what PEFT's does
-    assert libraries - sys.stdlib_module_names <= {"partial_lora", "peft", *required}
+    # The import costs what PEFT's does, which requires pyyaml for yaml.
+    assert libraries - sys.stdlib_module_names <= {"partial_lora", "peft", "yaml", *required}
 
 
 def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
