@@ -223,6 +223,7 @@ def with_other_values(run: FinishedRun, folder: Path, *, b: float = 1.0, alpha: 
 
 
 SPOILT = {
+    "zeroed": lambda folder: with_other_values(choice_run(), folder, b=0.0),
     "of another scaling": lambda folder: with_other_values(choice_run(), folder, alpha=1.1),
     "of another run": lambda folder: other_run(),
 }
@@ -233,6 +234,7 @@ SPOILT = {
     [
         *(("of another scaling", to, "float32") for to in export.WRITE),
         ("of another scaling", "merged", "bfloat16"),
+        *(("zeroed", to, "float32") for to in ("peft", "merged")),  # which tells nothing by itself
         *(("of another run", to, "float32") for to in ("peft", "compact", "gguf")),  # other tensors, too
     ],
 )
