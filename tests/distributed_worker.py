@@ -68,6 +68,8 @@ CASES = {
     "vit": Case("wrapped_vit", {"sparsity": 0.87, **AS_PEFT}),
     "gpt2_checkpointed": Case("gpt2", {"sparsity": 0.5, "granularity": "element"}, checkpointing=True),
 }
+REPLICATED = ("llama_one_hot", "vit", "gpt2_checkpointed")  # rows and columns, a head that trains whole, entries
+SHARDED = ("llama", *REPLICATED)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -332,8 +334,8 @@ def factors(layer: torch.nn.Module) -> list[torch.nn.Module]:
 
 CHECKS = {
     "torch": {
-        **{f"ddp {name}": (ddp, case) for name, case in CASES.items()},
-        **{f"fsdp2 {name}": (fsdp2, case) for name, case in CASES.items()},
+        **{f"ddp {name}": (ddp, CASES[name]) for name in REPLICATED},
+        **{f"fsdp2 {name}": (fsdp2, CASES[name]) for name in SHARDED},
         "accelerate": (accelerate_fsdp2, CASES["llama"]),  # last: it tells accelerate that this is FSDP
     },
     "deepspeed": {

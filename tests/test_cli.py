@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 import yaml
 from commands import begun, environment, here
+from safetensors.torch import load_file
 
 from partial_lora import cli
 from partial_lora.building import build
@@ -103,8 +105,6 @@ def test_the_predictions_are_those_the_metric_was_computed_from(place: Path, tra
 
 
 def test_the_adapter_on_disk_is_an_ordinary_lora_adapter_with_zeros_where_masked(place: Path, trained) -> None:
-    from safetensors.torch import load_file
-
     directory, result = record(place, threshold=0.5, seed=0)
     settings = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
@@ -184,12 +184,14 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
     assert {path.name for path in run.iterdir()} >= {"curves.png", "curves.svg", "sparsity.png", "sparsity.svg"}
 
 
-def test_two_processes_share_a_calibration_and_find_and_train_what_one_does(place: Path) -> None:
+def test_two_processes_share_a_calibration_and_find_and_train_in_parts_what_one_does(place: Path) -> None:
     # Rows that do not divide into batches: the epochs that end within these steps end alike.
     settings = (*TINY, "trainer.max_steps=8", "trainer.mixed_precision=no", "importance=snip")
+    settings += ("trainer.head_learning_rate=2e-3", "trainer.loraplus_ratio=4")
     runs = []
     for processes in (1, 2):
         own = (f"results_dir=by{processes}", f"trainer.num_processes={processes}")
+        own += (f"trainer.gradient_accumulation_steps={processes}",)
         done = here(place, "train", *settings, *own, PARTIAL_LORA_CACHE=str(place / f"own_cache{processes}"))
         assert done.returncode == 0, done.stderr
         runs += [path.parent for path in place.glob(f"by{processes}/runs/*/*/*/*/result.json")]
@@ -204,6 +206,15 @@ def test_two_processes_share_a_calibration_and_find_and_train_what_one_does(plac
     assert sidecars[0] == sidecars[1]
     for split in ("validation", "test"):
         assert first["metrics"][split] == pytest.approx(second["metrics"][split], abs=1e-4)
+    steps, parted = ([entry for entry in each["history"] if "grad_norm" in entry] for each in (first, second))
+    for expected, found in zip(steps, parted, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        for name in ("learning_rate", "B_learning_rate", "head_learning_rate"):
+            assert found[name] == expected[name]
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0)
 
 
 def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) -> None:
@@ -223,17 +234,15 @@ def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> No
     assert len(calibrations(place) - known) == 1
 
 
-@pytest.mark.parametrize("method", ["uniform", "probe"])
-def test_the_other_methods_run_from_the_same_head(place: Path, trained, method: str) -> None:
-    done = here(place, "train", *TINY, f"method={method}")
+def test_another_method_runs_from_the_same_head(place: Path, trained) -> None:
+    done = here(place, "train", *TINY, "method=uniform")
     assert done.returncode == 0, done.stderr
-    _, result = record(place, method=method)
+    _, result = record(place, method="uniform")
     _, partial = record(place, method="partial", threshold=0.9, seed=0)
     own, reference = result["parameters"], partial["parameters"]
     assert own["head"] == reference["head"]
     assert result["history"][0]["loss"] == pytest.approx(partial["history"][0]["loss"], abs=1e-5)  # B is zero
-    share = own["adapter_trainable"] / reference["adapter_trainable"]
-    assert 0.99 < share <= 1 if method == "uniform" else share == 0
+    assert 0.99 < own["adapter_trainable"] / reference["adapter_trainable"] <= 1
 
 
 def test_importance_by_data_goes_the_whole_way(place: Path, trained) -> None:
@@ -293,17 +302,6 @@ def test_where_nothing_is_calibrated_calibrate_is_refused_and_leaves_nothing(pla
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"partial-lora: {'method.name' if 'method' in given else 'calibration.sparsity'}=")
         assert not (place / "nothing").exists()
-
-
-def test_masks_of_single_entries_spend_the_budget(place: Path, trained) -> None:
-    settings = (*TINY, "mask=element", "calibration.threshold=0.7", "calibration.budget=0.3")
-    done = here(place, "train", *settings)
-    assert done.returncode == 0, done.stderr
-    directory, result = record(place, threshold=0.7)
-    own = result["parameters"]
-    assert 0.99 * 0.3 * own["adapter_dense"] < own["adapter_trainable"] <= 0.3 * own["adapter_dense"]
-    sidecar = json.loads((directory / "adapter" / "partial_lora.json").read_text())
-    assert (sidecar["granularity"], sidecar["count"]) == ("element", "exact")
 
 
 def test_a_run_ends_with_its_paths_unbroken_and_goes_by_latest_and_by_its_id(place: Path, trained) -> None:
@@ -448,7 +446,6 @@ assert not {{"torch", "transformers", "pandas"}} & set(sys.modules)
     ("arguments", "said"),
     [
         (["model=tiny_vit", "task=cifar10"], r"task=cifar10: .*uoft-cs/cifar10.*task=digits"),
-        (["model=tiny_vit", "model.weights=timm/some"], r"model=tiny_vit: .*timm/some.*model=vit_s14"),
         (["model=tiny_vit", "model.model_args.num_heads=7"], r"model\.model_args"),
     ],
 )
@@ -503,16 +500,6 @@ def test_rows_and_settings_to_beware_of_are_said_and_recorded(place: Path) -> No
     log = file.with_name("train.log").read_text()
     assert all(warning in log for warning in warnings)
     assert "beware: trainer.learning_rate" in done.stdout  # before anything is trained
-
-
-def test_a_sweep_goes_on_after_a_run_that_fails(place: Path) -> None:
-    done = here(place, "train", "-m", *TINY, "method=lora", "task=cifar10,digits", "results_dir=swept")
-    assert done.returncode == 1
-    assert "task=cifar10: " in done.stderr
-    records = {path.parts[-5]: json.loads(path.read_text()) for path in place.glob("swept/runs/*/*/*/*/result.json")}
-    assert {task: result["status"] for task, result in records.items()} == {
-        "digits": "finished"
-    }  # the other never began
 
 
 def test_a_world_that_somebody_else_started_is_refused(place: Path) -> None:

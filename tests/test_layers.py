@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -71,8 +72,12 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
         yield from statements(child)
 
 
-def trees() -> dict[str, ast.Module]:
-    return {name: without_main_guard(ast.parse(file.read_text(encoding="utf-8"))) for name, file in modules().items()}
+@functools.cache
+def edges() -> dict[str, set[str]]:
+    """The modules of this package that each of them imports."""
+    known = set(modules())
+    trees = {name: without_main_guard(ast.parse(file.read_text("utf-8"))) for name, file in modules().items()}
+    return {name: imports(tree, known) for name, tree in trees.items()}
 
 
 def without_main_guard(tree: ast.Module) -> ast.Module:
@@ -83,11 +88,10 @@ def without_main_guard(tree: ast.Module) -> ast.Module:
 
 
 def test_packages_import_downward_only() -> None:
-    known = set(modules())
     upward = set()
-    for name, tree in trees().items():
+    for name, others in edges().items():
         own = name.split(".")[1] if "." in name else None
-        for other in imports(tree, known) if own else ():
+        for other in others if own else ():
             theirs = other.split(".")[1]
             if theirs != own and HEIGHT[theirs] >= HEIGHT[own]:
                 upward.add((own, theirs))
@@ -95,9 +99,7 @@ def test_packages_import_downward_only() -> None:
 
 
 def test_modules_import_each_other_in_no_circle() -> None:
-    known = set(modules())
-    edges = {name: imports(tree, known) - {name} for name, tree in trees().items()}
-    TopologicalSorter(edges).prepare()
+    TopologicalSorter({name: others - {name} for name, others in edges().items()}).prepare()
 
 
 def test_the_top_of_the_package_is_short() -> None:

@@ -31,10 +31,12 @@ def rows(count: int, real: bool = False, size: int = 16) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
     pixels = torch.randn(count, 3, size, size, generator=generator) + labels[:, None, None, None]
-    table = datasets.Dataset.from_dict(
-        {"pixel_values": pixels.numpy(), "labels": (labels / 2 if real else labels).tolist()}
-    )
-    return table.with_format("torch")
+    features = {  # as lists of lists every row of pixels would be made a tensor of its own
+        "pixel_values": datasets.Array3D((3, size, size), "float32"),
+        "labels": datasets.Value("float32" if real else "int64"),
+    }
+    columns = {"pixel_values": pixels.numpy(), "labels": (labels / 2 if real else labels).tolist()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features)).with_format("torch")
 
 
 def adapted(

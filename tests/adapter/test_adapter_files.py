@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
+import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import peft
+import peft.tuners.lora
+import peft.utils.other
 import peft.utils.save_and_load
 import pytest
 import torch
@@ -39,6 +42,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import partial_lora
 from partial_lora.adapter import PEFT, PartialLoraConfig, load_compact, module_masks, warm_start, write_compact
@@ -142,62 +146,68 @@ def test_what_is_no_model_takes_no_compact_adapter(tmp_path, model):
         load_compact(model, tmp_path)
 
 
+def imported_anew(place, found):
+    """In a fork: import the adapter, first beside a PEFT without two things, then as it is, and use it."""
+    os.chdir(place)
+    for name in [name for name in sys.modules if name.split(".")[0] == "partial_lora"]:
+        del sys.modules[name]
+    sys.modules["fcntl"] = None  # as on Windows
+    refusals, libraries, imports = [], set(), builtins.__import__
+
+    def noted(name, scope=None, *others):
+        if scope and scope["__name__"].startswith("partial_lora"):
+            libraries.add(name.split(".")[0])
+        return imports(name, scope, *others)
+
+    builtins.__import__ = noted
+    overridden = (peft.tuners.lora.LoraModel, "add_weighted_adapter")
+    for holder, name in [(peft.utils.other, "get_pattern_key"), overridden]:
+        value = getattr(holder, name)
+        delattr(holder, name)
+        try:
+            import partial_lora.adapter  # noqa: F401
+        except ImportError as error:
+            (line,) = str(error).splitlines()
+            refusals.append((type(error).__name__, name in line, "pip install" in line))
+        setattr(holder, name, value)
+
+    from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
+
+    builtins.__import__ = imports
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
+    model.save_pretrained("saved")
+    write_compact(model, "compact")
+    base = model.unload()
+    again = PeftModel.from_pretrained(base, "saved", config=PartialLoraConfig.from_pretrained("saved"))
+    same = module_masks(again) == module_masks(load_compact(again.unload(), "compact"))
+    loaded = {name.split(".")[1] for name in sys.modules if name.startswith("partial_lora.")}
+    found.put((refusals, libraries, loaded, same))
+
+
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Output of an interpreter that imports the adapter: first beside a PEFT without two things, then as it is."""
-    code = """
-        import gc
-        import sys
-
-        gc.disable()  # all imports stay
-        sys.modules["fcntl"] = None  # as on Windows
-        import peft.mapping
-        import peft.tuners.lora
-        import peft.utils.other
-        from peft import PeftModel, get_peft_model
-        from torch import nn
-
-        libraries = {name.split(".")[0] for name in sys.modules}
-        overridden = (peft.tuners.lora.LoraModel, "add_weighted_adapter")
-        for place, name in [(peft.utils.other, "get_pattern_key"), overridden]:
-            value = getattr(place, name)
-            delattr(place, name)
-            try:
-                import partial_lora.adapter
-            except ImportError as error:
-                lines = str(error).splitlines()
-                print(type(error).__name__, len(lines), name in lines[0], "pip install" in lines[0])
-            setattr(place, name, value)
-        from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
-
-        more = {name.split(".")[0] for name in sys.modules} - libraries
-        assert more == {"partial_lora"}, more  # the import costs what PEFT's does
-        base = nn.Sequential(nn.Linear(8, 8))
-        model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
-        model.save_pretrained("saved")
-        write_compact(model, "compact")
-        base = model.unload()
-        again = PeftModel.from_pretrained(base, "saved", config=PartialLoraConfig.from_pretrained("saved"))
-        assert module_masks(again) == module_masks(load_compact(again.unload(), "compact"))
-        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("partial_lora.")}
-        assert loaded == {"adapter", "errors", "files", "masks"}, loaded
-        """
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path_factory.mktemp("imported"),
-        env=os.environ | {"PYTHONPATH": str(Path(partial_lora.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """What a fork of this process finds that has not yet imported the adapter."""
+    forks = multiprocessing.get_context("fork")
+    found = forks.SimpleQueue()
+    child = forks.Process(target=imported_anew, args=(tmp_path_factory.mktemp("imported"), found))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return found.get()
 
 
 def test_the_adapter_loads_nothing_of_the_runner_and_needs_no_fcntl(imported):
-    assert imported.returncode == 0, imported.stderr
+    _, libraries, loaded, same = imported
+    assert loaded == {"adapter", "errors", "files", "masks"}
+    assert same
+    required = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in importlib.metadata.requires("peft")}
+    # The import costs what PEFT's does, which requires pyyaml for yaml.
+    assert libraries - sys.stdlib_module_names <= {"partial_lora", "peft", "yaml", *required}
 
 
 def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
-    assert imported.stdout.splitlines() == ["UnfitPackageError 1 True True"] * 2
+    assert imported[0] == [("UnfitPackageError", True, True)] * 2
     project = (Path(partial_lora.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{PEFT}"' in project
 

@@ -45,16 +45,13 @@ FORMS = {
     "groups": {"granularity": "groups"},
     "frozen": {"columns": "frozen", "row_exponent": 0.5},
     "frozen, entries": {"columns": "frozen", "granularity": "element"},
-    "frozen, units": {"columns": "frozen", "granularity": "units"},
     "one-hot": {"columns": "one_hot"},
-    "one-hot, entries": {"columns": "one_hot", "granularity": "element"},
     "one-hot rows": {"rows": "one_hot"},
     "one-hot, ranks": {"columns": "one_hot", "rank_pattern": {"fc1": 1, "attn.proj": 3}},
-    "ranks": {"rank_pattern": {"fc1": 1, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
-    "higher ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}},
+    "ranks": {"rank_pattern": {"fc1": 7, "attn.proj": 3}, "alpha_pattern": {"fc1": 5}, "row_exponent": 0.5},
     "ranks of entries": {"rank_pattern": {"fc1": 1, "blocks.0.mlp.fc2": 3}, "granularity": "units", "use_rslora": True},
 }
-OF_CONVOLUTIONS = ("scaled", "kept entries, scaled", "units", "groups", "frozen")  # gather otherwise
+OF_CONVOLUTIONS = ("kept entries, scaled", "units", "frozen")  # gather otherwise
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # of logits up to 10, computed in another order
 BATCH = {vit: KINDS["wrapped_vit"].batch, timm_convnext: KINDS["timm_convnext"].batch}
 
@@ -277,10 +274,10 @@ def test_a_frozen_a_has_the_dtype_of_its_b_and_loads_over_a_base_of_any_other(tm
 
 @pytest.mark.parametrize("form", ["frozen", "one-hot", "one-hot rows"])
 def test_a_frozen_factor_compiles(form):
-    model = fill(adapt(sparsity=0.5, **FORMS[form]))
-    expected = logits(model, images())
+    layer = layers(fill(adapt(sparsity=0.5, **FORMS[form])))["timm_model.blocks.0.mlp.fc1"]
+    x = torch.randn(3, layer.in_features)
     torch._dynamo.reset()
-    assert torch.allclose(torch.compile(model, backend="eager")(**images()).logits, expected, atol=1e-5)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def test_an_a_of_another_seed_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from partial_lora.settings.compose import composed
 from partial_lora.training.cost import kept_by_forward
 
 SMALL = ("trainer.batch_size=4", "method.rank=8", "calibration=fixed", "calibration.budget=0.3")
-CASES = [("tiny_vit", "cifar10", method) for method in ("partial", "low_rank", "entries", "lori", "paca", "rows")]
+CASES = [("tiny_vit", "cifar10", method) for method in ("partial", "entries", "paca")]
 CASES += [("tiny_llama", "arc_easy", "partial"), ("tiny_deberta", "sst2", "lorafa")]
 
 
@@ -50,14 +50,14 @@ def test_what_a_step_keeps_is_known_without_memory(name: str, task: str, method:
 
 
 def test_the_budget_of_a_limit_is_the_largest_that_meets_it(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_HALVINGS", 4)
+    monkeypatch.setattr(memory, "_HALVINGS", 2)
     given = ("model=tiny_vit", "task=cifar10", *SMALL)
     limit = memory.kept_by_step(composed(*given))
     config = composed(*given, f"calibration.kept={limit}")
     found = memory.within(config).calibration
-    assert found.budget >= 0.3 - 1 / 16
+    assert found.budget >= 0.3 - 1 / 4
     assert found.kept is None
-    for budget, fits in ((found.budget, True), (found.budget + 1 / 16, False)):
+    for budget, fits in ((found.budget, True), (found.budget + 1 / 4, False)):
         assert (memory.kept_by_step(composed(*given, f"calibration.budget={budget}")) <= limit) == fits
     with pytest.raises(PartialLoraError, match=r"^calibration\.kept=1000: "):
         memory.within(composed(*given, "calibration.kept=1000"))

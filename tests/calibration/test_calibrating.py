@@ -23,6 +23,7 @@ from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain
 
 TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4", "calibration.seed=3", "calibration.levels=0.2")
+TINY += ("model.target_modules=[attn.qkv,mlp.fc2]",)
 
 
 class Place:

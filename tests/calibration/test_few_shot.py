@@ -120,9 +120,9 @@ def test_a_head_that_is_not_linear_is_refused_by_name(model, batches) -> None:
         pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def digits() -> tuple[tasks.Task, tasks.ImageTransform]:
-    task = tasks.load(TaskConfig(name="digits", path="bundled:digits"))
+    task = tasks.load(TaskConfig(name="digits", path="bundled:digits", train_samples=200))
     return task, tasks.ImageTransform(image_size=32, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear")
 
 

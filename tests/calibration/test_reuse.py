@@ -49,8 +49,13 @@ def in_order(names, order):
     return {"forwards": names, "backwards": names[::-1], "any": shuffled}[order]
 
 
-@pytest.mark.parametrize("family", BLOCKS)
-@pytest.mark.parametrize(("memory", "order"), [(2**31, "any"), (2**31, "backwards"), (9000, "forwards"), (9000, "any")])
+@pytest.mark.parametrize(
+    ("family", "memory", "order"),
+    [
+        *(("vit", *each) for each in ((2**31, "any"), (2**31, "backwards"), (9000, "forwards"))),
+        *((family, 9000, "any") for family in BLOCKS),
+    ],
+)
 def test_the_outputs_are_those_of_a_full_pass_bit_for_bit(family, memory, order):
     model, inputs, names = made(family)
     reuse = Reuse(model, BLOCKS[family], memory)
@@ -128,7 +133,7 @@ def test_going_backwards_costs_no_more_than_going_forwards():
 
 @pytest.mark.parametrize(
     ("family", "order"),
-    [("vit", "forwards"), ("vit", "backwards"), ("bert", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
+    [("vit", "forwards"), ("vit", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
 )
 def test_what_depends_on_a_settled_module_is_forgotten(family, order):
     model, inputs, names = made(family)

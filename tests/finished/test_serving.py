@@ -229,8 +229,15 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize(("to", "dtype"), [*((to, "float32") for to in export.WRITE), ("merged", "bfloat16")])
-@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize(
+    ("spoilt", "to", "dtype"),
+    [
+        *(("of another scaling", to, "float32") for to in export.WRITE),
+        ("of another scaling", "merged", "bfloat16"),
+        *(("zeroed", to, "float32") for to in ("peft", "merged")),  # which tells nothing by itself
+        *(("of another run", to, "float32") for to in ("peft", "compact", "gguf")),  # other tensors, too
+    ],
+)
 def test_a_file_of_another_adapter_does_not_pass_in_any_format(tmp_path, monkeypatch, to, dtype, spoilt):
     in_this_process(monkeypatch)
     write, runs = export.WRITE[to], (choice_run(), SPOILT[spoilt](tmp_path / "run"))
@@ -287,7 +294,7 @@ def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp
     assert 0 < overlap.entries < overlap.rows < 1
 
 
-@pytest.mark.parametrize("way", ["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize("way", ["cat", "svd", "linear", "ties", "magnitude_prune"])
 def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way) -> None:
     run, out = str(choice_run().directory), tmp_path / "out"
     line = ["merge", run, run, "--weights", "1", "1", "--how", way, "--density", "1", "--out", str(out)]
@@ -295,7 +302,7 @@ def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way)
     assert capsys.readouterr().out.count("100.0%") == 3
     twice = {module: 2 * change for module, change in changes(choice_run()).items()}
     # Linear ways add both A and both B; of equal signs, ties takes the mean of both A and of both B.
-    factor = {"linear": 2, "dare_linear": 2, "magnitude_prune": 2, "ties": 0.5, "dare_ties": 0.5}.get(way, 1)
+    factor = {"linear": 2, "magnitude_prune": 2, "ties": 0.5}.get(way, 1)
     for module, change in changes(choice_run(), out).items():
         torch.testing.assert_close(change, twice[module] * factor, atol=1e-5, rtol=1e-3)
     assert cli.main(line) == 2  # there is something now

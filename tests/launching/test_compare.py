@@ -102,20 +102,20 @@ def leaving(made: list, **changes: object):
 def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> None:
     """With records in place of runs: nothing twice."""
     own = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries(["low_rank", "uniform"], [0.3], own)
+    entries = compare.entries(["low_rank"], [0.3], own)
     made: list = []
     assert comparing(entries, leaving(made, best=2e-3), search="full", seeds=2) == 0
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == len(made) == len(set(made))
-    assert len(made) >= 2 * search.runs_at_least(3, 2)
-    again = compare.entries(["low_rank", "uniform"], [0.3], own)
+    assert len(made) >= search.runs_at_least(3, 2)
+    again = compare.entries(["low_rank"], [0.3], own)
     assert comparing(again, leaving([], best=2e-3), search="full", seeds=2) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
     makes: list = []
-    again = compare.entries(["low_rank", "uniform"], [0.3], own)
+    again = compare.entries(["low_rank"], [0.3], own)
     comparing(again, leaving(makes), search="full", seeds=2)
     assert makes == []  # records suffice: there are no weights here
-    again = compare.entries(["low_rank", "uniform"], [0.3], (*own, "overwrite=true"))
+    again = compare.entries(["low_rank"], [0.3], (*own, "overwrite=true"))
     comparing(again, leaving(makes, best=2e-3), search="full", seeds=2)
     assert len(makes) == len(made)
 
@@ -303,11 +303,11 @@ def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None
 
 def test_auto_takes_the_first_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    monkeypatch.setattr(compare, "CANDIDATES", ("entries", "low_rank", "lori", "uniform"))
+    monkeypatch.setattr(compare, "CANDIDATES", ("entries", "low_rank", "lori"))
     monkeypatch.setattr(compare, "TAKEN", 2)
     every, lines = compare.prepared(comparison.Comparison(["auto"]), own)
     assert [entry.method for entry in every] == ["entries", "low_rank"]
-    assert lines[0].startswith("lori, uniform: ")
+    assert lines[0].startswith("lori: ")
     few = {"served": 1.1 * min(entry.served for entry in every)}  # no single entries, whose file is the dense adapter's
     found, lines = compare.prepared(comparison.Comparison(["auto"], limit=few), own)
     assert "entries" not in [entry.method for entry in found]

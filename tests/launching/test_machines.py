@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 SETTINGS = (
     *("model=tiny_llama", "task=text_generation", "task.prompt_columns=[prompt]", "task.response_column=response"),
-    *("task.max_new_tokens=8", "calibration.levels=0.45", "calibration.share=0.1", "calibration.reliability=false"),
-    *("trainer.max_steps=9", "trainer.save_steps=3", "trainer.learning_rate=0.01", "trainer.eval_batch_size=4"),
+    *("task.max_new_tokens=4", "calibration.levels=0.45", "calibration.share=0.1", "calibration.reliability=false"),
+    *("trainer.max_steps=6", "trainer.save_steps=3", "trainer.learning_rate=0.01", "trainer.eval_batch_size=4"),
     "trainer.mixed_precision=no",
 )
 
@@ -26,7 +26,7 @@ SETTINGS = (
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prompts and responses; of the test rows there are so many that processes have unlike numbers."""
     folder = tmp_path_factory.mktemp("machines")
-    for split, (count, first) in {"train": (200, 0), "test": (9, 1000)}.items():
+    for split, (count, first) in {"train": (80, 0), "test": (5, 1000)}.items():
         rows = [{"prompt": f"say {number}", "response": f"{number} it is"} for number in range(first, first + count)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

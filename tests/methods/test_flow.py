@@ -83,7 +83,7 @@ def test_a_row_of_the_values_reaches_the_columns_of_its_chain_and_no_others(name
 @pytest.mark.parametrize("name", BLOCKS)
 def test_kept_columns_meet_kept_rows_at_the_counts_of_partial(name: str) -> None:
     _, found = found_in(name)
-    for seed in range(3):
+    for seed in range(2):
         reference, _ = adapted("partial", name, seed=seed)
         model, _ = adapted("flow", name, seed=seed)
         before, after = module_masks(reference), module_masks(model)

@@ -40,12 +40,8 @@ SAVED = {  # {class: the keys of its config}
     "ModernBertForMaskedLM": TEXT | ENDS | {"cls_token_id": 1, "sep_token_id": 2},
     "LlamaForCausalLM": CAUSAL,
     "Qwen2ForCausalLM": CAUSAL,
-    "Qwen3ForCausalLM": CAUSAL,
-    "MistralForCausalLM": CAUSAL,
-    "Gemma2ForCausalLM": CAUSAL,
     "Gemma4ForCausalLM": CAUSAL
     | {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 4, "global_head_dim": 16},
-    "PhiForCausalLM": TEXT | ENDS,
     "GPTNeoXForCausalLM": TEXT | ENDS,
     "OPTForCausalLM": TEXT | ENDS | {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "BloomForCausalLM": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2, **ENDS},

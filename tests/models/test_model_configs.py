@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from configured import ALL, OTHERS, TINY, TINY_OF, inputs, labels, load, logits, loud, settings
@@ -32,6 +34,7 @@ PARAMETERS = {
 }
 
 
+@functools.cache
 def empty(name: str) -> nn.Module:
     chosen = settings(name)
     names = {key: chosen[key] for key in ("family", "architecture", "model_args") if key in chosen}

@@ -226,6 +226,7 @@ def test_the_command_filters_groups_and_names_what_it_left_out(tmp_path, capsys,
     assert "seed10/result.json" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_could_not_be_compared_or_drawn_is_named_and_ends_nothing(tmp_path, capsys):
     for seed in (0, 1):
         leave(tmp_path, "partial", wrong=20, seed=seed)
@@ -293,20 +294,20 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(te
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
     command += [f"--window-size={max(width, 500)},900"]
-    done, _ = (
-        subprocess.run(
-            [*command, option, outer.as_uri()], capture_output=True, encoding="utf-8", timeout=120, check=True
-        )
-        for option in ("--dump-dom", f"--screenshot={shot}")
-    )
+
+    def browsed(option: str) -> subprocess.CompletedProcess:
+        words = [*command, option, outer.as_uri()]
+        return subprocess.run(words, capture_output=True, encoding="utf-8", timeout=120, check=True)
+
+    done = browsed("--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     rising, falling, order, focused, fits, tabs = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
     assert rising.split("|") == ["30.00", "91.00", "100.00"]
     assert falling.split("|") == rising.split("|")[::-1]
     assert (order, focused, fits) == ("descending", "true", "true")
     assert tabs.split("|") == ["tab-0", "tab-2"]  # one at a time: the first, and what the address names
-    from PIL import Image
-
-    with Image.open(shot) as image:
-        assert image.width == max(width, 500)
-        assert len(image.crop((0, 0, width, 900)).convert("L").getcolors()) > 20  # something is drawn
+    if width == 360:
+        browsed(f"--screenshot={shot}")
+        with Image.open(shot) as image:
+            assert image.width == 500
+            assert len(image.crop((0, 0, width, 900)).convert("L").getcolors()) > 20  # something is drawn

@@ -350,8 +350,8 @@ def test_a_mixture_of_one_is_that_task(tables) -> None:
 
 
 def test_members_of_images_share_an_adapter_and_are_scored_each_on_its_own_head() -> None:
-    given = ("task.train_samples=400", "task.test_samples=60", "method=lora", "trainer.max_steps=40")
-    given += ("trainer.save_steps=10", "trainer.learning_rate=1e-3", "trainer.batch_size=32")
+    given = ("task.train_samples=200", "task.test_samples=60", "method=lora", "trainer.max_steps=20")
+    given += ("trainer.save_steps=20", "trainer.learning_rate=1e-3", "trainer.batch_size=32")
     run = trained(
         "digits-twice", "task=mixture", f"task.members={{a: {DIGITS}, b.c: {DIGITS}}}", "model=tiny_vit", *given
     )

@@ -66,7 +66,7 @@ def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_lef
     assert training.evaluate()["eval_loss"] == pytest.approx(losses_of[best])
 
 
-@pytest.mark.parametrize(("within", "expected"), [(0, 4), (1, 8), (1.1, 10), (9, 12)])
+@pytest.mark.parametrize(("within", "expected"), [(1, 8), (1.1, 10)])
 def test_the_latest_checkpoint_so_near_the_best_is_left(tmp_path: Path, within: float, expected: int) -> None:
     scores = iter([5 / 12, 9 / 12, 8 / 12, 8.5 / 12, 7.5 / 12, 5 / 12, 0.0])  # of 12 rows: an error of 0.121 at 9 / 12
     training = trainer(adapted(), tmp_path, max_steps=12, save_steps=2, select_within=within)
@@ -244,7 +244,7 @@ def test_every_epoch_of_a_training_by_length_has_its_own_order(tmp_path: Path) -
     assert torch.equal(first.flatten(1).sum(1).sort().values, second.flatten(1).sum(1).sort().values)
 
 
-@pytest.mark.parametrize(("metric", "best"), [("accuracy", max), ("pearson", max), ("mse", min)])
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", max), ("mse", min)])
 def test_the_checkpoint_that_did_best_on_validation_is_what_is_left(tmp_path: Path, metric: str, best) -> None:
     real = metric != "accuracy"
     model = adapted(labels=()) if real else adapted()
@@ -378,7 +378,7 @@ def first_gradient(training: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama"])  # losses of labels and of tokens
 def test_parts_of_a_step_have_its_gradient_and_its_loss(name: str, tmp_path: Path) -> None:
     one, several = (in_parts(name, tmp_path / str(parts), parts, epochs=1.0) for parts in (1, 4))
     expected, found = first_gradient(one), first_gradient(several)
