@@ -86,23 +86,13 @@ def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
-    geometry = _image_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    geometry = Geometry("image", model.architecture, model.model_args, head_config(labels, model.name))
     shapes, size = geometry.empty(), model.image_size
     try:
         shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={size}: model={model.name} {one_line(error)}") from error
     return load_classifier(geometry, model, pickles=False, instead=OFFLINE_IMAGE_MODEL)
-
-
-def empty_image(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
-    """Return the model's shapes on the meta device, as `empty_timm` does."""
-    return _image_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
-
-
-def _image_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
-    auto = transformers.AutoModelForImageClassification
-    return Geometry(auto, "classifier of images", architecture, model_args, head)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -13,14 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models import quantization as quantizations
@@ -41,7 +34,7 @@ def load_encoder(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     weights cannot be had, do not have the geometry of `model.model_args`, or leave a part of the encoder unfilled but
     `model.new_modules`.
     """
-    geometry = _encoder_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    geometry = Geometry("encoder", model.architecture, model.model_args, head_config(labels, model.name))
     return load_classifier(geometry, model, pickles=True, instead=OFFLINE_TEXT_MODEL)
 
 
@@ -77,7 +70,7 @@ def load_causal(model: ModelConfig, labels: Sequence[str] = ()) -> PreTrainedMod
     if quantization is not None:
         options["quantization_config"] = quantizations.config(quantization, getattr(torch, model.dtype))
     loaded = _load(
-        _causal_geometry(model.architecture, model.model_args),
+        Geometry("causal", model.architecture, model.model_args, {}),
         model,
         may_be_new=lambda loaded, key: False,
         pickles=False,
@@ -137,27 +130,6 @@ def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrained
         return type(model).from_pretrained(
             None, config=geometry.config(), state_dict=model.state_dict(), dtype=dtype, **options
         )
-
-
-def empty_encoder(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
-    """Return the model's shapes on the meta device: no weights, no memory, no download.
-
-    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
-    """
-    return _encoder_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
-
-
-def empty_causal(*, architecture: str, model_args: dict, num_labels: int | None = None) -> PreTrainedModel:
-    """Return the model's shapes as `empty_encoder` does; `num_labels` changes nothing."""
-    return _causal_geometry(architecture, model_args).empty()
-
-
-def _encoder_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
-    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, head)
-
-
-def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
-    return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
