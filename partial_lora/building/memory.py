@@ -52,13 +52,13 @@ class StepMemory:
     checkpointed: int | None
 
 
-def step_memory(config: Config, sparsity: float | Sparsity | None = None) -> StepMemory:
-    """Return what a step of these settings keeps. sparsity: of a calibrated method; None: one share everywhere."""
-    model = adapted(config, sparsity)
+def step_memory(config: Config) -> StepMemory:
+    """Return what a step of these settings keeps, with one share everywhere."""
+    model = adapted(config)
     layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     floor, whole = _kept(config, _frozen(config, layers)), _kept(config, model)
     try:
-        checkpointed = _kept(config, adapted(config, sparsity), checkpointed=True)
+        checkpointed = _kept(config, adapted(config), checkpointed=True)
     except PartialLoraError:
         checkpointed = None
     return StepMemory(floor, whole - floor, checkpointed)

@@ -20,17 +20,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.models.config import value_in
+from partial_lora.models.config import ModelConfig, value_in
 
 
 def load_weights(
     model_class: type,
     folder: Path,
     config: PretrainedConfig,
+    model: ModelConfig,
     *,
-    name: str,
-    weights: str,
-    dtype: torch.dtype,
     may_be_new: Callable[[PreTrainedModel, str], bool],
     pickles: bool = False,
     **options: object,
@@ -43,10 +41,10 @@ def load_weights(
     """
     try:
         with quiet():
-            model, report = model_class.from_pretrained(
+            loaded, report = model_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype=getattr(torch, model.dtype),
                 use_safetensors=not pickles or any(folder.glob("*.safetensors")),
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # the head was made for other classes; the rest is checked below
@@ -56,16 +54,16 @@ def load_weights(
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's own words advise to run what is in it
         reason = "a pickle with more in it than weights, or a broken one" if is_pickle else one_line(error)
-        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({reason})") from error
+        raise PartialLoraError(f"model={model.name}: cannot read the weights in {folder} ({reason})") from error
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     for problem, keys in (("missing", report["missing_keys"]), ("of another shape", mismatched)):
-        unfilled = sorted(key for key in keys if not may_be_new(model, key))
+        unfilled = sorted(key for key in keys if not may_be_new(loaded, key))
         if unfilled:
             raise PartialLoraError(
-                f"model={name}: {unfilled[0]} is {problem} in {weights} ({len(unfilled)} such weights); "
+                f"model={model.name}: {unfilled[0]} is {problem} in {model.weights} ({len(unfilled)} such weights); "
                 "model.architecture and model.model_args must be those of the weights"
             )
-    return model
+    return loaded
 
 
 def check_architecture(expected: str, actual: str, weights: str) -> None:

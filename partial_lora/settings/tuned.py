@@ -258,12 +258,12 @@ def load(file: Path) -> list[dict]:
     try:
         content = read_json(file)
         version, entries = content["version"], content["entries"]
-        whole = version not in (*_LACKING, VERSION) or all(_is_whole(entry) for entry in entries)
+        if version not in (*_LACKING, VERSION):
+            expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
+            raise PartialLoraError(f"trainer.tuned={file}: {expected}")
+        whole = all(map(_is_whole, entries))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
-    if version not in (*_LACKING, VERSION):
-        expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
-        raise PartialLoraError(f"trainer.tuned={file}: {expected}")
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
     return [_upgraded(entry, _LACKING[version]) for entry in entries] if version in _LACKING else entries
