@@ -18,8 +18,6 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
 
-CACHE_BYTES = 2**20
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +32,7 @@ def task(kind: str, metrics: tuple[str, ...]) -> Task:
 
 def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
     chosen = task("choice", ("accuracy", "accuracy_norm"))
-    judge = objectives.ByOptions(chosen, ChoiceTransform(TOKENIZER, 64), CACHE_BYTES)
+    judge = objectives.judge_of(chosen, ChoiceTransform(TOKENIZER, 64), TaskConfig(), Alone(), batch_size=2)
     trainer = trained(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):
@@ -58,8 +56,8 @@ def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) ->
 
 def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: Path) -> None:
     chosen = task("generation", ("rouge_l", "exact_match"))
-    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
-    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    config = TaskConfig(max_new_tokens=8)
+    judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), config, Alone(), batch_size=2)
     trainer = trained(judge, tmp_path / "run")
     predict = objectives.predicts(trainer)
     validation, test = (judge.judged(predict, trainer.model, split) for split in ("validation", "test"))
@@ -114,10 +112,10 @@ class Two:
 def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
     chosen = task("generation", ("rouge_l",))
     model, prompts = llama(TOKENIZER), list(chosen.test["prompt"])
-    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
+    config = TaskConfig(max_new_tokens=8)
 
     def written(peers) -> list[str]:
-        judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
+        judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), config, peers, batch_size=2)
         return judge._generate(model, prompts)
 
     shares: dict = {}
