@@ -25,11 +25,7 @@ from partial_lora.masks import GATHER_DENSITY, Mask, TiedMask
 SCATTER_DENSITY_PER_RANK = 0.01
 """Up to a density of this times the rank, adding to kept features beats adding a zero-filled product to all."""
 
-_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-
-
-def _convolve(x: Tensor, weight: Tensor, **settings) -> Tensor:
-    return _CONVOLUTIONS[weight.dim()](x, weight, **settings)
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
 
 
 class MaskedFactor(nn.Module):
@@ -60,7 +56,7 @@ class MaskedFactor(nn.Module):
         self.rank = self.shape[1 - self.axis] * groups
         if self.is_convolution:
             settings = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups")}
-            self._apply_weight = partial(_convolve, **settings)
+            self._apply_weight = partial(_CONVOLUTIONS[dense.weight.dim()], **settings)
         else:
             self._apply_weight = F.linear
             self.out_features, self.in_features = self.shape  # as of the layer that it replaces

@@ -268,18 +268,8 @@ def setting_of(
 
 # --- What a model's files say beside its weights: how inputs are made, and the names of the classes.
 
-# The keys of a timm configuration about the origin of its weights, and about another head or input than the model's.
-_ORIGIN = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url", "paper_ids"}
-_REPLACED = {
-    "architecture",
-    "tag",
-    "pool_size",
-    "test_input_size",
-    "test_crop_pct",
-    "label_names",
-    "label_descriptions",
-}
-_LEFT_OUT = _ORIGIN | _REPLACED | {"label_offset", "custom_load", "notes", "paper_name"}
+# Keys of a timm configuration that hold whatever head the model has.
+_OF_MODEL = ("classifier", "first_conv", "fixed_input_size", "min_input_size")
 
 
 def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, folder: Path) -> None:
@@ -312,18 +302,14 @@ def _processor(config: ModelConfig) -> dict[str, Any]:
 
 def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
     """Return a config.json in timm's format, which transformers and its image processor read, too."""
-    known = {
-        key: value
-        for key, value in model.timm_model.pretrained_cfg.items()
-        if key not in _LEFT_OUT and value is not None
-    }
+    known = {key: model.timm_model.pretrained_cfg.get(key) for key in _OF_MODEL}
     return {
         "architecture": model.config.architecture,
         "num_classes": model.config.num_labels,
         "num_features": model.timm_model.num_features,
         "label_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
         "model_args": dict(model.config.model_args or {}),
-        "pretrained_cfg": known
+        "pretrained_cfg": {key: value for key, value in known.items() if value is not None}
         | {
             "num_classes": model.config.num_labels,
             "custom_load": False,

@@ -7,9 +7,8 @@ method is counted by the code that trains it.
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +25,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.methods import METHODS
 from partial_lora.models.skeleton import skeleton
+from partial_lora.models.weights import quiet
 from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import fixed_sparsity, spent_evenly
 from partial_lora.training.cost import kept_by_forward
@@ -52,13 +52,13 @@ class StepMemory:
     checkpointed: int | None
 
 
-def step_memory(config: Config, sparsity: float | Sparsity | None = None) -> StepMemory:
-    """Return what a step of these settings keeps. sparsity: of a calibrated method; None: one share everywhere."""
-    model = adapted(config, sparsity)
+def step_memory(config: Config) -> StepMemory:
+    """Return what a step of these settings keeps, with one share everywhere."""
+    model = adapted(config)
     layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     floor, whole = _kept(config, _frozen(config, layers)), _kept(config, model)
     try:
-        checkpointed = _kept(config, adapted(config, sparsity), checkpointed=True)
+        checkpointed = _kept(config, adapted(config), checkpointed=True)
     except PartialLoraError:
         checkpointed = None
     return StepMemory(floor, whole - floor, checkpointed)
@@ -117,15 +117,8 @@ def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: i
         )
     # Which rows are kept, by importance or at random, changes no size.
     build = METHODS["partial"] if method.traits.ranked else method_of(method)
-    with _quiet():
+    with quiet():
         return build(bare, setting_of(config, shapes, sparsity))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():  # libraries use names that others deprecate
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def _at(config: Config, share: float) -> Config:
@@ -150,22 +143,21 @@ def _empty(config: Config, outputs: int = _OUTPUTS) -> nn.Module:
 
 def _frozen(config: Config, adapted: Iterable[str]) -> nn.Module:
     """Return the model without an adapter; gradients pass from the first of the adapted modules on."""
+
+    def needing_gradients(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output if output.requires_grad else output + torch.zeros((), requires_grad=True)  # which keeps nothing
+
     model = _empty(config).requires_grad_(False)
     for name in adapted:
-        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: _needing_gradients(output))
+        model.get_submodule(name).register_forward_hook(needing_gradients)
     return model
-
-
-def _needing_gradients(output: torch.Tensor) -> torch.Tensor:
-    """Return an output that needs gradients, of an operation that keeps nothing."""
-    return output if output.requires_grad else output + torch.zeros((), requires_grad=True)
 
 
 def _kept(config: Config, model: nn.Module, *, checkpointed: bool = False) -> int:
     """Return the bytes that a forward pass of a model on the meta device keeps."""
     size, rows = config.model, config.trainer.local_batch_size
     if checkpointed or size.gradient_checkpointing:
-        with _quiet():
+        with quiet():
             models.enable_gradient_checkpointing(model)
     precision = mixed_precision(config.trainer.mixed_precision, "cuda" if torch.cuda.is_available() else "cpu")
     number = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -435,19 +435,13 @@ def choose_levels(
 
 
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:
-    """Return the key of a result in the store; settings newer than the first stores enter unless they are defaults."""
-    point: dict = {"threshold": config.threshold}
-    if count is not None:
-        point = {"budget": count, "rank": rank, "chance": chance}
-        if granularity != "rows_columns":
-            point["granularity"] = granularity
-    request = point | {"levels": config.levels, "max_sparsity": config.max_sparsity}
-    if config.axes != "separate":
-        request["axes"] = config.axes
-    if config.scope != "independent":
-        request["scope"] = config.scope
-    if config.repair:
-        request["repair"] = [rank, granularity]
-    if config.chance == "majority":
-        request["above_chance"] = chance
-    return json.dumps(request)
+    """Return the key of a result in the store: all that decides it, but for what the store itself is for."""
+    spent = {"budget": count, "rank": rank, "chance": chance, "granularity": granularity}
+    return json.dumps(
+        {
+            **({"threshold": config.threshold} if count is None else spent),
+            **{name: getattr(config, name) for name in ("levels", "max_sparsity", "axes", "scope")},
+            "repair": [rank, granularity] if config.repair else None,
+            "above_chance": chance if config.chance == "majority" else None,
+        }
+    )

@@ -51,9 +51,7 @@ def random(weight: Tensor, *, module: str = "", seed: int = 0) -> Scores:
     def draw(size: int, axis: str) -> Tensor:
         """Return ranks as scores, `size` for the smallest key: keys have more digits than a float64 holds."""
         order = np.argsort(random_keys(size, mask_seed=seed, module=module, axis=axis), kind="stable")
-        scores = torch.empty(size, dtype=torch.float64)
-        scores[torch.from_numpy(order)] = torch.arange(size, 0, -1, dtype=torch.float64)
-        return scores
+        return torch.from_numpy(size - np.argsort(order)).double()
 
     return draw(weight.shape[0], "rows"), draw(weight.shape[1], "columns")
 
@@ -202,13 +200,12 @@ def imp(
     diverges.
     """
     pretrained = {name: module.weight.detach().clone() for name, module in modules.items()}
-    # For rows and for columns: which are left, the last round in which each was left, and its norm in that round.
+    # Of rows and of columns: which are left, and those that have fallen, in their order.
     left = {
         name: tuple(torch.ones(size, dtype=torch.bool, device=own.device) for size in own.shape)
         for name, own in pretrained.items()
     }
-    lasted = {name: tuple(np.zeros(size) for size in own.shape) for name, own in pretrained.items()}
-    norms = {name: tuple(np.zeros(size) for size in own.shape) for name, own in pretrained.items()}
+    fallen: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in modules}
     generator = torch.Generator().manual_seed(seed)
     try:
         with differentiable(model, modules):
@@ -216,27 +213,20 @@ def imp(
                 seen = _training_batches(batches, steps, generator)
                 for name, weight in _train(model, modules, pretrained, left, seen, loss, learning_rate).items():
                     for axis in (0, 1):
-                        own = left[name][axis].cpu().numpy().copy()
-                        norm = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
-                        norms[name][axis][own], lasted[name][axis][own] = norm[own], number
-                        count = min(max(1, math.floor(fraction * own.sum() + 0.5)), own.sum() - 1)  # never the last
-                        candidates = _pruning_order(lasted[name][axis], norms[name][axis])[len(own) - own.sum() :]
-                        left[name][axis][torch.from_numpy(candidates[:count].copy())] = False
+                        norms = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
+                        there = np.flatnonzero(left[name][axis].cpu().numpy())
+                        there = there[np.lexsort((-there, norms[there]))]  # of equals the higher index falls first
+                        if number < rounds - 1:
+                            count = max(1, math.floor(fraction * len(there) + 0.5))
+                            there = there[: min(count, len(there) - 1)]  # never the last
+                        fallen[name][axis].extend(there.tolist())
+                        left[name][axis][torch.from_numpy(there)] = False
     finally:
         for name, module in modules.items():
             module.weight.data.copy_(pretrained[name])
-
-    def places(lasted: np.ndarray, norms: np.ndarray) -> Tensor:
-        place = np.empty(len(norms))
-        place[_pruning_order(lasted, norms)] = np.arange(len(norms))
-        return torch.from_numpy(place)
-
-    return {name: tuple(map(places, lasted[name], norms[name])) for name in modules}
-
-
-def _pruning_order(lasted: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Return indices from the first to fall to the last: by round, then by norm; of equals the higher index first."""
-    return np.lexsort((-np.arange(len(norms)), norms, lasted))
+    return {
+        name: tuple(torch.from_numpy(np.argsort(order)).double() for order in axes) for name, axes in fallen.items()
+    }
 
 
 def _train(

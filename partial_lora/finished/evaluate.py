@@ -20,7 +20,6 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
 from partial_lora.peers import Alone
-from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests, run_id
 from partial_lora.settings.versions import plain
 from partial_lora.tasks import SPLITS, Task
@@ -65,7 +64,6 @@ def evaluate_run(
     start = time.perf_counter()
     known = one_task(run, member, of_another=not task.members)
     own = known.config.task
-    check_modality(run.config.model, task)
     is_own = task == own
     if split != "test" and task.name == own.name and "test" in files_by_split(task.data_files):
         require(
@@ -81,7 +79,11 @@ def evaluate_run(
             kept = getattr(own, key)
             require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=batch_size))
-    other = _own_rows(run, known.member) if is_own and known.member else build.task_of(config)
+    if is_own and known.member:  # its rows, as the run was trained and evaluated on them
+        place = list(run.config.task.members).index(known.member)
+        other = build.task_of(run.config, mixtures=True).members[place]
+    else:
+        other = build.task_of(config)
     places = _places(known.labels, other) if kind_of(task).has_head else None
     if places is not None:
         other = replace(other, labels=tuple(known.labels))  # by which predictions are named
@@ -113,12 +115,6 @@ def evaluate_run(
     }
     write(folder, record, found.predictions)
     return Evaluation(folder, record)
-
-
-def _own_rows(run: FinishedRun, member: str) -> Task:
-    """Return the rows of one of a mixture's members, as the run was trained and evaluated on them."""
-    names = list(run.config.task.members)
-    return build.task_of(run.config, mixtures=True).members[names.index(member)]
 
 
 def _source(task: TaskConfig, split: str) -> str:

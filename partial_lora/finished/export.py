@@ -12,8 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -27,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
-from transformers.utils import logging as transformers_logging
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.building import build
@@ -37,7 +35,7 @@ from partial_lora.finished import serving
 from partial_lora.finished.forms import FORMS
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
-from partial_lora.models import weights
+from partial_lora.models.weights import quiet
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.task import Transform
 
@@ -149,20 +147,6 @@ def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
         state = "has no place in the model" if name in saved else "is missing"
         raise PartialLoraError(f"{folder}/adapter_model.safetensors: {name} {state}; train the run again")
     return adapted.eval()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep bars off the screen, and warnings: PEFT's, of a name that transformers deprecates, and of number formats."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with weights.quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _tensors(adapted: PeftModel) -> dict[str, Tensor]:

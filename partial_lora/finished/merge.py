@@ -17,6 +17,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building
 from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun
+from partial_lora.models.weights import quiet
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def merge(
         raise PartialLoraError(f"--out {folder}: there is something already, expected a new folder")
     names = [f"run{place}" for place in range(len(runs))]  # PEFT would take a bare number for a layer's
     try:
-        with export.quiet():
+        with quiet():
             adapted = PeftModel.from_pretrained(export.base_model(first), str(first.adapter), adapter_name=names[0])
             for name, run in zip(names[1:], others, strict=True):
                 adapted.load_adapter(str(run.adapter), name)

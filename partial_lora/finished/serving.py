@@ -50,8 +50,7 @@ def read(run: FinishedRun, to: str) -> Served:
     or its files are broken.
     """
     run.check_causal(run.directory, f" for --to {to}; export it with --to merged")
-    config, settings = run.config.model, _settings(run, to)
-    model = models.empty(family=config.family, architecture=config.architecture, model_args=config.model_args)
+    settings, model = _settings(run, to), models.empty(**run.config.model.geometry)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return Served(settings, _factors(run.adapter / _WEIGHTS, settings, linear), linear, model.config)
 

@@ -76,7 +76,9 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
         names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
     runs = rows(entries, names, stops)
     if {row["status"] for row in runs} == {"skipped"}:
-        print(_nothing_new(len(runs), stage))
+        number = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
+        done = f"{stage.removesuffix('e')}ed"
+        print(f"{number} recorded, none was {done}; overwrite=true or another results_dir {stage}s them")
     else:
         Console().print(table(runs))
         print(counts(runs))
@@ -451,13 +453,6 @@ def table(runs: Sequence[Mapping]) -> Table:
         reason = [Text(textwrap.shorten(row.get("reason", ""), _LONGEST, placeholder=" …"))] if with_reasons else []
         table.add_row(Text(row["name"]), row["status"], seconds, test, *reason)
     return table
-
-
-def _nothing_new(count: int, stage: str) -> str:
-    """Return the line on a sweep whose runs are all recorded."""
-    number = "1 run is" if count == 1 else f"{count} runs are"
-    done = f"{stage.removesuffix('e')}ed"
-    return f"{number} recorded, none was {done}; overwrite=true or another results_dir {stage}s them"
 
 
 def counts(runs: Sequence[Mapping]) -> str:

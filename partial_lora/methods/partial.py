@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -75,14 +73,14 @@ def largest(scores: ModuleScores, count: int) -> dict[str, dict[str, Mask]]:
     that loses a whole layer collapses.
     """
     parts = {(module, axis): part for module, axes in scores.items() for axis, part in zip(AXES, axes, strict=True)}
-    values = np.concatenate([part.cpu().double().numpy() for part in parts.values()])
-    starts = np.cumsum([0, *map(len, parts.values())])
-    kept = np.zeros(len(values), dtype=bool)
-    for start, end in pairwise(starts):
-        kept[start + values[start:end].argmax()] = True
-    order = np.argsort(-values, kind="stable")
+    values = [part.cpu().double().numpy() for part in parts.values()]
+    order = np.argsort(-np.concatenate(values), kind="stable")
+    kept = np.zeros(len(order), dtype=bool)
+    kept_parts = np.split(kept, np.cumsum([len(part) for part in values])[:-1])  # views
+    for kept_part, part in zip(kept_parts, values, strict=True):
+        kept_part[part.argmax()] = True
     kept[order[~kept[order]][: count - kept.sum()]] = True
     masks: dict[str, dict[str, Mask]] = {module: {} for module in scores}
-    for (module, axis), (start, end) in zip(parts, pairwise(starts), strict=True):
-        masks[module][axis] = Mask(int(end - start), np.flatnonzero(kept[start:end]))
+    for (module, axis), kept_part in zip(parts, kept_parts, strict=True):
+        masks[module][axis] = Mask(len(kept_part), np.flatnonzero(kept_part))
     return masks

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import images, texts
 from partial_lora.models.config import ModelConfig
+from partial_lora.models.weights import AUTO, Geometry
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,16 @@ class Family:
     """
 
     load: Callable[[ModelConfig, Sequence[str]], PreTrainedModel]
-    empty: Callable[..., PreTrainedModel]
     head_name: Callable[[PreTrainedModel], str]
     own_head: bool = False
 
 
 FAMILIES = {
-    "timm": Family(images.load_timm, images.empty_timm, images.head_name),
-    "image": Family(images.load_image, images.empty_image, texts.head_name),
-    "clip": Family(images.load_clip, images.empty_timm, images.head_name, own_head=True),
-    "encoder": Family(texts.load_encoder, texts.empty_encoder, texts.head_name),
-    "causal": Family(texts.load_causal, texts.empty_causal, texts.head_name, own_head=True),
+    "timm": Family(images.load_timm, images.head_name),
+    "image": Family(images.load_image, texts.head_name),
+    "clip": Family(images.load_clip, images.head_name, own_head=True),
+    "encoder": Family(texts.load_encoder, texts.head_name),
+    "causal": Family(texts.load_causal, texts.head_name, own_head=True),
 }
 
 
@@ -57,7 +57,10 @@ def empty(
 
     Raises PartialLoraError for an architecture or an argument that the family's library does not know.
     """
-    return FAMILIES[family].empty(architecture=architecture, model_args=dict(model_args or {}), num_labels=num_labels)
+    args = dict(model_args or {})
+    if family not in AUTO:
+        return images.empty_timm(architecture=architecture, model_args=args, num_labels=num_labels)
+    return Geometry(family, architecture, args, {} if family == "causal" else {"num_labels": num_labels}).empty()
 
 
 def has_own_head(family: str) -> bool:

@@ -29,8 +29,6 @@ from partial_lora.files import FULL, file_sha256, redacted
 from partial_lora.models import bundled
 
 RANDOM = "random"  # weights that are drawn, not loaded
-# Recommended where the hub cannot be reached.
-OFFLINE_IMAGE_MODEL, OFFLINE_TEXT_MODEL, OFFLINE_CAUSAL_MODEL = "vit_s14", "minilm_l6", "smollm2_135m"
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 _CONFIGS = ["config.json", "preprocessor_config.json"]
@@ -46,9 +44,7 @@ _SECONDS = 10.0  # how long the hub may take to answer at all
 logger = logging.getLogger(__name__)
 
 
-def folder_of(
-    weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = OFFLINE_IMAGE_MODEL
-) -> Path:
+def folder_of(weights: str, name: str, *, text: bool = False, pickles: bool = True, instead: str = "vit_s14") -> Path:
     """Return the folder with a model's config and weights, fetched first if need be.
 
     weights: bundled:NAME, a folder, or OWNER/NAME of the model hub, or OWNER/NAME@REVISION for a commit, tag or branch.

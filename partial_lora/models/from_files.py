@@ -21,16 +21,11 @@ from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
 from partial_lora.models.texts import longest_text
-from partial_lora.models.weights import classes_of, quiet, takes
+from partial_lora.models.weights import AUTO, classes_of, quiet, takes
 from partial_lora.tasks.kinds import KINDS
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _TIMM = "timm_wrapper"
-AUTO = {  # classes of transformers, by family
-    "image": "AutoModelForImageClassification",
-    "encoder": "AutoModelForSequenceClassification",
-    "causal": "AutoModelForCausalLM",
-}
 _DTYPES = ("float32", "bfloat16", "float16")
 _LENGTH = {"encoder": 128, "causal": 512}  # tokens, where the model has as many positions
 # Keys of a config that are about files, heads or how a call answers, and none of the model's geometry.
@@ -125,7 +120,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
             "model.quantization=nf4 quantises those"
         )
     family = _family(config, weights, kind)
-    args = _geometry(config, content, classes_of(getattr(transformers, AUTO[family]), config)[0])
+    args = _geometry(config, content, classes_of(family, config)[0])
     dtype = str(config.dtype).removeprefix("torch.")
     settings = {
         "family": family,
@@ -138,7 +133,7 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
 
 def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     """Return the family of a model: by the task's kind, else by the head that it was saved with."""
-    of_family = {family: classes_of(getattr(transformers, auto), config) for family, auto in AUTO.items()}
+    of_family = {family: classes_of(family, config) for family in AUTO}
     classes = {family: [one.__name__ for one in known] for family, known in of_family.items() if known}
     saved = {*(config.architectures or ())}
     wanted = [family for family in classes if saved & {*classes[family]}]

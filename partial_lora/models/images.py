@@ -7,6 +7,7 @@ CLIP's head is its zero-shot classifier.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models.config import ModelConfig
-from partial_lora.models.fetch import OFFLINE_IMAGE_MODEL, RANDOM, folder_of, name_after
+from partial_lora.models.fetch import RANDOM, folder_of, name_after
 from partial_lora.models.texts import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
 from partial_lora.models.weights import (
     Geometry,
@@ -49,7 +50,7 @@ def load_timm(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageC
 
 def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageClassification:
     """Load the model with a head that is still to be filled; the caller's generator is left as it was."""
-    architecture, dtype = model.architecture, getattr(torch, model.dtype)
+    architecture = model.architecture
     shapes = empty_timm(architecture=architecture, model_args=model.model_args, num_labels=head["num_labels"])
     _check_image_size(shapes, model.name, model.image_size)  # before anything is downloaded
     _set_attention(shapes, model.attn_implementation)
@@ -58,7 +59,7 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
             config = transformers.TimmWrapperConfig(
                 architecture=architecture, model_args=dict(model.model_args), **head
             )
-            loaded = transformers.TimmWrapperForImageClassification(config).to(dtype)
+            loaded = transformers.TimmWrapperForImageClassification(config).to(getattr(torch, model.dtype))
         else:
             folder = folder_of(model.weights, model.name)
             with quiet():
@@ -71,9 +72,7 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
                 transformers.TimmWrapperForImageClassification,
                 folder,
                 config,
-                name=model.name,
-                weights=model.weights,
-                dtype=dtype,
+                model,
                 may_be_new=lambda loaded, key: key.startswith(f"{head_name(loaded)}."),
             )
             name_after(loaded, model.weights)
@@ -86,23 +85,13 @@ def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
-    geometry = _image_geometry(model.architecture, model.model_args, head_config(labels, model.name))
+    geometry = Geometry("image", model.architecture, model.model_args, head_config(labels, model.name))
     shapes, size = geometry.empty(), model.image_size
     try:
         shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={size}: model={model.name} {one_line(error)}") from error
-    return load_classifier(geometry, model, pickles=False, instead=OFFLINE_IMAGE_MODEL)
-
-
-def empty_image(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
-    """Return the model's shapes on the meta device, as `empty_timm` does."""
-    return _image_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
-
-
-def _image_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
-    auto = transformers.AutoModelForImageClassification
-    return Geometry(auto, "classifier of images", architecture, model_args, head)
+    return load_classifier(geometry, model)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -199,7 +188,7 @@ def load_clip(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageC
         raise PartialLoraError(f"model={model.name}: a zero-shot head needs classes with names, and the task has none")
     tower = _load(model, head_config(labels, model.name))
     head = tower.get_submodule(head_name(tower))
-    clip, tokenizer = _whole_clip(model.text_weights, model.text_args, name=model.name, width=head.in_features)
+    clip, tokenizer = _whole_clip(model, width=head.in_features)
     projection = clip.visual_projection.weight.detach()
     if projection.shape[1] != head.in_features:
         raise PartialLoraError(
@@ -254,29 +243,22 @@ def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
     )
 
 
-def _whole_clip(
-    text_weights: str, text_args: dict, *, name: str, width: int
-) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+def _whole_clip(model: ModelConfig, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     """Load a whole CLIP in fp32 with its tokenizer; a random CLIP projects image features of `width`."""
-    if text_weights == RANDOM:
-        return _random_clip(text_args, width)
-    folder = folder_of(text_weights, name, text=True)
+    weights = model.text_weights
+    if weights == RANDOM:
+        return _random_clip(model.text_args, width)
+    folder = folder_of(weights, model.name, text=True)
     try:
         config = transformers.CLIPConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise PartialLoraError(f"model.text_weights={text_weights}: expected a CLIP ({one_line(error)})") from error
-    check_architecture("clip", config.model_type, text_weights)
+        raise PartialLoraError(f"model.text_weights={weights}: expected a CLIP ({one_line(error)})") from error
+    check_architecture("clip", config.model_type, weights)
+    whole = replace(model, weights=weights, dtype="float32")
     clip = load_weights(
-        transformers.CLIPModel,
-        folder,
-        config,
-        name=name,
-        weights=text_weights,
-        dtype=torch.float32,
-        may_be_new=lambda model, key: False,
-        pickles=True,
+        transformers.CLIPModel, folder, config, whole, may_be_new=lambda model, key: False, pickles=True
     )
-    return clip.eval(), tokenizer_in(folder, name=name, weights=text_weights)
+    return clip.eval(), tokenizer_in(folder, name=model.name, weights=weights)
 
 
 def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:

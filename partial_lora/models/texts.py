@@ -13,21 +13,16 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models import quantization as quantizations
 from partial_lora.models.config import ModelConfig
-from partial_lora.models.fetch import OFFLINE_CAUSAL_MODEL, OFFLINE_TEXT_MODEL, RANDOM, folder_of, name_after
+from partial_lora.models.fetch import RANDOM, folder_of, name_after
 from partial_lora.models.weights import Geometry, draw_head, fixed_seed, head_config, load_weights, quiet
+from partial_lora.tasks.kinds import kinds_for
 
+_PICKLED = ("encoder",)  # families whose weights may be pickles, where a repository has nothing better
 _HEAD_STD = 0.02  # of a new head, where a config has none: that of BERT
 _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # [SEP] is not 2, which CLIP's class takes for an old mistake
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
@@ -41,19 +36,17 @@ def load_encoder(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     weights cannot be had, do not have the geometry of `model.model_args`, or leave a part of the encoder unfilled but
     `model.new_modules`.
     """
-    geometry = _encoder_geometry(model.architecture, model.model_args, head_config(labels, model.name))
-    return load_classifier(geometry, model, pickles=True, instead=OFFLINE_TEXT_MODEL)
+    geometry = Geometry("encoder", model.architecture, model.model_args, head_config(labels, model.name))
+    return load_classifier(geometry, model)
 
 
-def load_classifier(geometry: Geometry, model: ModelConfig, *, pickles: bool, instead: str) -> PreTrainedModel:
+def load_classifier(geometry: Geometry, model: ModelConfig) -> PreTrainedModel:
     """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
     new = tuple(f"{module}." for module in model.new_modules)
     loaded = _load(
         geometry,
         model,
         may_be_new=lambda loaded, key: not key.startswith(f"{loaded.base_model_prefix}.") or key.startswith(new),
-        pickles=pickles,
-        instead=instead,
     )
     if getattr(loaded.config, "pad_token_id", 0) is None:  # a language model's last token is classified
         ends = loaded.config.eos_token_id  # by which `tokenizer` pads
@@ -76,14 +69,8 @@ def load_causal(model: ModelConfig, labels: Sequence[str] = ()) -> PreTrainedMod
     options, quantization = {}, model.quantization
     if quantization is not None:
         options["quantization_config"] = quantizations.config(quantization, getattr(torch, model.dtype))
-    loaded = _load(
-        _causal_geometry(model.architecture, model.model_args),
-        model,
-        may_be_new=lambda loaded, key: False,
-        pickles=False,
-        instead=OFFLINE_CAUSAL_MODEL,
-        **options,
-    )
+    geometry = Geometry("causal", model.architecture, model.model_args, {})
+    loaded = _load(geometry, model, may_be_new=lambda loaded, key: False, **options)
     if quantization is not None:
         quantizations.keep_gradients(loaded)
     return loaded.eval()
@@ -94,32 +81,25 @@ def _load(
     model: ModelConfig,
     *,
     may_be_new: Callable[[PreTrainedModel, str], bool],
-    pickles: bool,
-    instead: str,
     **options: object,
 ) -> PreTrainedModel:
     geometry.empty()  # refuses an impossible one before anything is downloaded
     if model.attn_implementation is not None:
         geometry.check_attention(model.attn_implementation)
         options["attn_implementation"] = model.attn_implementation
-    name, weights, dtype = model.name, model.weights, getattr(torch, model.dtype)
     with fixed_seed():
-        if weights == RANDOM:
-            return _random(geometry, dtype, options)
-        folder = folder_of(weights, name, text=True, pickles=pickles, instead=instead)
-        loaded = load_weights(
-            geometry.auto,
-            folder,
-            geometry.config_in(folder, weights),
-            name=name,
-            weights=weights,
-            dtype=dtype,
-            may_be_new=may_be_new,
-            pickles=pickles,
-            **options,
-        )
-    name_after(loaded, weights)
+        if model.weights == RANDOM:
+            return _random(geometry, getattr(torch, model.dtype), options)
+        folder = _folder(model.weights, model.name, geometry.family)
+        config, pickles = geometry.config_in(folder, model.weights), geometry.family in _PICKLED
+        loaded = load_weights(geometry.auto, folder, config, model, may_be_new=may_be_new, pickles=pickles, **options)
+    name_after(loaded, model.weights)
     return loaded
+
+
+def _folder(weights: str, name: str, family: str) -> Path:
+    """Return the folder of a model and its tokenizer, fetched first if need be."""
+    return folder_of(weights, name, text=True, pickles=family in _PICKLED, instead=kinds_for(family)[0].model)
 
 
 def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrainedModel:
@@ -137,27 +117,6 @@ def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrained
         return type(model).from_pretrained(
             None, config=geometry.config(), state_dict=model.state_dict(), dtype=dtype, **options
         )
-
-
-def empty_encoder(*, architecture: str, model_args: dict, num_labels: int) -> PreTrainedModel:
-    """Return the model's shapes on the meta device: no weights, no memory, no download.
-
-    Raises PartialLoraError for an architecture, or a part of its geometry, that transformers does not know.
-    """
-    return _encoder_geometry(architecture, model_args, {"num_labels": num_labels}).empty()
-
-
-def empty_causal(*, architecture: str, model_args: dict, num_labels: int | None = None) -> PreTrainedModel:
-    """Return the model's shapes as `empty_encoder` does; `num_labels` changes nothing."""
-    return _causal_geometry(architecture, model_args).empty()
-
-
-def _encoder_geometry(architecture: str, model_args: dict, head: dict) -> Geometry:
-    return Geometry(AutoModelForSequenceClassification, "classifier of sequences", architecture, model_args, head)
-
-
-def _causal_geometry(architecture: str, model_args: dict) -> Geometry:
-    return Geometry(AutoModelForCausalLM, "causal language model", architecture, model_args, {})
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
@@ -191,10 +150,7 @@ def tokenizer(*, name: str, weights: str, family: str = "encoder") -> PreTrained
     """
     if weights == RANDOM:
         return byte_tokenizer()
-    causal = family == "causal"
-    instead = OFFLINE_CAUSAL_MODEL if causal else OFFLINE_TEXT_MODEL
-    folder = folder_of(weights, name, text=True, pickles=not causal, instead=instead)
-    loaded = tokenizer_in(folder, name=name, weights=weights)
+    loaded = tokenizer_in(_folder(weights, name, family), name=name, weights=weights)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     return loaded

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,17 +20,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.models.config import value_in
+from partial_lora.models.config import ModelConfig, value_in
 
 
 def load_weights(
     model_class: type,
     folder: Path,
     config: PretrainedConfig,
+    model: ModelConfig,
     *,
-    name: str,
-    weights: str,
-    dtype: torch.dtype,
     may_be_new: Callable[[PreTrainedModel, str], bool],
     pickles: bool = False,
     **options: object,
@@ -41,10 +41,10 @@ def load_weights(
     """
     try:
         with quiet():
-            model, report = model_class.from_pretrained(
+            loaded, report = model_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype=getattr(torch, model.dtype),
                 use_safetensors=not pickles or any(folder.glob("*.safetensors")),
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # the head was made for other classes; the rest is checked below
@@ -54,16 +54,16 @@ def load_weights(
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's own words advise to run what is in it
         reason = "a pickle with more in it than weights, or a broken one" if is_pickle else one_line(error)
-        raise PartialLoraError(f"model={name}: cannot read the weights in {folder} ({reason})") from error
+        raise PartialLoraError(f"model={model.name}: cannot read the weights in {folder} ({reason})") from error
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     for problem, keys in (("missing", report["missing_keys"]), ("of another shape", mismatched)):
-        unfilled = sorted(key for key in keys if not may_be_new(model, key))
+        unfilled = sorted(key for key in keys if not may_be_new(loaded, key))
         if unfilled:
             raise PartialLoraError(
-                f"model={name}: {unfilled[0]} is {problem} in {weights} ({len(unfilled)} such weights); "
+                f"model={model.name}: {unfilled[0]} is {problem} in {model.weights} ({len(unfilled)} such weights); "
                 "model.architecture and model.model_args must be those of the weights"
             )
-    return model
+    return loaded
 
 
 def check_architecture(expected: str, actual: str, weights: str) -> None:
@@ -77,13 +77,18 @@ def check_architecture(expected: str, actual: str, weights: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from warning of a head that is meant to be new."""
-    verbosity = transformers_logging.get_verbosity()
+    """Keep bars off the screen, and warnings: of a head that is meant to be new, and of names that others deprecate."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -94,9 +99,21 @@ def fixed_seed() -> Iterator[None]:
         yield
 
 
-def classes_of(auto: type, config: PretrainedConfig) -> tuple[type, ...]:
-    """Return the classes that one of transformers' auto classes has for a config; none where it does not know it."""
-    known = auto._model_mapping.get(type(config), ())
+AUTO = {  # by family of transformers' own models: the class that knows a model's class, and its models in words
+    "image": ("AutoModelForImageClassification", "classifier of images"),
+    "encoder": ("AutoModelForSequenceClassification", "classifier of sequences"),
+    "causal": ("AutoModelForCausalLM", "causal language model"),
+}
+
+
+def auto_of(family: str) -> type:
+    """Return the class of transformers that knows the class of a model of a family."""
+    return getattr(transformers, AUTO[family][0])
+
+
+def classes_of(family: str, config: PretrainedConfig) -> tuple[type, ...]:
+    """Return the classes of transformers for models of a family with a config; none where it does not know any."""
+    known = auto_of(family)._model_mapping.get(type(config), ())
     return known if isinstance(known, tuple) else (known,)
 
 
@@ -105,18 +122,20 @@ class Geometry:
     """Shape of one of transformers' own models: `info` counts by it without a download, and weights must fit it.
 
     Args:
-        auto: the class that knows the model's class, such as AutoModelForCausalLM.
-        noun: for messages, such as "causal language model".
+        family: a key of AUTO.
         architecture: transformers' model_type.
         model_args: keys of that type's config.
         head: further keys, those of a new head; {} where there is none.
     """
 
-    auto: type
-    noun: str
+    family: str
     architecture: str
     model_args: Mapping[str, object]
     head: Mapping[str, object]
+
+    @property
+    def auto(self) -> type:
+        return auto_of(self.family)
 
     def config(self) -> PretrainedConfig:
         """Return a new config. Raises PartialLoraError for a type or a key that transformers does not know."""
@@ -126,9 +145,9 @@ class Geometry:
             raise PartialLoraError(
                 f"model.architecture={self.architecture}: transformers has no such model_type (bert, llama, …)"
             ) from error
-        if not classes_of(self.auto, default):
+        if not classes_of(self.family, default):
             raise PartialLoraError(
-                f"model.architecture={self.architecture}: transformers has no {self.noun} of that type"
+                f"model.architecture={self.architecture}: transformers has no {AUTO[self.family][1]} of that type"
             )
         for key in self.model_args:
             if not takes(default, self.built(default), key):
@@ -140,7 +159,7 @@ class Geometry:
 
     def built(self, config: PretrainedConfig) -> type:
         """Return the class of the models of a config; the first where transformers has several."""
-        return classes_of(self.auto, config)[0]
+        return classes_of(self.family, config)[0]
 
     def _named(self, config: PretrainedConfig) -> PretrainedConfig:
         """Return a config that names its model's class, by which transformers chooses among several."""

@@ -39,7 +39,7 @@ def check(config: Config, *, here: bool) -> None:
         require(task.path != FILES or bool(task.data_files), "task.data_files", task.data_files, expected)
     if here and config.trainer.device == "cuda" and sys.platform == "linux":
         require(has_accelerator(), "trainer.device", "cuda", "cpu, or a machine with such a device: this one has none")
-    bare = stored_skeleton(family=model.family, architecture=model.architecture, model_args=model.model_args, outputs=2)
+    bare = stored_skeleton(**model.geometry, outputs=2)
     if bare is None:
         return
     _check_image_size(model, bare)

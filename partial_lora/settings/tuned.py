@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from itertools import dropwhile
+from itertools import dropwhile, product
 from pathlib import Path
 from typing import Any
 
@@ -216,23 +216,22 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> tuple[fl
     such rate.
     """
     entries = {key_in(entry): entry for entry in load(Path(file))}
-    calibration, wanted = None, key_of(settings, None)  # as for a method without an operating point
-    key = _nearest(wanted, entries, stand_in)
-    if key is None or key[0] != wanted[0]:
-        of_file = _calibration(settings)
-        as_calibrated = key_of(settings, of_file)
-        found = _nearest(as_calibrated, entries, stand_in)
-        if key is None or (found is not None and found[0] == wanted[0]):
-            calibration, wanted, key = of_file, as_calibrated, found
-    if key is None:
+    for task, has_point in product((settings["task"]["name"], stand_in), (False, True)):
+        calibration = _calibration(settings) if has_point else None
+        wanted = key_of(settings, calibration)
+        alike = (task, *wanted[1:-1])
+        point = nearest(wanted[-1], (key[-1] for key in entries if key[:-1] == alike))
+        if point is not None:
+            break
+    else:
         missing = ", ".join(f"{name}={value}" for name, value in zip(KEY, wanted, strict=True))
         raise PartialLoraError(
             f"trainer.tuned={file}: no learning rate for {missing}; search for one with experiment=tune and "
             "scripts/tune.py, or take another task's with trainer.tuned_on"
         )
-    found = entries[key]
+    found = entries[(*alike, point)]
     differences = differing(settings_of(settings, calibration), found["settings"])
-    on, at = (None if key[part] == wanted[part] else key[part] for part in (0, -1))
+    on, at = (None if task == wanted[0] else task), (None if point == wanted[-1] else point)
     others = [
         f"{name}={word(value)}"
         for name, _, value in differences
@@ -241,29 +240,17 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> tuple[fl
     return found["learning_rate"], _words(on, at, others)
 
 
-def _nearest(wanted: tuple[str, ...], entries: Mapping[tuple, Mapping], stand_in: str | None) -> tuple | None:
-    """Return the key of an entry of the wanted task, or else of the stand-in, at the nearest operating point."""
-    for task in (wanted[0], stand_in):
-        key = (task, *wanted[1:])
-        if key in entries:
-            return key
-        point = nearest(key[-1], (other[-1] for other in entries if other[:-1] == key[:-1]))
-        if point is not None:
-            return (*key[:-1], point)
-    return None
-
-
 def load(file: Path) -> list[dict]:
     """Return the entries of a file; raise PartialLoraError, naming it, where it is none."""
     try:
         content = read_json(file)
         version, entries = content["version"], content["entries"]
-        whole = version not in (*_LACKING, VERSION) or all(_is_whole(entry) for entry in entries)
+        if version not in (*_LACKING, VERSION):
+            expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
+            raise PartialLoraError(f"trainer.tuned={file}: {expected}")
+        whole = all(map(_is_whole, entries))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"trainer.tuned={file}: no file of learning rates; scripts/tune.py makes one") from error
-    if version not in (*_LACKING, VERSION):
-        expected = f"version {version}, expected {VERSION}; remove it, and make it again with scripts/tune.py"
-        raise PartialLoraError(f"trainer.tuned={file}: {expected}")
     if not whole:
         raise PartialLoraError(f"trainer.tuned={file}: an entry lacks a key or a learning rate above 0; make it again")
     return [_upgraded(entry, _LACKING[version]) for entry in entries] if version in _LACKING else entries
@@ -304,11 +291,10 @@ def _is_whole(entry: Mapping) -> bool:
 def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
     """Return the task, point and first few settings of a rate's search where they are not the run's own."""
     if others:
-        more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
-        place = [*([f"task={on}"] if on else []), *([at] if at else [])]
-        return f"tuned elsewhere ({', '.join([*place, *others[:_SHOWN], *more])})"
-    place = [*([f"on {on}"] if on else []), *([f"at {at}"] if at else [])]
-    return " ".join(["tuned", *place]) if place else None
+        more = f"{len(others) - _SHOWN} more" if len(others) > _SHOWN else None
+        return f"tuned elsewhere ({', '.join(filter(None, [on and f'task={on}', at, *others[:_SHOWN], more]))})"
+    place = " ".join(filter(None, [on and f"on {on}", at and f"at {at}"]))
+    return f"tuned {place}" if place else None
 
 
 def _calibration(settings: Mapping) -> dict:

@@ -57,12 +57,12 @@ def upgraded_settings(settings: Mapping) -> dict:
     current = dict(settings)
     for change in CHANGES:
         group, _, name = change.key.rpartition(".")
-        own = current.get(group) if group else current
+        own = current.get(group)
         if isinstance(own, Mapping) and name not in own:
             former = change.name and change.name.rpartition(".")[2]
             kept = {key: value for key, value in own.items() if key != former}
             kept[name] = own.get(former, change.before) if former else change.before
-            current = current | {group: kept} if group else kept
+            current |= {group: kept}
     method = current.get("method")
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
         kept = {key: value for key, value in method.items() if key != "ranks"}

@@ -53,22 +53,20 @@ def matthews(predictions: np.ndarray, references: np.ndarray) -> float:
 
 def pearson(predictions: np.ndarray, references: np.ndarray) -> float:
     """Return the linear correlation; 0 for a constant, which says nothing of the labels."""
-    from scipy import stats
-
-    return _correlation(stats.pearsonr, predictions, references)
+    return _correlation("pearsonr", predictions, references)
 
 
 def spearman(predictions: np.ndarray, references: np.ndarray) -> float:
     """Return the correlation of the ranks; 0 for a constant."""
+    return _correlation("spearmanr", predictions, references)
+
+
+def _correlation(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
     from scipy import stats
 
-    return _correlation(stats.spearmanr, predictions, references)
-
-
-def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
-    return float(function(predictions, references).statistic)
+    return float(getattr(stats, name)(predictions, references).statistic)
 
 
 # --- How close texts come to their references.

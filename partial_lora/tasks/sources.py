@@ -172,7 +172,10 @@ def read_files(
     table = (text_columns, label_column or "label", regression)
     if not isinstance(data_files, Mapping):
         path, key = Path(data_files), "task.data_files"
-        return _split_folders(key, path) if path.is_dir() else {"train": _read_table(key, path, "train", *table)}
+        if not path.is_dir():
+            return {"train": _read_table(key, path, "train", *table)}
+        of_splits = split_folders(path) or {"train": path}
+        return {split: _image_folder(key, folder, split) for split, folder in of_splits.items()}
     rows: dict[str, Dataset] = {}
     for split in sorted(data_files, key=lambda split: split != "train"):
         key, path = f"task.data_files.{split}", Path(data_files[split])
@@ -187,12 +190,6 @@ def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | No
     """Return the user's file or folder that a split is read from; None for rows from elsewhere."""
     path = data_files.get(split) if isinstance(data_files, Mapping) else data_files
     return Path(path) if path else None
-
-
-def _split_folders(key: str, folder: Path) -> dict[str, Dataset]:
-    """Read images of a folder: of its sub-folders train, test and validation (or val), or of all as train."""
-    of_splits = split_folders(folder) or {"train": folder}
-    return {split: _image_folder(key, part, split) for split, part in of_splits.items()}
 
 
 def _image_folder(key: str, folder: Path, split: str) -> Dataset:

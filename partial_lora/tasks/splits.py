@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,32 +245,22 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     if len(rows) + len(others) > _MANY:
         return 0
     if "image" in rows.column_names:
-        images, known = (list(_encoded(each)) for each in (rows, others))
-        sizes = {image.size for image in images} & {image.size for image in known}  # other sizes need not be read
-        known = {image.content() for image in known if image.size in sizes}
-        return sum(image.size in sizes and image.content() in known for image in images)
+        images, known = _stored(rows), _stored(others)
+        sizes = {size for size, _ in images} & {size for size, _ in known}  # other sizes need not be read
+        known = {_digest(image) for size, image in known if size in sizes}
+        return sum(size in sizes and _digest(image) in known for size, image in images)
     names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
     inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
     known = set(known)
     return sum(each in known for each in inputs)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """An image as it is stored: its bytes, or its file."""
-
-    stored: bytes | Path
-    size: int
-
-    def content(self) -> bytes:
-        """Return a digest of its bytes."""
-        data = self.stored.read_bytes() if isinstance(self.stored, Path) else self.stored
-        return hashlib.sha256(data).digest()
+def _stored(rows: Dataset) -> list[tuple[int, bytes | Path]]:
+    """Return the size of each image as it is stored, and its bytes or its file."""
+    images = rows.select_columns("image").cast_column("image", Image(decode=False))["image"]
+    files = (Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in images)
+    return [(file.stat().st_size if isinstance(file, Path) else len(file), file) for file in files]
 
 
-def _encoded(rows: Dataset) -> Iterator[_Encoded]:
-    for image in rows.select_columns("image").cast_column("image", Image(decode=False))["image"]:
-        if image["bytes"] is None:
-            yield _Encoded(Path(image["path"]), Path(image["path"]).stat().st_size)
-        else:
-            yield _Encoded(image["bytes"], len(image["bytes"]))
+def _digest(image: bytes | Path) -> bytes:
+    return hashlib.sha256(image.read_bytes() if isinstance(image, Path) else image).digest()

@@ -132,23 +132,20 @@ class Judge(Protocol):
 
 @dataclass
 class _TaskJudge:
-    """The rows of one task, prepared by its transform."""
+    """The rows of one task, prepared by its transform. batch_size: of texts that are generated together."""
 
     task: Task
     transform: Transform
-    cache_bytes: int
-
-    @classmethod
-    def of(cls, task: Task, transform: Transform, config: TaskConfig, peers: Peers, batch_size: int) -> Judge:
-        """Return the judge of a task (`judge_of`)."""
-        return cls(task, transform, config.cache_bytes)
+    config: TaskConfig
+    peers: Peers
+    batch_size: int
 
     @property
     def selects(self) -> str:
         return kind_of(self.task).selects or self.task.metrics[0]
 
     def train(self) -> Dataset:
-        return self.transform.prepare(self.task.train, cache_bytes=self.cache_bytes)
+        return self.transform.prepare(self.task.train, cache_bytes=self.config.cache_bytes)
 
     def validation(self) -> Dataset:
         return by_length(self._rows("validation"))
@@ -157,10 +154,9 @@ class _TaskJudge:
         return self._rows("test")
 
     def _rows(self, split: str) -> Dataset:
-        return self.transform.prepare(getattr(self.task, split), cache_bytes=self.cache_bytes)
+        return self.transform.prepare(getattr(self.task, split), cache_bytes=self.config.cache_bytes)
 
 
-@dataclass
 class ByLabels(_TaskJudge):
     """Classes or real numbers, predicted by the logits of an example."""
 
@@ -180,7 +176,6 @@ class ByLabels(_TaskJudge):
         return Judged({"primary": self.task.metrics[0], **values}, frame)
 
 
-@dataclass
 class ByOptions(_TaskJudge):
     """Multiple choice: trained on the right option alone, judged by the most likely of all."""
 
@@ -204,26 +199,17 @@ class ByOptions(_TaskJudge):
         return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
 
     def _rows(self, split: str) -> Dataset:
-        return self.transform.options(getattr(self.task, split), cache_bytes=self.cache_bytes)
+        return self.transform.options(getattr(self.task, split), cache_bytes=self.config.cache_bytes)
 
 
-@dataclass
 class ByTexts(_TaskJudge):
     """Generation: selected by the perplexity of the responses, reported by the texts that the model generates.
 
     No text is generated where the task's metrics are of none.
     """
 
-    peers: Peers
-    writing: Mapping[str, object]  # stop, max_new_tokens, batch_size of `generate`
-    answer: str | None = None
     loss = staticmethod(loss_of_tokens)
     reduce = staticmethod(predictions.log_likelihoods)
-
-    @classmethod
-    def of(cls, task: Task, transform: Transform, config: TaskConfig, peers: Peers, batch_size: int) -> Judge:
-        writing = {"stop": config.stop, "max_new_tokens": config.max_new_tokens, "batch_size": batch_size}
-        return cls(task, transform, config.cache_bytes, peers, writing, config.answer)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the perplexity and the loss over all tokens: Trainer's own loss depends on the batches."""
@@ -243,7 +229,7 @@ class ByTexts(_TaskJudge):
             if "messages" in rows.column_names:
                 prompts = [messages[:-1] for messages in rows["messages"]]
             texts = self._generate(model, prompts)
-            scores = {name: score(texts, references, self.answer) for name, score in OF_TEXTS.items()}
+            scores = {name: score(texts, references, self.config.answer) for name, score in OF_TEXTS.items()}
             told = {"prediction": texts, **scores}
         frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **told})
         means = {name: float(told[name].mean()) for name in self.task.metrics if name in told}
@@ -264,7 +250,9 @@ class ByTexts(_TaskJudge):
             own,
             progress=lambda done, total: worker_events.emit("generate", done, total),
             together=together,
-            **self.writing,
+            stop=self.config.stop,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.batch_size,
         )
         shares = self.peers.gather(texts)
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
@@ -275,7 +263,7 @@ JUDGES = {"label": ByLabels, "option": ByOptions, "text": ByTexts}  # by the for
 
 def judge_of(task: Task, transform: Transform, config: TaskConfig, peers: Peers, *, batch_size: int) -> Judge:
     """Return the judge of one task. batch_size: of texts that are generated together."""
-    return JUDGES[kind_of(task).answers].of(task, transform, config, peers, batch_size)
+    return JUDGES[kind_of(task).answers](task, transform, config, peers, batch_size)
 
 
 def predicts(trainer: Trainer) -> Predict:

@@ -188,7 +188,6 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         ([], "methods"),
         (["methods=[]"], "methods"),
         (["methods=[partial"], "methods"),
-        (["methods=[1]"], "methods"),
         (["methods=[low_rank]", "budgets=[some]"], "budgets"),
         (["methods=[low_rank]", "budgets=[-1e-1]"], "budgets"),
         (["methods=[low_rank]", "budgets=[inf]"], "budgets"),

@@ -19,8 +19,6 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
 
-CACHE_BYTES = 2**20
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +33,7 @@ def task(kind: str, metrics: tuple[str, ...]) -> Task:
 
 def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) -> None:
     chosen = task("choice", ("accuracy", "accuracy_norm"))
-    judge = objectives.ByOptions(chosen, ChoiceTransform(TOKENIZER, 64), CACHE_BYTES)
+    judge = objectives.judge_of(chosen, ChoiceTransform(TOKENIZER, 64), TaskConfig(), Alone(), batch_size=2)
     trainer = trained(judge, tmp_path / "run")
     model = trainer.model.eval()
     for split in ("validation", "test"):
@@ -59,8 +57,8 @@ def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) ->
 
 def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: Path) -> None:
     chosen = task("generation", ("rouge_l", "exact_match"))
-    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
-    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    config = TaskConfig(max_new_tokens=8)
+    judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), config, Alone(), batch_size=2)
     trainer = trained(judge, tmp_path / "run")
     predict = objectives.predicts(trainer)
     validation, test = (judge.judged(predict, trainer.model, split) for split in ("validation", "test"))
@@ -83,9 +81,11 @@ def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: P
 
 
 def test_no_text_is_generated_where_no_metric_is_of_texts() -> None:
-    writing = {"max_new_tokens": 0, "stop": [], "batch_size": 0}  # which generates nothing, and fails
-    chosen = task("generation", ("perplexity",))
-    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, Alone(), writing)
+    chosen, config = (
+        task("generation", ("perplexity",)),
+        TaskConfig("mine", "files", modality="text", kind="generation"),
+    )
+    judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), config, Alone(), batch_size=2)
     told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), nn.Module(), "test")
     loss = pytest.approx(0.5)
     assert told.metrics == {"primary": "perplexity", "perplexity": pytest.approx(math.exp(0.5)), "loss": loss}
@@ -125,10 +125,10 @@ class Two:
 def test_processes_share_prompts_and_put_the_texts_back_in_order() -> None:
     chosen = task("generation", ("rouge_l",))
     model, prompts = llama(TOKENIZER), list(chosen.test["prompt"])
-    writing = {"max_new_tokens": 8, "stop": [], "batch_size": 2}
+    config = TaskConfig(max_new_tokens=8)
 
     def written(peers) -> list[str]:
-        judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), CACHE_BYTES, peers, writing)
+        judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), config, peers, batch_size=2)
         return judge._generate(model, prompts)
 
     shares: dict = {}

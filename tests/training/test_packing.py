@@ -15,6 +15,7 @@ from tiny_causal import llama
 
 from partial_lora.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
+from partial_lora.tasks.config import TaskConfig
 from partial_lora.training import objectives, packing
 
 
@@ -65,7 +66,7 @@ def test_a_training_has_the_losses_of_one_with_a_row_for_each_text(tmp_path: Pat
     rows = Dataset.from_dict({"prompt": ["what is two? " * n for n in repeated], "response": ["a bird"] * 16})
     splits = dict.fromkeys(("train", "validation", "test"), rows)
     chosen = Task(name="mine", modality="text", labels=(), metrics=("rouge_l",), kind="generation", **splits)
-    judge = objectives.ByTexts(chosen, CausalTransform(TOKENIZER, 64), 2**20, Alone(), {})
+    judge = objectives.judge_of(chosen, CausalTransform(TOKENIZER, 64), TaskConfig(), Alone(), batch_size=8)
     alone, together = (
         trained(judge, tmp_path / str(packs), packing=packs, batch_size=16, gradient_accumulation_steps=2).state
         for packs in (False, True)
