@@ -10,6 +10,7 @@ ends it.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -34,8 +35,11 @@ def main() -> int | None:
         words += options.settings if words[0] in OF_RUNS else []
         print("+", shlex.join(words), flush=True)
         if not options.list:
-            own = words[1:] if words[0] == "python" else ["-m", "partial_lora", *words]
-            code = subprocess.run([sys.executable, *own], check=False).returncode
+            own, environment = ["-m", "partial_lora", *words], dict(os.environ)
+            if words[0] == "python":
+                own = words[1:]
+                environment.pop("PYTHONSAFEPATH", None)  # a script imports what lies beside it
+            code = subprocess.run([sys.executable, *own], env=environment, check=False).returncode
             if code > 1:
                 return code
 

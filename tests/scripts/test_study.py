@@ -117,8 +117,12 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
 def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, ends: bool, monkeypatch) -> None:
     calls = []
 
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+    def run(command: list[str], check: bool, env: dict) -> subprocess.CompletedProcess:
         calls.append(command)
+        is_script = command[1].startswith(
+            "scripts/"
+        )  # which imports what lies beside it; a run imports nothing of there
+        assert ("PYTHONSAFEPATH" in env) == (not is_script)
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(subprocess, "run", run)
