@@ -39,6 +39,10 @@ from partial_lora.settings.versions import plain
 OUT, RUNS = Path("results/analyses/shares"), Path("results/decided")
 ROWS = 400  # of test, of which losses are
 SHARES = {"calibrated": "bisect", "by gradients": "gradient"}  # calibration.search of runs at 13 %
+WORDS = """Rank correlations (Spearman's) over the modules of a model, of means over seeds. "Two seeds" says how far two
+seeds agree. What a module is worth is counted per number of its dense adapter: squares of the first gradient, with a
+fitted head; squares of the change that dense LoRA has made in the end; and the loss of 400 test rows that is added if
+this change is taken out of the module. Shares are those of the runs of [decided](../../decided/tables/decided.md)."""
 WORTHS = {"gradient": "first gradient", "change": "change by training", "loss": "loss without it"}
 
 
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = pd.concat([measure(finished_run(place)) for place in sorted(OUT.glob("runs/*/*/*/seed*"))])
         write_atomic(file, found.to_csv(index=False, float_format="%.6g"))
     text = table(pd.read_csv(file)).to_markdown(index=False, disable_numparse=True)
-    write_atomic(OUT / "shares.md", f"    make shares\n\n# What calibrated shares follow\n\n{text}\n")
+    write_atomic(OUT / "shares.md", f"    make shares\n\n# What calibrated shares follow\n\n{WORDS}\n\n{text}\n")
     print(text)
 
 
