@@ -1,6 +1,7 @@
 # The evidence: what results/ holds comes out of these targets, density/ and theory/ apart (results/folders.md).
 #
-# make causal, forms, race, decided, reach, leaders, shares   a study: what `study` in conf/experiment/NAME.yaml lists, runs and tables
+# make causal, forms, race, decided, reach, leaders, shares
+#                         a study: what `study` in conf/experiment/NAME.yaml lists, runs and tables
 # make reproduce-table1 … table7, fig1 … fig7   the runs of a table or figure, and it; runs-table1 …: the runs alone
 # make reproduce          all of them, and what they say of each claim
 # make methods            every method at both operating points with the rates found (results/cpu)

@@ -627,7 +627,7 @@ def _agreements(results_dir: Path) -> list[dict]:
     for file, model in zip(files.values(), models_of(list(files.values())), strict=True):
         analysis = json.loads(file.read_text(encoding="utf-8"))
         where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
-        for point, lines in analysis.get("summary", {}).items():  # there is none before its end
+        for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items():
             compared = ("first", "second", "jaccard", "chance", "beyond_chance")
             rows += [where | {"point": point} | {name: line[name] for name in compared} for line in lines]
     return rows

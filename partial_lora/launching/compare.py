@@ -136,6 +136,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse. Responses count by their
     perplexity unless a metric is named, and then no texts are generated.
     """
+    if not methods:
+        return []
     (_, config), *_ = checked(["-m", *overrides, f"method={methods[0]}"]).runs
     kind = kind_of(config.task)
     if kind.answers == "text" and not config.task.metrics:

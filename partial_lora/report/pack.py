@@ -109,7 +109,8 @@ def _kept(table: pa.Table) -> pa.Table:
 
 def _rows(path: str, predictions: pa.Table) -> pa.Table:
     """Return a run's rows of predictions.parquet, labels in the column of their type."""
-    kinds = {name: _SUFFIX.get(str(predictions[name].type), "") for name in ("label", "prediction")}
+    typed = {"label", "prediction"}.intersection(predictions.column_names)
+    kinds = {name: _SUFFIX.get(str(predictions[name].type), "") for name in typed}
     named = predictions.rename_columns([f"{name}{kinds.get(name, '')}" for name in predictions.column_names])
     return named.add_column(0, "run", pa.array([path] * len(named)).dictionary_encode())
 

@@ -7,13 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from partial_lora.errors import PartialLoraError, one_of, positive, require
+from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, settings_of
 from partial_lora.settings.study import commands
@@ -56,36 +54,38 @@ class Comparison:
     """
 
     methods: list[str]
-    budgets: list[int | float] = field(default_factory=lambda: [0.13])
-    limit: dict[str, Any] = field(default_factory=dict)
+    budgets: list[float] = field(default_factory=lambda: [0.13])
+    limit: dict[str, float] = field(default_factory=dict)
     serve: bool = False
     margin: float = 1.0
-    hours: Optional[float] = None
-    jobs: Optional[int] = None
+    hours: float | None = None
+    jobs: int | None = None
     search: str = QUICK
-    seeds: Optional[int] = None
-    rates: Optional[int] = None
-    reference: Optional[str] = None
+    seeds: int | None = None
+    rates: int | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
-        methods = bool(self.methods)
-        require(methods, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
-        numbers = bool(self.budgets) and all(0 < budget < math.inf for budget in self.budgets)
+        named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
+        require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
+        self.budgets = [_as_number(budget) for budget in self.budgets]
+        numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
         require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
         require(len(self.limit) < 2, "limit", ", ".join(self.limit), "one of them: one limit sizes every method")
         for name, value in self.limit.items():
-            one_of("limit", name, *LIMITS)
             self.limit[name] = _quantity(f"limit.{name}", value, LIMITS[name][1])
         one_of("search", self.search, QUICK, FULL)
-        positive("margin", self.margin)
-        if self.hours is not None:
-            positive("hours", self.hours)
+        self.margin, self.hours = _as_number(self.margin), _as_number(self.hours)
+        require(_is_positive(self.margin), "margin", self.margin, "points, such as 1")
+        require(self.hours is None or _is_positive(self.hours), "hours", self.hours, "a number above 0, such as 0.5")
         is_full = self.search == FULL
         self.rates = self.rates or (5 if is_full else 3)
         self.seeds = 3 if self.seeds is None and is_full else self.seeds
         for key, least in (("seeds", 1), ("rates", 2), ("jobs", 1)):
             value = getattr(self, key)
-            require(value is None or value >= least, key, value, f"a whole number, at least {least}")
+            whole = type(value) is int and value >= least
+            require(whole or (value is None and key != "rates"), key, value, f"a whole number, at least {least}")
+        one_of("serve", self.serve, True, False)
         if self.methods == [EVERY]:
             return
         usual = (method for method in self.methods if called(method).reference)
@@ -94,14 +94,17 @@ class Comparison:
         require(self.reference in self.methods, "reference", self.reference, f"one of {known}")
 
 
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _quantity(key: str, value: object, unit: str) -> float:
     """Return a number of bytes or seconds; raises PartialLoraError, naming the key, for anything else."""
-    match = re.fullmatch(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*([A-Z]*)\s*", str(value), re.IGNORECASE)
-    number, name = match.groups() if match else ("0", "")
-    scale = _UNITS.get(name.upper()) if unit == "bytes" or not name else None
-    fits = scale is not None and 0 < float(number) < math.inf
+    number, name = re.fullmatch(r"\s*([\d.e+-]*)\s*([A-Za-z]*)\s*", str(value)).groups() if value else ("", "")
+    number, scale = _as_number(number), _UNITS.get(name.upper()) if unit == "bytes" else _UNITS.get(name)
+    fits = _is_positive(number) and scale is not None
     require(fits, key, value, "bytes, such as 40MB" if unit == "bytes" else "seconds, such as 0.2")
-    return float(number) * scale
+    return number * scale
 
 
 def of_study(settings: Sequence[str]) -> list[list[str]]:
@@ -118,18 +121,25 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
 def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
     names = {each.name for each in fields(Comparison)}
-    own, others = ["methods=[]"], []
+    own: dict[str, Any] = {"methods": []}
+    others = []
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key in ("methods", "budgets") and not value.startswith("["):
-            setting = f"{key}=[{value}]"
-        (own if key.partition(".")[0] in names else others).append(setting)
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.from_dotlist(own))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        key = getattr(error, "full_key", None) or ", ".join(own[1:])
-        raise PartialLoraError(f"{key}: {str(error).splitlines()[0]}") from error
-    comparison = OmegaConf.to_object(typed)
+        if key.startswith("limit."):
+            name = key.removeprefix("limit.")
+            one_of("limit", name, *LIMITS)
+            own.setdefault("limit", {})[name] = value
+            continue
+        if key not in names or key == "limit":
+            others.append(setting)
+            continue
+        try:
+            own[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
+        if key in ("methods", "budgets") and not isinstance(own[key], list):
+            own[key] = [own[key]]
+    comparison = Comparison(**own)
     for setting in others:
         key, _, value = setting.lstrip("+~").partition("=")
         require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
@@ -140,3 +150,11 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     if not any(setting.startswith("trainer.start=") for setting in others):
         others.append("trainer.start=fork")  # some seconds less a run, and the same results
     return comparison, others
+
+
+def _as_number(word: object) -> object:
+    """Return a text that is a number as one: to YAML 1.1, 1e6 and 1e-2 are texts."""
+    try:
+        return float(word) if isinstance(word, str) else word
+    except ValueError:
+        return word

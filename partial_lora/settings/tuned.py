@@ -292,7 +292,8 @@ def _words(on: str | None, at: str | None, others: list[str]) -> str | None:
     """Return the task, point and first few settings of a rate's search where they are not the run's own."""
     if others:
         more = f"{len(others) - _SHOWN} more" if len(others) > _SHOWN else None
-        return f"tuned elsewhere ({', '.join(filter(None, [on and f'task={on}', at, *others[:_SHOWN], more]))})"
+        differs = [on and f"task={on}", at, *others[:_SHOWN], more]
+        return f"tuned elsewhere ({', '.join(filter(None, differs))})"
     place = " ".join(filter(None, [on and f"on {on}", at and f"at {at}"]))
     return f"tuned {place}" if place else None
 

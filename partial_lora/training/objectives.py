@@ -219,11 +219,12 @@ class ByTexts(_TaskJudge):
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         """Judge by the likelihood of the responses and, on test alone, by generated texts."""
-        values = self.measure(EvalPrediction(*predict(self._rows(split))))
+        likelihoods, labels = predict(self._rows(split))
+        values = self.measure(EvalPrediction(likelihoods, labels))
         if split != "test":
             return Judged({"primary": self.selects, **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
-        references, told = list(rows["response"]), {}
+        references, told = list(rows["response"]), {"loss": -likelihoods[:, 0] / likelihoods[:, 1]}
         if OF_TEXTS.keys() & set(self.task.metrics):
             prompts = list(rows["prompt"])
             if "messages" in rows.column_names:

@@ -188,6 +188,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
         ([], "methods"),
         (["methods=[]"], "methods"),
         (["methods=[partial"], "methods"),
+        (["methods=[1]"], "methods"),
         (["methods=[low_rank]", "budgets=[some]"], "budgets"),
         (["methods=[low_rank]", "budgets=[-1e-1]"], "budgets"),
         (["methods=[low_rank]", "budgets=[inf]"], "budgets"),
@@ -298,6 +299,7 @@ def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None
     found, lines = compare.prepared(comparison.Comparison(["oft", "dora", "low_rank"], serve=True), own)
     assert [entry.method for entry in found] == ["low_rank"]
     assert [line.partition(":")[0] for line in lines] == ["oft", "dora"]
+    assert compare.prepared(comparison.Comparison(["oft"], serve=True), own)[0] == []
 
 
 def test_auto_takes_the_first_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:

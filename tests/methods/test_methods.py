@@ -383,7 +383,7 @@ def fixed(method: str, *overrides: str) -> tuple[PeftModel, Setting]:
 @pytest.mark.parametrize("more", [[], ["mask=element"], ["mask=units"], ["mask=groups"], ["mask=frozen"]])
 def test_a_fixed_share_is_that_of_partial_lora_config(more: list[str]) -> None:
     model, setting = fixed("partial", "calibration.sparsity=0.75", *more)
-    mask = setting.mask
+    mask = composed(*more).mask
     config = PartialLoraConfig(
         r=8,
         target_modules=list(setting.shapes),
