@@ -114,6 +114,7 @@ def test_losses_and_classes_stand_for_logits_and_labels_are_of_any_type(tmp_path
         "0a": {"label": LABEL, "prediction": logits.argmax(1), "label_name": "x", "logits": list(logits)},
         "0b": {"label": LABEL / 3, "prediction": LABEL / 4, "score": LABEL / 4},
         "0c": {"label": ["yes"] * EXAMPLES, "prediction": ["no"] * EXAMPLES, "rouge_l": 0.0, "exact_match": 0.0},
+        "0d": {"label": ["yes"] * EXAMPLES, "loss": 0.5},  # of a run that wrote no texts
     }
     losses = {}
     for id, columns in kinds.items():
@@ -126,8 +127,8 @@ def test_losses_and_classes_stand_for_logits_and_labels_are_of_any_type(tmp_path
         kept = packs.predictions_of(folder)
         columns = kinds[folder.parent.name[-2:]]
         np.testing.assert_allclose(predictions.losses_of(kept), expected, rtol=1e-6)
-        assert kept["label"].to_pylist() == list(columns["label"])
-        assert kept["prediction"].to_pylist() == list(columns["prediction"])
+        for name in columns.keys() & {"label", "prediction"}:
+            assert kept[name].to_pylist() == list(columns[name])
         assert ("classes" in kept.column_names) == ("logits" in columns)
     assert packs.predictions_of(folder.parents[1] / "lora-0a" / "seed0")["classes"][0].as_py() == 4
 
