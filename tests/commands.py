@@ -28,8 +28,6 @@ import evaluate  # noqa: F401
 import huggingface_hub
 import torch
 from accelerate.state import AcceleratorState
-from submitit.core.submission import submitit_main
-from submitit.local.local import Controller
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from transformers import conversion_mapping
 
@@ -45,8 +43,6 @@ PROGRAMS = {
     "partial_lora": lambda: sys.exit(cli.main(sys.argv[1:])),
     "partial_lora.worker": worker.main,
     "partial_lora.launching.launch": launch.main,
-    "submitit.local._local": lambda: Controller(Path(sys.argv[1])).run(),
-    "submitit.core._submit": submitit_main,
 }
 
 

@@ -10,16 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
-import submitit
 import yaml
-from commands import begun, command, forked, here, is_alive
-from joblib.externals.loky.backend.context import set_start_method
+from commands import begun, command, here, is_alive
 from rich.console import Console
 
 from partial_lora import cli
@@ -50,24 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweeps")
 
 
-def ended(place: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """A sweep in which joblib's and submitit's processes are forks, and so are their workers."""
-
-    def fork() -> None:
-        warnings.filterwarnings("ignore", "`fork` start method")
-        set_start_method("fork", force=True)  # its workers come by here again
-        submitit.local.local.subprocess = SimpleNamespace(Popen=forked)
-
-    running = begun(place, "train", "-m", *TINY, *arguments, first=fork)
-    out, err = running.communicate(timeout=300)
-    err = re.sub(r".*resource_tracker: .*\n +warnings\.warn.*\n", "", err)  # of joblib: a fork leaves its folder
-    return subprocess.CompletedProcess(arguments, running.returncode, out, err)
-
-
 @pytest.fixture(scope="module")
 def swept(place: Path) -> subprocess.CompletedProcess:
     """Three jobs side by side, of which two are the same run and one fails."""
-    return ended(place, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
+    return command(place, "train", "-m", *TINY, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
 
 
 def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
@@ -103,10 +85,11 @@ def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
 
 def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Path, swept) -> None:
     before = records(place)
-    again = ended(place, RATES, "hydra/launcher=submitit_local")
-    assert again.returncode == 1, again.stderr
-    assert [status for _, status in statuses(again.stdout)] == ["skipped", "failed"]
-    assert "job 0" not in again.stdout
+    again = begun(place, "train", "-m", *TINY, RATES, "hydra/launcher=submitit_local")
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 1
+    assert [status for _, status in statuses(out)] == ["skipped", "failed"]
+    assert "job 0" not in out
     after = records(place)
     assert after[0.05] == before[0.05]
     assert (before[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
