@@ -24,7 +24,7 @@ from partial_lora.launching.directory import tensor_files
 from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
-from partial_lora.models.from_files import AUTO
+from partial_lora.models.weights import AUTO
 from partial_lora.report import predictions, statistics, summary
 from partial_lora.report.rows import came_to, row
 from partial_lora.settings.identity import computed_from
@@ -34,7 +34,8 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-_CLASSES = {"timm": "TimmWrapperForImageClassification"} | AUTO  # CLIP's head is made by this package
+_CLASSES = {"timm": "TimmWrapperForImageClassification"}  # CLIP's head is made by this package
+_CLASSES |= {family: name for family, (name, _) in AUTO.items()}
 _TEMPLATE = """---
 {{ card_data }}
 ---
