@@ -137,7 +137,7 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
         axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
         titled(axes, SETS[task], colours)
     drawn[-1].set_xlabel("MB kept for the backward pass, above what the frozen model keeps")
-    figure.supxlabel("filled: 8 seeds, hollow: 3 seeds; bars: 95 %; dots: other methods of PEFT", fontsize=9)
+    figure.supxlabel("filled: 8 seeds, hollow: 3 seeds; bars: 95 %; dots: other methods", fontsize=9)
     return figure
 
 

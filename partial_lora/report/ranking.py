@@ -163,9 +163,12 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     A difference is between runs of the same seeds, at one size. Where one of the two has a size of its own, the
     reference counts at its largest size. Halves of intervals are of 95 %: of a mean by Student's t over seeds, of a
     difference over what `over` says (`pairs.between`). `holds`: the difference holds among all of its task and size
-    (`statistics.holm`).
+    (`statistics.holm`). Costs are means over the seeds that all forms of a task have, since texts differ by seed in
+    length; over all seeds of a form where they share none.
     """
     rows = []
+    seeds = chosen.groupby(CELL)["seed"].agg(set)
+    shared = {task: set.intersection(*of_task) for task, of_task in seeds.groupby("task")}
     for (task, size, form), cell in chosen.groupby(CELL, sort=False):
         other = chosen[(chosen["task"] == task) & (chosen["form"] == reference)].sort_values("adapter_parameters")
         sizes = list(other["size"])
@@ -178,7 +181,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             | {"seeds": len(cell), "test": cell["test"].mean()}
             | {"half": half_interval(cell["test"].std(), len(cell)) if len(cell) != _TOO_FEW else math.nan}
             | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
-            | cell[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
+            | cell[cell["seed"].isin(shared[task] or cell["seed"])][list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]

@@ -131,6 +131,13 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
     return ranking.compared(ranking.at_best_rates(table), "low_rank")
 
 
+def test_costs_are_means_over_the_seeds_that_all_forms_have() -> None:
+    every, few = ({(2e-3, seed): (0.9, 1.0, 0.5) for seed in range(seeds)} for seeds in (4, 2))
+    table = pd.DataFrame(runs("low_rank", every) + runs("partial", few))
+    table["saved_activation_bytes"] = table["seed"] + 1.0
+    assert ranked(table)["saved_bytes"].tolist() == [1.5, 1.5]
+
+
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
     table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
