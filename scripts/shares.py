@@ -1,22 +1,17 @@
-"""What calibrated shares follow: the first gradient, the change that training makes, or what is lost without it?
+"""Correlations of calibrated shares with what modules are worth.
 
     make shares                        # trains dense LoRA (conf/experiment/shares.yaml), and measures it
     python scripts/shares.py measure   # the runs in results/analyses/shares again
     python scripts/shares.py draw      # the table again, of what was measured
 
-A share should be large where a parameter is worth much. Three such worths of each module, each divided by the numbers
-of its dense adapter: the squares of the gradient of its weight before training, with a fitted head
-(first_steps.gradients_of); the squares of what dense LoRA has added to the weight in the end; and how far the loss of
-held-out rows rises if that is taken out again, of this module alone. Beside them stand the shares that the runs of
-results/decided were given at 13 %, as means over seeds, and how far two seeds agree. All are correlations of ranks over
-the modules of a model (Spearman's).
+A share should be large where a parameter is worth much. WORDS says what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -38,7 +33,7 @@ from partial_lora.settings.versions import plain
 
 OUT, RUNS = Path("results/analyses/shares"), Path("results/decided")
 ROWS = 400  # of test, of which losses are
-SHARES = {"calibrated": "bisect", "by gradients": "gradient"}  # calibration.search of runs at 13 %
+SHARES = {"bisect": "calibrated", "gradient": "by gradients"}  # by calibration.search
 WORDS = """Rank correlations (Spearman's) over the modules of a model, of means over seeds. "Two seeds" says how far two
 seeds agree. What a module is worth is counted per number of its dense adapter: squares of the first gradient, with a
 fitted head; squares of the change that dense LoRA has made in the end; and the loss of 400 test rows that is added if
@@ -79,22 +74,19 @@ def loss_of(trained: RunModel, batches: Sequence[Mapping[str, Tensor]]) -> float
     return float(sum(losses)) / sum(len(batch["labels"]) for batch in batches)
 
 
-def shares() -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield (task, kind of calibration, share of each module by seed) of the runs that claims are decided by."""
-    runs, _ = records.read(RUNS)
-    for kind, search in SHARES.items():
-        of_task: dict[str, dict[int, dict[str, float]]] = {}
-        for run in runs:
-            config, shapes = run.record["config"], run.record["shapes"]
-            at = config["method"]["name"], run.row["operating_point"], config["calibration"]["search"]
-            if at == ("partial", "budget 0.13", search) and config["calibration"]["shrink"] == 0:
-                kept = {
-                    name: 1 - (of["rows"] * shapes[name][0] + of["columns"] * shapes[name][1]) / sum(shapes[name])
-                    for name, of in run.record["sparsity"].items()
-                }
-                of_task.setdefault(run.row["task"], {})[run.record["seed"]] = kept
-        for task, of_seed in of_task.items():
-            yield task, kind, pd.DataFrame(of_seed)
+def shares_of(task: str, runs: Sequence[records.Run]) -> dict[str, pd.DataFrame]:
+    """Return the share of each module by seed, of calibrated runs at 13 % as they are by default, by `SHARES`."""
+    kept: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in SHARES.values()}
+    for run in runs:
+        config, shapes = run.record["config"], run.record["shapes"]
+        chosen = config["calibration"]
+        at = run.row["task"], run.row["method"], run.row["operating_point"]
+        if at == (task, "partial", "budget 0.13") and (chosen["shrink"], chosen["max_sparsity"]) == (0, 0.95):
+            kept[SHARES[chosen["search"]]][run.record["seed"]] = {
+                name: 1 - (of["rows"] * shapes[name][0] + of["columns"] * shapes[name][1]) / sum(shapes[name])
+                for name, of in run.record["sparsity"].items()
+            }
+    return {kind: pd.DataFrame(of_seed) for kind, of_seed in kept.items() if of_seed}
 
 
 def correlated(one: pd.Series, other: pd.Series) -> str:
@@ -110,15 +102,14 @@ def agreement(of_seed: pd.DataFrame) -> str:
 
 def table(measured: pd.DataFrame) -> pd.DataFrame:
     """Return the correlations, a row for each set and each share or worth."""
-    rows = []
+    runs, rows = records.read(RUNS)[0], []
     for task, of_task in measured.groupby("task", sort=False):
-        worth = {name: of_task.pivot(index="module", columns="seed", values=name) for name in WORTHS}
-        means = {words: worth[name].mean(axis=1) for name, words in WORTHS.items()}
-        of_shares = {kind: of_seed for own, kind, of_seed in shares() if own == task}
-        for kind, of_seed in (of_shares | {words: worth[name] for name, words in WORTHS.items()}).items():
-            mean = of_seed.mean(axis=1)
-            beside = {words: correlated(mean, other) if words != kind else "" for words, other in means.items()}
-            rows.append({"set": task, "": kind, "seeds": of_seed.shape[1], "two seeds": agreement(of_seed), **beside})
+        worths = {words: of_task.pivot(index="module", columns="seed", values=name) for name, words in WORTHS.items()}
+        for name, of_seed in (shares_of(task, runs) | worths).items():
+            row = {"set": task, "": name, "seeds": of_seed.shape[1], "two seeds": agreement(of_seed)}
+            for words, worth in worths.items():
+                row[words] = correlated(of_seed.mean(axis=1), worth.mean(axis=1)) if words != name else ""
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

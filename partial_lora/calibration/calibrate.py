@@ -435,7 +435,7 @@ def choose_levels(
 
 
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:
-    """Return the key of a result in the store: all that decides it, but for what the store itself is for."""
+    """Return the key of a result among those of one store, whose curves are of one model and draw."""
     spent = {"budget": count, "rank": rank, "chance": chance, "granularity": granularity}
     return json.dumps(
         {

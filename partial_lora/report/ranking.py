@@ -175,13 +175,14 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
         beside = sizes[-1:] if size not in sizes and "own" in (size, *sizes) else [size]
         other = other[other["size"].isin(beside)]
         first = cell.iloc[0]
+        counted = cell[cell["seed"].isin(shared[task])] if shared[task] else cell
         rows.append(
             {"task": task, "size": size, "form": form}
             | first[["metric", "learning_rate", "edge", "rates", *_WINDOW]].to_dict()
             | {"seeds": len(cell), "test": cell["test"].mean()}
             | {"half": half_interval(cell["test"].std(), len(cell)) if len(cell) != _TOO_FEW else math.nan}
             | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
-            | cell[cell["seed"].isin(shared[task] or cell["seed"])][list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
+            | counted[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]

@@ -187,7 +187,7 @@ def imported_anew(place, found):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """What a fork of this process finds that has not yet imported the adapter."""
+    """Run code in a fork of this process that has not yet imported the adapter."""
     forks = multiprocessing.get_context("fork")
     found = forks.SimpleQueue()
     child = forks.Process(target=imported_anew, args=(tmp_path_factory.mktemp("imported"), found))

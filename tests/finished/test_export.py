@@ -189,7 +189,7 @@ def test_a_quantised_base_is_merged_with_the_values_that_its_weights_stand_for(t
 
 
 def test_a_clean_interpreter_of_peft_alone_agrees_with_the_run(tmp_path):
-    """Of the other libraries' scripts the same text runs in this process, elsewhere in this file."""
+    """Checks PEFT's script; the scripts of other libraries are run in this process, elsewhere in this file."""
     assert export.export(image_run(), "peft", tmp_path / "peft", check=True).proof
 
 

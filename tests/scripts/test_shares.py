@@ -1,4 +1,4 @@
-"""What modules are worth: a change and a loss against taking the weights out by hand, and shares as runs have them."""
+"""Worths of modules against taking the weights out by hand, and shares as runs have them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from recorded_runs import leave
 
 from partial_lora.building import build
 from partial_lora.finished.predict import RunModel
+from partial_lora.report import records
 
 MODULE = "timm_model.blocks.1.mlp.fc1"
 
@@ -41,17 +42,19 @@ def test_a_module_is_worth_its_change_and_the_loss_without_it_per_number(monkeyp
 
 def test_shares_are_of_calibrated_runs_at_the_size_and_correlate_with_what_orders_modules_alike(tmp_path, monkeypatch):
     sparsity = {name: {"rows": kept, "columns": kept} for name, kept in zip("abcd", (0.9, 0.8, 0.6, 0.7), strict=True)}
-    shapes, searched = (
-        {name: [8, 4] for name in sparsity},
-        {"calibration__search": "bisect", "calibration__shrink": 0.0},
-    )
+    shapes = {name: [8, 4] for name in sparsity}
+    usual = {"search": "bisect", "shrink": 0.0, "max_sparsity": 0.95}
+    searched = {f"calibration__{key}": value for key, value in usual.items()}
     for seed in (0, 1):
         for budget, wrong in ((0.13, 0.0), (0.5, 0.05)):
             moved = {name: {axis: share - wrong for axis, share in of.items()} for name, of in sparsity.items()}
             of_modules = {"sparsity": moved, "shapes": shapes}
-            leave(tmp_path, "partial", 0.9, budget=budget, seed=seed, **of_modules, **searched)
+            leave(tmp_path, "partial", 0.9, budget=budget, seed=seed, id=f"{budget}", **of_modules, **searched)
+        other = searched | {"calibration__max_sparsity": 0.99}  # another calibration, whatever comes last
+        leave(tmp_path, "partial", 0.9, budget=0.13, seed=seed, id="zz", sparsity=moved, shapes=shapes, **other)
     monkeypatch.setattr(shares, "RUNS", tmp_path)
-    ((task, kind, found),) = shares.shares()
+    task = "digits"
+    ((kind, found),) = shares.shares_of(task, records.read(tmp_path)[0]).items()
     assert kind == "calibrated"
     assert found.round(9).to_dict() == {seed: {"a": 0.1, "b": 0.2, "c": 0.4, "d": 0.3} for seed in (0, 1)}
     worth = {"gradient": [1, 2, 9, 3], "change": [9, 3, 1, 2], "loss": [1, 9, 2, 3]}
