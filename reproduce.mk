@@ -1,6 +1,6 @@
 # The evidence: what results/ holds comes out of these targets, density/ and theory/ apart (results/folders.md).
 #
-# make causal, forms, race, decided, reach, leaders, shares
+# make causal, forms, race, decided, reach, leaders, language, shares
 #                         a study: what `study` in conf/experiment/NAME.yaml lists, runs and tables
 # make reproduce-table1 … table7, fig1 … fig7   the runs of a table or figure, and it; runs-table1 …: the runs alone
 # make reproduce          all of them, and what they say of each claim
@@ -34,7 +34,7 @@ RATES = results$(if $(filter paper,$(PRESET)),/paper)
 ANALYSES ?= $(if $(filter paper,$(PRESET)),preset=paper trainer.tuned=null task=cifar10)
 CAUSAL ?= $(if $(filter cpu,$(PRESET)),causal)
 
-STUDIES = causal forms race decided reach leaders shares
+STUDIES = causal forms race decided reach leaders language shares
 TABLES = table1 table2 table3 table4 table5 table6 table7
 FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stability

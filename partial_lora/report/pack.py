@@ -27,7 +27,7 @@ from partial_lora.report import predictions, ranking, records
 from partial_lora.settings.versions import upgraded
 from partial_lora.tasks.metrics import OF_TEXTS
 
-_KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", *OF_TEXTS)
+_KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "tokens", *OF_TEXTS)
 _TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers
 _SUFFIX = {"double": "_number", "string": "_text"}
 _OF_DEFAULTS = {"group", "conditions"}  # columns of `rows.row` that hold only under the defaults of one version

@@ -15,7 +15,7 @@ from partial_lora.launching import packs
 from partial_lora.launching.directory import PREDICTIONS
 from partial_lora.tasks.metrics import OF_ALL_TOGETHER, OF_TEXTS
 
-_COMPARED = {"label", "prediction", "prediction_norm", *OF_TEXTS, "member"}
+_COMPARED = {"label", "prediction", "prediction_norm", *OF_TEXTS, "member", "loss", "tokens"}
 
 
 class Predictions:

@@ -259,8 +259,9 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
     """Return what every example adds to a metric (N,), whose mean is the metric.
 
     For a metric of all examples together it is what the metric loses without the example: the jackknife's
-    pseudo-values, N m - (N - 1) m without it (Tukey 1958), moved so that their mean is m. Raises PartialLoraError for a
-    metric that these predictions do not give.
+    pseudo-values, N m - (N - 1) m without it (Tukey 1958), moved so that their mean is m. The loss of responses is a
+    mean over their tokens: a longer one adds more. To perplexity it adds exp(loss) times as much, to first order.
+    Raises PartialLoraError for a metric that these predictions do not give.
     """
     if "member" in frame:
         raise PartialLoraError("a mixture: compare its members one by one (`partial-lora evaluate RUN --member NAME`)")
@@ -271,6 +272,9 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
         return (frame["prediction"] - frame["label"]).to_numpy(dtype=float) ** 2
     if metric in OF_TEXTS and metric in frame:
         return frame[metric].to_numpy(dtype=float)
+    if metric in ("loss", "perplexity") and "tokens" in frame:
+        each = (frame["loss"] * frame["tokens"]).to_numpy(dtype=float) / frame["tokens"].mean()
+        return each if metric == "loss" else np.exp(each.mean()) * (1 + each - each.mean())
     if metric in OF_ALL_TOGETHER:
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
         if metric == "pearson":

@@ -43,7 +43,8 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
             sign, seed = -1 if metric in LOWER_IS_BETTER else 1, record["seed"]
             whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
             try:
-                by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), metric)
+                of_rows = "loss" if metric == PERPLEXITY else metric
+                by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), of_rows)
             except (PartialLoraError, ValueError, KeyError):  # predictions were not kept, or are not of this metric
                 by_row[entry.name][seed] = np.array([])
     rows = {len(own) for seeds in by_row.values() for own in seeds.values()}

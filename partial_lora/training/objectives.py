@@ -224,7 +224,8 @@ class ByTexts(_TaskJudge):
         if split != "test":
             return Judged({"primary": self.selects, **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
-        references, told = list(rows["response"]), {"loss": -likelihoods[:, 0] / likelihoods[:, 1]}
+        total, tokens = likelihoods.T
+        references, told = list(rows["response"]), {"loss": -total / tokens, "tokens": tokens}
         if OF_TEXTS.keys() & set(self.task.metrics):
             prompts = list(rows["prompt"])
             if "messages" in rows.column_names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from itertools import combinations, product
 
@@ -277,6 +278,12 @@ def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
     assert per_example(predicted, "accuracy").tolist() == [1, 0]
     assert per_example(predicted, "accuracy_norm").tolist() == [1, 1]
     assert per_example(predicted, "rouge_l").tolist() == [0.5, 0.25]
+    responses = frame(["a", "b"], ["", ""], loss=[1.0, 3.0], tokens=[3.0, 1.0])
+    assert per_example(responses, "loss").mean() == pytest.approx(6 / 4)  # over tokens, not responses
+    assert per_example(responses, "perplexity").mean() == pytest.approx(math.exp(6 / 4))
+    longer = frame(["a", "b"], ["", ""], loss=[1.0, 3.0 + 1e-6], tokens=[3.0, 1.0])
+    slope = (math.exp(6.000001 / 4) - math.exp(6 / 4)) / 1e-6
+    assert statistics.by_example([longer], [responses], "perplexity").mean() == pytest.approx(1e-6 * slope)
     for frames, metric, names in (
         ([predicted, predicted], "perplexity", "perplexity"),
         ([predicted.assign(member="a")] * 2, "accuracy", "--member"),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import pandas as pd
+import pytest
+from recorded_runs import record
+
 from partial_lora.launching.compare import Entry
 from partial_lora.report import sequential, verdict
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
@@ -56,3 +62,25 @@ def test_gaps_are_foretold_in_points_for_two_methods_and_not_of_responses() -> N
         assert f"{100 * sequential.shows(2, 100, seeds):.1f} points by {seeds} seeds" in gaps
     assert len(lines(scores, ("lori",))) == 1
     assert len(lines({"primary": "perplexity", "perplexity": 9.0})) == 1
+
+
+def test_perplexities_are_compared_by_the_loss_of_every_response(tmp_path) -> None:
+    entries, written = [], {}
+    for method, shift in (("lori", 0.0), ("oft", 0.2)):
+        entry = Entry(method, "0.13", (), best=1e-3)
+        for seed in range(2):
+            told = pd.DataFrame({"label": ["a", "b"], "loss": [1.0 + shift, 2.0 + seed], "tokens": [3.0, 1.0]})
+            loss = (told["loss"] * told["tokens"]).sum() / 4
+            written[method, seed] = loss
+            scores = {"test": {"primary": "perplexity", "perplexity": math.exp(loss)}}
+            run = record(method, seed=seed, trainer__learning_rate=1e-3, metrics=scores)
+            place = tmp_path / "runs" / "task" / "model" / method / f"seed{seed}"
+            place.mkdir(parents=True)
+            told.to_parquet(place / "predictions.parquet")
+            entry.done[place] = run
+        entries.append(entry)
+    outputs, metric = verdict.outputs_of(entries, tmp_path)
+    assert metric == "perplexity"
+    for (method, seed), loss in written.items():
+        assert outputs[f"{method}, 0.13"][seed].shape == (2,)
+        assert outputs[f"{method}, 0.13"][seed].mean() == pytest.approx(-loss)

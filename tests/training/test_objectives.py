@@ -89,7 +89,7 @@ def test_no_text_is_generated_where_no_metric_is_of_texts() -> None:
     told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), nn.Module(), "test")
     loss = pytest.approx(0.5)
     assert told.metrics == {"primary": "perplexity", "perplexity": pytest.approx(math.exp(0.5)), "loss": loss}
-    assert list(told.predictions) == ["index", "label", "loss"]
+    assert list(told.predictions) == ["index", "label", "loss", "tokens"]
     assert told.predictions["loss"].tolist() == [0.5] * len(chosen.test)
 
 
