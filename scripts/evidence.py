@@ -20,8 +20,9 @@ from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
 
-NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark, on one set or on all
-    "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38)}),
+NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark: on one
+    # set and size, on one set, or else
+    "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38), "": (8, 9)}),
     "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
     "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
     "low_rank": ("low_rank", "plain LoRA", (26, -12)),
@@ -31,7 +32,7 @@ NAMED = {  # the method of a form, in ordinary words, and how far its label is f
     "lorafa": ("lorafa", "LoRA-FA", (8, -8)),
     "paca": ("paca", "PaCA", (8, -8)),
     "oft": ("oft", "OFT", (8, 6)),
-    "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22)}),
+    "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22), "": (-36, 8)}),
 }
 LIGHT = {"black": "#1d2329", "faint": "#d0d7de", "grey": "#59636e", "page": "#ffffff"}  # dark enough for words
 LIGHT |= {"blue": "#0072b2", "vermillion": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
@@ -60,7 +61,7 @@ WIDTH = 6.25  # inches of 96 pixels: 600
 def figures(results: Path) -> None:
     """Draw the figures into results/figures."""
     for theme, colours in {"": LIGHT, "-dark": DARK}.items():
-        for name, draw in {"memory": memory, "size": size, "claims": claims}.items():
+        for name, draw in {"memory": memory, "memory-more": memory_more, "size": size, "claims": claims}.items():
             with rc_context(_style(colours)):
                 figure = draw(results, colours)
                 path = results / "figures" / f"{name}{theme}.svg"
@@ -107,38 +108,63 @@ def floor_of(cells: pd.DataFrame) -> float:
 
 def memory(results: Path, colours: dict[str, str]) -> Figure:
     """Draw the distance from dense LoRA against the bytes kept above the floor, methods of 13 % of its parameters."""
-    cells = raced(results)
     figure = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     drawn = figure.subplots(2, 1, sharex=True, height_ratios=(5, 4))
+    cells = raced(results)
     for axes, task in zip(drawn, ("gtsrb", "trec"), strict=True):
-        of_task = cells[cells["task"] == task]
-        floor = floor_of(of_task)
-        of_task = of_task.assign(above=(of_task["saved_bytes"] - floor) / 1e6)
-        dense = of_task.loc[of_task["form"] == "lora", "above"].iloc[0]
-        others = ~of_task["form"].str.contains(" ") & (of_task["size"] == "0.13")
-        of_size = others | of_task["form"].str.startswith("lora on")
-        for row in of_task[of_size].itertuples():
-            at, ink, marker = (row.above, row.lead), colours["grey"], "."
-            if row.form in NAMED:
-                method, name, place = NAMED[row.form]
-                ink, marker = look_of(method, colours)
-                axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-                label(axes, name, at, place[task] if isinstance(place, dict) else place, ink)
-            mark(axes, at, marker, ink, row.lead_seeds, colours)
-        axes.axhline(0, color=colours["grey"], linewidth=1)
-        low, high = axes.get_ylim()
-        for x, y, words, place in (
-            (0, low, f"the frozen model: {floor / 1e6:.0f} MB", (4, 4)),
-            (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
-        ):
-            axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
-            label(axes, words, (x, y), place, colours["grey"])
-        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
+        frontier(axes, cells[cells["task"] == task], "0.13", colours)
         titled(axes, SETS[task], colours)
-    drawn[-1].set_xlabel("MB kept for the backward pass, above what the frozen model keeps")
-    figure.supxlabel("filled: 8 seeds, hollow: 3 seeds; bars: 95 %; dots: other methods", fontsize=9)
+    drawn[-1].set_xlabel(_KEPT)
+    figure.supxlabel(f"{_MARKS}; dots: other methods", fontsize=9)
     return figure
+
+
+def memory_more(results: Path, colours: dict[str, str]) -> Figure:
+    """Draw the same for the third set, and for methods of 2 % of dense LoRA's parameters."""
+    figure = Figure(figsize=(WIDTH, 11), layout="constrained")
+    cells = raced(results)
+    drawn = (("signdigits", "0.13"), ("signdigits", "0.02"), ("gtsrb", "0.02"), ("trec", "0.02"))
+    panels = figure.subplots(len(drawn), 1, sharex=True)
+    for axes, (task, size) in zip(panels, drawn, strict=True):
+        frontier(axes, cells[cells["task"] == task], size, colours)
+        titled(axes, f"{task}, {float(size):.0%} of dense LoRA's parameters", colours)
+    panels[-1].set_xlabel(_KEPT)
+    figure.supxlabel(_MARKS, fontsize=9)
+    return figure
+
+
+_KEPT = "MB kept for the backward pass, above what the frozen model keeps"
+_MARKS = "filled: 8 seeds, hollow: fewer; bars: 95 %"
+
+
+def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]) -> None:
+    """Draw the methods of one set and size by what they keep and how far they are from dense LoRA."""
+    floor = floor_of(cells)
+    cells = cells.assign(above=(cells["saved_bytes"] - floor) / 1e6)
+    dense = cells.loc[cells["form"] == "lora", "above"].iloc[0]
+    own = ~cells["form"].str.contains(" ") & (cells["size"] == size)
+    if size == "0.13":  # of which LoRA on some modules has about as many parameters
+        own |= cells["form"].str.startswith("lora on")
+    for row in cells[own].itertuples():
+        at, ink, marker = (row.above, row.lead), colours["grey"], "."
+        if row.form in NAMED:
+            method, name, places = NAMED[row.form]
+            ink, marker = look_of(method, colours)
+            axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
+            known = (f"{row.task} {size}", row.task, "")
+            place = next(places[each] for each in known if each in places) if isinstance(places, dict) else places
+            label(axes, name, at, place, ink)
+        mark(axes, at, marker, ink, row.lead_seeds, colours)
+    axes.axhline(0, color=colours["grey"], linewidth=1)
+    low, high = axes.get_ylim()
+    for x, y, words, place in (
+        (0, low, f"the frozen model: {floor / 1e6:.0f} MB", (4, 4)),
+        (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
+    ):
+        axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
+        label(axes, words, (x, y), place, colours["grey"])
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
 
 
 def look_of(method: str, colours: dict[str, str]) -> tuple[str, object]:
