@@ -5,6 +5,7 @@
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
+    python scripts/bench.py family         # a step of those that keep little beside plain LoRA's, in one process
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
     python scripts/bench.py threads        # a step with one thread or all, by how OpenMP's threads wait
 
@@ -39,6 +40,7 @@ from time import process_time
 import numpy as np
 import torch
 from data_sets import folder
+from model_table import STEPS, of_zeros
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
@@ -750,6 +752,8 @@ TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
 METHODS = ("lora", "low_rank", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
 METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
+FAMILY = ("low_rank", "lora", "partial", "entries", "lori", "lorafa", "paca")
+FAMILY_JOBS = ("`vit_s14`, 16 images of 56 pixels", "`minilm_l6`, 16 texts of 64 tokens")
 LOOP_TITLES = {
     "bare": "bare loop, PEFT's LoRA",
     "trainer": "transformers' Trainer, PEFT's LoRA",
@@ -861,6 +865,26 @@ def methods(options: argparse.Namespace) -> dict:
         for name, job in jobs_of(options).items()
     }
     return in_turns(options, cells)
+
+
+def family(options: argparse.Namespace) -> dict:
+    """Measure steps of FAMILY in this process on one thread, in an order that is drawn for each repetition."""
+    torch.set_num_threads(1)
+    drawn, found = random.Random(SEED), {}
+    jobs = TINY_JOBS if options.quick else {name: STEPS[name] for name in FAMILY_JOBS}
+    for name, job in jobs.items():
+        cells = {}
+        for method in FAMILY:
+            size = [] if method == "lora" else [f"calibration.budget={SIZE}", "calibration=fixed"]
+            model, batch = of_zeros(composed("trainer.batch_size=16", *size, *job, f"method={method}"))
+            rows = len(next(iter(batch.values())))
+            cells[method] = (model, optimizer_of(model), batch | {"labels": torch.zeros(rows, dtype=torch.long)})
+        found[name] = {method: [] for method in FAMILY}
+        for repetition in range(options.repeats + 1):  # the first makes what lasts
+            for method in drawn.sample(FAMILY, len(FAMILY)):
+                seconds = sum(step(*cells[method]).values())
+                found[name][method] += [{"step": seconds}] if repetition else []
+    return found
 
 
 def long(options: argparse.Namespace) -> dict:
@@ -1008,6 +1032,17 @@ def methods_page(found: Mapping) -> list[str]:
     return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
 
 
+def family_page(found: Mapping) -> list[str]:
+    rows = []
+    for job, each in found.items():
+        for method, runs in each.items():
+            pairs = zip(runs, each["low_rank"], strict=True)
+            low, middle, high = np.percentile([own["step"] / other["step"] for own, other in pairs], (25, 50, 75))
+            rows.append([job, method, f"{median(runs, 'step'):.3f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
+    heads = ["model, batch", "method", "processor seconds a step", "of low_rank's in the same turn [quartiles]"]
+    return [f"## A step of what keeps little, at {SIZE} of dense LoRA's parameters, one process", table(heads, rows)]
+
+
 def long_page(found: Mapping) -> list[str]:
     rows = []
     for way, each in found.items():
@@ -1045,6 +1080,7 @@ OF_RUNS = {
     "starts": (starts, starts_page),
     "steps": (steps, steps_page),
     "methods": (methods, methods_page),
+    "family": (family, family_page),
     "long": (long, long_page),
     "threads": (threads, threads_page),
 }

@@ -172,18 +172,22 @@ STEPS = {
 }
 
 
-def measured(config: Config) -> int:
-    """The bytes that a real pass keeps, after a first one, when everything that lasts exists."""
+def of_zeros(config: Config) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return a model in training with its adapter, and a batch: all numbers are zeros, all sizes those of a run."""
     model, size = memory.adapted(config).to_empty(device="cpu").train(), config.model
     for value in [*model.parameters(), *model.buffers()]:
         value.data.zero_()
     rows = config.trainer.local_batch_size
     if size.modality == "image":
-        batch = {"pixel_values": torch.zeros(rows, 3, size.image_size, size.image_size)}
-    else:
-        mask = torch.ones(rows, size.max_length, dtype=torch.long)
-        mask[0, -1] = 0  # padding, without which a model may leave the mask out
-        batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+        return model, {"pixel_values": torch.zeros(rows, 3, size.image_size, size.image_size)}
+    mask = torch.ones(rows, size.max_length, dtype=torch.long)
+    mask[0, -1] = 0  # padding, without which a model may leave the mask out
+    return model, {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+
+
+def measured(config: Config) -> int:
+    """The bytes that a real pass keeps, after a first one, when everything that lasts exists."""
+    model, batch = of_zeros(config)
     model(**batch)
     with kept_by_forward() as kept:
         output = model(**batch)

@@ -231,6 +231,14 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
     assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
+def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path: Path) -> None:
+    bench.main(["family", "--quick", "--repeats", "2", "--out", str(tmp_path)])
+    ((_, found),) = json.loads((tmp_path / "runs.json").read_text())["family"]["found"].items()
+    assert list(found) == list(bench.FAMILY)
+    assert {len(turns) for turns in found.values()} == {2}
+    assert "| low_rank |" in (tmp_path / "runs.md").read_text()
+
+
 @pytest.mark.parametrize("what", ["adapter", "steps"])
 def test_a_quick_one_does_not_take_the_place_of_the_results(what) -> None:
     with pytest.raises(SystemExit):
