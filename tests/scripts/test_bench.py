@@ -231,7 +231,7 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
     assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
-def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path: Path) -> None:
+def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path) -> None:
     bench.main(["family", "--quick", "--repeats", "2", "--out", str(tmp_path)])
     ((_, found),) = json.loads((tmp_path / "runs.json").read_text())["family"]["found"].items()
     assert list(found) == list(bench.FAMILY)
