@@ -20,19 +20,27 @@ from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
 
-NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark: on one
-    # set and size, on one set, or else
-    "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38), "": (8, 9)}),
+NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark, on one set or on all
+    "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38)}),
     "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
     "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
     "low_rank": ("low_rank", "plain LoRA", (26, -12)),
     "entries": ("entries", "single entries", (26, 3)),
     "random_weights": ("random_weights", "entries of W", (8, -4)),
     "lori": ("lori", "LoRI", (5, 15)),
-    "lorafa": ("lorafa", "LoRA-FA", (8, -8)),
-    "paca": ("paca", "PaCA", (8, -8)),
+    "lorafa": ("lorafa", "LoRA-FA", {"gtsrb": (8, -8), "trec": (8, -3)}),
+    "paca": ("paca", "PaCA", {"gtsrb": (8, -8), "trec": (8, -16)}),
     "oft": ("oft", "OFT", (8, 6)),
-    "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22), "": (-36, 8)}),
+    "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22)}),
+}
+NEAR = {  # the labels of those that keep little and of what they are compared with, in the figure of them alone
+    "partial": (7, 4),
+    "lora": (7, 7),
+    "low_rank": (7, -11),
+    "entries": (7, 3),
+    "lori": (7, 5),
+    "lorafa": (-52, 2),
+    "paca": (-36, -13),
 }
 LIGHT = {"black": "#1d2329", "faint": "#d0d7de", "grey": "#59636e", "page": "#ffffff"}  # dark enough for words
 LIGHT |= {"blue": "#0072b2", "vermillion": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
@@ -126,7 +134,8 @@ def memory_more(results: Path, colours: dict[str, str]) -> Figure:
     drawn = (("signdigits", "0.13"), ("signdigits", "0.02"), ("gtsrb", "0.02"), ("trec", "0.02"))
     panels = figure.subplots(len(drawn), 1, sharex=True)
     for axes, (task, size) in zip(panels, drawn, strict=True):
-        frontier(axes, cells[cells["task"] == task], size, colours)
+        of_task = cells[(cells["task"] == task) & (cells["form"].str.split(" on ").str[0].isin(NEAR))]
+        frontier(axes, of_task, size, colours, {"xlim": (-9, 45)})
         titled(axes, f"{task}, {float(size):.0%} of dense LoRA's parameters", colours)
     panels[-1].set_xlabel(_KEPT)
     figure.supxlabel(_MARKS, fontsize=9)
@@ -137,8 +146,11 @@ _KEPT = "MB kept for the backward pass, above what the frozen model keeps"
 _MARKS = "filled: 8 seeds, hollow: fewer; bars: 95 %"
 
 
-def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]) -> None:
-    """Draw the methods of one set and size by what they keep and how far they are from dense LoRA."""
+def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str], across: dict | None = None) -> None:
+    """Draw the methods of one set and size by what they keep and how far they are from dense LoRA.
+
+    across: the horizontal axis, in place of one whose marks are by the root of their distance.
+    """
     floor = floor_of(cells)
     cells = cells.assign(above=(cells["saved_bytes"] - floor) / 1e6)
     dense = cells.loc[cells["form"] == "lora", "above"].iloc[0]
@@ -151,20 +163,24 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
             method, name, places = NAMED[row.form]
             ink, marker = look_of(method, colours)
             axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-            known = (f"{row.task} {size}", row.task, "")
-            place = next(places[each] for each in known if each in places) if isinstance(places, dict) else places
+            if across:
+                place = NEAR[row.form.partition(" on ")[0]]
+            else:
+                place = places[row.task] if isinstance(places, dict) else places
             label(axes, name, at, place, ink)
         mark(axes, at, marker, ink, row.lead_seeds, colours)
     axes.axhline(0, color=colours["grey"], linewidth=1)
     low, high = axes.get_ylim()
     for x, y, words, place in (
         (0, low, f"the frozen model: {floor / 1e6:.0f} MB", (4, 4)),
-        (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
+        (dense, high, f"dense LoRA: {dense:+.0f} MB", (4, -12) if across else (-112, -12)),
     ):
         axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
         label(axes, words, (x, y), place, colours["grey"])
-    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
+    if not across:
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    usual = {"xlim": (0, 170), "xticks": (5, 10, 20, 40, 60, 80, 100, 120)}
+    axes.set(**(across or usual), ylabel="points from dense LoRA")
 
 
 def look_of(method: str, colours: dict[str, str]) -> tuple[str, object]:
