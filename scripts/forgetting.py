@@ -1,4 +1,4 @@
-"""What a fine-tuned language model forgets: text of another kind and questions, before and after.
+"""Score what a fine-tuned language model forgets: text of another kind and questions, before and after.
 
     python scripts/forgetting.py results/language
 
@@ -67,18 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def scores(runs: Sequence[records.Run], out: Path, known: set[tuple[str, str]]) -> Iterator[dict]:
     """Yield the rows of the csv that are not known: the frozen model's, and those of runs at the best rates."""
     own = runs[0].record["config"]
-    given = {"data": own["data_dir"]}
+    model = (f"model={own['model']['name']}", f"model.dtype={own['model']['dtype']}", f"task.test_samples={ROWS}")
     tasks = {
-        name: (metric, composed(*(word.format(**given) for word in words), f"task.test_samples={ROWS}"))
+        name: (metric, composed(*model, *(word.format(data=own["data_dir"]) for word in words)))
         for name, (metric, words) in OTHER.items()
     }
-    usual = composed("model=smollm2_135m", f"model.dtype={own['model']['dtype']}")
-    frozen, model = {"run": FROZEN, "form": FROZEN, "size": "own", "seed": 0, "learning_rate": 0.0}, None
+    frozen, base = {"run": FROZEN, "form": FROZEN, "size": "own", "seed": 0, "learning_rate": 0.0}, None
     for name, (metric, config) in tasks.items():
         if (FROZEN, name) not in known:
-            model = model or build.model_of(usual.model, (), ()).eval()
-            config.model = usual.model
-            yield frozen | {"set": name, "metric": metric, "value": scored(config, model).metrics[metric]}
+            base = base or build.model_of(config.model, (), ()).eval()
+            yield frozen | {"set": name, "metric": metric, "value": scored(config, base).metrics[metric]}
     for row in ranking.at_best_rates(ranking.rows_of(runs)).to_dict("records"):
         path = row["run"].directory.relative_to(out).as_posix()
         told = {"run": path} | {key: row[key] for key in ("form", "size", "seed", "learning_rate")}

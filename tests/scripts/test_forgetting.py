@@ -1,4 +1,4 @@
-"""What a fine-tuned model forgets is the change from the frozen one, and what is scored is not scored again."""
+"""Changes from the frozen model, of runs at the best rate alone, and no score made twice."""
 
 from __future__ import annotations
 
@@ -24,20 +24,11 @@ def test_changes_are_from_the_frozen_model_in_nats_and_points() -> None:
 
 
 def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, monkeypatch) -> None:
-    runs, scored = [], []
-    for seed in range(2):
-        place = tmp_path / "runs" / f"seed{seed}"
-        runs.append(
-            types.SimpleNamespace(
-                directory=place, record={"config": {"data_dir": "data", "model": {"dtype": "float32"}}}
-            )
-        )
-    table = pd.DataFrame(
-        [
-            {"run": run, "form": "lori", "size": "0.13", "seed": seed, "learning_rate": 1e-3}
-            for seed, run in enumerate(runs)
-        ]
-    )
+    config = {"data_dir": "data", "model": {"name": "tiny_llama", "dtype": "float32"}}
+    places = [tmp_path / "runs" / f"seed{seed}" for seed in range(2)]
+    runs = [types.SimpleNamespace(directory=place, record={"config": config}) for place in places]
+    usual, scored = {"form": "lori", "size": "0.13", "learning_rate": 1e-3}, []
+    table = pd.DataFrame([usual | {"run": run, "seed": seed} for seed, run in enumerate(runs)])
     monkeypatch.setattr(forgetting, "OTHER", {"arc_easy": ("accuracy_norm", ("task=arc_easy",))})
     monkeypatch.setattr(ranking, "rows_of", lambda runs: table)
     monkeypatch.setattr(ranking, "at_best_rates", lambda rows: rows.iloc[1:])
