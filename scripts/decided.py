@@ -53,7 +53,7 @@ WORSE = "undecided (worse, perhaps by less than two points)"
 AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
-SCALED_LORI = "lori row_exponent=1"
+SCALED_LORI, ATTENTION = "lori row_exponent=1", "lora on attn.qkv"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 CAPS_OFF = f"{PARTIAL}, caps at 0.99"
 REFERENCES = ("lora", "low_rank", UNIFORM)
@@ -76,6 +76,9 @@ BESIDE = [
     ("oft", "lora"),
     ("oft", "low_rank"),
     (ELEMENT, "entries"),
+    ("lori", "lora"),
+    (ATTENTION, "lora"),
+    *((other, ATTENTION) for other in ("low_rank", UNIFORM, "lori")),
     *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
 ]
 CLAIMS = [
@@ -119,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if runs.empty:
         raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
     runs = runs.assign(
-        method=[form_of(run.record["config"]) for run in runs["run"]],
+        method=[form_of(run.record["config"]) for run in runs["run"]] + ranking.on_modules(runs),
         model="all",
         importance="",
         calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],

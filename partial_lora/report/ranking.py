@@ -99,11 +99,14 @@ def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFr
             for run in runs
         ]
     )
-    targets = table["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
-    for _, own in targets.groupby(table["task"]):
-        fewer = own[own != own.mode()[0]]
-        table.loc[fewer.index, "form"] += " on " + fewer
-    return table
+    return table.assign(form=table["form"] + on_modules(table))
+
+
+def on_modules(runs: pd.DataFrame) -> pd.Series:
+    """Return " on " and a run's modules where most runs of its task adapt others, else nothing."""
+    targets = runs["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
+    usual = targets.groupby(runs["task"]).transform(lambda own: own.mode()[0])
+    return (" on " + targets).where(targets != usual, "")
 
 
 def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:

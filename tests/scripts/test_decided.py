@@ -112,6 +112,16 @@ def test_what_a_calibration_has_of_its_own_is_in_a_form_s_name() -> None:
     assert decided.form_of(record(**KEPT, **own)["config"]) == "partial, shrink 0.5, by gradient, caps at 0.99"
 
 
+def test_lora_on_fewer_modules_is_a_form_of_its_own(tmp_path) -> None:
+    for seed in SEEDS:
+        run(tmp_path, "lora", 20, task="gtsrb", seed=seed, model__target_modules=["attn.qkv", "mlp.fc1"])
+        run(tmp_path, "lora", 40, task="gtsrb", seed=seed, model__target_modules=["attn.qkv"])
+        run(tmp_path, "low_rank", 30, task="gtsrb", seed=seed, model__target_modules=["attn.qkv", "mlp.fc1"])
+    assert decided.main([str(tmp_path)]) == 0
+    numbers = pd.read_csv(tmp_path / "tables" / "decided.csv").set_index(["first", "second"])["difference"]
+    assert abs(numbers["lora on attn.qkv", "lora"] + 0.1) < 1e-9 > abs(numbers["low_rank", "lora on attn.qkv"] - 0.05)
+
+
 def test_the_verdict_alone_stands_beside_the_one_among_all_where_they_differ() -> None:
     rows = [
         ("digits, budget 0.13", "holds", "undecided, among all 2", "+0.50 [+0.10, +0.90] points, n=8"),
