@@ -32,7 +32,7 @@ from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.tokens import ChoiceTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.generation import generate
-from partial_lora.training.predictions import log_likelihoods
+from partial_lora.training.predictions import in_parts, log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,14 +70,19 @@ class RunModel:
     ) -> np.ndarray:
         """Return the logits (N, outputs), float32, of a batch that a transform made of N inputs.
 
-        reduce: makes something smaller of a batch's logits and labels; the batch then needs labels.
+        reduce: makes something smaller of the logits and labels of each part of a batch, which then needs labels.
         """
+        if reduce is not None:
+            return np.concatenate([self._output(part, reduce) for part in in_parts(batch)])
+        return self._output(batch, lambda logits, _: logits.float())
+
+    def _output(self, batch: Mapping[str, Tensor], reduce: Callable[[Tensor, Tensor | None], Tensor]) -> np.ndarray:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         dtype = _AUTOCAST.get(self.precision)
         with contextlib.nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype):
             logits = self.model(**inputs).logits
-        output = logits.float() if reduce is None else reduce(logits, batch["labels"].to(self.device))
-        return output.cpu().numpy()
+        labels = batch.get("labels")
+        return reduce(logits, labels if labels is None else labels.to(self.device)).cpu().numpy()
 
 
 class Predictor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -100,7 +100,17 @@ def write_predictions(path: Path, frame: pandas.DataFrame) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-# Options: the share of questions whose right option is the most likely one, as lm-evaluation-harness counts it.
+# Answers of a language model: their likelihood, in parts of a batch. Of options the share of questions whose right one
+# is the most likely, as lm-evaluation-harness counts it.
+
+_TOKENS = 2048  # whose logits are made at once: with a vocabulary of 128,000 words they take a gigabyte in float32
+
+
+def in_parts(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return a batch of texts in parts of at most _TOKENS tokens, or of one text."""
+    rows, length = batch["input_ids"].shape
+    at_once = max(1, _TOKENS // length)
+    return [{name: each[at : at + at_once] for name, each in batch.items()} for at in range(0, rows, at_once)]
 
 
 def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -110,7 +120,7 @@ def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tens
         logits: (rows, length, vocabulary), or a model's outputs, whose first item they are.
         labels: (rows, length), -100 for tokens outside the answer; each is predicted at the place before it.
 
-    As Trainer's preprocess_logits_for_metrics it keeps two numbers a row instead of a vocabulary a token.
+    So an evaluation keeps two numbers a row instead of a vocabulary a token.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     following = labels[:, 1:]

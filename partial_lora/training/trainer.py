@@ -39,9 +39,10 @@ from partial_lora.files import seal
 from partial_lora.methods.setting import Training
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, standard_error
 from partial_lora.tasks.task import Transform
-from partial_lora.training import checkpoints, fsdp
+from partial_lora.training import checkpoints, fsdp, predictions
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
+from partial_lora.training.fsdp import is_sharded_model
 from partial_lora.training.objectives import Judge
 from partial_lora.training.packing import packed
 
@@ -75,6 +76,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         length_grouped: True to put texts of like length in one batch.
         final_after: from the number of steps to the step after which the method has its final size.
         heads: the names of the modules that train whole, in the model that is adapted.
+        reduce: makes something smaller of the logits and labels of texts (`Judge.reduce`), or None.
         settings: Trainer's.
     """
 
@@ -86,11 +88,12 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         length_grouped: bool,
         final_after: Callable[[int], int],
         heads: Sequence[str],
+        reduce: Callable[[Tensor, Tensor], Tensor] | None,
         **settings,
     ) -> None:
         super().__init__(**settings)
         self._config, self._versions, self._heads = config, dict(versions), list(heads)
-        self._rates = config.learning_rates
+        self._rates, self._reduce = config.learning_rates, reduce
         self._logged_rates: dict[str, float] = {}
         self._length_grouped, self._final_after = length_grouped, final_after
         self._losses = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -116,6 +119,21 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         loss = super().training_step(*arguments, **settings)
         self._losses += loss
         return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict a batch; texts in parts, of which only what they are reduced to is kept.
+
+        A sharded model predicts whole batches: all of its processes have to compute equally often.
+        """
+        if self._reduce is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        outputs, labels = [], []
+        for part in [inputs] if is_sharded_model(self.model) else predictions.in_parts(inputs):
+            _, logits, of_part = super().prediction_step(model, part, False, ignore_keys)
+            outputs.append(self._reduce(logits, of_part))
+            labels.append(of_part)
+        likelihood, tokens = torch.cat(outputs).sum(0)
+        return (-likelihood / tokens).float(), torch.cat(outputs), torch.cat(labels)
 
     def _run_epoch(self, **settings):
         if self._length_grouped:  # Trainer's own call does not reach through the wrappers that split and skip batches
@@ -636,7 +654,7 @@ def build_trainer(
         data_collator=UninterruptedCollate(transform.collate),
         compute_loss_func=method.loss(judge.loss, parts),
         compute_metrics=judge.measure,
-        preprocess_logits_for_metrics=judge.reduce,
+        reduce=judge.reduce,
         callbacks=[
             *callbacks,
             *method.callbacks,

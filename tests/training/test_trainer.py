@@ -394,6 +394,23 @@ def test_parts_of_a_step_have_its_gradient_and_its_loss(name: str, tmp_path: Pat
     assert [loss for _, loss in parted] == pytest.approx([loss for _, loss in steps], abs=1e-6)
 
 
+def test_texts_are_evaluated_in_parts_that_change_nothing(monkeypatch, tmp_path: Path) -> None:
+    training, rows, seen = in_parts("tiny_llama", tmp_path, 1), inputs("tiny_llama", 6), []
+    training.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    whole = training.evaluate(rows), training.predict(rows)
+    monkeypatch.setattr(predictions, "_TOKENS", 20)  # of 9 tokens two texts
+    parts = training.evaluate(rows), training.predict(rows)
+    assert [tuple(shape) for shape in seen] == [(6, 9)] * 2 + [(2, 9)] * 6
+    np.testing.assert_allclose(parts[1].predictions, whole[1].predictions, rtol=1e-5)
+    np.testing.assert_array_equal(parts[1].label_ids, whole[1].label_ids)
+    for key in ("eval_loss", "eval_perplexity"):
+        assert parts[0][key] == pytest.approx(whole[0][key], rel=1e-5)
+    loss = -whole[1].predictions[:, 0].sum() / whole[1].predictions[:, 1].sum()
+    assert whole[0]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("length_grouped", [False, True])
 def test_every_step_of_every_epoch_has_the_rows_it_had(length_grouped: bool, tmp_path: Path) -> None:
     seen = []
