@@ -312,10 +312,10 @@ def compare(arguments: Sequence[str]) -> int:
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "alone is the study that its file lists",
     )
-    from partial_lora.settings.comparison import QUICK, of_study, read
+    from partial_lora.settings.comparison import QUICK, of_one, of_study, read
 
     comparisons = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    first, _ = comparisons[0]
+    first = of_one([chosen for chosen, _ in comparisons])
     with _libraries():
         from partial_lora.launching import compare as comparing
         from partial_lora.report import verdict
@@ -326,6 +326,7 @@ def compare(arguments: Sequence[str]) -> int:
         found, left_out = comparing.prepared(chosen, overrides)
         entries += found
         lines += left_out
+    comparing.refuse_twins(entries)
     print(*lines, sep="\n", end="\n" if lines else "")
     for entry in entries:
         if first.search == QUICK:
@@ -505,6 +506,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     run = finished_run(parsed.run)
     task, trainer = evaluation_settings(run, parsed.overrides, parsed.member)
     if parsed.lm_eval:
+        if parsed.split != "test" or any(not each.startswith("trainer.") for each in parsed.overrides):
+            raise PartialLoraError("--lm-eval: its tasks have rows of their own; leave out --split and task=")
         with _libraries():
             from partial_lora.finished.harness import evaluate_by_harness
         done = evaluate_by_harness(run, parsed.lm_eval, device=trainer.device, batch_size=trainer.eval_batch_size)
@@ -607,7 +610,7 @@ def predict(arguments: Sequence[str]) -> int:
             for problem in problems:
                 code = 1
                 print(f"partial-lora: {problem}", file=sys.stderr)
-            sys.stdout.write("".join(lines))
+            files.as_it_is(sys.stdout).write("".join(lines))
             sys.stdout.flush()
             done += len(inputs)
             advance(done, total)
@@ -979,6 +982,8 @@ def report(arguments: Sequence[str]) -> int:
         from partial_lora.report import make, page, records
     place = directory.find(parsed.results_dir)
     if (place / directory.RESULT).is_file():
+        if parsed.where or parsed.by:
+            raise PartialLoraError(f"{place}: --where and --by choose among runs, and this is one; leave them out")
         print(f"wrote {page.write_run(records.one(place), examples=parsed.examples)}")
         return 0
     made = make.report(

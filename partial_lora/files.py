@@ -420,14 +420,19 @@ def redact_output() -> None:
             setattr(sys, name, _Redacting(stream))
 
 
+def as_it_is(stream: TextIO) -> TextIO:
+    """Return the stream beneath one that hides credentials: a user's own inputs are printed as they are."""
+    return stream.beneath if isinstance(stream, _Redacting) else stream
+
+
 class _Redacting:
     """A stream that hides credentials in what is written to it, and passes all else on to the stream beneath."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.beneath = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted(text))
+        self.beneath.write(redacted(text))
         return len(text)
 
     def writelines(self, lines) -> None:
@@ -435,4 +440,4 @@ class _Redacting:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.beneath, name)

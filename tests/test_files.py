@@ -21,6 +21,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import (
     HIDDEN,
     MARKER,
+    as_it_is,
     building,
     cache_dir,
     fault,
@@ -335,6 +336,7 @@ def test_all_that_a_process_prints_is_without_credentials(monkeypatch) -> None:
     handler.handle(logging.makeLogRecord({"msg": "refused: %s", "args": (SECRET,)}))
     print("printed", SECRET)
     sys.stdout.writelines([f"{SECRET}\n"])
+    assert as_it_is(sys.stdout) is as_it_is(beneath["stdout"]) is beneath["stdout"]  # for what `predict` repeats
     try:
         raise ValueError(f"in a traceback: {SECRET}")
     except ValueError:

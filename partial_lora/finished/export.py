@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -130,19 +130,26 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
         return model.dequantize() if whole and run.config.model.quantization else model
 
 
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Load an adapter in the block, quietly; raises PartialLoraError, naming its folder, where that fails."""
+    try:
+        with quiet():
+            yield
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise PartialLoraError(f"{folder}: cannot be loaded ({one_line(error)})") from error
+
+
 def adapted_model(run: FinishedRun, *, whole: bool = False) -> PeftModel:
     """Return the run's base model with its trained adapter, masked where the run's was, in evaluation mode.
 
     `whole` as in `base_model`. Raises PartialLoraError where the adapter is broken, lacks a tensor or has one too many.
     """
     folder = run.adapter
-    try:
+    with loading(folder):
         config = PartialLoraConfig.from_pretrained(str(folder)) if run.is_masked else None
-        with quiet():
-            adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
+        adapted = PeftModel.from_pretrained(base_model(run, whole=whole), str(folder), config=config)
         saved = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise PartialLoraError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     for name in sorted(_tensors(adapted).keys() ^ saved.keys()):
         state = "has no place in the model" if name in saved else "is missing"
         raise PartialLoraError(f"{folder}/adapter_model.safetensors: {name} {state}; train the run again")

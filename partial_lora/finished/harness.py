@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pandas
 
-from partial_lora.building import build
+from partial_lora import models
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_yaml
 from partial_lora.finished.evaluate import FOLDER, Evaluation, write
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import one_task
 from partial_lora.launching.directory import finite
 
 
@@ -40,7 +39,8 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise PartialLoraError(f"--lm-eval: {unknown[0]} is no task of lm-eval; `lm-eval ls tasks` lists them")
     model = RunModel(run, device)
-    tokenizer = build.transform_of(run.config.model, one_task(run).config.task).tokenizer
+    of_run = run.config.model
+    tokenizer = models.tokenizer(name=of_run.name, weights=of_run.weights, family=of_run.family)
     asked = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=asked, tasks=names, task_manager=manager)
     record = {
@@ -50,7 +50,7 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
         "examples": {name: counts["effective"] for name, counts in found["n-samples"].items()},
         "metrics": {name: _measured(values) for name, values in found["results"].items()},
         "device": model.device,
-        "mixed_precision": model.precision,
+        "mixed_precision": "no",  # the harness asks the model itself
         "seconds": round(time.perf_counter() - start, 3),
     }
     folder = run.directory / FOLDER / f"lm-eval-{'-'.join(names)}"

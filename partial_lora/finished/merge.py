@@ -61,14 +61,16 @@ def merge(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PartialLoraError(f"--out {folder}: there is something already, expected a new folder")
     names = [f"run{place}" for place in range(len(runs))]  # PEFT would take a bare number for a layer's
+    with export.loading(first.adapter):
+        adapted = PeftModel.from_pretrained(export.base_model(first), str(first.adapter), adapter_name=names[0])
+    for name, run in zip(names[1:], others, strict=True):
+        with export.loading(run.adapter):
+            adapted.load_adapter(str(run.adapter), name)
+    kept = {name: _kept(adapted, name) for name in names}
+    set_seed(0)
     try:
         with quiet():
-            adapted = PeftModel.from_pretrained(export.base_model(first), str(first.adapter), adapter_name=names[0])
-            for name, run in zip(names[1:], others, strict=True):
-                adapted.load_adapter(str(run.adapter), name)
-        kept = {name: _kept(adapted, name) for name in names}
-        set_seed(0)
-        adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
+            adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise PartialLoraError(f"--how {way}: PEFT does not combine these ({one_line(error)})") from error
     try:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from partial_lora import files
-from partial_lora.errors import require
+from partial_lora.errors import UnfitPackageError, require
 from partial_lora.settings.accelerate_file import ACCELERATE_CONFIG, accelerate_file
 from partial_lora.settings.compatibility import has_accelerator
 from partial_lora.training.config import TrainerConfig
@@ -156,7 +157,15 @@ def _has_one_rate(file: Mapping) -> bool:
 
 def _accelerators(on_cpu: bool) -> int:
     """Return the number of accelerators that this machine shows, and at least one."""
-    if on_cpu or not has_accelerator():
-        return 1
-    count = "import torch; print(max(1, torch.cuda.device_count()))"  # in a process of its own: the parent has no torch
-    return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
+    return 1 if on_cpu or not has_accelerator() else _counted()
+
+
+@cache
+def _counted() -> int:
+    """Return how many accelerators torch sees, at least one, in a process of its own: this one has no torch."""
+    count = "import torch; print(max(1, torch.cuda.device_count()))"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UnfitPackageError(f"torch cannot count this machine's accelerators: {why}")
+    return int(done.stdout)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.packs import recorded
@@ -225,6 +226,18 @@ def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Ent
             lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
         found = [entry for entry in found if entry.method in alive[:TAKEN]]
     return found, lines
+
+
+def refuse_twins(entries: Sequence[Entry]) -> None:
+    """Raise PartialLoraError for entries that one verdict cannot tell apart, or whose runs lie in several folders."""
+    names = Counter((entry.group, entry.name) for entry in entries)
+    for group, name in (each for each, count in names.items() if count > 1):
+        raise PartialLoraError(
+            f"methods: {name} is there twice in {group}, and one verdict cannot tell them apart; make each comparison "
+            "by itself (python scripts/study.py NAME does)"
+        )
+    folders = {entry.usual.results_dir for entry in entries if entry.refused is None}
+    require(len(folders) < 2, "results_dir", " and ".join(sorted(folders)), "one folder for a comparison")
 
 
 def _is_served(method: str, overrides: Sequence[str]) -> bool:
@@ -443,6 +456,8 @@ def side_by_side(
         (entry, trial, config) for entry, trials in _by_entry(runs) for trial, config in entry.configs(trials).items()
     ]
     under_way: dict[Future, tuple[Entry, Trial]] = {}
+    for _, _, config in waiting[:1]:
+        launch.ready_to_fork(config)
     with ThreadPoolExecutor(jobs) as pool, handling(lambda number, frame: requests.append(number)):
         try:
             while under_way or (waiting and not requests):

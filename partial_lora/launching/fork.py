@@ -6,12 +6,10 @@ import multiprocessing
 import os
 import runpy
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
-from unittest import mock
 
 from partial_lora import worker_events
 from partial_lora.launching import directory, imports
@@ -19,7 +17,7 @@ from partial_lora.launching.cluster import Cluster
 from partial_lora.settings.schema import Config
 
 _PRELOADED = ["partial_lora.launching.fork_preload", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
-_STARTING = threading.Lock()
+_STARTED: list[bool] = []
 _OF_ONE_RUN = (worker_events.VARIABLE, directory.VARIABLE)
 
 
@@ -61,20 +59,40 @@ class Forked:
                 os.kill(self.pid, number)
 
 
-def fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> Forked:
-    """Have a worker forked, as `launch` starts one; the first call starts the process that forks.
+def ready(environment: Mapping[str, str]) -> None:
+    """Start the process that forks, unless it has started; where runs are made in threads, before the first of them.
 
-    That process is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as long as
-    this one, and hands on how a worker ended.
+    It inherits what libraries read while they are imported from this process, whose variables change for a moment.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    if _STARTED:
+        return
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
-    with _STARTING, mock.patch.dict(os.environ, shared):  # libraries read some of it while they are imported
+    before = {key: os.environ.get(key) for key in shared}
+    try:
+        os.environ.update(shared)
         ensure_running()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+    _STARTED.append(True)
+
+
+def fork(command: list[str], environment: Mapping[str, str], log: int, lock: int) -> Forked:
+    """Have a worker forked, as `launch` starts one.
+
+    The process that forks is multiprocessing's fork server. It has imported what runs need, computes nothing, lives as
+    long as this one, and hands on how a worker ended.
+    """
+    ready(environment)
     arguments = command[command.index("-m") + 1 :]
     passed = (Connection(os.dup(descriptor)) for descriptor in (log, lock))  # by which a descriptor reaches a process
-    process = context.Process(target=_be_forked, args=(arguments, dict(environment), *passed))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_be_forked, args=(arguments, dict(environment), *passed)
+    )
     process.start()
     return Forked(process)
 

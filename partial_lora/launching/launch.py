@@ -26,7 +26,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import redacted
 from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command
-from partial_lora.launching.fork import Forked, can_fork, fork
+from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
@@ -89,11 +89,12 @@ def launch(
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
     """
-    place, cluster = directory_of(config, stage), cluster_of(config.trainer, config.model.quantization)
-    if cluster.rank:
-        return _follow(config, stage, place, cluster, stop)
+    place = directory_of(config, stage)
     if not place.is_dir() and is_done(config, stage, place):
         return Outcome(place, "skipped")  # a pack has it
+    cluster = cluster_of(config.trainer, config.model.quantization)
+    if cluster.rank:
+        return _follow(config, stage, place, cluster, stop)
     with directory.locked(place) as lock:
         if is_done(config, stage, place):
             directory.remove_checkpoints(place)  # they stay where a run was ended right after its record was written
@@ -119,6 +120,13 @@ def launch(
         if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get(directory.REFUSED):
             directory.remove_refused(place, config.results_dir)
         return outcome
+
+
+def ready_to_fork(config: Config) -> None:
+    """Start the process that forks runs like this one, before threads make them (`fork.ready`)."""
+    cluster = cluster_of(config.trainer, config.model.quantization)
+    if can_fork(config, cluster):
+        ready(_environment(config, run_directory(config), cluster))
 
 
 def directory_of(config: Config, stage: str) -> Path:

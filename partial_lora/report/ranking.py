@@ -135,7 +135,8 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        best = ranked(worth_by_rate(cell.to_dict("records")))[0]
+        worth = worth_by_rate(cell.to_dict("records"))
+        best = (ranked(worth) or list(worth))[0]  # where every rate failed, any
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())

@@ -92,7 +92,8 @@ def worth_by_rate(rows: Iterable[Mapping]) -> dict[float, dict[int, Worth]]:
     tried: dict[float, dict[int, Worth]] = {}
     for own in rows:
         sign = -1 if own["metric"] in LOWER_IS_BETTER else 1
-        tried.setdefault(own["learning_rate"], {})[own["seed"]] = (sign * own["validation"], -own["validation_loss"])
+        worth = sign * own["validation"], -own["validation_loss"]
+        tried.setdefault(own["learning_rate"], {})[own["seed"]] = None if math.isnan(worth[0]) else worth
     return tried
 
 

@@ -114,8 +114,19 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
         return [list(settings)]
     only = {"task": named["task"].split(",")} if "task" in named else {}
     more = [each for each in settings if each.partition("=")[0] not in ("experiment", "task", "data_dir")]
-    study = commands(named["experiment"], Path(named.get("data_dir", "data")), only)
-    return [[*words[1:], *more] for words in study if words[0] == "compare"] or [list(settings)]
+    data = Path(named.get("data_dir", "data"))
+    study = [[*words[1:], *more] for words in commands(named["experiment"], data, only) if words[0] == "compare"]
+    require(bool(study), "experiment", named["experiment"], f"a study of comparisons whose data sets are in {data}")
+    return study
+
+
+def of_one(comparisons: Sequence[Comparison]) -> Comparison:
+    """Return the settings of comparisons that are made as one; raises PartialLoraError where they are not the same."""
+    first = comparisons[0]
+    for key in (each.name for each in fields(Comparison) if each.name not in ("methods", "budgets", "reference")):
+        values = list(dict.fromkeys(str(getattr(each, key)) for each in comparisons))
+        require(len(values) == 1, key, " and ".join(values), "one value for a whole study")
+    return first
 
 
 def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:

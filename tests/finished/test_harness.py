@@ -54,5 +54,7 @@ def test_a_run_that_writes_nothing_and_a_harness_that_is_missing_are_named(monke
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with refusal("--lm-eval", "partial-lora"):
         evaluate_by_harness(finished_runs.generation_run(), [str(task)], device="cpu", batch_size=4)
+    with refusal("--lm-eval", "--split"):
+        cli.evaluate([str(finished_runs.generation_run().directory), "--lm-eval", str(task), "--split", "validation"])
     with refusal("--lm-eval", "tiny_vit"):
         evaluate_by_harness(finished_runs.image_run(), [str(task)], device="cpu", batch_size=4)

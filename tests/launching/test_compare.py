@@ -219,6 +219,18 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
     assert not list(tmp_path.glob("results*"))
 
 
+def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
+    overrides = (*GIVEN, f"results_dir={tmp_path}")
+    (one,) = compare.entries(["low_rank"], [0.3], overrides)
+    (twin,) = compare.entries(["low_rank"], [0.3], (*overrides, "method.alpha=4"))
+    (elsewhere,) = compare.entries(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
+    with refusal("methods: low_rank, 0.3"):
+        compare.refuse_twins([one, twin])
+    with refusal("results_dir", tmp_path / "other"):
+        compare.refuse_twins([one, elsewhere])
+    compare.refuse_twins([one])
+
+
 def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:
     (tmp_path / "one.csv").write_text("text,label\n" + "a film,good\n" * 20)
     chosen = ("compare", "model=tiny_bert", "task=text_table", "methods=[low_rank,lora,dora]")

@@ -16,6 +16,7 @@ import torch
 from commands import environment, here, is_alive
 from safetensors.torch import load_file
 
+from partial_lora.launching import directory, fork
 from partial_lora.launching.cluster import cluster_of
 from partial_lora.launching.fork import can_fork, take_threads
 from partial_lora.settings.compose import composed
@@ -118,6 +119,19 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_sweep(place: Path, run) -
 def test_what_cannot_be_forked_gets_a_fresh_interpreter(overrides: tuple, expected: bool) -> None:
     config: Config = composed("model=tiny_vit", "trainer.device=cpu", *overrides)
     assert can_fork(config, cluster_of(config.trainer, config.model.quantization)) is expected
+
+
+def test_the_process_that_forks_is_started_once_and_other_variables_stay(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(fork, "_STARTED", [])
+    monkeypatch.setattr(fork, "ensure_running", lambda: seen.append(dict(os.environ)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    before = dict(os.environ)
+    for _ in range(2):
+        fork.ready({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", directory.VARIABLE: "of one run"})
+    assert seen == [before | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}]
+    assert dict(os.environ) == before
 
 
 def test_it_computes_with_the_threads_of_its_own_environment() -> None:

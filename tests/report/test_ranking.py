@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
     assert set(chosen["learning_rate"]) == {4e-3}
     assert set(chosen["rates"]) == {3}
     assert set(chosen["spent"]) == {5.0}
+
+
+def test_a_rate_without_a_score_on_validation_is_not_the_best() -> None:
+    scores = {(1e-3, 0): (math.nan, 1.0, 0.1), (2e-3, 0): (0.9, 1.0, 0.2), (4e-3, 0): (0.95, 1.0, 0.3)}
+    assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))["test"]) == [0.3]
+    failed = {(1e-3, 0): (math.nan, math.nan, 0.1)}
+    assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", failed)))["test"]) == [0.1]
 
 
 def test_a_difference_is_of_runs_of_the_same_seeds() -> None:

@@ -13,6 +13,7 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from partial_lora.errors import PartialLoraError
 from partial_lora.launching.paths import run_directory
 from partial_lora.settings import comparison, compose, schema
 from partial_lora.settings import study as studies
@@ -111,6 +112,17 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
     assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
     own = ["experiment=race", "methods=[partial]"]
     assert comparison.of_study(own) == [own]
+    for other in ("demo", "leaders"):  # no study, and one without its sets
+        with pytest.raises(PartialLoraError, match="experiment"):
+            comparison.of_study([f"experiment={other}", f"data_dir={data / 'nowhere'}"])
+
+
+def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
+    chosen = [comparison.read(each)[0] for each in comparison.of_study(["experiment=race", f"data_dir={data}"])]
+    assert comparison.of_one(chosen) is chosen[0]
+    chosen[1].seeds = 5
+    with pytest.raises(PartialLoraError, match="seeds=3 and 5"):
+        comparison.of_one(chosen)
 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])
