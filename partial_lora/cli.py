@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import math
@@ -84,8 +85,20 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def script(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Make a function the command of a script: `guarded`, and with exit code 0 unless it returns another."""
-    return functools.wraps(main)(lambda *arguments: guarded(lambda: main(*arguments) or 0))
+    """Make a function the command of a script: `guarded`, and with exit code 0 unless it returns another.
+
+    A function without parameters is a script without arguments, whose --help is its docstring.
+    """
+
+    def run(*arguments) -> int:
+        if not inspect.signature(main).parameters:
+            about = sys.modules[main.__module__].__doc__
+            argparse.ArgumentParser(
+                description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+            ).parse_args()
+        return guarded(lambda: main(*arguments) or 0)
+
+    return functools.wraps(main)(run)
 
 
 def _complete(arguments: list[str]) -> int:

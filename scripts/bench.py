@@ -48,6 +48,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
 from partial_lora.building import build
@@ -1101,6 +1102,7 @@ PAGES = {"adapter": adapter_page, "serving": serving_page, "runs": runs_page}  #
 WHOLE = {"adapter": (adapter, 28), "serving": (serving, 60)}  # and usual repetitions
 
 
+@cli.script
 def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["worker"]:
@@ -1139,4 +1141,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

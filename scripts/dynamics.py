@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from partial_lora import files
+from partial_lora import cli, files
 from partial_lora.building import build
 from partial_lora.calibration.reuse import block_names
 from partial_lora.errors import PartialLoraError
@@ -169,6 +169,7 @@ class Moments:
         return across**2 / (of_x * of_y) if of_x * of_y > 0 else float("nan")
 
 
+@cli.script
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")

@@ -7,6 +7,7 @@ Every mark is named beside it, and colour never tells two things apart without a
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from partial_lora import cli
 from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, weights_of_sets
@@ -295,5 +297,10 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+@cli.script
+def main() -> None:
     figures(Path("results"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,9 +23,11 @@ file with what is built.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -34,7 +36,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from partial_lora import models
+from partial_lora import cli, models
 from partial_lora.building import memory
 from partial_lora.building.info import outline
 from partial_lora.files import read_json, write_atomic, write_json
@@ -236,20 +238,25 @@ def write_skeletons() -> None:
     write_atomic(FILE, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def main() -> int:
-    if sys.argv[1:] == ["--skeletons"]:
+@cli.script
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--kept", action="store_true", help="what a step of training keeps, in place of the table")
+    which.add_argument("--skeletons", action="store_true", help="the shapes that the package has of its models")
+    options = parser.parse_args(arguments)
+    if options.skeletons:
         write_skeletons()
-        return 0
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if sys.argv[1:] == ["--kept"]:
+    if options.kept:
         found = steps(FOLDER / "kept.json")
         write_atomic(FOLDER / "kept.md", kept_page(found))
-        return 0
+        return
     each = outlines()
     write_json(FOLDER / "models.json", each)
     write_atomic(FOLDER / "models.md", page(each))
     print(page(each))
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ Writes referee.md, search.csv, spread.csv and seeds.csv into results/referee.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -29,6 +30,7 @@ import intervals
 import numpy as np
 import pandas as pd
 
+from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
 from partial_lora.report import predictions, ranking, records, sequential
@@ -278,6 +280,7 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@cli.script
 def main() -> None:
     searched = replay(cells(RESULTS))
     parts = components(RESULTS)
@@ -292,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from scipy.special import bdtr
 from scipy.stats import hypergeom
 from tabulate import tabulate
 
+from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, plain, save
@@ -639,6 +640,7 @@ def over_sparsities(setting: Setting) -> dict[str, np.ndarray]:
 # ----------------------------------------------------------------------------------------------------------- command
 
 
+@cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=768, metavar="M", help="outputs of the module (768)")
@@ -659,4 +661,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ example with all its tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from partial_lora import models
+from partial_lora import cli, models
 from partial_lora.files import write_atomic, write_json
 from partial_lora.masks import Mask
 from partial_lora.settings.compose import composed
@@ -349,6 +350,7 @@ def page(record: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
+@cli.script
 def main() -> None:
     record = {"rank": RANK, "density": DENSITY, "seed": SEED, "images": IMAGES}
     record["models"] = [measured(name, IMAGES) for name in MODELS]
@@ -359,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ lm-evaluation-harness does, tests say (tests/tasks/test_prompts.py), and `evalua
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from partial_lora import files
+from partial_lora import cli, files
 from partial_lora.building import build
 from partial_lora.peers import Alone
 from partial_lora.settings.compose import composed
@@ -43,8 +44,11 @@ def scored(config: Config, model: torch.nn.Module) -> objectives.Judged:
     return judge.judged(predict, model, "test")
 
 
+@cli.script
 def main(arguments: list[str] | None = None) -> None:
-    config = composed("experiment=causal", *(sys.argv[1:] if arguments is None else arguments))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="such as task=arc_easy")
+    config = composed("experiment=causal", *parser.parse_args(arguments).settings)
     model = build.model_of(config.model, (), ()).eval()
     judged = scored(config, model)
     package = {key: judged.metrics[key] for key in ("accuracy", "accuracy_norm")}
@@ -56,4 +60,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -614,3 +614,21 @@ with importing():
 """
     others = {"bitsandbytes", "timm", "sklearn", "scipy.stats", "evaluate", "matplotlib"}
     assert not (others | {"mlflow", "tensorboard", "trackio", "wandb"}) & imported(place, script)
+
+
+@pytest.mark.parametrize(("given", "code"), [(["--help"], 0), (["--force"], 2), ([], None)])
+def test_a_script_without_arguments_does_its_work_when_it_is_given_none(given, code, monkeypatch, capsys) -> None:
+    done = []
+
+    @cli.script
+    def main() -> None:
+        done.append(True)
+
+    monkeypatch.setattr(sys, "argv", ["script.py", *given])
+    if code is None:
+        assert main() == 0
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+    assert done == [True] * (code is None)

@@ -41,11 +41,17 @@ def test_pages_are_those_that_the_tables_make() -> None:
     assert [path for path, text in made.items() if path.read_text("utf-8") != text] == [], "make pages"
 
 
-@pytest.mark.parametrize("task", ["gtsrb", "trec", "digits"])
-def test_rows_and_columns_are_best_at_dense_lora_s_rate(task: str) -> None:
+@pytest.mark.parametrize("task", ["gtsrb", "trec", "digits", "signdigits"])
+def test_plain_lora_of_a_lower_rank_has_one_best_rate(task: str) -> None:
     """The table of what to take says so to those who are short of time to tune."""
     rates = evidence.raced(ROOT / "results").set_index(["task", "form", "size"])["learning_rate"]
-    assert rates[task, "partial", "0.13"] == rates[task, "lora", "own"]
+    assert rates[task, "low_rank", "0.13"] == 4e-3
+
+
+def test_a_difference_of_two_forms_is_of_their_runs_at_the_best_rates() -> None:
+    for task, form in (("gtsrb", "lori"), ("signdigits", "lora on attn.qkv"), ("trec", "rows")):
+        size = "own" if " on " in form else "0.13"
+        assert pages.apart(task, form, "low_rank") == pages.cell(task, form, size)["less"]
 
 
 def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Path) -> None:
