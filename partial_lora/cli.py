@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partial_lora import files
+from partial_lora import credentials, files
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
 from partial_lora.finished.forms import FORMS
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Return the exit code of a command, whose wrong inputs become one line, and whose output shows no credentials."""
-    files.redact_output()
+    credentials.redact_output()
     imports.refuse_hub_code()
     try:
         # So that nothing is left half-written, and nothing runs that a folder holds beside its settings.
@@ -427,7 +427,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     }
     if not places:
         return 1
-    out = next(iter(places)).parents[4]  # of results_dir/runs/task/model/method-id/seed
+    out = verdict.results_of(places)
     runs = [verdict.run_of(record, place, out) for place, record in places.items()]
     of_reference = [run for entry in entries if entry.method == comparison.reference for run in entry.done.values()]
     reference = (
@@ -623,7 +623,7 @@ def predict(arguments: Sequence[str]) -> int:
             for problem in problems:
                 code = 1
                 print(f"partial-lora: {problem}", file=sys.stderr)
-            files.as_it_is(sys.stdout).write("".join(lines))
+            credentials.as_it_is(sys.stdout).write("".join(lines))
             sys.stdout.flush()
             done += len(inputs)
             advance(done, total)

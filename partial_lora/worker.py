@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from partial_lora import files
+from partial_lora import credentials, files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, failures, imports, launch
 from partial_lora.settings import versions
@@ -40,7 +40,7 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(descriptor, stream.fileno())
         os.close(descriptor)
-    files.redact_output()  # before any library takes hold of the streams
+    credentials.redact_output()  # before any library takes hold of the streams
     imports.refuse_hub_code()
     code = work(arguments.directory, arguments.stage)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -82,7 +82,7 @@ def work(place: Path, stage: str) -> int:
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal
-        record |= {"status": "failed", "error": files.redacted(_in_one_line(error))}
+        record |= {"status": "failed", "error": credentials.redacted(_in_one_line(error))}
         begun = record["parameters"] or record["calibration"]
         record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):

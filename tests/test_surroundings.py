@@ -19,8 +19,8 @@ from huggingface_hub import HfApi, constants
 from tracked import in_mlflow, points_of, scalars, without_clock
 
 from partial_lora import tasks
+from partial_lora.credentials import HIDDEN
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import HIDDEN
 from partial_lora.launching import paths
 from partial_lora.settings.compose import composed
 from partial_lora.tasks import sources

@@ -10,8 +10,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
 
+from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import building, redacted
+from partial_lora.files import building
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.settings.versions import plain, without_places

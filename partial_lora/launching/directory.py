@@ -18,8 +18,9 @@ from pathlib import Path
 
 import yaml
 
+from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import lock, read_json, redacted
+from partial_lora.files import lock, read_json
 from partial_lora.settings.tuned import tuned
 from partial_lora.settings.versions import upgraded
 from partial_lora.training.trackers import TRACKERS

@@ -7,14 +7,14 @@ import gc
 import os
 import sys
 
-from partial_lora import files
+from partial_lora import credentials
 from partial_lora.launching import imports
 
 _nowhere = os.open(os.devnull, os.O_WRONLY)
 for _stream in (sys.stdout, sys.stderr):
     os.dup2(_nowhere, _stream.fileno())
 os.close(_nowhere)
-files.redact_output()  # before any library takes hold of the streams
+credentials.redact_output()  # before any library takes hold of the streams
 imports.refuse_hub_code()
 imports.hide_bitsandbytes()
 gc.disable()  # until a worker has its own imports

@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from partial_lora import files, worker_events
+from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import redacted
 from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command
 from partial_lora.launching.fork import Forked, can_fork, fork, ready

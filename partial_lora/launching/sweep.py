@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from partial_lora import files
+from partial_lora import credentials, files
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, imports, launch, packs
 from partial_lora.settings.compose import Plan
@@ -243,7 +243,7 @@ class Job:
         if not here:
             if self.parent[0] == socket.gethostname():
                 end_with_sweep(self.ledger)
-            files.redact_output()
+            credentials.redact_output()
             imports.refuse_hub_code()
             with suppress(PermissionError):  # the launcher has started a session for it
                 os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which then stops all its jobs, once

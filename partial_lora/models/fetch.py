@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from partial_lora import worker_events
+from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import FULL, file_sha256, redacted
+from partial_lora.files import FULL, file_sha256
 from partial_lora.models import bundled
 
 RANDOM = "random"  # weights that are drawn, not loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,31 +108,48 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
     nothing else tells two folders apart.
     """
     usual, told = usual_conditions(every), {}
-    for place, of_place in grouped(every, lambda each: panel_of(each.row)).items():
-        shared = conditions(usual[place].runs[0].record)
-        settings = {
-            each.key: {key: own for key, own, _ in tuned.differing(conditions(each.runs[0].record), shared)}
-            for each in of_place
+    for place, of_panel in grouped(every, lambda folder: panel_of(folder.row)).items():
+        settings = _unusual(of_panel, usual[place])
+        methods = grouped(of_panel, lambda folder: (folder.row["method"], folder.row["operating_point"])).values()
+        for of_one in methods:
+            for folder, varied in _varied(of_one).items():
+                settings[folder] |= varied
+        short = _short_keys({key for values in settings.values() for key in values})
+        words = {
+            folder: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in values.items())
+            for folder, values in settings.items()
         }
-        alike = grouped(of_place, lambda each: (each.row["method"], each.row["operating_point"])).values()
-        for same in alike:
-            own = {each.key: of_method(each.config) for each in same}
-            for key in sorted({key for each in own.values() for key in each}):
-                if len({repr(each.get(key)) for each in own.values()}) > 1:
-                    for name, each in own.items():
-                        settings[name] |= {key: each[key]} if key in each else {}
-        short = _short_keys({key for each in settings.values() for key in each})
-        for same in alike:
-            words = {
-                each: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in settings[each.key].items())
-                for each in same
-            }
-            for twins in grouped(same, words.get).values():
-                by_rate = grouped(twins, lambda each: f"learning_rate={each.row['learning_rate']:g}")
-                for rate, of_rate in by_rate.items():
-                    for each in of_rate:
-                        more = [rate] * (len(by_rate) > 1) + [each.id] * (len(of_rate) > 1)
-                        told[each.key] = ", ".join(filter(None, [words[each], *more])) or NONE
+        for of_one in methods:
+            told |= _with_rates(of_one, words)
+    return told
+
+
+def _unusual(folders: Iterable[Folder], usual: Folder) -> dict[Folder, dict[str, object]]:
+    """Return the conditions of folders that are not the usual ones."""
+    shared = conditions(usual.runs[0].record)
+    return {
+        folder: {key: value for key, value, _ in tuned.differing(conditions(folder.runs[0].record), shared)}
+        for folder in folders
+    }
+
+
+def _varied(folders: Iterable[Folder]) -> dict[Folder, dict[str, object]]:
+    """Return the settings of a method that are not the same in all of its folders."""
+    settings = {folder: of_method(folder.config) for folder in folders}
+    keys = sorted({key for values in settings.values() for key in values})
+    varied = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
+    return {folder: {key: values[key] for key in varied if key in values} for folder, values in settings.items()}
+
+
+def _with_rates(folders: Iterable[Folder], words: Mapping[Folder, str]) -> dict[tuple[str, str], str]:
+    """Return by key the words of a method's folders, with the learning rate or the id where the words are the same."""
+    told = {}
+    for twins in grouped(folders, words.get).values():
+        rates = grouped(twins, lambda folder: f"learning_rate={folder.row['learning_rate']:g}")
+        for rate, of_rate in rates.items():
+            for folder in of_rate:
+                more = [rate] * (len(rates) > 1) + [folder.id] * (len(of_rate) > 1)
+                told[folder.key] = ", ".join(filter(None, [words[folder], *more])) or NONE
     return told
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,11 @@ TAKE = "take"  # folder of the files to act with
 def run_of(record: dict, place: Path, out: Path) -> records.Run:
     """Return a run of a comparison."""
     return records.run_of(record, place, str(place.parent.relative_to(out)))
+
+
+def results_of(places: Iterable[Path]) -> Path:
+    """Return the results directory of runs, each in results_dir/runs/task/model/method-id/seed."""
+    return next(iter(places)).parents[4]
 
 
 def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
@@ -53,8 +58,7 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
 
 def judged(group: Sequence[Entry], margin: float, seeds: int | None) -> tuple[Referee, str]:
     """Return what the runs of a group decide so far, and the metric. margin: in points. seeds: of every method."""
-    out = next(iter(group[0].done)).parents[4]  # of results_dir/runs/task/model/method-id/seed
-    outputs, metric = outputs_of(group, out)
+    outputs, metric = outputs_of(group, results_of(group[0].done))
     return referee(outputs, margin / 100, LOOKS if seeds is None else (seeds,)), metric
 
 

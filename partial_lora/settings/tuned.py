@@ -17,8 +17,9 @@ from itertools import dropwhile, product
 from pathlib import Path
 from typing import Any
 
+from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import read_json, redacted, write_json
+from partial_lora.files import read_json, write_json
 from partial_lora.settings import identity, schema, versions
 
 # --- The operating point, where on the curve of accuracy against size an adapter is: "threshold 0.9", "budget 0.13".

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from partial_lora.files import redacted
+from partial_lora.credentials import redacted
 from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.tasks.config import TaskConfig
 

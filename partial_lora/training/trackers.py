@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from partial_lora.credentials import redacted
 from partial_lora.errors import one_line
-from partial_lora.files import one_writer, redacted
+from partial_lora.files import one_writer
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
 _PARAMETER_LENGTH, _PARAMETERS_PER_REQUEST = 500, 100  # the limits of any MLflow

@@ -13,7 +13,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from partial_lora.files import flatten, redacted, write_json
+from partial_lora.credentials import redacted
+from partial_lora.files import flatten, write_json
 from partial_lora.training.trackers import TRACKERS, Run, Tracker, in_words
 
 DEFAULTS = {  # environment variables, where the user has not set them

@@ -14,8 +14,8 @@ from tiny_trainer import RESUMED, EndAfter, EndedError, masked, resumable, train
 from tracked import client_of, in_mlflow, points_of, scalars, stored, without_clock
 
 from partial_lora import files as sealed
+from partial_lora.credentials import HIDDEN
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import HIDDEN
 from partial_lora.launching import directory as results
 from partial_lora.settings import resolving
 from partial_lora.settings.compose import composed
