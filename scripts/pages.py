@@ -17,6 +17,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from evidence import CLAIMS, VERDICTS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -24,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "results", ROOT / "README.md"
@@ -139,27 +141,59 @@ def claim(second: str, point: str = "budget 0.13") -> list[dict[str, str]]:
     return lines
 
 
+def with_digits(second: str, point: str = "budget 0.13") -> str:
+    """Return rows and columns less another method as the mean over all sets of the decided claims, digits too."""
+    numbers = pd.read_csv(RESULTS / "decided" / "tables" / "decided.csv")
+    of_pair = (numbers["first"] == "partial") & (numbers["second"] == second) & (numbers["operating_point"] == point)
+    sets = numbers[of_pair & numbers["task"].isin(SETS)]
+    mean = over_sets([Estimate(row.difference, row.error, row.freedom) for row in sets.itertuples()])
+    return written([100 * number for number in (mean.difference, *mean.interval())])
+
+
 def _in_words(verdict: str) -> str:
     """Return a verdict as pages have it."""
     word, doubt = VERDICTS[verdict][0], re.search(r"\((.*)\)", verdict)
     return doubt[1] if doubt else word
 
 
+RACES = ("race", "forms")  # of equals the first, as `raced` has it
+CELL = ["task", "form", "size"]
+
+
 @cache
 def _raced() -> pd.DataFrame:
-    return raced(RESULTS).set_index(["task", "form", "size"]).sort_index()
+    return raced(RESULTS).set_index(CELL).sort_index()
+
+
+@cache
+def _cells(table: str) -> pd.DataFrame:
+    return pd.read_csv(RESULTS / f"{table}.csv", dtype={"size": str}).set_index(CELL).sort_index()
+
+
+@cache
+def _runs(study: str) -> pd.DataFrame:
+    columns = [*CELL, "learning_rate", "seed", "adapter_parameters", "test"]
+    return pd.read_parquet(RESULTS / study / "runs.parquet", columns=columns)
+
+
+def _study(task: str, form: str, size: str) -> str:
+    """Return which of the race and the forms `raced` takes a form from: that of more seeds."""
+    return max(RACES, key=lambda study: _cells(f"{study}/{study}")["seeds"].get((task, form, size), 0))
 
 
 def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
-    """Return what the race has of a form at a size: scores, distances, seeds, bytes."""
-    row = _raced().loc[(task, form, size)]
+    """Return what the race has of a form at a size: scores, distances, losses, seeds, bytes."""
+    row, study = _raced().loc[(task, form, size)], _study(task, form, size)
     test, half, mean, mean_half = (100 * row[name] for name in ("test", "half", "difference", "difference_half"))
     verdict = f"**{'better' if mean > 0 else 'worse'}**" if row["holds"] else "not significant"
     return {
         "lead": _signed(f"{row['lead']:+.1f}"),
         "lead_seeds": f"{row['lead_seeds']:.0f}",
+        "from_dense": written([row["lead"], row["lead"] - row["lead_half"], row["lead"] + row["lead_half"]]),
         "less": written([mean, mean - mean_half, mean + mean_half]) if row["paired"] else "–",
         "after": verdict if row["paired"] else "–",
+        "loss": loss(task, form, size, f"{study}/loss"),
+        "study": study,
         "test": f"{test:.1f} ± {half:.1f}",
         "share": f"{100 * row['share']:.1f}",
         "seeds": f"{row['seeds']:.0f}",
@@ -168,11 +202,41 @@ def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
     }
 
 
+def loss(task: str, form: str, size: str = "0.13", table: str = "decided/tables/loss") -> str:
+    """Return a form's test loss less plain LoRA's, in nats, bold where that is significant after correction."""
+    losses = _cells(table)
+    if (task, form, size) not in losses.index:
+        return "–"
+    row = losses.loc[(task, form, size)]
+    number = written([row["difference"], row["difference"] - row["half"], row["difference"] + row["half"]])
+    return f"**{number}**" if row["holds"] else number
+
+
+def apart(task: str, first: str, second: str, size: str = "0.13", table: str = "forms") -> str:
+    """Return a form less another of about its size, at their best rates, with its interval over the seeds of both."""
+    scores = [100 * _at_best(task, form, size, table) for form in (first, second)]
+    differences = (scores[0] - scores[1]).dropna()
+    mean, half = differences.mean(), half_interval(differences.std(), len(differences))
+    return written([mean, mean - half, mean + half])
+
+
+def _at_best(task: str, form: str, size: str, study: str) -> pd.Series:
+    """Return the test scores of a form at its best rate, by seed. A form on some modules has a size of its own."""
+    method, _, modules = form.partition(" on ")
+    size = "own" if modules else size
+    best, runs = _cells(f"{study}/{study}").loc[(task, form, size)], _runs(study)
+    own = runs[(runs["task"] == task) & (runs["form"] == method) & (runs["size"] == size)]
+    for column, known in (("learning_rate", "learning_rate"), ("adapter_parameters", "parameters")):
+        own = own[np.isclose(own[column], best[known], rtol=1e-4)]
+    return own.drop_duplicates("seed").set_index("seed")["test"]
+
+
 def pages() -> dict[Path, str]:
     """Return all pages as the tables make them, by path."""
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.globals |= {"claim": claim, "less": less, "score": score, "cell": cell}
+    environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
+    environment.globals |= {"cell": cell, "loss": loss, "apart": apart}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
     decision = environment.get_template("_decision.md").render()
