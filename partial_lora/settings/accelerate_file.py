@@ -33,8 +33,8 @@ def accelerate_file(file: str | Path) -> dict:
     where = content.get("compute_environment", "LOCAL_MACHINE")
     require(where == "LOCAL_MACHINE", f"{ACCELERATE_CONFIG}: compute_environment", where, "LOCAL_MACHINE")
     kind = content["distributed_type"]
-    known = sorted(_ALIKE | {"FSDP", "DEEPSPEED"})
-    require(kind in known, f"{ACCELERATE_CONFIG}: distributed_type", kind, f"one of {', '.join(known)}")
+    kinds = sorted(_ALIKE | {"FSDP", "DEEPSPEED"})
+    require(kind in kinds, f"{ACCELERATE_CONFIG}: distributed_type", kind, f"one of {', '.join(kinds)}")
     for name, least in {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}.items():
         value = content.get(name)
         whole = value is None or (type(value) is int and value >= least)

@@ -146,7 +146,7 @@ def _with_own_models(argument: str, names: Collection[str]) -> str:
     if key != "model" or not equals:
         return argument
     chosen = [value] if os.path.isdir(os.path.expanduser(value)) else value.split(",")
-    return f"model={','.join(own_model(each, names) for each in chosen)}"
+    return f"model={','.join(own_model(model, names) for model in chosen)}"
 
 
 def own_model(value: str, names: Collection[str]) -> str:
@@ -166,9 +166,9 @@ def own_model(value: str, names: Collection[str]) -> str:
         if not _REPOSITORY.fullmatch(value):
             return value
         files = sorted((conf_dir() / "model").glob("*.yaml"))
-        known = next((file.stem for file in files if read_yaml(file).get("weights") == value), None)
-        if known is not None:
-            return known
+        model = next((file.stem for file in files if read_yaml(file).get("weights") == value), None)
+        if model is not None:
+            return model
     from hydra.core.config_store import ConfigStore
 
     plain = folder.resolve().name if folder.is_dir() else value.partition("@")[0].rpartition("/")[2]
@@ -208,8 +208,8 @@ def rate_in_file(config_name: str) -> list[str]:
     """Return the learning rate that the user's own file sets, as an argument would; not that of a run's record."""
     from hydra.core.config_store import ConfigStore
 
-    own = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
-    trainer = (own.get("trainer") or {}) if CONFIG_NAME in own.get("defaults", ()) else {}
+    settings = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
+    trainer = (settings.get("trainer") or {}) if CONFIG_NAME in settings.get("defaults", ()) else {}
     return [f"trainer.learning_rate={trainer['learning_rate']}"] if "learning_rate" in trainer else []
 
 
@@ -351,18 +351,18 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
         key = key.lstrip("+~")
-        known = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
-        if re.match(r"hydra\b", key) and not known and ("=" in argument or argument.startswith("~")):
+        heeded = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
+        if re.match(r"hydra\b", key) and not heeded and ("=" in argument or argument.startswith("~")):
             expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
             raise PartialLoraError(f"{argument}: no key of a run or a sweep; {expected}")
 
 
 def _refuse_options(arguments: Sequence[str]) -> None:
     """Raise PartialLoraError for an option that Hydra does not have, as other tools may."""
-    known = options()._option_string_actions.keys() - _UNUSED
+    hydra_options = options()._option_string_actions.keys() - _UNUSED
     for argument, following in pairwise([*arguments, None]):
         option, _, value = argument.partition("=")
-        if option.startswith("-") and option not in known:
+        if option.startswith("-") and option not in hydra_options:
             stands_alone = following is None or following.startswith("-") or "=" in following
             raise PartialLoraError(no_such_option(option, value or (None if stands_alone else following)))
 

@@ -90,8 +90,8 @@ class Comparison:
             return
         usual = (method for method in self.methods if called(method).reference)
         self.reference = self.reference or next(usual, self.methods[0])
-        known = ", ".join(self.methods)
-        require(self.reference in self.methods, "reference", self.reference, f"one of {known}")
+        methods = ", ".join(self.methods)
+        require(self.reference in self.methods, "reference", self.reference, f"one of {methods}")
 
 
 def _is_positive(value: object) -> bool:
@@ -113,7 +113,7 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     if "methods" in named or "experiment" not in named:
         return [list(settings)]
     only = {"task": named["task"].split(",")} if "task" in named else {}
-    more = [each for each in settings if each.partition("=")[0] not in ("experiment", "task", "data_dir")]
+    more = [setting for setting in settings if setting.partition("=")[0] not in ("experiment", "task", "data_dir")]
     data = Path(named.get("data_dir", "data"))
     study = [[*words[1:], *more] for words in commands(named["experiment"], data, only) if words[0] == "compare"]
     require(bool(study), "experiment", named["experiment"], f"a study of comparisons whose data sets are in {data}")
@@ -123,39 +123,39 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
 def of_one(comparisons: Sequence[Comparison]) -> Comparison:
     """Return the settings of comparisons that are made as one; raises PartialLoraError where they are not the same."""
     first = comparisons[0]
-    for key in (each.name for each in fields(Comparison) if each.name not in ("methods", "budgets", "reference")):
-        values = list(dict.fromkeys(str(getattr(each, key)) for each in comparisons))
+    for key in (option.name for option in fields(Comparison) if option.name not in ("methods", "budgets", "reference")):
+        values = list(dict.fromkeys(str(getattr(comparison, key)) for comparison in comparisons))
         require(len(values) == 1, key, " and ".join(values), "one value for a whole study")
     return first
 
 
 def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
-    names = {each.name for each in fields(Comparison)}
-    own: dict[str, Any] = {"methods": []}
+    names = {field.name for field in fields(Comparison)}
+    values: dict[str, Any] = {"methods": []}
     others = []
     for setting in settings:
         key, _, value = setting.partition("=")
         if key.startswith("limit."):
             name = key.removeprefix("limit.")
             one_of("limit", name, *LIMITS)
-            own.setdefault("limit", {})[name] = value
+            values.setdefault("limit", {})[name] = value
             continue
         if key not in names or key == "limit":
             others.append(setting)
             continue
         try:
-            own[key] = yaml.safe_load(value)
+            values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
-        if key in ("methods", "budgets") and not isinstance(own[key], list):
-            own[key] = [own[key]]
-    comparison = Comparison(**own)
+        if key in ("methods", "budgets") and not isinstance(values[key], list):
+            values[key] = [values[key]]
+    comparison = Comparison(**values)
     for setting in others:
         key, _, value = setting.lstrip("+~").partition("=")
         require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
-    written = [settings_of(setting) for setting in others if is_file(setting)]
-    in_file = any("results_dir" in content and not is_record(content) for content in written)
+    contents = [settings_of(setting) for setting in others if is_file(setting)]
+    in_file = any("results_dir" in content and not is_record(content) for content in contents)
     if not in_file and not any(setting.startswith("results_dir=") for setting in others):
         others.append("results_dir=results/compare")
     if not any(setting.startswith("trainer.start=") for setting in others):

@@ -18,11 +18,11 @@ from partial_lora.tasks.kinds import kind_of, kinds_for
 
 def check_modality(model: ModelConfig, task: TaskConfig) -> None:
     """Raise PartialLoraError where the model does not read the task's inputs, or does not give the task's answers."""
-    kind, known = kind_of(task), kinds_for(model.family)
-    if kind not in known:
+    kind, kinds = kind_of(task), kinds_for(model.family)
+    if kind not in kinds:
         raise PartialLoraError(
-            f"model={model.name} gives {' or '.join(each.asked for each in known)}, and task={task.name} asks for "
-            f"{kind.asked}: choose another task, such as task={known[0].example}, or another model, such as "
+            f"model={model.name} gives {' or '.join(other.asked for other in kinds)}, and task={task.name} asks for "
+            f"{kind.asked}: choose another task, such as task={kinds[0].example}, or another model, such as "
             f"model={kind.model}"
         )
 
@@ -50,12 +50,12 @@ def check(config: Config, *, here: bool) -> None:
 
 
 def _check_image_size(model: ModelConfig, bare: Skeleton) -> None:
-    size, own = model.image_size, model.model_args
+    size, args = model.image_size, model.model_args
     patches = [shape[-1] for name, shape in bare.parameters.items() if name.endswith("patch_embed.proj.weight")]
-    if model.modality != "image" or not patches or own.get("dynamic_img_pad"):
+    if model.modality != "image" or not patches or args.get("dynamic_img_pad"):
         return
-    if not own.get("dynamic_img_size") and own.get("img_size"):
-        require(size == own["img_size"], "model.image_size", size, f"{own['img_size']}, those of model={model.name}")
+    if not args.get("dynamic_img_size") and args.get("img_size"):
+        require(size == args["img_size"], "model.image_size", size, f"{args['img_size']}, those of model={model.name}")
     require(size % patches[0] == 0, "model.image_size", size, f"a multiple of {patches[0]}, the patch of {model.name}")
 
 

@@ -136,19 +136,19 @@ def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     GlobalHydra.instance().clear()  # what another composition in this process has left
     with initialize_config_dir(str(conf_dir()), job_name="partial-lora", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
-        own = hydra.config_loader.get_search_path()
-        hydra.config_loader = Loader(own, flags.overrides, file=file, folder=folder)
+        search_path = hydra.config_loader.get_search_path()
+        hydra.config_loader = Loader(search_path, flags.overrides, file=file, folder=folder)
         yield hydra, flags.config_name or CONFIG_NAME, list(flags.overrides), flags
 
 
-def _checked(runs, **known: object) -> Plan:
+def _checked(runs, **fields: object) -> Plan:
     configs, refused = [], []
     for overrides, composed in runs:
         try:
             configs.append((list(overrides), _resolved(composed)))
         except PartialLoraError as error:  # collected, so that all are printed at once
             refused.append(str(error))
-    return Plan(configs, list(dict.fromkeys(refused)), **known)
+    return Plan(configs, list(dict.fromkeys(refused)), **fields)
 
 
 def _resolved(composed) -> Config:
@@ -157,8 +157,8 @@ def _resolved(composed) -> Config:
     from omegaconf import open_dict, read_write
 
     HydraConfig.instance().set_config(composed)
-    written = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
-    rates = [override for override in written if override.lstrip("+").startswith("trainer.learning_rate=")]
+    overrides = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
+    rates = [override for override in overrides if override.lstrip("+").startswith("trainer.learning_rate=")]
     if rates and composed.trainer.tuned is not None:
         raise PartialLoraError(
             f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
@@ -308,8 +308,8 @@ def composed(*overrides: str) -> Config:
     """
     from hydra.types import RunMode
 
-    with in_one_line(overrides), hydra_of(overrides) as (hydra, name, own, _):
-        return _resolved(hydra.compose_config(name, own, run_mode=RunMode.RUN))
+    with in_one_line(overrides), hydra_of(overrides) as (hydra, name, parsed, _):
+        return _resolved(hydra.compose_config(name, parsed, run_mode=RunMode.RUN))
 
 
 def register_schema() -> None:
@@ -388,13 +388,13 @@ def _misread(argument: str) -> str | None:
     return f"{argument!r}: expected KEY=VALUE{inside}; one text is {as_text(argument)}"
 
 
-def _no_such_file(choice: str, known: Sequence[str]) -> str:
-    """Return one line on a choice, GROUP/NAME, that is none of the known ones."""
+def _no_such_file(choice: str, expected: Sequence[str]) -> str:
+    """Return one line on a choice, GROUP/NAME, that is none of the expected ones."""
     group, _, name = choice.partition("/") if choice.startswith("model/") else choice.rpartition("/")
-    known = [*known, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
+    expected = [*expected, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
     extra = "ray" if name == "ray" else "sweeps"
     brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""
-    return f"{group}={name}: no such file in the group; expected one of {', '.join(known)}{brought}"
+    return f"{group}={name}: no such file in the group; expected one of {', '.join(expected)}{brought}"
 
 
 def _of_key(error: BaseException | None) -> BaseException | None:

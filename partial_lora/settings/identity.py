@@ -60,8 +60,8 @@ def computed_from(settings: Mapping) -> dict[str, Any]:
     names, standard = list(settings.get("task", {}).get("members") or ()), defaults()
     changed = {}
     for key, value in flatten(settings).items():
-        own = task_key(key, names)
-        if own not in NOT_SETTINGS and value != standard.get(own):
+        plain_key = task_key(key, names)
+        if plain_key not in NOT_SETTINGS and value != standard.get(plain_key):
             changed[key] = value
     return changed | ({"task.members": names} if names else {})
 
@@ -70,8 +70,8 @@ def task_key(key: str, members: Sequence[str]) -> str:
     """Return the task's key that a key of a mixture's member stands for; any other key as it is."""
     if not key.startswith("task.members."):
         return key
-    of = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
-    return "task." + key.removeprefix(f"task.members.{of}.")
+    member = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
+    return "task." + key.removeprefix(f"task.members.{member}.")
 
 
 def wherever(key: str, value: Any) -> Any:
@@ -131,10 +131,10 @@ def _uses(method: Mapping, key: str) -> bool:
 
     mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
     """
-    known, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
-    if known.is_sparse:
+    traits, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
+    if traits.is_sparse:
         return True
-    used = {"mask.seed": is_tuner or known.draws, "calibration.budget": is_tuner}
+    used = {"mask.seed": is_tuner or traits.draws, "calibration.budget": is_tuner}
     return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
 
 
@@ -144,29 +144,29 @@ def digests(settings: Mapping) -> dict[str, str]:
     Raises FileNotFoundError for one that is not there.
     """
     members = list(settings.get("task", {}).get("members") or ())
-    found = {}
+    contents = {}
     for key, value in computed_from(settings).items():
         plain_key = task_key(key, members)
         is_file = plain_key in _FILES or plain_key.startswith("task.data_files.")
         if is_file or (plain_key in _PLACES and Path(value).is_dir()):
-            found[key] = _digest(Path(value))
-    return found
+            contents[key] = _digest(Path(value))
+    return contents
 
 
 def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
     if not path.is_dir():
         return _hashed(path)
-    shown = (Path(parent, name) for parent, _, names in walk(path) for name in names if not name.startswith("."))
-    files = {file.relative_to(path): file for file in shown if file.is_file()}  # a class may be a link to a folder
+    visible = (Path(parent, name) for parent, _, names in walk(path) for name in names if not name.startswith("."))
+    files = {file.relative_to(path): file for file in visible if file.is_file()}  # a class may be a link to a folder
     content = [(name.as_posix(), _hashed(files[name])) for name in sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _hashed(file: Path) -> str:
     """Return the SHA-256 of a file's content, read once while it has the same size and time."""
-    known = file.stat()
-    return _hashed_once(file.resolve(), known.st_size, known.st_mtime_ns)
+    stat = file.stat()
+    return _hashed_once(file.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache

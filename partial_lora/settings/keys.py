@@ -53,22 +53,22 @@ def page(settings: Mapping, groups: Mapping[str, Sequence[str]], methods: Mappin
 
     def of_keys(keys: Sequence[str]) -> list[str]:
         nodes = ((key, settings[group] if group else settings) for key in keys for group in [key.rpartition(".")[0]])
-        return [entry(key, _in_yaml(node.get(key.rpartition(".")[2])), known[key]) for key, node in nodes]
+        return [entry(key, _in_yaml(node.get(key.rpartition(".")[2])), meaning_of[key]) for key, node in nodes]
 
     def of_methods(*, masked: bool) -> list[str]:
-        known = {name: heading(file).partition(". ")[0].rstrip(".") for name, file in methods.items()}
-        column = max(map(len, known)) + 2
+        headings = {name: heading(file).partition(". ")[0].rstrip(".") for name, file in methods.items()}
+        column = max(map(len, headings)) + 2
         wrapped = _WRAPPED | {"subsequent_indent": " " * (column + 2)}
-        told = [f"  {name:{column}}{text}" for name, text in known.items() if called(name).masked == masked]
-        return [textwrap.fill(line, width, **wrapped) for line in told]
+        rows = [f"  {name:{column}}{text}" for name, text in headings.items() if called(name).masked == masked]
+        return [textwrap.fill(line, width, **wrapped) for line in rows]
 
-    known = meanings()
+    meaning_of = meanings()
     others = {group: names for group, names in groups.items() if group != "method"}
     lines = [_HEAD, "== Groups (GROUP=NAME)", *(entry(group, ", ".join(names)) for group, names in others.items())]
     lines += ["", "== Methods (method=NAME) that train a part of LoRA's A and B", *of_methods(masked=True)]
     lines += ["", "== Other methods, to compare with", *of_methods(masked=False)]
     lines += ["", "== Keys (KEY=VALUE), the common ones", *of_keys(COMMON)]
-    lines += ["", "== All others", *of_keys([key for key in known if key not in (*COMMON, *groups)])]
+    lines += ["", "== All others", *of_keys([key for key in meaning_of if key not in (*COMMON, *groups)])]
     return "\n".join([*lines, "", textwrap.fill(_FOOT, width)])
 
 
@@ -88,8 +88,8 @@ def _in_yaml(value: object) -> str:
 
 def meanings() -> dict[str, str]:
     """Return what every key means, by its full name, in the schema's order; those of no group come first."""
-    known = {key: text for key, text in _comments(Config) if key not in SECTIONS}
-    return known | {f"{group}.{key}": text for group, kind in SECTIONS.items() for key, text in _comments(kind)}
+    ungrouped = {key: text for key, text in _comments(Config) if key not in SECTIONS}
+    return ungrouped | {f"{group}.{key}": text for group, kind in SECTIONS.items() for key, text in _comments(kind)}
 
 
 def _comments(kind: type) -> Iterator[tuple[str, str]]:
@@ -102,8 +102,8 @@ def _comments(kind: type) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.AnnAssign):
             beside = range(node.lineno, node.end_lineno + 1)
             above = takewhile(lambda line: lines[line - 1].lstrip().startswith("#"), range(node.lineno - 1, 0, -1))
-            found = [comments[line] for line in beside if line in comments]
-            yield node.target.id, " ".join(found or [comments[line] for line in above][::-1])
+            texts = [comments[line] for line in beside if line in comments]
+            yield node.target.id, " ".join(texts or [comments[line] for line in above][::-1])
 
 
 # --- A key that no group of settings has.
@@ -176,10 +176,10 @@ def _meant(key: str) -> str | None:
     if name in _KEYS:
         return _KEYS[name]
     names = {key: key.rpartition(".")[2] for key in defaults()}
-    same = [key for key, own in names.items() if own == name]
-    if len(same) == 1:
-        return same[0]
-    of_group = {own: key for key, own in names.items() if key.rpartition(".")[0] == group}
+    matches = [key for key, short in names.items() if short == name]
+    if len(matches) == 1:
+        return matches[0]
+    of_group = {short: key for key, short in names.items() if key.rpartition(".")[0] == group}
     if not group:
         of_group |= {group_name: group_name for group_name in GROUPS}
     close = get_close_matches(name, of_group, n=1, cutoff=0.75)

@@ -53,15 +53,15 @@ class Loader(ConfigLoaderImpl):
     """
 
     def __init__(
-        self, own: ConfigSearchPath, overrides: Sequence[str], *, file: str | None = None, folder: Path | None = None
+        self, paths: ConfigSearchPath, overrides: Sequence[str], *, file: str | None = None, folder: Path | None = None
     ) -> None:
-        search_path = deepcopy(own)
+        search_path = deepcopy(paths)
         if folder:
             search_path.prepend(_PROVIDER, f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
         super().__init__(search_path)
         sources = self.repository.get_sources()
         sources[:] = [_Folder(_PROVIDER, source.path) if source.provider == _PROVIDER else source for source in sources]
-        self._own = ConfigLoaderImpl(own)
+        self._own = ConfigLoaderImpl(paths)
         self._written = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
         self._place = file or (None if folder is None else f"--config-dir {folder}")
 

@@ -122,8 +122,8 @@ def trainer_of(
     if trainer.learning_rate != AUTO:
         return trainer
     rate, dense = auto(settings, width=width, density=density), dense_rate(width)
-    own = has_head and rate != dense and not called(settings["method"]["name"]).head_alone
-    head = trainer.head_learning_rate or (dense if own else None)
+    head_differs = has_head and rate != dense and not called(settings["method"]["name"]).head_alone
+    head = trainer.head_learning_rate or (dense if head_differs else None)
     return replace(trainer, learning_rate=rate, head_learning_rate=head)
 
 

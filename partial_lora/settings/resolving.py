@@ -46,8 +46,8 @@ def resolve(composed: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise PartialLoraError(f"{missing[0]}: expected a value, its group file sets none")
-    name, known = composed.importance.name, sorted(file.stem for file in (conf_dir() / "importance").glob("*.yaml"))
-    require(name in known, "importance.name", name, f"one of {', '.join(known)}")
+    name, names = composed.importance.name, sorted(file.stem for file in (conf_dir() / "importance").glob("*.yaml"))
+    require(name in names, "importance.name", name, f"one of {', '.join(names)}")
     config = OmegaConf.to_object(composed)  # runs every __post_init__
     _check_surroundings(config)
     task = _with_members(config.task, conf_dir() / "task")
@@ -72,18 +72,18 @@ def _with_model(composed: DictConfig) -> DictConfig:
     left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing, list(nothing or ()))]
     if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
         return OmegaConf.unsafe_merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
-    found = stored_settings(chosen["weights"])
-    if found is None:
+    stored = stored_settings(chosen["weights"])
+    if stored is None:
         require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
         from partial_lora.models.from_files import settings_of  # needs torch
 
         kind = None if task.modality == "image" or task.members else task.kind
-        found = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
+        stored = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
     if chosen["family"] == "timm":  # the schema's default, where the group file has none
         left.append("family")
-    values = {key: found[key] for key in (*left, "weights") if key in found}
-    values["new_modules"] = chosen["new_modules"] or found["new_modules"]
-    values["model_args"] = found["model_args"] | chosen["model_args"]
+    values = {key: stored[key] for key in (*left, "weights") if key in stored}
+    values["new_modules"] = chosen["new_modules"] or stored["new_modules"]
+    values["model_args"] = stored["model_args"] | chosen["model_args"]
     return OmegaConf.unsafe_merge(composed, {"model": values})
 
 
@@ -96,7 +96,7 @@ def _unknown(composed: DictConfig) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in composed[key] if name not in _FIELDS[key])
 
 
-_FIELDS = {key: {each.name for each in dataclasses.fields(kind)} for key, kind in {"": Config, **SECTIONS}.items()}
+_FIELDS = {key: {field.name for field in dataclasses.fields(kind)} for key, kind in {"": Config, **SECTIONS}.items()}
 
 
 def _with_budget(config: Config) -> CalibrationConfig:
@@ -115,25 +115,25 @@ def _with_budget(config: Config) -> CalibrationConfig:
 def _check_surroundings(config: Config) -> None:
     """Raise PartialLoraError, naming the key, for a file, folder or package that a run names and that is not there."""
     trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
-    known = calibration is None or Path(calibration).is_file()
-    require(known, "calibration.file", calibration, "an existing calibration.json")
-    known = trainer.tuned is None or Path(trainer.tuned).is_file()
-    require(known, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
+    exists = calibration is None or Path(calibration).is_file()
+    require(exists, "calibration.file", calibration, "an existing calibration.json")
+    exists = trainer.tuned is None or Path(trainer.tuned).is_file()
+    require(exists, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
     missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
         accelerate_file(trainer.accelerate_config)  # launching.cluster checks it together with the keys of the trainer
-    known = data_dir is None or Path(data_dir).is_dir()
-    require(known, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
+    exists = data_dir is None or Path(data_dir).is_dir()
+    require(exists, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
     check_files(config.task)
     _refuse_results_among_rows(config)
 
 
 def _installed(module: str) -> bool:
     """Return whether a package can be imported; a mere folder of that name, as wandb leaves behind, does not count."""
-    found = find_spec(module)
-    return found is not None and found.origin is not None
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def check_files(task: TaskConfig) -> None:
@@ -181,23 +181,23 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
     usual = TaskConfig()
     for field in sorted(dataclasses.fields(task), key=lambda field: field.name):
         key, value = field.name, getattr(task, field.name)
-        own = key not in _OF_MIXTURE | _FROM_MEMBERS
-        require(not own or value == getattr(usual, key), f"task.{key}", value, "nothing: it is each member's own")
+        allowed = key in _OF_MIXTURE | _FROM_MEMBERS or value == getattr(usual, key)
+        require(allowed, f"task.{key}", value, "nothing: it is each member's own")
     settings, files = _member_settings(task.members, folder), task.data_files or {}
     by_member = isinstance(files, Mapping) and set(files) <= set(settings)
     expected = f"files by member, {{{next(iter(settings))}: {{train: PATH, …}}, …}}"
     require(by_member, "task.data_files", files, expected)
     for_each = {key: getattr(task, key) for key in _FOR_EACH if getattr(task, key) != getattr(usual, key)}
     members = {}
-    for name, own in settings.items():
+    for name, entry in settings.items():
         of_files = {"data_files": files[name]} if name in files else {}
-        require(own.get("name", name) == name, f"task.members.{name}.name", own.get("name"), f"{name}, or nothing")
-        members[name] = _member(name, {"name": name, **own, **for_each, **of_files})
+        require(entry.get("name", name) == name, f"task.members.{name}.name", entry.get("name"), f"{name}, or nothing")
+        members[name] = _member(name, {"name": name, **entry, **for_each, **of_files})
     (first, one), *others = members.items()
     for other, its in others:
         kinds = [kind_of(member) for member in (one, its)]
-        alike = f"tasks of one kind: {first} asks for {kinds[0].asked}, {other} for {kinds[1].asked}"
-        require(kinds[0] is kinds[1], "task.members", list(members), alike)
+        expected = f"tasks of one kind: {first} asks for {kinds[0].asked}, {other} for {kinds[1].asked}"
+        require(kinds[0] is kinds[1], "task.members", list(members), expected)
     classes = [member.classes for member in members.values()]
     return replace(
         task,
@@ -212,25 +212,25 @@ def _with_members(task: TaskConfig, folder: Path) -> TaskConfig:
 def _member_settings(members: object, folder: Path) -> dict[str, dict]:
     """Return the settings of each member as they are written: in its group file, or in place of its name."""
     if isinstance(members, Mapping):
-        for name, own in members.items():
+        for name, values in members.items():
             plain_name("task.members", str(name))
-            require(isinstance(own, Mapping), f"task.members.{name}", own, "settings of a task")
-        return {str(name): dict(own) for name, own in members.items()}
+            require(isinstance(values, Mapping), f"task.members.{name}", values, "settings of a task")
+        return {str(name): dict(values) for name, values in members.items()}
     names = list(members) if isinstance(members, Sequence) and not isinstance(members, str) else [members]
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    available = sorted(file.stem for file in folder.glob("*.yaml"))
     for name in names:
-        require(name in known, "task.members", name, f"names out of {', '.join(known)}")
+        require(name in available, "task.members", name, f"names out of {', '.join(available)}")
     require(len(set(names)) == len(names), "task.members", members, "every name once")
     return {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) for name in names}
 
 
-def _member(name: str, own: Mapping) -> TaskConfig:
+def _member(name: str, values: Mapping) -> TaskConfig:
     try:
-        member = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(own)))
+        member = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), dict(values)))
         check_files(member)
     except OmegaConfBaseException as error:
-        known = not isinstance(error, ConfigKeyError)
-        reason = str(error.msg or error).splitlines()[0] if known else "no such key of a task"
+        key_exists = not isinstance(error, ConfigKeyError)
+        reason = str(error.msg or error).splitlines()[0] if key_exists else "no such key of a task"
         raise PartialLoraError(f"task.members.{name}.{error.full_key}: {reason}") from error
     except PartialLoraError as error:
         raise PartialLoraError(f"task.members, {name}: {error}") from error

@@ -55,7 +55,7 @@ class Config:
     def warnings(self) -> list[str]:
         """Warnings about the settings, a sentence each."""
         method, calibration, budget = self.method, self.calibration, self.calibration.budget
-        found = self.trainer.warnings
+        sentences = self.trainer.warnings
         unused, beside = (), ""
         if not method.traits.is_sparse:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
@@ -63,12 +63,12 @@ class Config:
             unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
-                found.append(f"calibration.{key}={value} has no effect {beside}")
+                sentences.append(f"calibration.{key}={value} has no effect {beside}")
         if budget is not None and method.function != "peft" and method.traits.size == "own":
             at_budget = shlex.join(method.traits.at_budget)
             advice = f"; {at_budget} has that size" if at_budget else ""
-            found.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
-        return found
+            sentences.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
+        return sentences
 
     @property
     def mask_seed(self) -> int:

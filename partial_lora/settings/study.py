@@ -45,10 +45,10 @@ def commands(name: str, data: Path, only: Mapping[str, Collection[str]] = {}) ->
 
 def _left(word: str, key: str, values: Collection[str]) -> str:
     """Return a word with those of its values that a key may have; an empty one where none is left."""
-    own, _, text = word.partition("=")
-    if own == "task.members" and key == "task":
+    name, _, text = word.partition("=")
+    if name == "task.members" and key == "task":
         return word if values >= set(text.strip("[]").split(",")) else ""
-    if own != key:
+    if name != key:
         return word
     left = ",".join(value for value in text.split(",") if value in values)
     return left and f"{key}={left}"

@@ -114,8 +114,8 @@ def key_of(settings: Mapping, calibration: Mapping | None) -> tuple[str, ...]:
     names = tuple(settings[group]["name"] for group in ("task", "model", "method"))
     if calibration is None:
         return (*names, NO_POINT, NO_POINT)
-    own = settings["calibration"]
-    point = operating_point(own if own.get("file") is None else calibration)
+    section = settings["calibration"]
+    point = operating_point(section if section.get("file") is None else calibration)
     return (*names, settings["mask"]["granularity"], point)
 
 
@@ -125,31 +125,31 @@ def settings_of(settings: Mapping, calibration: Mapping | None) -> dict[str, Any
     calibration: as for `key_of`. A method without an operating point has no settings of calibration and masks; a
     calibration.file has those that it records, which leave out the number of its examples.
     """
-    shown = redacted(settings)  # as a record has them
-    if calibration is not None and shown["calibration"].get("file") is not None:
-        shown = {**shown, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
-    names = shown["task"].get("members") or ()
-    found = {
+    recorded = redacted(settings)  # as a record has them
+    if calibration is not None and recorded["calibration"].get("file") is not None:
+        recorded = {**recorded, "calibration": {name: calibration[name] for name in _IN_FILE if name in calibration}}
+    names = recorded["task"].get("members") or ()
+    relevant = {
         key: identity.wherever(identity.task_key(key, names), value)
-        for key, value in identity.computed_from(shown).items()
+        for key, value in identity.computed_from(recorded).items()
         if identity.task_key(key, names) not in _APART
         and not key.startswith("calibration.sparsity")  # of each module, perhaps
         and not (calibration is None and key.startswith(_CALIBRATED))
     }
-    length = {f"trainer.{name}": shown["trainer"].get(name) for name in _LENGTH}
-    return length | dict(sorted(found.items()))
+    length = {f"trainer.{name}": recorded["trainer"].get(name) for name in _LENGTH}
+    return length | dict(sorted(relevant.items()))
 
 
-def differing(own: Mapping, other: Mapping) -> list[tuple[str, Any, Any]]:
+def differing(settings: Mapping, others: Mapping) -> list[tuple[str, Any, Any]]:
     """Return where the `settings_of` two runs differ: key and both values; the length of training comes first."""
-    names, found = [*own.get("task.members", ()), *other.get("task.members", ())], []
-    standard = schema.defaults() if own != other else {}
-    for key in sorted({*own, *other}, key=lambda key: (not _is_length(key), key)):
+    names, differences = [*settings.get("task.members", ()), *others.get("task.members", ())], []
+    standard = schema.defaults() if settings != others else {}
+    for key in sorted({*settings, *others}, key=lambda key: (not _is_length(key), key)):
         default = standard.get(identity.task_key(key, names))
-        values = own.get(key, default), other.get(key, default)
+        values = settings.get(key, default), others.get(key, default)
         if values[0] != values[1]:
-            found.append((key, *values))
-    return found
+            differences.append((key, *values))
+    return differences
 
 
 def unevenness(entries: Iterable[Mapping]) -> str | None:
@@ -159,17 +159,17 @@ def unevenness(entries: Iterable[Mapping]) -> str | None:
     """
     first: dict[tuple, Mapping] = {}
     for entry in entries:
-        other = first.setdefault(key_in(entry)[:2], entry)
-        tried = (f"{len(search['tried'])} learning rates" for search in (other, entry))
-        seeds = (f"seeds {word(search['seeds'])}" for search in (other, entry))
+        earlier = first.setdefault(key_in(entry)[:2], entry)
+        tried = (f"{len(search['tried'])} learning rates" for search in (earlier, entry))
+        seeds = (f"seeds {word(search['seeds'])}" for search in (earlier, entry))
         budget = (
-            (f"{key}={word(own)}", f"{key}={word(others)}")
-            for key, own, others in differing(other["settings"], entry["settings"])
+            (f"{key}={word(before)}", f"{key}={word(now)}")
+            for key, before, now in differing(earlier["settings"], entry["settings"])
             if _is_length(key) or key.startswith("task.")
         )
-        for own, others in (tried, seeds, *budget):
-            if own != others:
-                pair = f"{named(key_in(other))} was tuned with {own}, {named(key_in(entry))} with {others}"
+        for before, now in (tried, seeds, *budget):
+            if before != now:
+                pair = f"{named(key_in(earlier))} was tuned with {before}, {named(key_in(entry))} with {now}"
                 return f"{pair}: a search must be the same for all"
     return None
 
@@ -220,8 +220,8 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> tuple[fl
     for task, has_point in product((settings["task"]["name"], stand_in), (False, True)):
         calibration = _calibration(settings) if has_point else None
         wanted = key_of(settings, calibration)
-        alike = (task, *wanted[1:-1])
-        point = nearest(wanted[-1], (key[-1] for key in entries if key[:-1] == alike))
+        prefix = (task, *wanted[1:-1])
+        point = nearest(wanted[-1], (key[-1] for key in entries if key[:-1] == prefix))
         if point is not None:
             break
     else:
@@ -230,15 +230,15 @@ def tuned(file: str, settings: Mapping, stand_in: str | None = None) -> tuple[fl
             f"trainer.tuned={file}: no learning rate for {missing}; search for one with experiment=tune and "
             "scripts/tune.py, or take another task's with trainer.tuned_on"
         )
-    found = entries[(*alike, point)]
-    differences = differing(settings_of(settings, calibration), found["settings"])
+    entry = entries[(*prefix, point)]
+    differences = differing(settings_of(settings, calibration), entry["settings"])
     on, at = (None if task == wanted[0] else task), (None if point == wanted[-1] else point)
     others = [
         f"{name}={word(value)}"
         for name, _, value in differences
         if on is None or not name.startswith("task.")  # other rows are what makes it another task
     ]
-    return found["learning_rate"], _words(on, at, others)
+    return entry["learning_rate"], _words(on, at, others)
 
 
 def load(file: Path) -> list[dict]:

@@ -57,11 +57,11 @@ def upgraded_settings(settings: Mapping) -> dict:
     current = dict(settings)
     for change in CHANGES:
         group, _, name = change.key.rpartition(".")
-        own = current.get(group)
-        if isinstance(own, Mapping) and name not in own:
+        section = current.get(group)
+        if isinstance(section, Mapping) and name not in section:
             former = change.name and change.name.rpartition(".")[2]
-            kept = {key: value for key, value in own.items() if key != former}
-            kept[name] = own.get(former, change.before) if former else change.before
+            kept = {key: value for key, value in section.items() if key != former}
+            kept[name] = section.get(former, change.before) if former else change.before
             current |= {group: kept}
     method = current.get("method")
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
@@ -95,12 +95,12 @@ def load(settings: Mapping) -> Config:
     """Return the Config of nested mappings, as in config.yaml or a record of any version (`CHANGES`)."""
     settings = upgraded_settings(settings)
 
-    def made(kind: type, values: Mapping) -> Any:
+    def instance(kind: type, values: Mapping) -> Any:
         return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
 
     task = settings.get("task", {})
     if isinstance(task.get("members"), Mapping):
-        members = {name: made(TaskConfig, own) for name, own in task["members"].items()}
+        members = {name: instance(TaskConfig, member) for name, member in task["members"].items()}
         settings = {**settings, "task": {**task, "members": members}}
-    groups = {name: made(kind, settings[name]) for name, kind in SECTIONS.items() if name in settings}
-    return made(Config, {**settings, **groups})
+    groups = {name: instance(kind, settings[name]) for name, kind in SECTIONS.items() if name in settings}
+    return instance(Config, {**settings, **groups})
