@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from partial_lora import cli
@@ -21,7 +22,7 @@ from partial_lora.settings.study import OF_RUNS, commands
 
 
 @cli.script
-def main() -> int | None:
+def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run a study; return the exit code of the command that ended it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a file of conf/experiment")
@@ -29,7 +30,7 @@ def main() -> int | None:
     parser.add_argument("--only", nargs="*", default=[], metavar="KEY=A,B", help="leave out what has another value")
     parser.add_argument("--with", nargs="*", default=[], metavar="KEY=VALUE", dest="settings", help="of all runs")
     parser.add_argument("--list", action="store_true", help="print the commands alone")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     only = {key: set(values.split(",")) for key, _, values in (word.partition("=") for word in options.only)}
     for words in commands(options.name, options.data, only):
         words += options.settings if words[0] in OF_RUNS else []

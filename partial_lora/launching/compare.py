@@ -108,8 +108,8 @@ class Entry:
 
     def of_seed(self, seed: int) -> dict | None:
         """Return the record of a seed at the best rate."""
-        same = (record for record in self.done.values() if record["config"]["trainer"]["learning_rate"] == self.best)
-        return next((record for record in same if record["seed"] == seed), None)
+        records = (record for record in self.done.values() if record["config"]["trainer"]["learning_rate"] == self.best)
+        return next((record for record in records if record["seed"] == seed), None)
 
     @property
     def seconds(self) -> float:
@@ -144,17 +144,17 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
     if kind.answers == "text" and not config.task.metrics:
         overrides = (*overrides, f"task.metrics=[{kind.selects}]")
     own_calibration = any(override.startswith("calibration=") for override in overrides)
-    made, rows = [], (0, 0)
+    result, rows = [], (0, 0)
     for method in dict.fromkeys(methods):
-        known = METHODS.get(method)
-        if known is None:  # a file that gives a method another name
+        traits = METHODS.get(method)
+        if traits is None:  # a file that gives a method another name
             _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
-            known = config.method.traits
-        for budget in [None] if known.is_fixed else dict.fromkeys(budgets):
+            traits = config.method.traits
+        for budget in [None] if traits.is_fixed else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
-                chosen = list(known.at_budget) or chosen
-                if known.size_alone and not own_calibration:
+                chosen = list(traits.at_budget) or chosen
+                if traits.size_alone and not own_calibration:
                     chosen.append("calibration=fixed")
                 chosen.append(f"calibration.budget={budget}")
             size = "own size" if budget is None else str(budget)
@@ -164,7 +164,7 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 keys = ", ".join(sorted(planned.swept))
                 raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
             ((_, config),) = planned.runs
-            if not made:
+            if not result:
                 # All runs read these rows: what is wrong with them is said once, now.
                 task = task_of(config, mixtures=True)
                 rows = len(task.train), len(task.test)
@@ -173,8 +173,8 @@ def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequenc
                 _measure(entry, config, *rows)
             except PartialLoraError as error:  # the method has no such size, or does not fit this model
                 entry.refused = str(error)
-            made.append(entry)
-    return made
+            result.append(entry)
+    return result
 
 
 def _measure(entry: Entry, config: Config, trained: int, tested: int) -> None:
@@ -215,23 +215,23 @@ def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Ent
         unserved = [method for method in methods if not _is_served(method, overrides)]
         methods = [method for method in methods if method not in unserved]
         lines += [f"{method}: left out, servers load LoRA's B and A alone" for method in unserved]
-    found = entries(methods, SIZES if comparison.limit else comparison.budgets, overrides)
-    share_threads(comparison.jobs or jobs_at_once(found))
+    chosen = entries(methods, SIZES if comparison.limit else comparison.budgets, overrides)
+    share_threads(comparison.jobs or jobs_at_once(chosen))
     if comparison.limit:
-        found = fitting(found, comparison.limit)
+        chosen = fitting(chosen, comparison.limit)
     if is_auto:
-        alive = list(dict.fromkeys(entry.method for entry in found if entry.refused is None))
-        lines += [f"{entry.name}: left out, {entry.refused}" for entry in found if entry.method not in alive]
+        alive = list(dict.fromkeys(entry.method for entry in chosen if entry.refused is None))
+        lines += [f"{entry.name}: left out, {entry.refused}" for entry in chosen if entry.method not in alive]
         if later := ", ".join(alive[TAKEN:]):
             lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
-        found = [entry for entry in found if entry.method in alive[:TAKEN]]
-    return found, lines
+        chosen = [entry for entry in chosen if entry.method in alive[:TAKEN]]
+    return chosen, lines
 
 
 def refuse_twins(entries: Sequence[Entry]) -> None:
     """Raise PartialLoraError for entries that one verdict cannot tell apart, or whose runs lie in several folders."""
     names = Counter((entry.group, entry.name) for entry in entries)
-    for group, name in (each for each, count in names.items() if count > 1):
+    for group, name in (twin for twin, count in names.items() if count > 1):
         raise PartialLoraError(
             f"methods: {name} is there twice in {group}, and one verdict cannot tell them apart; make each comparison "
             "by itself (python scripts/study.py NAME does)"
@@ -248,11 +248,11 @@ def _is_served(method: str, overrides: Sequence[str]) -> bool:
     return traits.product and (of_peft or (chosen.peft_type is None and not traits.tuner))
 
 
-def fitting(found: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:
+def fitting(entries: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:
     """Return each method at the largest of its sizes that meets a limit; one that none does is refused."""
     ((name, most),) = limit.items()
     kept = []
-    for tried in grouped(found, lambda entry: entry.method).values():
+    for tried in grouped(entries, lambda entry: entry.method).values():
         tried = [entry for entry in tried if entry.refused is None] or tried[-1:]
         entry = next((entry for entry in tried if _meets(entry, name, most)), tried[-1])
         entry.group = f"{LIMITS[name][0]}, at most {in_units(name, most)}"
@@ -381,20 +381,20 @@ def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Ca
     for entry in chosen:
         if entry.refused is not None:
             continue
-        known = [] if entry.overwrite else known_rates(entry, until)
+        rates = [] if entry.overwrite else known_rates(entry, until)
         if comparison.search == FULL:
-            searches[entry] = full(entry.centre, comparison.rates, comparison.seeds, known)
+            searches[entry] = full(entry.centre, comparison.rates, comparison.seeds, rates)
         else:
-            searches[entry] = quick(entry.centre, comparison.rates, known)
+            searches[entry] = quick(entry.centre, comparison.rates, rates)
         trials[entry] = next(searches[entry])
     while trials:
-        code = _make([(entry, trial) for entry, own in trials.items() for trial in own], make)
+        code = _make([(entry, trial) for entry, batch in trials.items() for trial in batch], make)
         if code > 2:
             return code
-        for entry, own in list(trials.items()):
-            records = {trial: recorded(place) for trial, place in places_of(entry, own).items()}
+        for entry, batch in list(trials.items()):
+            records = {trial: recorded(place) for trial, place in places_of(entry, batch).items()}
             try:
-                trials[entry] = searches[entry].send({each: worth(records[each], each.until) for each in own})
+                trials[entry] = searches[entry].send({trial: worth(records[trial], trial.until) for trial in batch})
                 continue
             except StopIteration as end:
                 entry.best = end.value
@@ -408,7 +408,9 @@ def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Ca
 
 def _make(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
     """Make those of the runs that are not recorded, and add them to the entries' records; return the exit code."""
-    places = {(entry, trial): place for entry, own in _by_entry(runs) for trial, place in places_of(entry, own).items()}
+    places = {
+        (entry, trial): place for entry, trials in _by_entry(runs) for trial, place in places_of(entry, trials).items()
+    }
     new = [
         run
         for run, place in places.items()
@@ -517,5 +519,5 @@ def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:
 def known_rates(entry: Entry, until: float) -> list[float]:
     """Return the learning rates at which runs of an entry's first seed are recorded, up to a share of their steps."""
     records = (recorded(place) for place in at_other_rates(entry.usual))
-    known = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record, until) is not None}
-    return sorted(known - {AUTO})
+    rates = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record, until) is not None}
+    return sorted(rates - {AUTO})

@@ -44,8 +44,8 @@ def quick(
     by_loss = ranked({rate: {0: worth} for rate, worth in tried.items()})[:finalists]
     if not by_loss:
         return None
-    found = yield [Trial(rate, 0) for rate in by_loss]
-    best = ranked({trial.rate: {0: worth} for trial, worth in found.items()})
+    finals = yield [Trial(rate, 0) for rate in by_loss]
+    best = ranked({trial.rate: {0: worth} for trial, worth in finals.items()})
     return best[0] if best else None
 
 

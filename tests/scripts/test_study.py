@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -138,8 +137,7 @@ def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, 
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["study.py", "race", "--data", "nowhere", "--with", "trainer.epochs=1"])
-    assert study.main() == (2 if ends else 0)
+    assert study.main(["race", "--data", "nowhere", "--with", "trainer.epochs=1"]) == (2 if ends else 0)
     assert len(calls) == (1 if ends else 2)
     assert calls[0][-1] == "trainer.epochs=1"
     assert ends or calls[-1][1:3] == ["scripts/forms.py", "results/race"]
