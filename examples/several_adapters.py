@@ -22,7 +22,7 @@ def base() -> LlamaForCausalLM:
     """
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
     ).eval()
 
 

@@ -300,6 +300,8 @@ def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsit
     calibration.json. Raises PartialLoraError, naming the entry, where one is no sparsity.
     """
     if isinstance(sparsity, (str, PathLike)):
+        if re.fullmatch(r"\d*\.?\d+", str(sparsity)):
+            raise PartialLoraError(f"sparsity is the text {str(sparsity)!r}: expected the number {sparsity}.")
         return _calibrated_sparsity(Path(sparsity))
     if not isinstance(sparsity, Mapping):
         return _share(sparsity, "sparsity")

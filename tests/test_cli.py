@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import platform
 import re
@@ -614,6 +615,15 @@ with importing():
 """
     others = {"bitsandbytes", "timm", "sklearn", "scipy.stats", "evaluate", "matplotlib"}
     assert not (others | {"mlflow", "tensorboard", "trackio", "wandb"}) & imported(place, script)
+
+
+def test_an_interruption_has_its_exit_code_before_the_command_line_is_imported(monkeypatch) -> None:
+    class Slow:
+        def __getattr__(self, name: str):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "partial_lora.cli", Slow())
+    assert importlib.import_module("partial_lora.__main__").main() == 130
 
 
 @pytest.mark.parametrize(("given", "code"), [(["--help"], 0), (["--force"], 2), ([], None)])

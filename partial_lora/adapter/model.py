@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -22,7 +23,7 @@ from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.masks import AXES, Mask
 
 
@@ -66,6 +67,7 @@ class PartialLoraModel(LoraModel):
             _check_experts(peft_config, model, given)
             _check_tying(peft_config, model)
             peft_config.choose_masks(self._geometries(peft_config, model))
+            _warn_of_saturation(peft_config)
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
         """Return the modules that PEFT is about to adapt, {name: geometry}; refuse those that cannot be masked."""
@@ -78,7 +80,10 @@ class PartialLoraModel(LoraModel):
         patterns = peft_config.target_modules
         for target in [] if isinstance(patterns, str) else sorted(patterns):
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise PartialLoraError(f"target_modules names {target!r}, which matches no module.")
+                kinds = dict.fromkeys(name.rpartition(".")[2] for name in names if hasattr(modules[name], "weight"))
+                raise PartialLoraError(
+                    f"target_modules names {target!r}, which matches no module; there are {shortlist(list(kinds))}."
+                )
         usual = _HEADS if peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
         for part in peft_config.modules_to_save or ():
             if part not in usual and not any(name.endswith(part) for name in modules):  # as PEFT finds them
@@ -344,6 +349,24 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
         known = ", ".join(map(repr, configs)) or "none"
         raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {known}.")
     return configs[adapter_name]
+
+
+def _warn_of_saturation(config: PartialLoraConfig) -> None:
+    """Warn of modules that are to train no fewer numbers than there are entries of W that they can change."""
+    if config.inference_mode or config.granularity != "rows_columns" or config.frozen_axis is not None:
+        return
+    saturated = []
+    for module, masks in config.masks.items():
+        rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), config.rank_of(module)
+        if len(config.geometries[module].a) == 2 and rank * (rows + columns) >= rows * columns > 0:
+            saturated.append((module, rank * (rows + columns), rows * columns))
+    if saturated:
+        module, numbers, entries = saturated[0]
+        warnings.warn(
+            f"{len(saturated)} of {len(config.masks)} modules train no fewer numbers than there are entries of W that "
+            f"they can change (as {module}: {numbers:,} for {entries:,}): a lower r, or a lower sparsity, reaches more",
+            stacklevel=2,
+        )
 
 
 def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, ModuleMasks]:

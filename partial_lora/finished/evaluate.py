@@ -21,8 +21,9 @@ from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
 from partial_lora.peers import Alone
 from partial_lora.settings.identity import digests, run_id
+from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
-from partial_lora.tasks import SPLITS, Task
+from partial_lora.tasks import SPLITS, Task, shared_inputs
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.training import objectives
@@ -107,7 +108,7 @@ def evaluate_run(
         "split": split,
         "examples": len(getattr(other, split)),
         "labels": known.labels,
-        "warnings": list(transform.warnings),
+        "warnings": [*transform.warnings, *_trained_on(known.config, other, split, is_own=is_own)],
         "metrics": directory.finite(found.metrics),  # NaN, as of a model that broke down, is null in JSON
         "device": model.device,
         "mixed_precision": model.precision,
@@ -115,6 +116,22 @@ def evaluate_run(
     }
     write(folder, record, found.predictions)
     return Evaluation(folder, record)
+
+
+def _trained_on(config: Config, task: Task, split: str, *, is_own: bool) -> list[str]:
+    """Return a line on rows that the run was trained on, too; none for rows to train on, or where those are gone.
+
+    config: of the run and its task. is_own: the rows are that task's.
+    """
+    if split == "train":
+        return []
+    try:
+        train = (task if is_own else build.task_of(config)).train
+    except PartialLoraError:  # evaluating other rows does not need them
+        return []
+    rows = getattr(task, split)
+    shared = shared_inputs(rows, train) if rows.column_names == train.column_names else 0
+    return [f"{shared} of {len(rows)} rows are rows that the run was trained on"] if shared else []
 
 
 def _source(task: TaskConfig, split: str) -> str:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.models.config import value_in
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Skeleton:
     def kind(self) -> str:
         """The class of the model."""
         return self.modules[""]
+
+    @property
+    def _called(self) -> str:
+        """What the linear modules are called, for a message."""
+        return shortlist(list(dict.fromkeys(name.rpartition(".")[2] for name in self.linears)))
 
     def size(self, module: str = "") -> int:
         """Count the parameters in a module, or in all of the model."""
@@ -80,10 +85,14 @@ class Skeleton:
             matched = [name for name in ends if ends[name].endswith(tuple(f".{target}" for target in target_modules))]
             for target in target_modules:
                 if not any(ends[name].endswith(f".{target}") for name in matched):
-                    raise PartialLoraError(f"target_modules: no module of {self.kind} matches {target!r}")
+                    raise PartialLoraError(
+                        f"target_modules: no module of {self.kind} matches {target!r}; there are {self._called}"
+                    )
         matched = [name for name in matched if not any(_is_in(name, module) for module in whole)]
         if not matched:
-            raise PartialLoraError(f"target_modules={target_modules}: no module of {self.kind} matches")
+            raise PartialLoraError(
+                f"target_modules={target_modules}: no module of {self.kind} matches; there are {self._called}"
+            )
         if other := [name for name in matched if name not in self.linears]:
             kind, advice = self.modules[other[0]], "use longer names to leave it out"
             if "4bit" in kind or "8bit" in kind:

@@ -41,7 +41,7 @@ from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from partial_lora import Calibration
-from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_sparsity, trainable_parameters
+from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
 from partial_lora.adapter import config as options
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.selection import Geometry
@@ -126,7 +126,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         ("count", {"granularity": "units", "count": "bernoulli"}),
         *(("granularity", {"granularity": each, **TOP}) for each in ("groups", "units")),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
-        *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {})),
+        *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {}, "0.5")),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": {"rows": 0.5}}}),
         (r"sparsity\['qkv'\]\['columns'\]", {"sparsity": {"qkv": both(0.5, "x")}}),
@@ -218,6 +218,22 @@ class Odd(nn.Module):
         self.transposed = nn.ConvTranspose2d(8, 8, 3)
         self.norm = nn.LayerNorm(8)
         self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
+
+
+@pytest.mark.parametrize("settings", [{"r": 8}, {"r": 1}, {"r": 8, "granularity": "element"}])
+def test_modules_that_train_no_fewer_numbers_than_they_can_change_are_counted_in_a_warning(settings):
+    config = PartialLoraConfig(target_modules=["q_proj", "v_proj"], sparsity=0.8, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(llama(), config)
+    masks = {name: (len(each.rows.kept), len(each.columns.kept)) for name, each in module_masks(model).items()}
+    saturated = [name for name, (rows, columns) in masks.items() if config.r * (rows + columns) >= rows * columns]
+    lines = [str(line.message) for line in caught if "entries of W" in str(line.message)]
+    if settings != {"r": 8}:
+        assert not lines
+    else:
+        assert saturated
+        assert [line.split(" train")[0] for line in lines] == [f"{len(saturated)} of {len(masks)} modules"]
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,13 @@ def test_other_rows_of_the_run_s_own_columns_are_one_key(run, evaluate, tmp_path
     assert list(predictions(evaluation["folder"])["label_name"]) == [*finished_runs.COLOURS] * 2
 
 
+def test_rows_that_the_run_was_trained_on_are_counted(run, evaluate, tmp_path) -> None:
+    pictures(3, 18).to_parquet(str(tmp_path / "mixed.parquet"))  # six are in the run's file, whence validation has some
+    (line,) = evaluate(f"task.data_files.test={tmp_path}/mixed.parquet")["warnings"]
+    assert re.match("[3-6] of 9 rows", line)
+    assert evaluate()["warnings"] == evaluate("--split", "train")["warnings"] == []
+
+
 def test_another_task_is_taken_whole(run, evaluate) -> None:
     """Nothing of the run's own task is mixed into the group file that is named in its place."""
     evaluation = evaluate("task=digits", override(finished_runs.picture_files()))
