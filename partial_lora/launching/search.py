@@ -32,15 +32,15 @@ Search = Generator[list[Trial], Mapping[Trial, Worth], float | None]
 
 
 def quick(
-    centre: float, count: int, known: Collection[float] = (), *, until: float = QUARTER, finalists: int = FINALISTS
+    centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER, finalists: int = FINALISTS
 ) -> Search:
     """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
 
     Rates a factor of two apart train for a quarter of their steps, at their full schedule, and more while the best is
     at an edge. The two of the least loss on validation go on to the end. results/referee/referee.md says how often that
-    is the rate of a full search. known: as `full` takes it.
+    is the rate of a full search. earlier: as `full` takes it.
     """
-    tried = yield from _first_seed(centre, count, known, until)
+    tried = yield from _first_seed(centre, count, earlier, until)
     by_loss = ranked({rate: {0: worth} for rate, worth in tried.items()})[:finalists]
     if not by_loss:
         return None
@@ -49,17 +49,17 @@ def quick(
     return best[0] if best else None
 
 
-def full(centre: float, count: int, seeds: int, known: Collection[float] = ()) -> Search:
+def full(centre: float, count: int, seeds: int, earlier: Collection[float] = ()) -> Search:
     """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
 
     The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
-    tried with it (known), if they are as many, so that another centre does not begin the search again. It tries more
+    tried with it (earlier), if they are as many, so that another centre does not begin the search again. It tries more
     while the best of them, by score or by loss, is at an edge: where no rate has learned anything yet, the loss alone
     knows which way to go. The better half goes on to the next seed, by the mean over the seeds so far, and so on
     (successive halving, Jamieson and Talwalkar 2016, with seeds as the resource). So the best has been trained with all
     seeds.
     """
-    first = yield from _first_seed(centre, count, known, 1.0)
+    first = yield from _first_seed(centre, count, earlier, 1.0)
     tried = {rate: {0: worth} for rate, worth in first.items()}
     rates = ranked(tried)[: math.ceil(len(tried) / 2)]
     for seed in range(1, seeds):
@@ -72,14 +72,14 @@ def full(centre: float, count: int, seeds: int, known: Collection[float] = ()) -
 
 
 def _first_seed(
-    centre: float, count: int, known: Collection[float], until: float
+    centre: float, count: int, earlier: Collection[float], until: float
 ) -> Generator[list[Trial], Mapping[Trial, Worth], dict[float, Worth]]:
     """Yield trials of the first seed until the best of them is inside of their rates; return their worth by rate.
 
     The best is that of the least loss and, of whole runs, that of the best score.
     """
     rates = [_rung(centre, power) for power in range(-(count // 2), count - count // 2)]
-    rates = sorted(known) if len(known) >= count else rates
+    rates = sorted(earlier) if len(earlier) >= count else rates
     tried: dict[float, Worth] = {}
     while rates:
         tried |= {trial.rate: worth for trial, worth in (yield [Trial(rate, 0, until) for rate in rates]).items()}

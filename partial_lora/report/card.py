@@ -92,12 +92,12 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         numbers = row(run.result)
     except ValueError as error:
         raise PartialLoraError(f"{run.directory / directory.RESULT}: {error}") from error
-    file = max(tensor_files(folder), key=lambda each: each.stat().st_size)
+    file = max(tensor_files(folder), key=lambda path: path.stat().st_size)
     named = {COMPACT_FILE: "compact", SAFETENSORS_WEIGHTS_NAME: "peft"}
     form = "gguf" if file.suffix == ".gguf" else named.get(file.name, "merged")
     config = run.config
     members = list((config.task.members or {"": config.task}).values())
-    datasets = sorted({each.path for each in members if is_on_hub(each.path)})
+    datasets = sorted({member.path for member in members if is_on_hub(member.path)})
     base = config.model.weights.partition("@")[0]
     name = f"{config.task.name}-{config.model.name}-{config.method.name}" if repo is None else repo.partition("/")[2]
     version = run.result["versions"]["partial-lora"]
@@ -133,7 +133,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         loading=others.get(form) or _loading(run, repo, form == "compact"),
         made=_made(run),
         settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=_plain(version), settings=settings),
-        versions="Made with " + ", ".join(_plain(f"{name} {of}") for name, of in run.result["versions"].items()),
+        versions="Made with " + ", ".join(_plain(f"{name} {used}") for name, used in run.result["versions"].items()),
     )
 
 
@@ -192,7 +192,7 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
     predicted = (predictions.read_all([run.directory]) or [None])[0]
     count = "–" if predicted is None else f"{len(predicted):,}"
     rows = ["| on the test split | | 95 % interval | n |", "|---|---|---|---|"]
-    for name, value in sorted(test.items(), key=lambda each: each[0] != numbers["metric"]):
+    for name, value in sorted(test.items(), key=lambda item: item[0] != numbers["metric"]):
         if value is None or not math.isfinite(value):
             continue
         ends = statistics.over_examples(predicted, name)

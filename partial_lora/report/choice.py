@@ -40,12 +40,12 @@ def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
 
 def keys(runs: Sequence[Run], names: str) -> list[str]:
     """Return the keys of --by KEY,KEY; raises PartialLoraError for one that no run has."""
-    each = list(dict.fromkeys(key.strip() for key in names.split(",") if key.strip()))
-    if not each:
+    chosen = list(dict.fromkeys(key.strip() for key in names.split(",") if key.strip()))
+    if not chosen:
         raise PartialLoraError(f"--by {names}: expected KEY,KEY, such as --by task,method")
-    for key in each:
+    for key in chosen:
         _check_key(runs, key, "--by")
-    return each
+    return chosen
 
 
 def value_of(run: Run, key: str) -> object:
@@ -77,8 +77,8 @@ def _plain(value: object) -> str:
 
 
 def _check_key(runs: Sequence[Run], key: str, option: str) -> None:
-    known = {*_COLUMNS, *(name for run in runs for name in flatten(run.record["config"]))}
-    if key in known or any(value_of(run, key) != NONE for run in runs):
+    keys = {*_COLUMNS, *(name for run in runs for name in flatten(run.record["config"]))}
+    if key in keys or any(value_of(run, key) != NONE for run in runs):
         return
-    near = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.5) or list(_COLUMNS[:4])
+    near = difflib.get_close_matches(key, sorted(keys), n=3, cutoff=0.5) or list(_COLUMNS[:4])
     raise PartialLoraError(f"{option} {key}: no run has such a key; perhaps {', '.join(near)}")

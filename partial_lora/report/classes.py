@@ -20,10 +20,11 @@ class Classes:
 
     def scores(self) -> list[tuple[str, int, float, float, float]]:
         """Return name, examples, precision, recall and F1 of every class; NaN where nothing is divided by."""
-        right, of, said = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+        right, actual, predicted = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            each = zip(of.tolist(), right / said, right / of, 2 * right / (of + said), strict=True)
-        return [(name, *map(float, numbers)) for name, numbers in zip(self.names, each, strict=True)]
+            precision, recall = right / predicted, right / actual
+            rows = zip(actual.tolist(), precision, recall, 2 * right / (actual + predicted), strict=True)
+        return [(name, *map(float, numbers)) for name, numbers in zip(self.names, rows, strict=True)]
 
     def confused(self, most: int = 5) -> list[tuple[str, str, int]]:
         """Return the most frequent mistakes: class, predicted class, examples."""

@@ -63,20 +63,20 @@ def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
     every = folders(runs)
     pairing = paired(every, REFERENCE)
     problems: dict[str, list[str]] = {}
-    told = told_apart(every)
-    rows = [_row(*pair, told) for pair in pairing.pairs]
-    predicted = any(predictions.exist(each.name, each.seeds) for each in every)
+    differs = told_apart(every)
+    rows = [_row(*pair, differs) for pair in pairing.pairs]
+    predicted = any(predictions.exist(folder.name, folder.seeds) for folder in every)
     if predicted:
         with ThreadPoolExecutor() as pool:  # most of the time goes to random numbers, which numpy draws side by side
-            each = pool.map(partial(_difference, predictions), pairing.pairs)
-            for (folder, base), row, difference in zip(pairing.pairs, rows, each, strict=True):
+            results = pool.map(partial(_difference, predictions), pairing.pairs)
+            for (folder, base), row, difference in zip(pairing.pairs, rows, results, strict=True):
                 if isinstance(difference, str):
                     # Runs without a common seed are no problem: perhaps they are still to be made.
                     kind = problems if set(folder.seeds) & set(base.seeds) else pairing.apart
                     kind.setdefault(difference, []).append(folder.name)
                 else:
                     row |= difference
-    if not any(each.row["method"] == REFERENCE for each in every):
+    if not any(folder.row["method"] == REFERENCE for folder in every):
         pairing.remarks.append(f"none of these runs is of {REFERENCE}")
     elif not predicted:
         pairing.remarks.append("none of these runs has kept its predictions")
@@ -111,31 +111,39 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
     is no other. Up to three references of a measure are all taken; of more, those nearest to the schema's defaults, if
     these are no more than three.
     """
-    pairing, usual = Pairing(), schema.defaults()["importance.name"]
-    for of_place in grouped(every, lambda each: tuple(each.row[name] for name in PLACE)).values():
-        references = [each for each in of_place if each.row["method"] == reference]
+    pairing = Pairing()
+    for of_place in grouped(every, lambda folder: tuple(folder.row[name] for name in PLACE)).values():
+        references = [folder for folder in of_place if folder.row["method"] == reference]
         if references and (why := _not_by_examples(references[0])):
             pairing.remarks.append(why)
             continue
         apart: dict[tuple[str, str], list[str]] = {}
-        by_point = grouped(references, lambda each: each.row["operating_point"])
+        by_point = grouped(references, lambda folder: folder.row["operating_point"])
         for point in sorted(by_point, key=point_order):
-            at_point = [each for each in of_place if each.row["operating_point"] in (point, NONE)]
-            alike = grouped(by_point[point], lambda each: (each.row["conditions"], each.measure))
-            # The schema's own measure first, and then the plainest.
-            order = sorted(alike, key=lambda key: (key[1] != usual, min(each.distance for each in alike[key])))
-            for shared, measure in order:
-                own = [each for each in at_point if each.row["conditions"] == shared]
-                own = [each for each in own if each.measure in (None, measure)]
-                for base in _references(alike[shared, measure], pairing):
-                    pairing.pairs += [(each, base) for each in (base, *(each for each in own if each is not base))]
-            for each in at_point:
-                if all(each.row["conditions"] != shared for shared, _ in alike):
-                    apart.setdefault((each.name, _nearest(each, by_point[point])), []).append(point)
+            at_point = [folder for folder in of_place if folder.row["operating_point"] in (point, NONE)]
+            _pair(at_point, by_point[point], pairing)
+            shared = {folder.row["conditions"] for folder in by_point[point]}
+            for folder in at_point:
+                if folder.row["conditions"] not in shared:
+                    apart.setdefault((folder.name, _nearest(folder, by_point[point])), []).append(point)
         for (name, differing), points in apart.items():
             what = f"trained under other conditions than {reference} at {' and '.join(points)}: {differing}"
             pairing.apart.setdefault(what, []).append(name)
     return pairing
+
+
+def _pair(folders: Sequence[Folder], references: Sequence[Folder], pairing: Pairing) -> None:
+    """Add the pairs of each of the references at a point: itself, and the folders under its conditions and measure."""
+    usual = schema.defaults()["importance.name"]
+    groups = grouped(references, lambda folder: (folder.row["conditions"], folder.measure))
+    # The schema's own measure first, and then the plainest.
+    order = sorted(groups, key=lambda key: (key[1] != usual, min(folder.distance for folder in groups[key])))
+    for shared, measure in order:
+        comparable = [folder for folder in folders if folder.row["conditions"] == shared]
+        comparable = [folder for folder in comparable if folder.measure in (None, measure)]
+        for base in _references(groups[shared, measure], pairing):
+            others = (folder for folder in comparable if folder is not base)
+            pairing.pairs += [(folder, base) for folder in (base, *others)]
 
 
 def _not_by_examples(folder: Folder) -> str | None:
@@ -150,18 +158,18 @@ def _not_by_examples(folder: Folder) -> str | None:
 
 def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]:
     """Return the references that others are compared with; where they are some of many, a remark says so."""
-    several = [each for each in several if not each.is_variant] or several
+    several = [folder for folder in several if not folder.is_variant] or several
     if len(several) <= _MOST_REFERENCES:
         return several
-    plainest = [each for each in several if each.distance == min(other.distance for other in several)]
-    names = shortlist([each.name for each in plainest], _MOST_NAMED)
+    plainest = [folder for folder in several if folder.distance == min(other.distance for other in several)]
+    names = shortlist([folder.name for folder in plainest], _MOST_NAMED)
     if len(plainest) <= _MOST_REFERENCES:
         which = f"{len(several)} whose own settings are further from the defaults"
         pairing.remarks.append(f"{names}: compared with, of {which}")
         return plainest
-    settings = [{key: str(value) for key, value in flatten(each.config).items()} for each in plainest]
-    keys = sorted({key for each in settings for key in each} - set(OF_SEED))
-    varied = next((key for key in keys if len({each.get(key) for each in settings}) > 1), None)
+    settings = [{key: str(value) for key, value in flatten(folder.config).items()} for folder in plainest]
+    keys = sorted({key for values in settings for key in values} - set(OF_SEED))
+    varied = next((key for key in keys if len({values.get(key) for values in settings}) > 1), None)
     choose = f"choose with --where {varied}=…" if varied else "they have the same settings"
     why = f"{len(plainest)} to compare with, expected at most {_MOST_REFERENCES}; {choose}"
     pairing.apart.setdefault(why, []).append(names)
@@ -170,8 +178,8 @@ def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]
 
 def _nearest(folder: Folder, references: Sequence[Folder]) -> str:
     """Return where a folder's conditions differ from those of the nearest reference; the first few of many."""
-    own = conditions(folder.runs[0].record)
-    nearest = min((tuned.differing(own, conditions(each.runs[0].record)) for each in references), key=len)
+    settings = conditions(folder.runs[0].record)
+    nearest = min((tuned.differing(settings, conditions(base.runs[0].record)) for base in references), key=len)
     words = [f"{key} {tuned.word(value)} against {tuned.word(others)}" for key, value, others in nearest]
     more = len(words) - _MOST_DIFFERENCES
     return ", ".join(words[:_MOST_DIFFERENCES] + ([f"{more} more"] if more > 0 else []))
@@ -189,25 +197,27 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     """Return how much better the first of a pair is than the second, or why their examples cannot be compared."""
     if pair[0] is pair[1]:
         return {}
-    sides = ({run.row["seed"]: Outcome.of(run.row, predictions) for run in each.runs} for each in pair)
+    sides = ({run.row["seed"]: Outcome.of(run.row, predictions) for run in side.runs} for side in pair)
     both = Pair(*sides, pair[1].row["metric"])
     try:
-        found = asdict(between([both]))
-        if not found["examples"]:
+        numbers = asdict(between([both]))
+        if not numbers["examples"]:
             both.by_example(sorted(both.seeds))  # raises what says why
     except (PartialLoraError, ValueError, KeyError) as error:
         return one_line(error)
-    return {"pairs" if name == "seeds" else name: found[name] for name in found if name not in ("over", "up", "down")}
+    return {
+        "pairs" if name == "seeds" else name: numbers[name] for name in numbers if name not in ("over", "up", "down")
+    }
 
 
-def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> dict:
+def _row(folder: Folder, base: Folder, differs: Mapping[tuple[str, str], str]) -> dict:
     runs = pd.DataFrame([run.row for run in folder.runs])
     averaged = ("adapter_parameters", "share_of_dense", *COSTS)
     return {
         **{name: folder.row[name] for name in ("task", "model")},
         "operating_point": base.row["operating_point"],
         **{name: folder.row[name] for name in ("method", "metric")},
-        "differs": told[folder.key],
+        "differs": differs[folder.key],
         "n": len(runs),
         "test_mean": runs["test"].mean(),
         "test_std": runs["test"].std(),
@@ -216,7 +226,7 @@ def _row(folder: Folder, base: Folder, told: Mapping[tuple[str, str], str]) -> d
         **{name: folder.row[name] for name in ("learning_rate", "tuning")},
         "group": folder.name,
         "reference": base.name,
-        "reference_differs": told[base.key],
+        "reference_differs": differs[base.key],
     }
 
 
@@ -237,7 +247,7 @@ def write(compared: Differences, results_dir: Path, *, command: str) -> list[Pat
         parts += [tabulated(readable(compared.rows), "pipe"), *notes(compared)]
         files = {"comparison.csv": f"# {command}\n" + compared.rows.to_csv(index=False)}
     if compared.uncompared:
-        parts.append("Not compared:\n\n" + "\n".join(f"- {each}" for each in compared.uncompared))
+        parts.append("Not compared:\n\n" + "\n".join(f"- {line}" for line in compared.uncompared))
     return written(results_dir, {"comparison.md": "\n\n".join(parts) + "\n"} | files)
 
 
@@ -276,16 +286,16 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a comparison as it is read: words and rounded numbers."""
     at_point = ["task", "model", "operating_point"]
     several = (rows.groupby(at_point)["reference"].nunique() > 1).any()
-    told = (rows["differs"] != NONE).any()
+    some_differ = (rows["differs"] != NONE).any()
     columns = {
         **{name.replace("_", " "): rows[name] for name in (*at_point, "method")},
-        "differs in": rows["differs"] if told else None,
+        "differs in": rows["differs"] if some_differ else None,
         "against": rows["reference_differs"] if several else None,
         "n": [
             str(n) if math.isnan(pairs) or pairs == n else f"{pairs:.0f} of {n}"
             for n, pairs in zip(rows["n"], rows["pairs"], strict=True)
         ],
-        "test": [measured(*each) for each in zip(rows["metric"], rows["test_mean"], rows["test_std"], strict=True)],
+        "test": [measured(row.metric, row.test_mean, row.test_std) for row in rows.itertuples()],
         "difference [95 %]": [_difference_of(row) for row in rows.itertuples()],
         "bootstrap": [ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
@@ -299,7 +309,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
         "learning rate": cells_of(rows["learning_rate"], "g"),
         "tuning": rows["tuning"],
         "reliability": cells_of(rows["reliability"], ".2f"),
-        "id": rows["group"].str.rpartition("-")[2] if told else None,
+        "id": rows["group"].str.rpartition("-")[2] if some_differ else None,
     }
     return pd.DataFrame({name: cells for name, cells in columns.items() if cells is not None})
 

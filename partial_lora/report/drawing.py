@@ -101,13 +101,13 @@ def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
     heights = [0.27 * length + 1.0 for length in lengths]
     columns: list[list[int]] = [[] for _ in range(min(2, len(lengths)))]
     for number in range(len(lengths)):
-        min(columns, key=lambda column: sum(heights[each] for each in column)).append(number)
-    filled = [sum(heights[each] for each in column) for column in columns]
+        min(columns, key=lambda column: sum(heights[place] for place in column)).append(number)
+    filled = [sum(heights[place] for place in column) for column in columns]
     figure = Figure(figsize=(max(5.5, wide * len(columns)), max(filled)), layout="constrained")
     drawn: dict[int, Axes] = {}
     outer = figure.add_gridspec(1, len(columns))
     for index, (column, full) in enumerate(zip(columns, filled, strict=True)):
-        ratios = [*(heights[each] for each in column), max(max(filled) - full, 1e-3)]
+        ratios = [*(heights[place] for place in column), max(max(filled) - full, 1e-3)]
         inner = outer[index].subgridspec(len(ratios), 1, height_ratios=ratios)
         drawn |= {number: figure.add_subplot(inner[row]) for row, number in enumerate(column)}
     return figure, [drawn[number] for number in range(len(lengths))]
@@ -124,7 +124,7 @@ def plain(axes: Axes) -> None:
 def name_beside(axes: Axes, marks: Sequence[tuple[str, tuple[float, float]]]) -> None:
     """Write the names of marks at the right of a panel whose limits are set, apart, each with a line to its mark."""
     free = 1.0
-    for name, mark in sorted(marks, key=lambda each: -each[1][1]):
+    for name, mark in sorted(marks, key=lambda item: -item[1][1]):
         height = axes.transAxes.inverted().transform(axes.transData.transform(mark))[1]
         free = min(free, height)
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 3}
@@ -166,21 +166,21 @@ def fitted(axes: Axes, values: Collection[float], axis: str = "y") -> None:
 
 def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method and operating point below the panels."""
-    legend_below(figure, [_handle(named(*each), look(*each), lines) for each in methods])
+    legend_below(figure, [_handle(named(*pair), look(*pair), lines) for pair in methods])
 
 
 def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method once below the panels, and how markers at a budget look where there are others, too."""
     methods = dict.fromkeys(method for method, _ in used)
     handles = [_handle(method, replace(look(method, NONE), linestyle="-"), lines) for method in methods]
-    if len({look(*each).filled for each in used}) > 1:
+    if len({look(*pair).filled for pair in used}) > 1:
         handles.append(_handle("empty: budget", Look("grey", "o", _DASHES["budget"], False), lines))
     legend_below(figure, handles)
 
 
-def _handle(label: str, shown: Look, lines: bool) -> Line2D:
-    style = shown.linestyle if lines else ""
-    return Line2D([], [], label=label, linestyle=style, color=shown.color, markersize=6, **shown.markers)
+def _handle(label: str, its_look: Look, lines: bool) -> Line2D:
+    style = its_look.linestyle if lines else ""
+    return Line2D([], [], label=label, linestyle=style, color=its_look.color, markersize=6, **its_look.markers)
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:

@@ -132,7 +132,7 @@ def band(histories: Sequence[History], key: str) -> Band:
     """Return mean, lowest and highest of a key of Trainer's log at the steps that all of the histories have."""
     logged = [values for history in histories if (values := dict(points(history, key)))]
     steps = sorted(set.intersection(*map(set, logged))) if logged else []
-    at_step = ((step, [each[step] for each in logged]) for step in steps)
+    at_step = ((step, [log[step] for log in logged]) for step in steps)
     return [(step, float(np.mean(values)), min(values), max(values)) for step, values in at_step]
 
 
@@ -166,11 +166,11 @@ def draw_predictions(result: Mapping, folder: Path, rows) -> Path | None:
     table = tables[0].to_pandas()
     if not are_of(rows, table["label"].tolist()):
         return None
-    wrong = [each.index for each in hardest(tables, _MOST_WRONG) if each.label != each.predicted[0]]
-    shown = [*wrong, *(index for index in range(len(rows)) if index not in wrong)][:_MOST_IMAGES]
-    down = -(-len(shown) // _ACROSS)
+    wrong = [example.index for example in hardest(tables, _MOST_WRONG) if example.label != example.predicted[0]]
+    indices = [*wrong, *(index for index in range(len(rows)) if index not in wrong)][:_MOST_IMAGES]
+    down = -(-len(indices) // _ACROSS)
     figure = Figure(figsize=(9, 1.3 * down + 0.6), layout="constrained")
-    for number, index in enumerate(shown, 1):
+    for number, index in enumerate(indices, 1):
         axes = figure.add_subplot(down, _ACROSS, number)
         axes.set_axis_off()
         axes.imshow(rgb(rows[index]["image"]))
@@ -190,11 +190,11 @@ def training(runs: Sequence[Run]) -> Drawing | None:
     Lines are means over seeds, bands reach from the lowest seed to the highest.
     """
     places = grouped(runs, lambda run: (run.row["task"], run.row["model"]))
-    shown = list(places.items())[: MOST // 2]
-    across = min(3, len(shown)) if len(shown) != 4 else 2
-    figure, drawn = panels(2 * across * -(-len(shown) // across), wide=3.9, high=2.1, across=across)
+    parts = list(places.items())[: MOST // 2]
+    across = min(3, len(parts)) if len(parts) != 4 else 2
+    figure, drawn = panels(2 * across * -(-len(parts) // across), wide=3.9, high=2.1, across=across)
     used: list[tuple[str, str]] = []
-    for number, ((task, model), of_place) in enumerate(shown):
+    for number, ((task, model), of_place) in enumerate(parts):
         above = number // across * 2 * across + number % across
         pair = drawn[above], drawn[above + across]
         pair[1].sharex(pair[0])
@@ -202,10 +202,10 @@ def training(runs: Sequence[Run]) -> Drawing | None:
         folders = list(grouped(of_place, lambda run: run.row["group"]).values())
         for of_folder in folders[:_MOST_LINES]:
             used.append((of_folder[0].row["method"], of_folder[0].row["operating_point"]))
-            own, histories = look(*used[-1]), [run.record["history"] for run in of_folder]
-            style = {"color": own.color, "linestyle": own.linestyle, "linewidth": 1.4, "markersize": 4, **own.markers}
+            its_look, histories = look(*used[-1]), [run.record["history"] for run in of_folder]
+            style = {"color": its_look.color, "linestyle": its_look.linestyle, **its_look.markers}
             for axes, key in zip(pair, ("loss", f"eval_{metric}"), strict=True):
-                _banded(axes, band(histories, key), **style)
+                _banded(axes, band(histories, key), linewidth=1.4, markersize=4, **style)
         pair[0].set_ylabel("training loss", fontsize=9)
         pair[0].tick_params(labelbottom=False)
         scored(pair[1], metric, f"validation {metric}")
@@ -217,7 +217,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
     for axes in drawn:
         axes.set_visible(bool(axes.lines))
     legend_of_methods(figure, used, lines=True)
-    return Drawing(figure, len(shown), len(places)) if any(axes.lines for axes in drawn) else None
+    return Drawing(figure, len(parts), len(places)) if any(axes.lines for axes in drawn) else None
 
 
 # Scores
@@ -254,9 +254,9 @@ def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
         axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
         for row in part.itertuples():
             used.append((row.method, row.operating_point))
-            own = look(*used[-1])
-            style = {"color": own.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7, **own.markers}
-            mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style)
+            its_look = look(*used[-1])
+            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7}
+            mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style, **its_look.markers)
             mark.set_gid(f"row-{row.Index}")
         spread = part["test_std"].fillna(0)
         sized(axes, of_place["size"])
@@ -279,19 +279,19 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
     figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
-    seeds = {key: of["test"].tolist() for key, of in frame.groupby(["group", "precision"])}
+    seeds = {key: runs["test"].tolist() for key, runs in frame.groupby(["group", "precision"])}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         part = part.assign(place=range(len(part)))
         rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
-        ticks = [(test, row.place) for row, own in rows if row.n > 1 for test in own]
+        ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
         if ticks:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
-        for key, alike in part.groupby(_METHOD, sort=False):
-            own = look(*key)
-            style = {"color": own.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **own.markers}
-            axes.errorbar(alike["test_mean"], alike["place"], xerr=alike["test_half"], **style)
-        tests = np.array([test for _, own in rows for test in own])
+        for key, of_method in part.groupby(_METHOD, sort=False):
+            its_look = look(*key)
+            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
+            axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
+        tests = np.array([score for _, scores in rows for score in scores])
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
         low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
         fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
@@ -314,10 +314,10 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     """
     if "difference" not in compared or compared["difference"].isna().all():
         return None
-    known = compared[compared["difference"].notna()]
-    whole = list(known.groupby([*_AT_POINT, "reference"], sort=False))
+    rows = compared[compared["difference"].notna()]
+    whole = list(rows.groupby([*_AT_POINT, "reference"], sort=False))
     parts = whole[:MOST]
-    several = known.groupby(_AT_POINT)["reference"].nunique() > 1
+    several = rows.groupby(_AT_POINT)["reference"].nunique() > 1
     figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
     for axes, ((task, model, point, metric, _), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
@@ -331,8 +331,8 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
             axes.errorbar(row.difference, height, xerr=ends, marker=marker, linestyle="", **style)
         _cut_off(axes, part)
-        told = (", " + part["differs"]).where(part["differs"] != NONE, "")
-        names = (part["method"] + told).map(_shortened) + ": " + part["verdict"]
+        words = (", " + part["differs"]).where(part["differs"] != NONE, "")
+        names = (part["method"] + words).map(_shortened) + ": " + part["verdict"]
         _listed(axes, list(names), metric, f"difference from partial in {metric}", points=True)
         differs = part["reference_differs"].iloc[0]
         with_it = "the usual settings" if differs == NONE else differs
@@ -380,16 +380,18 @@ def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     """
     every = folders.folders(runs)
     usual = folders.usual_conditions(every)
-    calibrated = [each for each in every if each.runs[0].record["calibration"] and each.runs[0].record.get("sparsity")]
+    calibrated = [
+        folder for folder in every if folder.runs[0].record["calibration"] and folder.runs[0].record.get("sparsity")
+    ]
     averaged = {}
-    for key, alike in grouped(calibrated, lambda each: _calibration(each.runs[0])).items():
-        alike = [each for each in alike if each.row["method"] == "partial"] or alike
+    for key, group in grouped(calibrated, lambda folder: _calibration(folder.runs[0])).items():
+        group = [folder for folder in group if folder.row["method"] == "partial"] or group
         plain = [
-            each
-            for each in alike
-            if each.row["conditions"] == usual[panel_of(each.row)].row["conditions"] and not each.is_variant
+            folder
+            for folder in group
+            if folder.row["conditions"] == usual[panel_of(folder.row)].row["conditions"] and not folder.is_variant
         ]
-        averaged[key] = mean_sparsity([run.record["sparsity"] for each in plain or alike for run in each.runs])
+        averaged[key] = mean_sparsity([run.record["sparsity"] for folder in plain or group for run in folder.runs])
     return averaged
 
 
@@ -400,21 +402,21 @@ def _calibration(run: Run) -> tuple[str, str, str, str]:
 
 def mean_sparsity(sparsities: Sequence[Sparsity]) -> Sparsity:
     """Return the mean sparsity of every module and axis, over those that have the modules of the first."""
-    alike = [each for each in sparsities if each.keys() == sparsities[0].keys()]
+    comparable = [modules for modules in sparsities if modules.keys() == sparsities[0].keys()]
     return {
-        module: {axis: float(np.mean([each[module][axis] for each in alike])) for axis in AXES}
-        for module in (alike[0] if alike else ())
+        module: {axis: float(np.mean([modules[module][axis] for modules in comparable])) for axis in AXES}
+        for module in (comparable[0] if comparable else ())
     }
 
 
 def sparsity(runs: Sequence[Run]) -> Drawing | None:
     """Draw sparsity in percent, kind of module against depth: two panels for every calibration."""
     whole = maps(runs)
-    shown = {
-        f"{task}, {model}\n{measure}, {point}: ": of
-        for (task, model, measure, point), of in list(whole.items())[:_MOST_MAPS]
+    sparsities = {
+        f"{task}, {model}\n{measure}, {point}: ": modules
+        for (task, model, measure, point), modules in list(whole.items())[:_MOST_MAPS]
     }
-    return Drawing(_sparsity_maps(shown), len(shown), len(whole), "calibrations") if shown else None
+    return Drawing(_sparsity_maps(sparsities), len(sparsities), len(whole), "calibrations") if sparsities else None
 
 
 def sparsity_by_depth(result: Mapping) -> Figure | None:
@@ -428,7 +430,7 @@ def sparsity_by_depth(result: Mapping) -> Figure | None:
 
 def _sparsity_maps(sparsities: Mapping[str, Sparsity]) -> Figure:
     """Draw sparsities by title: rows of B above columns of A, a cell a module, white where there is none."""
-    grids = [grid(each) for each in sparsities.values()]
+    grids = [grid(modules) for modules in sparsities.values()]
     deepest, most = max(len(depths) for _, depths, _ in grids), max(len(kinds) for kinds, _, _ in grids)
     wide = max(3.2, min(0.4 * deepest, 10) + 0.9)
     figure, drawn = panels(2 * len(grids), wide=wide, high=0.27 * most + 0.6, across=1)
@@ -469,17 +471,20 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
     drawn.
     """
     calibration = result["calibration"]
-    kinds, depths, _ = grid({name: {axis: of[axis]["sparsity"] for axis in AXES} for name, of in modules.items()})
-    shown = [depths[round(index)] for index in np.linspace(0, len(depths) - 1, min(len(depths), _MOST_DEPTHS))]
+    shares = {name: {axis: content[axis]["sparsity"] for axis in AXES} for name, content in modules.items()}
+    kinds, depths, _ = grid(shares)
+    drawn_depths = [depths[round(index)] for index in np.linspace(0, len(depths) - 1, min(len(depths), _MOST_DEPTHS))]
     lines = dict(zip(dict.fromkeys(depth_of(name)[0] for name in modules), range(len(kinds)), strict=True))
-    figure = Figure(figsize=(max(6.5, 1.05 * len(shown) + 3.2), 1.0 * len(kinds) + 1.9), layout="constrained")
-    drawn = figure.subplots(len(kinds), len(shown), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(max(6.5, 1.05 * len(drawn_depths) + 3.2), 1.0 * len(kinds) + 1.9), layout="constrained")
+    drawn = figure.subplots(len(kinds), len(drawn_depths), sharex=True, sharey=True, squeeze=False)
     held = _held(calibration)
     # A curve of a cumulative calibration starts where the choices before it have left the score.
     alone = calibration.get("scope", "independent") == "independent"
     start: Curve = {0.0: (calibration["baseline"],) * 2} if alone else {}
     curves = {
-        (name, axis): start | curve_of(of[axis].get("curve", [])) for name, of in modules.items() for axis in AXES
+        (name, axis): start | curve_of(content[axis].get("curve", []))
+        for name, content in modules.items()
+        for axis in AXES
     }
     bounds = [bound for curve in curves.values() for pair in curve.values() for bound in pair]
     finite = [bound for bound in (calibration["baseline"], held, *bounds) if math.isfinite(bound)]
@@ -487,11 +492,11 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
     low, high = min(finite) - margin, max(finite) + margin
     for axes in drawn.flat:
         axes.set_visible(False)
-    for name, of in modules.items():
+    for name, content in modules.items():
         kind, depth = depth_of(name)
-        if depth not in shown:
+        if depth not in drawn_depths:
             continue
-        axes = drawn[lines[kind], shown.index(depth)]
+        axes = drawn[lines[kind], drawn_depths.index(depth)]
         axes.set_visible(True)
         axes.axhline(calibration["baseline"], **_INTACT)
         axes.axhline(held, **_HELD)
@@ -500,19 +505,19 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
                 edges = np.clip(np.asarray(list(curve.values())), low, high)
                 axes.fill_between(list(curve), *edges.T, facecolor=style["color"], alpha=0.3, hatch=hatch, linewidth=0)
                 axes.plot(list(curve), edges, linewidth=1, **style)
-            axes.plot([of[axis]["sparsity"]], [held], **chosen, **_CHOSEN)
+            axes.plot([content[axis]["sparsity"]], [held], **chosen, **_CHOSEN)
         axes.set_xlim(0, 1)
         axes.set_ylim(low, high)
         axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
         axes.tick_params(length=2, labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-        if depth == shown[0]:
+        if depth == drawn_depths[0]:
             axes.set_ylabel(kinds[lines[kind]], fontsize=8)
-    for column, depth in enumerate(shown):
+    for column, depth in enumerate(drawn_depths):
         drawn[0, column].set_title(_depth_name(depth), fontsize=8)
     figure.supxlabel("share of the module's rows or columns that is zeroed", fontsize=9)
     figure.supylabel("few-shot score of the frozen model", fontsize=9)
-    some = f" ({len(shown)} of {len(depths)})" if len(shown) < len(depths) else ""
+    some = f" ({len(drawn_depths)} of {len(depths)})" if len(drawn_depths) < len(depths) else ""
     figure.suptitle(titled(f"Calibration curves by depth{some}", result), fontsize=11)
     handles: list = []
     for axis, (style, hatch, chosen) in _CURVES.items():
@@ -572,8 +577,8 @@ def kind_curves(modules: Mapping[str, Mapping]) -> dict[tuple[str, str], list[tu
                 if np.isfinite(low) and np.isfinite(high):
                     bounds.setdefault((names[places[name]], axis), {}).setdefault(level, []).append((low, high))
     return {
-        key: [(level, *(median(bound) for bound in zip(*each, strict=True))) for level, each in sorted(of.items())]
-        for key, of in bounds.items()
+        key: [(level, *map(median, zip(*pairs, strict=True))) for level, pairs in sorted(by_level.items())]
+        for key, by_level in bounds.items()
     }
 
 
@@ -583,14 +588,13 @@ def curve_lines(calibrations: Mapping[str, Mapping]) -> Drawing | None:
     calibrations: of `calibrations`, by a title each. Where evaluation was cut short a score is known within bounds: a
     band between these, and the line in their middle. The level line is the intact model.
     """
-    whole = [(title, content["baseline"], content["curves"]) for title, content in calibrations.items()]
-    whole = [each for each in whole if each[2]]
-    shown = whole[: MOST // 2]
-    if not shown:
+    whole = [(title, entry["baseline"], entry["curves"]) for title, entry in calibrations.items() if entry["curves"]]
+    parts = whole[: MOST // 2]
+    if not parts:
         return None
-    figure, drawn = panels(2 * len(shown), wide=3.7, high=2.5, across=2)
+    figure, drawn = panels(2 * len(parts), wide=3.7, high=2.5, across=2)
     handles: dict[str, Line2D] = {}
-    for number, (title, baseline, curves) in enumerate(shown):
+    for number, (title, baseline, curves) in enumerate(parts):
         pair = dict(zip(_AXES, drawn[2 * number : 2 * number + 2], strict=True))
         pair["columns"].sharey(pair["rows"])
         kinds = list(dict.fromkeys(kind for kind, _ in curves))
@@ -611,7 +615,7 @@ def curve_lines(calibrations: Mapping[str, Mapping]) -> Drawing | None:
             plain(axes)
         pair["rows"].set_ylabel("few-shot score", fontsize=9)
     legend_below(figure, list(handles.values()))
-    return Drawing(figure, len(shown), len(whole), "calibrations")
+    return Drawing(figure, len(parts), len(whole), "calibrations")
 
 
 # The figures of a report, each with what it shows in words
@@ -672,14 +676,14 @@ def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path
             "The band shows the bounds where an evaluation stopped early.",
         ),
     }
-    shown = []
+    gallery = []
     for stem, (drawing, title, caption) in figures.items():
         for old in folder.glob(f"{stem}.*"):  # from an earlier report, perhaps of other runs
             old.unlink()
         if drawing is not None:
             files = tuple(save_both(drawing.figure, folder, stem))
-            shown.append(Shown(title, f"{caption} {drawing.cut}".strip(), files, drawing.cut))
-    return shown
+            gallery.append(Shown(title, f"{caption} {drawing.cut}".strip(), files, drawing.cut))
+    return gallery
 
 
 def _of_differences(compared: pd.DataFrame) -> str:

@@ -70,17 +70,17 @@ class Folder:
 
 def folders(runs: Iterable[Run]) -> list[Folder]:
     """Return runs by folder, in the order of the first; a folder whose seeds differ in precision is several."""
-    alike = grouped(runs, lambda run: (run.row["group"], run.row["precision"]))
-    return [Folder(name, of_folder) for (name, _), of_folder in alike.items()]
+    by_folder = grouped(runs, lambda run: (run.row["group"], run.row["precision"]))
+    return [Folder(name, of_folder) for (name, _), of_folder in by_folder.items()]
 
 
 def at_best_rates(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
-    for alike in grouped(every, _but_for_its_rate).values():
-        worth = worth_by_rate(run.row for each in alike for run in each.runs)
+    for rivals in grouped(every, _but_for_its_rate).values():
+        worth = worth_by_rate(run.row for folder in rivals for run in folder.runs)
         best = ranked(worth)[:1] or list(worth)
-        kept += [each for each in alike if each.row["learning_rate"] in best]
+        kept += [folder for folder in rivals if folder.row["learning_rate"] in best]
     return kept
 
 
@@ -92,12 +92,14 @@ def _but_for_its_rate(folder: Folder) -> tuple:
 def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
     """Return, by panel, a folder under the conditions that most methods share; of equals, those with the most runs."""
     usual = {}
-    for place, of_place in grouped(every, lambda each: panel_of(each.row)).items():
-        alike = grouped(of_place, lambda each: each.row["conditions"]).values()
-        usual[place] = max(
-            alike, key=lambda own: (len({each.row["method"] for each in own}), sum(len(each.runs) for each in own))
-        )[0]
+    for place, of_place in grouped(every, lambda folder: panel_of(folder.row)).items():
+        by_conditions = grouped(of_place, lambda folder: folder.row["conditions"]).values()
+        usual[place] = max(by_conditions, key=_methods_and_runs)[0]
     return usual
+
+
+def _methods_and_runs(folders: Iterable[Folder]) -> tuple[int, int]:
+    return len({folder.row["method"] for folder in folders}), sum(len(folder.runs) for folder in folders)
 
 
 def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
@@ -107,7 +109,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
     the folders of one method at one operating point and are no defaults. The learning rate, or the id, is added where
     nothing else tells two folders apart.
     """
-    usual, told = usual_conditions(every), {}
+    usual, differs = usual_conditions(every), {}
     for place, of_panel in grouped(every, lambda folder: panel_of(folder.row)).items():
         settings = _unusual(of_panel, usual[place])
         methods = grouped(of_panel, lambda folder: (folder.row["method"], folder.row["operating_point"])).values()
@@ -120,8 +122,8 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
             for folder, values in settings.items()
         }
         for of_one in methods:
-            told |= _with_rates(of_one, words)
-    return told
+            differs |= _with_rates(of_one, words)
+    return differs
 
 
 def _unusual(folders: Iterable[Folder], usual: Folder) -> dict[Folder, dict[str, object]]:
@@ -143,14 +145,14 @@ def _varied(folders: Iterable[Folder]) -> dict[Folder, dict[str, object]]:
 
 def _with_rates(folders: Iterable[Folder], words: Mapping[Folder, str]) -> dict[tuple[str, str], str]:
     """Return by key the words of a method's folders, with the learning rate or the id where the words are the same."""
-    told = {}
+    differs = {}
     for twins in grouped(folders, words.get).values():
         rates = grouped(twins, lambda folder: f"learning_rate={folder.row['learning_rate']:g}")
         for rate, of_rate in rates.items():
             for folder in of_rate:
                 more = [rate] * (len(rates) > 1) + [folder.id] * (len(of_rate) > 1)
-                told[folder.key] = ", ".join(filter(None, [words[folder], *more])) or NONE
-    return told
+                differs[folder.key] = ", ".join(filter(None, [words[folder], *more])) or NONE
+    return differs
 
 
 def _short_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -198,10 +200,10 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """
     if frame.empty:
         return frame
-    same = list(dict.fromkeys([*by, "metric", "precision"])) if by else list(_SAME)
-    rest = [name for name in _SAME if name not in same and name != "group"]
+    columns = list(dict.fromkeys([*by, "metric", "precision"])) if by else list(_SAME)
+    rest = [name for name in _SAME if name not in columns and name != "group"]
     table = (
-        frame.groupby(same, sort=False, dropna=False)
+        frame.groupby(columns, sort=False, dropna=False)
         .agg(
             n=("seed", "size"),
             seeds=("seed", lambda seeds: " ".join(str(seed) for seed in sorted(set(seeds)))),
@@ -211,7 +213,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             **{name: (name, "mean") for name in _AVERAGED},
             **{name: (name, _shared) for name in rest},
             calibrations_reused=("calibration_reused", "sum"),
-            **({} if "commit" in same else {"commit": ("commit", distinct)}),
+            **({} if "commit" in columns else {"commit": ("commit", distinct)}),
         )
         .reset_index()
     )

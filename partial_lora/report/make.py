@@ -63,9 +63,9 @@ def report(
         frame[key] = [choice.value_of(run, key) for run in runs]
     table = folders.group(frame)
     marked = set() if keys or frame.empty else best(table, predictions)
-    written = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
+    files = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
     compared = comparison.differences(runs, predictions)
-    written += comparison.write(compared, place, command=command)
+    files += comparison.write(compared, place, command=command)
     drawn = figures.draw_gallery(runs, compared.rows, place)
     whole = page.write(
         place,
@@ -84,11 +84,11 @@ def report(
     )
     return Made(
         table=tables.on_screen(frame, by=keys, spread=spread),
-        files=[*written, whole, *([drawn[0].files[0].parent] if drawn else [])],
+        files=[*files, whole, *([drawn[0].files[0].parent] if drawn else [])],
         remarks=[
-            *(f"not compared: {each}" for each in compared.uncompared),
+            *(f"not compared: {line}" for line in compared.uncompared),
             *(f"comparison: {remark}" for remark in compared.remarks),
-            *(f"figure {each.files[0].stem}: {each.cut}" for each in drawn if each.cut),
+            *(f"figure {figure.files[0].stem}: {figure.cut}" for figure in drawn if figure.cut),
         ],
-        is_whole=not (compared.problems or any(each.is_broken for each in left_out)),
+        is_whole=not (compared.problems or any(run.is_broken for run in left_out)),
     )

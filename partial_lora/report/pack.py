@@ -70,9 +70,8 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
                     loose[path] = run.directory
                 except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                     left_out.append(records.LeftOut(f"{path}/{PREDICTIONS}", f"broken, {one_line(error)}", True))
-        predictions = [
-            _rows(path, each.predictions) for path, each in sorted(contents.items()) if each.predictions is not None
-        ]
+        tables = ((path, content.predictions) for path, content in sorted(contents.items()))
+        predictions = [_rows(path, table) for path, table in tables if table is not None]
         if predictions:
             _write(pa.concat_tables(predictions, promote_options="permissive"), results_dir / packs.PREDICTIONS_TABLE)
         rows = pd.DataFrame([_row(path, content) for path, content in sorted(contents.items())])
@@ -88,10 +87,10 @@ def _packed(earlier: Pack, path: str) -> Content:
 
 def _loose(place: Path) -> Content:
     """Return a run out of its folder; raises ValueError, KeyError or OSError where a file of it is broken."""
-    found = (place / name for name in (RESULT, DYNAMICS))
-    known = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in found]
+    files = (place / name for name in (RESULT, DYNAMICS))
+    parsed = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
     file = place / PREDICTIONS
-    return Content(*known, _kept(predictions.read(file)) if file.is_file() else None)
+    return Content(*parsed, _kept(predictions.read(file)) if file.is_file() else None)
 
 
 def _kept(table: pa.Table) -> pa.Table:
@@ -154,10 +153,10 @@ def _remove(loose: Mapping[str, Path], results_dir: Path) -> None:
 
     Raises PartialLoraError, and removes nothing more, where a run is not in the pack as it is in its folder.
     """
-    written = Pack(results_dir)
+    stored = Pack(results_dir)
     for path, place in loose.items():
         with directory.locked(place):
-            if not _alike(_loose(place), _packed(written, path)):
+            if not _alike(_loose(place), _packed(stored, path)):
                 raise PartialLoraError(f"{place}: the pack does not hold what is there; nothing more is removed")
             shutil.rmtree(place)
         with suppress(OSError):  # not empty
@@ -168,10 +167,10 @@ def _remove(loose: Mapping[str, Path], results_dir: Path) -> None:
         latest.unlink()
 
 
-def _alike(own: Content, other: Content) -> bool:
-    if (own.record, own.dynamics) != (other.record, other.dynamics):
+def _alike(first: Content, second: Content) -> bool:
+    if (first.record, first.dynamics) != (second.record, second.dynamics):
         return False
-    if own.predictions is None or other.predictions is None:
-        return own.predictions is other.predictions
-    frames = [each.predictions.to_pandas().sort_index(axis=1) for each in (own, other)]
+    if first.predictions is None or second.predictions is None:
+        return first.predictions is second.predictions
+    frames = [content.predictions.to_pandas().sort_index(axis=1) for content in (first, second)]
     return frames[0].equals(frames[1])

@@ -81,41 +81,42 @@ def write(
     """
     titles = {row.group: words_of(row) for row in table.itertuples()}
     groups = list(grouped(runs, lambda run: run.row["group"]).values())
-    told = sections(groups, examples, titles=titles)
-    ids = {of[0].row["group"]: section["id"] for of, section in zip(groups, told, strict=True)}
+    run_sections = sections(groups, examples, titles=titles)
+    by_group = list(zip(groups, run_sections, strict=True))
+    ids = {group[0].row["group"]: section["id"] for group, section in by_group}
     parts = tables.places(table)
     names = _tab_names([place for place, _ in parts])
     searched = {folder.name for folder in at_best_rates(folders(runs))}
     best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
-    known = compared.rows if compared.known else compared.rows.head(0)
+    differences = compared.rows if compared.known else compared.rows.head(0)
     tabs = []
     for count, (name, (place, part)) in enumerate(zip(names, parts, strict=True), start=1):
-        own = [best.loc[index] for index in best.index if index in part.index]
+        rows = [best.loc[index] for index in best.index if index in part.index]
         tabs.append(
             _tab(
                 f"tab-{count}",
                 name,
                 title=f"{place[0]} · {place[1]}",
-                leads=_leads(own[0], part, intervals),
-                tables=[_headline(own, intervals, marked, ids, known), *_differences(place, compared, ids)],
+                leads=_leads(rows[0], part, intervals),
+                tables=[_headline(rows, intervals, marked, ids, differences), *_differences(place, compared, ids)],
                 figures=[_front(part)],
                 folded=_all_rows(part, spread, marked, ids),
-                sections=[told[index] for index, of in enumerate(groups) if panel_of(of[0].row) == place],
+                sections=[section for group, section in by_group if panel_of(group[0].row) == place],
             )
         )
-    more = [(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures]
+    more = [(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in figures]
     if by or len(tabs) > 1:
-        shown = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
+        overview = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
         firsts = best.groupby(["task", "model", "metric"], sort=False).head(1)
         leads = [
             Markup('<a href="#{}">{}</a> {}').format(tab["id"], tab["name"], _in_words(row, intervals))
             for tab, (_, row) in zip(tabs, firsts.iterrows(), strict=True)
         ]
-        tabs.insert(0, _tab("tab-0", "All tasks", leads=[] if by else leads, tables=shown))
+        tabs.insert(0, _tab("tab-0", "All tasks", leads=[] if by else leads, tables=overview))
     tabs[0]["more"] = more
     count = len({run.row["group"] for run in runs})
-    unfinished = sum(not each.is_broken for each in left_out)
+    unfinished = sum(not run.is_broken for run in left_out)
     content = {
         "title": f"Report: {Path(results_dir).resolve().name}",
         "line": f"{len(runs):,} finished {_plural(len(runs), 'run')} of {count:,} {_plural(count, 'configuration')}.",
@@ -125,11 +126,11 @@ def write(
             "command": command,
             "origin": origin,
             "lists": {
-                "Not finished": [each for each in left_out if not each.is_broken],
-                "Records that cannot be read": [each for each in left_out if each.is_broken],
+                "Not finished": [run for run in left_out if not run.is_broken],
+                "Records that cannot be read": [run for run in left_out if run.is_broken],
                 "Not compared": compared.uncompared,
             },
-            "shared": told[0]["shared"] if told else {},
+            "shared": run_sections[0]["shared"] if run_sections else {},
         },
     }
     return _written(Path(results_dir) / "report" / PAGE, "page.html", content)
@@ -137,7 +138,7 @@ def write(
 
 def write_tables(
     results_dir: Path,
-    shown: Mapping[str, pd.DataFrame],
+    ranked: Mapping[str, pd.DataFrame],
     figures: Sequence[Shown],
     *,
     folded: Mapping[str, pd.DataFrame],
@@ -150,10 +151,10 @@ def write_tables(
 
     Each of several tasks has a tab with its rankings; the first tab says which form is first in each.
     """
-    by_task = grouped(shown.items(), lambda item: item[0].partition(",")[0])
+    by_task = grouped(ranked.items(), lambda item: item[0].partition(",")[0])
     several = len(by_task) > 1
-    rankings = [[_table(title, each) for title, each in own] for own in by_task.values()]
-    firsts = [(title, each.iloc[0]) for title, each in shown.items()] if several else []
+    rankings = [[_table(title, part) for title, part in items] for items in by_task.values()]
+    firsts = [(title, part.iloc[0]) for title, part in ranked.items()] if several else []
     tab = _tab(
         "tab-0",
         "All tasks" if several else next(iter(by_task)),
@@ -162,12 +163,12 @@ def write_tables(
             *(Markup("<b>{}:</b> {} {}").format(title, row["method"], row["test"]) for title, row in firsts),
         ],
         tables=[] if several else rankings[0],
-        figures=[(each.title, each.caption, each.inline or _uri(each.files[-1])) for each in figures],
-        folded=[_table(title, each, filtered=True) for title, each in folded.items()],
+        figures=[(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in figures],
+        folded=[_table(title, part, filtered=True) for title, part in folded.items()],
     )
     of_task = [
-        _tab(f"tab-{count}", task, tables=own)
-        for count, (task, own) in enumerate(zip(by_task, rankings, strict=True), start=1)
+        _tab(f"tab-{count}", task, tables=ranking)
+        for count, (task, ranking) in enumerate(zip(by_task, rankings, strict=True), start=1)
     ]
     content = {
         "title": f"Report: {Path(results_dir).resolve().name}",
@@ -185,17 +186,17 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     figure = ("Calibration curves", "The few-shot score as each module's rows or columns are zeroed.")
     config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
     predicted = (read_all([run.directory]) or [None])[0]
-    said = f"test {metric}"
+    caption = f"test {metric}"
     if ends := over_examples(predicted, metric):
         low, high = (measured(metric, end) for end in ends)
-        said += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
+        caption += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
     (section,) = sections([[run]], examples, rows)
     place, example = _place_of(run.directory), run.directory / EXAMPLE
     classes = None if predicted is None else counted(predicted)
     content = {
         "title": named_in_full(run.record),
         "score": measured(metric, run.row["test"]),
-        "said": said,
+        "said": caption,
         "commands": next_commands(
             place,
             config,
@@ -252,10 +253,10 @@ def _tab_names(places: Sequence[tuple[str, str, str]]) -> list[str]:
 
 def _leads(best: pd.Series, part: pd.DataFrame, intervals: Mapping) -> list[str]:
     """Return the answer of a task in words: what scores highest, and what is smaller and nearly as good."""
-    said = [("Highest of the methods at their best", best)]
+    answers = [("Highest of the methods at their best", best)]
     if (small := tables.smallest_within(part, best)) is not None:
-        said.append(("Smallest that is less than a point below it", small))
-    return [Markup("<b>{}:</b> {}").format(what, _in_words(row, intervals)) for what, row in said]
+        answers.append(("Smallest that is less than a point below it", small))
+    return [Markup("<b>{}:</b> {}").format(what, _in_words(row, intervals)) for what, row in answers]
 
 
 def _in_words(row: pd.Series, intervals: Mapping) -> str:
@@ -283,18 +284,18 @@ def _headline(
     cells = []
     for row in rows:
         ends = intervals[row.name]
-        told = [word for word in (row["operating_point"], row["differs"]) if word != NONE]
+        details = [word for word in (row["operating_point"], row["differs"]) if word != NONE]
         between = NONE
         if ends:
             over = Markup("<small>over test examples</small>") if ends[2] == "examples" else ""
-            said = f"{_bare(metric, ends[0])} to {_bare(metric, ends[1])}"
-            between = Markup("{}{}{}").format(said, _strip(row["test_mean"], ends, scale), over)
+            numbers = f"{_bare(metric, ends[0])} to {_bare(metric, ends[1])}"
+            between = Markup("{}{}{}").format(numbers, _strip(row["test_mean"], ends, scale), over)
         at = point if row["operating_point"] == NONE else row["operating_point"]
         difference = against.get((row["group"], at))
         cells.append(
             {
                 "method": Markup('<a href="#{}">{}</a><small>{}</small>').format(
-                    ids[row["group"]], row["method"], ", ".join(told)
+                    ids[row["group"]], row["method"], ", ".join(details)
                 ),
                 f"test {metric}" + (" (%)" if metric in SHARES else ""): _score(
                     metric, row["test_mean"], row.name in marked
@@ -328,7 +329,7 @@ def _bare(metric: str, value: float) -> str:
 def _strip(value: float, ends: Sequence[float], scale: tuple[float, float], zero: float | None = None) -> Markup:
     """Draw an interval and its middle as a line and a dot, on a scale that all rows of a table share."""
     low, high, middle = (
-        100 * min(max((each - scale[0]) / ((scale[1] - scale[0]) or 1), 0), 1) for each in (ends[0], ends[1], value)
+        100 * min(max((x - scale[0]) / ((scale[1] - scale[0]) or 1), 0), 1) for x in (ends[0], ends[1], value)
     )
     parts = ['<svg class="strip" viewBox="-4 0 108 12" aria-hidden="true">']
     parts.append(f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/>')
@@ -348,22 +349,22 @@ def _differences(place: tuple[str, str, str], compared: Differences, ids: Mappin
     if rows.empty or rows["difference"].isna().all():
         return []
     reach = 3 * float(rows[["low", "high"]].abs().max(axis=1).median()) or 1.0
-    shown = comparison.readable(rows).drop(columns=["task", "model"]).astype(object)
+    table = comparison.readable(rows).drop(columns=["task", "model"]).astype(object)
     drawn = [
         Markup("{}{}").format(words, _strip(row.difference, (row.low, row.high), (-reach, reach), 0.0))
         if row.difference == row.difference
         else words
-        for words, row in zip(shown["difference [95 %]"], rows.itertuples(), strict=True)
+        for words, row in zip(table["difference [95 %]"], rows.itertuples(), strict=True)
     ]
-    shown = shown.assign(**{"method": _linked(rows, ids), "difference [95 %]": _markup(drawn, shown)})
+    table = table.assign(**{"method": _linked(rows, ids), "difference [95 %]": _markup(drawn, table)})
     notes = comparison.notes(comparison.Differences(rows))
     first = ("method", "operating point", "differs in", "difference [95 %]", "verdict")
-    return [_table("Differences from partial", _beginning(shown, first), notes, filtered=True)]
+    return [_table("Differences from partial", _beginning(table, first), notes, filtered=True)]
 
 
-def _beginning(shown: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
+def _beginning(table: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
     """Return a table with these of its columns first."""
-    return shown[[*(name for name in first if name in shown), *(name for name in shown if name not in first)]]
+    return table[[*(name for name in first if name in table), *(name for name in table if name not in first)]]
 
 
 def _linked(rows: pd.DataFrame, ids: Mapping[str, str]) -> pd.Series:
@@ -372,9 +373,9 @@ def _linked(rows: pd.DataFrame, ids: Mapping[str, str]) -> pd.Series:
     return _markup([Markup('<a href="#{}">{}</a>').format(ids[group], method) for group, method in links], rows)
 
 
-def _markup(cells: Sequence[str], of: pd.DataFrame) -> pd.Series:
+def _markup(cells: Sequence[str], table: pd.DataFrame) -> pd.Series:
     """Return cells as a column of a table; pandas' own type of strings would forget which are markup."""
-    return pd.Series(cells, index=of.index, dtype=object)
+    return pd.Series(cells, index=table.index, dtype=object)
 
 
 def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
@@ -391,17 +392,18 @@ def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
 
 def _all_rows(part: pd.DataFrame, spread: str, marked: Collection[int], ids: Mapping) -> list[dict]:
     """Return the table of all rows of a task."""
-    shown = tables.readable(part, spread=spread, marked=marked).drop(columns=["task", "model"]).astype(object)
-    shown["method"] = _linked(part, ids)
+    table = tables.readable(part, spread=spread, marked=marked).drop(columns=["task", "model"]).astype(object)
+    table["method"] = _linked(part, ids)
     notes = tables.notes(part, spread=spread, marked=marked)
     title = f"All {len(part)} rows" if len(part) > 1 else "The row with all its numbers"
-    return [_table(title, _beginning(shown, ("method", "operating point", "differs in")), notes, filtered=True)]
+    return [_table(title, _beginning(table, ("method", "operating point", "differs in")), notes, filtered=True)]
 
 
 def _averages(by: Sequence[str], table: pd.DataFrame, spread: str) -> dict:
     """Return the table of runs averaged over all that the reader's keys do not tell apart."""
-    shown = tables.readable(table, by=by, spread=spread)
-    return _table(f"By {', '.join(by)}", shown, tables.notes(table, by=by, spread=spread), filtered=len(table) > _FEW)
+    readable = tables.readable(table, by=by, spread=spread)
+    notes = tables.notes(table, by=by, spread=spread)
+    return _table(f"By {', '.join(by)}", readable, notes, filtered=len(table) > _FEW)
 
 
 def _matrix(
@@ -411,15 +413,15 @@ def _matrix(
     columns, count = {}, Counter(best["method"])
     methods = sorted(count, key=lambda method: -count[method])
     for name, (place, part) in zip(names, parts, strict=True):
-        metric, own = place[2], best.loc[[index for index in best.index if index in part.index]]
+        metric, of_task = place[2], best.loc[[index for index in best.index if index in part.index]]
         cells = {}
-        for row in own.itertuples():
+        for row in of_task.itertuples():
             ends = intervals[row.Index]
             half = f" ± {_bare(metric, (ends[1] - ends[0]) / 2)}" if ends else ""
             score = _score(metric, row.test_mean, row.Index in marked)
             cells[row.method] = Markup('{}{} <small class="n">n={}</small>').format(score, half, row.n)
         columns[f"{name}, {metric}" + (" (%)" if metric in SHARES else "")] = [
-            cells.get(each, NONE) for each in methods
+            cells.get(method, NONE) for method in methods
         ]
     notes = [
         "Of each method's rows the one with the best mean score on validation is shown. ± is half of the "
@@ -431,19 +433,19 @@ def _matrix(
 
 def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = (), *, filtered: bool = False) -> dict:
     """Return a table as a page shows it: what is the same in all rows is said below it, in place of a column."""
-    same = {
+    constant = {
         name: frame[name].iloc[0]
         for name in frame.columns[2:]
         if len(frame) > 2 and frame[name].astype(str).nunique() == 1 and not name.startswith(("test", "n"))
     }
-    said = ", ".join(f"{name} {value}" for name, value in same.items() if value != NONE)
-    shown = frame.drop(columns=list(same))
+    words = ", ".join(f"{name} {value}" for name, value in constant.items() if value != NONE)
+    varying = frame.drop(columns=list(constant))
     return {
         "title": title,
-        "columns": [(name, name in tables.WORDS) for name in shown.columns],
-        "rows": [[_cell(cell) for cell in line] for line in shown.values.tolist()],
-        "notes": [*([f"The same in all rows: {said}."] if said else []), *notes],
-        "filtered": filtered and len(shown) > _FEW,
+        "columns": [(name, name in tables.WORDS) for name in varying.columns],
+        "rows": [[_cell(cell) for cell in line] for line in varying.values.tolist()],
+        "notes": [*([f"The same in all rows: {words}."] if words else []), *notes],
+        "filtered": filtered and len(varying) > _FEW,
     }
 
 
@@ -489,7 +491,7 @@ def _of_classes(classes: Classes) -> dict:
         | {score: cell(100 * value, ".1f") for score, value in zip(_SCORES, values, strict=True)}
         for name, examples, *values in classes.scores()
     ]
-    pairs = [f"{count} of {name} as {said}" for name, said, count in classes.confused()]
+    pairs = [f"{count} of {name} as {predicted}" for name, predicted, count in classes.confused()]
     notes = [f"Most often mistaken: {', '.join(pairs)}."] if pairs else ["No test example is mistaken."]
     return _table("Each class", pd.DataFrame(rows), notes, filtered=len(rows) > MOST)
 
@@ -500,21 +502,21 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
     titles: by folder; the page of a run shows none.
     """
     settings = [_words(runs[0].record["config"]) for runs in groups]
-    shared = set.intersection(*(set(each.items()) for each in settings)) if len(groups) > 1 else set()
+    shared = set.intersection(*(set(values.items()) for values in settings)) if len(groups) > 1 else set()
     splits: dict[str, object] = {}
-    made = []
-    for place, (runs, own) in enumerate(zip(groups, settings, strict=True), start=1):
+    parts = []
+    for place, (runs, values) in enumerate(zip(groups, settings, strict=True), start=1):
         worst, problems = _examples(runs, examples, splits, rows)
         warnings = [warning for run in runs for warning in warnings_of(run.record)]
         sparsities = [run.record["sparsity"] for run in runs if run.record.get("sparsity")]
-        made.append(
+        parts.append(
             {
                 "id": f"run-{place}",
                 "title": titles.get(runs[0].row["group"]),
                 "path": runs[0].row["group"],
                 "facts": _facts(runs),
-                "own": {key: value for key, value in own.items() if (key, value) not in shared},
-                "shared": {key: value for key, value in own.items() if (key, value) in shared},
+                "own": {key: value for key, value in values.items() if (key, value) not in shared},
+                "shared": {key: value for key, value in values.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
                 "curves": _training_lines([run.record for run in runs]),
                 "map": _sparsity_map(mean_sparsity(sparsities)),
@@ -522,7 +524,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
                 "examples": worst,
             }
         )
-    return made
+    return parts
 
 
 def _examples(runs: Sequence[Run], count: int, splits: dict[str, object], rows) -> tuple[list[Example], list[str]]:
@@ -559,7 +561,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     if row["adapter_bytes"].notna().any():
         facts["adapter on disk"] = f"{row['adapter_bytes'].mean() / 1e3:,.0f} KB" + _mean_of(row["adapter_bytes"])
     calibrations = [run.record["calibration"] or {} for run in runs]
-    intact, joint = (pd.Series([number(each.get(key)) for each in calibrations]) for key in ("baseline", "joint"))
+    intact, joint = (pd.Series([number(content.get(key)) for content in calibrations]) for key in ("baseline", "joint"))
     if intact.notna().any():
         left = f", {joint.mean():.4f} with all sparsities at once" if joint.notna().any() else ""
         facts["few-shot score"] = f"{intact.mean():.4f} intact{left}" + (_mean_of(intact) or _mean_of(joint))
@@ -628,7 +630,7 @@ def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], title: str, form: s
 
 def _sparsity_map(sparsity: Sparsity) -> dict | None:
     """Return {depths, axes: {axis: [(kind, cells by depth)]}}, NaN where no module is; None where nothing is sparse."""
-    if not any(of[axis] for of in sparsity.values() for axis in AXES):
+    if not any(by_axis[axis] for by_axis in sparsity.values() for axis in AXES):
         return None
     kinds, depths, grids = grid(sparsity)
     cells = {axis: list(zip(kinds, grids[axis].tolist(), strict=True)) for axis in AXES}

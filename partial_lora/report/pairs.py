@@ -101,29 +101,29 @@ class Difference:
     @classmethod
     def of(
         cls,
-        found: Estimate,
+        estimate: Estimate,
         metric: str,
         seeds: int,
         examples: int,
         over: str,
-        each: Iterable[float],
+        differences: Iterable[float],
         drawn: tuple[float, float] = (math.nan, math.nan),
     ) -> Difference:
-        """Return what an estimate says. each: the differences on the tasks; drawn: ends of the bootstrap's interval."""
-        each, (low, high) = list(each), within(found.interval(), metric, difference=True)
+        """Return what an estimate says. differences: on the tasks; drawn: ends of the bootstrap's interval."""
+        differences, (low, high) = list(differences), within(estimate.interval(), metric, difference=True)
         return cls(
-            **asdict(found),
+            **asdict(estimate),
             low=low,
             high=high,
             bootstrap_low=drawn[0],
             bootstrap_high=drawn[1],
-            verdict=judge(found, metric, seeds),
+            verdict=judge(estimate, metric, seeds),
             reason="one seed" if seeds == 1 else None,
             seeds=seeds,
             examples=examples,
             over=over,
-            up=sum(one > 0 for one in each),
-            down=sum(one < 0 for one in each),
+            up=sum(one > 0 for one in differences),
+            down=sum(one < 0 for one in differences),
         )
 
     @property
@@ -151,18 +151,18 @@ def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     _refuse_falling(tasks)
     seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
     arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
-    known = all(d is not None for d in arrays)
-    parts = arrays if known else [_scores(pairs, seeds) for pairs in tasks.values()]
-    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, known)
+    has_examples = all(d is not None for d in arrays)
+    parts = arrays if has_examples else [_scores(pairs, seeds) for pairs in tasks.values()]
+    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, has_examples)
 
 
 def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
     _refuse_falling(tasks)
-    each = [between(pairs, draws=0) for pairs in tasks.values()]
-    found, metric = over_sets([one.estimate for one in each]), next(iter(tasks.values()))[0].metric
-    seeds, examples = min(one.seeds for one in each), sum(one.examples for one in each)
-    return Difference.of(found, metric, seeds, examples, SETS, (one.difference for one in each))
+    differences = [between(pairs, draws=0) for pairs in tasks.values()]
+    overall, metric = over_sets([one.estimate for one in differences]), next(iter(tasks.values()))[0].metric
+    seeds, examples = min(one.seeds for one in differences), sum(one.examples for one in differences)
+    return Difference.of(overall, metric, seeds, examples, SETS, (one.difference for one in differences))
 
 
 def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
@@ -186,8 +186,8 @@ def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **mor
 
 def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
     """Differences of scores (seeds, 1), the mean over pairs."""
-    each = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
-    return np.mean(each, axis=0)[:, None]
+    differences = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
+    return np.mean(differences, axis=0)[:, None]
 
 
 def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
@@ -197,7 +197,7 @@ def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.nd
         arrays = [pair.by_example(seeds) for pair in pairs]
     except (PartialLoraError, ValueError, KeyError):
         return None
-    return np.mean(arrays, axis=0) if len({each.shape for each in arrays}) == 1 else None
+    return np.mean(arrays, axis=0) if len({array.shape for array in arrays}) == 1 else None
 
 
 def by_seed(runs: pd.DataFrame) -> Side:
@@ -226,15 +226,17 @@ def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
     return marked
 
 
-def is_best(own: Side, others: Iterable[Side], metric: str) -> bool:
+def is_best(side: Side, others: Iterable[Side], metric: str) -> bool:
     """Return whether a method is better than all others: each time the interval over seeds and examples is above zero.
 
     others: those that are the most likely to refute it come first. What stands alone is not best.
     """
-    pairs = [Pair(own, other, metric) for other in others]
+    pairs = [Pair(side, other, metric) for other in others]
     return bool(pairs) and all(_beats(pair) for pair in pairs)
 
 
 def _beats(pair: Pair) -> bool:
-    found = between([pair], draws=0) if pair.seeds else None
-    return found is not None and found.over == BOTH and found.estimate.upward(pair.metric).interval()[0] > 0
+    if not pair.seeds:
+        return False
+    difference = between([pair], draws=0)
+    return difference.over == BOTH and difference.estimate.upward(pair.metric).interval()[0] > 0

@@ -92,9 +92,9 @@ def losses_of(table: pa.Table) -> np.ndarray:
         losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
         for member in dict.fromkeys(members.tolist()):
             rows = np.flatnonzero(members == member)
-            own = table.take(pa.array(rows))
-            absent = [name for name in own.column_names if own[name].null_count == len(own)]
-            losses[rows] = losses_of(own.drop_columns(["member", *absent]))
+            part = table.take(pa.array(rows))
+            absent = [name for name in part.column_names if part[name].null_count == len(part)]
+            losses[rows] = losses_of(part.drop_columns(["member", *absent]))
         return losses
     if "scores" in columns:
         values, _, at_label = _end_to_end(table["scores"], table["label"])
@@ -119,8 +119,8 @@ def _end_to_end(lists: pa.ChunkedArray, label: pa.ChunkedArray) -> tuple[np.ndar
     """
     together = lists.combine_chunks()
     lengths = together.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    own = label.to_numpy().astype(np.int64)
-    if (own < 0).any() or (own >= lengths).any():
+    labels = label.to_numpy().astype(np.int64)
+    if (labels < 0).any() or (labels >= lengths).any():
         raise ValueError("a label without an output of its own")
     starts = np.cumsum(lengths) - lengths
-    return together.flatten().to_numpy(zero_copy_only=False).astype(float), starts, starts + own
+    return together.flatten().to_numpy(zero_copy_only=False).astype(float), starts, starts + labels

@@ -63,11 +63,11 @@ def form_of(config: Mapping) -> str:
     name = config["method"]["name"]
     if not called(name).masked:
         return name
-    own, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
-    words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != own[key])]
-    words += [f"mask.rows={mask['rows']}"] if mask["rows"] != own["rows"] else []
+    usual, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
+    words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != usual[key])]
+    words += [f"mask.rows={mask['rows']}"] if mask["rows"] != usual["rows"] else []
     words += ["rank=auto"] if config["method"].get("rank") == "auto" else []
-    drawn = [key for key in _DRAWS if mask[key] != own[key]]
+    drawn = [key for key in _DRAWS if mask[key] != usual[key]]
     if (mask["rows"], mask["columns"]) != (MASKED, MASKED):  # whose A is not drawn for some inputs
         drawn = [key for key in drawn if key != "fan_in"]
     if drawn and all(mask[key] == _PEFTS[key] for key in _DRAWS):
@@ -105,7 +105,7 @@ def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFr
 def on_modules(runs: pd.DataFrame) -> pd.Series:
     """Return " on " and a run's modules where most runs of its task adapt others, else nothing."""
     targets = runs["run"].map(lambda run: ", ".join(run.record["config"]["model"]["target_modules"]))
-    usual = targets.groupby(runs["task"]).transform(lambda own: own.mode()[0])
+    usual = targets.groupby(runs["task"]).transform(lambda of_task: of_task.mode()[0])
     return (" on " + targets).where(targets != usual, "")
 
 
@@ -139,8 +139,8 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
         best = (ranked(worth) or list(worth))[0]  # where every rate failed, any
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
-        own = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
-        chosen.append(own.assign(**window(cell, best)))
+        runs = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
+        chosen.append(runs.assign(**window(cell, best)))
     return pd.concat(chosen)
 
 
@@ -190,7 +190,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
         )
     numbers = pd.DataFrame(rows)
     together = numbers.groupby(["task", "size"])["p"]
-    numbers["holds"] = together.transform(lambda each: each <= holm(list(each))).astype(bool)
+    numbers["holds"] = together.transform(lambda p: p <= holm(list(p))).astype(bool)
     order = numbers["test"].where(numbers["metric"].isin(LOWER_IS_BETTER), -numbers["test"])
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
 
@@ -207,12 +207,12 @@ def _apart(pair: Pair) -> dict:
     """
     if not pair.seeds:
         return _NO_DIFFERENCE
-    found = between([pair], draws=0)
-    low, high = found.estimate.interval()
-    p = found.estimate.p(0, 0) if found.seeds > 1 and found.error > 1e-12 else math.nan
-    half = (high - low) / 2 if found.seeds != _TOO_FEW else math.nan
-    numbers = {"difference": found.difference, "difference_half": half, "p": p}
-    return numbers | {"paired": found.seeds, "examples": found.examples, "over": found.over}
+    apart = between([pair], draws=0)
+    low, high = apart.estimate.interval()
+    p = apart.estimate.p(0, 0) if apart.seeds > 1 and apart.error > 1e-12 else math.nan
+    half = (high - low) / 2 if apart.seeds != _TOO_FEW else math.nan
+    numbers = {"difference": apart.difference, "difference_half": half, "p": p}
+    return numbers | {"paired": apart.seeds, "examples": apart.examples, "over": apart.over}
 
 
 def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
@@ -220,7 +220,7 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     parts = {}
     for (task, size), part in numbers.groupby(["task", "size"], sort=False):
         rows = list(part.itertuples())
-        shown = {
+        columns = {
             "method": part["form"],
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "rates within two points": [_between(row.low_2, row.high_2) for row in rows],
@@ -234,8 +234,8 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             "seconds a step": [summary.cell(value, ".3f") for value in part["step_seconds"]],
         }
         if (part["rates"] == 1).all():  # nothing was searched here
-            shown.pop("rates within two points")
-        parts[f"{task}, {in_words(size)}"] = pd.DataFrame(shown)
+            columns.pop("rates within two points")
+        parts[f"{task}, {in_words(size)}"] = pd.DataFrame(columns)
     return parts
 
 
@@ -328,12 +328,12 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
     A form that none beats at no higher cost is named; all else is grey. Bars are intervals.
     """
     label, unit = _COSTS[cost]
-    known = numbers.dropna(subset=[cost])
-    tasks = sorted(known["task"].unique())
+    measured = numbers.dropna(subset=[cost])
+    tasks = sorted(measured["task"].unique())
     figure, drawn = panels(len(tasks), wide=6.25, high=2.8, across=1)
     names = {}
     for axes, task in zip(drawn, tasks, strict=True):
-        of_task = known[known["task"] == task]
+        of_task = measured[measured["task"] == task]
         metric = of_task["metric"].iloc[0]
         best, ahead = front(zip(of_task[cost], of_task["test"], strict=True), metric), []
         for index, row in of_task.iterrows():
@@ -388,12 +388,12 @@ def write_page(
     if verdict:
         tables_by_title = {title: part.drop(columns=_JUDGED) for title, part in tables_by_title.items()}
     origin = _origin(reference, corrected=not verdict)
-    shown = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
+    all_numbers = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(
         out,
         tables_by_title,
         figures,
-        folded={"All numbers (times in seconds, sizes in bytes)": shown},
+        folded={"All numbers (times in seconds, sizes in bytes)": all_numbers},
         command=command,
         origin=origin,
         refused=refused,

@@ -90,10 +90,10 @@ def _row(result: Mapping) -> dict:
 def worth_by_rate(rows: Iterable[Mapping]) -> dict[float, dict[int, Worth]]:
     """Return what runs of one metric are worth on validation, by learning rate and seed (`rates.ranked`)."""
     tried: dict[float, dict[int, Worth]] = {}
-    for own in rows:
-        sign = -1 if own["metric"] in LOWER_IS_BETTER else 1
-        worth = sign * own["validation"], -own["validation_loss"]
-        tried.setdefault(own["learning_rate"], {})[own["seed"]] = None if math.isnan(worth[0]) else worth
+    for run in rows:
+        sign = -1 if run["metric"] in LOWER_IS_BETTER else 1
+        worth = sign * run["validation"], -run["validation_loss"]
+        tried.setdefault(run["learning_rate"], {})[run["seed"]] = None if math.isnan(worth[0]) else worth
     return tried
 
 
@@ -136,8 +136,8 @@ def operating_point(result: Mapping) -> str:
     if result["calibration"] is None:
         return tuned.operating_point(result["fixed"]) if result.get("fixed") else NONE
     settings = result["config"]["calibration"]
-    own = result["calibration"] if settings.get("file") else settings  # a file has its own point
-    return tuned.operating_point(own)
+    source = result["calibration"] if settings.get("file") else settings  # a file has its own point
+    return tuned.operating_point(source)
 
 
 def point_order(point: str) -> tuple[int, float]:

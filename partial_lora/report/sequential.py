@@ -81,7 +81,7 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
         if any(seed not in outputs[name] for name in alive for seed in range(seeds)):
             return Referee(leader, standings, dict.fromkeys(alive, seeds))
         judged = {name: seeds if name in alive else standings[name].seeds for name in outputs}
-        counted = {name: {seed: own[seed] for seed in range(judged[name])} for name, own in outputs.items()}
+        counted = {name: {seed: by_seed[seed] for seed in range(judged[name])} for name, by_seed in outputs.items()}
         leader = max(alive, key=lambda name: _mean(outputs[name], seeds))
         standings[leader] = Standing(OPEN, leader, seeds=seeds)
         if seeds == 1:  # which decides nothing
@@ -97,16 +97,16 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
                 continue
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
             pair = Spread.of(d, moved)
-            found = pair.estimate(seeds, freedom)
-            low, high = found.interval(1 - level / comparisons)
-            verdict = _verdict(low, high, margin) if found.error > _NOTHING else OPEN
-            at = Standing(verdict, leader, found.difference, low, high, seeds)
+            estimate = pair.estimate(seeds, freedom)
+            low, high = estimate.interval(1 - level / comparisons)
+            verdict = _verdict(low, high, margin) if estimate.error > _NOTHING else OPEN
+            at = Standing(verdict, leader, estimate.difference, low, high, seeds)
             if verdict == OPEN:
                 of_seed, last = freedom / (seeds - 1), 1 - levels[-1] / comparisons
                 at = replace(at, wants=_wanted(partial(_ends, pair, of_seed, last), margin))
                 alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
                 hoped = _ends(alone, of_seed, last, looks[-1])
-                if seeds == looks[-1] or not _may_decide(hoped, found.error, margin):
+                if seeds == looks[-1] or not _may_decide(hoped, estimate.error, margin):
                     given_up.add(name)
             standings[name] = at
     standings[leader] = Standing(LEADS, leader, seeds=standings[leader].seeds if leader in standings else 1)
@@ -131,8 +131,8 @@ _NOTHING = 1e-12
 _ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
-def _mean(own: Mapping[int, np.ndarray], seeds: int) -> float:
-    return float(np.mean([own[seed].mean() for seed in range(seeds) if seed in own]))
+def _mean(by_seed: Mapping[int, np.ndarray], seeds: int) -> float:
+    return float(np.mean([by_seed[seed].mean() for seed in range(seeds) if seed in by_seed]))
 
 
 def _verdict(low: float, high: float, margin: float) -> str:
@@ -161,8 +161,12 @@ def spread_of_seeds(outputs: Outputs) -> tuple[float, float]:
 
     It is twice the mean square that effects of methods and of seeds leave of the scores, over all runs.
     """
-    seeds = sorted({seed for own in outputs.values() for seed in own})
-    cells = [(row, seeds.index(seed), own[seed].mean()) for row, own in enumerate(outputs.values()) for seed in own]
+    seeds = sorted({seed for by_seed in outputs.values() for seed in by_seed})
+    cells = [
+        (row, seeds.index(seed), by_seed[seed].mean())
+        for row, by_seed in enumerate(outputs.values())
+        for seed in by_seed
+    ]
     effects = np.zeros((len(cells), len(outputs) + len(seeds)))
     for place, (row, column, _) in enumerate(cells):
         effects[place, [row, len(outputs) + column]] = 1
@@ -195,5 +199,5 @@ class Spread:
         """Return the difference over so many seeds, with Satterthwaite's degrees of freedom."""
         parts = [(self.of_seed / seeds, freedom), (self.of_rows, max(1, self.rows - 1))]
         variance = sum(part for part, _ in parts)
-        squares = sum(part**2 / own for part, own in parts)
+        squares = sum(part**2 / degrees for part, degrees in parts)
         return Estimate(self.difference, math.sqrt(variance), variance**2 / squares if squares else freedom)

@@ -113,23 +113,23 @@ def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
     sums = [examples * ((of_seeds - mean) ** 2).sum(), seeds * ((of_examples - mean) ** 2).sum()]
     sums.append(((d - of_seeds - of_examples + mean) ** 2).sum())
     freedoms = (seeds - 1, examples - 1, (seeds - 1) * (examples - 1))
-    return tuple(float(each / freedom) if freedom else math.nan for each, freedom in zip(sums, freedoms, strict=True))
+    return tuple(float(total / freedom) if freedom else math.nan for total, freedom in zip(sums, freedoms, strict=True))
 
 
-def over_sets(each: Sequence[Estimate]) -> Estimate:
+def over_sets(estimates: Sequence[Estimate]) -> Estimate:
     """Return the mean difference over sets of which those at hand are a sample (random effects).
 
     The interval is that of Hartung and Knapp (2001), Student's t with one degree of freedom less than there are sets,
     never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets say next to nothing of others:
     t is 12.7 then.
     """
-    differences, weights = [one.difference for one in each], weights_of_sets(each)
+    differences, weights = [one.difference for one in estimates], weights_of_sets(estimates)
     # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
-    error = math.sqrt(1 / weights.sum()) if len(each) > 1 else math.nan
-    return Estimate(float(np.average(differences, weights=weights)), error, float(len(each) - 1))
+    error = math.sqrt(1 / weights.sum()) if len(estimates) > 1 else math.nan
+    return Estimate(float(np.average(differences, weights=weights)), error, float(len(estimates) - 1))
 
 
-def weights_of_sets(each: Sequence[Estimate]) -> np.ndarray:
+def weights_of_sets(estimates: Sequence[Estimate]) -> np.ndarray:
     """Return what sets count in their mean, 1 / (error² + tau²).
 
     A set k is expected to have mean + u[k]: sets differ, by a variance tau². It is found by the condition that the
@@ -137,14 +137,14 @@ def weights_of_sets(each: Sequence[Estimate]) -> np.ndarray:
     """
     from scipy.optimize import brentq
 
-    differences = np.array([one.difference for one in each])
-    errors = np.maximum([one.error for one in each], 1e-12)
+    differences = np.array([one.difference for one in estimates])
+    errors = np.maximum([one.error for one in estimates], 1e-12)
 
     def spread(tau2: float) -> float:
         weights = 1 / (errors**2 + tau2)
         return float((weights * (differences - np.average(differences, weights=weights)) ** 2).sum())
 
-    due = len(each) - 1
+    due = len(estimates) - 1
     # At tau² = var(differences) the spread is no more than due, but for rounding.
     tau2 = brentq(lambda tau2: spread(tau2) - due, 0, 2 * differences.var(ddof=1)) if spread(0) > due > 0 else 0.0
     return 1 / (errors**2 + tau2)
@@ -163,11 +163,11 @@ def holm(significances: Sequence[float]) -> list[float]:
     significance is of one hypothesis: of one end of an interval, or of both about one number. NaN, a comparison that
     cannot be judged, is not counted among the n; its level is 0.
     """
-    known = sorted((place for place, p in enumerate(significances) if not math.isnan(p)), key=significances.__getitem__)
-    steps = [(1 - LEVEL) / (len(known) - step) for step in range(len(known))]
-    missed = next((step for step, place in enumerate(known) if significances[place] > steps[step]), len(known))
+    order = sorted((place for place, p in enumerate(significances) if not math.isnan(p)), key=significances.__getitem__)
+    steps = [(1 - LEVEL) / (len(order) - step) for step in range(len(order))]
+    missed = next((step for step, place in enumerate(order) if significances[place] > steps[step]), len(order))
     levels = [0.0] * len(significances)
-    for step, place in enumerate(known):
+    for step, place in enumerate(order):
         levels[place] = steps[min(step, missed)]
     return levels
 
@@ -181,14 +181,14 @@ def by_sides(significances: Iterable[tuple[float, float]]) -> list[tuple[float, 
     return list(zip(*map(holm, zip(*significances, strict=True)), strict=True))
 
 
-def judge(found: Estimate, metric: str, seeds: int, levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL)) -> str:
+def judge(estimate: Estimate, metric: str, seeds: int, levels: tuple[float, float] = (1 - LEVEL, 1 - LEVEL)) -> str:
     """Return the verdict on an estimate by the ends of its interval: 5 %, or what `by_sides` says.
 
     "better": all of the interval is above zero; "matches": it is above minus the margin; "worse": below zero and not
     above minus the margin; else "undecided". Of a metric where less is better, better is below, and nothing matches.
     One seed decides nothing: its interval, if there is one, is over examples alone.
     """
-    low, high = found.upward(metric).ends(levels)
+    low, high = estimate.upward(metric).ends(levels)
     if seeds == 1 or math.isnan(low):
         return "undecided"
     if low > 0:
@@ -204,13 +204,13 @@ def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
     rows: with difference, error, freedom, metric, and a column `seeds` that counts these; those without a difference
     have no verdict. among: how many were corrected for, those that one seed cannot decide left out.
     """
-    known = rows[rows["difference"].notna()]
-    columns = (known[name] for name in ("difference", "error", "freedom", "metric", seeds))
-    found = [(Estimate(*numbers), metric, int(count)) for *numbers, metric, count in zip(*columns, strict=True)]
-    p = [one.upward(metric).sides() if count > 1 else (math.nan, math.nan) for one, metric, count in found]
-    judged = [judge(*each, levels) for each, levels in zip(found, by_sides(p), strict=True)]
+    compared = rows[rows["difference"].notna()]
+    columns = (compared[name] for name in ("difference", "error", "freedom", "metric", seeds))
+    comparisons = [(Estimate(*numbers), metric, int(count)) for *numbers, metric, count in zip(*columns, strict=True)]
+    p = [one.upward(metric).sides() if count > 1 else (math.nan, math.nan) for one, metric, count in comparisons]
+    judged = [judge(*comparison, levels) for comparison, levels in zip(comparisons, by_sides(p), strict=True)]
     among = sum(not math.isnan(one) for one, _ in p)
-    return rows.assign(together=pd.Series(judged, known.index, dtype=object), among=among)
+    return rows.assign(together=pd.Series(judged, compared.index, dtype=object), among=among)
 
 
 def ends_of(drawn: np.ndarray) -> tuple[float, float]:
@@ -251,8 +251,8 @@ def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], me
     for frame in (*first, *second):
         if not np.array_equal(frame["label"].to_numpy(), label):
             raise PartialLoraError("the predictions are of different test examples: only the same can be compared")
-    own, other = (np.stack([per_example(frame, metric) for frame in frames]) for frames in (first, second))
-    return own - other
+    values, others = (np.stack([per_example(frame, metric) for frame in frames]) for frames in (first, second))
+    return values - others
 
 
 def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
@@ -273,8 +273,8 @@ def per_example(frame: pd.DataFrame, metric: str) -> np.ndarray:
     if metric in OF_TEXTS and metric in frame:
         return frame[metric].to_numpy(dtype=float)
     if metric in ("loss", "perplexity") and "tokens" in frame:
-        each = (frame["loss"] * frame["tokens"]).to_numpy(dtype=float) / frame["tokens"].mean()
-        return each if metric == "loss" else np.exp(each.mean()) * (1 + each - each.mean())
+        losses = (frame["loss"] * frame["tokens"]).to_numpy(dtype=float) / frame["tokens"].mean()
+        return losses if metric == "loss" else np.exp(losses.mean()) * (1 + losses - losses.mean())
     if metric in OF_ALL_TOGETHER:
         label, output = frame["label"].to_numpy(), frame["prediction"].to_numpy()
         if metric == "pearson":
@@ -297,7 +297,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
 
     Without an example: from the sums over all others, of centred numbers.
     """
-    x, y = (each.astype(float) - each.mean(dtype=float) for each in (x, y))
+    x, y = (values.astype(float) - values.mean(dtype=float) for values in (x, y))
     n = len(x) - 1
     xx, xy, yy = (n * (a @ b - a * b) for a, b in ((x, x), (x, y), (y, y)))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -317,12 +317,12 @@ def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tup
         unread = {"scores"} if metric in OF_ALL_TOGETHER else {"scores", "logits"}
         predicted = predicted.select([name for name in predicted.column_names if name not in unread]).to_pandas()
     try:
-        each = per_example(predicted, metric)
+        values = per_example(predicted, metric)
     except (PartialLoraError, ValueError, TypeError, KeyError):  # none, of a mixture, a loss, other columns, one row
         return None
-    if set(each) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
-        return tuple(binomtest(int(each.sum()), len(each)).proportion_ci(LEVEL, "wilson"))
-    return within(drawn_again(each[None]), metric)
+    if set(values) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
+        return tuple(binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson"))
+    return within(drawn_again(values[None]), metric)
 
 
 def reliability(records: Iterable[Mapping]) -> float:
@@ -336,11 +336,11 @@ def reliability(records: Iterable[Mapping]) -> float:
     """
     records = list(records)
     halves = [(record.get("calibration") or {}).get("reliability") or {} for record in records]
-    corrected = [each["spearman_brown"] for each in halves if each.get("spearman_brown") is not None]
+    corrected = [half["spearman_brown"] for half in halves if half.get("spearman_brown") is not None]
     if corrected:
         return fmean(corrected)
-    own = {record["seed"]: record["sparsity"] for record in records if _calibrated_itself(record)}
-    mean = mean_difference(combinations((own[seed] for seed in sorted(own)), 2))["pearson"]
+    sparsities = {record["seed"]: record["sparsity"] for record in records if _calibrated_itself(record)}
+    mean = mean_difference(combinations((sparsities[seed] for seed in sorted(sparsities)), 2))["pearson"]
     return math.nan if mean is None else mean
 
 

@@ -87,7 +87,7 @@ def calibration_summary(result: Mapping) -> Group:
     Fits 100 columns; long names are folded.
     """
     calibration, sparsity = result["calibration"], result["sparsity"]
-    chosen = [f"{axis} {fmean(each[axis] for each in sparsity.values()):.3f}" for axis in AXES]
+    chosen = [f"{axis} {fmean(shares[axis] for shares in sparsity.values()):.3f}" for axis in AXES]
     joint = cell(number(calibration["joint"]), ".4f")
     score = f"{calibration['baseline']:.4f} intact · {joint} with all sparsities at once"
     if repaired := calibration.get("repaired"):
@@ -144,8 +144,8 @@ def _sizes(result: Mapping) -> tuple[Shapes, int, str]:
 def _parameters(result: Mapping) -> dict[str, int]:
     """Return the trainable parameters of the adapter of each module whose shape is known."""
     units, unit = masked_units(*_sizes(result))
-    known = {module: axes for module, axes in result["sparsity"].items() if module in units}
-    return {module: kept_parameters({module: units[module]}, unit, {module: axes}) for module, axes in known.items()}
+    modules = {module: axes for module, axes in result["sparsity"].items() if module in units}
+    return {module: kept_parameters({module: units[module]}, unit, {module: axes}) for module, axes in modules.items()}
 
 
 def _saturated(result: Mapping) -> str:
@@ -232,8 +232,8 @@ def _lines(lines: Mapping[str, str | Text]) -> Table:
     drawn.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
-            shown = Text(value) if isinstance(value, str) else value  # what stands in brackets would be markup
-            drawn.add_row(name, shown)
+            text = Text(value) if isinstance(value, str) else value  # what stands in brackets would be markup
+            drawn.add_row(name, text)
     return drawn
 
 

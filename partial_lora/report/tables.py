@@ -72,11 +72,11 @@ def write(
         raise PartialLoraError(f"{results_dir}: expected at least one finished run; make one with `partial-lora train`")
     table = group(frame, by)
     command, above = " ".join(command.split()), origin(frame)
-    shown = readable(table, by=by, spread=spread, marked=marked)
-    parts = [f"    {command}", above, tabulated(shown, "pipe", by), *notes(table, by=by, spread=spread, marked=marked)]
+    view = readable(table, by=by, spread=spread, marked=marked)
+    parts = [f"    {command}", above, tabulated(view, "pipe", by), *notes(table, by=by, spread=spread, marked=marked)]
     if lines := said_of(left_out):
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in lines))
-    latex = as_latex(tabulated(shown, "latex_booktabs", by))
+    latex = as_latex(tabulated(view, "latex_booktabs", by))
     best = table.assign(best=table.index.isin(list(marked)))
     return written(
         results_dir,
@@ -90,10 +90,10 @@ def write(
 
 def said_of(left_out: Sequence[LeftOut]) -> list[str]:
     """Return what was left out in lines: each broken record, and in one line the runs that have not finished."""
-    unfinished = [each for each in left_out if not each.is_broken]
-    lines = [str(each) for each in left_out if each.is_broken]
+    unfinished = [run for run in left_out if not run.is_broken]
+    lines = [str(run) for run in left_out if run.is_broken]
     if unfinished:
-        counts = Counter(each.why.partition(":")[0].partition(",")[0] for each in unfinished)
+        counts = Counter(run.why.partition(":")[0].partition(",")[0] for run in unfinished)
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         one = len(unfinished) == 1
         lines.append(
@@ -127,17 +127,17 @@ def notes(
     return [note for note, applies in below.items() if applies]
 
 
-def tabulated(shown: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
+def tabulated(table: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
     """Return a table as it is read in one of tabulate's formats, words to the left and numbers to the right."""
-    align = ["left" if name in WORDS or name in by else "right" for name in shown.columns]
-    return tabulate(shown.values.tolist(), list(shown.columns), tablefmt=form, disable_numparse=True, colalign=align)
+    align = ["left" if name in WORDS or name in by else "right" for name in table.columns]
+    return tabulate(table.values.tolist(), list(table.columns), tablefmt=form, disable_numparse=True, colalign=align)
 
 
 def as_latex(table: str) -> str:
     """Return tabulate's LaTeX with what is marked in bold type, and with its signs."""
     text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", table)
-    for sign, written in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
-        text = text.replace(sign, written)
+    for sign, latex in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
+        text = text.replace(sign, latex)
     return text
 
 
@@ -208,15 +208,15 @@ def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std
     parts = [("all runs", table)] if by else [(", ".join(key[:2]), part) for key, part in places(table)]
     tables = []
     for title, part in parts:
-        shown = readable(part, by=by, spread=spread)
-        shown = shown.rename(columns={"share of dense": "of dense"})
-        shown["trainable"] = [NONE if math.isnan(size) else size_text(size) for size in part["adapter_parameters"]]
-        if "differs in" in shown:  # below the method, for there is no room beside it
-            told = shown["differs in"].map(lambda each: "" if each == NONE else f"\n{_indented(each)}")
-            shown["method"] = shown["method"] + told
-        names = [name for name in dict.fromkeys((*by, *_ON_SCREEN)) if name in shown and (shown[name] != NONE).any()]
-        names.insert(names.index("n") + 1, next(name for name in shown if name.startswith("test")))
-        tables.append(drawn(title, shown[names]))
+        view = readable(part, by=by, spread=spread)
+        view = view.rename(columns={"share of dense": "of dense"})
+        view["trainable"] = [NONE if math.isnan(size) else size_text(size) for size in part["adapter_parameters"]]
+        if "differs in" in view:  # below the method, for there is no room beside it
+            differs = view["differs in"].map(lambda words: "" if words == NONE else f"\n{_indented(words)}")
+            view["method"] = view["method"] + differs
+        names = [name for name in dict.fromkeys((*by, *_ON_SCREEN)) if name in view and (view[name] != NONE).any()]
+        names.insert(names.index("n") + 1, next(name for name in view if name.startswith("test")))
+        tables.append(drawn(title, view[names]))
     return Group(*tables)
 
 
@@ -229,15 +229,15 @@ def places(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame
     return list(table.groupby([*PLACE, "metric"], sort=False))
 
 
-def drawn(title: str, shown: pd.DataFrame) -> Table:
+def drawn(title: str, frame: pd.DataFrame) -> Table:
     """Return a table of words as a terminal shows it: words are folded where there is no room, numbers are not."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in shown.columns:
+    for name in frame.columns:
         # Without a break, its heading apart: rich would cut the last column off a terminal that is too narrow.
         folds = name in ("method", "form")
         heading = name if folds else name.replace(" ", "\n")
         table.add_column(heading, justify="left" if name in WORDS else "right", overflow="fold", no_wrap=not folds)
-    for cells in shown.itertuples(index=False, name=None):
+    for cells in frame.itertuples(index=False, name=None):
         table.add_row(*(Text(str(cell)) for cell in cells))  # as it is written: to rich [qkv] would be markup
     return table
 
@@ -256,9 +256,9 @@ def best_of_each(table: pd.DataFrame) -> pd.DataFrame:
     for (_, _, metric), part in places(table[table["usual"]]):
         sign = -1 if metric in LOWER_IS_BETTER else 1
         best = []
-        for _, own in part.groupby("method", sort=False):
-            own = own.sort_values("n", ascending=False, kind="stable")
-            best.append((sign * own["validation_mean"].fillna(own["test_mean"])).idxmax())
+        for _, rows in part.groupby("method", sort=False):
+            rows = rows.sort_values("n", ascending=False, kind="stable")
+            best.append((sign * rows["validation_mean"].fillna(rows["test_mean"])).idxmax())
         chosen += (sign * part.loc[best, "test_mean"]).sort_values(ascending=False, kind="stable").index.to_list()
     return table.loc[chosen]
 

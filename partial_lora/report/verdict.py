@@ -52,7 +52,7 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
                 by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), of_rows)
             except (PartialLoraError, ValueError, KeyError):  # predictions were not kept, or are not of this metric
                 by_row[entry.name][seed] = np.array([])
-    rows = {len(own) for seeds in by_row.values() for own in seeds.values()}
+    rows = {len(values) for seeds in by_row.values() for values in seeds.values()}
     return (by_row if len(rows) == 1 and rows != {0} else whole), metric
 
 
@@ -82,33 +82,33 @@ def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     return lines
 
 
-def words(group: Sequence[Entry], found: Referee, metric: str, margin: float) -> list[str]:
+def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float) -> list[str]:
     """Return the verdict on a group, a sentence or two a line."""
     entries = {entry.name: entry for entry in group}
     short = {name: entry.method for name, entry in entries.items()}
-    leader, of = found.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
-    for name, standing in found.standings.items():
+    leader, by_verdict = outcome.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
+    for name, standing in outcome.standings.items():
         if name != leader:
-            of[standing.verdict].append((name, standing))
+            by_verdict[standing.verdict].append((name, standing))
     best = entries[leader]
     if len(group) == 1:
         return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
     lines = [
         f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
-        if not of[OPEN]
+        if not by_verdict[OPEN]
         else f"{short[leader]} leads (learning rate {best.best:g}), and not all is decided."
     ]
-    for name, standing in of[WORSE]:
-        dropped = "" if standing.seeds == max(each.seeds for each in found.standings.values()) else "dropped"
+    for name, standing in by_verdict[WORSE]:
+        dropped = "" if standing.seeds == max(other.seeds for other in outcome.standings.values()) else "dropped"
         seeds = f"{dropped} after {_seeds(standing)}".strip()
         lines.append(f"{short[name]} is worse than {short[standing.against]} by {_apart(standing, metric)}, {seeds}.")
-    for name, standing in of[AS_GOOD]:
+    for name, standing in by_verdict[AS_GOOD]:
         cheaper = _cheaper(entries[name], entries[standing.against])
         apart = f"as good as {short[standing.against]} within {_points(margin / 100, metric)}"
         lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
-    for name, standing in of[OPEN]:
+    for name, standing in by_verdict[OPEN]:
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
-        then = _wanted(standing, entries, name, found.asks.get(name))
+        then = _wanted(standing, entries, name, outcome.asks.get(name))
         lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
     return lines
 
@@ -156,7 +156,7 @@ def _cheaper(entry: Entry, leader: Entry) -> str:
         "a smaller file": (entry.served, leader.served),
         "a faster step": (entry.step_seconds or 0, leader.step_seconds or 0),
     }
-    names = [name for name, (own, other) in less.items() if 0 < own < 0.9 * other]
+    names = [name for name, (cost, other) in less.items() if 0 < cost < 0.9 * other]
     return f", with {' and '.join(names)}" if names else ""
 
 
@@ -182,9 +182,10 @@ def write_take(entry: Entry, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
     config, trained = record["config"], record.get("training") or {}
-    own = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}  # to train anew
-    own["trainer"] = config["trainer"] | {"until": 1.0}  # its first quarter may have been a trial
-    write_atomic(folder / directory.CONFIG, yaml.safe_dump(own, sort_keys=False))
+    # To train anew, and to the end: its first quarter may have been a trial.
+    settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
+    settings["trainer"] = config["trainer"] | {"until": 1.0}
+    write_atomic(folder / directory.CONFIG, yaml.safe_dump(settings, sort_keys=False))
     adapter = place / directory.ADAPTER / "adapter_config.json"
     if adapter.is_file():
         shutil.copyfile(adapter, folder / adapter.name)

@@ -46,7 +46,7 @@ class Loader(ConfigLoaderImpl):
     matter by which way a file reaches a key: its content, its defaults list, its package, or a sweep's parameters.
 
     Args:
-        own: where the package's files and Hydra's are.
+        paths: where the package's files and Hydra's are.
         overrides: the command line.
         file: the user's own primary config.
         folder: of the user's own group files (--config-dir).
