@@ -407,7 +407,7 @@ def _look(group, comparison) -> dict:
         return dict.fromkeys(group, 1)
     found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
     if found.standings and found.asks:
-        print(*verdict.words(group, found, metric, comparison.margin), sep="\n", flush=True)
+        print(*verdict.words(group, found, metric, comparison.margin, comparison.jobs), sep="\n", flush=True)
     return {entry: found.asks[entry.name] for entry in group if entry.name in found.asks}
 
 
@@ -440,7 +440,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     groups = files.grouped((entry for entry in entries if entry.best is not None), lambda entry: entry.group)
     for title, group in groups.items():
         found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
-        sentences = verdict.words(group, found, metric, comparison.margin)
+        sentences = verdict.words(group, found, metric, comparison.margin, comparison.jobs)
         said += [f"{title}: {sentences[0]}" if len(groups) > 1 else sentences[0], *sentences[1:]]
         print(*sentences, sep="\n")
         best = next(entry for entry in group if entry.name == found.leader)

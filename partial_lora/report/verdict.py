@@ -82,8 +82,8 @@ def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     return lines
 
 
-def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float) -> list[str]:
-    """Return the verdict on a group, a sentence or two a line."""
+def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, jobs: int) -> list[str]:
+    """Return the verdict on a group, a sentence or two a line. margin: in points. jobs: runs that are made at once."""
     entries = {entry.name: entry for entry in group}
     short = {name: entry.method for name, entry in entries.items()}
     leader, by_verdict = outcome.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
@@ -108,18 +108,18 @@ def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float) 
         lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
     for name, standing in by_verdict[OPEN]:
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
-        then = _wanted(standing, entries, name, outcome.asks.get(name))
+        then = _wanted(standing, entries, name, outcome.asks.get(name), jobs)
         lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
     return lines
 
 
-def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str, next_look: int | None) -> str:
+def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str, next_look: int | None, jobs: int) -> str:
     """Return what would decide what is open: seeds and their time, or a wider margin. next_look: its seeds, if any."""
     if next_look is not None and (standing.wants or 0) <= next_look:
         return f"it goes on to {next_look} seeds."
     if standing.wants is not None and standing.wants > standing.seeds:
         pair = (entries[name], entries[standing.against])
-        seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds)
+        seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds) / jobs
         return f"some {standing.wants} seeds would decide ({in_time(seconds)} more)."
     if math.isnan(standing.high):
         return "one seed decides nothing."
@@ -135,7 +135,9 @@ def _apart(standing: Standing, metric: str) -> str:
     points = _points(standing.difference, metric)
     if math.isnan(standing.low):
         return points
-    return f"{points} [{_number(standing.low, metric)}, {_number(standing.high, metric)}]"
+    most = 1 if metric in SHARES else math.inf
+    low, high = (_number(min(max(end, -most), most), metric) for end in (standing.low, standing.high))
+    return f"{points} [{low}, {high}]"
 
 
 def _number(value: float, metric: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -372,7 +373,8 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     if "ambiguous" in " ".join(lines).lower():
         for argument in arguments:
             if "," in argument:
-                return f"{argument}: several values; for a run of each add -m; one text is {as_text(argument)}"
+                several = "--cfg shows one run" if {"-m", "--multirun"} & {*arguments} else "for a run of each add -m"
+                return f"{argument}: several values; {several}; one text is {as_text(argument)}"
     return " ".join(lines)
 
 
@@ -394,7 +396,9 @@ def _no_such_file(choice: str, expected: Sequence[str]) -> str:
     expected = [*expected, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
     extra = "ray" if name == "ray" else "sweeps"
     brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""
-    return f"{group}={name}: no such file in the group; expected one of {', '.join(expected)}{brought}"
+    close = get_close_matches(name, expected, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{group}={name}: no such {group}{hint}; there are {', '.join(expected)}{brought}"
 
 
 def _of_key(error: BaseException | None) -> BaseException | None:

@@ -24,7 +24,7 @@ def test_a_leader_is_not_among_those_that_are_open_while_looks_go_on() -> None:
         "oft, 0.13": Standing(OPEN, "lori, 0.13", 0.01, -0.05, 0.07, 2),
     }
     found = Referee("lori, 0.13", standings, dict.fromkeys(standings, 3))
-    first, *others = verdict.words(group("lori", "oft"), found, "accuracy", 0.01)
+    first, *others = verdict.words(group("lori", "oft"), found, "accuracy", 0.01, 1)
     assert first.startswith("lori leads")
     (line,) = others
     assert line.startswith("oft: ")
@@ -39,12 +39,28 @@ def test_what_is_decided_is_said_of_each_method_and_the_rest_has_the_margin_that
         "hira": Standing(OPEN, "lori, 0.13", 0.01, -0.02, 0.0431, 5),
     }
     found = Referee("lori, 0.13", {f"{method}, 0.13": standing for method, standing in of.items()}, {})
-    first, *others = verdict.words(group(*of), found, "accuracy", 0.01)
+    first, *others = verdict.words(group(*of), found, "accuracy", 0.01, 1)
     lines = {line.split()[0].rstrip(":"): line for line in others}
     assert lines.keys() == {"dora", "oft", "hira"}
     assert "dropped after 2 seeds" in lines["dora"]
     assert "margin=4.4" in lines["hira"]
     assert "not all is decided" in first
+
+
+def test_seeds_that_would_decide_take_the_time_of_runs_side_by_side_and_intervals_end_at_their_metric() -> None:
+    entries = group("lori", "oft")
+    for entry in entries:
+        seconds = {"train": 3600.0}
+        entry.timed = {"seconds": seconds, "cost": {"step_seconds": 0.0}, "training": {"steps": 1}, "history": []}
+    standings = {
+        "lori, 0.13": Standing(LEADS, "lori, 0.13", seeds=2),
+        "oft, 0.13": Standing(OPEN, "lori, 0.13", 0.01, -1.97, 1.99, 2, wants=4),
+    }
+    outcome = Referee("lori, 0.13", standings, {})
+    (_, alone), (_, beside) = (verdict.words(entries, outcome, "accuracy", 1.0, jobs) for jobs in (1, 2))
+    assert "4.0 hours" in alone
+    assert "2.0 hours" in beside
+    assert "[−100.0, 100.0]" in alone
 
 
 def test_gaps_are_foretold_in_points_for_two_methods_and_not_of_responses() -> None:

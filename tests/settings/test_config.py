@@ -168,6 +168,12 @@ def test_an_option_of_other_tools_is_refused_with_the_setting_that_it_is(argumen
         compose.compose("train", arguments, lambda config: 0)
 
 
+@pytest.mark.parametrize(("wrong", "meant"), [("method=lroa", "mean lora?"), ("task=cifar", "mean cifar10?")])
+def test_a_file_of_a_group_that_was_meant_is_named(wrong: str, meant: str) -> None:
+    with refusal(wrong, meant):
+        composed(wrong)
+
+
 def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     configs, resolve = [], resolving.resolve
     monkeypatch.setattr(compose, "resolve", lambda node: configs.append(resolve(node)) or configs[-1])
