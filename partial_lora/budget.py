@@ -89,13 +89,13 @@ def saturated(
     if len(axes) < 2:  # what does not train is whole, or meets as many rows or columns as train
         return []
     units, unit = masked_units(shapes, rank, granularity)
-    found, reached = [], rank if GRANULARITIES[kind].apart else 1
+    modules, reached = [], rank if GRANULARITIES[kind].apart else 1
     for module, (m, n) in shapes.items():
         shares = sparsity[module] if isinstance(sparsity, Mapping) else dict.fromkeys(AXES, sparsity)
         rows, columns = _kept(units[module], shares).values()
         if unit * (rows + columns) >= min(m, reached * rows) * min(n, reached * columns):
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
 def parameter_count(budget: float, shapes: Shapes, rank: int, granularity: str = "rows_columns") -> int:

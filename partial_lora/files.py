@@ -82,8 +82,8 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]
         return link.is_symlink() and link.resolve() in {part.resolve() for part in link.parents}
 
     for parent, folders, names in os.walk(folder, followlinks=True):
-        shown = (each for each in sorted(folders) if not each.startswith("."))
-        folders[:] = [each for each in shown if not leads_back(Path(parent, each))]
+        visible = (name for name in sorted(folders) if not name.startswith("."))
+        folders[:] = [name for name in visible if not leads_back(Path(parent, name))]
         yield parent, folders, names
 
 
@@ -141,14 +141,14 @@ def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
     return content
 
 
-def _values(node: Any, known: dict[int, int]) -> int:
+def _values(node: Any, counts: dict[int, int]) -> int:
     """Return the number of values in a node of YAML, an alias counted as what it stands for."""
-    if id(node) not in known:
-        known[id(node)] = _MOST + 1  # while it is counted: a node inside itself has no end
+    if id(node) not in counts:
+        counts[id(node)] = _MOST + 1  # while it is counted: a node inside itself has no end
         inside = node.value if isinstance(node, yaml.CollectionNode) else ()
         parts = chain.from_iterable(inside) if isinstance(node, yaml.MappingNode) else inside
-        known[id(node)] = 1 + sum(_values(each, known) for each in parts)
-    return known[id(node)]
+        counts[id(node)] = 1 + sum(_values(part, counts) for part in parts)
+    return counts[id(node)]
 
 
 def plain_name(key: str, value: str) -> None:
@@ -160,7 +160,7 @@ def plain_name(key: str, value: str) -> None:
 def at_home(path: Any) -> Any:
     """Return a path, or a mapping of paths, with the home folder in place of `~`; all else as it is."""
     if isinstance(path, Mapping):
-        return {key: at_home(each) for key, each in path.items()}
+        return {key: at_home(value) for key, value in path.items()}
     return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
 
 
@@ -320,9 +320,9 @@ def one_writer(path: Path, purpose: str) -> Iterator[None]:
 
 def cache_dir() -> Path:
     """Return $PARTIAL_LORA_CACHE, else $XDG_CACHE_HOME/partial-lora, else ~/.cache/partial-lora."""
-    own = os.environ.get("PARTIAL_LORA_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
+    folder = os.environ.get("PARTIAL_LORA_CACHE")
+    if folder:
+        return Path(folder).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser().absolute() if shared else Path.home() / ".cache") / "partial-lora"
 

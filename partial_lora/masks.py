@@ -159,7 +159,7 @@ class Mask:
         return type(self), self._values()  # through the constructor, which makes the indices read-only
 
     def _values(self) -> tuple:
-        return tuple(getattr(self, each.name) for each in fields(self))
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, eq=False)

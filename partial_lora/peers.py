@@ -45,8 +45,8 @@ def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
     except PartialLoraError as error:
         failure = PartialLoraError, str(error)
     except Exception as error:
-        cause, what = error, f"{type(error).__name__}: {one_line(error)}"
-        failure = RuntimeError, f"calibration: process {peers.rank} failed with {what}"
+        cause, reason = error, f"{type(error).__name__}: {one_line(error)}"
+        failure = RuntimeError, f"calibration: process {peers.rank} failed with {reason}"
     outcomes = peers.gather((failure, value))
     for failed, _ in outcomes:
         if failed is not None:

@@ -127,8 +127,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # How long, and at what learning rates, where the settings leave it to the run.
     width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
-    known = {"width": width, "density": density, "has_head": config.model.trains_whole}
-    trained = rates.trainer_of(plain(config), config.trainer, **known)
+    geometry = {"width": width, "density": density, "has_head": config.model.trains_whole}
+    trained = rates.trainer_of(plain(config), config.trainer, **geometry)
     record["training"] = rates.training_of(trained, len(rows["train"]), density)
     worker_events.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))
 
@@ -185,7 +185,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         predict = objectives.predicts(trainer)
         judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
     record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
-    record["metrics"] |= {split: finite(each.metrics) for split, each in judged.items()}
+    record["metrics"] |= {split: finite(outcome.metrics) for split, outcome in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records.
@@ -194,7 +194,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
-    final = {split: each.metrics for split, each in judged.items()} | {"parameters": record["parameters"]}
+    final = {split: outcome.metrics for split, outcome in judged.items()} | {"parameters": record["parameters"]}
     tracking.finish(final, trainer.state.global_step)
 
 

@@ -102,8 +102,8 @@ def work(place: Path, stage: str) -> int:
 
 def _in_one_line(error: BaseException) -> str:
     if isinstance(error, PartialLoraError):  # from a process that loads data, its text holds that process's traceback
-        own = str(*error.args[:1]).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
-        return " ".join(own.split())
+        text = str(*error.args[:1]).rpartition(f"{PartialLoraError.__module__}.{PartialLoraError.__qualname__}: ")[2]
+        return " ".join(text.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return directory.INTERRUPTED
     return f"{type(error).__name__}: {one_line(error, None)}"

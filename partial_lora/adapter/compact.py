@@ -213,17 +213,18 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
     modules = base_modules(adapted)
     for name, factors in compact.kept.items():
         for factor, value in factors.items():
-            own = getattr(modules[name], f"lora_{factor}")[adapter_name].kept
-            dtype = own.dtype if compact.rounded else value.dtype
-            own.data = value.to(own.device, dtype).reshape(own.shape)
+            parameter = getattr(modules[name], f"lora_{factor}")[adapter_name].kept
+            dtype = parameter.dtype if compact.rounded else value.dtype
+            parameter.data = value.to(parameter.device, dtype).reshape(parameter.shape)
     for name, module in modules.items():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for key, own in module.modules_to_save[adapter_name].named_parameters():
+            for key, parameter in module.modules_to_save[adapter_name].named_parameters():
                 value = compact.whole[f"{name}.{key}"]
-                own.data = own.data.to(torch.promote_types(own.dtype, value.dtype))  # wide enough for the file's
+                # wide enough for the file's
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, value.dtype))
     with torch.no_grad():
-        for name, own in _whole_tensors(adapted, adapter_name, compact.masks).items():  # now wide enough
-            own.copy_(compact.whole[name])
+        for name, parameter in _whole_tensors(adapted, adapter_name, compact.masks).items():  # now wide enough
+            parameter.copy_(compact.whole[name])
 
 
 # The file: from values to bytes and back, every part of it checked.
@@ -419,12 +420,12 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
                 f"{path}: {name} is {here.shape[0]} x {here.shape[1]} in this model (A {here.a}, B {here.b}), but"
                 f" {expected.shape[0]} x {expected.shape[1]} in the adapter (A {expected.a}, B {expected.b})."
             )
-    own = _trained_whole(base, compact.config, compact.whole)
-    if values and not compact.base.agrees(fingerprint(base, exclude=own)):
-        known = compact.config.base_model_name_or_path
+    replaced = _trained_whole(base, compact.config, compact.whole)
+    if values and not compact.base.agrees(fingerprint(base, exclude=replaced)):
+        model = compact.config.base_model_name_or_path
         raise PartialLoraError(
             f"{path}: the weights of this model are not those of the adapter's base model"
-            f"{f' ({known})' if known else ''}: load that one, anew if an adapter was merged into it; check_base=False"
+            f"{f' ({model})' if model else ''}: load that one, anew if an adapter was merged into it; check_base=False"
             " loads the adapter anyway, for example after tokens were added."
         )
 
@@ -434,7 +435,7 @@ def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[st
     modules = base_modules(base)
     heads = tuple(config.modules_to_save or ())
     copied = tuple(f"{name}." for name in modules if heads and name.endswith(heads))
-    own = {name.replace(".base_layer", "") for name in whole}
+    trained = {name.replace(".base_layer", "") for name in whole}
     # Embeddings with trained rows count as replaced, with what is tied to them: the other rows say too little.
     tokens = config.trainable_token_indices or ()
     if isinstance(tokens, dict):
@@ -449,7 +450,7 @@ def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[st
     return {
         name
         for name, _, parameter in base_parameters(base)
-        if name in own or name.startswith(copied) or any(parameter is weight for weight in weights)
+        if name in trained or name.startswith(copied) or any(parameter is weight for weight in weights)
     }
 
 

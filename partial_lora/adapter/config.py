@@ -355,17 +355,15 @@ class PartialLoraConfig(LoraConfig):
         Raises PartialLoraError where a factor is missing; get_peft_model does so where masks differ from their digests.
         """
         hub_options = cls._split_kwargs(kwargs)[0]
-        written = saved_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options)
-        if written.with_name(COMPACT_FILE).is_file() and not written.is_file():
+        file = saved_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options)
+        if file.with_name(COMPACT_FILE).is_file() and not file.is_file():
             raise PartialLoraError(f"{pretrained_model_name_or_path} holds a compact adapter: use load_compact.")
-        if not written.is_file():  # PEFT would look for it on the hub
-            raise PartialLoraError(f"{written} is not there: expected an adapter's folder, or OWNER/NAME of the hub.")
+        if not file.is_file():  # PEFT would look for it on the hub
+            raise PartialLoraError(f"{file} is not there: expected an adapter's folder, or OWNER/NAME of the hub.")
         try:
             lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise PartialLoraError(
-                f"{written} is broken ({one_line(error)}): copy the adapter's folder again."
-            ) from None
+            raise PartialLoraError(f"{file} is broken ({one_line(error)}): copy the adapter's folder again.") from None
         if type(lora) is not LoraConfig:
             raise PartialLoraError(
                 f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
@@ -375,7 +373,7 @@ class PartialLoraConfig(LoraConfig):
         path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
         saved = sidecar.read(path)
         modules = saved["modules"]
-        check_values(written.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
+        check_values(file.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
         options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
@@ -458,7 +456,7 @@ def refuse_options(config: LoraConfig) -> None:
 def _check_names(name: str, names: Any) -> None:
     """Raise PartialLoraError where an option is no collection of names, or None."""
     listed = isinstance(names, Collection) and not isinstance(names, str)
-    if names is not None and not (listed and all(isinstance(each, str) and each for each in names)):
+    if names is not None and not (listed and all(isinstance(entry, str) and entry for entry in names)):
         raise PartialLoraError(f"{name} is {names!r}: expected names of modules.")
 
 

@@ -141,8 +141,8 @@ class MaskedFactor(nn.Module):
         unit = 1 - self.axis
         if dense.dim() != len(self.shape) or dense.shape[unit] <= self.shape[unit]:
             return dense
-        own, zeros = dense.split([self.shape[unit], dense.shape[unit] - self.shape[unit]], dim=unit)
-        return dense if not zeros.is_meta and zeros.any() else own
+        factor, zeros = dense.split([self.shape[unit], dense.shape[unit] - self.shape[unit]], dim=unit)
+        return dense if not zeros.is_meta and zeros.any() else factor
 
     @property
     def weight(self) -> Tensor:
@@ -236,23 +236,23 @@ class MaskedFactor(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        own = {}
+        state = {}
         dense, kept = (state_dict.get(prefix + name) for name in ("weight", "kept"))
         dense = dense if dense is None else self._unpadded(dense)
         if dense is None and kept is not None:  # parameters copied by name, as by averaging of weights
-            own[prefix + "kept"] = sharded_like(self.kept, whole(kept))
+            state[prefix + "kept"] = sharded_like(self.kept, whole(kept))
         elif dense is None:
             missing_keys.append(prefix + "weight")
         elif dense.shape != self.shape:
             error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
         else:
-            own[prefix + "kept"] = sharded_like(self.kept, self._checked(whole(dense), prefix + "weight"))
+            state[prefix + "kept"] = sharded_like(self.kept, self._checked(whole(dense), prefix + "weight"))
         with gathered(self.kept):
-            super()._load_from_state_dict(own, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
+            super()._load_from_state_dict(state, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
-        what = "entries" if self.entries else self.axis_name
-        return f"{tuple(self.shape)}, kept={len(self.mask.kept)} of {self.mask.size} {what}"
+        unit = "entries" if self.entries else self.axis_name
+        return f"{tuple(self.shape)}, kept={len(self.mask.kept)} of {self.mask.size} {unit}"
 
 
 class FactorA(MaskedFactor):
@@ -336,20 +336,20 @@ class _Frozen:
 
     def _check_values(self, dense: Tensor, name: str) -> None:
         """Refuse a factor that is not the one drawn, rounded to its own dtype or to this one's."""
-        own = self.fill(self.kept)
-        same = dense.shape == own.shape and (
+        expected = self.fill(self.kept)
+        matches = dense.shape == expected.shape and (
             dense.is_meta
-            or own.is_meta
+            or expected.is_meta
             or torch.equal(self.fill(self._drawn.to(dense.device, dense.dtype)), dense)
-            or torch.equal(dense.to(own), own)
+            or torch.equal(dense.to(expected), expected)
         )
-        if not same:
+        if not matches:
             raise PartialLoraError(
                 f"{name} is not the frozen factor that mask_seed draws: it was trained over another, load it with"
                 " PartialLoraConfig.from_pretrained of its own folder."
             )
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
         dense = state_dict.get(prefix + "weight")
         if dense is not None:
             self._check_values(self._unpadded(whole(dense)), prefix + "weight")
@@ -499,7 +499,7 @@ class DenseView(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
-        if isinstance(result, Tensor) and any(_same_memory(result, each) for each in args if isinstance(each, cls)):
+        if isinstance(result, Tensor) and any(_same_memory(result, arg) for arg in args if isinstance(arg, cls)):
             return result.as_subclass(cls)  # .data, .detach(), a slice: writing there must raise too
         return result
 
@@ -530,12 +530,12 @@ def _writes(name: str, args: tuple, kwargs: dict) -> bool:
     if isinstance(kwargs.get("out"), DenseView):
         return True
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    written = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]  # a list: torch._foreach_add_
-    return in_place and any(isinstance(each, DenseView) for each in written)
+    targets = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]  # a list: torch._foreach_add_
+    return in_place and any(isinstance(target, DenseView) for target in targets)
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 # Parameters that FSDP2 or ZeRO has sharded over processes: whole when read, in parts when stored.

@@ -63,7 +63,7 @@ class Fingerprint:
             if len(self.linear_samples) != len(other.linear_samples):
                 return False
             pairs += zip(self.linear_samples, other.linear_samples, strict=True)
-        return all(abs(own - its) <= _ROUNDING * max(abs(own), abs(its)) + _TINY for own, its in pairs)
+        return all(abs(ours - theirs) <= _ROUNDING * max(abs(ours), abs(theirs)) + _TINY for ours, theirs in pairs)
 
     @property
     def is_quantised(self) -> bool:
@@ -79,8 +79,8 @@ class Fingerprint:
         """Return the fingerprint that ``str`` has written; raises ValueError for any other text."""
         dtypes, digest, *samples = text.split(" ")
         values, linear_values = (
-            () if some == "-" else torch.frombuffer(bytearray.fromhex(some), dtype=torch.bfloat16).tolist()
-            for some in samples
+            () if part == "-" else torch.frombuffer(bytearray.fromhex(part), dtype=torch.bfloat16).tolist()
+            for part in samples
         )
         return cls(dtypes, None if digest == "-" else digest, tuple(values), tuple(linear_values))
 
@@ -152,9 +152,9 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:
-    plain = [each for _, owner, each in parameters if _is_plain(each) and not isinstance(owner, nn.Linear)]
-    largest = sorted(plain, key=lambda each: -each.numel())[:_SAMPLED]  # of equals the first by name
-    return tuple(value for each in largest for value in _middle(each, count=2))
+    plain = [weight for _, owner, weight in parameters if _is_plain(weight) and not isinstance(owner, nn.Linear)]
+    largest = sorted(plain, key=lambda weight: -weight.numel())[:_SAMPLED]  # of equals the first by name
+    return tuple(value for weight in largest for value in _middle(weight, count=2))
 
 
 def _linear_samples(parameters: list[tuple[str, nn.Module, nn.Parameter]]) -> tuple[float, ...]:

@@ -130,10 +130,10 @@ class PartialEmbedding(lora.Embedding):
         return result
 
     def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
-        own = ["__base__" if name in self.lora_B else name for name in adapter_names]
-        result = super()._mixed_batch_forward(x, *args, adapter_names=own, **kwargs)
+        names = ["__base__" if name in self.lora_B else name for name in adapter_names]
+        result = super()._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
         for name in self.lora_B.keys() & set(adapter_names):
-            rows = [row for row, each in enumerate(adapter_names) if each == name]
+            rows = [row for row, adapter in enumerate(adapter_names) if adapter == name]
             result[rows] = (result[rows] + self._change(x[rows], name)).to(result.dtype)
         return result
 

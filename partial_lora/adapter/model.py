@@ -45,11 +45,11 @@ class PartialLoraModel(LoraModel):
                 f"the model already has an adapter {adapter_name!r}: load the base model again, unload() its PeftModel,"
                 " or choose another name."
             )
-        given = self.peft_config[adapter_name]
-        if given.task_type in _HEADS_LATER and given.modules_to_save is None:
-            given.modules_to_save = []  # PEFT adds the head's name after this, to the list that the copy shares
+        config = self.peft_config[adapter_name]
+        if config.task_type in _HEADS_LATER and config.modules_to_save is None:
+            config.modules_to_save = []  # PEFT adds the head's name after this, to the list that the copy shares
         # A copy: the config remembers the masks of one model, and the caller may use or change it for another.
-        self.peft_config[adapter_name] = copy.copy(given)
+        self.peft_config[adapter_name] = copy.copy(config)
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
@@ -58,13 +58,13 @@ class PartialLoraModel(LoraModel):
             peft_config.check()  # attributes may have changed since, and super() would replicate layers
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
-            given = peft_config.target_modules
+            named = peft_config.target_modules
             _maybe_include_all_linear_layers(peft_config, model)
-            if peft_config.target_modules != given:
+            if peft_config.target_modules != named:
                 # PEFT lists parts of its wrappers, too: a head in there trains whole already.
                 listed = cast("set[str]", peft_config.target_modules)
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
-            _check_experts(peft_config, model, given)
+            _check_experts(peft_config, model, named)
             _check_tying(peft_config, model)
             peft_config.choose_masks(self._geometries(peft_config, model))
             _warn_of_saturation(peft_config)
@@ -90,9 +90,9 @@ class PartialLoraModel(LoraModel):
                 raise PartialLoraError(f"modules_to_save names {part!r}, which matches no module.")
         if not targets:
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-            given = {key: getattr(peft_config, key) for key in keys}
-            shown = ", ".join(f"{key}={value!r}" for key, value in given.items() if value not in (None, []))
-            raise PartialLoraError(f"{shown}: no module is left to adapt.")
+            options = {key: getattr(peft_config, key) for key in keys}
+            listed = ", ".join(f"{key}={value!r}" for key, value in options.items() if value not in (None, []))
+            raise PartialLoraError(f"{listed}: no module is left to adapt.")
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
@@ -125,8 +125,8 @@ class PartialLoraModel(LoraModel):
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown a LoraConfig.
-        own = isinstance(peft_config, PartialLoraConfig)
-        super()._check_target_module_compatiblity(peft_config.as_lora() if own else peft_config, model, target_name)
+        masked = isinstance(peft_config, PartialLoraConfig)
+        super()._check_target_module_compatiblity(peft_config.as_lora() if masked else peft_config, model, target_name)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -144,22 +144,22 @@ class PartialLoraModel(LoraModel):
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs
     ) -> None:
         """Combine adapters into a new one, as PEFT does; a combination has no mask, so the new one is plain LoRA."""
-        own = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
         for key, layer in self.model.named_modules():
-            if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & own.keys():
+            if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & configs.keys():
                 raise PartialLoraError(f"{base_name(key)} is an embedding: PEFT cannot combine its masked adapters.")
-        for name, config in own.items():
+        for name, config in configs.items():
             if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
                 raise PartialLoraError(
                     f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors, which"
                     " must have one rank; take 'cat' or a type that ends in 'svd'."
                 )
-        dense = {name: config.as_lora() for name, config in own.items() if isinstance(config, PartialLoraConfig)}
+        dense = {name: config.as_lora() for name, config in configs.items() if isinstance(config, PartialLoraConfig)}
         self.peft_config.update(dense)  # PEFT copies the new config from the first of these
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
-            self.peft_config.update(own)
+            self.peft_config.update(configs)
 
     def merge_adapter(self, *args, **kwargs) -> None:
         """Merge, as PEFT does, but first keep the base's diagonals: unmerging restores weights only up to rounding."""
@@ -185,12 +185,12 @@ class PartialLoraModel(LoraModel):
             path, _, name = key.rpartition(".")
             factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
-                layer, own, adapter = path.rsplit(".", 2)
+                layer, part, adapter = path.rsplit(".", 2)
                 value = state.pop(key)
                 dense = factor.fill(value) if name == "kept" else value
                 dense = factor.padded(dense, model.peft_config[adapter].saved_rank)
                 if isinstance(model.get_submodule(layer), PartialEmbedding):
-                    state[f"{layer}.{EMBEDDED[own]}.{adapter}"] = dense.T.contiguous()
+                    state[f"{layer}.{EMBEDDED[part]}.{adapter}"] = dense.T.contiguous()
                 else:
                     state[f"{path}.weight"] = dense
         return state
@@ -211,7 +211,7 @@ _HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")  # of which PEFT names the head onc
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
-def _check_experts(config: PartialLoraConfig, model: nn.Module, given: object) -> None:
+def _check_experts(config: PartialLoraConfig, model: nn.Module, named: object) -> None:
     """Raise PartialLoraError where plain PEFT would take targets for parts of fused experts, and so load them wrongly.
 
     An adapter that was saved with masks loads as it is.
@@ -220,7 +220,7 @@ def _check_experts(config: PartialLoraConfig, model: nn.Module, given: object) -
         return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    plain, where = config.as_lora(), f"target_modules={given!r}"
+    plain, where = config.as_lora(), f"target_modules={named!r}"
     try:
         convert_peft_config_for_transformers(plain, model, None)
     except ValueError as error:
@@ -346,8 +346,8 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     """Return the config of an adapter; raise PartialLoraError, naming those that are there, where it is missing."""
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
-        known = ", ".join(map(repr, configs)) or "none"
-        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {known}.")
+        names = ", ".join(map(repr, configs)) or "none"
+        raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model's adapters are {names}.")
     return configs[adapter_name]
 
 

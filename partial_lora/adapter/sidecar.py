@@ -96,13 +96,13 @@ def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
     modules = content["modules"]
     keys = ("granularity", "selection", "mask_seed", *_BEFORE)
-    found = _BEFORE | {key: content[key] for key in keys if key in content}
+    options = _BEFORE | {key: content[key] for key in keys if key in content}
     # Older files have the measured sparsity alone, which keeps as many again.
     measured = {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()}
-    found["sparsity"] = content.get("sparsity", measured)
+    options["sparsity"] = content.get("sparsity", measured)
     if content["selection"] == "top":
-        found["indices"] = {module: entry["indices"] for module, entry in modules.items()}
-    return found
+        options["indices"] = {module: entry["indices"] for module, entry in modules.items()}
+    return options
 
 
 def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], modules: Mapping[str, dict]) -> None:
@@ -113,11 +113,11 @@ def verify(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry],
         if module not in modules:
             raise PartialLoraError(f"{module} is a masked module that {FILE_NAME} does not have.")
         entry = modules[module]
-        for what, name in (("shape", "shape"), ("a factor A of shape", "a"), ("a factor B of shape", "b")):
+        for term, name in (("shape", "shape"), ("a factor A of shape", "a"), ("a factor B of shape", "b")):
             here = list(getattr(geometries[module], name))
             if name in entry and entry[name] != here:
                 raise PartialLoraError(
-                    f"{module} has {what} {here} in this model, but {entry[name]} in the adapter's {FILE_NAME}: load"
+                    f"{module} has {term} {here} in this model, but {entry[name]} in the adapter's {FILE_NAME}: load"
                     " the base model it was trained on."
                 )
         for axis in AXES:

@@ -75,12 +75,12 @@ def warm_start(
                 f" {usual!r}."
             )
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
-    own, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
-    _check_fit(source, config, own, factors)
+    state, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
+    _check_fit(source, config, state, factors)
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key not in factors:
-                own[key].copy_(value)
+                state[key].copy_(value)
                 continue
             kept = factors[key].kept.copy_(factors[key].nearest(value))
             module, _, factor = key.removesuffix(".weight").rpartition(".")
@@ -144,7 +144,7 @@ def _trains(config: LoraConfig, key: str) -> bool:
     if name != "weight":
         return True  # a bias of a base layer may train
     is_embedding = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-    trains_whole = any(module.endswith(each) for each in config.modules_to_save or ())  # as PEFT finds them
+    trains_whole = any(module.endswith(suffix) for suffix in config.modules_to_save or ())  # as PEFT finds them
     return not module.endswith(".base_layer") and (trains_whole or not is_embedding)
 
 
@@ -161,7 +161,7 @@ def _checked(config: PeftConfig, name: str) -> LoraConfig:
 
 
 def _check_fit(
-    source: _Source, config: PartialLoraConfig, own: Mapping[str, Tensor], factors: Mapping[str, MaskedFactor]
+    source: _Source, config: PartialLoraConfig, state: Mapping[str, Tensor], factors: Mapping[str, MaskedFactor]
 ) -> None:
     """Raise PartialLoraError, naming the module, where a trained LoRA and the adapter do not fit."""
     for key in factors:
@@ -169,7 +169,7 @@ def _check_fit(
             raise PartialLoraError(f"{source.name} has no {key}, which the adapter has: give both the same targets.")
     if source.config.rank_pattern:
         raise PartialLoraError(f"{source.name} has rank_pattern={source.config.rank_pattern}: expected one rank.")
-    tokens = [_tokens(each) for each in (source.config, config)]
+    tokens = [_tokens(side) for side in (source.config, config)]
     if all(tokens) and tokens[0] != tokens[1]:
         raise PartialLoraError(
             f"{source.name} has trainable_token_indices={source.config.trainable_token_indices}, the adapter"
@@ -178,12 +178,12 @@ def _check_fit(
     if source.config.r != config.r:
         raise PartialLoraError(f"{source.name} has r={source.config.r}, the adapter r={config.r}: give both the same.")
     for key, value in source.tensors.items():
-        if key not in own:
-            what = "target_modules" if ".lora_" in key else "modules_to_save (or bias)"
-            raise PartialLoraError(f"{source.name} has {key}, which the adapter does not train: add it to {what}.")
-        if value.shape != own[key].shape:
+        if key not in state:
+            option = "target_modules" if ".lora_" in key else "modules_to_save (or bias)"
+            raise PartialLoraError(f"{source.name} has {key}, which the adapter does not train: add it to {option}.")
+        if value.shape != state[key].shape:
             raise PartialLoraError(
-                f"{source.name} has {key} in shape {list(value.shape)}, the adapter in {list(own[key].shape)}: it was"
+                f"{source.name} has {key} in shape {list(value.shape)}, the adapter in {list(state[key].shape)}: it was"
                 " trained on another model."
             )
 

@@ -58,15 +58,15 @@ def task_of(config: Config, *, mixtures: bool = False) -> Task:
 
 def warnings_of(config: Config, task: Task) -> list[str]:
     """Return warnings about a training's settings and rows, a sentence each."""
-    found = config.warnings
+    warnings = config.warnings
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
-        found.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
+        warnings.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
     for member in getattr(task, "members", ()) or (task,):
         if shared := tasks.shared_inputs(member.test, member.train):
-            found.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
-        found += _enlarged(config.model, member)
-    return found
+            warnings.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
+        warnings += _enlarged(config.model, member)
+    return warnings
 
 
 _SMALL, _SEEN = 64, 32  # pixels of an image, and images that are looked at
@@ -107,7 +107,8 @@ def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> 
     if not isinstance(task, tasks.Mixture):
         return objectives.judge_of(task, transform, config.task, peers, batch_size=size)
     members = zip(task.members, transform.transforms, config.task.members.values(), strict=True)
-    return objectives.judge_of_members(task, [objectives.judge_of(*of, peers, batch_size=size) for of in members])
+    judges = [objectives.judge_of(*member, peers, batch_size=size) for member in members]
+    return objectives.judge_of_members(task, judges)
 
 
 def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[str] = ()) -> PreTrainedModel:
@@ -302,14 +303,14 @@ def _processor(config: ModelConfig) -> dict[str, Any]:
 
 def _timm_config(model: PreTrainedModel, config: ModelConfig) -> dict[str, Any]:
     """Return a config.json in timm's format, which transformers and its image processor read, too."""
-    known = {key: model.timm_model.pretrained_cfg.get(key) for key in _OF_MODEL}
+    pretrained = {key: model.timm_model.pretrained_cfg.get(key) for key in _OF_MODEL}
     return {
         "architecture": model.config.architecture,
         "num_classes": model.config.num_labels,
         "num_features": model.timm_model.num_features,
         "label_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
         "model_args": dict(model.config.model_args or {}),
-        "pretrained_cfg": {key: value for key, value in known.items() if value is not None}
+        "pretrained_cfg": {key: value for key, value in pretrained.items() if value is not None}
         | {
             "num_classes": model.config.num_labels,
             "custom_load": False,

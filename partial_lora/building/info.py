@@ -52,7 +52,7 @@ def without_task(config: Config) -> Config:
     family = config.model.family
     if family in kind_of(config.task).families:
         return config
-    modality, kind = next(of for of, kind in KINDS.items() if family in kind.families)
+    modality, kind = next(key for key, kind in KINDS.items() if family in kind.families)
     return replace(config, task=TaskConfig(name="none", path="none", modality=modality, kind=kind, classes=2))
 
 
@@ -69,8 +69,8 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
         kept = asdict(steps.step_memory(config))
     model, method, calibration = config.model, config.method, config.calibration
     check_modality(model, config.task)
-    known = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
-    outputs = 2 if known is None else known
+    head_size = 0 if model.head is None else 1 if config.task.regression else _classes(config, config.task)
+    outputs = 2 if head_size is None else head_size
     bare = skeleton(**model.geometry, outputs=outputs or 2)
     shapes = bare.targets(**model.trained_modules)
     granularity, passes = config.mask.counted, 0
@@ -91,7 +91,7 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
         modules = model.trained_modules
         counts = size.describe(bare, **modules, rank=method.nominal_rank, sparsity=sparsity, granularity=granularity)
     at_peak, width = _memory(config, bare, shapes, counts), rates.width(shapes.values())
-    return Outline(counts, source, outputs, passes, at_peak, width, known is not None, kept)
+    return Outline(counts, source, outputs, passes, at_peak, width, head_size is not None, kept)
 
 
 def _classes(config: Config, task: TaskConfig) -> int | None:

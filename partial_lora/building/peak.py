@@ -165,15 +165,15 @@ def _kept_for_adapters(
 ) -> int:
     """Return the bytes that the adapters of all blocks keep for one token."""
     gathers = density <= GATHER_DENSITY
-    own = density == 1 or quantization is not None  # PEFT's own layer, on numbers in fp32
+    in_fp32 = density == 1 or quantization is not None  # PEFT's own layer, on numbers in fp32
     kept = _READS.keys() if quantization == "int8" else _KEPT_ANYWAY
     total, shared = 0, {}
     for name, (_, inputs) in shapes.items():
         block, _, module = name.rpartition(".")
-        total += FP32 * rank if own else 0
+        total += FP32 * rank if in_fp32 else 0
         if gathers:
-            total += max(1, math.floor(density * inputs + 0.5)) * (FP32 if own else size)
-        elif own and size < FP32:
+            total += max(1, math.floor(density * inputs + 0.5)) * (FP32 if in_fp32 else size)
+        elif in_fp32 and size < FP32:
             total += inputs * FP32
         elif module not in kept:
             shared[block, _READS.get(module, module)] = inputs * size

@@ -127,8 +127,8 @@ def calibrate(
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
-    own = config is None or isinstance(config, CalibrationConfig)
-    require(own, "config", config, "a CalibrationConfig, or settings as keywords")
+    is_config = config is None or isinstance(config, CalibrationConfig)
+    require(is_config, "config", config, "a CalibrationConfig, or settings as keywords")
     config = replace(config or CalibrationConfig(), **changes)
     for name in ("sparsity", "file"):
         require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
@@ -140,8 +140,8 @@ def calibrate(
         raise PartialLoraError(
             "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
         )
-    known = chance is None or (isinstance(chance, Real) and math.isfinite(chance))
-    require(known, "calibration.chance", chance, "the score of guessing, a finite number")
+    is_finite = chance is None or (isinstance(chance, Real) and math.isfinite(chance))
+    require(is_finite, "calibration.chance", chance, "the score of guessing, a finite number")
     chance = None if chance is None else float(chance)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
@@ -156,8 +156,8 @@ def calibrate(
     key = {"importance": name_of(importance), "search": config.search, "shapes": shapes}
     request = _request(config, chance, count, rank, granularity)
     cost = []  # (evaluations, seconds) of every process
-    shown = bar("calibrate", shown=peers.rank == 0) if progress is None else nullcontext(progress)
-    with Store.shared(store, key, peers) as shared, frozen(model), shown as progress:
+    display = bar("calibrate", shown=peers.rank == 0) if progress is None else nullcontext(progress)
+    with Store.shared(store, key, peers) as shared, frozen(model), display as progress:
         cached = request in shared.results
         if not cached:
             if config.search == "gradient" and not hasattr(score, "predicted"):
@@ -344,8 +344,8 @@ class _Predicted(_Measured):
         return self.predicted[module][axis][level][0]
 
     def curve(self, module: str, axis: str, after: str) -> Curve:
-        known = self.store.curve(module, axis, after)
-        evaluated = {level: known[level] for *of, level in self.found if of == [module, axis]}
+        points = self.store.curve(module, axis, after)
+        evaluated = {level: points[level] for *curve, level in self.found if curve == [module, axis]}
         return self.predicted[module][axis] | evaluated
 
 
@@ -359,9 +359,9 @@ def _entries(
     entries: dict[str, dict[str, dict]] = {module: {} for module in levels}
     for module, axis, level, after in walk(levels, scope):
         points = points_of(curve(module, axis, after))
-        for each in AXES if axis == BOTH else (axis,):
-            entry = {"sparsity": sparsity[module][each], "curve": points}
-            entries[module][each] = entry if entry["sparsity"] == level else entry | {"level": level}
+        for mask_axis in AXES if axis == BOTH else (axis,):
+            entry = {"sparsity": sparsity[module][mask_axis], "curve": points}
+            entries[module][mask_axis] = entry if entry["sparsity"] == level else entry | {"level": level}
     return entries
 
 
@@ -420,9 +420,9 @@ def choose_levels(
     step = _ROUND * peers.size
     for start in range(0, len(modules), step):  # every process has its own modules, and takes the others' results
 
-        def own_share(own: Sequence[str] = modules[start + peers.rank : start + step : peers.size]) -> tuple:
-            share = {module: of_module(module) for module in own}
-            return share, {module: {axis: points_of(curves.curve(module, axis)) for axis in axes} for module in own}
+        def own_share(names: Sequence[str] = modules[start + peers.rank : start + step : peers.size]) -> tuple:
+            share = {module: of_module(module) for module in names}
+            return share, {module: {axis: points_of(curves.curve(module, axis)) for axis in axes} for module in names}
 
         for rank, (share, points) in enumerate(gathered(peers, own_share)):
             levels |= share

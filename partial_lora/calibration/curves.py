@@ -47,12 +47,12 @@ def zeroed(weight: Tensor, axis: str, mask: Mask) -> Iterator[None]:
     dimension = AXES.index(axis)
     removed = torch.from_numpy(~mask.dense()).nonzero().squeeze(1).to(weight.device)
     values = weight.detach()
-    own = values.index_select(dimension, removed)
+    saved = values.index_select(dimension, removed)
     try:
         values.index_fill_(dimension, removed, 0)
         yield
     finally:
-        values.index_copy_(dimension, removed, own)
+        values.index_copy_(dimension, removed, saved)
 
 
 class Curves:
@@ -125,7 +125,7 @@ class Curves:
         curves = {
             module: {axis: self._store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
         }
-        if any(level not in curve for of_module in curves.values() for curve in of_module.values() for level in grid):
+        if any(set(grid) - curve.keys() for of_module in curves.values() for curve in of_module.values()):
             removed = {
                 module: {axis: torch.stack([self._removed(module, axis, level) for level in grid], 1) for axis in AXES}
                 for module in self._modules
@@ -205,9 +205,9 @@ class Curves:
             others = self._unsettled - {module}
             self._settle(others)
             self._unsettled -= others
-            known = self.curve(module, axis)[level] if point in self._started else None
+            earlier = self.curve(module, axis)[level] if point in self._started else None
             self.evaluations += 1
-            bounds = self._score.bounds(self._model, module, undecided, known)
+            bounds = self._score.bounds(self._model, module, undecided, earlier)
         self._started.add(point)
         return bounds_of(*bounds)
 
@@ -215,9 +215,9 @@ class Curves:
     def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
         """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one."""
         with ExitStack() as stack:
-            for each in AXES if axis == BOTH else (axis,):
-                mask = Mask.top(self._importance(module)[AXES.index(each)], level)
-                stack.enter_context(zeroed(self._modules[module].weight, each, mask))
+            for mask_axis in AXES if axis == BOTH else (axis,):
+                mask = Mask.top(self._importance(module)[AXES.index(mask_axis)], level)
+                stack.enter_context(zeroed(self._modules[module].weight, mask_axis, mask))
             yield
 
     def _score_of_model(self) -> float:
@@ -267,16 +267,16 @@ class Store:
             opened: list[Store] = []
 
             def content() -> dict | None:
-                own = path if peers.rank == 0 else None
-                if own is not None:
+                file = path if peers.rank == 0 else None
+                if file is not None:
                     with suppress(OSError):  # a store that cannot be written is only read
-                        held.enter_context(one_writer(Path(own), "calibrate into"))
-                opened.append(cls(own, key))
+                        held.enter_context(one_writer(Path(file), "calibrate into"))
+                opened.append(cls(file, key))
                 return opened[0].content() if peers.size > 1 and peers.rank == 0 else None
 
-            known = gathered(peers, content)[0]
+            shared_content = gathered(peers, content)[0]
             if peers.rank:
-                opened[0].take(known)
+                opened[0].take(shared_content)
             try:
                 yield opened[0]
             finally:

@@ -95,8 +95,8 @@ def fitted_heads(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -
     """Return weight and bias of several tasks' heads side by side, each fitted on its own task's examples."""
     fitted = []
     for start, size in zip(starts(sizes), sizes, strict=True):
-        own = (labels >= start) & (labels < start + size)
-        fitted.append(fitted_head(inputs[own], labels[own] - start, size))
+        rows = (labels >= start) & (labels < start + size)
+        fitted.append(fitted_head(inputs[rows], labels[rows] - start, size))
     weights, biases = zip(*fitted, strict=True)
     return np.concatenate(weights), np.concatenate(biases)
 
@@ -116,7 +116,7 @@ def few_shot_head(
     layer = model.get_submodule(head)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise PartialLoraError(f"model.head={head}: expected a linear layer with a bias, found {type(layer).__name__}")
-    own = {name: value.clone() for name, value in layer.state_dict().items()}
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
 
     def fitted() -> tuple[np.ndarray, np.ndarray]:
         seen = features(model, head, batches)
@@ -127,7 +127,7 @@ def few_shot_head(
         layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         yield
     finally:
-        layer.load_state_dict(own)
+        layer.load_state_dict(state)
 
 
 # --- Importance and sparsities by the two draws
@@ -185,8 +185,8 @@ class FewShot:
     def _options(self) -> dict[str, object]:
         """Return the options that the measure takes: its keys, and the adapter's rank and alpha if it trains one."""
         takes = inspect.signature((MEASURES | NEEDS_DATA)[self.measure.name]).parameters
-        known = dataclasses.asdict(self.measure) | {"rank": self.rank, "alpha": self.alpha}
-        return {name: value for name, value in known.items() if name in takes}
+        options = dataclasses.asdict(self.measure) | {"rank": self.rank, "alpha": self.alpha}
+        return {name: value for name, value in options.items() if name in takes}
 
     def calibrate(
         self, scores: ModuleScores, draws: Draws, *, peers: Peers | None = None, stage: str = "calibrate"

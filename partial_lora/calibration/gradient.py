@@ -43,10 +43,10 @@ def linearised(
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}  # input and output of each call
 
-    def noted(name: str, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def noted(name: str, original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             entering = input.view_as(input) if input.requires_grad else input.detach().requires_grad_()
-            calls[name].append((entering, own(entering)))
+            calls[name].append((entering, original(entering)))
             return calls[name][-1][1].clone()  # since the model may write into it
 
         return forward
@@ -54,8 +54,8 @@ def linearised(
     with wrapped(modules, noted), torch.enable_grad():
         outputs, places = answer(slice(rows.start, rows.stop))
         competing = outputs.gather(1, places).sum(0).unbind()  # rows may be summed: they do not depend on each other
-    reached |= {name for name, of in calls.items() if of}
-    if len(rows) > 1 and any(len(entering) != len(rows) for of in calls.values() for entering, _ in of):
+    reached |= {name for name, pairs in calls.items() if pairs}
+    if len(rows) > 1 and any(len(entering) != len(rows) for pairs in calls.values() for entering, _ in pairs):
         singly = [linearised(answer, modules, removed, axes, rows[at : at + 1], reached) for at in range(len(rows))]
         all_outputs, all_places, parts = zip(*singly, strict=True)
         changes = {name: {axis: torch.cat([part[name][axis] for part in parts]) for axis in axes} for name in modules}
@@ -65,14 +65,17 @@ def linearised(
             "calibration.search=gradient: no gradient flows from the model's outputs to its modules; "
             "expected scan or bisect"
         )
-    ends = [end for of in calls.values() for call in of for end in call]
+    ends = [end for pairs in calls.values() for pair in pairs for end in pair]
     by_output = []
     for output in competing:
         arriving = iter(torch.autograd.grad(output, ends, retain_graph=True, materialize_grads=True))
-        own = {name: [(*call, next(arriving), next(arriving)) for call in calls[name]] for name in modules}
-        of_modules = ((name, own[name], module, removed[name]) for name, module in modules.items())
-        by_output.append({name: _changes(*of_module, axes, len(rows)) for name, *of_module in of_modules})
-    changes = {name: {axis: torch.stack([of[name][axis] for of in by_output], 1) for axis in axes} for name in modules}
+        traced = {name: [(*call, next(arriving), next(arriving)) for call in calls[name]] for name in modules}
+        by_output.append(
+            {name: _changes(traced[name], module, removed[name], axes, len(rows)) for name, module in modules.items()}
+        )
+    changes = {
+        name: {axis: torch.stack([part[name][axis] for part in by_output], 1) for axis in axes} for name in modules
+    }
     return outputs.detach(), places, changes
 
 
@@ -96,8 +99,8 @@ def _changes(
         lost = {"rows": (d * product).sum(1) @ rows, "columns": (x * entering).sum(1) @ columns}
         if BOTH in axes:  # an entry in a zeroed row and a zeroed column is lost once, not twice
             weight = module.weight.detach().to(rows.dtype)
-            entries = (weight * (gradient.T @ own) for gradient, own in zip(d, x, strict=True))
-            twice = torch.stack([(rows.T @ each * columns.T).sum(1) for each in entries])
+            entries = (weight * (gradient.T @ inputs) for gradient, inputs in zip(d, x, strict=True))
+            twice = torch.stack([(rows.T @ matrix * columns.T).sum(1) for matrix in entries])
             lost[BOTH] = lost["rows"] + lost["columns"] - twice
         for axis in axes:
             changes[axis] -= lost[axis]
@@ -111,12 +114,12 @@ def levels_of(
     predicted: Mapping[str, Mapping[str, Curve]],
     grid: Sequence[float],
     enough: Callable[[float], bool],
-    found: Mapping[Point, bool] = MappingProxyType({}),
+    evaluated: Mapping[Point, bool] = MappingProxyType({}),
 ) -> Levels:
-    """Return the level before the first failure of every predicted curve; points in `found` override predictions."""
+    """Return the level before the first failure of every predicted curve; `evaluated` points override predictions."""
 
     def survives(module: str, axis: str, level: float) -> bool:
-        return found.get((module, axis, level), enough(predicted[module][axis][level][0]))
+        return evaluated.get((module, axis, level), enough(predicted[module][axis][level][0]))
 
     return {
         module: {axis: scan(partial(survives, module, axis), grid) for axis in axes}
@@ -137,7 +140,7 @@ def checked(
     line: the score that is just enough. survives: evaluates a point. Each time it is the point, among the chosen levels
     and those after them, whose prediction is nearest to the line.
     """
-    found: dict[Point, bool] = {}
+    evaluated: dict[Point, bool] = {}
 
     def beside(level: float) -> Sequence[float]:
         place = grid.index(level) if level else -1
@@ -152,10 +155,10 @@ def checked(
             for axis, level in axes.items()
             for near in beside(level)
         }
-        left = [point for point, distance in distances.items() if point not in found and math.isfinite(distance)]
+        left = [point for point, distance in distances.items() if point not in evaluated and math.isfinite(distance)]
         if not left:
             break
         point = min(left, key=distances.__getitem__)
-        found[point] = survives(*point)
-        levels = levels_of(predicted, grid, enough, found)
-    return found
+        evaluated[point] = survives(*point)
+        levels = levels_of(predicted, grid, enough, evaluated)
+    return evaluated

@@ -202,8 +202,8 @@ def imp(
     pretrained = {name: module.weight.detach().clone() for name, module in modules.items()}
     # Of rows and of columns: which are left, and those that have fallen, in their order.
     left = {
-        name: tuple(torch.ones(size, dtype=torch.bool, device=own.device) for size in own.shape)
-        for name, own in pretrained.items()
+        name: tuple(torch.ones(size, dtype=torch.bool, device=weight.device) for size in weight.shape)
+        for name, weight in pretrained.items()
     }
     fallen: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name in modules}
     generator = torch.Generator().manual_seed(seed)
@@ -213,20 +213,25 @@ def imp(
                 seen = _training_batches(batches, steps, generator)
                 for name, weight in _train(model, modules, pretrained, left, seen, loss, learning_rate).items():
                     for axis in (0, 1):
-                        norms = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
-                        there = np.flatnonzero(left[name][axis].cpu().numpy())
-                        there = there[np.lexsort((-there, norms[there]))]  # of equals the higher index falls first
+                        falling = _by_norm(weight, left[name][axis], axis)
                         if number < rounds - 1:
-                            count = max(1, math.floor(fraction * len(there) + 0.5))
-                            there = there[: min(count, len(there) - 1)]  # never the last
-                        fallen[name][axis].extend(there.tolist())
-                        left[name][axis][torch.from_numpy(there)] = False
+                            count = max(1, math.floor(fraction * len(falling) + 0.5))
+                            falling = falling[: min(count, len(falling) - 1)]  # never the last
+                        fallen[name][axis].extend(falling.tolist())
+                        left[name][axis][torch.from_numpy(falling)] = False
     finally:
         for name, module in modules.items():
             module.weight.data.copy_(pretrained[name])
     return {
         name: tuple(torch.from_numpy(np.argsort(order)).double() for order in axes) for name, axes in fallen.items()
     }
+
+
+def _by_norm(weight: Tensor, left: Tensor, axis: int) -> np.ndarray:
+    """Return the rows (axis 0) or columns (axis 1) of a weight that are left, the smallest norm first."""
+    norms = torch.linalg.vector_norm(weight, dim=1 - axis, dtype=torch.float64).cpu().numpy()
+    places = np.flatnonzero(left.cpu().numpy())
+    return places[np.lexsort((-places, norms[places]))]  # of equals the higher index
 
 
 def _train(
@@ -247,7 +252,7 @@ def _train(
         rows, columns = left[name]
         return weight.to(_precise(weight)) * rows[:, None] * columns
 
-    trained = {name: nn.Parameter(pruned(name, own)) for name, own in pretrained.items()}
+    trained = {name: nn.Parameter(pruned(name, weight)) for name, weight in pretrained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
     for batch in batches:
         for name, module in modules.items():
@@ -344,9 +349,9 @@ def task_loss(model: nn.Module, batch: Batch) -> Tensor:
     parameters = inspect.signature(model.forward).parameters.values()
     takes_labels = any(one.name == "labels" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
     output = model(**{name: value for name, value in batch.items() if takes_labels or name != "labels"})
-    own = getattr(output, "loss", None)
-    if own is not None:
-        return own
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
     logits, labels = logits_of(output), batch.get("labels")
     if not isinstance(logits, Tensor) or labels is None or labels.is_floating_point() or logits.ndim != 2:
         raise PartialLoraError(
@@ -450,7 +455,7 @@ def data_scores(
 
 
 def _checked(module: str, weight: Tensor, rows: object, columns: object) -> Scores:
-    rows, columns = (torch.as_tensor(each).detach().cpu().double() for each in (rows, columns))  # NumPy has no bfloat16
+    rows, columns = (torch.as_tensor(side).detach().cpu().double() for side in (rows, columns))  # NumPy has no bfloat16
     if (rows.shape, columns.shape) != (weight.shape[:1], weight.shape[1:]):
         raise PartialLoraError(
             f"importance: expected scores of {tuple(weight.shape)} rows and columns of {module}, "

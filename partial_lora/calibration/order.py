@@ -65,17 +65,17 @@ def arranged(batches: Sequence[Batch], sureness: Sequence[Tensor], measure: Meas
         lengths = whole["attention_mask"].sum(1).cpu()
         longest = torch.stack([lengths[of_unit].max() for of_unit in by_unit])
         thirds = [third[longest[third].argsort(stable=True)] for third in surest.chunk(3)]
-        chosen = [some for third in thirds for some in third.split(min(max(_OF_TEXTS, len(third) // 4), max(sizes)))]
+        chosen = [units for third in thirds for units in third.split(min(max(_OF_TEXTS, len(third) // 4), max(sizes)))]
     else:
         chosen = surest.split(batch_sizes(sizes))
-    rows = [torch.cat([by_unit[index] for index in some]) for some in chosen]
-    return [_cut({name: value[some] for name, value in whole.items()}) for some in rows]
+    rows = [torch.cat([by_unit[index] for index in units]) for units in chosen]
+    return [_cut({name: value[places] for name, value in whole.items()}) for places in rows]
 
 
 def _is_text(batch: Batch) -> bool:
     """Return whether an attention_mask (rows, length) says what is padding, of tensors (rows,) and (rows, length)."""
     mask = batch.get("attention_mask")
-    return mask is not None and all(each.ndim == 1 or each.shape == mask.shape for each in batch.values())
+    return mask is not None and all(tensor.ndim == 1 or tensor.shape == mask.shape for tensor in batch.values())
 
 
 def _as_wide(batches: Sequence[Batch]) -> list[Batch] | None:
@@ -89,13 +89,13 @@ def _as_wide(batches: Sequence[Batch]) -> list[Batch] | None:
     if not padded or not all(map(_is_text, batches)):
         return None
     row, place = (padded[0]["attention_mask"] == 0).nonzero()[0]
-    filler = {name: each[row, place].item() for name, each in padded[0].items() if each.ndim == 2}
+    filler = {name: tensor[row, place].item() for name, tensor in padded[0].items() if tensor.ndim == 2}
     width = max(batch["attention_mask"].shape[1] for batch in batches)
 
-    def widened(name: str, each: Tensor) -> Tensor:
-        return F.pad(each, (0, width - each.shape[1]), value=filler[name]) if name in filler else each
+    def widened(name: str, tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, width - tensor.shape[1]), value=filler[name]) if name in filler else tensor
 
-    return [{name: widened(name, each) for name, each in batch.items()} for batch in batches]
+    return [{name: widened(name, tensor) for name, tensor in batch.items()} for batch in batches]
 
 
 def _cut(batch: Batch) -> Batch:
@@ -103,7 +103,7 @@ def _cut(batch: Batch) -> Batch:
     if not _is_text(batch):
         return batch
     width = int(batch["attention_mask"].any(0).nonzero().max()) + 1
-    return {name: each[:, :width] if each.ndim == 2 else each for name, each in batch.items()}
+    return {name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
 
 
 def batch_sizes(sizes: Sequence[int]) -> list[int]:

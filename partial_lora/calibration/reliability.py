@@ -74,9 +74,9 @@ def correlation(first: Sparsity, second: Sparsity) -> dict:
     reason = ""
     if len(pairs) < _FEWEST:
         reason = f"{len(pairs)} sparsities: at least {_FEWEST} are needed for a correlation"
-    for which, values in zip(("first", "second"), pairs.T, strict=True):
+    for ordinal, values in zip(("first", "second"), pairs.T, strict=True):
         if not reason and np.ptp(values) == 0:
-            reason = f"all sparsities of the {which} calibration are {values[0]:g}: there is nothing to correlate"
+            reason = f"all sparsities of the {ordinal} calibration are {values[0]:g}: there is nothing to correlate"
     if reason:
         return {"pearson": None, "spearman": None, "n": len(pairs), "said": reason}
     return {
@@ -113,12 +113,12 @@ def mean_difference(pairs: Iterable[tuple[Sparsity, Sparsity]]) -> dict:
 
     A pair without a correlation does not enter that mean, and `said` counts it; None where no pair has one.
     """
-    each = [difference(*pair) for pair in pairs]
-    none = [one["said"] for one in each if one["said"]]
-    said = f"{len(none)} of {len(each)} pairs without a correlation: {none[0]}" if none else ""
-    return {key: mean_of([one[key] for one in each]) for key in ("pearson", "spearman", "mean_absolute")} | {
-        "pairs": len(each),
-        "said": said,
+    differences = [difference(*pair) for pair in pairs]
+    none = [entry["said"] for entry in differences if entry["said"]]
+    reason = f"{len(none)} of {len(differences)} pairs without a correlation: {none[0]}" if none else ""
+    return {key: mean_of([entry[key] for entry in differences]) for key in ("pearson", "spearman", "mean_absolute")} | {
+        "pairs": len(differences),
+        "said": reason,
     }
 
 

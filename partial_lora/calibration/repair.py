@@ -72,7 +72,7 @@ def relaxations(levels: Levels, grid: Sequence[float], shapes: Shapes, own: Own)
     def priority(place: int, level: float) -> tuple[float, int, int, float]:
         module, axis = curves[place]
         score = own(module, axis, level)
-        sizes = [size for each, size in zip(AXES, shapes[module], strict=True) if axis in (each, BOTH)]
+        sizes = [size for mask_axis, size in zip(AXES, shapes[module], strict=True) if axis in (mask_axis, BOTH)]
         regained = sum(kept_count(size, _below(level, grid)) - kept_count(size, level) for size in sizes)
         return -math.inf if math.isnan(score) else score, regained, place, level
 

@@ -65,7 +65,7 @@ class Calibration:
         """Level that was chosen from each curve, before a budget scaled it or a repair relaxed it."""
         of_axis = {axis: AXES[0] if axis == BOTH else axis for axis in CURVE_AXES[self.axes]}
         return {
-            name: {axis: axes[own].get("level", axes[own]["sparsity"]) for axis, own in of_axis.items()}
+            name: {axis: axes[stored].get("level", axes[stored]["sparsity"]) for axis, stored in of_axis.items()}
             for name, axes in self.modules.items()
         }
 
@@ -175,8 +175,8 @@ def usual_of(calibration: Calibration) -> list[str]:
         levels, highest = calibration.chosen, calibration.grid[-1]
         never = [module for module, axes in levels.items() if all(level >= highest for level in axes.values())]
         if 0 < len(never) < len(levels):
-            what = "modules never fail" if len(never) > 1 else "module never fails"
-            words.append(f"{len(never)} {what}, even at sparsity {highest:g}")
+            subject = "modules never fail" if len(never) > 1 else "module never fails"
+            words.append(f"{len(never)} {subject}, even at sparsity {highest:g}")
     if joint is None or threshold is None:
         return words
     if not calibration.passes(joint, threshold):

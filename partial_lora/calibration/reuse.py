@@ -80,14 +80,14 @@ class Reuse:
         for place in [place for place, state in self._entering.items() if place[0] == batch and not state.unchanged()]:
             self._written.add(place[1])
             del self._entering[place]
-        start = max((block for of, block in self._entering if of == batch and block <= target), default=0)
+        start = max((block for number, block in self._entering if number == batch and block <= target), default=0)
         leaving: dict[int, list[Snapshot]] = {block: [] for block in range(start + 1, target + 1)}
 
-        def recorded(name: str, own: Callable) -> Callable:
+        def recorded(name: str, original: Callable) -> Callable:
             block = self._names.index(name) + 1  # what leaves a block enters the next
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                output = own(*args, **kwargs)
+                output = original(*args, **kwargs)
                 state = Snapshot(output)
                 leaving[block].append(Snapshot(state.value(copy=True)) if block in self._written else state)
                 return output
@@ -116,13 +116,17 @@ class Reuse:
         if module in self._block_of:
             return self._block_of[module]
         weights = {id(parameter) for parameter in model.get_submodule(module).parameters()}
-        blocks = {
-            next((block for block, own in enumerate(self._names) if f"{name}.".startswith(f"{own}.")), 0)
-            for name, other in model.named_modules()
-            if any(id(parameter) in weights for parameter in other.parameters(recurse=False))  # tied weights, too
-        }
-        self._block_of[module] = min(blocks, default=0)
+        users = [
+            name
+            for name, user in model.named_modules()
+            if any(id(parameter) in weights for parameter in user.parameters(recurse=False))  # tied weights, too
+        ]
+        self._block_of[module] = min(map(self._block_around, users), default=0)
         return self._block_of[module]
+
+    def _block_around(self, module: str) -> int:
+        """Return the block that a module is or is part of; 0 for a module outside of all blocks."""
+        return next((block for block, name in enumerate(self._names) if f"{module}.".startswith(f"{name}.")), 0)
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], start: int, batch: int | None) -> Any:
         """Run the model's own forward, in which the blocks before `start` only return what enters block `start`."""
@@ -131,7 +135,7 @@ class Reuse:
         if start:
             entering = self._entering[batch, start].value(copy=start in self._written)
             skipped = {name: model.get_submodule(name) for name in self._names[:start]}
-            skipping = wrapped(skipped, lambda name, own: lambda *args, **kwargs: entering)
+            skipping = wrapped(skipped, lambda name, original: lambda *args, **kwargs: entering)
         with skipping:
             return model(**inputs)
 
@@ -148,8 +152,8 @@ class Reuse:
 
         def need(place: tuple[int, int]) -> tuple:
             """Order blocks as they are given up: later ones, earlier ones of this batch, of others, this block last."""
-            of, at = place
-            return at == block, at <= block, of != batch, at
+            kept_batch, kept_block = place
+            return kept_block == block, kept_block <= block, kept_batch != batch, kept_block
 
         while self.bytes > self._memory and (batch, block) in self._entering:
             victim = min(self._entering, key=need)
@@ -174,17 +178,17 @@ class Reuse:
 @contextmanager
 def wrapped(modules: Mapping[str, nn.Module], wrapper: Callable[[str, Callable], Callable]) -> Iterator[None]:
     """Put `wrapper(name, forward)` in the place of every module's forward, and put the forward back afterwards."""
-    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    forwards = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
             module.forward = wrapper(name, module.forward)
         yield
     finally:
         for name, module in modules.items():
-            if own[name] is None:
+            if forwards[name] is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = own[name]
+                module.forward = forwards[name]
 
 
 def logits_of(output: Any) -> Tensor:

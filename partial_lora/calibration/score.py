@@ -153,9 +153,9 @@ class FewShotScore:
                     return math.nan, math.nan
         low, high = self._bounds(tally)
         if low < high:
-            other = self._stopped.get((module, (low, high)), tally)
-            same = other is not None and set(other.seen) == set(tally.seen)
-            self._stopped[module, (low, high)] = tally if same else None
+            earlier = self._stopped.get((module, (low, high)), tally)
+            agrees = earlier is not None and set(earlier.seen) == set(tally.seen)
+            self._stopped[module, (low, high)] = tally if agrees else None
         return low, high
 
     def predicted(
@@ -178,17 +178,15 @@ class FewShotScore:
             for index, batch in enumerate(self._batches):
                 answer, rows = partial(self._competing, model, batch), range(len(batch["labels"]))
                 outputs, places, changes = linearised(answer, modules, removed, axes, rows, reached)
-                outputs, places = (each.to(batch["labels"].device) for each in (outputs, places))
+                outputs, places = (tensor.to(batch["labels"].device) for tensor in (outputs, places))
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
                 self.evaluations.blocks += passes * self._reuse.depth
                 self.evaluations.sample_blocks += passes * self._reuse.depth * len(rows)
                 for module, of_module in changes.items():
                     for axis, change in of_module.items():
-                        own = tallies[module][axis] = tallies[module][axis] or [Tally() for _ in range(change.shape[2])]
-                        for tally, moved in zip(own, change.to(outputs).unbind(2), strict=True):
-                            values = self.measure.judged(outputs.scatter_add(1, places, moved), batch)
-                            tally.add(index, values, keep=isinstance(self.measure, Whole))
+                        tallies[module][axis] = tallies[module][axis] or [Tally() for _ in range(change.shape[2])]
+                        self._tally_levels(tallies[module][axis], index, outputs, places, change)
                 seen(sum(self._sizes[: index + 1]) / self.size, places.shape[1])
         self.evaluations.passes += passes
         for module in modules:
@@ -198,10 +196,18 @@ class FewShotScore:
                     "expected scan or bisect, or other target_modules"
                 )
         scores = {
-            module: {axis: [self._bounds(tally)[0] for tally in own] for axis, own in of_module.items()}
+            module: {axis: [self._bounds(tally)[0] for tally in levels] for axis, levels in of_module.items()}
             for module, of_module in tallies.items()
         }
         return scores, passes
+
+    def _tally_levels(
+        self, tallies: Sequence[Tally], index: int, outputs: Tensor, places: Tensor, change: Tensor
+    ) -> None:
+        """Add a batch to the tally of every level of a curve: its outputs, moved at `places` by the level's change."""
+        for tally, moved in zip(tallies, change.to(outputs).unbind(2), strict=True):
+            values = self.measure.judged(outputs.scatter_add(1, places, moved), self._batches[index])
+            tally.add(index, values, keep=isinstance(self.measure, Whole))
 
     def _competing(self, model: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the outputs of some rows of a batch (rows, all), and the places of those that compete."""

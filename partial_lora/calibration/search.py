@@ -141,7 +141,7 @@ def walk(levels: Mapping[str, Mapping[str, float]], scope: str) -> Iterator[tupl
 
 def both_axes(levels: Mapping[str, Mapping[str, float]]) -> Sparsity:
     """Return each module's sparsity of rows and of columns from the levels of its curves."""
-    return {module: {axis: of.get(axis, of.get(BOTH)) for axis in AXES} for module, of in levels.items()}
+    return {module: {axis: axes.get(axis, axes.get(BOTH)) for axis in AXES} for module, axes in levels.items()}
 
 
 def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
@@ -149,10 +149,10 @@ def digest_of(cuts: Mapping[str, Mapping[str, float]]) -> str:
 
     cuts: levels by module and axis; their order does not matter, and level 0 is no cut.
     """
-    made = sorted(
-        (module, axis, level) for module, of in both_axes(cuts).items() for axis, level in of.items() if level
+    entries = sorted(
+        (module, axis, level) for module, axes in both_axes(cuts).items() for axis, level in axes.items() if level
     )
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] if made else ""
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16] if entries else ""
 
 
 # --- Points of a curve as calibration.json has them: [[level, score | [low, high] | null], …]

@@ -63,58 +63,58 @@ def evaluate_run(
     Raises PartialLoraError where the task's labels or inputs are not those of the run.
     """
     start = time.perf_counter()
-    known = one_task(run, member, of_another=not task.members)
-    own = known.config.task
-    is_own = task == own
-    if split != "test" and task.name == own.name and "test" in files_by_split(task.data_files):
+    trained = one_task(run, member, of_another=not task.members)
+    trained_task = trained.config.task
+    is_own = task == trained_task
+    if split != "test" and task.name == trained_task.name and "test" in files_by_split(task.data_files):
         require(
-            "test" in files_by_split(own.data_files),
+            "test" in files_by_split(trained_task.data_files),
             "task.data_files.test",
             files_by_split(task.data_files)["test"],
             f"none for --split {split}: it was cut from rows that the run's test split had left",
         )
-    if _source(task, split) in {_source(own, each) for each in SPLITS}:
+    if _source(task, split) in {_source(trained_task, name) for name in SPLITS}:
         refuse_changed_files(run)
         keys = CUT_FIRST if split == "test" else CUTS
         for key in keys if split not in files_by_split(task.data_files) else ():
-            kept = getattr(own, key)
+            kept = getattr(trained_task, key)
             require(getattr(task, key) == kept, f"task.{key}", getattr(task, key), f"{kept}, as the run cut these rows")
     config = replace(run.config, task=task, trainer=replace(run.config.trainer, eval_batch_size=batch_size))
-    if is_own and known.member:  # its rows, as the run was trained and evaluated on them
-        place = list(run.config.task.members).index(known.member)
-        other = build.task_of(run.config, mixtures=True).members[place]
+    if is_own and trained.member:  # its rows, as the run was trained and evaluated on them
+        place = list(run.config.task.members).index(trained.member)
+        evaluated = build.task_of(run.config, mixtures=True).members[place]
     else:
-        other = build.task_of(config)
-    places = _places(known.labels, other) if kind_of(task).has_head else None
+        evaluated = build.task_of(config)
+    places = _places(trained.labels, evaluated) if kind_of(task).has_head else None
     if places is not None:
-        other = replace(other, labels=tuple(known.labels))  # by which predictions are named
+        evaluated = replace(evaluated, labels=tuple(trained.labels))  # by which predictions are named
     model = RunModel(run, device)
     transform = build.transform_of(config.model, task)
-    judge = build.judge_of(config, other, transform, Alone())
+    judge = build.judge_of(config, evaluated, transform, Alone())
 
     @objectives.grouped
     def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         batches = DataLoader(rows, batch_size=batch_size, collate_fn=transform.collate)  # in order
         logits, references = logits_of(model, batches, judge.reduce, advance)
-        logits = logits if known.outputs is None else logits[:, known.outputs]
+        logits = logits if trained.outputs is None else logits[:, trained.outputs]
         return logits, references if places is None else places[references]
 
-    found = judge.judged(predict, model.model, split)
-    names = dict.fromkeys(filter(None, [known.member, task.name]))
+    judged = judge.judged(predict, model.model, split)
+    names = dict.fromkeys(filter(None, [trained.member, task.name]))
     folder = run.directory / FOLDER / f"{'-'.join(names)}-{split}-{run_id({'task': plain(task)})}"
     record = {
-        **({"member": known.member} if known.member else {}),
+        **({"member": trained.member} if trained.member else {}),
         "task": plain(task),
         "split": split,
-        "examples": len(getattr(other, split)),
-        "labels": known.labels,
-        "warnings": [*transform.warnings, *_trained_on(known.config, other, split, is_own=is_own)],
-        "metrics": directory.finite(found.metrics),  # NaN, as of a model that broke down, is null in JSON
+        "examples": len(getattr(evaluated, split)),
+        "labels": trained.labels,
+        "warnings": [*transform.warnings, *_trained_on(trained.config, evaluated, split, is_own=is_own)],
+        "metrics": directory.finite(judged.metrics),  # NaN, as of a model that broke down, is null in JSON
         "device": model.device,
         "mixed_precision": model.precision,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    write(folder, record, found.predictions)
+    write(folder, record, judged.predictions)
     return Evaluation(folder, record)
 
 
@@ -157,21 +157,22 @@ def refuse_changed_files(run: FinishedRun) -> None:
         )
 
 
-def _places(known: list[str], task: Task) -> np.ndarray | None:
+def _places(expected: list[str], task: Task) -> np.ndarray | None:
     """Return the place of each of the task's labels among those that the run knows; None for a regression."""
-    asked = list(task.labels)
-    if bool(known) != bool(asked):
+    labels = list(task.labels)
+    if bool(expected) != bool(labels):
         kinds = {True: "labels", False: "numbers"}
         raise PartialLoraError(
-            f"task={task.name} has {kinds[bool(asked)]}, and the run predicts {kinds[bool(known)]}: choose another task"
+            f"task={task.name} has {kinds[bool(labels)]}, and the run predicts {kinds[bool(expected)]}: choose another "
+            "task"
         )
-    if not known:
+    if not expected:
         return None
-    unknown, missing = shortlist(sorted(set(asked) - set(known))), shortlist(sorted(set(known) - set(asked)))
+    unknown, missing = shortlist(sorted(set(labels) - set(expected))), shortlist(sorted(set(expected) - set(labels)))
     if unknown or missing:
         faults = [f"the run does not know {unknown}"] * bool(unknown) + [f"the task lacks {missing}"] * bool(missing)
         raise PartialLoraError(f"task={task.name}: expected the labels of the run, but {' and '.join(faults)}")
-    return np.array([known.index(label) for label in asked])
+    return np.array([expected.index(label) for label in labels])
 
 
 def logits_of(

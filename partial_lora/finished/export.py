@@ -98,7 +98,7 @@ def export(
 
 def _is_same(built: Path, folder: Path) -> bool:
     """Return whether a folder holds the files of an export: no other names, and the same tensors to the last bit."""
-    names = [{file.relative_to(each).as_posix() for file in each.rglob("*")} for each in (built, folder)]
+    names = [{file.relative_to(parent).as_posix() for file in parent.rglob("*")} for parent in (built, folder)]
     tensors = directory.tensor_files(built)
     if not {file.name for file in tensors} <= names[1] <= names[0]:  # an earlier version wrote fewer files
         return False
@@ -214,19 +214,19 @@ def prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> s
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
         with quiet():
             _save(base_model(run, whole=True).float(), run, Path(base))
-        others = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=Path(base), adapter=folder)}
-    own, share = adapted_model(run, whole=True).float(), _SHARE if is_rounded else _share(run)
-    return _compared(own, samples.inputs, others, folder, share=share)
+        elsewhere = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=Path(base), adapter=folder)}
+    adapted, share = adapted_model(run, whole=True).float(), _SHARE if is_rounded else _share(run)
+    return _compared(adapted, samples.inputs, elsewhere, folder, share=share)
 
 
 def prove_compact(run: FinishedRun, folder: Path) -> str:
     """Prove that the export, on a fresh base model, has the values of the run's adapter bit for bit, and its logits."""
-    own = adapted_model(run)
+    adapted = adapted_model(run)
     with quiet():
         loaded = load_compact(base_model(run), folder)
-    count, inputs = serving.prove_equal(folder, _tensors(own), _tensors(loaded)), _samples(run).inputs
-    others = {"a fresh base model": _logits(loaded, inputs)}
-    return f"{count} tensors equal bit for bit; {_compared(own, inputs, others, folder, rounding=0.0)}"
+    count, inputs = serving.prove_equal(folder, _tensors(adapted), _tensors(loaded)), _samples(run).inputs
+    elsewhere = {"a fresh base model": _logits(loaded, inputs)}
+    return f"{count} tensors equal bit for bit; {_compared(adapted, inputs, elsewhere, folder, rounding=0.0)}"
 
 
 def prove_merged(run: FinishedRun, folder: Path) -> str:
@@ -235,12 +235,12 @@ def prove_merged(run: FinishedRun, folder: Path) -> str:
     transformers does so by a pipeline on raw texts or images, with its own tokenizer or image processor and labels.
     """
     samples, libraries = _samples(run), ["transformers", *["timm"] * (run.config.model.family == "timm")]
-    others = {
+    elsewhere = {
         f"{library} alone{_whole(run)}": logits_elsewhere(samples, model=folder, library=library)
         for library in libraries
     }
-    own = adapted_model(run, whole=True).float()  # now, so that one model at a time is in memory
-    return _compared(own, samples.inputs, others, folder, share=_share(run))
+    adapted = adapted_model(run, whole=True).float()  # now, so that one model at a time is in memory
+    return _compared(adapted, samples.inputs, elsewhere, folder, share=_share(run))
 
 
 def _share(run: FinishedRun) -> float:
@@ -282,8 +282,8 @@ def _samples(run: FinishedRun) -> Samples:
     sentences = [" ".join(_WORDS[: 3 * count]) for count in range(1, _SAMPLES + 1)]
     if kind.has_head:
         return Samples(kind.pipeline, sentences, dict(transform.encode(sentences)), labels)
-    tokens = [each[: run.config.model.max_length] for each in transform.tokenizer(sentences)["input_ids"]]
-    batch = transform.collate([{"input_ids": each, "answer_start": len(each)} for each in tokens])
+    tokens = [ids[: run.config.model.max_length] for ids in transform.tokenizer(sentences)["input_ids"]]
+    batch = transform.collate([{"input_ids": ids, "answer_start": len(ids)} for ids in tokens])
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return Samples(kind.pipeline, sentences, inputs, [])
 
@@ -306,7 +306,7 @@ def _logits_without(adapted: PeftModel, inputs: Mapping[str, Tensor]) -> Tensor:
 def _compared(
     run: PeftModel,
     inputs: Mapping[str, Tensor],
-    others: Mapping[str, Tensor],
+    elsewhere: Mapping[str, Tensor],
     folder: Path,
     *,
     rounding: float = _ROUNDING,
@@ -317,12 +317,12 @@ def _compared(
     rounding: as a share of the largest logit. share: of what the adapter changes. The larger of the two is allowed. The
     model of the run is left with its adapter off.
     """
-    own = _logits(run, inputs).float()
-    changed = (own - _logits_without(run, inputs).float()).abs().max().item()
-    allowed = max(rounding * max(1.0, own.abs().max().item()), share * changed)
+    expected = _logits(run, inputs).float()
+    changed = (expected - _logits_without(run, inputs).float()).abs().max().item()
+    allowed = max(rounding * max(1.0, expected.abs().max().item()), share * changed)
     compared = []
-    for who, found in others.items():
-        difference = (found.float() - own).abs().max().item() if found.shape == own.shape else float("inf")
+    for who, logits in elsewhere.items():
+        difference = (logits.float() - expected).abs().max().item() if logits.shape == expected.shape else float("inf")
         if not difference <= allowed:  # NaN too
             raise ProofError(
                 f"{folder}: the logits of {who} differ from the run's by {difference:.2g}, at most {allowed:.2g} is"
@@ -437,11 +437,11 @@ def logits_elsewhere(
             text=True,
             check=False,
         )
-        what = adapter or model
+        source = adapter or model
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-            raise ProofError(f"{what}: a clean interpreter cannot use it with {library} alone ({last})")
+            raise ProofError(f"{source}: a clean interpreter cannot use it with {library} alone ({last})")
         warned = json.loads(done.stdout.strip().splitlines()[-1])
         if warned:
-            raise ProofError(f"{what}: plain PEFT warns when it loads it: {' '.join(warned[0].split())}")
+            raise ProofError(f"{source}: plain PEFT warns when it loads it: {' '.join(warned[0].split())}")
         return load_file(job["logits"])["logits"]

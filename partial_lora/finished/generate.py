@@ -97,7 +97,7 @@ class _Words(TextStreamer):
         if self._ended:
             return
         self._held += text
-        stops = [self._held.find(each) for each in self._stop if each in self._held]
+        stops = [self._held.find(string) for string in self._stop if string in self._held]
         self._ended = stream_end or bool(stops)
         length, longest = len(self._held), max(map(len, self._stop), default=0)
         ready = self._held[: min(stops, default=length) if self._ended else max(0, length - longest)].rstrip()

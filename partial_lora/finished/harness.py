@@ -41,14 +41,14 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     model = RunModel(run, device)
     of_run = run.config.model
     tokenizer = models.tokenizer(name=of_run.name, weights=of_run.weights, family=of_run.family)
-    asked = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=asked, tasks=names, task_manager=manager)
+    harness_model = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
+    outcome = lm_eval.simple_evaluate(model=harness_model, tasks=names, task_manager=manager)
     record = {
         "lm_eval": lm_eval.__version__,
-        "versions": found["versions"],
-        "shots": found["n-shot"],
-        "examples": {name: counts["effective"] for name, counts in found["n-samples"].items()},
-        "metrics": {name: _measured(values) for name, values in found["results"].items()},
+        "versions": outcome["versions"],
+        "shots": outcome["n-shot"],
+        "examples": {name: counts["effective"] for name, counts in outcome["n-samples"].items()},
+        "metrics": {name: _measured(values) for name, values in outcome["results"].items()},
         "device": model.device,
         "mixed_precision": "no",  # the harness asks the model itself
         "seconds": round(time.perf_counter() - start, 3),
@@ -73,6 +73,6 @@ def _measured(values: Mapping[str, object]) -> dict[str, dict[str, float | None]
         name, comma, filtered = key.partition(",")
         if comma and not name.endswith("_stderr"):
             error = values.get(f"{name}_stderr,{filtered}")
-            shown = name if filtered == "none" else f"{name}, {filtered}"
-            measured[shown] = {"value": value, "error": error if isinstance(error, float) else None}
+            metric = name if filtered == "none" else f"{name}, {filtered}"
+            measured[metric] = {"value": value, "error": error if isinstance(error, float) else None}
     return finite(measured)

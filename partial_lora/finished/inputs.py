@@ -80,13 +80,13 @@ def _images(argument: str) -> list[str]:
         raise PartialLoraError(f"{argument or repr(argument)}: no such image file or folder{hint}")
     if not os.path.isdir(argument):
         return [argument]
-    found = []
+    files = []
     for parent, _, names in walk(argument):  # a class may be a link to a folder
         images = [name for name in sorted(names) if is_image(name)]
-        found += [os.path.join(parent, name) for name in images if not name.startswith(".")]
-    if not found:
+        files += [os.path.join(parent, name) for name in images if not name.startswith(".")]
+    if not files:
         raise PartialLoraError(f"{argument}: no image in this folder")
-    return found
+    return files
 
 
 def _argument(argument: str, parse: Callable[[str], Input]) -> Input:

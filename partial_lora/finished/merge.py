@@ -53,10 +53,11 @@ def merge(
     first, *others = runs
     for run in others:
         for key in ("weights", "architecture", "model_args"):
-            own, other = getattr(first.config.model, key), getattr(run.config.model, key)
-            if own != other:
+            expected, value = getattr(first.config.model, key), getattr(run.config.model, key)
+            if expected != value:
                 raise PartialLoraError(
-                    f"{run.directory}: model.{key}={other}, that of {first.directory} is {own}; expected one base model"
+                    f"{run.directory}: model.{key}={value}, that of {first.directory} is {expected}; expected one "
+                    "base model"
                 )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PartialLoraError(f"--out {folder}: there is something already, expected a new folder")
@@ -79,9 +80,8 @@ def merge(
             export.describe(adapted.get_base_model(), first, built)
     except OSError as error:
         raise PartialLoraError(f"--out {folder} cannot be written ({error.strerror or error})") from error
-    return [
-        _overlap(one, other, kept[names[one]], kept[names[other]]) for one, other in combinations(range(len(runs)), 2)
-    ]
+    pairs = combinations(range(len(runs)), 2)
+    return [_overlap(left, right, kept[names[left]], kept[names[right]]) for left, right in pairs]
 
 
 Kept = Mapping[str, tuple[Tensor, Tensor]]  # {module: (rows, columns)}, True where the adapter has an entry
@@ -96,9 +96,9 @@ def _kept(adapted: PeftModel, name: str) -> Kept:
     }
 
 
-def _overlap(first: int, second: int, one: Kept, other: Kept) -> Overlap:
-    both = {module: tuple(map(torch.logical_and, one[module], other[module])) for module in one.keys() & other.keys()}
-    sizes = [_sizes(each) for each in (one, other, both)]
+def _overlap(first: int, second: int, left: Kept, right: Kept) -> Overlap:
+    both = {module: tuple(map(torch.logical_and, left[module], right[module])) for module in left.keys() & right.keys()}
+    sizes = [_sizes(kept) for kept in (left, right, both)]
     return Overlap(
         first, second, *(common / max(1, min(ours, theirs)) for ours, theirs, common in zip(*sizes, strict=True))
     )
@@ -107,5 +107,5 @@ def _overlap(first: int, second: int, one: Kept, other: Kept) -> Overlap:
 def _sizes(kept: Kept) -> tuple[int, int, int]:
     """Return how many rows, columns and entries of weights there are."""
     counts = [(int(rows.sum()), int(columns.sum())) for rows, columns in kept.values()]
-    rows, columns = (sum(each) for each in zip(*counts, strict=True)) if counts else (0, 0)
+    rows, columns = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
     return rows, columns, sum(high * wide for high, wide in counts)

@@ -104,12 +104,12 @@ class Predictor:
         require(isinstance(run, (FinishedRun, Path, str)), "run", run, "a finished run, or its path")
         _at_least_one("max_new_tokens", max_new_tokens)
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
-        asked = one_task(run, member)
-        self.labels = asked.labels
+        chosen = one_task(run, member)
+        self.labels = chosen.labels
         self._batch_size = run.config.trainer.eval_batch_size
-        transform = build.transform_of(run.config.model, asked.config.task)
-        predicted = PREDICTED[kind_of(asked.config.task).reads]
-        self._of: Any = predicted(asked, transform, RunModel(run, device), max_new_tokens)
+        transform = build.transform_of(run.config.model, chosen.config.task)
+        predicted = PREDICTED[kind_of(chosen.config.task).reads]
+        self._of: Any = predicted(chosen, transform, RunModel(run, device), max_new_tokens)
 
     def predict(self, inputs: Iterable, batch_size: int | None = None) -> list[Prediction]:
         """Return a prediction for every input, in order.
@@ -186,12 +186,12 @@ class OfTexts(_Predicted):
     def read(self, inputs: Sequence) -> list:
         pairs = len(self.task.text_columns) == 2
         expected = ("two texts" if pairs else "a text") + " in UTF-8"
-        return [each if is_text(each, pairs) else _unlike(each, expected) for each in inputs]
+        return [value if is_text(value, pairs) else _unlike(value, expected) for value in inputs]
 
     def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
         logits, places = self.model.logits(self._batch(read)), self.asked.outputs
         logits = logits if places is None else logits[:, places]
-        return [_outcome(_words(each), row, self.asked.labels) for each, row in zip(inputs, logits, strict=True)]
+        return [_outcome(_words(value), row, self.asked.labels) for value, row in zip(inputs, logits, strict=True)]
 
     def _batch(self, read: list) -> dict[str, Tensor]:
         return self.transform.encode(read)
@@ -223,7 +223,7 @@ class OfPrompts(_Predicted):
     """Texts that the model writes after prompts."""
 
     def read(self, inputs: Sequence) -> list:
-        return [_prompt(each) for each in inputs]
+        return [_prompt(prompt) for prompt in inputs]
 
     def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
         texts = generate(
@@ -234,7 +234,7 @@ class OfPrompts(_Predicted):
             max_new_tokens=self.longest or self.task.max_new_tokens,
             batch_size=len(read),
         )
-        return [Prediction(_words(each), text, None, {}) for each, text in zip(inputs, texts, strict=True)]
+        return [Prediction(_words(prompt), text, None, {}) for prompt, text in zip(inputs, texts, strict=True)]
 
 
 class OfQuestions(_Predicted):
@@ -243,13 +243,13 @@ class OfQuestions(_Predicted):
     def read(self, inputs: Sequence) -> list:
         expected = "(prompt, options), texts in UTF-8"
         return [
-            rows_of(self.transform, self.task.format, *each) if is_question(each) else _unlike(each, expected)
-            for each in inputs
+            rows_of(self.transform, self.task.format, *pair) if is_question(pair) else _unlike(pair, expected)
+            for pair in inputs
         ]
 
     def predict(self, inputs: list, read: list) -> list[Prediction | PartialLoraError]:
         pairs = zip(inputs, self._likelihoods(read), strict=True)
-        return [_outcome(_words(each), likelihoods, each[1]) for each, likelihoods in pairs]
+        return [_outcome(_words(pair), likelihoods, pair[1]) for pair, likelihoods in pairs]
 
     def _likelihoods(self, questions: Sequence[Rows]) -> list[np.ndarray]:
         """Return the log likelihood of every option of every question, a sum over its tokens."""

@@ -52,12 +52,12 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     """
     api = HfApi()
     try:
-        made = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload by partial-lora push")
+        repository = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload by partial-lora push")
     except (HTTPError, OSError) as error:
         reason = redacted(one_line(error))
         raise PartialLoraError(
             f"{repo}: cannot be written to {api.endpoint} ({reason}); `hf auth login` with a token that may write, or"
             " --dry-run"
         ) from None
-    return str(made)
+    return str(repository)

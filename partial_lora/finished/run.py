@@ -99,16 +99,16 @@ def _with_found_files(config: Config, run: Path) -> Config:
     if Path(config.results_dir).is_absolute() or len(parents) < depth:
         return config
 
-    def found(files: str | Mapping | None) -> str | dict | None:
+    def located(files: str | Mapping | None) -> str | dict | None:
         if files is None:
             return None
         if isinstance(files, Mapping):
-            return {split: found(file) for split, file in files.items()}
+            return {split: located(file) for split, file in files.items()}
         here = parents[depth - 1] / files
         return files if Path(files).exists() or not here.exists() else str(here)
 
-    def of(task: TaskConfig) -> TaskConfig:
-        members = {name: of(member) for name, member in (task.members or {}).items()}
-        return replace(task, data_files=found(task.data_files), members=members or task.members)
+    def with_files(task: TaskConfig) -> TaskConfig:
+        members = {name: with_files(member) for name, member in (task.members or {}).items()}
+        return replace(task, data_files=located(task.data_files), members=members or task.members)
 
-    return replace(config, task=of(config.task))
+    return replace(config, task=with_files(config.task))

@@ -58,15 +58,15 @@ def read(run: FinishedRun, to: str) -> Served:
 def _settings(run: FinishedRun, to: str) -> LoraConfig:
     path = run.adapter / _CONFIG
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if given.get(key)]
-        if given["peft_type"] == "LORA" and not more:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if content.get(key)]
+        if content["peft_type"] == "LORA" and not more:
             return LoraConfig.from_pretrained(str(run.adapter))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PartialLoraError(f"{path}: cannot be read ({one_line(error)})") from error
-    what = f"an adapter with {more[0]}" if more else f"PEFT's {given['peft_type']}"
+    kind = f"an adapter with {more[0]}" if more else f"PEFT's {content['peft_type']}"
     raise PartialLoraError(
-        f"{run.directory}: method={run.method} is {what}, expected a LoRA alone for --to {to}; export it with"
+        f"{run.directory}: method={run.method} is {kind}, expected a LoRA alone for --to {to}; export it with"
         " --to merged"
     )
 
@@ -157,8 +157,8 @@ def prove_gguf(run: FinishedRun, folder: Path) -> str:
     expected, rank = gguf_tensors(run)
     path = folder / GGUF_FILE
     reader = gguf.GGUFReader(path)
-    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    count, alpha = prove_equal(path, expected, found), reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+    actual = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    count, alpha = prove_equal(path, expected, actual), reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
     if alpha != rank:
         raise ProofError(f"{path}: {gguf.Keys.Adapter.LORA_ALPHA} is {alpha:g}, expected {rank}, for a scaling of 1")
     changes = any(tensor.any() for name, tensor in expected.items() if name.endswith("lora_b"))
@@ -166,12 +166,12 @@ def prove_gguf(run: FinishedRun, folder: Path) -> str:
     return f"{count} tensors and alpha read back equal bit for bit{effect}"
 
 
-def prove_equal(place: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> int:
+def prove_equal(place: Path, expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> int:
     """Return the number of tensors; raise ProofError for one that is not the run's bit for bit, missing or too many."""
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected or not torch.equal(expected[name], found[name]):
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual or name not in expected or not torch.equal(expected[name], actual[name]):
             raise ProofError(f"{place}: {name} is not that of the run")
-    return len(found)
+    return len(actual)
 
 
 # --- vLLM, SGLang and LoRAX: an ordinary adapter of one rank and one scaling, with all modules that they expect.
@@ -190,7 +190,7 @@ def write_serve(run: FinishedRun, folder: Path) -> None:
     served = read(run, "serve")
     factors = {module: _without_empty_units(*both) for module, both in served.factors.items()}
     highest = max(len(a) for a, _ in factors.values())
-    rank = next((each for each in _RANKS if each >= highest), None)
+    rank = next((size for size in _RANKS if size >= highest), None)
     if rank is None:
         raise PartialLoraError(f"{run.directory}: method.rank={highest}: expected at most {_RANKS[-1]} for --to serve")
     kinds = {module.rpartition(".")[2] for module in factors}

@@ -59,8 +59,8 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
     if not kind_of(task).has_head:
         return OneTask(member, config, [], None)
     prefix = f"{config.task.name}/"
-    own = {place: label for place, label in enumerate(run.labels()) if label.startswith(prefix)}
-    return OneTask(member, config, [label.removeprefix(prefix) for label in own.values()], list(own))
+    labels = {place: label for place, label in enumerate(run.labels()) if label.startswith(prefix)}
+    return OneTask(member, config, [label.removeprefix(prefix) for label in labels.values()], list(labels))
 
 
 # --- The task that a finished run is evaluated on: its own, or what Hydra overrides make of it.
@@ -85,13 +85,13 @@ def evaluation_settings(
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    overrides = [in_grammar(each) for each in overrides]
+    overrides = [in_grammar(override) for override in overrides]
     keys = {override.partition("=")[0] for override in overrides}
     of_another = "task" in keys
-    own = one_task(run, member, of_another=of_another)
-    if own.member and of_another and own.outputs is None:
+    trained = one_task(run, member, of_another=of_another)
+    if trained.member and of_another and trained.outputs is None:
         raise PartialLoraError(
-            f"--member {own.member}: the run's model has no heads; leave it out to evaluate another task"
+            f"--member {trained.member}: the run's model has no heads; leave it out to evaluate another task"
         )
     allowed = {f"trainer.{key}" for key in _TRAINER} | ({"data_dir"} if of_another else set())
     for override in overrides:
@@ -99,11 +99,11 @@ def evaluation_settings(
         if not equals:
             raise PartialLoraError(f"{override!r}: expected KEY=VALUE")
         if key != "task" and not key.startswith("task.") and key not in allowed:
-            others = ", ".join(sorted(allowed))
-            raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {others}")
+            listed = ", ".join(sorted(allowed))
+            raise PartialLoraError(f"{key}: a finished run keeps it; expected task=NAME, task.KEY=VALUE, {listed}")
     refuse_group_lists(overrides)
-    recorded = own.config.task
-    trainer = {key: getattr(own.config.trainer, key) for key in _TRAINER}
+    recorded = trained.config.task
+    trainer = {key: getattr(trained.config.trainer, key) for key in _TRAINER}
     if trainer["device"] == "cuda":  # the run trained there, and this machine may have none
         trainer["device"] = "auto"
     node = {"trainer": trainer, "data_dir": run.config.data_dir}
@@ -141,8 +141,8 @@ def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[s
     sub-folder for each split stands for these.
     """
     prefix = "task.data_files."
-    named = dict(_path(each.removeprefix(prefix)) for each in overrides if each.startswith(prefix))
-    others = [each for each in overrides if not each.startswith(prefix)]
+    named = dict(_path(override.removeprefix(prefix)) for override in overrides if override.startswith(prefix))
+    others = [override for override in overrides if not override.startswith(prefix)]
     if not named:
         return recorded, others
     if recorded is None and "train" not in named:

@@ -60,13 +60,13 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     the two do not go together, or for a strategy that needs more processes, a library or another model.
     """
     file = accelerate_file(trainer.accelerate_config) if trainer.accelerate_config else {}
-    given = {key: getattr(trainer, key) for key in _FROM_FILE}
-    given |= {key: file[key] for key in _FROM_FILE if given[key] == _DEFAULTS[key] and file.get(key) is not None}
-    machines, address = given["num_machines"], given["main_process_ip"]
+    settings = {key: getattr(trainer, key) for key in _FROM_FILE}
+    settings |= {key: file[key] for key in _FROM_FILE if settings[key] == _DEFAULTS[key] and file.get(key) is not None}
+    machines, address = settings["num_machines"], settings["main_process_ip"]
     if file:  # else the schema has checked them
-        TrainerConfig(**given, batch_size=given["num_processes"] or 1)
+        TrainerConfig(**settings, batch_size=settings["num_processes"] or 1)
     on_cpu = trainer.device == "cpu" or bool(file.get("use_cpu"))
-    processes = given["num_processes"] or machines * _accelerators(on_cpu)
+    processes = settings["num_processes"] or machines * _accelerators(on_cpu)
     kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(file.get("distributed_type"), trainer.strategy)
     parts = processes * trainer.gradient_accumulation_steps
     expected = f"a multiple of {parts}, of {processes} processes times trainer.gradient_accumulation_steps"
@@ -85,9 +85,9 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     return Cluster(
         processes=processes,
         machines=machines,
-        rank=given["machine_rank"],
+        rank=settings["machine_rank"],
         address=address if several else None,
-        port=given["main_process_port"] if several else 0,
+        port=settings["main_process_port"] if several else 0,
         kind=kind,
         file=trainer.accelerate_config,
         hides_accelerators=bool(file.get("use_cpu")),
@@ -149,10 +149,10 @@ def _has_one_rate(file: Mapping) -> bool:
     """Return True where a file of `accelerate config` leaves the optimizer or the schedule to DeepSpeed."""
     named = (file.get("deepspeed_config") or {}).get("deepspeed_config_file")
     try:
-        own = files.read_json(named) if named else {}
+        settings = files.read_json(named) if named else {}
     except (OSError, ValueError, TypeError):  # accelerate says what is wrong with it
         return False
-    return isinstance(own, Mapping) and ("optimizer" in own or "scheduler" in own)
+    return isinstance(settings, Mapping) and ("optimizer" in settings or "scheduler" in settings)
 
 
 def _accelerators(on_cpu: bool) -> int:

@@ -357,11 +357,11 @@ def compare(
     if code > 2:
         return code
     for group in grouped((entry for entry in chosen if entry.best is not None), lambda entry: entry.group).values():
-        while group and (wanted := asks(group)):
-            runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(wanted.get(entry, 0))]
+        while group and (seeds := asks(group)):
+            runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(seeds.get(entry, 0))]
             new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]
             left = sum(entry.seconds for entry, _ in new) / comparison.jobs
-            if comparison.hours and max(wanted.values()) > 2 and now() - began + left > 3600 * comparison.hours:
+            if comparison.hours and max(seeds.values()) > 2 and now() - began + left > 3600 * comparison.hours:
                 say(f"hours={comparison.hours:g} are over: {len(new)} runs more would take {in_time(left)}")
                 break
             code = _make(runs, make)

@@ -74,10 +74,10 @@ def find(name: Path | str) -> Path:
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
         return find(results / LATEST)
-    found = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
-    if len(found) > 1:
-        raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in found])}")
-    return found[0] if found and re.fullmatch(r"[0-9a-f]+", start.name) else place
+    matches = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
+    if len(matches) > 1:
+        raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in matches])}")
+    return matches[0] if matches and re.fullmatch(r"[0-9a-f]+", start.name) else place
 
 
 def id_of(run: Path) -> str:

@@ -202,9 +202,9 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
     environment = _environment(config, place, cluster)
     del environment[worker_events.VARIABLE]  # process 0 reports to machine 0
     log = place.resolve() / f"train.machine{cluster.rank}.log"
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as own:
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as folder:
         workers = _command(place, stage, cluster, "--log", str(log))
-        code, failure = _run_process(workers, environment, Path(own) / "launcher.log", stop=stop)
+        code, failure = _run_process(workers, environment, Path(folder) / "launcher.log", stop=stop)
     if code in _STOPPED:
         return _outcome(place, code)
     if code == 0 or failure is None or failure.explained:  # the final record may take its time to arrive here
@@ -243,8 +243,8 @@ def _run_process(
     to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `fork`. stop:
     as `launch` takes it.
     """
-    told = environment.get(worker_events.VARIABLE)
-    events = worker_events.Reader(Path(told)) if told else None
+    events_file = environment.get(worker_events.VARIABLE)
+    events = worker_events.Reader(Path(events_file)) if events_file else None
 
     def look() -> None:
         for event in events or ():

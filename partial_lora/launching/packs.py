@@ -104,8 +104,8 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        known = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
-        table = parquet.read_table(file, columns=columns) if known else None
+        is_pack = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
+        table = parquet.read_table(file, columns=columns) if is_pack else None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = f"cannot be read ({one_line(error)})"
         raise PartialLoraError(f"{file}: {reason}; {_RESTORE}") from error
@@ -118,10 +118,10 @@ def pack_of(results_dir: Path) -> Pack | None:
     """Return the pack of a results directory, None where there is none; read again only once it has changed."""
     file = Path(results_dir) / RUNS_TABLE
     try:
-        known = file.stat()
+        stat = file.stat()
     except OSError:
         return None
-    return _pack_of(Path(results_dir).resolve(), known.st_size, known.st_mtime_ns)
+    return _pack_of(Path(results_dir).resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -168,8 +168,8 @@ def dynamics(place: Path) -> dict | None:
         content = stored(place, DYNAMICS)
     except (OSError, ValueError):
         return None
-    known = isinstance(content, dict) and content.get("version") == OF_DYNAMICS
-    return content if known and {"metrics", "cka"} <= content.keys() else None
+    is_dynamics = isinstance(content, dict) and content.get("version") == OF_DYNAMICS
+    return content if is_dynamics and {"metrics", "cka"} <= content.keys() else None
 
 
 def predictions_of(place: Path) -> pa.Table | None:

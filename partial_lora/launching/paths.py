@@ -32,9 +32,9 @@ def run_directory(config: Config) -> Path:
     place = parent / f"{config.method.name}-{identifier}" / seed
     if place.is_dir():
         return place
-    alike = list(_alike(config, contents))
-    there = [run for runs in alike for run in runs if run.name == seed]
-    there += [runs[0].with_name(seed) for runs in alike]
+    recorded = list(_alike(config, contents))
+    there = [run for runs in recorded for run in runs if run.name == seed]
+    there += [runs[0].with_name(seed) for runs in recorded]
     return there[0] if there else place
 
 
@@ -43,8 +43,8 @@ _RATE = "trainer.learning_rate"
 
 def at_other_rates(config: Config) -> list[Path]:
     """Return the directories of recorded runs that differ from a config in nothing but their learning rate."""
-    alike = _alike(config, digests(plain(config)), apart=(_RATE, "method.rate_factor", "method.rate_power"))
-    return [run for runs in alike for run in runs if run.name == f"seed{config.seed}"]
+    recorded = _alike(config, digests(plain(config)), apart=(_RATE, "method.rate_factor", "method.rate_power"))
+    return [run for runs in recorded for run in runs if run.name == f"seed{config.seed}"]
 
 
 def _alike(config: Config, contents: Mapping[str, str], apart: Collection[str] = ()) -> Iterator[list[Path]]:
@@ -54,11 +54,11 @@ def _alike(config: Config, contents: Mapping[str, str], apart: Collection[str] =
     """
     results_dir, settings = Path(config.results_dir), plain(config)
     parent = results_dir.joinpath("runs", config.task.name, config.model.name)
-    own = {False: computed(settings, {}), True: computed(settings, contents)}  # by names, and by content
+    chosen = {False: computed(settings, {}), True: computed(settings, contents)}  # by names, and by content
     for runs in _folders(results_dir, parent, config.method.name):
         stored, has_digests = _stored(runs[0], _stamp(runs[0], results_dir)) or ({}, False)
         differing = {
-            key for key in stored.keys() | own[has_digests].keys() if stored.get(key) != own[has_digests].get(key)
+            key for key in stored.keys() | chosen[has_digests].keys() if stored.get(key) != chosen[has_digests].get(key)
         }
         if stored and differing <= {*apart}:
             yield runs
@@ -69,8 +69,8 @@ def _folders(results_dir: Path, parent: Path, method: str) -> list[list[Path]]:
     pack, start = packs.pack_of(results_dir), f"{(parent / method).relative_to(results_dir).as_posix()}-"
     loose = (place for place in sorted(parent.glob(f"{method}-*/seed*")) if place.is_dir())
     packed = (results_dir / path for path in (pack.paths if pack else ()) if path.startswith(start))
-    alike = (place for place in [*loose, *packed] if place.parent.name.rpartition("-")[0] == method)
-    return list(grouped(alike, lambda place: place.parent).values())
+    places = (place for place in [*loose, *packed] if place.parent.name.rpartition("-")[0] == method)
+    return list(grouped(places, lambda place: place.parent).values())
 
 
 def _stamp(place: Path, results_dir: Path) -> int:

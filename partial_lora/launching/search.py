@@ -65,7 +65,8 @@ def full(centre: float, count: int, seeds: int, earlier: Collection[float] = ())
     for seed in range(1, seeds):
         if not rates:
             return None
-        for trial, worth in (yield [Trial(rate, seed) for rate in rates]).items():
+        worths = yield [Trial(rate, seed) for rate in rates]
+        for trial, worth in worths.items():
             tried[trial.rate][seed] = worth
         rates = ranked(tried)[: math.ceil(len(rates) / 2)]
     return rates[0] if rates else None
@@ -82,7 +83,8 @@ def _first_seed(
     rates = sorted(earlier) if len(earlier) >= count else rates
     tried: dict[float, Worth] = {}
     while rates:
-        tried |= {trial.rate: worth for trial, worth in (yield [Trial(rate, 0, until) for rate in rates]).items()}
+        worths = yield [Trial(rate, 0, until) for rate in rates]
+        tried |= {trial.rate: worth for trial, worth in worths.items()}
         by_loss = ranked({rate: {0: worth and worth[::-1]} for rate, worth in tried.items()})[:1]
         by_score = ranked({rate: {0: worth} for rate, worth in tried.items()})[:1] if until == 1 else []
         edges = [best for best in (*by_loss, *by_score) if best in (min(tried), max(tried))]

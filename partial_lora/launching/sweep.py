@@ -121,8 +121,8 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     except PartialLoraError as error:  # out of Hydra
         return str(error)
     except Exception as error:  # out of a plug-in
-        what = one_line(error)
-        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {type(error).__name__}: {what}"
+        reason = one_line(error)
+        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {type(error).__name__}: {reason}"
     return None
 
 
@@ -420,7 +420,7 @@ def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequen
     entries: of the jobs, by their numbers. names: of all runs there should be, by their jobs' numbers. stops: the
     signals that stopped the sweep.
     """
-    found = []
+    table = []
     for number, name in names.items():
         entry = entries.get(number)
         if entry is None:
@@ -432,8 +432,8 @@ def rows(entries: Mapping[int, Mapping], names: Mapping[int, str], stops: Sequen
             end = {"status": "interrupted", "code": 128 + stops[0], "reason": reason}
         else:
             end = {"status": "failed", "code": 1, "reason": "its process was ended before it could say why"}
-        found.append({**end, "name": name or (entry or {}).get("directory", "")})
-    return found
+        table.append({**end, "name": name or (entry or {}).get("directory", "")})
+    return table
 
 
 def table(runs: Sequence[Mapping]) -> Table:

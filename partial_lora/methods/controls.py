@@ -62,7 +62,7 @@ def permuted(sparsity: Sparsity, shapes: Shapes, seed: int) -> dict[str, Mapping
     for shape in dict.fromkeys(shapes[module] for module in sparsity):
         group = [module for module in sparsity if shapes[module] == shape]
         keys = random_keys(len(group), mask_seed=seed, module=f"{shape[0]}x{shape[1]}", axis="modules")
-        dealt |= {module: sparsity[group[other]] for module, other in zip(group, np.argsort(keys), strict=True)}
+        dealt |= {module: sparsity[group[giver]] for module, giver in zip(group, np.argsort(keys), strict=True)}
     return {module: dealt[module] for module in sparsity}
 
 
@@ -118,8 +118,8 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
         counts = sorted({max(0, round(share) + move) for move in _MOVES})
         before, nearest = nearest, {}
         for (spent, (distance, units)), count in product(before.items(), counts):
-            found = round(distance + abs(count - share), 6), (*units, count)
-            nearest[spent + size * count] = min(found, nearest.get(spent + size * count, found))
+            candidate = round(distance + abs(count - share), 6), (*units, count)
+            nearest[spent + size * count] = min(candidate, nearest.get(spent + size * count, candidate))
 
     def missed(spent: int) -> int:
         return abs(budget - spent)
@@ -216,8 +216,8 @@ class PaddedEntries(nn.ParameterDict):
         for name, values in self.items():
             destination[prefix + name] = F.pad(destination[prefix + name], (0, self._length - len(values)))
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
         for name, values in self.items():
             if prefix + name in state_dict:
                 state_dict[prefix + name] = state_dict[prefix + name][: len(values)]
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -79,18 +79,18 @@ def configuration(peft_type: str, options: Mapping, **shared: object) -> PeftCon
 
     shared: arguments that every configuration has.
     """
-    known = weight_tuners()
+    tuners = weight_tuners()
     if peft_type in _REFUSED:
         raise PartialLoraError(f"method.peft_type={peft_type}: expected another tuner: {_REFUSED[peft_type]}")
-    if peft_type not in known:
-        raise PartialLoraError(f"method.peft_type={peft_type}: expected one of {', '.join(sorted(known))}")
+    if peft_type not in tuners:
+        raise PartialLoraError(f"method.peft_type={peft_type}: expected one of {', '.join(sorted(tuners))}")
     if options.get("init_lora_weights") in _PREPARED:
         raise PartialLoraError(
             f"method.peft.init_lora_weights={options['init_lora_weights']}: expected another: this one starts from a "
             "preparation that runs do not make"
         )
     try:
-        return known[peft_type](**{"target_modules": ["all"]} | shared | dict(options))
+        return tuners[peft_type](**{"target_modules": ["all"]} | shared | dict(options))
     except (TypeError, ValueError, AssertionError) as error:
         raise PartialLoraError(f"method.peft: {one_line(error)}") from error
 
@@ -186,9 +186,9 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
         drawn = _drawn(setting, larger[1], smaller[1])
         mixed = smaller[0] | _pattern(setting, key, larger[0][key], drawn)
         chosen = min(chosen, mixed, key=far)  # PEFT does not heed every pattern
-    options, found = smaller if sum(smaller[1].values()) > goal else larger
+    options, sizes = smaller if sum(smaller[1].values()) > goal else larger
     if far(chosen) > TOLERANCE and (options is smaller[0] or far(chosen) > FARTHEST):
-        chosen = min(chosen, options | {"target_modules": _drawn(setting, found)}, key=far)
+        chosen = min(chosen, options | {"target_modules": _drawn(setting, sizes)}, key=far)
     if far(chosen) > FARTHEST:
         raise PartialLoraError(
             f"method.peft_type={kind}: not applicable: expected {goal:,} trainable parameters, the nearest that it can "
@@ -284,11 +284,11 @@ def _pattern_of(key: str | None) -> str:
 
 def _pattern(setting: Setting, key: str, value: int, modules: Sequence[str]) -> dict[str, object]:
     """Return options that give some modules another value."""
-    found: dict[str, object] = {_pattern_of(key): dict.fromkeys(modules, value)}
+    pattern: dict[str, object] = {_pattern_of(key): dict.fromkeys(modules, value)}
     alpha, ratio = _alpha(setting)
     if alpha and "alpha_pattern" in _defaults(setting.kind):
-        found["alpha_pattern"] = dict.fromkeys(modules, ratio * value)
-    return found
+        pattern["alpha_pattern"] = dict.fromkeys(modules, ratio * value)
+    return pattern
 
 
 def _drawn(setting: Setting, larger: Counts, smaller: Counts | None = None) -> list[str]:
@@ -330,19 +330,19 @@ def counts(setting: Setting, options: Mapping, model: nn.Module) -> Counts:
                 "the options of method.peft"
             ) from error
         raise
-    found, seen = {"": 0}, set()
+    trained, seen = {"": 0}, set()
     for name, layer in adapted.base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             frozen = {id(parameter) for parameter in layer.get_base_layer().parameters()}
-            own = {
+            weights = {
                 id(weight): weight for weight in layer.parameters() if weight.requires_grad and id(weight) not in frozen
             }
-            found[name] = sum(weight.numel() for key, weight in own.items() if key not in seen)
-            seen |= own.keys()
-    found[""] = sum(
+            trained[name] = sum(weight.numel() for key, weight in weights.items() if key not in seen)
+            seen |= weights.keys()
+    trained[""] = sum(
         weight.numel() for weight in adapted.parameters() if weight.requires_grad and id(weight) not in seen
     )
-    return found
+    return trained
 
 
 def _stand_in(model: nn.Module, modules: Sequence[str]) -> nn.Module:

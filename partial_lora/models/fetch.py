@@ -91,7 +91,7 @@ def config_folder_of(weights: str, name: str, instead: str) -> Path:
 def _cached() -> str:
     """Return the names of the models in the hub's cache, for a message."""
     try:
-        names = sorted(each.repo_id for each in scan_cache_dir().repos if each.repo_type == "model")
+        names = sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
     except CacheNotFound:
         names = []
     return shortlist(names) if names else "no model"

@@ -57,7 +57,7 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
     bare, head = skeleton_of(model), None if family == "causal" else head_name(model, family)
     if family in _LENGTH:
         positions = getattr(model.config, "max_position_embeddings", None)
-        room = [each for each in (longest_text(model), positions) if isinstance(each, int) and each > 0]
+        room = [length for length in (longest_text(model), positions) if isinstance(length, int) and length > 0]
         settings["max_length"] = min([_LENGTH[family], *room])
     new = _new_modules(model, bare, head, content) if family in ("image", "encoder") else []
     if folder.parent.name == "snapshots":  # of the hub's cache, where a folder is named by its commit
@@ -70,7 +70,7 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
             "target_modules": _targets(weights, settings["architecture"], bare, head, new),
             "head": head,
             "new_modules": new,
-            "blocks": next((each for each in bare.modules if each.endswith(_BLOCKS)), None),
+            "blocks": next((module for module in bare.modules if module.endswith(_BLOCKS)), None),
         }
     )
 
@@ -134,17 +134,17 @@ def _of_transformers(content: Mapping, folder: Path, weights: str, kind: str | N
 def _family(config: PretrainedConfig, weights: str, kind: str | None) -> str:
     """Return the family of a model: by the task's kind, else by the head that it was saved with."""
     of_family = {family: classes_of(family, config) for family in AUTO}
-    classes = {family: [one.__name__ for one in known] for family, known in of_family.items() if known}
+    classes = {family: [cls.__name__ for cls in types] for family, types in of_family.items() if types}
     saved = {*(config.architectures or ())}
-    wanted = [family for family in classes if saved & {*classes[family]}]
+    saved_as = [family for family in classes if saved & {*classes[family]}]
     has_head = kind is None or KINDS["text", kind].has_head
     if kind and has_head and "encoder" in classes:
         return "encoder"
-    if wanted and (has_head or wanted != ["encoder"]):
-        return wanted[0]
-    others = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
-    if others and has_head:
-        return others[0]
+    if saved_as and (has_head or saved_as != ["encoder"]):
+        return saved_as[0]
+    usable = [family for family in ("image", "encoder") if family in classes]  # saved as a bare or a masked model
+    if usable and has_head:
+        return usable[0]
     instead = "take task=text_generation" if has_head and "causal" in classes else "take another model"
     raise PartialLoraError(
         f"model={weights}: {config.model_type}, saved as {', '.join(saved) or 'no class'}, has no head for "

@@ -39,7 +39,7 @@ def differentiable(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterat
                 module.weight.requires_grad_(True)
             yield
         finally:
-            for parameter, own in required:
-                parameter.requires_grad_(own)
+            for parameter, trains in required:
+                parameter.requires_grad_(trains)
             if getattr(config, "problem_type", None) != problem:
                 config.problem_type = problem

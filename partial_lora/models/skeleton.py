@@ -93,14 +93,14 @@ class Skeleton:
             raise PartialLoraError(
                 f"target_modules={target_modules}: no module of {self.kind} matches; there are {self._called}"
             )
-        if other := [name for name in matched if name not in self.linears]:
-            kind, advice = self.modules[other[0]], "use longer names to leave it out"
+        if unfit := [name for name in matched if name not in self.linears]:
+            kind, advice = self.modules[unfit[0]], "use longer names to leave it out"
             if "4bit" in kind or "8bit" in kind:
                 advice = "calibrate inside `partial_lora.models.dequantised(model)`"
-            elif any(name.startswith(f"{other[0]}.lora_") for name in self.modules):
+            elif any(name.startswith(f"{unfit[0]}.lora_") for name in self.modules):
                 advice = "calibrate before the model gets an adapter"
             raise PartialLoraError(
-                f"target_modules={target_modules}: {other[0]} is a {kind}, expected nn.Linear with plain weights; "
+                f"target_modules={target_modules}: {unfit[0]} is a {kind}, expected nn.Linear with plain weights; "
                 f"{advice}"
             )
         return {name: self.linears[name] for name in matched}
@@ -115,7 +115,7 @@ def skeleton_of(model: nn.Module) -> Skeleton:
     from torch import nn
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    plain = {name: each.weight for name, each in linears.items() if each.weight.is_floating_point()}
+    plain = {name: module.weight for name, module in linears.items() if module.weight.is_floating_point()}
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model that reads images, too
         config = config.get_text_config()
@@ -171,12 +171,12 @@ def _read(stored: Mapping, outputs: int) -> Skeleton:
     modules, parameters, linears = {}, {}, {}
     for name, node in _walk(stored["tree"]):
         modules[name] = node["class"]
-        own = {key: tuple(shape) for key, shape in node.get("parameters", {}).items()}
+        shapes = {key: tuple(shape) for key, shape in node.get("parameters", {}).items()}
         if name == stored["head"]:
-            own = {key: (outputs, *shape[1:]) for key, shape in own.items()}
-        parameters |= {f"{name}.{key}" if name else key: shape for key, shape in own.items()}
+            shapes = {key: (outputs, *shape[1:]) for key, shape in shapes.items()}
+        parameters |= {f"{name}.{key}" if name else key: shape for key, shape in shapes.items()}
         if node["class"] == "Linear":
-            linears[name] = own["weight"]
+            linears[name] = shapes["weight"]
     for name in stored["shared"]:
         del parameters[name]
     return Skeleton(modules, parameters, linears, output=stored["output"], config=stored["config"])
@@ -186,5 +186,5 @@ def _walk(node: Mapping, name: str = "") -> Iterator[tuple[str, Mapping]]:
     yield name, node
     for key, child in node.get("modules", {}).items():
         first, _, last = key.partition("-")
-        for each in range(int(first), int(last) + 1) if last else [key]:
-            yield from _walk(child, f"{name}.{each}" if name else str(each))
+        for part in range(int(first), int(last) + 1) if last else [key]:
+            yield from _walk(child, f"{name}.{part}" if name else str(part))

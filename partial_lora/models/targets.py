@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,13 +54,18 @@ def chains(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> list[Chai
     """
     head_width, pairs = _head_width(model), []
     for second, (_, inputs) in shapes.items():
-        for feeding, end in _CHAINS:
-            if second == end or second.endswith(f".{end}"):
-                for first in (second.removesuffix(end) + name for name in feeding):
-                    rows = _rows(shapes[first][0], inputs, head_width) if first in shapes else None
-                    if rows is not None:
-                        pairs.append(Chain(first, second, rows))
+        for first in _feeding(second):
+            rows = _rows(shapes[first][0], inputs, head_width) if first in shapes else None
+            if rows is not None:
+                pairs.append(Chain(first, second, rows))
     return pairs
+
+
+def _feeding(second: str) -> Iterator[str]:
+    """Yield the names of the modules that can feed a module, by its own name."""
+    for names, end in _CHAINS:
+        if second == end or second.endswith(f".{end}"):
+            yield from (second.removesuffix(end) + name for name in names)
 
 
 def _rows(outputs: int, inputs: int, head: int | None) -> np.ndarray | None:

@@ -113,8 +113,8 @@ def auto_of(family: str) -> type:
 
 def classes_of(family: str, config: PretrainedConfig) -> tuple[type, ...]:
     """Return the classes of transformers for models of a family with a config; none where it does not know any."""
-    known = auto_of(family)._model_mapping.get(type(config), ())
-    return known if isinstance(known, tuple) else (known,)
+    classes = auto_of(family)._model_mapping.get(type(config), ())
+    return classes if isinstance(classes, tuple) else (classes,)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,8 @@ class TaskConfig:
         is_mixture = self.path == "members"
         expected = "names of tasks, such as [sst2,mrpc], for task=mixture, else null"
         require(is_mixture == bool(self.members), "task.members", self.members, expected)
-        known = [metric for labels in kind.labelled_by for metric in FITTING[labels]]
-        require(set(self.metrics) <= set(known), "task.metrics", self.metrics, f"some of {', '.join(known)}")
+        metrics = [metric for labels in kind.labelled_by for metric in FITTING[labels]]
+        require(set(self.metrics) <= set(metrics), "task.metrics", self.metrics, f"some of {', '.join(metrics)}")
         one_of("task.answer", self.answer, None, "number")
         alone = not (self.messages_column and (self.prompt_columns or self.response_column))
         expected = "null, if task.prompt_columns or task.response_column is set"

@@ -109,9 +109,9 @@ def rouge_l(texts: Sequence[str], references: Sequence[str], answer: str | None 
     """Return the F-measure of ROUGE-L of each text against its reference (N,): words in the same order (Lin 2004)."""
     scores = []
     for text, reference in zip(texts, references, strict=True):
-        words, expected = (re.findall(_WORD, each.lower()) for each in (text, reference))
+        words, expected = (re.findall(_WORD, line.lower()) for line in (text, reference))
         common = _longest_common(words, expected)
-        precision, recall = (common / max(len(each), 1) for each in (words, expected))
+        precision, recall = (common / max(len(sequence), 1) for sequence in (words, expected))
         scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
     return np.array(scores)
 
@@ -121,8 +121,8 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
     longest = [0] * (len(second) + 1)  # of the words of `first` so far and the first few of `second`
     for word in first:
         before, longest = longest, [0]
-        for place, other in enumerate(second):
-            longest.append(before[place] + 1 if word == other else max(before[place + 1], longest[-1]))
+        for place, second_word in enumerate(second):
+            longest.append(before[place] + 1 if word == second_word else max(before[place + 1], longest[-1]))
     return longest[-1]
 
 

@@ -98,14 +98,15 @@ def member_draws(rows: Dataset, names: Sequence[str], **settings: object) -> Dra
     for number, name in enumerate(names):
         places = np.flatnonzero(member == number)
         try:
-            own = few_shot_draws(labels[places], **settings)
+            drawn = few_shot_draws(labels[places], **settings)
         except PartialLoraError as error:
             raise PartialLoraError(f"{error} (task.members: {name})") from error
-        draws.append(Draws(places[own.fit], places[own.scored], tuple(f"{name}: {each}" for each in own.warnings)))
+        warnings = tuple(f"{name}: {warning}" for warning in drawn.warnings)
+        draws.append(Draws(places[drawn.fit], places[drawn.scored], warnings))
     return Draws(
-        np.concatenate([own.fit for own in draws]),
-        np.concatenate([own.scored for own in draws]),
-        tuple(warning for own in draws for warning in own.warnings),
+        np.concatenate([drawn.fit for drawn in draws]),
+        np.concatenate([drawn.scored for drawn in draws]),
+        tuple(warning for drawn in draws for warning in drawn.warnings),
     )
 
 
@@ -158,30 +159,30 @@ class MixtureTransform:
     def prepare(self, rows: Dataset, *, cache_bytes: int) -> Joined:
         """Return rows for `collate`, as the members' own transforms prepare them."""
         parts = self._parts_of(rows)
-        prepared = [transform.prepare(own, cache_bytes=cache_bytes) for own, transform, _ in parts]
+        prepared = [transform.prepare(member_rows, cache_bytes=cache_bytes) for member_rows, transform, _ in parts]
         return Joined(prepared, [start for *_, start in parts])
 
     def batches(self, rows: Dataset, size: int) -> Batches:
         """Return all rows in order, at most `size` a batch."""
-        return self._by_member(rows, lambda own, transform: transform.batches(own, size))
+        return self._by_member(rows, lambda member_rows, transform: transform.batches(member_rows, size))
 
     def training_batches(self, rows: Dataset, size: int) -> Batches:
         """Return all rows in order as in training."""
-        return self._by_member(rows, lambda own, transform: transform.training_batches(own, size))
+        return self._by_member(rows, lambda member_rows, transform: transform.training_batches(member_rows, size))
 
     def _by_member(self, rows: Dataset, batches: Callable[[Dataset, Transform], Batches]) -> Batches:
         """Return the batches of each member's rows and transform; labels are numbered across all members."""
         return [
             batch | {"labels": batch["labels"] + start} if start else batch
-            for own, transform, start in self._parts_of(rows)
-            for batch in batches(own, transform)
+            for member_rows, transform, start in self._parts_of(rows)
+            for batch in batches(member_rows, transform)
         ]
 
     def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, Transform, int]]:
         """Return, for each member with any of the rows: its rows, its transform, and its first label's number."""
         sizes = self._mixture.sizes
-        each = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
-        return [(own, self.transforms[number], sum(sizes[:number])) for own, number in each if len(own)]
+        by_member = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
+        return [(part, self.transforms[number], sum(sizes[:number])) for part, number in by_member if len(part)]
 
 
 # --- Heads of several tasks side by side in one linear layer: an example has only the outputs of its own task

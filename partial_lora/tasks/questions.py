@@ -61,7 +61,7 @@ def _choices_of_format(splits: Mapping[str, Dataset], config: TaskConfig) -> dic
         labelled[split] = []
         for row, choice in _formatted(rows, name, split, CHOICES[format], f"task.format={format}"):
             _check_options(choice.options, name, split, row)
-            names, answer = [str(each).strip() for each in choice.names], str(choice.answer).strip()
+            names, answer = [str(option).strip() for option in choice.names], str(choice.answer).strip()
             if answer not in names:
                 raise _no_option(name, split, row, answer, f"they are called {', '.join(names)}")
             labelled[split].append((choice.prompts, choice.options, names.index(answer)))
@@ -85,8 +85,8 @@ def _choices_of_columns(splits: Mapping[str, Dataset], config: TaskConfig) -> di
         for row, choice in _formatted(read, name, split, choice_of, "task.answer_column"):
             _check_options(choice.options, name, split, row)
             if not choice.prompts[0].strip():
-                asked = ", ".join(config.prompt_columns)
-                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={asked})")
+                listed = ", ".join(config.prompt_columns)
+                raise PartialLoraError(f"{row_name(name, split, row)} has no prompt (task.prompt_columns={listed})")
             choices.append((split, row, choice))
 
     # Answers are texts, letters or places, in all rows alike: take what fits most rows, the first among equals.
@@ -176,13 +176,7 @@ def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dic
         format_row = completion_of if format is None else COMPLETIONS[format]
         completions = []
         for row, completion in _formatted(rows, name, split, format_row, f"task.format={format}"):
-            if isinstance(completion, str):
-                raise PartialLoraError(f"{row_name(name, split, row)}: {completion} (task.messages_column)")
-            for part, text in completion._asdict().items():
-                if not text.strip():
-                    raise PartialLoraError(f"{row_name(name, split, row)} has no {part}, its text is empty")
-            if config.answer == "number" and final_number(completion.response) is None:
-                raise PartialLoraError(f"{row_name(name, split, row)}: its response has no number (task.answer=number)")
+            _check_completion(completion, config, split, row)
             chat = {"messages": _conversation(_messages(rows[row - 1][messages_column]))} if messages_column else {}
             completions.append(completion._asdict() | chat)
         features = Features(COMPLETION_FEATURES | (_MESSAGES if messages_column else {}))
@@ -190,15 +184,26 @@ def format_completions(splits: Mapping[str, Dataset], config: TaskConfig) -> dic
     return formatted
 
 
+def _check_completion(completion: Completion | str, config: TaskConfig, split: str, row: int) -> None:
+    """Raise PartialLoraError for a conversation's fault, an empty text, or a response without the number it needs."""
+    if isinstance(completion, str):
+        raise PartialLoraError(f"{row_name(config.name, split, row)}: {completion} (task.messages_column)")
+    for part, text in completion._asdict().items():
+        if not text.strip():
+            raise PartialLoraError(f"{row_name(config.name, split, row)} has no {part}, its text is empty")
+    if config.answer == "number" and final_number(completion.response) is None:
+        raise PartialLoraError(f"{row_name(config.name, split, row)}: its response has no number (task.answer=number)")
+
+
 def _with_layout(splits: Mapping[str, Dataset], name: str) -> tuple[Mapping[str, Dataset], Layout]:
     """Return the rows and the layout of their columns; a prompt and a response that are messages become one column."""
     features = splits["train"].features
-    layout = next((each for each in LAYOUTS if each.is_of(features)), None)
+    layout = next((layout for layout in LAYOUTS if layout.is_of(features)), None)
     if layout is None:
-        known = "; ".join(" and ".join([*each.prompt[:1], each.response]) for each in LAYOUTS)
+        layouts = "; ".join(" and ".join([*layout.prompt[:1], layout.response]) for layout in LAYOUTS)
         raise PartialLoraError(
             f"task.prompt_columns: {name} needs it, with task.response_column: set them to some of the columns "
-            f"{', '.join(features)}, since there is none of the layouts {known}"
+            f"{', '.join(features)}, since there is none of the layouts {layouts}"
         )
     read = [column for column in (*layout.prompt, layout.response) if column in features]
     line = f"task={name}: read as {layout.name}, columns {', '.join(read)}"
@@ -220,17 +225,17 @@ def _messages(conversation: object) -> object:
     if not isinstance(conversation, list):
         return conversation
     return [
-        {"role": _SHAREGPT.get(each["from"], each["from"]), "content": each.get("value")}
-        if isinstance(each, dict) and each.get("from") is not None
-        else each
-        for each in conversation
+        {"role": _SHAREGPT.get(message["from"], message["from"]), "content": message.get("value")}
+        if isinstance(message, dict) and message.get("from") is not None
+        else message
+        for message in conversation
     ]
 
 
 def _last_answer(messages: object) -> Completion | str:
     """Return an assistant's last message in a conversation, with all before it as the prompt; or what is wrong."""
     messages = _messages(messages)
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return "expected a list of messages, each with a role and a content"
     for number, message in enumerate(messages, 1):
         if not all(isinstance(message.get(part), str) for part in ("role", "content")):
@@ -241,15 +246,15 @@ def _last_answer(messages: object) -> Completion | str:
     if last is None:
         return f"none of its messages has the role {ASSISTANT}, whose answers are trained"
     several = len(before) > 1
-    prompt = [f"{each['role']}: {each['content']}" if several else each["content"] for each in before]
+    prompt = [f"{message['role']}: {message['content']}" if several else message["content"] for message in before]
     return Completion("\n".join(prompt), last["content"])
 
 
 def _conversation(messages: Sequence[Row]) -> list[dict[str, str]]:
     """Return the messages up to the last answer."""
-    roles = [each["role"] for each in messages]
+    roles = [message["role"] for message in messages]
     count = len(roles) - roles[::-1].index(ASSISTANT) if ASSISTANT in roles else 0
-    return [{"role": each["role"], "content": each["content"]} for each in messages[:count]]
+    return [{"role": message["role"], "content": message["content"]} for message in messages[:count]]
 
 
 def _formatted(

@@ -69,8 +69,8 @@ LAYOUTS = (  # the first that fits is read
 def read(config: TaskConfig) -> Mapping[str, Dataset]:
     """Read the rows of a task by split, as the source has them; files replace any other source."""
     if config.data_files:
-        written = filter(None, (config.answer_column, config.response_column))
-        texts = [*config.text_columns, *config.prompt_columns, *config.option_columns, *written]
+        answer_columns = filter(None, (config.answer_column, config.response_column))
+        texts = [*config.text_columns, *config.prompt_columns, *config.option_columns, *answer_columns]
         if "texts" in kind_of(config).labelled_by:
             texts += [column for layout in LAYOUTS for column in (*layout.prompt, layout.response)]
         return read_files(config.data_files, texts, config.label_column, config.regression)
@@ -381,15 +381,15 @@ def parse_labels(cells: Sequence[str | None], regression: bool | None, *, words:
     texts = {text for text in stripped if text is not None}
     if not words and texts and texts <= _TRUTHS.keys():
         return [_TRUTHS.get(text) for text in stripped]
-    known = {text for text in texts if not _UNKNOWN.fullmatch(text)}
-    if words or not known or not all(map(_NUMBER.fullmatch, known)):
+    labels = {text for text in texts if not _UNKNOWN.fullmatch(text)}
+    if words or not labels or not all(map(_NUMBER.fullmatch, labels)):
         return stripped
     try:
         whole = all(abs(int(text)) < _WHOLE for text in texts)
     except ValueError:  # a fraction, or an unknown one
         whole = False
     number = int if whole else float
-    if not regression and not _lossless({text: number(text) for text in known}, regression):
+    if not regression and not _lossless({text: number(text) for text in labels}, regression):
         return stripped
     return [None if text is None else number(text) for text in stripped]
 
@@ -482,10 +482,10 @@ def _label_column(rows: Dataset, place: str, named: str | None) -> str:
 
 
 def _image_column(rows: Dataset, place: str, named: str | None, label: str) -> str:
-    others = {column: feature for column, feature in rows.features.items() if column != label}
-    images = [column for column, feature in others.items() if isinstance(feature, Image)]
-    stored = [column for column, feature in others.items() if _is_stored_image(feature)]
-    paths = [column for column, feature in others.items() if _is_text(feature)]
+    inputs = {column: feature for column, feature in rows.features.items() if column != label}
+    images = [column for column, feature in inputs.items() if isinstance(feature, Image)]
+    stored = [column for column, feature in inputs.items() if _is_stored_image(feature)]
+    paths = [column for column, feature in inputs.items() if _is_text(feature)]
     return _column(rows, place, "image_column", named, _may_be_image, images or stored or paths, "images", label)
 
 
@@ -493,7 +493,7 @@ def _text_columns(rows: Dataset, place: str, named: Sequence[str], label: str) -
     if len(set(named)) < len(named):
         raise PartialLoraError(f"task.text_columns={list(named)}: expected different columns, or one alone")
     texts = [column for column, feature in rows.features.items() if _is_text(feature) and column != label]
-    return [_column(rows, place, "text_columns", each, _is_text, texts, "texts", label) for each in named or [None]]
+    return [_column(rows, place, "text_columns", column, _is_text, texts, "texts", label) for column in named or [None]]
 
 
 def _column(
@@ -502,11 +502,11 @@ def _column(
     key: str,
     named: str | None,
     fits: Callable[[object], bool],
-    found: Sequence[str],
+    candidates: Sequence[str],
     kind: str,
     label: str | None = None,
 ) -> str:
-    """Return the column that the user named, which has to be of its kind and not the labels' one, or the one found."""
+    """Return the column that the user named, which has to be of its kind and not the labels', or the only candidate."""
     types = {
         column: feature.dtype.removeprefix("large_") if isinstance(feature, Value) else type(feature).__name__
         for column, feature in rows.features.items()
@@ -516,11 +516,11 @@ def _column(
             return named
         fault = "has its labels there, expected a" if named == label else "has no such"
         raise PartialLoraError(f"task.{key}={named}: {place} {fault} column of {kind}; its columns are {types}")
-    if len(found) != 1:
+    if len(candidates) != 1:
         unnamed = ", none called label" if kind == "labels" and "label" not in types else ""
-        count = f"{len(found)} columns of {kind}" if found else f"no column of {kind}{unnamed}"
+        count = f"{len(candidates)} columns of {kind}" if candidates else f"no column of {kind}{unnamed}"
         raise PartialLoraError(f"task.{key}: {place} has {count}; name one of its columns, {types}")
-    return found[0]
+    return candidates[0]
 
 
 def _is(feature: object, *types: Callable[[pa.DataType], bool]) -> bool:

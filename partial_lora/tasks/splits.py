@@ -245,14 +245,14 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     if len(rows) + len(others) > _MANY:
         return 0
     if "image" in rows.column_names:
-        images, known = _stored(rows), _stored(others)
-        sizes = {size for size, _ in images} & {size for size, _ in known}  # other sizes need not be read
-        known = {_digest(image) for size, image in known if size in sizes}
-        return sum(size in sizes and _digest(image) in known for size, image in images)
+        images, other_images = _stored(rows), _stored(others)
+        sizes = {size for size, _ in images} & {size for size, _ in other_images}  # other sizes need not be read
+        digests = {_digest(image) for size, image in other_images if size in sizes}
+        return sum(size in sizes and _digest(image) in digests for size, image in images)
     names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
-    inputs, known = (map(str, each.select_columns(names)) for each in (rows, others))
-    known = set(known)
-    return sum(each in known for each in inputs)
+    inputs, other_inputs = (map(str, table.select_columns(names)) for table in (rows, others))
+    other_inputs = set(other_inputs)
+    return sum(text in other_inputs for text in inputs)
 
 
 def _stored(rows: Dataset) -> list[tuple[int, bytes | Path]]:

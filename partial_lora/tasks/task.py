@@ -119,8 +119,8 @@ def places(
             f"task.train_split={train_split}: expected one of {', '.join(sorted(source))}, the splits of {name}"
         )
     if not own_files and len(source) > 1 and (test_split not in source or test_split == train_split):
-        others = ", ".join(sorted(set(source) - {train_split}))
-        raise PartialLoraError(f"task.test_split={test_split}: expected one of {others}, the other splits of {name}")
+        splits = ", ".join(sorted(set(source) - {train_split}))
+        raise PartialLoraError(f"task.test_split={test_split}: expected one of {splits}, the other splits of {name}")
     wanted = {"train": train_split, "test": test_split}
     if "validation" not in wanted.values():  # unless it is the test split, which must not select
         wanted["validation"] = "validation"

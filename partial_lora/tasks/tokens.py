@@ -64,7 +64,7 @@ class Continuations:
         """
         texts = [self._context(prompt) for prompt in prompts]
         triples = zip(prompts, texts, continuations, strict=True)
-        continuations = [self._continuation(*each, ends) for each in triples]
+        continuations = [self._continuation(*triple, ends) for triple in triples]
         together = self._encoded([text + after for text, after in zip(texts, continuations, strict=True)])
         alone = self._encoded(texts)
         answers = [
@@ -93,10 +93,10 @@ class Continuations:
             raise ValueError(f"the model's chat template refuses it ({error})") from error
 
     def _marked(self, messages: Sequence[Message]) -> tuple[Tokens, list[bool], Tokens]:
-        written = self.tokenizer.apply_chat_template(
+        encoded = self.tokenizer.apply_chat_template(
             list(messages), return_dict=True, return_assistant_tokens_mask=True
         )
-        tokens, marks = written["input_ids"], [bool(mark) for mark in written["assistant_masks"]]
+        tokens, marks = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
         if not any(marks):
             raise ValueError("the model's chat template marks no token of its answers")
         end = len(marks) - marks[::-1].index(True)
@@ -154,8 +154,8 @@ class Continuations:
         chat = self.tokenizer.apply_chat_template(messages, tokenize=False)
         if not chat.startswith(context):  # the template may put thoughts before a reply
             return reply
-        written, end = chat[len(context) :], self.tokenizer.eos_token
-        return written[: written.rindex(end) + len(end)] if end and end in written else written
+        tail, end = chat[len(context) :], self.tokenizer.eos_token
+        return tail[: tail.rindex(end) + len(end)] if end and end in tail else tail
 
     def _with_start(self, texts: Sequence[str], encoded: Sequence[Tokens]) -> list[Tokens]:
         """Return contexts with the tokens that start any text before them; an empty one gets at least one token.
@@ -249,7 +249,7 @@ class CausalTransform:
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows, padded on the right to the longest of them."""
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
-        labels = [each.clone() for each in tokens]
+        labels = [ids.clone() for ids in tokens]
         for label, row in zip(labels, rows, strict=True):
             if "trained" in row:
                 label[~torch.tensor(row["trained"])] = IGNORED
@@ -269,7 +269,7 @@ class CausalTransform:
         """Make one batch of prompts to be continued, padded on the left."""
         start = self._tokens.start
         contexts = [torch.tensor(context) for context in self._tokens.contexts(prompts)]
-        return self._padded([each[_kept(each.tolist(), self._max_length, start)] for each in contexts], "left")
+        return self._padded([context[_kept(context.tolist(), self._max_length, start)] for context in contexts], "left")
 
     def _features(self, rows: Dataset) -> Features:
         """Return the columns of prepared rows to train on."""
@@ -352,8 +352,8 @@ class CausalTransform:
                     f"has {len(answer)} tokens, expected at most {self._max_length - 1}; raise it or leave the row out"
                 )
             kept = _kept(context, room, start)
-            columns["input_ids"].append([*(context[each] for each in kept), *answer])
-            columns["trained"].append([*(trained[each] for each in kept), *[True] * len(answer)])
+            columns["input_ids"].append([*(context[index] for index in kept), *answer])
+            columns["trained"].append([*(trained[index] for index in kept), *[True] * len(answer)])
             columns["answer_start"].append(len(kept))
             columns["length"].append(len(kept) + len(answer))
             if "cut" in columns:
@@ -362,7 +362,7 @@ class CausalTransform:
 
     def _padded(self, tokens: Sequence[Tensor], side: str) -> dict[str, Tensor]:
         pad = self.tokenizer.pad_token_id
-        mask = [torch.ones_like(each) for each in tokens]
+        mask = [torch.ones_like(ids) for ids in tokens]
         return {
             "input_ids": pad_sequence(tokens, True, 0 if pad is None else pad, padding_side=side),
             "attention_mask": pad_sequence(mask, True, 0, padding_side=side),
@@ -407,8 +407,8 @@ class ChoiceTransform(CausalTransform):
 
     def option_columns(self, batch: Mapping[str, list], places: Sequence[int], split: object = None) -> dict[str, list]:
         """Return the columns of `options` for a batch of rows, and their places in the split."""
-        prompts = [prompt for each in batch["prompts"] for prompt in each]
-        options = [option for each in batch["options"] for option in each]
+        prompts = [prompt for row in batch["prompts"] for prompt in row]
+        options = [option for row in batch["options"] for option in row]
         counts = list(map(len, batch["options"]))
         items = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
         return self._sequences(prompts, options, items, split) | {

@@ -81,8 +81,8 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     saved = load_file(checkpoint / TRAINABLE)
     if saved.keys() != parameters.keys():
-        other = min(saved.keys() ^ parameters.keys())
-        raise ValueError(f"{checkpoint}: holds other parameters than those that train here, such as {other}")
+        differing = min(saved.keys() ^ parameters.keys())
+        raise ValueError(f"{checkpoint}: holds other parameters than those that train here, such as {differing}")
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(sharded_like(value, saved[name].to(value.device, value.dtype)))

@@ -191,8 +191,8 @@ class TrainerConfig:
         shared = f"a multiple of {parts}: trainer.num_processes={processes}"
         shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
-        known = set(self.report_to) <= set(TRACKERS)
-        require(known, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
+        valid = set(self.report_to) <= set(TRACKERS)
+        require(valid, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
 
@@ -201,16 +201,16 @@ class TrainerConfig:
         from transformers import SchedulerType, TrainingArguments
         from transformers.training_args import OptimizerNames
 
-        one_of("trainer.schedule", self.schedule, *(each.value for each in SchedulerType))
-        one_of("trainer.optimizer", self.optimizer, None, *(each.value for each in OptimizerNames))
+        one_of("trainer.schedule", self.schedule, *(schedule.value for schedule in SchedulerType))
+        one_of("trainer.optimizer", self.optimizer, None, *(optimizer.value for optimizer in OptimizerNames))
         args = {} if self.args is None else self.args
         require(isinstance(args, Mapping), "trainer.args", args, "{field: value}")
-        known = {each.name for each in fields(TrainingArguments) if each.init}
+        arguments = {argument.name for argument in fields(TrainingArguments) if argument.init}
         for name in args:
-            require(name in known, f"trainer.args.{name}", args[name], "a field of transformers' TrainingArguments")
-            own = name in OWN_ARGUMENTS or name.startswith(_OWN_PREFIXES)
+            require(name in arguments, f"trainer.args.{name}", args[name], "a field of transformers' TrainingArguments")
+            reserved = name in OWN_ARGUMENTS or name.startswith(_OWN_PREFIXES)
             instead = f"another key of trainer ({_INSTEAD[name]})" if name in _INSTEAD else "none of that name"
-            require(not own, f"trainer.args.{name}", args[name], f"{instead}: a run sets it itself")
+            require(not reserved, f"trainer.args.{name}", args[name], f"{instead}: a run sets it itself")
             of_type(f"trainer.args.{name}", args[name], get_type_hints(TrainingArguments)[name])
 
     def _check_machines(self) -> None:

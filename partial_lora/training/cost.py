@@ -112,7 +112,7 @@ def _adapter_parts(layers: Sequence[BaseTunerLayer]) -> dict[int, nn.Parameter]:
 def _copies(model: nn.Module) -> dict[int, nn.Parameter]:
     """Return the parameters, by id, of PEFT's copies of whole modules."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return {id(weight): weight for each in wrappers for weight in each.modules_to_save.parameters()}
+    return {id(weight): weight for wrapper in wrappers for weight in wrapper.modules_to_save.parameters()}
 
 
 # Memory that a forward pass keeps for its backward pass: every storage once and whole.
@@ -161,7 +161,7 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
 def alive(kind: str = "cpu") -> Storages:
     """Return the storages of all tensors that Python can see on devices of the kind."""
     gc.collect()
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))  # isinstance wakes lazy objects
+    tensors = (value for value in gc.get_objects() if issubclass(type(value), Tensor))  # isinstance wakes lazy objects
     return storages(tensor for tensor in tensors if tensor.device.type == kind)
 
 
@@ -239,15 +239,17 @@ class Unreached(TrainerCallback):
 
     def __init__(self, model: nn.Module) -> None:
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-        trained = {name: [each for each in layer.parameters() if each.requires_grad] for name, layer in layers.items()}
-        self._waiting = {base_name(name): own for name, own in trained.items() if own}
-        self._trained, self._sees = [each for each in model.parameters() if each.requires_grad], False
+        trained = {
+            name: [weight for weight in layer.parameters() if weight.requires_grad] for name, layer in layers.items()
+        }
+        self._waiting = {base_name(name): weights for name, weights in trained.items() if weights}
+        self._trained, self._sees = [weight for weight in model.parameters() if weight.requires_grad], False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._waiting:
-            self._sees |= any(each.grad is not None for each in self._trained)  # DeepSpeed keeps gradients elsewhere
+            self._sees |= any(value.grad is not None for value in self._trained)  # DeepSpeed keeps gradients elsewhere
             waiting = self._waiting.items()
-            self._waiting = {name: own for name, own in waiting if all(each.grad is None for each in own)}
+            self._waiting = {name: weights for name, weights in waiting if all(value.grad is None for value in weights)}
 
     @property
     def names(self) -> list[str]:

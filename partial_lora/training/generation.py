@@ -17,9 +17,9 @@ def generation_config(
     model: nn.Module, transform: CausalTransform, max_new_tokens: int, stop: Sequence[str], temperature: float = 0.0
 ) -> GenerationConfig:
     """Return how texts are generated: at temperature 0 the most likely token, else one drawn at that temperature."""
-    tokenizer, own = transform.tokenizer, model.generation_config.eos_token_id
+    tokenizer, eos = transform.tokenizer, model.generation_config.eos_token_id
     # The tokens that end a text: the tokenizer's, which the model was trained on here, and the model's own.
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -74,9 +74,9 @@ def generate(
                     synced_gpus=together,
                 )
             for place, tokens in zip(places, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                written = itertools.takewhile(lambda token: token not in ends, tokens)
-                text = tokenizer.decode(list(written), skip_special_tokens=True)
-                stops = [text.find(each) for each in stop if each in text]
+                text_tokens = itertools.takewhile(lambda token: token not in ends, tokens)
+                text = tokenizer.decode(list(text_tokens), skip_special_tokens=True)
+                stops = [text.find(string) for string in stop if string in text]
                 texts[place] = text[: min(stops, default=len(text))].strip()
             if progress is not None:
                 progress(start + len(places), len(prompts))

@@ -225,16 +225,16 @@ class ByTexts(_TaskJudge):
             return Judged({"primary": self.selects, **values}, pandas.DataFrame())
         rows = getattr(self.task, split)
         total, tokens = likelihoods.T
-        references, told = list(rows["response"]), {"loss": -total / tokens, "tokens": tokens}
+        references, columns = list(rows["response"]), {"loss": -total / tokens, "tokens": tokens}
         if OF_TEXTS.keys() & set(self.task.metrics):
             prompts = list(rows["prompt"])
             if "messages" in rows.column_names:
                 prompts = [messages[:-1] for messages in rows["messages"]]
             texts = self._generate(model, prompts)
             scores = {name: score(texts, references, self.config.answer) for name, score in OF_TEXTS.items()}
-            told = {"prediction": texts, **scores}
-        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **told})
-        means = {name: float(told[name].mean()) for name in self.task.metrics if name in told}
+            columns = {"prediction": texts, **scores}
+        frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **columns})
+        means = {name: float(columns[name].mean()) for name in self.task.metrics if name in columns}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)
 
     def _generate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[str]:
@@ -243,13 +243,13 @@ class ByTexts(_TaskJudge):
         Processes with a sharded model must each generate the same number of texts: a surplus one is dropped.
         """
         together = is_sharded_model(model)
-        own = list(prompts[self.peers.rank :: self.peers.size])
-        if together and len(own) < -(-len(prompts) // self.peers.size):
-            own.append(prompts[0])
+        assigned = list(prompts[self.peers.rank :: self.peers.size])
+        if together and len(assigned) < -(-len(prompts) // self.peers.size):
+            assigned.append(prompts[0])
         texts = generate(
             model,
             self.transform,
-            own,
+            assigned,
             progress=lambda done, total: worker_events.emit("generate", done, total),
             together=together,
             stop=self.config.stop,
@@ -293,12 +293,12 @@ class ByMembers:
     number of classes of each member; empty where members have no outputs of their own.
     """
 
-    def __init__(self, names: Sequence[str], each: Sequence[Judge], sizes: Sequence[int]) -> None:
-        self._names, self._judges, self._sizes = list(names), list(each), sizes
-        self._starts = starts(sizes) if sizes else [0] * len(each)
-        self.selects = _average_name([judge.selects for judge in each])
-        self.loss: Callable[..., Tensor] = partial(loss_of_batch, sizes=sizes) if sizes else each[0].loss
-        self.reduce = each[0].reduce
+    def __init__(self, names: Sequence[str], judges: Sequence[Judge], sizes: Sequence[int]) -> None:
+        self._names, self._judges, self._sizes = list(names), list(judges), sizes
+        self._starts = starts(sizes) if sizes else [0] * len(judges)
+        self.selects = _average_name([judge.selects for judge in judges])
+        self.loss: Callable[..., Tensor] = partial(loss_of_batch, sizes=sizes) if sizes else judges[0].loss
+        self.reduce = judges[0].reduce
 
     def train(self) -> Joined:
         return Joined([judge.train() for judge in self._judges], self._starts)
@@ -316,7 +316,7 @@ class ByMembers:
             labels = np.asarray(outputs.label_ids)[rows] - self._starts[number]
             values.append(judge.measure(EvalPrediction(self._own_outputs(number, outputs.predictions[rows]), labels)))
             start += count
-        main = [each[judge.selects] for each, judge in zip(values, self._judges, strict=True)]
+        main = [metrics[judge.selects] for metrics, judge in zip(values, self._judges, strict=True)]
         return self._by_name(values) | {self.selects: float(np.mean(main))}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
@@ -324,23 +324,23 @@ class ByMembers:
         members = []
         for number, judge in enumerate(self._judges):
 
-            def own(rows: Dataset, number: int = number) -> tuple[np.ndarray, np.ndarray]:
+            def predict_member(rows: Dataset, number: int = number) -> tuple[np.ndarray, np.ndarray]:
                 logits, labels = predict(rows)
                 return self._own_outputs(number, logits), labels
 
-            members.append(judge.judged(own, model, split))
-        for name, each in zip(self._names, members, strict=True):
-            each.predictions.insert(0, "member", name)
-        main = [each.metrics.pop("primary") for each in members]
-        values = [each.metrics for each in members]
+            members.append(judge.judged(predict_member, model, split))
+        for name, judged in zip(self._names, members, strict=True):
+            judged.predictions.insert(0, "member", name)
+        main = [judged.metrics.pop("primary") for judged in members]
+        values = [judged.metrics for judged in members]
         primary = _average_name(main)
         means = {
-            primary: float(np.mean([each[name] for each, name in zip(values, main, strict=True)])),
-            "loss": float(np.mean([each["loss"] for each in values])),
+            primary: float(np.mean([metrics[name] for metrics, name in zip(values, main, strict=True)])),
+            "loss": float(np.mean([metrics["loss"] for metrics in values])),
         }
         return Judged(
             {"primary": primary, **means, **self._by_name(values)},
-            pandas.concat([each.predictions for each in members], ignore_index=True),
+            pandas.concat([judged.predictions for judged in members], ignore_index=True),
         )
 
     @cached_property
@@ -354,7 +354,7 @@ class ByMembers:
 
     def _by_name(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
         members = zip(self._names, values, strict=True)
-        return {f"{name}/{metric}": value for name, each in members for metric, value in each.items()}
+        return {f"{name}/{metric}": value for name, metrics in members for metric, value in metrics.items()}
 
 
 def _average_name(main: Sequence[str]) -> str:

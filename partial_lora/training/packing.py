@@ -30,10 +30,11 @@ def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "labels": (labels, IGNORED),
         "position_ids": (torch.arange(tokens.shape[1]).expand_as(tokens), 0),
     }
-    return {
-        name: pad_sequence([torch.cat([values[text, : lengths[text]] for text in row]) for row in rows], True, padding)
-        for name, (values, padding) in columns.items()
-    }
+
+    def in_rows(values: Tensor) -> list[Tensor]:
+        return [torch.cat([values[text, : lengths[text]] for text in row]) for row in rows]
+
+    return {name: pad_sequence(in_rows(values), True, padding) for name, (values, padding) in columns.items()}
 
 
 def _rows(lengths: list[int], most: int) -> list[list[int]]:

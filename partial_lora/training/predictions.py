@@ -110,7 +110,7 @@ def in_parts(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return a batch of texts in parts of at most _TOKENS tokens, or of one text."""
     rows, length = batch["input_ids"].shape
     at_once = max(1, _TOKENS // length)
-    return [{name: each[at : at + at_once] for name, each in batch.items()} for at in range(0, rows, at_once)]
+    return [{name: tensor[at : at + at_once] for name, tensor in batch.items()} for at in range(0, rows, at_once)]
 
 
 def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -138,8 +138,8 @@ class ResumableTrainer(fsdp.ShardedTrainer):
     def _run_epoch(self, **settings):
         if self._length_grouped:  # Trainer's own call does not reach through the wrappers that split and skip batches
             self._sampler.set_epoch(settings["epoch"])
-        stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
-        impatient = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stopping)
+        stopping = [rule for rule in self.callback_handler.callbacks if isinstance(rule, EarlyStoppingCallback)]
+        impatient = any(rule.early_stopping_patience_counter >= rule.early_stopping_patience for rule in stopping)
         if impatient or self.state.global_step >= self.state.max_steps:  # resumed after the last step: else one more
             self.control.should_training_stop = True
             return
@@ -166,10 +166,10 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         parts |= {id(value): "head" for name in self._heads for value in base.get_submodule(name).parameters()}
         parts = {key: part for key, part in parts.items() if part in self._rates}
         groups = [
-            {**group, "params": own, "lr": rate, "part": part}
+            {**group, "params": weights, "lr": rate, "part": part}
             for part, rate in self._rates.items()
             for group in self.optimizer.param_groups
-            if (own := [value for value in group["params"] if parts.get(id(value), "adapter") == part])
+            if (weights := [value for value in group["params"] if parts.get(id(value), "adapter") == part])
         ]
         for part in self._rates.keys() - {group["part"] for group in groups} - {"adapter"}:
             raise PartialLoraError(f"{_KEYS[part]}: nothing that trains here has this learning rate; leave it out")
@@ -397,8 +397,8 @@ _KEYS = {"B": "trainer.loraplus_ratio", "head": "trainer.head_learning_rate"}  #
 def current_rates(optimizer: Optimizer) -> dict[str, float]:
     """Return the learning rates of the next step, by the names that they have in the history."""
     groups = optimizer.param_groups
-    own = {f"{group['part']}_learning_rate": group["lr"] for group in groups if group.get("part") in _KEYS}
-    return {"learning_rate": groups[0]["lr"]} | own
+    parts = {f"{group['part']}_learning_rate": group["lr"] for group in groups if group.get("part") in _KEYS}
+    return {"learning_rate": groups[0]["lr"]} | parts
 
 
 _RISE, _FALL = 0.02, 0.05  # of the score and, as a share, of the loss, in the last quarter of a training that is short
@@ -437,11 +437,11 @@ class StopOnNonFinite(TrainerCallback):
             self._stop(state.global_step + 1, current_rates(optimizer))
 
     def _stop(self, step: int, rates: Mapping[str, float]) -> None:
-        own = {part: key for part, key in _KEYS.items() if f"{part}_learning_rate" in rates}
-        others = ", ".join(f"{part} {rates[f'{part}_learning_rate']:.3g}" for part in own)
+        parts = {part: key for part, key in _KEYS.items() if f"{part}_learning_rate" in rates}
+        of_parts = ", ".join(f"{part} {rates[f'{part}_learning_rate']:.3g}" for part in parts)
         raise PartialLoraError(
             f"the loss is not finite at step {step} with learning rate {rates['learning_rate']:.3g}"
-            f"{f' ({others})' if others else ''}: lower {' or '.join(['trainer.learning_rate', *own.values()])}, "
+            f"{f' ({of_parts})' if of_parts else ''}: lower {' or '.join(['trainer.learning_rate', *parts.values()])}, "
             "or set trainer.mixed_precision=no"
         )
 
