@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -89,12 +90,17 @@ def _images(argument: str) -> list[str]:
     return files
 
 
+_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")  # how a file of texts ends
+
+
 def _argument(argument: str, parse: Callable[[str], Input]) -> Input:
     if os.path.isfile(argument) or (os.sep in argument and os.path.exists(argument)):
         raise PartialLoraError(
             f"{argument} is a file or folder, and the run's model reads texts: @{argument} stands for the lines of a "
             "file; a text of that very wording goes through standard input"
         )
+    if argument.endswith(_TABLES) and not re.search(r"\s", argument):
+        raise PartialLoraError(f"{argument}: no such file; a text of that very wording goes through standard input")
     parsed = parse(argument)
     if parsed.problem:
         raise PartialLoraError(f"{argument!r}: {parsed.problem}")

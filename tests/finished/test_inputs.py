@@ -115,6 +115,7 @@ def test_pairs_and_questions_have_tabs_between_their_parts() -> None:
         *((each, {"modality": "image"}, f"^{each[1:]}: ") for each in ("@none.txt", "@empty")),
         ("photos/notes.txt", {}, "^photos/notes.txt .*@photos/notes.txt"),
         (f"photos{os.sep}z", {}, f"^photos{os.sep}z "),
+        ("none.csv", {}, "^none.csv: no such file"),
         ("@somebody hello", {}, "^somebody hello: .*@"),
         ("", {}, "^'': "),
         ("  ", {}, "^'  ': "),
