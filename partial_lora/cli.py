@@ -502,7 +502,10 @@ def evaluate(arguments: Sequence[str]) -> int:
         epilog="For example: task=cifar10, task.data_files.test=FILE, task.test_samples=1000, trainer.device=cpu.",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="task=NAME, task.KEY=VALUE, trainer.{device,eval_batch_size}"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="task=NAME and data_dir=FOLDER, task.KEY=VALUE, trainer.{device,eval_batch_size}",
     )
     _add_member(parser)
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
@@ -517,7 +520,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_intermixed_args(list(arguments))
     run = finished_run(parsed.run)
-    task, trainer = evaluation_settings(run, parsed.overrides, parsed.member)
+    member = parsed.member
+    if parsed.lm_eval:  # which asks the model, whatever task it was trained on
+        member = member or next(iter(run.config.task.members or ()), None)
+    task, trainer = evaluation_settings(run, parsed.overrides, member)
     if parsed.lm_eval:
         if parsed.split != "test" or any(not each.startswith("trainer.") for each in parsed.overrides):
             raise PartialLoraError("--lm-eval: its tasks have rows of their own; leave out --split and task=")

@@ -112,9 +112,9 @@ class PartialLoraConfig(LoraConfig):
     tokens and columns dimensions. One of the two factors may be frozen (``columns``, ``rows``).
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
-    the scaling is alpha / rank · p^-row_exponent · q^-column_exponent, so that dense LoRA's learning rate suits every
-    density down to 5 %. A saved adapter, and a config read from it, hold this scaling as the alpha of each module
-    (``alpha_pattern``). Every default is that of the command line.
+    the scaling is alpha / rank · p^-row_exponent · q^-column_exponent, so that dense LoRA's learning rate suits
+    densities down to 12 %; below, it is lower. A saved adapter, and a config read from it, hold this scaling as the
+    alpha of each module (``alpha_pattern``). Every default is that of the command line.
 
     Attributes:
         r, lora_alpha: 16 and 16, in place of LoraConfig's 8 and 8.

@@ -31,7 +31,8 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise PartialLoraError(
-            f"--lm-eval: needs lm-eval ({one_line(error)}): pip install 'partial-lora[lm-eval]'"
+            f"--lm-eval: needs lm-eval ({one_line(error)}): partial-lora's extra lm-eval, in a checkout "
+            "`pip install '.[lm-eval]'`"
         ) from error
     start, files = time.perf_counter(), [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task for task in tasks if Path(task) not in files] + [_name_in(file) for file in files]
