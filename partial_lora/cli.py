@@ -403,8 +403,9 @@ def _look(group, comparison) -> dict:
     """Return the seeds that the entries of a group need next, and say what is decided so far."""
     with _libraries():
         from partial_lora.report import verdict
-    if any(entry.of_seed(0) is None for entry in group):
-        return dict.fromkeys(group, 1)
+    least = comparison.seeds or 1
+    if any(entry.of_seed(seed) is None for entry in group for seed in range(least)):
+        return dict.fromkeys(group, least)
     found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
     if found.standings and found.asks:
         print(*verdict.words(group, found, metric, comparison.margin, comparison.jobs), sep="\n", flush=True)

@@ -102,7 +102,7 @@ def drift(frozen: nn.Module, trained: RunModel, batches: Iterable[Mapping], bloc
             with _outputs(frozen, names) as before:
                 frozen(**{name: value.to(trained.device) for name, value in batch.items() if name != "labels"})
             with _outputs(moved, names) as after:
-                trained.logits(batch, lambda logits, labels: logits[:1, :1].float())
+                trained.forward(batch)
             for name in names:
                 sums[name].add(positions(before[name], mask), positions(after[name], mask))
     return {name: each.cka() for name, each in sums.items()}

@@ -72,17 +72,18 @@ class RunModel:
 
         reduce: makes something smaller of the logits and labels of each part of a batch, which then needs labels.
         """
-        if reduce is not None:
-            return np.concatenate([self._output(part, reduce) for part in in_parts(batch)])
-        return self._output(batch, lambda logits, _: logits.float())
+        if reduce is None:
+            return self.forward(batch).float().cpu().numpy()
+        parts = [reduce(self.forward(part), part["labels"].to(self.device)) for part in in_parts(batch)]
+        return torch.cat(parts).cpu().numpy()
 
-    def _output(self, batch: Mapping[str, Tensor], reduce: Callable[[Tensor, Tensor | None], Tensor]) -> np.ndarray:
+    @torch.inference_mode()
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of a whole batch, in the number format that the run was trained in."""
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         dtype = _AUTOCAST.get(self.precision)
         with contextlib.nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype):
-            logits = self.model(**inputs).logits
-        labels = batch.get("labels")
-        return reduce(logits, labels if labels is None else labels.to(self.device)).cpu().numpy()
+            return self.model(**inputs).logits
 
 
 class Predictor:

@@ -15,6 +15,7 @@ from commands import here
 from recorded_runs import record
 from refusals import refusal
 
+from partial_lora import cli
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory, launch, search
 from partial_lora.launching.paths import run_directory
@@ -229,6 +230,13 @@ def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
     with refusal("results_dir", tmp_path / "other"):
         compare.refuse_twins([one, elsewhere])
     compare.refuse_twins([one])
+
+
+def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
+    entry = compare.Entry("lora", "own size", (), best=1e-3)
+    entry.done = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
+    asked = cli._look([entry], comparison.Comparison(methods=["lora"], seeds=3))
+    assert asked == {entry: 3}
 
 
 def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:

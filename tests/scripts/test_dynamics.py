@@ -86,7 +86,7 @@ def test_features_move_from_the_trained_block_on_and_padding_is_no_example(monke
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    trained = SimpleNamespace(model=adapted, device="cpu", logits=lambda batch, reduce: adapted(**batch))
+    trained = SimpleNamespace(model=adapted, device="cpu", forward=lambda batch: adapted(**batch))
     tokens, mask = torch.arange(20).reshape(4, 5), torch.tensor([[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     counts, add = [], Moments.add
     monkeypatch.setattr(Moments, "add", lambda self, *pair: (counts.append([*map(len, pair)]), add(self, *pair)))
