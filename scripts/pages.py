@@ -12,6 +12,7 @@ The pages of results/templates are whole templates, and of README.md the table b
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from functools import cache
@@ -231,12 +232,63 @@ def _at_best(task: str, form: str, size: str, study: str) -> pd.Series:
     return own.drop_duplicates("seed").set_index("seed")["test"]
 
 
+def responses(size: str) -> list[dict[str, str]]:
+    """Return what methods of a size made of a language model, the lowest loss first (`make language`).
+
+    Losses are of held-out responses, in nats; their differences are those of perplexities, over the reference's.
+    """
+    folder = RESULTS / "language"
+    cells = pd.read_csv(folder / "language.csv", dtype={"size": str}).set_index("form")
+    dense = cells[cells["size"] == "own"].loc["lora"]
+    cells = cells[cells["size"] == size].sort_values("test")
+    plain = dense if size == "own" else cells.loc["low_rank"]
+    from_dense = pd.read_csv(folder / "from_dense.csv").set_index("form")
+    lines = []
+    for form, row in cells.iterrows():
+        line = {"form": form, "loss": f"{math.log(row['test']):.3f}", "seeds": f"{row['seeds']:.0f}"}
+        line |= {"kept": f"{row['saved_bytes'] / 1e6:.0f}", "seconds": f"{row['step_seconds']:.2f}"}
+        line |= {"less": "–", "after": "–", "from_dense": "–", "rate": f"{row['learning_rate']:.2g}"}
+        if row["paired"]:
+            verdict = "**worse**" if row["difference"] > 0 else "**better**"
+            line["less"] = _nats(row["difference"], row["difference_half"], plain["test"])
+            line["after"] = verdict if row["holds"] else "not significant"
+        if f"{form} at {size}" in from_dense.index:
+            apart = from_dense.loc[f"{form} at {size}"]
+            line["from_dense"] = _nats(apart["difference"], apart["difference_half"], dense["test"])
+        lines.append(line | {task: forgotten(form, size, task) for task in ("piqa", "arc_easy")})
+    return lines
+
+
+def response(form: str, size: str = "0.13") -> dict[str, str]:
+    """Return what one method of a size made of a language model."""
+    return next(line for line in responses(size) if line["form"] == form)
+
+
+def _nats(difference: float, half: float, perplexity: float) -> str:
+    """Return a difference of perplexities in nats, to first order."""
+    mean, half = difference / perplexity, half / perplexity
+    return written([mean, mean - half, mean + half], digits=3)
+
+
+def forgotten(form: str, size: str, name: str) -> str:
+    """Return what a form has changed on another set, a mean over seeds: loss in nats, or points of accuracy."""
+    scores = pd.read_csv(RESULTS / "language" / "forgetting.csv", dtype={"size": str})
+    scores = scores[scores["set"] == name]
+    (before,) = scores.loc[scores["form"] == "frozen", "value"]
+    changes = scores.loc[(scores["form"] == form) & (scores["size"] == size), "value"] - before
+    if changes.empty:
+        return "–"
+    half = half_interval(changes.std(), len(changes))
+    times, digits = (1, 3) if name == "piqa" else (100, 1)
+    return written([times * end for end in (changes.mean(), changes.mean() - half, changes.mean() + half)], digits)
+
+
 def pages() -> dict[Path, str]:
     """Return all pages as the tables make them, by path."""
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
-    environment.globals |= {"cell": cell, "loss": loss, "apart": apart}
+    environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
     decision = environment.get_template("_decision.md").render()
