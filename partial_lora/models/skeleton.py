@@ -50,7 +50,7 @@ class Skeleton:
 
     @property
     def _called(self) -> str:
-        """What the linear modules are called, for a message."""
+        """The names of the linear modules, for a message."""
         return shortlist(list(dict.fromkeys(name.rpartition(".")[2] for name in self.linears)))
 
     def size(self, module: str = "") -> int:
