@@ -131,7 +131,7 @@ class Entry:
 _START, _VALIDATION = 5.0, 0.1  # seconds in which a run starts; time of validations, as a share of that of steps
 
 
-def entries(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
+def entries_of(methods: Sequence[str], budgets: Sequence[float], overrides: Sequence[str]) -> list[Entry]:
     """Return each method at every budget, or once if no budget resizes it, each entry checked as `train` checks it.
 
     overrides: settings of all of them. Raises PartialLoraError for what `train` would refuse. Responses count by their
@@ -215,7 +215,7 @@ def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Ent
         unserved = [method for method in methods if not _is_served(method, overrides)]
         methods = [method for method in methods if method not in unserved]
         lines += [f"{method}: left out, servers load LoRA's B and A alone" for method in unserved]
-    chosen = entries(methods, SIZES if comparison.limit else comparison.budgets, overrides)
+    chosen = entries_of(methods, SIZES if comparison.limit else comparison.budgets, overrides)
     share_threads(comparison.jobs or jobs_at_once(chosen))
     if comparison.limit:
         chosen = fitting(chosen, comparison.limit)

@@ -27,7 +27,7 @@ SHORT = ("seeds=2", "results_dir=out")
 
 def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
+    entries = compare.entries_of(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
     assert [entry.name for entry in entries] == [
         "lora, own size",
         *(f"{name}, {budget}" for name in ("low_rank", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
@@ -38,9 +38,9 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
     assert centres == {"low_rank": 2e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
-    (written_out,) = compare.entries(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
+    (written_out,) = compare.entries_of(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = compare.entries(["low_rank", "low_rank"], [1234567, 1234567], overrides)
+    (counted,) = compare.entries_of(["low_rank", "low_rank"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
 
 
@@ -49,7 +49,7 @@ def test_responses_count_by_perplexity_unless_a_metric_is_named(named: list[str]
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "one", "response": "two"}\n' * 20, encoding="utf-8")
     given = ("task=text_generation", f"task.data_files={file}", "model=tiny_llama", f"results_dir={tmp_path}", *named)
-    (entry,) = compare.entries(["low_rank"], [0.13], given)
+    (entry,) = compare.entries_of(["low_rank"], [0.13], given)
     assert entry.usual.task.metrics == metrics
 
 
@@ -103,27 +103,27 @@ def leaving(made: list, **changes: object):
 def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> None:
     """With records in place of runs: nothing twice."""
     own = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries(["low_rank"], [0.3], own)
+    entries = compare.entries_of(["low_rank"], [0.3], own)
     made: list = []
     assert comparing(entries, leaving(made, best=2e-3), search="full", seeds=2) == 0
     assert {entry.best for entry in entries} == {2e-3}
     assert sum(len(entry.done) for entry in entries) == len(made) == len(set(made))
     assert len(made) >= search.runs_at_least(3, 2)
-    again = compare.entries(["low_rank"], [0.3], own)
+    again = compare.entries_of(["low_rank"], [0.3], own)
     assert comparing(again, leaving([], best=2e-3), search="full", seeds=2) == 0  # all of it is there
     assert [entry.done for entry in again] == [entry.done for entry in entries]
     makes: list = []
-    again = compare.entries(["low_rank"], [0.3], own)
+    again = compare.entries_of(["low_rank"], [0.3], own)
     comparing(again, leaving(makes), search="full", seeds=2)
     assert makes == []  # records suffice: there are no weights here
-    again = compare.entries(["low_rank"], [0.3], (*own, "overwrite=true"))
+    again = compare.entries_of(["low_rank"], [0.3], (*own, "overwrite=true"))
     comparing(again, leaving(makes, best=2e-3), search="full", seeds=2)
     assert len(makes) == len(made)
 
 
 @pytest.mark.usefixtures("composed_once")
 def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_is_open(tmp_path) -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     made: list = []
     looks = iter([dict.fromkeys(entries, 2), {entries[0]: 3}, {}])
     assert comparing(entries, leaving(made, best=2e-3), asks=lambda group: next(looks)) == 0
@@ -135,7 +135,7 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
 @pytest.mark.usefixtures("composed_once")
 def test_seeds_that_take_longer_than_there_is_time_are_not_begun(tmp_path) -> None:
     """But the first two always are."""
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     made: list = []
     looks = iter([dict.fromkeys(entries, 2), dict.fromkeys(entries, 3)])
     assert comparing(entries, leaving(made, best=2e-3), asks=lambda group: next(looks), hours=1e-9) == 0
@@ -143,7 +143,7 @@ def test_seeds_that_take_longer_than_there_is_time_are_not_begun(tmp_path) -> No
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
-    entries = compare.entries(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    entries = compare.entries_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list = []
     assert comparing(entries, lambda runs: launched.append(runs) or 130) == 130
     assert len(launched) == 1
@@ -151,7 +151,7 @@ def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
 
 def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path) -> None:
     """Else its rate would pass for one that failed."""
-    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     held = next(iter(compare.places_of(entry, [search.Trial(entry.centre, 0)]).values()))
     with directory.locked(held), refusal("", held):
         comparing([entry], lambda runs: 2)
@@ -159,7 +159,7 @@ def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path) -> None:
 
 @pytest.mark.usefixtures("composed_once")
 def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(tmp_path, monkeypatch) -> None:
-    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     trial = search.Trial(entry.centre, 0, search.QUARTER)
     ((place),) = compare.places_of(entry, [trial]).values()
     monkeypatch.setattr(compare.launch, "launch", lambda *_, **__: pytest.fail("made twice"))
@@ -180,7 +180,7 @@ def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(tmp_path
 def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"model: tiny_vit\n{given}\n", encoding="utf-8")
     own = (str(tmp_path / "own.yaml"), f"results_dir={tmp_path}")
-    assert [each.centre for each in compare.entries(["lora", "low_rank"], [0.13], own)] == [3e-5, 6e-5]
+    assert [each.centre for each in compare.entries_of(["lora", "low_rank"], [0.13], own)] == [3e-5, 6e-5]
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
 
 def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    (one,) = compare.entries(["low_rank"], [0.3], overrides)
-    (twin,) = compare.entries(["low_rank"], [0.3], (*overrides, "method.alpha=4"))
-    (elsewhere,) = compare.entries(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
+    (one,) = compare.entries_of(["low_rank"], [0.3], overrides)
+    (twin,) = compare.entries_of(["low_rank"], [0.3], (*overrides, "method.alpha=4"))
+    (elsewhere,) = compare.entries_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
     with refusal("methods: low_rank, 0.3"):
         compare.refuse_twins([one, twin])
     with refusal("results_dir", tmp_path / "other"):
@@ -262,13 +262,13 @@ compare_checked = compare.checked
 def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_one_that_has_none(tmp_path) -> None:
     """By the file that is served, which for masks of single entries is the dense adapter's."""
     own = (*GIVEN, f"results_dir={tmp_path}")
-    found = compare.entries(["low_rank", "entries"], [0.5, 0.25], own)
+    found = compare.entries_of(["low_rank", "entries"], [0.5, 0.25], own)
     dense = max(entry.served for entry in found)
     kept = compare.fitting(found, {"served": 0.4 * dense})
     assert [(entry.method, entry.size) for entry in kept if entry.refused is None] == [("low_rank", "0.25")]
     assert "limit.served" in kept[-1].refused
     assert len({entry.group for entry in kept}) == 1
-    own = compare.entries(["low_rank"], [0.5, 0.25], own)
+    own = compare.entries_of(["low_rank"], [0.5, 0.25], own)
     sizes = [compare.cost_of(entry, "kept") for entry in own]  # counted, not measured
     assert sizes[0] > sizes[1]
     (within,) = compare.fitting(own, {"kept": sizes[1]})
@@ -278,7 +278,7 @@ def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_on
 def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_accelerator(
     tmp_path, monkeypatch
 ) -> None:
-    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     monkeypatch.setattr(compare, "cpu_count", lambda: 4)
     monkeypatch.setattr(compare, "has_accelerator", lambda: False)
     monkeypatch.setattr(compare.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=30))
@@ -306,7 +306,7 @@ def test_runs_side_by_side_share_the_cores_unless_the_user_has_set_their_threads
 
 
 def test_a_request_to_stop_while_runs_are_timed_ends_the_comparison(tmp_path, monkeypatch) -> None:
-    (entry,) = compare.entries(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     stopped = launch.Outcome(tmp_path, "interrupted", signal="SIGTERM")
     monkeypatch.setattr(compare.launch, "launch", lambda *arguments, **named: stopped)
     with pytest.raises(SystemExit) as ended:
