@@ -129,7 +129,8 @@ def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
 def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFrame:
     """Return the runs of every cell at its best learning rate, and how many rates were tried.
 
-    `edge` is whether that rate is the lowest or highest of these; `spent` is the seconds of all runs of the cell.
+    `edge` is whether that rate is the lowest or highest of three or more: of the two that a quick search trains to the
+    end either is. `spent` is the seconds of all runs of the cell.
     Raises PartialLoraError as `once`.
     """
     chosen = []
@@ -138,7 +139,7 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
         worth = worth_by_rate(cell.to_dict("records"))
         best = (ranked(worth) or list(worth))[0]  # where every rate failed, any
         tried = sorted(cell["learning_rate"].unique())
-        edge = len(tried) > 1 and best in (tried[0], tried[-1])
+        edge = len(tried) > 2 and best in (tried[0], tried[-1])
         runs = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
         chosen.append(runs.assign(**window(cell, best)))
     return pd.concat(chosen)

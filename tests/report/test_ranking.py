@@ -34,6 +34,8 @@ def test_of_rates_with_equal_scores_on_validation_that_of_the_lower_loss_is_the_
     chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))
     assert list(chosen["test"]) == [0.3]
     assert set(chosen["edge"]) == {True}
+    finals = {place: scores[place] for place in list(scores)[1:]}  # of a quick search
+    assert set(ranking.at_best_rates(pd.DataFrame(runs("partial", finals)))["edge"]) == {False}
 
 
 def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
