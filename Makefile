@@ -26,17 +26,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-$(VENV)/.test-installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+# Of an extra of pyproject.toml.
+$(VENV)/.%-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@ $(VENV)/.installed
-
-$(VENV)/.test-all-installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-all]'
-	touch $@ $(VENV)/.installed $(VENV)/.test-installed
-
-$(VENV)/.test-serve-installed: $(VENV)/.test-installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test-serve]'
-	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/partial-lora train experiment=demo
@@ -77,10 +70,6 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.examples-installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
-	touch $@ $(VENV)/.installed
-
 # From nothing, so that no run is skipped. The first that fails ends it. The notebooks are the scripts with their outputs.
 NOTEBOOKS = own_images plain_loop plain_peft
 examples: export PATH := $(BIN):$(PATH)
@@ -90,10 +79,6 @@ examples: $(VENV)/.examples-installed
 	for each in examples/*.sh; do echo "== $$each" && sh $$each || exit 1; done
 	rm -rf out
 	$(BIN)/python scripts/notebooks.py $(NOTEBOOKS:%=examples/%.py)
-
-$(VENV)/.docs-installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	touch $@ $(VENV)/.installed
 
 docs: $(VENV)/.docs-installed
 	$(BIN)/mkdocs build --strict

@@ -46,7 +46,7 @@ OTHERS = data tune reproduce-tune methods reproduce reports referee coverage mod
 $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED): | $(VENV)/.installed
 
 data:
-	$(SCRIPT)/data_sets.py $(SETS)
+	$(SCRIPT)/data_sets.py $(SETS) --to $(DATA)
 
 $(STUDIES):
 	$(call STUDY,$@)

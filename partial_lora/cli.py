@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +122,7 @@ def _overview(arguments: list[str]) -> int:
     for name, (_, words) in COMMANDS.items():
         commands.add_parser(name, help=words)
     parser.parse_args(arguments)  # prints what is asked for, and exits
-    return USAGE_ERROR
+    parser.error("expected a command first")
 
 
 def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -417,7 +416,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     with _libraries():
         from rich.console import Console
 
-        from partial_lora.report import ranking, verdict
+        from partial_lora.report import ranking, records, verdict
         from partial_lora.settings.comparison import FULL
     # A quick search has chosen among a part of its rates: the ranking has no others, whatever their runs came to.
     places = {
@@ -429,7 +428,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     if not places:
         return 1
     out = verdict.results_of(places)
-    runs = [verdict.run_of(record, place, out) for place, record in places.items()]
+    runs = [records.run_of(record, place) for place, record in places.items()]
     of_reference = [run for entry in entries if entry.method == comparison.reference for run in entry.done.values()]
     reference = (
         ranking.form_of(of_reference[0]["config"]) if of_reference else comparison.reference or entries[0].method
@@ -576,7 +575,7 @@ def _print_harness(record: Mapping) -> None:
             print(f"{task}  {name}  {value} ± {error}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _libraries() -> Iterator[None]:
     """Import torch, datasets and their kin inside the block, in the environment they need: no bars, OpenMP threads.
 

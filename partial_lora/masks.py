@@ -114,11 +114,8 @@ class Mask:
 
     @classmethod
     def _lowest(cls, keys: np.ndarray, sparsity: float) -> Mask:
-        count = kept_count(len(keys), sparsity)
-        limit = np.partition(keys, count - 1)[count - 1]
-        kept = keys < limit
-        kept[np.flatnonzero(keys == limit)[: count - kept.sum()]] = True  # lower indices first
-        return cls(len(keys), np.flatnonzero(kept))
+        lowest = np.argsort(keys, kind="stable")  # of equals the lower index first
+        return cls(len(keys), np.sort(lowest[: kept_count(len(keys), sparsity)]))
 
     @property
     def density(self) -> float:

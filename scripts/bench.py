@@ -52,6 +52,7 @@ from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
 from partial_lora.building import build
+from partial_lora.errors import require
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
@@ -1128,6 +1129,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
+    require(bool(record) or not options.page, "--page", file, "a record, which the same command without --page makes")
     if not options.page and what in WHOLE:
         record = measure(options)
     elif not options.page:

@@ -31,7 +31,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.finished import evaluate, export
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.launching import imports
 from partial_lora.launching.packs import DYNAMICS, OF_DYNAMICS, dynamics
 from partial_lora.peers import Alone
 
@@ -173,7 +172,6 @@ class Moments:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
-    imports.refuse_hub_code()
     datasets.disable_progress_bars()
     missing = False
     for directory in parser.parse_args(arguments).runs:

@@ -184,7 +184,8 @@ def made(overrides: list[str]) -> dict:
     if record.get("status") not in ("finished", "failed") or record.get("error") == INTERRUPTED:
         code = cli.main(["train", "-m", *overrides])
         if code > 1:
-            raise PartialLoraError(f"{place}: interrupted; the same command goes on from there")
+            reason = "interrupted; the same command goes on from there" if code > 128 else "refused"
+            raise PartialLoraError(f"{place}: {reason}")
     return read_result(place)
 
 

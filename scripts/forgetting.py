@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise PartialLoraError(f"{options.results}: no finished runs there: `make language` makes them")
     file = options.results / "forgetting.csv"
     known = pd.read_csv(file, dtype={"size": str}) if file.is_file() else pd.DataFrame(columns=COLUMNS)
-    for row in scores(runs, options.results, set(zip(known["run"], known["set"], strict=True))):
+    best = ranking.at_best_rates(ranking.rows_of(runs)).to_dict("records")
+    paths = {row["run"].directory.relative_to(options.results).as_posix() for row in best}
+    known = known[known["run"].isin({FROZEN, *paths})]  # another rate may be the best now
+    for row in scores(best, options.results, set(zip(known["run"], known["set"], strict=True))):
         known = pd.concat([known, pd.DataFrame([row])], ignore_index=True)
         write_atomic(file, known.to_csv(index=False, float_format="%.6g"))
         print(*row.values(), flush=True)
@@ -64,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def scores(runs: Sequence[records.Run], out: Path, known: set[tuple[str, str]]) -> Iterator[dict]:
+def scores(best: Sequence[dict], out: Path, known: set[tuple[str, str]]) -> Iterator[dict]:
     """Yield the rows of the csv that are not known: the frozen model's, and those of runs at the best rates."""
-    own = runs[0].record["config"]
+    own = best[0]["run"].record["config"]
     model = (f"model={own['model']['name']}", f"model.dtype={own['model']['dtype']}", f"task.test_samples={ROWS}")
     tasks = {
         name: (metric, composed(*model, *(word.format(data=own["data_dir"]) for word in words)))
@@ -77,7 +80,7 @@ def scores(runs: Sequence[records.Run], out: Path, known: set[tuple[str, str]]) 
         if (FROZEN, name) not in known:
             base = base or build.model_of(config.model, (), ()).eval()
             yield frozen | {"set": name, "metric": metric, "value": scored(config, base).metrics[metric]}
-    for row in ranking.at_best_rates(ranking.rows_of(runs)).to_dict("records"):
+    for row in best:
         path = row["run"].directory.relative_to(out).as_posix()
         told = {"run": path} | {key: row[key] for key in ("form", "size", "seed", "learning_rate")}
         for name, (metric, config) in tasks.items():

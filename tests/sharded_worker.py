@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import tiny_trainer
@@ -40,7 +39,7 @@ def trainer(model: PeftModel, folder: Path, *, processes: int, sharded: bool, **
     settings = {"max_steps": STEPS, "save_steps": HALF, "head_learning_rate": 3e-3, "loraplus_ratio": 4.0} | changes
     own = {"world_size": processes, "sharded": sharded, "heads": ["timm_model.head"]}
     built = tiny_trainer.trainer(model, folder, 40, **settings, **own)
-    built.compute_metrics = lambda said: {"accuracy": time.monotonic()}  # the last checkpoint is the best
+    built.compute_metrics = lambda said: {"accuracy": 1.0}  # of equals the last checkpoint is the best
     return built
 
 

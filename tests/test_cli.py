@@ -35,13 +35,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
-def record(place: Path, **choice: object) -> tuple[Path, dict]:
+def record(place: Path, results_dir: str = "results", **choice: object) -> tuple[Path, dict]:
     """The one run under a results directory whose settings are the chosen ones."""
     found = []
-    for path in place.glob("results/runs/*/*/*/*/result.json"):
+    for path in place.glob(f"{results_dir}/runs/*/*/*/*/result.json"):
         result = json.loads(path.read_text())
-        flat = {"method": result["config"]["method"]["name"], "seed": result["seed"]}
-        flat["threshold"] = result["config"]["calibration"]["threshold"]
+        flat = {"seed": result["seed"], "threshold": result["config"]["calibration"]["threshold"]}
         if all(flat[key] == value for key, value in choice.items()):
             found.append((path.parent, result))
     assert len(found) == 1
@@ -96,6 +95,12 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
     assert result["peak_memory_bytes"] > 0
     assert set(result["sparsity"]) == set(json.loads((directory / "calibration.json").read_text())["modules"])
     assert "test accuracy" in trained.stdout
+    kept = load_file(directory / "adapter" / "adapter_model.safetensors")
+    for name, factor in kept.items():
+        module, _, which = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if which.startswith("A"):
+            zeros = (factor == 0).all(dim=0).float().mean()
+            assert zeros == pytest.approx(result["sparsity"][module]["columns"], abs=1e-6)
 
 
 def test_the_predictions_are_those_the_metric_was_computed_from(place: Path, trained) -> None:
@@ -103,18 +108,6 @@ def test_the_predictions_are_those_the_metric_was_computed_from(place: Path, tra
     frame = pandas.read_parquet(directory / "predictions.parquet")
     assert len(frame) == 60
     assert (frame["label"] == frame["prediction"]).mean() == pytest.approx(result["metrics"]["test"]["accuracy"])
-
-
-def test_the_adapter_on_disk_is_an_ordinary_lora_adapter_with_zeros_where_masked(place: Path, trained) -> None:
-    directory, result = record(place, threshold=0.5, seed=0)
-    settings = json.loads((directory / "adapter" / "adapter_config.json").read_text())
-    assert settings["peft_type"] == "LORA"
-    tensors = load_file(directory / "adapter" / "adapter_model.safetensors")
-    for name, tensor in tensors.items():
-        module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if factor.startswith("A"):
-            kept = (tensor != 0).any(dim=0).float().mean()
-            assert 1 - kept == pytest.approx(result["sparsity"][module]["columns"], abs=1e-6)
 
 
 def test_a_lower_threshold_removes_more(place: Path, trained) -> None:
@@ -159,11 +152,11 @@ def test_calibrate_alone_finds_what_a_run_would(place: Path, trained) -> None:
     result = record(place, seed=7)[1]
     assert result["sparsity"] == json.loads((run / "result.json").read_text())["sparsity"]
     assert result["calibration"]["cached"]
-    foreign = here(
-        place, "train", *TINY, f"calibration.file={alone}", "model.target_modules=[mlp.fc1]", "results_dir=foreign"
-    )
-    assert foreign.returncode == 1
-    assert re.search(r"calibration\.file: \S+attn\.proj ", foreign.stderr)
+    other = (f"calibration.file={alone}", "model.target_modules=[mlp.fc1]", "results_dir=foreign")
+    for command, code in (("train", 1), ("info", 2)):
+        foreign = here(place, command, *TINY, *other)
+        assert foreign.returncode == code
+        assert re.search(r"calibration\.file: \S+attn\.proj ", foreign.stderr)
 
 
 def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> None:
@@ -229,17 +222,18 @@ def test_an_error_in_the_process_that_works_alone_ends_all_of_them(place: Path) 
 
 def test_a_model_of_another_shape_is_calibrated_anew(place: Path, trained) -> None:
     known = calibrations(place)
-    done = here(place, "calibrate", *TINY, "model.model_args.num_heads=4")  # the weights have the same shapes
+    own = ("model.model_args.num_heads=4", "results_dir=shape")  # the weights have the same shapes
+    done = here(place, "calibrate", *TINY, *own)
     assert done.returncode == 0, done.stderr
     assert "reused" not in done.stdout
     assert len(calibrations(place) - known) == 1
 
 
 def test_another_method_runs_from_the_same_head(place: Path, trained) -> None:
-    done = here(place, "train", *TINY, "method=uniform")
+    done = here(place, "train", *TINY, "method=uniform", "results_dir=uniform")
     assert done.returncode == 0, done.stderr
-    _, result = record(place, method="uniform")
-    _, partial = record(place, method="partial", threshold=0.9, seed=0)
+    _, result = record(place, "uniform")
+    _, partial = record(place, threshold=0.9, seed=0)
     own, reference = result["parameters"], partial["parameters"]
     assert own["head"] == reference["head"]
     assert result["history"][0]["loss"] == pytest.approx(partial["history"][0]["loss"], abs=1e-5)  # B is zero
@@ -389,7 +383,7 @@ def exporting(place: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_export_from_another_directory_is_checked_and_says_so(place: Path, trained, tmp_path: Path) -> None:
-    directory, _ = record(place, method="partial", threshold=0.9, seed=0)
+    directory, _ = record(place, threshold=0.9, seed=0)
     cache = str(place / "cache")
     done = here(
         tmp_path, "export", str(directory), "--to", "compact", "--out", "mine[red]", "--check", PARTIAL_LORA_CACHE=cache
@@ -404,7 +398,7 @@ def test_export_from_another_directory_is_checked_and_says_so(place: Path, train
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing_half_written(place: Path, trained, number: signal.Signals) -> None:
-    directory, _ = record(place, method="partial", threshold=0.9, seed=0)
+    directory, _ = record(place, threshold=0.9, seed=0)
     running = exporting(place, str(directory), "--to", "peft", "--check", "--out", "stopped_export/out")
     running.send_signal(number)
     printed, said = running.communicate(timeout=60)

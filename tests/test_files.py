@@ -132,7 +132,9 @@ def test_a_signal_leaves_a_folder_as_it_was_or_will_be_and_none_beside_it(tmp_pa
 
 def run(script: str, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_killed_build_leaves_no_entry_and_its_remains_are_cleared(tmp_path):
@@ -163,7 +165,7 @@ def test_processes_at_once_build_once_and_all_get_the_whole_entry(tmp_path):
         from pathlib import Path
         from partial_lora.files import verified_folder
 
-        entry, log, go = map(Path, sys.argv[1:])
+        entry, log = map(Path, sys.argv[1:])
 
         def build(folder):
             with open(log, "a") as file:
@@ -172,14 +174,14 @@ def test_processes_at_once_build_once_and_all_get_the_whole_entry(tmp_path):
                 (folder / f"{part}.bin").write_bytes(b"x" * part)
                 time.sleep(0.05)
 
-        while not go.exists():
-            time.sleep(0.01)
+        print("ready", flush=True)
+        sys.stdin.readline()
         print(len(list(verified_folder(entry, build).glob("*.bin"))))
         """
-    log, go = tmp_path / "log", tmp_path / "go"
-    processes = [run(script, tmp_path / "entry", log, go) for _ in range(3)]
-    go.touch()
-    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["5"] * 3
+    log = tmp_path / "log"
+    processes = [run(script, tmp_path / "entry", log) for _ in range(3)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    assert [process.communicate("go\n", timeout=60)[0].strip() for process in processes] == ["5"] * 3
     assert log.read_text() == "built\n"
 
 

@@ -50,13 +50,8 @@ _INDICES = "#indices"  # a name that no module has
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
 # What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
 _ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
-_ABSENT |= {
-    "granularity": "rows_columns",
-    "selection": "random",
-    "count": "exact",
-    "rows": "masked",
-    "columns": "masked",
-}
+_ABSENT |= {"granularity": "rows_columns", "rows": "masked", "columns": "masked"}
+_ABSENT |= {"selection": "random", "count": "exact"}
 
 
 def write_compact(

@@ -173,8 +173,6 @@ class PartialLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         refuse_options(self)  # first, before PEFT's own checks complain of a refused option
-        if self.sparsity is None:
-            self.sparsity = 1 - PAPER_BUDGET if self.indices is None else 0.0
         self._check_choices()
         for name, value in GRANULARITIES[self.granularity].draw.items():
             if getattr(self, name) is None:
@@ -216,7 +214,9 @@ class PartialLoraConfig(LoraConfig):
         check_factors(self.granularity, self.rows, self.columns)
         if self.fan_in == "kept" and self._is_gaussian:
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
-        self.sparsity = cast("float | dict", read_sparsity(0.0 if self.sparsity is None else self.sparsity))
+        if self.sparsity is None:
+            self.sparsity = 1 - PAPER_BUDGET if self.indices is None else 0.0
+        self.sparsity = cast("float | dict", read_sparsity(self.sparsity))
         for name in values:
             setattr(self, name, read_values(getattr(self, name), name))
 

@@ -260,10 +260,6 @@ class FactorA(MaskedFactor):
 
     axis_name, axis = "columns", 1
 
-    def draw_for_kept(self) -> None:
-        """Rescale A from PEFT's draw for all inputs to a draw for the kept ones: the same values times 1/√density."""
-        self.kept.data *= self.mask.reach**-0.5
-
     def project(self, x: Tensor, dropout: nn.Module) -> Tensor:
         """Return A dropout(x), for x with features in the last dimension (a convolution's channels in the second).
 
@@ -571,11 +567,6 @@ def _emptied(parameter: Tensor) -> bool:
 def is_sharded(parameter: Tensor) -> bool:
     """Return True where a process holds only its part of the parameter."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def numel(parameter: Tensor) -> int:
-    """Return the number of entries of the whole parameter."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:

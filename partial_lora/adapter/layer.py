@@ -262,6 +262,6 @@ def mask_layer(
         else:
             a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
             if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
-                a.draw_for_kept()
+                a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
     layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from partial_lora.adapter import sidecar
 from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor, numel
+from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
@@ -115,9 +115,11 @@ class PartialLoraModel(LoraModel):
                 )
             axis = peft_config.frozen_axis
             unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
-            if axis and isinstance(modules[name], unfit):
+            adapted = modules[name]
+            base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
+            if axis and isinstance(base, unfit):
                 raise PartialLoraError(
-                    f"target module {name} is a {type(modules[name]).__name__}:"
+                    f"target module {name} is a {type(base).__name__}:"
                     f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
                 )
         ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
@@ -273,12 +275,14 @@ def _beside_others(add_adapter: Callable) -> Callable:
             return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
         if any(config.target_parameters for config in (*model.peft_config.values(), peft_config)):
             raise PartialLoraError(f"target_parameters does not go with Partial-LoRA: {REFUSED['target_parameters']}.")
+        before = model.peft_type
         model.base_model.__class__ = PartialLoraModel
         model.peft_type = peft_config.peft_type  # which PEFT compares
         try:
-            return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+            add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+            before = PEFT_TYPE
         finally:
-            model.peft_type = PEFT_TYPE
+            model.peft_type = before
 
     return add
 
@@ -383,7 +387,8 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
         elif partial:
             raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
         else:
-            masks[name] = ModuleMasks(rows=Mask.full(layer.out_features), columns=Mask.full(layer.in_features))
+            shape = (layer.out_features, layer.in_features)
+            masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
 
 
@@ -401,7 +406,7 @@ def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int
     if not layers:
         config_of(model, adapter_name)  # raises where there is none
     return sum(
-        numel(parameter)
+        getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of one in parts
         for layer in layers.values()
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
         for parameter in factor.parameters()

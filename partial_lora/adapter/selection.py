@@ -56,11 +56,7 @@ class ModuleMasks:
 
     rows: Mask
     columns: Mask
-    shape: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        shape = (self.rows.size, self.columns.size) if self.shape is None else tuple(self.shape)
-        object.__setattr__(self, "shape", shape)
+    shape: tuple[int, int]
 
     @property
     def element(self) -> bool:

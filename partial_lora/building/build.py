@@ -173,8 +173,11 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
 
 
 def new_head_of(model: ModelConfig) -> str | None:
-    """Return the module that is new for every task; None for a model that has a head before anything is fitted."""
-    return None if models.has_own_head(model.family) else model.head
+    """Return the module that is new for every task; None for a model that has a head before anything is fitted.
+
+    That is CLIP, of its texts, and a language model.
+    """
+    return None if model.family == "clip" else model.head
 
 
 def few_shot_of(config: Config, task: Task, transform: Transform, model: nn.Module) -> FewShot:

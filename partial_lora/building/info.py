@@ -113,7 +113,8 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
     """
     calibration = config.calibration
     if calibration.file:
-        return Calibration.load(Path(calibration.file)).sparsity, f"sparsities of {calibration.file}"
+        reused = Calibration.load(Path(calibration.file)).reused_for(list(shapes))
+        return reused.sparsity, f"sparsities of {calibration.file}"
     budget, source = calibration.budget, f"calibration.budget={calibration.budget}"
     if budget is None:
         budget = PAPER_BUDGET
@@ -132,8 +133,11 @@ def _counted(config: Config, shapes: Shapes, outputs: int, sparsity: Sparsity | 
 
 
 def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:
-    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences allowed."""
-    if config.model.family != "causal":
+    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences allowed.
+
+    Nothing where its config has other names for its sizes than Llama's.
+    """
+    if config.model.family != "causal" or not model.config.keys() >= {*peak.KEYS}:
         return {}
     batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
     return {

@@ -21,7 +21,7 @@ from partial_lora import models
 from partial_lora.adapter.model import base_name
 from partial_lora.budget import Shapes, dense_parameters, masked_units
 from partial_lora.building.build import method_of, setting_of
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.methods import METHODS
 from partial_lora.models.skeleton import skeleton
@@ -53,7 +53,8 @@ class StepMemory:
 
 
 def step_memory(config: Config) -> StepMemory:
-    """Return what a step of these settings keeps, with one share everywhere."""
+    """Return what a step of these settings keeps, with one share everywhere; raises PartialLoraError as `within`."""
+    _refuse_quantised(config)
     model = adapted(config)
     layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     floor, whole = _kept(config, _frozen(config, layers)), _kept(config, model)
@@ -65,30 +66,34 @@ def step_memory(config: Config) -> StepMemory:
 
 
 def kept_by_step(config: Config) -> int:
-    """Return the bytes that a step of these settings keeps, with one share everywhere."""
+    """Return the bytes that a step of these settings keeps, with one share everywhere; raises as `step_memory`."""
+    _refuse_quantised(config)
     return _kept(config, adapted(config))
+
+
+def _refuse_quantised(config: Config) -> None:
+    quantization = config.model.quantization
+    require(quantization is None, "model.quantization", quantization, "null where what a step keeps is counted")
 
 
 def within(config: Config) -> Config:
     """Return settings whose calibration.budget is the largest at which a step keeps at most `calibration.kept` bytes.
 
     The size is found on one share everywhere, and holds for calibrated shares, too, about: their columns differ. Raises
-    PartialLoraError where no size keeps as little.
+    PartialLoraError where no size keeps as little, and for a quantised model, whose layers cannot be counted.
     """
     most = config.calibration.kept
     if most is None:
         return config
-    if config.model.quantization is not None:
-        raise PartialLoraError("calibration.kept: expected null for a quantised model, whose layers cannot be counted")
-
+    _refuse_quantised(config)
     sizes: dict[float, int] = {}
+    refused: list[PartialLoraError] = []
 
     def fits(share: float) -> bool:
         try:
             sizes[share] = kept_by_step(_at(config, share))
-        except PartialLoraError:  # too few parameters for the method
-            if not sizes:
-                raise
+        except PartialLoraError as error:  # more or fewer parameters than the method can have
+            refused.append(error)
         return sizes.get(share, most + 1) <= most
 
     low, high = 0.0, _largest(config)
@@ -97,6 +102,8 @@ def within(config: Config) -> Config:
     for _ in range(_HALVINGS if low < high else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if not sizes:
+        raise refused[0]
     if low == 0:
         least = min(sizes.values())
         raise PartialLoraError(

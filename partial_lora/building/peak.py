@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partial_lora.budget import FP32
-from partial_lora.errors import PartialLoraError
 from partial_lora.masks import GATHER_DENSITY
 from partial_lora.models.skeleton import Skeleton
 
 _BYTES = {"float32": FP32, "bfloat16": 2, "float16": 2}
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _NF4_BLOCK = 64  # weights that share a scale (bitsandbytes, functional.quantize_4bit)
 _NF4_CODES = 16  # numbers that 4 bits stand for, in fp32 beside every matrix
 
@@ -62,7 +62,7 @@ def peak_memory(
     """Return the bytes that training takes on one device, by what they are for.
 
     Args:
-        model: of a causal model.
+        model: of a causal model, whose config has KEYS.
         shapes: (out, in) of each adapted module.
         counts: from `size.describe`.
         dtype: of frozen weights and activations; adapter, gradients and AdamW's two moments are fp32.
@@ -70,8 +70,7 @@ def peak_memory(
         batch_size: sequences in one step on this device; length: tokens in each, padding included.
 
     The keys are `weights`, `adapter`, `gradients`, `optimizer`, `activations` and their sum, `peak`; and, with gradient
-    checkpoints, `activations_checkpointed` and `peak_checkpointed`. Raises PartialLoraError for a model without the
-    geometry of a causal one.
+    checkpoints, `activations_checkpointed` and `peak_checkpointed`.
     """
     trainable = int(counts["adapter_trainable"]) + int(counts["head"])
     dense = counts["adapter_dense"]
@@ -134,14 +133,7 @@ def activations(
     shapes: (out, in) of each adapted module. density: share of an adapter's columns that is kept; 1 is plain LoRA.
     size: bytes of a number of the activations. quantization: of the linear layers of the blocks.
     """
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    try:
-        hidden, inner, blocks, heads, words = (model.config[key] for key in keys)
-    except KeyError as error:
-        raise PartialLoraError(
-            f"model.architecture: the memory of activations is known for causal models alone: a {model.kind} "
-            f"has no {error.args[0]} in its config"
-        ) from error
+    hidden, inner, blocks, heads, words = (model.config[key] for key in KEYS)
     width = heads * (model.config.get("head_dim") or hidden // heads)
     tokens = batch_size * length
     block = tokens * (2 * FP32 * hidden + 4 * size * width + FP32 * heads + 3 * size * inner)

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from partial_lora.budget import (
     FP32,
-    Shapes,
     counts_of,
     dense_parameters,
     kept_parameters,
@@ -19,27 +18,8 @@ from partial_lora.budget import (
     saturated,
     with_bytes,
 )
-from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Sparsity
 from partial_lora.models.skeleton import Skeleton
-
-
-def adapter_parameters(
-    shapes: Shapes, rank: int, sparsity: float | Sparsity, granularity: str = "rows_columns"
-) -> dict[str, int]:
-    """Return the parameters of an adapter of this rank before masking (`dense`) and after it (`trainable`).
-
-    `shapes` gives (out, in) of W for every adapted module; `sparsity` is one share for all rows and columns, or
-    {module: {rows, columns}}. A module has rank * (out + in) parameters when dense, and rank * (|I| + |J|) when the
-    rows I of B and the columns J of A are kept; masks of single entries ("element") keep the same shares. Raises
-    PartialLoraError, naming it, for a module that only one of the two has.
-    """
-    if isinstance(sparsity, Mapping):
-        for module in sorted(shapes.keys() ^ sparsity.keys()):
-            reason = "is adapted but has no sparsity" if module in shapes else "has a sparsity but is not adapted"
-            raise PartialLoraError(f"{module} {reason}: expected one {{rows, columns}} for every adapted module")
-    kept = kept_parameters(*masked_units(shapes, rank, granularity), sparsity)
-    return {"dense": dense_parameters(shapes, rank), "trainable": kept}
 
 
 def describe(
@@ -61,10 +41,10 @@ def describe(
     """
     shapes = model.targets(target_modules, head, new_modules)
     head_count = sum(model.size(name) for name in (*new_modules, *filter(None, [head])))
-    adapter = adapter_parameters(shapes, rank, sparsity, granularity)
-    full = len(saturated(shapes, rank, sparsity, granularity))
-    counts = counts_of(base=model.size() - head_count, head=head_count, **adapter, modules=len(shapes), saturated=full)
-    return with_bytes(counts, adapter_bytes=FP32 * (adapter["dense"] + head_count))
+    dense, kept = dense_parameters(shapes, rank), kept_parameters(*masked_units(shapes, rank, granularity), sparsity)
+    full, base = len(saturated(shapes, rank, sparsity, granularity)), model.size() - head_count
+    counts = counts_of(base=base, head=head_count, dense=dense, trainable=kept, modules=len(shapes), saturated=full)
+    return with_bytes(counts, adapter_bytes=FP32 * (dense + head_count))
 
 
 def table(

@@ -174,9 +174,9 @@ class OptionLikelihood(Measure):
 
     def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the log likelihood of every option (rows, 1)."""
-        log_likelihood = -_token_losses(logits, batch["labels"])
+        log_likelihood = -token_losses(logits, batch["labels"])
         if self.per_token:
-            log_likelihood = log_likelihood / _tokens(batch["labels"]).clamp(min=1)
+            log_likelihood = log_likelihood / tokens(batch["labels"]).clamp(min=1)
         return log_likelihood[:, None]
 
     def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -222,11 +222,11 @@ class Loss(Measure):
 
     def weight(self, batch: Batch) -> float:
         labels = batch["labels"]
-        return len(labels) if _per_example(labels) else int(_tokens(labels).sum())
+        return len(labels) if _per_example(labels) else int(tokens(labels).sum())
 
     def outputs(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the logits, or the log likelihood of each row's tokens (rows, 1)."""
-        return logits if _per_example(batch["labels"]) else -_token_losses(logits, batch["labels"])[:, None]
+        return logits if _per_example(batch["labels"]) else -token_losses(logits, batch["labels"])[:, None]
 
     def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]
@@ -257,19 +257,20 @@ def _per_example(labels: Tensor) -> bool:
 def _check_tokens(labels: Tensor) -> None:
     if labels.is_floating_point() or labels.ndim != 2 or labels.shape[1] < 2:
         raise PartialLoraError(f"labels: expected tokens (batch, length), found {labels.dtype} {list(labels.shape)}")
-    if not _tokens(labels).any():
+    if not tokens(labels).any():
         raise PartialLoraError(f"labels: every token is {IGNORED}, expected one that counts")
 
 
-def _tokens(labels: Tensor) -> Tensor:
+def tokens(labels: Tensor) -> Tensor:
     """Return the number of next tokens that count in each row (batch,)."""
     return (labels[:, 1:] != IGNORED).sum(1)
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross entropy (batch,), float64, of each row's tokens that count, given those before them."""
     following = labels[:, 1:]
     counts = following != IGNORED
+    # Only the logits that count are copied: prompts are longer than answers, and vocabularies larger than either.
     losses = F.cross_entropy(logits[:, :-1][counts].float(), following[counts], reduction="none").double()
     return losses.new_zeros(counts.shape).masked_scatter(counts, losses).sum(1)
 

@@ -283,22 +283,67 @@ class _Measured:
         return self.levels_at(threshold)
 
     def levels_at(self, threshold: float) -> Levels:
-        """Return the levels at one of several thresholds."""
-        sufficient = partial(self.enough, threshold=threshold)
+        """Return the levels at one of several thresholds, modules in the model's order whatever the scope.
 
-        def search(module: str, axis: str) -> float:
-            return SEARCHES[self.config.search](
-                partial(self.curves.survives, module, axis, passes=sufficient), self.grid
-            )
+        Scope "independent": all other modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay
+        zeroed, from front to back or from back to front (rows before columns).
+        """
+        curves, peers, axes = self.curves, self.peers, CURVE_AXES[self.config.axes]
+        sufficient, search = partial(self.enough, threshold=threshold), SEARCHES[self.config.search]
+        costs = {(module, axis): curves.cost(module, axis) for module in self.modules for axis in axes}
+        done, spent, whole = 0, 0.0, sum(costs.values())
 
-        axes, scope = CURVE_AXES[self.config.axes], self.config.scope
-        return choose_levels(self.curves, self.modules, axes, search, scope=scope, peers=self.peers, tell=self.tell)
+        def report(module: str, levels: Mapping[str, float]) -> None:
+            nonlocal done, spent
+            for axis, level in levels.items():
+                done, spent = done + 1, spent + costs[module, axis]
+                self.tell(done, spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
+
+        def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
+            levels = {}
+            for axis in axes:
+                levels[axis] = search(partial(curves.survives, module, axis, passes=sufficient), self.grid)
+                if choose is not None:
+                    choose(module, axis, levels[axis])
+                if axis == axes[-1]:
+                    self.store.save()
+                report(module, {axis: levels[axis]})
+            return levels
+
+        levels: Levels = {}
+        if self.config.scope != "independent":  # modules wait for each other, so the first process works alone
+
+            def one_after_the_other() -> Levels:
+                with curves.choices() as choose:
+                    return {module: of_module(module, choose) for module in in_order(self.modules, self.config.scope)}
+
+            levels = of_first(peers, one_after_the_other)
+            for module in self.modules if peers.rank else ():
+                report(module, levels[module])
+            return {module: levels[module] for module in self.modules}
+
+        step = _ROUND * peers.size
+        for start in range(0, len(self.modules), step):  # every process has modules of its own, and hears the others
+
+            def own_share(names: Sequence[str] = self.modules[start + peers.rank : start + step : peers.size]) -> tuple:
+                share = {module: of_module(module) for module in names}
+                return share, {module: {axis: points_of(self.curve(module, axis)) for axis in axes} for module in names}
+
+            for rank, (share, points) in enumerate(gathered(peers, own_share)):
+                levels |= share
+                for module in share if rank != peers.rank else ():
+                    for axis in axes:
+                        self.store.curve(module, axis).update(curve_of(points[module][axis]))
+                        self.store.changed = True
+                    report(module, share[module])
+            self.store.save()
+        return {module: levels[module] for module in self.modules}
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""
         return self.curves.exact(module, axis, level)
 
-    def curve(self, module: str, axis: str, after: str) -> Curve:
+    def curve(self, module: str, axis: str, after: str = "") -> Curve:
         """Return what is known of a curve after the cuts of a digest."""
         return self.store.curve(module, axis, after)
 
@@ -343,7 +388,7 @@ class _Predicted(_Measured):
     def own(self, module: str, axis: str, level: float) -> float:
         return self.predicted[module][axis][level][0]
 
-    def curve(self, module: str, axis: str, after: str) -> Curve:
+    def curve(self, module: str, axis: str, after: str = "") -> Curve:
         points = self.store.curve(module, axis, after)
         evaluated = {level: points[level] for *curve, level in self.found if curve == [module, axis]}
         return self.predicted[module][axis] | evaluated
@@ -363,75 +408,6 @@ def _entries(
             entry = {"sparsity": sparsity[module][mask_axis], "curve": points}
             entries[module][mask_axis] = entry if entry["sparsity"] == level else entry | {"level": level}
     return entries
-
-
-# --- The level of every curve, each chosen alone or after those before it
-
-
-def choose_levels(
-    curves: Curves,
-    modules: Sequence[str],
-    axes: Sequence[str],
-    search: Callable[[str, str], float],
-    *,
-    scope: str,
-    peers: Peers,
-    tell: Callable[..., None],
-) -> Levels:
-    """Return the level of every curve, modules in the model's order whatever the scope.
-
-    axes: of a module's curves. search: (module, axis) -> the level of one curve. scope: "independent": all other
-    modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay zeroed, from front to back or from
-    back to front (rows before columns). tell: called after every curve, with the share of the work that is done.
-    """
-    done, spent = 0, 0.0
-    costs = {(module, axis): curves.cost(module, axis) for module in modules for axis in axes}
-    whole = sum(costs.values())
-
-    def report(module: str, levels: Mapping[str, float]) -> None:
-        nonlocal done, spent
-        for axis, level in levels.items():
-            done, spent = done + 1, spent + costs[module, axis]
-            tell(done, spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
-
-    def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
-        levels = {}
-        for axis in axes:
-            levels[axis] = search(module, axis)
-            if choose is not None:
-                choose(module, axis, levels[axis])
-            if axis == axes[-1]:
-                curves.save()
-            report(module, {axis: levels[axis]})
-        return levels
-
-    levels: Levels = {}
-    if scope != "independent":  # modules wait for each other, so the first process works alone
-
-        def one_after_the_other() -> Levels:
-            with curves.choices() as choose:
-                return {module: of_module(module, choose) for module in in_order(modules, scope)}
-
-        levels = of_first(peers, one_after_the_other)
-        for module in modules if peers.rank else ():
-            report(module, levels[module])
-        return {module: levels[module] for module in modules}
-
-    step = _ROUND * peers.size
-    for start in range(0, len(modules), step):  # every process has its own modules, and takes the others' results
-
-        def own_share(names: Sequence[str] = modules[start + peers.rank : start + step : peers.size]) -> tuple:
-            share = {module: of_module(module) for module in names}
-            return share, {module: {axis: points_of(curves.curve(module, axis)) for axis in axes} for module in names}
-
-        for rank, (share, points) in enumerate(gathered(peers, own_share)):
-            levels |= share
-            for module in share if rank != peers.rank else ():
-                for axis in axes:
-                    curves.learn(module, axis, curve_of(points[module][axis]))
-                report(module, share[module])
-        curves.save()
-    return {module: levels[module] for module in modules}
 
 
 def _request(config: CalibrationConfig, chance: float | None, count: int | None, rank: int, granularity: str) -> str:

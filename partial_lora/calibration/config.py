@@ -136,8 +136,8 @@ class CalibrationConfig:
             expected = "the share removed, in [0, 1)" + (", or uniform" if key == name else "")
             require(number and 0 <= share < 1, key, share, expected)
         self.sparsity = _as_floats(sparsity)
-        for key in ("threshold", "budget", "file", "repair", "reliability", "shrink"):
+        for key in ("threshold", "budget", "kept", "file", "repair", "reliability", "shrink"):
             value, usual = getattr(self, key), getattr(type(self), key)
-            spent = key == "budget" and sparsity == UNIFORM
+            spent = key in ("budget", "kept") and sparsity == UNIFORM
             expected = f"{json.dumps(usual)}: calibration.sparsity={sparsity} takes its place"
             require(value == usual or spent, f"calibration.{key}", value, expected)

@@ -136,7 +136,7 @@ class Curves:
                 for axis, curve in of_module.items():
                     curve.update(zip(grid, (bounds_of(score, score) for score in scores[module][axis]), strict=True))
             self._store.changed = True
-            self.save()
+            self._store.save()
         return curves
 
     def _removed(self, module: str, axis: str, level: float) -> Tensor:
@@ -172,15 +172,6 @@ class Curves:
     def curve(self, module: str, axis: str) -> Curve:
         """Return the points known of one curve after the choices that are in force; the caller may add points."""
         return self._store.curve(module, axis, self._after)
-
-    def learn(self, module: str, axis: str, points: Mapping[float, Bounds]) -> None:
-        """Take points that were evaluated elsewhere."""
-        self.curve(module, axis).update(points)
-        self._store.changed = True
-
-    def save(self) -> None:
-        """Store what is known so far."""
-        self._store.save()
 
     def _settle(self, modules: Collection[str]) -> None:
         """Tell the score that modules have been altered for longer than one evaluation, or are as they were."""

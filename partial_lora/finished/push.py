@@ -53,7 +53,12 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         repository = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload by partial-lora push")
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message="Upload by partial-lora push",
+            delete_patterns=["adapter_*", "partial_lora*"],  # of an earlier push, perhaps in another form
+        )
     except (HTTPError, OSError) as error:
         reason = redacted(one_line(error))
         raise PartialLoraError(

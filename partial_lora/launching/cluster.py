@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -21,7 +20,6 @@ from partial_lora.training.config import TrainerConfig
 GRACE = 600  # seconds that several workers have to end well after a request to stop; a second request kills them
 _IDLE = 10  # percent of all cores that other programs may use, at most, where threads spin
 _WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainerConfig)}
 _FROM_FILE = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 
 
@@ -61,7 +59,8 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     """
     file = accelerate_file(trainer.accelerate_config) if trainer.accelerate_config else {}
     settings = {key: getattr(trainer, key) for key in _FROM_FILE}
-    settings |= {key: file[key] for key in _FROM_FILE if settings[key] == _DEFAULTS[key] and file.get(key) is not None}
+    unset = [key for key in _FROM_FILE if settings[key] == getattr(TrainerConfig, key)]
+    settings |= {key: file[key] for key in unset if file.get(key) is not None}
     machines, address = settings["num_machines"], settings["main_process_ip"]
     if file:  # else the schema has checked them
         TrainerConfig(**settings, batch_size=settings["num_processes"] or 1)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,7 +150,7 @@ def entries_of(methods: Sequence[str], budgets: Sequence[float], overrides: Sequ
         if traits is None:  # a file that gives a method another name
             _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
             traits = config.method.traits
-        for budget in [None] if traits.is_fixed else dict.fromkeys(budgets):
+        for budget in [None] if traits.size == "own" and not traits.tuner else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
             if budget is not None:
                 chosen = list(traits.at_budget) or chosen
@@ -207,7 +207,7 @@ Asks = Callable[[Sequence[Entry]], Mapping[Entry, int]]  # the seeds that entrie
 def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Entry], list[str]]:
     """Return the entries of a comparison, each at its size, and a line on each method that is left out.
 
-    `methods=auto` takes the first candidates that have such a size.
+    `methods=auto` takes the first candidates that have such a size, and the reference.
     """
     is_auto = comparison.methods == [EVERY]
     methods, lines = list(CANDIDATES) if is_auto else comparison.methods, []
@@ -222,9 +222,10 @@ def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Ent
     if is_auto:
         alive = list(dict.fromkeys(entry.method for entry in chosen if entry.refused is None))
         lines += [f"{entry.name}: left out, {entry.refused}" for entry in chosen if entry.method not in alive]
-        if later := ", ".join(alive[TAKEN:]):
+        taken = {*alive[:TAKEN], *({comparison.reference} & {*alive})}
+        if later := ", ".join(method for method in alive if method not in taken):
             lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
-        chosen = [entry for entry in chosen if entry.method in alive[:TAKEN]]
+        chosen = [entry for entry in chosen if entry.method in taken]
     return chosen, lines
 
 
@@ -345,14 +346,13 @@ def compare(
     make: Make,
     asks: Asks,
     say: Callable[[str], None],
-    now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Search for the learning rate of every entry that is not refused, and train with the seeds that decide.
 
     Runs that are finished are not made again. make: makes runs, and returns an exit code; after an interruption no
     further run is made. asks: what the entries of a group need for the next look; nothing once all is decided.
     """
-    began = now()
+    began = time.monotonic()
     code = _search(chosen, comparison, make, say)
     if code > 2:
         return code
@@ -361,7 +361,8 @@ def compare(
             runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(seeds.get(entry, 0))]
             new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]
             left = sum(entry.seconds for entry, _ in new) / comparison.jobs
-            if comparison.hours and max(seeds.values()) > 2 and now() - began + left > 3600 * comparison.hours:
+            needed = time.monotonic() - began + left
+            if comparison.hours and max(seeds.values()) > 2 and needed > 3600 * comparison.hours:
                 say(f"hours={comparison.hours:g} are over: {len(new)} runs more would take {in_time(left)}")
                 break
             code = _make(runs, make)
@@ -428,12 +429,10 @@ def _make(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
     return code
 
 
-def _by_entry(runs: Sequence[tuple[Entry, Trial]]) -> Iterable[tuple[Entry, list[Trial]]]:
+def _by_entry(runs: Sequence[tuple[Entry, Trial]]) -> list[tuple[Entry, list[Trial]]]:
     """Return the trials of each entry, of one seed and one share each."""
-    parts: dict[tuple, tuple[Entry, list[Trial]]] = {}
-    for entry, trial in runs:
-        parts.setdefault((entry, trial.seed, trial.until), (entry, []))[1].append(trial)
-    return parts.values()
+    parts = grouped(runs, lambda run: (run[0], run[1].seed, run[1].until))
+    return [(entry, [trial for _, trial in part]) for (entry, *_), part in parts.items()]
 
 
 def by_sweeps(runs: Sequence[tuple[Entry, Trial]], sweep: Callable[[list[str]], int]) -> int:

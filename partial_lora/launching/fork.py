@@ -68,16 +68,8 @@ def ready(environment: Mapping[str, str]) -> None:
         return
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     shared = {key: value for key, value in environment.items() if key not in _OF_ONE_RUN}
-    before = {key: os.environ.get(key) for key in shared}
-    try:
-        os.environ.update(shared)
+    with imports.variables(shared):
         ensure_running()
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
     _STARTED.append(True)
 
 

@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +33,15 @@ def none_of_this_folder() -> Iterator[None]:
     """
     root, earlier = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
     paths = [path for path in (earlier, None if root in sysconfig.get_paths().values() else root) if path]
-    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    os.environ |= {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+    with variables({"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}):
+        yield
+
+
+@contextmanager
+def variables(changes: Mapping[str, str]) -> Iterator[None]:
+    """Change variables of this process's environment inside the block."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ |= changes
     try:
         yield
     finally:

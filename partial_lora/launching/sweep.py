@@ -288,6 +288,8 @@ class Job:
         if end["code"]:
             return end | {"reason": outcome.signal if outcome.status == "interrupted" else outcome.reason}
         result = packs.recorded(outcome.directory)
+        if outcome.status == directory.PAUSED:
+            return end
         if not result["metrics"]:
             return end | {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}
         test, validation = result["metrics"]["test"], result["metrics"]["validation"]

@@ -70,11 +70,6 @@ class Method:
     words: str = ""
 
     @property
-    def is_fixed(self) -> bool:
-        """True where no budget makes it larger or smaller."""
-        return self.size == "own" and not self.tuner
-
-    @property
     def is_sparse(self) -> bool:
         """True where sparsities, calibrated or even ones, say what it keeps of a module."""
         return self.size in ("calibrated", "budget")
@@ -97,8 +92,8 @@ METHODS = {
         words="Partial-LoRA: a random subset of the rows and columns of LoRA's factors, the others are zero",
     ),
     "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, as_calibrated=True, ranked=True),
-    "entries": Method("partial:entries", **_SPENT, granularity=("element",), **_BOTH),
-    "lori": Method("partial:entries", **_ONE, granularity=("element",), columns=("frozen",)),
+    "entries": Method("controls:uniform", **_SPENT, granularity=("element",), **_BOTH),
+    "lori": Method("controls:uniform", **_ONE, granularity=("element",), columns=("frozen",)),
     "lorafa": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("frozen",)),
     "paca": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("one_hot",)),
     "rows": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, rows=("one_hot",)),

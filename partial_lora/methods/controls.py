@@ -26,10 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def uniform(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: one sparsity for every module and axis. Does it matter how much each module keeps?
+    """One sparsity for every module and axis, and nothing calibrated. Does it matter how much each module keeps?
 
-    Modules of one shape gain a row or column at the same sparsity; where the budget is too small for all of them, the
-    first in the model's order gain it.
+    `entries` draws single entries of both factors so, as `PartialLoraConfig(granularity="element", sparsity=0.87)` in
+    Python. `lori` draws those of B alone, under an A that stays as it is drawn: LoRI (Zhang et al. 2025, arXiv
+    2504.07448), whose entries are the largest after a first training.
+
+    Modules of one shape gain a row, column or entry at the same sparsity; where the budget is too small for all of
+    them, the first in the model's order gain it.
     """
     even = even_sparsity(*setting.units(), setting.budget())
     return get_peft_model(model, PartialLoraConfig(**setting.randomly_masked(even)))

@@ -7,7 +7,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import even_sparsity
 from partial_lora.masks import AXES, Mask
 from partial_lora.methods.controls import ranks_within
 from partial_lora.methods.setting import ModuleScores, Setting
@@ -28,18 +27,6 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
         for module, sparsity in setting.sparsity.items()
     }
     return get_peft_model(model, PartialLoraConfig(**setting.chosen(masks), sparsity=dict(setting.sparsity)))
-
-
-def entries(model: nn.Module, setting: Setting) -> PeftModel:
-    """Train single entries of the factors that train, drawn at random, the same share of every one.
-
-    `entries` trains A and B. `lori` trains B alone, under an A that stays as it is drawn: LoRI (Zhang et al. 2025,
-    arXiv 2504.07448), whose entries are the largest after a first training. Nothing is calibrated. In Python, `entries`
-    is `PartialLoraConfig(granularity="element", sparsity=0.87)`; here the budget is spent to the last entry, so that
-    the first factors may have one more.
-    """
-    even = even_sparsity(*setting.units(), setting.budget())
-    return get_peft_model(model, PartialLoraConfig(**setting.masked() | {"sparsity": even}))
 
 
 def whole(model: nn.Module, setting: Setting) -> PeftModel:

@@ -121,6 +121,7 @@ class Setting:
             module: {
                 axis: draw(size, shares[axis], mask_seed=self.mask_seed, module=module, axis=axis)
                 for axis, size in zip(AXES, sizes[module], strict=True)
+                if size  # a factor that does not train has no mask
             }
             for module, shares in self.sparsity.items()
         }
@@ -128,9 +129,8 @@ class Setting:
     def counts(self) -> dict[str, int]:
         """Count the trainable parameters of `partial` in every module; Bernoulli masks are drawn to be counted."""
         sizes, parameters = self.units()
-        if self.mask.count == "bernoulli":
-            kept = {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
-            return {module: parameters * count for module, count in kept.items()}
+        if self.mask.count == "bernoulli":  # of single entries
+            return {module: sum(len(mask.kept) for mask in axes.values()) for module, axes in self.masks().items()}
         return {
             module: kept_parameters({module: sizes[module]}, parameters, {module: shares})
             for module, shares in self.sparsity.items()

@@ -209,6 +209,8 @@ def _around(
     Only one, where all that PEFT can build are on one side.
     """
     values = _values(setting, key) if key else [None]
+    if not values:
+        raise PartialLoraError(f"method.peft_type={setting.kind}: not applicable: no {key} divides all modules' widths")
 
     @cache
     def at(place: int) -> Counts | None:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,25 +17,12 @@ from partial_lora.models import images, texts
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.weights import AUTO, Geometry
 
-
-@dataclass(frozen=True)
-class Family:
-    """The functions of one family.
-
-    own_head: whether its models have a head for any task before anything is fitted.
-    """
-
-    load: Callable[[ModelConfig, Sequence[str]], PreTrainedModel]
-    head_name: Callable[[PreTrainedModel], str]
-    own_head: bool = False
-
-
-FAMILIES = {
-    "timm": Family(images.load_timm, images.head_name),
-    "image": Family(images.load_image, texts.head_name),
-    "clip": Family(images.load_clip, images.head_name, own_head=True),
-    "encoder": Family(texts.load_encoder, texts.head_name),
-    "causal": Family(texts.load_causal, texts.head_name, own_head=True),
+LOAD = {
+    "timm": images.load_timm,
+    "image": images.load_image,
+    "clip": images.load_clip,
+    "encoder": texts.load_encoder,
+    "causal": texts.load_causal,
 }
 
 
@@ -47,7 +33,7 @@ def load(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     settings. A causal model gets no new head and ignores labels. All weights but the quantised ones have `model.dtype`,
     the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
     """
-    return FAMILIES[model.family].load(model, labels)
+    return LOAD[model.family](model, labels)
 
 
 def empty(
@@ -63,14 +49,9 @@ def empty(
     return Geometry(family, architecture, args, {} if family == "causal" else {"num_labels": num_labels}).empty()
 
 
-def has_own_head(family: str) -> bool:
-    """Return True where models of the family have a head before anything is fitted."""
-    return FAMILIES[family].own_head
-
-
 def head_name(model: PreTrainedModel, family: str) -> str:
     """Return the full name of the linear layer that gives a loaded model's logits."""
-    return FAMILIES[family].head_name(model)
+    return (texts if family in AUTO else images).head_name(model)
 
 
 def weights_digest(model: nn.Module, exclude: str) -> str:

@@ -195,10 +195,10 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
     for name, value in sorted(test.items(), key=lambda item: item[0] != numbers["metric"]):
         if value is None or not math.isfinite(value):
             continue
-        ends = statistics.over_examples(predicted, name)
-        between = "–" if ends is None else " to ".join(summary.measured(name, end) for end in ends)
-        rows.append(f"| {_plain(name)} | {summary.measured(name, value)} | {between} | {count} |")
-    less = [name for name in test if name in LOWER_IS_BETTER]
+        ends, metric = statistics.over_examples(predicted, name), name.rpartition("/")[2]  # of MEMBER/METRIC
+        between = "–" if ends is None else " to ".join(summary.measured(metric, end) for end in ends)
+        rows.append(f"| {_plain(name)} | {summary.measured(metric, value)} | {between} | {count} |")
+    less = [name for name in test if name.rpartition("/")[2] in LOWER_IS_BETTER]
     note = f" Less is better of {', '.join(less)}." if less else ""
     return "\n".join(rows) + (
         f"\n\nOne run, seed {run.result['seed']}. The interval is over test examples alone: another seed would move the"

@@ -242,6 +242,7 @@ def write(compared: Differences, results_dir: Path, *, command: str) -> list[Pat
         stale.unlink()
     if not compared.known and not compared.uncompared:
         return []
+    command = " ".join(command.split())  # it may have lines of its own
     parts, files = [f"    {command}"], {}
     if compared.known:
         parts += [tabulated(readable(compared.rows), "pipe"), *notes(compared)]

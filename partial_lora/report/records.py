@@ -58,7 +58,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
     runs, problems = [], []
     for directory in directories:
         try:
-            run = run_of(record(directory), directory, str(directory.parent.relative_to(results_dir)))
+            run = run_of(record(directory), directory)
             if directory.name != f"seed{run.row['seed']}":
                 raise ValueError(f"a copy of another run, its seed is {run.row['seed']}")
             runs.append(run)
@@ -78,12 +78,9 @@ def one(directory: Path) -> Run:
         raise PartialLoraError(f"{directory / RESULT}: {error}") from error
 
 
-def run_of(result: dict, directory: Path, group: str | None = None) -> Run:
-    """Return a record as a run, wherever its directory is; raises ValueError as `row` does.
-
-    group: the directory's parent where none is named.
-    """
-    return Run(directory, result, {"group": group or directory.resolve().parent.name} | row(result))
+def run_of(result: dict, directory: Path) -> Run:
+    """Return a record as a run of RESULTS_DIR/runs/TASK/MODEL/METHOD-ID/seedN; raises ValueError as `row` does."""
+    return Run(directory, result, {"group": "/".join(directory.absolute().parts[-5:-1])} | row(result))
 
 
 def record(directory: Path) -> dict:

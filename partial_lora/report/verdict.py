@@ -25,11 +25,6 @@ PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is
 TAKE = "take"  # folder of the files to act with
 
 
-def run_of(record: dict, place: Path, out: Path) -> records.Run:
-    """Return a run of a comparison."""
-    return records.run_of(record, place, str(place.parent.relative_to(out)))
-
-
 def results_of(places: Iterable[Path]) -> Path:
     """Return the results directory of runs, each in results_dir/runs/task/model/method-id/seed."""
     return next(iter(places)).parents[4]
@@ -43,7 +38,7 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
         for place, record in entry.done.items():
             if record["config"]["trainer"]["learning_rate"] != entry.best:
                 continue
-            row = run_of(record, place, out).row
+            row = records.run_of(record, place).row
             metric = row["metric"]
             sign, seed = -1 if metric in LOWER_IS_BETTER else 1, record["seed"]
             whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])

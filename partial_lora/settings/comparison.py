@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from partial_lora.errors import PartialLoraError, one_of, require
+from partial_lora.files import flatten
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, settings_of
 from partial_lora.settings.study import commands
@@ -37,7 +38,7 @@ CANDIDATES = (
 )
 TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": {"": 1, "S": 1}}
 
 
 @dataclass
@@ -79,19 +80,17 @@ class Comparison:
         require(_is_positive(self.margin), "margin", self.margin, "points, such as 1")
         require(self.hours is None or _is_positive(self.hours), "hours", self.hours, "a number above 0, such as 0.5")
         is_full = self.search == FULL
-        self.rates = self.rates or (5 if is_full else 3)
+        self.rates = (5 if is_full else 3) if self.rates is None else self.rates
         self.seeds = 3 if self.seeds is None and is_full else self.seeds
         for key, least in (("seeds", 1), ("rates", 2), ("jobs", 1)):
             value = getattr(self, key)
             whole = type(value) is int and value >= least
             require(whole or (value is None and key != "rates"), key, value, f"a whole number, at least {least}")
         one_of("serve", self.serve, True, False)
-        if self.methods == [EVERY]:
-            return
-        usual = (method for method in self.methods if called(method).reference)
-        self.reference = self.reference or next(usual, self.methods[0])
-        methods = ", ".join(self.methods)
-        require(self.reference in self.methods, "reference", self.reference, f"one of {methods}")
+        methods = CANDIDATES if self.methods == [EVERY] else self.methods
+        usual = (method for method in methods if called(method).reference)
+        self.reference = self.reference or next(usual, methods[0])
+        require(self.reference in methods, "reference", self.reference, f"one of {', '.join(methods)}")
 
 
 def _is_positive(value: object) -> bool:
@@ -100,8 +99,8 @@ def _is_positive(value: object) -> bool:
 
 def _quantity(key: str, value: object, unit: str) -> float:
     """Return a number of bytes or seconds; raises PartialLoraError, naming the key, for anything else."""
-    number, name = re.fullmatch(r"\s*([\d.e+-]*)\s*([A-Za-z]*)\s*", str(value)).groups() if value else ("", "")
-    number, scale = _as_number(number), _UNITS.get(name.upper()) if unit == "bytes" else _UNITS.get(name)
+    written = re.fullmatch(r"\s*([\d.e+-]+)\s*([A-Za-z]*)\s*", str(value))
+    number, scale = (_as_number(written[1]), _UNITS[unit].get(written[2].upper())) if written else (None, None)
     fits = _is_positive(number) and scale is not None
     require(fits, key, value, "bytes, such as 40MB" if unit == "bytes" else "seconds, such as 0.2")
     return number * scale
@@ -155,12 +154,11 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
         key, _, value = setting.lstrip("+~").partition("=")
         require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
     contents = [settings_of(setting) for setting in others if is_file(setting)]
-    in_file = any("results_dir" in content and not is_record(content) for content in contents)
-    if not in_file and not any(setting.startswith("results_dir=") for setting in others):
-        others.append("results_dir=results/compare")
-    if not any(setting.startswith("trainer.start=") for setting in others):
-        others.append("trainer.start=fork")  # some seconds less a run, and the same results
-    return comparison, others
+    given = {key for content in contents if not is_record(content) for key in flatten(content)}
+    given |= {setting.partition("=")[0] for setting in others}
+    # Forked workers take some seconds less a run, and the results are the same.
+    usual = {"results_dir": "results/compare", "trainer.start": "fork"}
+    return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]
 
 
 def _as_number(word: object) -> object:

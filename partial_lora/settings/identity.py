@@ -88,6 +88,7 @@ def wherever(key: str, value: Any) -> Any:
 
 _FILES = {"calibration.file", "task.data_files"}
 _PLACES = {"model.weights", "model.text_weights", "task.path"}  # names, or folders
+_WORDS = {"files", "members", "random"}  # which name no folder, whatever lies in the working directory
 
 
 def run_id(config: Config | Mapping) -> str:
@@ -148,7 +149,7 @@ def digests(settings: Mapping) -> dict[str, str]:
     for key, value in computed_from(settings).items():
         plain_key = task_key(key, members)
         is_file = plain_key in _FILES or plain_key.startswith("task.data_files.")
-        if is_file or (plain_key in _PLACES and Path(value).is_dir()):
+        if is_file or (plain_key in _PLACES and value not in _WORDS and Path(value).is_dir()):
             contents[key] = _digest(Path(value))
     return contents
 

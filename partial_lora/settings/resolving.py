@@ -117,8 +117,6 @@ def _check_surroundings(config: Config) -> None:
     trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
     exists = calibration is None or Path(calibration).is_file()
     require(exists, "calibration.file", calibration, "an existing calibration.json")
-    exists = trainer.tuned is None or Path(trainer.tuned).is_file()
-    require(exists, "trainer.tuned", trainer.tuned, "a file that scripts/tune.py makes")
     missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)

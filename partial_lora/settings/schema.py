@@ -60,7 +60,7 @@ class Config:
         if not method.traits.is_sparse:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
-            unused, beside = ("threshold", "budget", "repair"), "beside calibration.file"
+            unused, beside = ("threshold", "budget", "kept", "repair"), "beside calibration.file"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")

@@ -198,7 +198,7 @@ def _check_completion(completion: Completion | str, config: TaskConfig, split: s
 def _with_layout(splits: Mapping[str, Dataset], name: str) -> tuple[Mapping[str, Dataset], Layout]:
     """Return the rows and the layout of their columns; a prompt and a response that are messages become one column."""
     features = splits["train"].features
-    layout = next((layout for layout in LAYOUTS if layout.is_of(features)), None)
+    layout = next((layout for layout in LAYOUTS if {*layout.prompt[:1], layout.response} <= features.keys()), None)
     if layout is None:
         layouts = "; ".join(" and ".join([*layout.prompt[:1], layout.response]) for layout in LAYOUTS)
         raise PartialLoraError(

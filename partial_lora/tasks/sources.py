@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +51,6 @@ class Layout(NamedTuple):
     name: str
     prompt: tuple[str, ...]
     response: str
-
-    def is_of(self, columns: Collection[str]) -> bool:
-        """Return whether a table with these columns has the layout."""
-        return {*self.prompt[:1], self.response} <= {*columns}
 
 
 LAYOUTS = (  # the first that fits is read
@@ -184,12 +180,6 @@ def read_files(
             _image_folder(key, path, split) if path.is_dir() else _read_table(key, path, split, *table, words=words)
         )
     return {split: rows[split] for split in data_files}
-
-
-def file_of(data_files: Mapping[str, str] | str | None, split: str) -> Path | None:
-    """Return the user's file or folder that a split is read from; None for rows from elsewhere."""
-    path = data_files.get(split) if isinstance(data_files, Mapping) else data_files
-    return Path(path) if path else None
 
 
 def _image_folder(key: str, folder: Path, split: str) -> Dataset:
@@ -421,7 +411,8 @@ def select_columns(rows: Dataset, config: TaskConfig, split: str) -> Dataset:
     Paths of images in a table of the user's are relative to its folder. Raises PartialLoraError for a column that is
     not there or cannot be told from another, and for a row without input.
     """
-    name, modality, file = config.name, config.modality, file_of(config.data_files, split)
+    name, modality, file = config.name, config.modality, config.data_files
+    file = Path(named) if (named := file.get(split) if isinstance(file, Mapping) else file) else None
     place = f"the {split} split of {name}" + (f" ({file})" if file else "")
     label = _label_column(rows, place, config.label_column)
     if modality == "text":

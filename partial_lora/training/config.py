@@ -214,15 +214,10 @@ class TrainerConfig:
             of_type(f"trainer.args.{name}", args[name], get_type_hints(TrainingArguments)[name])
 
     def _check_machines(self) -> None:
-        machines = self.num_machines
+        machines, port = self.num_machines, self.main_process_port
         expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
         require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
-        require(
-            0 < self.main_process_port < 2**16,
-            "trainer.main_process_port",
-            self.main_process_port,
-            "a port, 1 to 65535",
-        )
+        require(0 < port < 2**16, "trainer.main_process_port", port, "a port, 1 to 65535")
         if machines > 1:
             address = self.main_process_ip
             require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")

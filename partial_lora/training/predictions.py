@@ -13,10 +13,10 @@ import pandas
 import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor
-from torch.nn import functional as F
 
+from partial_lora.calibration.answers import token_losses, tokens
 from partial_lora.files import write_atomic
-from partial_lora.tasks.metrics import FUNCTIONS, IGNORED, mse
+from partial_lora.tasks.metrics import FUNCTIONS, mse
 
 
 @cache
@@ -123,12 +123,7 @@ def log_likelihoods(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tens
     So an evaluation keeps two numbers a row instead of a vocabulary a token.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    following = labels[:, 1:]
-    is_answer = following != IGNORED
-    # Only the logits of answers are copied: prompts are longer than answers, and vocabularies larger than either.
-    losses = F.cross_entropy(logits[:, :-1][is_answer].float(), following[is_answer], reduction="none").double()
-    sums = losses.new_zeros(is_answer.shape).masked_scatter(is_answer, losses).sum(1)
-    return torch.stack([-sums, is_answer.sum(1).double()], dim=1)
+    return torch.stack([-token_losses(logits, labels), tokens(labels).double()], dim=1)
 
 
 def option_predictions(

@@ -279,6 +279,30 @@ def test_a_convolution_in_groups_has_the_highest_rank():
         assert adapted(**ranks)
 
 
+def test_factors_that_do_not_fit_a_convolution_are_refused_for_a_second_adapter_too():
+    plain = {"r": 2, "target_modules": ["conv"], "sparsity": 0.5}
+    model = nn.Sequential()
+    model.conv = nn.Conv2d(4, 4, 3)
+    adapted = get_peft_model(model, PartialLoraConfig(**plain))
+    with pytest.raises(PartialLoraError, match=r"target module conv is a Conv2d: columns='one_hot'"):
+        adapted.add_adapter("second", PartialLoraConfig(**plain, columns="one_hot"))
+
+
+def test_an_adapter_that_cannot_be_added_leaves_plain_lora_plain():
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(PartialLoraError, match="embed_tokens"):
+        model.add_adapter("masked", PartialLoraConfig(r=2, target_modules=["embed_tokens"], columns="one_hot"))
+    assert model.peft_type == "LORA"
+
+
+def test_a_sparsity_of_none_is_the_usual_one_whenever_it_is_set():
+    config = PartialLoraConfig(r=8, target_modules=["q_proj"], sparsity=0.5)
+    config.sparsity = None
+    model = get_peft_model(llama(), config)
+    usual = get_peft_model(llama(), PartialLoraConfig(r=8, target_modules=["q_proj"]))
+    assert module_sparsity(model) == module_sparsity(usual)
+
+
 def test_the_rank_on_disk_is_the_highest_that_a_module_has(tmp_path):
     ranks = {"q_proj": 2, "v_proj": 3, "up_proj": 64}
     model = get_peft_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from refusals import refusal
+from transformers import OPTConfig, OPTForCausalLM
 
 from partial_lora.building.info import outline
 from partial_lora.settings.compatibility import check
@@ -36,3 +37,11 @@ def test_a_number_of_classes_that_nobody_knows_is_said_to_be_a_guess() -> None:
     assert (planned.outputs, planned.is_known) == (2, False)
     with refusal("task.data_files"):
         check(composed(*OWN), here=True)
+
+
+def test_a_language_model_whose_config_has_other_names_has_no_estimate_of_memory(tmp_path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16)).save_pretrained(tmp_path)
+    planned = outline(composed(f"model={tmp_path}", "task=arc_easy", "calibration=fixed"))
+    assert planned.memory == {}
+    assert planned.counts["adapter_trainable"] > 0

@@ -131,7 +131,8 @@ def test_every_variant_is_that_of_the_literal_twin(model, batches, score, twin, 
                     assert low <= twin([(name, each, level) for each in together]) <= high
     else:
         assert enough(twin, 0.8)(result.joint)
-        assert expected[0] != twin.calibrated(enough(twin, 0.8), axes=axes)[0]
+        others = {"independent", "cumulative", "cumulative_backward"} - {scope}
+        assert expected[0] not in [twin.calibrated(enough(twin, 0.8), axes=axes, scope=other)[0] for other in others]
     assert_unchanged(model, before)
     assert_unchanged(model, strict.weights)  # it knows that the weights are back
 
@@ -152,10 +153,6 @@ def test_a_score_that_cannot_settle_is_evaluated_in_full(model, batches, twin):
 
     result = calibrate(model, Unsettled(batches), threshold=0.8, scope="cumulative", **GRID)
     assert (result.sparsity, result.joint) == twin.calibrated(enough(twin, 0.8), scope="cumulative")
-
-
-def test_scopes_differ_by_the_order_in_which_modules_choose(twin):
-    assert len({str(twin.calibrated(enough(twin, 0.8), scope=scope)[0]) for _, scope in VARIANTS}) == 3
 
 
 @pytest.mark.parametrize(("axes", "names"), [("separate", AXES), ("joint", ("joint",))])
@@ -367,12 +364,6 @@ def test_importance_by_name_by_function_or_given(model, batches):
     ("arguments", "key"),
     [
         ({"threshold": 0}, r"calibration.threshold=0: "),
-        ({"threshold": 1.1}, r"calibration.threshold=1.1: "),
-        ({"search": "grid"}, "calibration.search=grid: .*scan.*bisect"),
-        ({"levels": 0}, r"calibration.levels=0: "),
-        ({"max_sparsity": 1}, r"calibration.max_sparsity=1: "),
-        ({"axes": "both"}, "calibration.axes=both: .*separate.*joint"),
-        ({"scope": "all"}, "calibration.scope=all: .*cumulative_backward"),
         ({"repair": True, "budget": 0.5}, r"calibration.repair=.*calibration.budget=0.5"),
         ({"above_chance": True}, r"calibration.chance=majority: "),
         ({"chance": math.nan}, r"calibration.chance=nan: "),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 
 import finished_runs
@@ -36,9 +36,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         taken.created = {"repo": repo} | settings
         return RepoUrl(f"https://huggingface.co/{repo}")
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(
+        api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         assert repo_id == taken.created["repo"]
-        taken.files = {file.name: file.read_bytes() for file in folder_path.iterdir()}
+        left = {name: file for name, file in taken.files.items() if not any(map(PurePath(name).match, delete_patterns))}
+        taken.files = left | {file.name: file.read_bytes() for file in folder_path.iterdir()}
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -53,6 +56,10 @@ def test_a_push_uploads_the_adapter_its_settings_and_its_page(hub, capsys) -> No
     assert hub.files == {file.name: file.read_bytes() for file in (run.directory / "export" / "hub").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "config.yaml", "README.md"} <= hub.files.keys()
     assert hub.files["adapter_model.safetensors"] == (run.adapter / "adapter_model.safetensors").read_bytes()
+    hub.files["LICENSE"] = b"the owner's"
+    assert cli.main(["push", str(run.directory), "me/mine", "--compact"]) == 0
+    assert hub.files.keys() >= {"LICENSE", "partial_lora.safetensors"}
+    assert not {"adapter_model.safetensors", "partial_lora.json"} & hub.files.keys()  # PEFT would load the former
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ def swept(place: Path) -> subprocess.CompletedProcess:
     return command(place, "train", "-m", *TINY, f"{RATES},0.05", *JOBLIB[:1], "hydra.launcher.n_jobs=3")
 
 
+@pytest.fixture(scope="module")
+def made(place: Path, swept) -> dict[float, dict]:
+    """The records that this sweep left: a later one makes the failed run again."""
+    return records(place)
+
+
 def test_one_run_that_fails_touches_no_other_and_the_end_says_which(place: Path, swept) -> None:
     assert swept.returncode == 1
     assert [records(place)[rate]["status"] for rate in (0.05, 1e30)] == ["finished", "failed"]
@@ -70,9 +76,9 @@ def test_jobs_that_are_the_same_run_wait_for_each_other(place: Path, swept) -> N
     assert swept.stdout.count(f"{accuracy:.4f}") == 4  # of each as it ends, and in the table
 
 
-def test_runs_side_by_side_share_a_calibration(place: Path, swept) -> None:
+def test_runs_side_by_side_share_a_calibration(place: Path, made) -> None:
     assert len(list((place / "cache" / "calibrations").glob("*.json"))) == 1
-    first, second = (records(place)[rate] for rate in (0.05, 1e30))
+    first, second = (made[rate] for rate in (0.05, 1e30))
     assert first["sparsity"] == second["sparsity"]
     assert {first["calibration"]["cached"], second["calibration"]["cached"]} == {False, True}  # one has waited
 
@@ -83,16 +89,15 @@ def test_nothing_is_left_outside_the_results(place: Path, swept) -> None:
     assert not list((place / "results" / "sweep").glob(".jobs-*"))
 
 
-def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Path, swept) -> None:
-    before = records(place)
+def test_the_same_sweep_again_by_another_launcher_does_what_is_missing(place: Path, made) -> None:
     again = begun(place, "train", "-m", *TINY, RATES, "hydra/launcher=submitit_local")
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 1
     assert [status for _, status in statuses(out)] == ["skipped", "failed"]
     assert "job 0" not in out
     after = records(place)
-    assert after[0.05] == before[0.05]
-    assert (before[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
+    assert after[0.05] == made[0.05]
+    assert (made[1e30]["attempts"], after[1e30]["attempts"]) == (1, 2)
     assert {path.name for path in place.iterdir()} == {"results", "cache"}
     assert (place / "results" / "sweep" / ".submitit").is_dir()
 

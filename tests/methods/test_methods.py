@@ -70,6 +70,13 @@ def test_methods_that_spend_a_budget_spend_it(method: str) -> None:
     assert {factor for factor in "AB" if any(f"lora_{factor}" in name for name in trains)} == set(factors)
 
 
+@pytest.mark.parametrize("method", ["lori", "uniform"])
+def test_entries_of_one_factor_are_counted_where_they_are_drawn_by_chance(method: str) -> None:
+    one = {"granularity": "element", "columns": "frozen", "count": "bernoulli"}
+    model, setting = adapted(method, "tiny_vit", **one)
+    assert counted(model, setting)["adapter_trainable"] == pytest.approx(setting.budget(), rel=0.1)
+
+
 @pytest.mark.parametrize("method", MASKED)
 def test_controls_of_single_entries_train_as_many_parameters(method: str) -> None:
     for granularity in ({"granularity": "element"}, {"granularity": "element", "count": "bernoulli"}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from finished_runs import override, picture_files, trained
 from method_settings import adapted, setting_of
 from peft import PeftModel
 from plain_libraries import in_this_process
+from torch import nn
 
 from partial_lora.building.info import outline
 from partial_lora.errors import PartialLoraError
@@ -107,6 +109,14 @@ def test_what_peft_cannot_build_is_refused_by_name(kind: str, options: dict, siz
         of_kind(kind, **({"peft": options} if options else {}), size=size)
     assert names in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_tuner_of_blocks_is_not_applicable_where_no_block_fits_all_modules() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))
+    setting = setting_of("tiny_vit", load("tiny_vit"), peft_type="OFT", size=20)
+    setting = dataclasses.replace(setting, shapes={"0": (9, 4), "1": (4, 9)}, target_modules=("0", "1"))
+    with pytest.raises(PartialLoraError, match="not applicable"):
+        tuners.sized(setting, lambda each: tuners.counts(setting, each, model))
 
 
 def test_a_dropout_goes_to_the_tuner_that_has_one() -> None:

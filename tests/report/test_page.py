@@ -272,12 +272,16 @@ heads[at].querySelector("button").click();
 const rising = column();
 heads[at].querySelector("button").click();
 const focused = document.activeElement === heads[at].querySelector("button");
+const falling = column(), order = heads[at].getAttribute("aria-sort");
+const last = heads.length - 1, days = ["2026-03-01 10:00", "2026-01-02 09:00", "2026-02-01 08:00"];
+days.forEach((day, row) => { table.tBodies[0].rows[row].cells[last].textContent = day; });
+heads[last].querySelector("button").click();
+const dated = [...table.tBodies[0].rows].map((row) => row.cells[last].textContent).join("|");
 const link = table.querySelector("a");
 link.click();
 document.querySelectorAll("details").forEach((each) => { each.open = true; });
 const fits = document.documentElement.scrollWidth <= innerWidth;
-const order = heads[at].getAttribute("aria-sort");
-parent.document.body.dataset.seen = [rising, column(), order, focused, fits, tabs.join("|")].join(";");
+parent.document.body.dataset.seen = [rising, falling, order, focused, fits, dated, tabs.join("|")].join(";");
 });
 </script>"""
 FRAME = '<!doctype html><body style="margin:0"><iframe src="page.html" style="border:0;width:{}px;height:900px">'
@@ -301,10 +305,11 @@ def test_in_a_browser_tables_sort_nothing_overflows_and_the_console_is_silent(te
 
     done = browsed("--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
-    rising, falling, order, focused, fits, tabs = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
+    rising, falling, order, focused, fits, dated, tabs = re.search(r'data-seen="([^"]*)"', done.stdout)[1].split(";")
     assert rising.split("|") == ["30.00", "91.00", "100.00"]
     assert falling.split("|") == rising.split("|")[::-1]
     assert (order, focused, fits) == ("descending", "true", "true")
+    assert dated.split("|") == ["2026-01-02 09:00", "2026-02-01 08:00", "2026-03-01 10:00"]
     assert tabs.split("|") == ["tab-0", "tab-2"]  # one at a time: the first, and what the address names
     if width == 360:
         browsed(f"--screenshot={shot}")

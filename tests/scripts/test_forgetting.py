@@ -30,6 +30,7 @@ def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, mo
     usual, scored = {"form": "lori", "size": "0.13", "learning_rate": 1e-3}, []
     table = pd.DataFrame([usual | {"run": run, "seed": seed} for seed, run in enumerate(runs)])
     monkeypatch.setattr(forgetting, "OTHER", {"arc_easy": ("accuracy_norm", ("task=arc_easy",))})
+    monkeypatch.setattr(forgetting.records, "read", lambda place: (runs, []))
     monkeypatch.setattr(ranking, "rows_of", lambda runs: table)
     monkeypatch.setattr(ranking, "at_best_rates", lambda rows: rows.iloc[1:])
     monkeypatch.setattr(forgetting, "finished_run", lambda place: place)
@@ -39,7 +40,11 @@ def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, mo
         return types.SimpleNamespace(record={"metrics": {"accuracy_norm": 0.25}})
 
     monkeypatch.setattr(forgetting, "evaluate_run", evaluated)
-    known = {(forgetting.FROZEN, "arc_easy")}
-    (row,) = forgetting.scores(runs, tmp_path, known)
-    assert (row["run"], row["value"], scored) == ("runs/seed1", 0.25, [runs[1].directory])
-    assert not list(forgetting.scores(runs, tmp_path, {*known, ("runs/seed1", "arc_easy")}))
+    known = [[forgetting.FROZEN, forgetting.FROZEN, "own", 0, 0.0, "arc_easy", "accuracy_norm", 0.5]]
+    known.append(["runs/seed0", "lori", "0.13", 0, 2e-3, "arc_easy", "accuracy_norm", 0.9])  # once the best rate
+    pd.DataFrame(known, columns=forgetting.COLUMNS).to_csv(tmp_path / "forgetting.csv", index=False)
+    for _ in range(2):
+        assert forgetting.main([str(tmp_path)]) == 0
+        found = pd.read_csv(tmp_path / "forgetting.csv").set_index("run")["value"]
+        assert found.to_dict() == {forgetting.FROZEN: 0.5, "runs/seed1": 0.25}
+        assert scored == [runs[1].directory]

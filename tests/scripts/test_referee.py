@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import referee
+from checkout import RESULTS, needs_results
 from recorded_runs import record
 
 from partial_lora.launching.search import quick
@@ -46,8 +45,9 @@ def test_clear_gaps_are_decided_with_fewer_seeds_than_eight() -> None:
     assert numbers.loc[("clear gaps", "8 seeds"), "decided"] == 1
 
 
+@needs_results
 def test_gaps_that_seeds_tell_apart_rest_on_the_spread_of_the_committed_studies() -> None:
-    table = pd.read_csv(Path(__file__).parents[2] / "results" / "referee" / "spread.csv")
+    table = pd.read_csv(RESULTS / "referee" / "spread.csv")
     medians = table[["seed", "row of one seed", "row"]].median() / 100
     kept = [sequential._SEED, sequential._ROW_OF_SEED, sequential._ROW]
     assert kept == pytest.approx(list(medians), rel=0.05)

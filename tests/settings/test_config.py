@@ -103,6 +103,10 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["calibration=fixed", "calibration.file={file}"], ["calibration.file", "calibration.sparsity"]),
         (["calibration=fixed", "calibration.repair=true"], ["calibration.repair"]),
         (["calibration=fixed", "calibration.reliability=true"], ["calibration.reliability", "calibration.sparsity"]),
+        (
+            ["calibration=fixed", "calibration.sparsity=0.8", "calibration.budget=null", "calibration.kept=1e6"],
+            ["calibration.kept", "calibration.sparsity"],
+        ),
         (["calibration.sparsity=0.5", "method=entries"], ["calibration.sparsity=0.5", "method=entries"]),
         (["importance=adapter", "importance.steps=1"], ["importance.steps=1", "importance=adapter"]),
         (["method=entries", "calibration.reliability=true"], ["calibration.reliability", "method=entries"]),

@@ -98,6 +98,16 @@ def test_a_folder_enters_the_id_by_names_and_contents(tmp_path: Path, override: 
     assert len(set(ids())) == 2
 
 
+def test_a_folder_called_as_a_word_of_the_settings_is_no_part_of_the_id(tmp_path: Path, monkeypatch) -> None:
+    config = composed("model=tiny_bert", "task=text_table")
+    known = identity.run_id(config)
+    monkeypatch.chdir(tmp_path)
+    for name in (config.task.path, config.model.weights):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.csv").write_text("text,label\n")
+    assert identity.run_id(config) == known
+
+
 # A recorded run is found by what it was set to, whatever its folder was called.
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import RESULTS, needs_results
 from refusals import refusal
 from searched_rates import best, run, search
 
@@ -292,9 +293,9 @@ def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_densi
     assert dense <= between[-1] <= between[0] <= rates.starting_rate(dense, density)
 
 
+@needs_results
 def test_rates_that_were_searched_for_are_within_a_step_of_the_one_to_try_first() -> None:
-    committed = schema.conf_dir().parent / "results" / "tuning.json"
-    entries = {tuned.key_in(entry): entry["learning_rate"] for entry in tuned.load(committed)}
+    entries = {tuned.key_in(entry): entry["learning_rate"] for entry in tuned.load(RESULTS / "tuning.json")}
     masked = {key: rate for key, rate in entries.items() if key[2] == "partial" and key[-1].startswith("budget")}
     assert len(masked) > 9
     for (task, model, *_, point), rate in masked.items():

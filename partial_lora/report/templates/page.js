@@ -3,7 +3,8 @@ const all = (selector, within = document) => [...within.querySelectorAll(selecto
 
 // A heading of a table sorts by its column.
 const value = (row, column) => row.cells[column].textContent.trim();
-const number = (text) => (/^[+−-]?[\d.]/.test(text) ? parseFloat(text.replace(/,/g, "").replace("−", "-")) : NaN);
+const leading = /^[+−-]?[\d.,]+(e[+-]?\d+)?(?=$|[\s%±[(])/; // of a date or an id it is none
+const number = (text) => (leading.test(text) ? parseFloat(text.replace(/,/g, "").replace("−", "-")) : NaN);
 for (const table of all("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   headers.forEach((header, column) => header.querySelector("button").addEventListener("click", () => {
