@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from types import SimpleNamespace
 
 import finished_runs
+import mixed_runs
 import peft
 import pytest
 import torch
@@ -122,6 +123,13 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> 
     without = dataclasses.replace(run, directory=tmp_path)  # its predictions are gone
     assert f"| accuracy | {score} | – | – |" in card.card(without, "me/mine", run.adapter).text
     assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
+
+
+def test_the_page_of_a_mixture_has_the_share_of_each_member_in_percent() -> None:
+    run = mixed_runs.image_mixture()
+    page = card.card(run, "me/mine", run.adapter).text
+    for member in ("colours", "digits"):
+        assert re.search(rf"^\| {member}/accuracy \| \d+\.\d\d % ", page, re.MULTILINE)
 
 
 def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_them() -> None:
