@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -130,6 +131,15 @@ def forked(
     module, *words = args[args.index("-m") + 1 :]
     run = partial(_run, module, words, dict(env), _descriptors(), first)
     return subprocess.Popen(args, env=env, preexec_fn=run, restore_signals=False, **given)
+
+
+def until(holds: Callable[[], object], running: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    """Wait for what holds soon, as long as the process runs that is to bring it about."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert running is None or running.poll() is None, running.stderr and running.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:

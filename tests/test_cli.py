@@ -11,14 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas
 import pytest
 import torch
 import yaml
-from commands import begun, environment, here
+from commands import begun, environment, here, until
 from safetensors.torch import load_file
 
 from partial_lora import cli
@@ -374,11 +373,7 @@ def test_report_tabulates_the_runs(place: Path, trained) -> None:
 def exporting(place: Path, *arguments: str) -> subprocess.Popen:
     """An export that has begun to write: the folder beside its own is there."""
     running = begun(place, "export", *arguments)
-    deadline = time.monotonic() + 120
-    while not list(place.glob("stopped_export/.out.*")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(place.glob("stopped_export/.out.*")), running)
     return running
 
 

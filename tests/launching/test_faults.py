@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from commands import begun, here
+from commands import begun, here, until
 
 from partial_lora import files
 from partial_lora.calibration import calibrate as calibration
@@ -172,9 +171,7 @@ def orphan_at(step: int) -> None:
     def orphaned(self, args, state, control, **given):
         if state.global_step == step:
             os.kill(os.getppid(), signal.SIGKILL)
-            end = time.monotonic() + 60
-            while self.received is None and time.monotonic() < end:
-                time.sleep(0.05)
+            until(lambda: self.received is not None)
         return before(self, args, state, control, **given)
 
     trainer.StopOnSignal.on_step_end = orphaned
@@ -184,10 +181,7 @@ def test_a_run_whose_command_is_killed_ends_after_its_step_and_is_gone_on_from(u
     shutil.copytree(unbroken / "cache", tmp_path / "cache")
     command = begun(tmp_path, "train", *TINY, *SHORT, first=partial(orphan_at, 3))
     assert command.wait(120) == -signal.SIGKILL
-    end = time.monotonic() + 60
-    while is_locked(run_of(tmp_path) / results.LOCK):  # by the worker
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not is_locked(run_of(tmp_path) / results.LOCK))  # by the worker
     assert (record_of(tmp_path)["status"], record_of(tmp_path)["error"]) == ("failed", results.INTERRUPTED)
     assert train(tmp_path).returncode == 0
     own, expected = record_of(tmp_path), record_of(unbroken)

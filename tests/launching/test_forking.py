@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from commands import environment, here, is_alive
+from commands import environment, here, is_alive, until
 from safetensors.torch import load_file
 
 from partial_lora.launching import directory, fork
@@ -43,11 +42,8 @@ def run(place: Path) -> dict[tuple[int, float], Path]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    end = time.monotonic() + 240
-    while (8, 0.05) not in (found := runs(place)) or not under_way(found.get((100000, 0.05))):
-        assert sweep.poll() is None, sweep.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: (8, 0.05) in runs(place) and under_way(runs(place).get((100000, 0.05))), sweep, seconds=240)
+    found = runs(place)
     (place / "command").write_bytes(Path(f"/proc/{worker(found[100000, 0.05])}/cmdline").read_bytes())
     (place / "session").write_text(str(os.getsid(worker(found[100000, 0.05]))))
     sweep.kill()
@@ -97,10 +93,7 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_sweep(place: Path, run) -
     assert b"forkserver" in (place / "command").read_bytes()
     pid = worker(run[100000, 0.05])
     assert int((place / "session").read_text()) == pid
-    end = time.monotonic() + 30
-    while is_alive(pid):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: not is_alive(pid))
     assert json.loads((run[100000, 0.05] / "result.json").read_text())["error"] == "interrupted"
     assert (run[100000, 0.05] / "checkpoints").is_dir()  # it ended after a step, and can be gone on from
 

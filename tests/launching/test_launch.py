@@ -15,7 +15,7 @@ from pathlib import Path
 import accelerate.commands.launch
 import pytest
 import yaml
-from commands import is_alive
+from commands import is_alive, until
 from torch._utils import ExceptionWrapper
 
 from partial_lora import files, worker, worker_events
@@ -160,11 +160,8 @@ def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Pope
 
 def written(folder: Path, what: str) -> list[dict]:
     """What both workers wrote, once they have."""
-    end = time.monotonic() + 60
     paths = [folder / f"{what}_{rank}.json" for rank in range(2)]
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, (folder / "log").read_text()
-        time.sleep(0.05)
+    until(lambda: all(path.exists() for path in paths))
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -206,10 +203,7 @@ def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     workers = [each["pid"] for each in written(tmp_path, "began")]
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    end = time.monotonic() + 60
-    while any(is_alive(pid) for pid in workers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not any(map(is_alive, workers)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

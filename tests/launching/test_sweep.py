@@ -9,13 +9,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from commands import begun, command, here, is_alive
+from commands import begun, command, here, is_alive, until
 from rich.console import Console
 
 from partial_lora import cli
@@ -157,11 +156,8 @@ LOCKS = "results/runs/*/*/*/*/.lock"  # which name a worker before it is another
 def under_way(place: Path, *launcher: str) -> subprocess.Popen:
     """A sweep of which two runs have their workers."""
     running = begun(place, *LONG, *(launcher or JOBLIB))
-    deadline = time.monotonic() + 120
-    while sum("worker" in lock.read_text() for lock in place.glob(LOCKS)) < 2 or len(workers(place)) < 2:
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: sum("worker" in lock.read_text() for lock in place.glob(LOCKS)) >= 2, running)
+    until(lambda: len(workers(place)) >= 2, running)
     return running
 
 
@@ -205,10 +201,7 @@ def test_no_process_of_a_sweep_outlives_its_launcher(tmp_path: Path, launcher: t
     assert family > {*workers(tmp_path)}
     running.kill()
     running.wait()
-    end = time.monotonic() + 60
-    while any(map(is_alive, family)):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: not any(map(is_alive, family)))
     assert not list((tmp_path / "results" / "sweep").glob(".jobs-*"))
 
 
