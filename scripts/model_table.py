@@ -48,6 +48,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.training.cost import kept_by_forward
 
 FOLDER = Path("results/models")
+KINDS = ("bf16", "nf4")  # formats of the weights whose memory is shown
 _MIB, _GIB = 2**20, 2**30
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 OUTPUTS = 2
@@ -143,7 +144,14 @@ def memory_table(outlines: dict[str, dict]) -> str:
 def outlines() -> dict[str, dict]:
     names = sorted(file.stem for file in (schema.conf_dir() / "model").glob("*.yaml"))
     each = {name: outline(config_of(name)) for name in names}
-    return {name: {"counts": of.counts, "memory": of.memory, "passes": of.passes} for name, of in each.items()}
+    return {
+        name: {
+            "counts": of.counts,
+            "memory": {kind: held for kind, held in of.memory.items() if kind in KINDS},
+            "passes": of.passes,
+        }
+        for name, of in each.items()
+    }
 
 
 def page(each: dict[str, dict]) -> str:

@@ -19,6 +19,8 @@ from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, spent_
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import KINDS, kind_of
 
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -133,16 +135,18 @@ def _counted(config: Config, shapes: Shapes, outputs: int, sparsity: Sparsity | 
 
 
 def _memory(config: Config, model: Skeleton, shapes: Shapes, counts: Mapping) -> dict[str, dict[str, int]]:
-    """Return the memory of a causal model in bf16 and in 4 bits, for a batch of the longest sequences allowed.
+    """Return the memory of a causal model as it is set, in bf16 and in 4 bits, for a batch of the longest sequences.
 
     Nothing where its config has other names for its sizes than Llama's.
     """
     if config.model.family != "causal" or not model.config.keys() >= {*peak.KEYS}:
         return {}
-    batch = {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
-    return {
-        name: peak.peak_memory(
-            model, shapes=shapes, counts=counts, rank=config.method.nominal_rank, quantization=quantization, **batch
-        )
-        for name, quantization in (("bf16", None), ("nf4", "nf4"))
-    }
+    of_step = {"shapes": shapes, "counts": counts, "rank": config.method.nominal_rank}
+    of_step |= {"batch_size": config.trainer.local_batch_size, "length": config.model.max_length}
+    own = config.model.quantization or config.model.dtype
+    found = {}
+    for kind in dict.fromkeys((own, "bfloat16", "nf4")):
+        dtype = config.model.dtype if kind == own else "bfloat16"
+        quantization = kind if kind in ("nf4", "int8") else None
+        found[_SHORT.get(kind, kind)] = peak.peak_memory(model, dtype=dtype, quantization=quantization, **of_step)
+    return found

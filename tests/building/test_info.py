@@ -45,3 +45,13 @@ def test_a_language_model_whose_config_has_other_names_has_no_estimate_of_memory
     planned = outline(composed(f"model={tmp_path}", "task=arc_easy", "calibration=fixed"))
     assert planned.memory == {}
     assert planned.counts["adapter_trainable"] > 0
+
+
+def test_the_memory_of_a_language_model_is_first_that_of_its_own_format() -> None:
+    given = ("model=tiny_llama", "task=arc_easy", "calibration=fixed")
+    weights = {}
+    for own, kinds in (("dtype=float32", "fp32 bf16 nf4"), ("quantization=int8", "int8 bf16 nf4")):
+        planned = outline(composed(*given, f"model.{own}"))
+        assert " ".join(planned.memory) == kinds
+        weights |= {kind: held["weights"] for kind, held in planned.memory.items()}
+    assert weights["fp32"] > weights["bf16"] > weights["nf4"]
