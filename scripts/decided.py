@@ -55,7 +55,7 @@ BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
 PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
 SCALED_LORI, ATTENTION = "lori row_exponent=1", "lora on attn.qkv"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
-CAPS_OFF = f"{PARTIAL}, caps at 0.99"
+CAPS_OFF, MEAN = f"{PARTIAL}, caps at 0.99", f"{PARTIAL}, mean of draws"
 REFERENCES = ("lora", "low_rank", UNIFORM)
 # Differences that no planned claim is about.
 BESIDE = [
@@ -65,8 +65,8 @@ BESIDE = [
     (BY_GRADIENT, PARTIAL),
     (BY_GRADIENT, UNIFORM),
     (PARTIAL, AT_ONE_RATE),
-    (CAPS_OFF, PARTIAL),
-    (CAPS_OFF, AT_ONE_RATE),
+    *((form, other) for form in (CAPS_OFF, MEAN) for other in (PARTIAL, AT_ONE_RATE)),
+    (MEAN, UNIFORM),
     ("targeted", "lora"),
     ("random_weights", "lora"),
     ("random_weights", "low_rank"),
@@ -107,7 +107,8 @@ COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 def form_of(config: dict) -> str:
     """Return the name of a run's form, with what its calibration has of its own."""
     calibration, name = config["calibration"], ranking.form_of(config)
-    words = [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
+    words = ["mean of draws"] if calibration.get("file") else []
+    words += [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
     words += ["by gradient"] if calibration.get("search") == "gradient" else []
     words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []
     return ", ".join([name, *words])

@@ -1,6 +1,7 @@
-"""Correlations of calibrated shares with what modules are worth.
+"""Correlations of calibrated shares with what modules are worth, and their mean over draws.
 
     make shares                        # trains dense LoRA (conf/experiment/shares.yaml), and measures it
+    python scripts/shares.py mean      # results/decided/mean/TASK.json: the mean shares of eight calibrations
     python scripts/shares.py measure   # the runs in results/analyses/shares again
     python scripts/shares.py draw      # the table again, of what was measured
 
@@ -24,10 +25,11 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from partial_lora import cli
+from partial_lora import Calibration, cli
 from partial_lora.files import write_atomic
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import records
 from partial_lora.settings.versions import plain
 
@@ -74,19 +76,51 @@ def loss_of(trained: RunModel, batches: Sequence[Mapping[str, Tensor]]) -> float
     return float(sum(losses)) / sum(len(batch["labels"]) for batch in batches)
 
 
-def shares_of(task: str, runs: Sequence[records.Run]) -> dict[str, pd.DataFrame]:
-    """Return the share of each module by seed, of calibrated runs at 13 % as they are by default, by `SHARES`."""
-    kept: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in SHARES.values()}
+def calibrated(task: str, runs: Sequence[records.Run]) -> dict[str, dict[int, dict]]:
+    """Return a record by seed, of calibrated runs at 13 % as they are by default, by `SHARES`."""
+    found: dict[str, dict[int, dict]] = {kind: {} for kind in SHARES.values()}
     for run in runs:
-        config, shapes = run.record["config"], run.record["shapes"]
-        chosen = config["calibration"]
-        at = run.row["task"], run.row["method"], run.row["operating_point"]
-        if at == (task, "partial", "budget 0.13") and (chosen["shrink"], chosen["max_sparsity"]) == (0, 0.95):
-            kept[SHARES[chosen["search"]]][run.record["seed"]] = {
-                name: 1 - (of["rows"] * shapes[name][0] + of["columns"] * shapes[name][1]) / sum(shapes[name])
-                for name, of in run.record["sparsity"].items()
-            }
+        chosen = run.record["config"]["calibration"]
+        at = run.row["task"], run.row["method"], run.row["operating_point"], chosen["file"]
+        if at == (task, "partial", "budget 0.13", None) and (chosen["shrink"], chosen["max_sparsity"]) == (0, 0.95):
+            found[SHARES[chosen["search"]]][run.record["seed"]] = run.record
+    return found
+
+
+def shares_of(task: str, runs: Sequence[records.Run]) -> dict[str, pd.DataFrame]:
+    """Return the share of each module by seed, of the calibrations of `calibrated`."""
+    kept = {
+        kind: {seed: _shares(record["sparsity"], record["shapes"]) for seed, record in of_seed.items()}
+        for kind, of_seed in calibrated(task, runs).items()
+    }
     return {kind: pd.DataFrame(of_seed) for kind, of_seed in kept.items() if of_seed}
+
+
+def _shares(sparsity: Sparsity, shapes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    return {
+        name: 1 - (of["rows"] * shapes[name][0] + of["columns"] * shapes[name][1]) / sum(shapes[name])
+        for name, of in sparsity.items()
+    }
+
+
+def mean(of_seed: Mapping[int, dict]) -> Calibration:
+    """Return a calibration that keeps the mean share of several, of every module and axis, and so as many parameters.
+
+    Its scores are means, too.
+    """
+    found = [record["calibration"] for record in of_seed.values()]
+    modules = {
+        module: {
+            axis: {"sparsity": float(np.mean([record["sparsity"][module][axis] for record in of_seed.values()]))}
+            | {"curve": []}
+            for axis in AXES
+        }
+        for module in next(iter(of_seed.values()))["sparsity"]
+    }
+    baseline, joint, threshold = (
+        float(np.mean([each[key] for each in found])) for key in ("baseline", "joint", "threshold")
+    )
+    return Calibration(baseline, joint, threshold, modules, budget=found[0]["budget"], search=found[0]["search"])
 
 
 def correlated(one: pd.Series, other: pd.Series) -> str:
@@ -116,8 +150,16 @@ def table(measured: pd.DataFrame) -> pd.DataFrame:
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "draw"))
+    parser.add_argument("what", choices=("measure", "draw", "mean"))
     options = parser.parse_args(arguments)
+    if options.what == "mean":
+        runs, folder = records.read(RUNS)[0], RUNS / "mean"
+        folder.mkdir(exist_ok=True)
+        for task in sorted({run.row["task"] for run in runs}):
+            if of_seed := calibrated(task, runs)["calibrated"]:
+                mean(of_seed).save(folder / f"{task}.json")
+                print(f"{folder / task}.json: of {len(of_seed)} calibrations")
+        return
     file = OUT / "shares.csv"
     if options.what == "measure":
         found = pd.concat([measure(finished_run(place)) for place in sorted(OUT.glob("runs/*/*/*/seed*"))])
