@@ -81,7 +81,7 @@ def calibrated(task: str, runs: Sequence[records.Run]) -> dict[str, dict[int, di
     found: dict[str, dict[int, dict]] = {kind: {} for kind in SHARES.values()}
     for run in runs:
         chosen = run.record["config"]["calibration"]
-        at = run.row["task"], run.row["method"], run.row["operating_point"], chosen["file"]
+        at = run.row["task"], run.row["method"], run.row["operating_point"], chosen.get("file")
         if at == (task, "partial", "budget 0.13", None) and (chosen["shrink"], chosen["max_sparsity"]) == (0, 0.95):
             found[SHARES[chosen["search"]]][run.record["seed"]] = run.record
     return found

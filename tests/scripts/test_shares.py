@@ -10,6 +10,7 @@ import torch
 from finished_runs import cache, image_run
 from recorded_runs import leave
 
+from partial_lora import Calibration
 from partial_lora.building import build
 from partial_lora.finished.predict import RunModel
 from partial_lora.report import records
@@ -63,3 +64,20 @@ def test_shares_are_of_calibrated_runs_at_the_size_and_correlate_with_what_order
     assert table[""].tolist() == ["calibrated", *shares.WORTHS.values()]
     told = table.iloc[0][list(shares.WORTHS.values())].str.split(" ").str[0]
     assert told.tolist() == ["+1.00", "-1.00", f"{np.corrcoef([1, 2, 4, 3], [1, 4, 2, 3])[0, 1]:+.2f}"]
+
+
+def test_mean_shares_are_those_of_all_draws_and_keep_as_many_parameters(tmp_path, monkeypatch) -> None:
+    draws = [{"a": (0.95, 0.5), "b": (0.75, 0.9)}, {"a": (0.85, 0.7), "b": (0.85, 0.5)}]
+    told = {"calibration__search": "bisect", "shapes": {"a": [40, 20], "b": [40, 20]}}
+    for seed, draw in enumerate(draws):
+        sparsity = {name: dict(zip(("rows", "columns"), axes, strict=True)) for name, axes in draw.items()}
+        of_draw = {"baseline": 0.5 + seed, "joint": 0.25, "threshold": 0.75, "budget": 0.13, "search": "bisect"}
+        leave(tmp_path, "partial", 0.9, budget=0.13, seed=seed, sparsity=sparsity, calibration=of_draw, **told)
+    monkeypatch.setattr(shares, "RUNS", tmp_path)
+    assert shares.main(["mean"]) == 0
+    found = Calibration.load(tmp_path / "mean" / "digits.json")
+    expected = {"a": {"rows": 0.9, "columns": 0.6}, "b": {"rows": 0.8, "columns": 0.7}}
+    assert {name: {axis: round(share, 9) for axis, share in axes.items()} for name, axes in found.sparsity.items()} == (
+        expected
+    )
+    assert (found.baseline, found.joint, found.budget) == (1.0, 0.25, 0.13)
