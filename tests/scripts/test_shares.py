@@ -68,7 +68,8 @@ def test_shares_are_of_calibrated_runs_at_the_size_and_correlate_with_what_order
 
 def test_mean_shares_are_those_of_all_draws_and_keep_as_many_parameters(tmp_path, monkeypatch) -> None:
     draws = [{"a": (0.95, 0.5), "b": (0.75, 0.9)}, {"a": (0.85, 0.7), "b": (0.85, 0.5)}]
-    told = {"calibration__search": "bisect", "shapes": {"a": [40, 20], "b": [40, 20]}}
+    usual = {"search": "bisect", "shrink": 0.0, "max_sparsity": 0.95}
+    told = {f"calibration__{key}": value for key, value in usual.items()} | {"shapes": {"a": [40, 20], "b": [40, 20]}}
     for seed, draw in enumerate(draws):
         sparsity = {name: dict(zip(("rows", "columns"), axes, strict=True)) for name, axes in draw.items()}
         of_draw = {"baseline": 0.5 + seed, "joint": 0.25, "threshold": 0.75, "budget": 0.13, "search": "bisect"}
