@@ -18,7 +18,7 @@ from partial_lora.adapter.layer import PartialLinear
 from partial_lora.masks import AS_PEFT
 
 GRANULARITIES = ["rows_columns", "element"]
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # processors add up in orders of their own
 
 
 class Perceptron(nn.Module):

@@ -26,8 +26,10 @@ from partial_lora.adapter.selection import Geometry, random_masks
 
 granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-# Activations are rounded to eight bits too: two sums in another order may fall on either side of a step.
-OF_BITS = {4: TOLERANCE, 8: {"rtol": 0, "atol": 1e-3}}
+# Activations are rounded to eight bits too: two sums in another order may fall on either side of a step. Steps of AdamW
+# make as much of the order, in which processors differ.
+ROUNDED = {"rtol": 0, "atol": 1e-3}
+OF_BITS = {4: TOLERANCE, 8: ROUNDED}
 SPARSITY = {"q_proj": {"rows": 0.9, "columns": 0.5}, "v_proj": 0.8, "down_proj": {"rows": 0.3, "columns": 0.8}}
 
 
@@ -98,7 +100,7 @@ def test_bitsandbytes_trains_as_dense_lora_with_masked_gradients(folder, bits, k
         step(model, optimizers[0], tokens(seed))
         step(twin, optimizers[1], tokens(seed), prepare=mask_gradients)
     # Where gradients are not masked, by 0.3 at least.
-    torch.testing.assert_close(logits(model, tokens(9)), logits(twin, tokens(9)), **OF_BITS[bits])
+    torch.testing.assert_close(logits(model, tokens(9)), logits(twin, tokens(9)), **ROUNDED)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(f.kept.numel() for f in factors(model))
 
 
