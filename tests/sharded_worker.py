@@ -75,7 +75,7 @@ def main(rank: int, folder: Path, port: int) -> None:
         assert all(torch.equal(torch.as_tensor(kept["state"][place][name]), value) for name, value in entry.items())
     resumed = trainer(adapted(seed=7), folder / "broken", processes=WORLD, sharded=True)
     resumed.train(checkpoint)
-    worse = iter(range(9, 0, -1))
+    worse = iter((0.9, 0.1))
     early = trainer(adapted(), folder / "early", processes=WORLD, sharded=True)
     early.compute_metrics = lambda said: {"accuracy": next(worse)}
     early.train()
