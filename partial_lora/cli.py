@@ -429,10 +429,10 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
         return 1
     out = verdict.results_of(places)
     runs = [records.run_of(record, place) for place, record in places.items()]
-    of_reference = [run for entry in entries if entry.method == comparison.reference for run in entry.done.values()]
-    reference = (
-        ranking.form_of(of_reference[0]["config"]) if of_reference else comparison.reference or entries[0].method
-    )
+    # Where the reference could not be trained, the first method that could takes its place.
+    trained = [entry for entry in entries if places.keys() & entry.done.keys()]
+    first = min(trained, key=lambda entry: entry.method != comparison.reference)
+    reference = ranking.form_of(next(iter(first.done.values()))["config"])
     limit = entries[0].group if comparison.limit else None
     _, numbers = ranking.write(runs, out, "compare", reference, limit)
     Console().print(ranking.on_screen(numbers, reference))

@@ -275,14 +275,14 @@ def _beside_others(add_adapter: Callable) -> Callable:
             return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
         if any(config.target_parameters for config in (*model.peft_config.values(), peft_config)):
             raise PartialLoraError(f"target_parameters does not go with Partial-LoRA: {REFUSED['target_parameters']}.")
-        before = model.peft_type
+        kind, name = type(model.base_model), model.peft_type
         model.base_model.__class__ = PartialLoraModel
         model.peft_type = peft_config.peft_type  # which PEFT compares
         try:
             add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-            before = PEFT_TYPE
+            kind, name = PartialLoraModel, PEFT_TYPE
         finally:
-            model.peft_type = before
+            model.base_model.__class__, model.peft_type = kind, name
 
     return add
 

@@ -173,10 +173,7 @@ def calibration_config(config: Config, task: Task) -> CalibrationConfig:
 
 
 def new_head_of(model: ModelConfig) -> str | None:
-    """Return the module that is new for every task; None for a model that has a head before anything is fitted.
-
-    That is CLIP, of its texts, and a language model.
-    """
+    """Return the head that is new for every task; None for CLIP, which has one of its texts, and language models."""
     return None if model.family == "clip" else model.head
 
 

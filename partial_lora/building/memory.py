@@ -53,7 +53,10 @@ class StepMemory:
 
 
 def step_memory(config: Config) -> StepMemory:
-    """Return what a step of these settings keeps, with one share everywhere; raises PartialLoraError as `within`."""
+    """Return what a step of these settings keeps, with one share everywhere.
+
+    Raises PartialLoraError for a quantised model, whose layers cannot be counted.
+    """
     _refuse_quantised(config)
     model = adapted(config)
     layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
@@ -66,14 +69,14 @@ def step_memory(config: Config) -> StepMemory:
 
 
 def kept_by_step(config: Config) -> int:
-    """Return the bytes that a step of these settings keeps, with one share everywhere; raises as `step_memory`."""
+    """Return the bytes that a step of these settings keeps, with one share everywhere; raises as `step_memory` does."""
     _refuse_quantised(config)
     return _kept(config, adapted(config))
 
 
 def _refuse_quantised(config: Config) -> None:
     quantization = config.model.quantization
-    require(quantization is None, "model.quantization", quantization, "null where what a step keeps is counted")
+    require(quantization is None, "model.quantization", quantization, "null: what its layers keep cannot be counted")
 
 
 def within(config: Config) -> Config:

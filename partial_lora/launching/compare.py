@@ -222,7 +222,7 @@ def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Ent
     if is_auto:
         alive = list(dict.fromkeys(entry.method for entry in chosen if entry.refused is None))
         lines += [f"{entry.name}: left out, {entry.refused}" for entry in chosen if entry.method not in alive]
-        taken = {*alive[:TAKEN], *({comparison.reference} & {*alive})}
+        taken = [method for place, method in enumerate(alive) if place < TAKEN or method == comparison.reference]
         if later := ", ".join(method for method in alive if method not in taken):
             lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
         chosen = [entry for entry in chosen if entry.method in taken]

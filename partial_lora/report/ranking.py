@@ -129,8 +129,8 @@ def once(cell: pd.DataFrame, place: Iterable[str]) -> pd.DataFrame:
 def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFrame:
     """Return the runs of every cell at its best learning rate, and how many rates were tried.
 
-    `edge` is whether that rate is the lowest or highest of three or more: of the two that a quick search trains to the
-    end either is. `spent` is the seconds of all runs of the cell.
+    `edge` is whether that rate is the lowest or highest of three or more. A quick search trains two to the end, which
+    say nothing of an edge. `spent` is the seconds of all runs of the cell.
     Raises PartialLoraError as `once`.
     """
     chosen = []

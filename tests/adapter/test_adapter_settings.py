@@ -36,7 +36,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -292,7 +292,7 @@ def test_an_adapter_that_cannot_be_added_leaves_plain_lora_plain():
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(PartialLoraError, match="embed_tokens"):
         model.add_adapter("masked", PartialLoraConfig(r=2, target_modules=["embed_tokens"], columns="one_hot"))
-    assert model.peft_type == "LORA"
+    assert (type(model.base_model), model.peft_type) == (LoraModel, "LORA")
 
 
 def test_a_sparsity_of_none_is_the_usual_one_whenever_it_is_set():

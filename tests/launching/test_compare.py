@@ -371,4 +371,7 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     for name in ("config.yaml", "training_arguments.json", "method_comparison.json"):
         assert (tmp_path / "out" / "take" / name).is_file()
     taken = yaml.safe_load((tmp_path / "out" / "take" / "config.yaml").read_text())
+    failed = (*methods[:1], "reference=unilora", *methods[2:])
+    assert here(tmp_path, "compare", *GIVEN, *failed, "budgets=0.3", *SHORT).returncode == 0
+    assert "− partial row_exponent=0" in (tmp_path / "out" / "compare.md").read_text()  # the first that has trained
     assert taken["trainer"]["until"] == 1  # a whole run, though its record may be of one that was paused
