@@ -269,7 +269,8 @@ class _Measured:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.total = len(self.modules) * len(CURVE_AXES[self.config.axes])
+        self.axes = CURVE_AXES[self.config.axes]
+        self.total = len(self.modules) * len(self.axes)
         # How many thresholds a budget tries, and how many levels a repair relaxes, is not known before.
         self.is_known = not self.config.repair and (self.config.budget is None or self.config.search == "gradient")
         self.tell(0, 0.0)
@@ -288,56 +289,71 @@ class _Measured:
         Scope "independent": all other modules stay intact; "cumulative" and "cumulative_backward": earlier choices stay
         zeroed, from front to back or from back to front (rows before columns).
         """
-        curves, peers, axes = self.curves, self.peers, CURVE_AXES[self.config.axes]
-        sufficient, search = partial(self.enough, threshold=threshold), SEARCHES[self.config.search]
-        costs = {(module, axis): curves.cost(module, axis) for module in self.modules for axis in axes}
-        done, spent, whole = 0, 0.0, sum(costs.values())
-
-        def report(module: str, levels: Mapping[str, float]) -> None:
-            nonlocal done, spent
-            for axis, level in levels.items():
-                done, spent = done + 1, spent + costs[module, axis]
-                self.tell(done, spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
-
-        def of_module(module: str, choose: Callable[[str, str, float], None] | None = None) -> dict[str, float]:
-            levels = {}
-            for axis in axes:
-                levels[axis] = search(partial(curves.survives, module, axis, passes=sufficient), self.grid)
-                if choose is not None:
-                    choose(module, axis, levels[axis])
-                if axis == axes[-1]:
-                    self.store.save()
-                report(module, {axis: levels[axis]})
-            return levels
-
-        levels: Levels = {}
-        if self.config.scope != "independent":  # modules wait for each other, so the first process works alone
-
-            def one_after_the_other() -> Levels:
-                with curves.choices() as choose:
-                    return {module: of_module(module, choose) for module in in_order(self.modules, self.config.scope)}
-
-            levels = of_first(peers, one_after_the_other)
-            for module in self.modules if peers.rank else ():
-                report(module, levels[module])
-            return {module: levels[module] for module in self.modules}
-
-        step = _ROUND * peers.size
-        for start in range(0, len(self.modules), step):  # every process has modules of its own, and hears the others
-
-            def own_share(names: Sequence[str] = self.modules[start + peers.rank : start + step : peers.size]) -> tuple:
-                share = {module: of_module(module) for module in names}
-                return share, {module: {axis: points_of(self.curve(module, axis)) for axis in axes} for module in names}
-
-            for rank, (share, points) in enumerate(gathered(peers, own_share)):
-                levels |= share
-                for module in share if rank != peers.rank else ():
-                    for axis in axes:
-                        self.store.curve(module, axis).update(curve_of(points[module][axis]))
-                        self.store.changed = True
-                    report(module, share[module])
-            self.store.save()
+        self.done, self.spent = 0, 0.0
+        self.costs = {(name, axis): self.curves.cost(name, axis) for name in self.modules for axis in self.axes}
+        find = partial(self._of_module, partial(self.enough, threshold=threshold))
+        levels = self._of_all(find) if self.config.scope == "independent" else self._of_first(find)
         return {module: levels[module] for module in self.modules}
+
+    def _of_module(
+        self,
+        sufficient: Callable[[float], bool],
+        module: str,
+        choose: Callable[[str, str, float], None] | None = None,
+    ) -> dict[str, float]:
+        """Return the level of each axis of a module.
+
+        choose: (module, axis, level) zeroes that level for all modules that come later.
+        """
+        search, levels = SEARCHES[self.config.search], {}
+        for axis in self.axes:
+            levels[axis] = search(partial(self.curves.survives, module, axis, passes=sufficient), self.grid)
+            if choose is not None:
+                choose(module, axis, levels[axis])
+            if axis == self.axes[-1]:
+                self.store.save()
+            self._spend(module, {axis: levels[axis]})
+        return levels
+
+    def _of_first(self, find: Callable[..., dict[str, float]]) -> Levels:
+        """Return the levels that the first process finds alone, as each module waits for the one before."""
+
+        def in_turn() -> Levels:
+            with self.curves.choices() as choose:
+                return {module: find(module, choose) for module in in_order(self.modules, self.config.scope)}
+
+        levels = of_first(self.peers, in_turn)
+        for module in self.modules if self.peers.rank else ():
+            self._spend(module, levels[module])
+        return levels
+
+    def _of_all(self, find: Callable[..., dict[str, float]]) -> Levels:
+        """Return the levels that all processes find, each those of its own modules, a round of modules at a time."""
+        levels: Levels = {}
+        rank, size = self.peers.rank, self.peers.size
+        for start in range(0, len(self.modules), _ROUND * size):
+
+            def own(names: Sequence[str] = self.modules[start + rank : start + _ROUND * size : size]) -> tuple:
+                found = {module: find(module) for module in names}
+                curves = {name: {axis: points_of(self.curve(name, axis)) for axis in self.axes} for name in names}
+                return found, curves
+
+            for other, (found, curves) in enumerate(gathered(self.peers, own)):
+                levels |= found
+                for module in found if other != rank else ():
+                    for axis in self.axes:
+                        self.store.curve(module, axis).update(curve_of(curves[module][axis]))
+                        self.store.changed = True
+                    self._spend(module, found[module])
+            self.store.save()
+        return levels
+
+    def _spend(self, module: str, levels: Mapping[str, float]) -> None:
+        """Tell the progress that curves of a module are done."""
+        for axis, level in levels.items():
+            self.done, self.spent = self.done + 1, self.spent + self.costs[module, axis]
+            whole = sum(self.costs.values())
+            self.tell(self.done, self.spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""
@@ -354,7 +370,6 @@ class _Predicted(_Measured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        axes = CURVE_AXES[self.config.axes]
         self.predicting = 0.0  # the share of all work that predicts; the rest evaluates points
 
         def seen(examples: float, outputs: int) -> None:
@@ -362,7 +377,7 @@ class _Predicted(_Measured):
             self.predicting = cost / (cost + (MOST_CHECKED if self.config.budget is None else 0))
             self.tell(0, examples * self.predicting)
 
-        self.predicted = of_first(self.peers, lambda: self.curves.predicted(axes, self.grid, seen))
+        self.predicted = of_first(self.peers, lambda: self.curves.predicted(self.axes, self.grid, seen))
         self.found: dict[Point, bool] = {}  # points that were evaluated: whether the score was enough
         if self.config.budget is not None:
             self.tell(self.total, 1.0)

@@ -260,6 +260,14 @@ def test_bounds_and_repairs_of_a_loss(model, batches, above_chance, scope):
     assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 8
 
 
+@pytest.mark.parametrize("search", ["scan", "bisect"])
+def test_a_budget_gives_the_same_shares_with_and_without_chance(model, score, search):
+    kind = {"budget": 0.3, "search": search, "chance": 0.2, **GRID}
+    ignored, majority = (calibrate(model, score, above_chance=above, **kind) for above in (False, True))
+    assert ignored.sparsity == majority.sparsity
+    assert ignored.threshold != majority.threshold  # the same line, as a share of another height
+
+
 @pytest.mark.parametrize("scope", ["independent", "cumulative"])
 def test_the_threshold_above_chance_against_the_literal_twin(model, score, twin, scope):
     result = calibrate(model, score, threshold=0.6, chance=0.5, above_chance=True, scope=scope, **GRID)
