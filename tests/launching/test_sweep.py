@@ -18,9 +18,9 @@ from commands import begun, command, here, is_alive, until
 from rich.console import Console
 
 from partial_lora import cli
-from partial_lora.launching import directory, sweep
-from partial_lora.launching.sweep import Ledger
-from partial_lora.settings.compose import plan
+from partial_lora.launching import directory, launch, sweep
+from partial_lora.launching.sweep import Job, Ledger
+from partial_lora.settings.compose import composed, plan
 
 TINY = ("model=tiny_vit", "trainer.max_steps=8", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.3")
 RATES = "trainer.learning_rate=0.05,1e30"  # the second diverges
@@ -308,6 +308,16 @@ def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
     assert list(ledger.entries().items()) == [(2, {"status": "running"}), (10, {"status": "finished"})]
     ledger.close()
     assert ledger.stops() == [signal.SIGTERM]
+
+
+def test_a_paused_job_has_an_entry_without_scores(tmp_path: Path) -> None:
+    record = {"schema_version": 1, "status": "paused", "metrics": {}, "calibration": None}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    job = Job("train", lambda *_, **__: launch.Outcome(tmp_path, "paused"), (), Ledger.new(tmp_path), ("", 0), False)
+    assert job._end(0, composed(), {"directory": str(tmp_path), "is_new": True}, True) == {
+        "status": "paused",
+        "code": 0,
+    }
 
 
 def test_a_job_in_another_process_and_its_worker_are_waited_for(tmp_path: Path) -> None:

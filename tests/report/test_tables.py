@@ -270,6 +270,12 @@ def written(results_dir):
     return comparison.write(compared(results_dir), results_dir, command="partial-lora report x")
 
 
+def test_a_command_of_several_lines_is_one_line_of_each_file(results):
+    page, table = comparison.write(compared(results), results, command="partial-lora report \\\n  a,b")
+    assert page.read_text().startswith("    partial-lora report \\ a,b\n\n")
+    assert len(pd.read_csv(table, comment="#")) == len(compared(results).rows)
+
+
 def test_each_is_compared_with_the_reference_at_its_point(results):
     made = compared(results)
     assert made.uncompared == ()

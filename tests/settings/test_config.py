@@ -209,8 +209,9 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
     ).warnings
     assert said.startswith("calibration.sparsity=0.9 ")
     (tmp_path / "c.json").write_text("{}")
-    found = composed(f"calibration.file={tmp_path / 'c.json'}", "calibration.budget=0.02", "calibration.shrink=0.5")
-    assert [each.split("=")[0] for each in found.warnings] == ["calibration.budget"]
+    for key in ("calibration.budget", "calibration.kept"):
+        found = composed(f"calibration.file={tmp_path / 'c.json'}", f"{key}=2e6", "calibration.shrink=0.5")
+        assert [each.split("=")[0] for each in found.warnings] == [key]
     with refusal("hydra.sweeper.params.seed=0"):
         compose.refuse(["-m", "hydra.sweeper.params.seed=0"])
 
