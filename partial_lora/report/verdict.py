@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import yaml
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic, write_json
+from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.launching.compare import Entry, expected, in_time
 from partial_lora.report import predictions, records
@@ -173,8 +172,8 @@ _ARGUMENTS = {  # of transformers, by which key of `trainer` each is set
 def write_take(entry: Entry, folder: Path) -> Path:
     """Write into a folder what the best run was made with, for `partial-lora train` and for plain PEFT; return it.
 
-    config.yaml; adapter_config.json and training_arguments.json, for transformers' Trainer or TRL; and a record like
-    those of PEFT's method_comparison.
+    config.yaml; adapter_config.json, unless the adapter is masked, and training_arguments.json, for transformers'
+    Trainer or TRL; and a record like those of PEFT's method_comparison.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
@@ -183,9 +182,10 @@ def write_take(entry: Entry, folder: Path) -> Path:
     settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
     settings["trainer"] = config["trainer"] | {"until": 1.0}
     write_atomic(folder / directory.CONFIG, yaml.safe_dump(settings, sort_keys=False))
-    adapter = place / directory.ADAPTER / "adapter_config.json"
-    if adapter.is_file():
-        shutil.copyfile(adapter, folder / adapter.name)
+    adapter, copied = place / directory.ADAPTER, folder / "adapter_config.json"
+    copied.unlink(missing_ok=True)  # of an earlier winner
+    if (adapter / copied.name).is_file() and not (adapter / "partial_lora.json").is_file():  # alone it is dense LoRA
+        write_json(copied, read_json(adapter / copied.name) | {"inference_mode": False})  # else PEFT freezes it
     trainer = config["trainer"]
     arguments = {name: trainer[key] for name, key in _ARGUMENTS.items() if key in trainer}
     arguments |= {"max_steps": trained.get("steps") or trainer.get("max_steps"), "seed": record["seed"]}

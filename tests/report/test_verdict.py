@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pandas as pd
 import pytest
+import yaml
+from peft import LoraConfig, PeftConfig, get_peft_model
 from recorded_runs import record
+from torch import nn
 
+from partial_lora import PartialLoraConfig
 from partial_lora.launching.compare import Entry
 from partial_lora.report import sequential, verdict
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
 from partial_lora.settings.comparison import Comparison
+
+SPARSE = PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5)
 
 
 def group(*methods: str) -> list[Entry]:
@@ -100,3 +107,17 @@ def test_perplexities_are_compared_by_the_loss_of_every_response(tmp_path) -> No
     for (method, seed), loss in written.items():
         assert outputs[f"{method}, 0.13"][seed].shape == (2,)
         assert outputs[f"{method}, 0.13"][seed].mean() == pytest.approx(-loss)
+
+
+def test_a_winner_of_peft_trains_anew_and_a_masked_one_leaves_no_file_of_dense_lora(tmp_path) -> None:
+    base = nn.Sequential(nn.Linear(6, 4))
+    for method, config in (("lora", LoraConfig(r=2, target_modules=["0"])), ("partial", SPARSE)):
+        place = tmp_path / method
+        get_peft_model(deepcopy(base), config).save_pretrained(place / "adapter")
+        done = {place: record(method=method, trainer__learning_rate=1e-3) | {"started": "", "seconds": {"train": 1.0}}}
+        take = verdict.write_take(Entry(method, "0.13", (), best=1e-3, done=done), tmp_path / "take")
+        if method == "lora":
+            model = get_peft_model(deepcopy(base), PeftConfig.from_pretrained(take))
+            assert [name for name, each in model.named_parameters() if each.requires_grad]
+    assert not (take / "adapter_config.json").exists()
+    assert yaml.safe_load((take / "config.yaml").read_text())["method"]["name"] == "partial"
