@@ -318,7 +318,7 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
         return condition | subject.record(calibrated)
 
     return {
-        f"{shots} shots, {noise:.0%} noise, seed {seed}": partial(part, shots, noise, seed)
+        f"{shots} shots, {100 * noise:g}% noise, seed {seed}": partial(part, shots, noise, seed)
         for shots, noise in conditions(settings)
         for seed in settings["analysis"]["seeds"]
     }

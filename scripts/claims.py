@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.rows import NONE, point_order
-from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, half_interval, holm, together
+from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, together
 from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -29,11 +29,13 @@ NO_RUNS = "no runs of both"
 WORSE = "undecided (worse, perhaps by less than a point)"
 
 
-def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+def differences(
+    runs: pd.DataFrame, pairs: Iterable[tuple[str, str]], not_in_means: Collection[str] = ()
+) -> pd.DataFrame:
     """For each pair of methods, its first less its second, wherever both have runs.
 
     They are paired at one model, importance measure and operating point; a method that is not calibrated stands at all
-    of them.
+    of them. not_in_means: tasks that are in no mean over sets.
     """
     rows = []
     for first, second in pairs:
@@ -41,12 +43,16 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
             model, mixture, measure, point = where
             other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
             other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
-            rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second)
+            rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second, not_in_means)
     return together(pd.DataFrame(rows, columns=list(DIFFERENCES)))
 
 
 def paired_rows(
-    sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]], where: Mapping[str, str], first: str, second: str
+    sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]],
+    where: Mapping[str, str],
+    first: str,
+    second: str,
+    not_in_means: Collection[str] = (),
 ) -> list[dict]:
     """A row for each task on which all sides share a seed, and one over these if they are several: of a mixture the
     average, else what is to be expected of all sets of which these are a sample.
@@ -65,6 +71,7 @@ def paired_rows(
         named | {"task": task, "metric": pairs[0].metric, "tasks": 1, **asdict(between(pairs))}
         for task, pairs in tasks.items()
     ]
+    tasks = {task: pairs for task, pairs in tasks.items() if task not in not_in_means}
     if len(tasks) > 1 and not {pairs[0].metric for pairs in tasks.values()} & LOWER_IS_BETTER:
         if where["mixture"]:
             rows.append(named | {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)} | asdict(average(tasks)))
@@ -398,19 +405,15 @@ def by_loss(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     chosen: runs at the best rate of their form.
     """
-    chosen = chosen.assign(loss=[run.record["metrics"]["test"]["loss"] for run in chosen["run"]])
-    rows = []
-    for (task, size), part in chosen.groupby(["task", "size"]):
-        losses = part.pivot(index="seed", columns="form", values="loss")
-        for form in losses.columns.drop(reference, errors="ignore") if reference in losses else ():
-            d = (losses[form] - losses[reference]).dropna()
-            if len(d) > 2:
-                found = Estimate(d.mean(), d.std() / math.sqrt(len(d)), len(d) - 1)
-                numbers = {"difference": found.difference, "half": half_interval(d.std(), len(d)), "p": found.p(0, 0)}
-                rows.append({"task": task, "size": size, "form": form, "metric": "loss", "seeds": len(d)} | numbers)
-    losses = pd.DataFrame(rows, columns=["task", "size", "form", "metric", "seeds", "difference", "half", "p"])
-    together = losses.groupby(["task", "size"])["p"]
-    return losses.assign(holds=together.transform(lambda each: each <= holm(list(each))).astype(bool))
+    losses = [run.record["metrics"]["test"]["loss"] for run in chosen["run"]]
+    outcomes = [
+        replace(outcome, score=loss, metric="loss", stored=None)
+        for outcome, loss in zip(chosen["outcome"], losses, strict=True)
+    ]
+    found = ranking.compared(chosen.assign(test=losses, metric="loss", outcome=outcomes), reference)
+    found = found[found["paired"] > 2].assign(seeds=found["paired"], half=found["difference_half"])
+    found = found.sort_values(["task", "size", "difference"])
+    return found[["task", "size", "form", "metric", "seeds", "difference", "half", "p", "holds"]]
 
 
 def _named(row) -> str:

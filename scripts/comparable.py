@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import read_json
 from partial_lora.report.pairs import Outcome
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run, read
@@ -212,10 +213,22 @@ class Evidence:
         return here or above
 
 
-def models_of(analyses: Sequence[Path]) -> list[str]:
-    """The model of each WHAT/TASK/MODEL-ID/analysis.json, with the id where several are of one model and task."""
-    names = [(*file.parts[-4:-2], file.parent.name.rpartition("-")[0]) for file in analyses]
-    return [file.parent.name if names.count(each) > 1 else each[-1] for file, each in zip(analyses, names, strict=True)]
+def analyses(results_dir: Path, what: str) -> tuple[list[tuple[dict, str]], list[Path]]:
+    """Return the finished analyses of a kind, each with its model, and the files of those that are not finished.
+
+    They lie in the results directory or in the one that holds it; of one that is in both the first. The model has its
+    id, as in analyses/WHAT/TASK/MODEL-ID, where several are of one model and task.
+    """
+    files: dict[tuple[str, ...], Path] = {}  # by task and MODEL-ID
+    for place in (results_dir, results_dir.parent):
+        for file in sorted(place.glob(f"analyses/{what}/*/*/analysis.json")):
+            files.setdefault(file.parts[-3:-1], file)
+    read = {place: read_json(file) for place, file in files.items()}
+    finished = {place: content for place, content in read.items() if content["status"] == "finished"}
+    names = [(task, of_model.rpartition("-")[0]) for task, of_model in finished]
+    models = [place[1] if names.count(name) > 1 else name[1] for place, name in zip(finished, names, strict=True)]
+    unfinished = [file for place, file in files.items() if place not in finished]
+    return list(zip(finished.values(), models, strict=True)), unfinished
 
 
 def gather(results_dir: Path) -> Evidence:

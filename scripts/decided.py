@@ -46,7 +46,6 @@ from partial_lora.files import write_atomic
 from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, between, by_seed
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import together
 
 MARGIN = 0.02
 WORSE = "undecided (worse, perhaps by less than two points)"
@@ -249,13 +248,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     pairs = [*dict.fromkeys((first, second) for first, second, *_ in CLAIMS), *BESIDE]
     table = scores(runs)
     full = at_ceiling(table)
-    apart = differences(runs, pairs)
-    if full:
-        means = differences(runs[~runs["task"].isin(full)], pairs)
-        apart = together(
-            pd.concat([apart[apart["task"] != ALL_SETS], means[means["task"] == ALL_SETS]], ignore_index=True)
-        )
-    numbers = pd.concat([table, apart], ignore_index=True)
+    numbers = pd.concat([table, differences(runs, pairs, not_in_means=full)], ignore_index=True)
     several = numbers["task"].eq(ALL_SETS)
     verdicts = judged(numbers[several] if several.any() else numbers, *CLAIMS)
     shown = tabled(verdicts)
@@ -285,7 +278,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
     if not losses.empty:
         parts += ["# Test loss less low_rank's, in nats", in_one_table(losses)]
-        losses.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
+        write_atomic(folder / "loss.csv", losses.to_csv(index=False, float_format="%.6g"))
     if not (alike := agreements(runs)).empty:
         parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]
     parts += [

@@ -82,15 +82,19 @@ def figures(results: Path) -> None:
 def _style(colours: dict[str, str]) -> dict:
     ink = {f"{part}.color": colours["black"] for part in ("text", "xtick", "ytick")}
     edges = {"axes.edgecolor": colours["grey"], "axes.facecolor": colours["page"], "axes.labelcolor": colours["black"]}
-    return ink | edges | {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "partial-lora"}
+    grid = {"axes.grid": True, "grid.color": colours["faint"], "grid.linewidth": 0.5, "axes.axisbelow": True}
+    frame = {"axes.spines.top": False, "axes.spines.right": False}
+    title = {"axes.titlelocation": "left", "axes.titleweight": "bold"}
+    text = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "partial-lora"}
+    return ink | edges | grid | frame | title | text
 
 
 def raced(results: Path) -> pd.DataFrame:
     """Return a row for each task, size and form of the race and of the forms, with its distance from dense LoRA.
 
-    Of a form that is in both, the row of more seeds.
+    Of a form that is in both, the row of more seeds, and the distance of more seeds; these may be of different studies.
     """
-    tables = [pd.read_csv(results / study / f"{study}.csv") for study in ("race", "forms")]
+    tables = [pd.read_csv(results / study / f"{study}.csv").assign(study=study) for study in ("race", "forms")]
     distances = [pd.read_csv(results / study / "from_dense.csv") for study in ("race", "forms")]
     cells = most(pd.concat(tables), "seeds").drop_duplicates(["task", "size", "form"])
     at = cells["form"].where(cells["size"] == "own", cells["form"] + " at " + cells["size"])
@@ -123,7 +127,7 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
     cells = raced(results)
     for axes, task in zip(drawn, ("gtsrb", "trec"), strict=True):
         frontier(axes, cells[cells["task"] == task], "0.13", colours)
-        titled(axes, SETS[task], colours)
+        axes.set_title(SETS[task])
     drawn[-1].set_xlabel(_KEPT)
     figure.supxlabel(f"{_MARKS}; dots: other methods", fontsize=9)
     return figure
@@ -138,7 +142,7 @@ def memory_more(results: Path, colours: dict[str, str]) -> Figure:
     for axes, (task, size) in zip(panels, drawn, strict=True):
         of_task = cells[(cells["task"] == task) & (cells["form"].str.split(" on ").str[0].isin(NEAR))]
         frontier(axes, of_task, size, colours, {"xlim": (-9, 45)})
-        titled(axes, f"{task}, {float(size):.0%} of dense LoRA's parameters", colours)
+        axes.set_title(f"{task}, {float(size):.0%} of dense LoRA's parameters")
     panels[-1].set_xlabel(_KEPT)
     figure.supxlabel(_MARKS, fontsize=9)
     return figure
@@ -205,14 +209,6 @@ def label(axes: Axes, words: str, at: tuple[float, float], place: tuple[float, f
     axes.annotate(words, at, place, color=ink, fontsize=10, zorder=4, **offset)
 
 
-def titled(axes: Axes, title: str, colours: dict[str, str]) -> None:
-    """Name a panel, and keep of its frame only two edges."""
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=colours["faint"], linewidth=0.5)
-    axes.set_axisbelow(True)
-
-
 def size(results: Path, colours: dict[str, str]) -> Figure:
     """Draw the test score against the share of dense LoRA's parameters, a panel for each set."""
     cells = raced(results)
@@ -243,7 +239,7 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
         axes.set(xscale="log", xlim=(0.008, 1))
         axes.minorticks_off()
         axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
-        titled(axes, SETS[task], colours)
+        axes.set_title(SETS[task])
     figure.supylabel("test accuracy, %", fontsize=11)
     figure.supxlabel("share of dense LoRA's parameters; filled: 8 seeds, hollow: 3 seeds; bars: 95 %", fontsize=9)
     return figure
@@ -253,7 +249,8 @@ def best_of_others(cells: pd.DataFrame, results: Path) -> pd.DataFrame:
     """Return of PEFT's methods the one that is best on validation at each size, at its best rate."""
     columns = ["task", "form", "size", "learning_rate"]
     runs = pd.read_parquet(results / "race" / "runs.parquet", columns=[*columns, "validation"])
-    theirs = cells[~cells["form"].str.partition(" ")[0].isin(OURS) & (cells["size"] != "own")]
+    is_theirs = ~cells["form"].str.partition(" ")[0].isin(OURS) & (cells["study"] == "race")
+    theirs = cells[is_theirs & (cells["size"] != "own")]
     theirs = theirs.merge(runs.groupby(columns)["validation"].mean().reset_index(), on=columns)
     return theirs.loc[theirs.groupby("size")["validation"].idxmax()] if len(theirs) else theirs
 
@@ -292,7 +289,6 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     axes.set_xlabel(
         "rows and columns minus the other, points of test accuracy; bars: 95 %, cut at the frame", fontsize=9
     )
-    titled(axes, "", colours)
     axes.spines["left"].set_visible(False)
     return figure
 

@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import write_atomic
+from partial_lora.files import building, write_atomic
 from partial_lora.launching.compare import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
 from partial_lora.launching.paths import run_directory
@@ -84,14 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--factors", nargs="*", type=float, default=FACTORS, help="of the default's learning rate")
     options = parser.parse_args(arguments)
-    rows = []
     for seed, name in product(options.seeds, options.tables):
         folder = options.out / "data" / name
         if not folder.is_dir():
             write_table(TABLES[name], options.data, folder)
         for method in options.methods:
-            rows += runs(name, folder, options.out, method, seed, options.factors)
-            write(pd.DataFrame(rows), options.out)
+            write(pd.DataFrame(runs(name, folder, options.out, method, seed, options.factors)), options.out)
 
 
 # --- The rows.
@@ -99,19 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write_table(table: Table, data: Path, folder: Path) -> None:
     """Write the rows of a table as a stranger has them: two csv files, or folders of images by class."""
-    temporary = folder.with_name(f".{folder.name}")
-    for split, count in (("train", table.rows), ("test", table.test)):
-        rows = concatenate_datasets(list(_of_sets(table, data, split)))
-        drawn = _drawn(rows, table.classes, count)
-        if "image" in drawn.column_names:
-            for number, row in enumerate(drawn):
-                file = temporary / split / row["class"] / f"{number}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                row["image"].convert("RGB").save(file)
-        else:
-            temporary.mkdir(parents=True, exist_ok=True)
-            drawn.to_csv(temporary / f"{split}.csv")
-    temporary.rename(folder)
+    with building(folder) as temporary:
+        for split, count in (("train", table.rows), ("test", table.test)):
+            rows = concatenate_datasets(list(_of_sets(table, data, split)))
+            drawn = _drawn(rows, table.classes, count)
+            if "image" in drawn.column_names:
+                for number, row in enumerate(drawn):
+                    file = temporary / split / row["class"] / f"{number}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    row["image"].convert("RGB").save(file)
+            else:
+                drawn.to_csv(temporary / f"{split}.csv")
 
 
 def _of_sets(table: Table, data: Path, split: str) -> Iterator[Dataset]:
@@ -235,7 +231,10 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def write(rows: pd.DataFrame, out: Path) -> None:
-    """Write first_day.csv, a line a run, and first_day.md, a line a table and method."""
+    """Add rows to first_day.csv, a line a run, and write first_day.md, a line a table and method."""
+    file, run = out / "first_day.csv", ["table", "method", "seed", "factor"]
+    known = pd.read_csv(file) if file.is_file() else rows.iloc[:0]
+    rows = pd.concat([known, rows], ignore_index=True).drop_duplicates(run, keep="last")
     numbers = compared(rows)
     held_out = numbers[numbers["held out"] & numbers["searched"].gt(0)]
     text = numbers.to_markdown(index=False, floatfmt=".4g")
@@ -247,7 +246,7 @@ def write(rows: pd.DataFrame, out: Path) -> None:
         )
         text += f"of the searched best on {near}; the farthest is {worst['table']}, {worst['method']}, "
         text += f"{worst['difference']:+.1f} points."
-    write_atomic(out / "first_day.csv", rows.to_csv(index=False, float_format="%.6g"))
+    write_atomic(file, rows.to_csv(index=False, float_format="%.6g"))
     write_atomic(out / "first_day.md", text + "\n")
 
 

@@ -16,14 +16,13 @@ Rows go to results/reach/reach.csv set by set.
 adapter of each form trains at one learning rate at uniform densities. Measured is the root mean square change of the
 logits of held-out training rows after 1, 10 and 75 steps. A form that knows its density has a slope of 0 of log change
 against log density: the rate that suits dense LoRA suits it at every size (Yang and Hu 2022, arXiv 2203.03466; for
-sparse layers Dey et al. 2024, arXiv 2405.15743). Rows are added to results/density/coordinates.csv one by one, so that
+sparse layers Dey et al. 2024, arXiv 2405.15743). Rows are added to results/density/coordinates.csv form by form, so that
 a check that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import sys
@@ -148,7 +147,7 @@ def _dealt(generator: np.random.Generator, groups: int, size: int, kept: int) ->
 
 
 def gradients_of(subject: Subject) -> dict[str, np.ndarray]:
-    """Return the gradient of the mean loss of training rows outside the fit draw for the weight of each module."""
+    """Return the gradient of the summed loss of training rows outside the fit draw for the weight of each module."""
     fit = subject.draws().fit
     others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(subject.task.train)), fit))[:ROWS]
     modules = {name: subject.model.get_submodule(name) for name in subject.shapes}
@@ -216,7 +215,8 @@ def draw_reach(table: pd.DataFrame, out: Path) -> None:
     parts = [
         "    python scripts/first_steps.py reach --draw",
         "# What share of a real gradient's energy each form can reach, at 13 % of dense LoRA's parameters",
-        "Of all modules' energy together, and the median of a module; test: the form's score in results/forms.",
+        "Of all modules' energy together, and the median of a module; test: the form's score in results/forms. The last "
+        "column is over the seeds that both have, the score over all.",
         shown.to_markdown(index=False, disable_numparse=True),
         "Rank correlation (Spearman's) of each share with the difference to low_rank, over forms of equal size:",
         "\n".join(lines),
@@ -265,7 +265,7 @@ MASKS: dict[str, dict] = {
     "frozen A": {"columns": "frozen", "row_exponent": 0},
     "frozen A, scaled by p^-1": {"columns": "frozen"},
 }
-FIELDS = ("task", "model", "form", "density", "seed", "learning_rate", "step", "change")
+FIELDS = ["task", "model", "form", "density", "seed", "learning_rate", "step", "change"]
 
 
 def endless(subject: Subject, seed: int) -> Iterator[Mapping[str, Tensor]]:
@@ -287,15 +287,12 @@ def measure_density(subject: Subject, path: Path, seeds: Sequence[int]) -> None:
     Raises PartialLoraError where the file is of another task, model or learning rate: one slope over both would mean
     nothing.
     """
-    done, place = set(), (subject.config.task.name, subject.config.model.name)
-    if path.exists():
-        known = pd.read_csv(path)
-        for own, column in zip((*place, LEARNING_RATE), ("task", "model", "learning_rate"), strict=True):
-            if set(known[column]) - {own}:
-                raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {own}: move it away")
-        done = {(row.form, row.density, row.seed) for row in known.itertuples() if row.step == max(STEPS)}
-    else:
-        path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    one = {"task": subject.config.task.name, "model": subject.config.model.name, "learning_rate": LEARNING_RATE}
+    known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=FIELDS)
+    for column, value in one.items():
+        if set(known[column]) - {value}:
+            raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {value}: move it away")
+    done = set(known[["form", "density", "seed"]].itertuples(index=False, name=None))
     for seed in seeds:
         fit = batches_of(subject, subject.draws(seed=seed).fit, 8)
         with few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), fit):
@@ -304,11 +301,10 @@ def measure_density(subject: Subject, path: Path, seeds: Sequence[int]) -> None:
                     if (form, density, seed) in done or (density == 1 and form != next(iter(MASKS))):
                         continue  # at density 1 all of them are plain LoRA, but for a frozen A
                     changes = changes_of_outputs(subject, settings, density, seed)
-                    with path.open("a", newline="", encoding="utf-8") as file:
-                        csv.writer(file).writerows(
-                            (*place, form, density, seed, LEARNING_RATE, step, change)
-                            for step, change in changes.items()
-                        )
+                    cell = one | {"form": form, "density": density, "seed": seed}
+                    rows = [cell | {"step": step, "change": change} for step, change in changes.items()]
+                    known = pd.concat([known, pd.DataFrame(rows, columns=FIELDS)], ignore_index=True)
+                    write_atomic(path, known.to_csv(index=False))
                     print(f"{form}, density {density}, seed {seed}: {changes}", flush=True)
 
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     origin, _, ranked = text.partition("\n\n")
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
     losses = by_loss(ranking.at_best_rates(table), REFERENCE)
-    losses.to_csv(options.results / LOSS, index=False, float_format="%.6g")
+    write_atomic(options.results / LOSS, losses.to_csv(index=False, float_format="%.6g"))
     by_score = f"### In one table\n\n{in_one_table(numbers)}\n\n### By test loss, in nats\n\n{in_one_table(losses)}"
     text = f"{origin}\n\n{by_score}\n\n{ranked}"
     if (rates := best_rates(numbers)) is not None:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     for line in skipped:
         print(line, file=sys.stderr)
-    from_dense(table).to_csv(options.results / FROM_DENSE, index=False, float_format="%.6g")
+    write_atomic(options.results / FROM_DENSE, from_dense(table).to_csv(index=False, float_format="%.6g"))
     if options.page:
         command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
         settings = {"reference": REFERENCE, "command": command, "refused": skipped}

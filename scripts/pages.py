@@ -24,7 +24,7 @@ from evidence import CLAIMS, VERDICTS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from partial_lora import cli
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import write_atomic
 from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
@@ -76,6 +76,7 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
 
 def found(source: str) -> list[float]:
     """Return the numbers of a source; raises PartialLoraError where there are none, or several."""
+    require(source.count(": ") == 2, "<!--", source, "TABLE: WHERE: METHOD")
     table, where, method = source.split(": ")
     wanted = set(re.split(r", (?!snip)", where))
     known = [
@@ -157,7 +158,6 @@ def _in_words(verdict: str) -> str:
     return doubt[1] if doubt else word
 
 
-RACES = ("race", "forms")  # of equals the first, as `raced` has it
 CELL = ["task", "form", "size"]
 
 
@@ -177,14 +177,9 @@ def _runs(study: str) -> pd.DataFrame:
     return pd.read_parquet(RESULTS / study / "runs.parquet", columns=columns)
 
 
-def _study(task: str, form: str, size: str) -> str:
-    """Return which of the race and the forms `raced` takes a form from: that of more seeds."""
-    return max(RACES, key=lambda study: _cells(f"{study}/{study}")["seeds"].get((task, form, size), 0))
-
-
 def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
     """Return what the race has of a form at a size: scores, distances, losses, seeds, bytes."""
-    row, study = _raced().loc[(task, form, size)], _study(task, form, size)
+    row = _raced().loc[(task, form, size)]
     test, half, mean, mean_half = (100 * row[name] for name in ("test", "half", "difference", "difference_half"))
     verdict = f"**{'better' if mean > 0 else 'worse'}**" if row["holds"] else "not significant"
     return {
@@ -193,8 +188,8 @@ def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
         "from_dense": written([row["lead"], row["lead"] - row["lead_half"], row["lead"] + row["lead_half"]]),
         "less": written([mean, mean - mean_half, mean + mean_half]) if row["paired"] else "–",
         "after": verdict if row["paired"] else "–",
-        "loss": loss(task, form, size, f"{study}/loss"),
-        "study": study,
+        "loss": loss(task, form, size, f"{row['study']}/loss"),
+        "study": row["study"],
         "test": f"{test:.1f} ± {half:.1f}",
         "share": f"{100 * row['share']:.1f}",
         "seeds": f"{row['seeds']:.0f}",

@@ -9,7 +9,6 @@ Writes RESULTS/figures/NAME.svg and .csv, the numbers. `make reproduce-NAME` tra
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -22,7 +21,7 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
-from comparable import BESIDE, BUDGET, POINTS, THRESHOLD, collect, models_of, settled, usual
+from comparable import BESIDE, BUDGET, POINTS, THRESHOLD, analyses, collect, settled, usual
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,6 +37,7 @@ from matplotlib.ticker import (
 )
 
 from partial_lora import cli
+from partial_lora.errors import one_of, require
 from partial_lora.files import grouped, write_atomic
 from partial_lora.launching import directory as results
 from partial_lora.launching.packs import dynamics
@@ -83,12 +83,12 @@ def make(name: str, results_dir: Path) -> list[Path]:
     known, left_out = runs_of(name, results_dir)
     frame, notes = spec.numbers(known, results_dir)
     notes = [f"{name}: {note}" for note in dict.fromkeys(notes)]
-    for old in folder.glob(f"{name}.*"):
-        old.unlink()
     lacking = [f"{name}: no {spec.needs} in {results_dir}; make reproduce-{name}"] if frame.empty else []
     for line in (*notes, *(f"{name}: {note}" for note in left_out), *lacking):
         print(line)
     if frame.empty:
+        for old in folder.glob(f"{name}.*"):
+            old.unlink()
         return []
     folder.mkdir(parents=True, exist_ok=True)
     file = save(spec.draw(frame), folder / f"{name}.svg")
@@ -618,16 +618,11 @@ def fig5(known: pd.DataFrame, results_dir: Path) -> Numbers:
 
 
 def _agreements(results_dir: Path) -> list[dict]:
-    """A row for every two measures of every analysis and point; of analyses in both folders the nearer one."""
-    files: dict[tuple[str, ...], Path] = {}  # by task and MODEL-ID
-    for place in (results_dir, results_dir.parent):
-        for file in sorted(place.glob("analyses/agreement/*/*/analysis.json")):
-            files.setdefault(file.parts[-3:-1], file)
+    """A row for every two measures of every analysis and point."""
     rows = []
-    for file, model in zip(files.values(), models_of(list(files.values())), strict=True):
-        analysis = json.loads(file.read_text(encoding="utf-8"))
+    for analysis, model in analyses(results_dir, "agreement")[0]:
         where = {"part": "agreement", "task": analysis["config"]["task"]["name"], "model": model}
-        for point, lines in (analysis["summary"] if analysis["status"] == "finished" else {}).items():
+        for point, lines in analysis["summary"].items():
             compared = ("first", "second", "jaccard", "chance", "beyond_chance")
             rows += [where | {"point": point} | {name: line[name] for name in compared} for line in lines]
     return rows
@@ -931,8 +926,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
     parser.add_argument("--runs", action="store_true", help="print the runs whose dynamics it shows, and draw nothing")
     options = parser.parse_args(arguments)
+    require(options.results.is_dir(), "--results", options.results, "a folder of results")
     for name in dict.fromkeys(options.names):
         if options.runs:
+            one_of("--runs", name, *MEASURED)
             print(*(run.directory for run in measured_runs(name, options.results)), sep="\n")
         else:
             print(*(f"wrote {file}" for file in make(name, options.results)), sep="\n")

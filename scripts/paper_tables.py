@@ -9,7 +9,6 @@ Writes RESULTS/tables/NAME.{md,csv}. What is missing is named; `make reproduce-N
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shlex
@@ -50,11 +49,12 @@ from claims import (
     scores,
     tabled,
 )
-from comparable import BUDGET, CELL, POINTS, THRESHOLD, Evidence, at_points, draw_of, gather, models_of
+from comparable import BUDGET, CELL, POINTS, THRESHOLD, Evidence, analyses, at_points, draw_of, gather
 
 from partial_lora import cli, methods
 from partial_lora.calibration.search import threshold_of
-from partial_lora.files import write_atomic
+from partial_lora.errors import require
+from partial_lora.files import read_json, write_atomic
 from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.rows import COSTS, NONE, number, point_order
@@ -381,7 +381,7 @@ def table3(evidence: Evidence) -> Table:
     runs = runs[runs["mixture"] == ""]
     generated, runs = runs[runs["kind"] == "generation"], runs[runs["kind"].isin(["texts", "causal"])]
     files = evidence.files("zero_shot.json") or evidence.files("causal/zero_shot.json")
-    frozen = zero_shot(runs, json.loads(files[0].read_text(encoding="utf-8")) if files else {})
+    frozen = zero_shot(runs, read_json(files[0]) if files else {})
     numbers = _together(frozen, scores(runs), differences(runs, _PAIRS))
     lacking = missing(runs, planned(_DENSE_AND_SPARSE, POINTS), "make reproduce-table3")
     known = set(zip(frozen["model"], frozen["task"], strict=True)) if len(frozen) else set()
@@ -498,15 +498,16 @@ def table5(evidence: Evidence) -> Table:
         evidence.comparable, ("partial",), POINTS, ("svd", "snip", "imp", "magnitude", "activation", "random")
     )
     repaired = repairs(calibrations(evidence.results_dir))
-    files = {name: evidence.files(f"analyses/{name}/*/*/analysis.json") for name in ANALYSES}
-    every = [file for paths in files.values() for file in paths]
-    analyses = [json.loads(file.read_text(encoding="utf-8")) for file in every]
-    rows = [of_analysis(*each) for each in zip(analyses, models_of(every), strict=True)]
-    measured = pd.DataFrame([row for of_one in rows for row in of_one])
+    found = {name: analyses(evidence.results_dir, name) for name in ANALYSES}
+    measured = pd.DataFrame(
+        [row for finished, _ in found.values() for analysis in finished for row in of_analysis(*analysis)]
+    )
     numbers = pd.concat([joint(runs), repaired, measured], ignore_index=True)
     lacking = [] if len(runs) else ["calibrated runs of partial; make reproduce-table1"]
     lacking += [] if len(repaired) else ["calibrations with calibration.repair=true; make reproduce-table5"]
-    lacking += [f"analysis of {name}; make calibration-analyses" for name, paths in files.items() if not paths]
+    for name, (finished, unfinished) in found.items():
+        lacking += [f"{file}: not finished; make calibration-analyses" for file in unfinished]
+        lacking += [] if finished or unfinished else [f"analysis of {name}; make calibration-analyses"]
     notes = [
         "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
         "95 % interval of the mean over calibrations (Student's t).",
@@ -697,7 +698,7 @@ def table7(evidence: Evidence) -> Table:
     """Table 7, why the count matters: time, memory and bytes against dense LoRA and PEFT's other methods."""
     methods = ("lora", "partial", "dora", "vera", "adalora", "lorafa_projected", "random_weights", "low_rank", "full")
     files = evidence.files("bench/adapter.json")
-    bench = of_bench(json.loads(files[0].read_text(encoding="utf-8"))["cells"] if files else [])
+    bench = of_bench(read_json(files[0])["cells"] if files else [])
     runs = most_methods(at_points(evidence.comparable, methods, POINTS))
     numbers = pd.concat([bench, of_costs(runs)], ignore_index=True)
     lacking = [] if files else ["the benchmark of the adapter; make bench"]
@@ -841,6 +842,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, default=Path("results/cpu"), metavar="RESULTS")
     options = parser.parse_args(arguments)
+    require(options.results.is_dir(), "--results", options.results, "a folder of results")
     evidence, folder = gather(options.results), options.results / "tables"
     wanted = TABLES if CLAIMS in options.names else dict.fromkeys(options.names)
     made = {name: TABLES[name](evidence) for name in wanted}

@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from partial_lora import Calibration, cli
+from partial_lora.errors import require
 from partial_lora.files import write_atomic
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
@@ -162,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     file = OUT / "shares.csv"
     if options.what == "measure":
-        found = pd.concat([measure(finished_run(place)) for place in sorted(OUT.glob("runs/*/*/*/seed*"))])
+        places = sorted(OUT.glob("runs/*/*/*/seed*"))
+        require(len(places) > 0, f"{OUT}/runs", "", "runs there: `make shares` makes them")
+        found = pd.concat([measure(finished_run(place)) for place in places])
         write_atomic(file, found.to_csv(index=False, float_format="%.6g"))
     text = table(pd.read_csv(file)).to_markdown(index=False, disable_numparse=True)
     write_atomic(OUT / "shares.md", f"    make shares\n\n# What calibrated shares follow\n\n{WORDS}\n\n{text}\n")

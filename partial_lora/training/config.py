@@ -62,7 +62,7 @@ class TrainerConfig:
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
     save_steps: Optional[int] = None
     save_total_limit: int = 1  # checkpoints to keep beside the best one
-    # the latest checkpoint within so many standard errors of the best validation score; of a loss, or with 0, the best one
+    # the latest checkpoint within so many standard errors of the best on validation; of a loss, or with 0, the best
     select_within: float = 1.0
     batch_size: int = 16  # examples of one optimizer step, over all processes and accumulation steps
     # parts in which each process computes its share of a batch, one after the other

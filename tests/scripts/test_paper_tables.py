@@ -225,6 +225,9 @@ def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Pat
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> None:
+    assert tables.main([name, "--results", str(tmp_path / "cpu")]) == 2  # a folder that is not there is mistyped
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cpu").mkdir()
     assert tables.main([name, "--results", str(tmp_path / "cpu")]) == 0
     table = make(name, tmp_path / "cpu")
     assert table.missing
@@ -236,6 +239,13 @@ def test_a_table_of_nothing_names_what_is_missing(name: str, tmp_path: Path) -> 
 
 
 # Single cases
+
+
+def test_an_analysis_that_has_not_ended_is_named_and_stops_no_table(tmp_path: Path) -> None:
+    file = tmp_path / "analyses" / "cost" / "digits" / "vit-0" / "analysis.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"status": "running"}))
+    assert any(line.startswith(f"{file}: ") for line in make("table5", tmp_path).missing)
 
 
 def test_seeds_are_missing_beside_rows_that_are_planned_with_as_many(tmp_path: Path) -> None:
