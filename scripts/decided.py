@@ -75,9 +75,8 @@ BESIDE = [
     ("oft", "lora"),
     ("oft", "low_rank"),
     (ELEMENT, "entries"),
-    ("lori", "lora"),
-    (ATTENTION, "lora"),
-    *((other, ATTENTION) for other in ("low_rank", UNIFORM, "lori")),
+    *(("lori", other) for other in ("lora", UNIFORM)),
+    *((ATTENTION, other) for other in ("lora", "low_rank", UNIFORM, "lori")),
     *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
 ]
 CLAIMS = [
@@ -121,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs, problems = collect(options.results)
     if runs.empty:
         raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
+    on_modules = ranking.on_modules(runs)
     runs = runs.assign(
-        method=[form_of(run.record["config"]) for run in runs["run"]] + ranking.on_modules(runs),
+        method=[form_of(run.record["config"]) for run in runs["run"]] + on_modules,
+        operating_point=runs["operating_point"].where(on_modules == "", BUDGET),  # about its size
         model="all",
         importance="",
         calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],

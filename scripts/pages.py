@@ -119,9 +119,11 @@ def score(task: str, method: str) -> str:
     return f"{found(f'decided: {task}: {method}')[0]:.1f}"
 
 
-def less(task: str, first: str, second: str, point: str = "budget 0.13", table: str = "decided") -> str:
+def less(
+    task: str, first: str, second: str, point: str = "budget 0.13", table: str = "decided", digits: int = 2
+) -> str:
     """Return a method less another, with its 95 % interval."""
-    return written(found(f"{table}: {task}, {point}: {first} − {second}"))
+    return written(found(f"{table}: {task}, {point}: {first} − {second}"), digits)
 
 
 def claim(second: str, point: str = "budget 0.13") -> list[dict[str, str]]:
