@@ -16,8 +16,8 @@ Rows go to results/reach/reach.csv set by set.
 adapter of each form trains at one learning rate at uniform densities. Measured is the root mean square change of the
 logits of held-out training rows after 1, 10 and 75 steps. A form that knows its density has a slope of 0 of log change
 against log density: the rate that suits dense LoRA suits it at every size (Yang and Hu 2022, arXiv 2203.03466; for
-sparse layers Dey et al. 2024, arXiv 2405.15743). Rows are added to results/density/coordinates.csv form by form, so that
-a check that was stopped goes on.
+sparse layers Dey et al. 2024, arXiv 2405.15743). Rows are added to results/density/coordinates.csv form by form, so
+that a check that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def draw_reach(table: pd.DataFrame, out: Path) -> None:
     parts = [
         "    python scripts/first_steps.py reach --draw",
         "# What share of a real gradient's energy each form can reach, at 13 % of dense LoRA's parameters",
-        "Of all modules' energy together, and the median of a module; test: the form's score in results/forms. The last "
-        "column is over the seeds that both have, the score over all.",
+        "Of all modules' energy together, and the median of a module; test: the form's score in results/forms. The "
+        "last column is over the seeds that both have, the score over all.",
         shown.to_markdown(index=False, disable_numparse=True),
         "Rank correlation (Spearman's) of each share with the difference to low_rank, over forms of equal size:",
         "\n".join(lines),
