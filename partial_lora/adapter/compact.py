@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -30,7 +31,6 @@ from partial_lora.adapter.config import PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
-    PartialLoraModel,
     adapter_tensors,
     base_modules,
     check_unmerged,
@@ -394,7 +394,7 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(model, nn.Module):
         raise PartialLoraError(f"a compact adapter is loaded into a model, not into a {type(model).__name__}.")
     if isinstance(model, PeftModel):
-        if not isinstance(model.base_model, PartialLoraModel):
+        if not isinstance(model.base_model, LoraModel):
             raise PartialLoraError("the model has adapters of another method: load into the base model itself.")
         if adapter_name in model.peft_config:
             raise PartialLoraError(f"adapter_name is {adapter_name!r}: the model has one of that name, choose another.")
@@ -457,17 +457,18 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     code that adds, removes or freezes modules and parameters, but not values written into a tensor in place.
     """
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, dict(vars(module))) for module in model.modules()]
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     containers = [
         (value, copy.copy(value))
-        for _, attributes in modules
+        for *_, attributes in modules
         for value in attributes.values()
         if isinstance(value, (dict, list, set))
     ]
     try:
         yield
     except BaseException:
-        for module, attributes in modules:
+        for module, kind, attributes in modules:
+            module.__class__ = kind  # a model of plain LoRA becomes one of masked adapters
             vars(module).clear()
             vars(module).update(attributes)
         for container, content in containers:  # the same objects again: others may hold them too

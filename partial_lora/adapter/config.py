@@ -182,6 +182,7 @@ class PartialLoraConfig(LoraConfig):
         self.check()
         self.masks: dict[str, ModuleMasks] = {}  # of the model that this was last injected into
         self.geometries: dict[str, Geometry] = {}  # of the same modules
+        self.compiled: dict[str, str] = {}  # and the names of those that torch.compile has renamed
         self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
 
     def check(self) -> None:
@@ -305,8 +306,11 @@ class PartialLoraConfig(LoraConfig):
         if self.masks and (self.rank_pattern or any(self.density_factor(module) != 1 for module in self.masks)):
             # On disk all modules have one rank; alpha keeps each scaling as it is here.
             options |= {"r": self.saved_rank, "rank_pattern": {}}
+            ranks = {module: self.rank_of(module) for module in self.masks}
+            paddings = {rank: self._padding(rank) for rank in set(ranks.values())}
             alphas = {
-                only(module): self.alpha_of(module) * self._padding(self.rank_of(module)) for module in self.masks
+                only(self.compiled.get(module, module)): self.alpha_of(module) * paddings[rank]
+                for module, rank in ranks.items()
             }
             options["alpha_pattern"] = alphas
             if len(set(alphas.values())) == 1 and not self.rank_pattern:  # servers that read one alpha read it right
@@ -376,7 +380,7 @@ class PartialLoraConfig(LoraConfig):
         check_values(file.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
-        options["rank_pattern"] = {only(module): rank for module, rank in ranks.items()}
+        options["rank_pattern"] = {_compiled_or_not(module): rank for module, rank in ranks.items()}
         options |= {"row_exponent": 0.0, "column_exponent": 0.0}  # the scaling is in the alphas
         try:
             config = cls(**options | sidecar.settings(saved))
@@ -384,7 +388,7 @@ class PartialLoraConfig(LoraConfig):
             raise PartialLoraError(f"{path} is broken: {error}") from None
         alphas = config.alpha_pattern or {}
         for module, rank in ranks.items():
-            alphas[only(module)] /= config._padding(rank)
+            alphas[get_pattern_key(list(alphas), module)] /= config._padding(rank)
         config.expected = modules
         return config
 
@@ -403,8 +407,16 @@ def _alpha_of(config: LoraConfig, module: str) -> float:
 
 
 def only(module: str) -> str:
-    """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it."""
-    return f"^{re.escape(module)}"
+    """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it.
+
+    What torch.compile has put into the name may be there or not.
+    """
+    return "^" + re.escape(module).replace(r"_orig_mod\.", r"(_orig_mod\.)?")
+
+
+def _compiled_or_not(module: str) -> str:
+    """Return a pattern that one module alone matches, compiled as a whole, in part or not."""
+    return "^" + r"\.".join(rf"(_orig_mod\.)?{re.escape(part)}" for part in module.split("."))
 
 
 def refuse_options(config: LoraConfig) -> None:

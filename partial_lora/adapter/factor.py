@@ -51,6 +51,7 @@ class MaskedFactor(nn.Module):
         self.full = len(mask.kept) == mask.size
         self.shape = dense.weight.shape
         self.is_convolution = not isinstance(dense, nn.Linear)
+        self.channels = 1 - len(self.shape) if self.is_convolution else -1  # of an activation, with a batch or without
         groups = getattr(dense, "groups", 1)
         self.in_groups = groups > 1  # a gather of features would mix groups up
         self.rank = self.shape[1 - self.axis] * groups
@@ -148,8 +149,8 @@ class MaskedFactor(nn.Module):
     def weight(self) -> Tensor:
         """The dense factor, zero where masked; gradients reach ``kept`` through it.
 
-        Writing into it raises. Assigning a dense factor makes ``kept`` a new parameter with what the mask keeps. All
-        processes have to read a sharded factor (FSDP2, ZeRO) together.
+        Writing into it raises. Assigning a dense factor with other values makes ``kept`` a new parameter with what the
+        mask keeps. All processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
         dense = self.fill(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
@@ -159,8 +160,10 @@ class MaskedFactor(nn.Module):
     def weight(self, dense: Tensor) -> None:
         if dense.shape != self.shape:
             raise PartialLoraError(f"weight has shape {tuple(dense.shape)}, this masked factor {tuple(self.shape)}.")
-        kept = self._checked(dense.detach(), "weight")
-        self.kept = nn.Parameter(kept, requires_grad=self.kept.requires_grad)
+        kept, here = self._checked(dense.detach(), "weight"), self.kept
+        is_same = (kept.dtype, kept.device) == (here.dtype, here.device) and not (kept.is_meta or is_sharded(here))
+        if not (is_same and torch.equal(kept, here)):  # else an optimizer goes on with it, as after functional_call
+            self.kept = nn.Parameter(kept, requires_grad=here.requires_grad)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as any module does, but assign ``weight``, which is not a parameter here."""
@@ -214,7 +217,7 @@ class MaskedFactor(nn.Module):
         """Return an activation's features that meet `operand`: those that have kept entries."""
         index = self.features_on(x.device)
         if self.is_convolution:
-            return x.index_select(1, index)
+            return x.index_select(self.channels, index)
         # As a matrix: on a CPU, selecting from the last dimension of anything else is four times slower.
         return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], len(index))
 
@@ -286,7 +289,7 @@ class FactorB(MaskedFactor):
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
         """Return result with a change of those features that `gather` takes."""
-        index, features = self.features_on(change.device), 1 if self.is_convolution else -1
+        index, features = self.features_on(change.device), self.channels
         if result.dtype == change.dtype:
             return result.index_add(features, index, change)
         # Sum in the wider dtype, as `+` does, but only the features that change.
@@ -405,7 +408,7 @@ class _Tied:
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the signed sum of each group's features of an activation."""
-        return self._sums(x, 1 if self.is_convolution else x.dim() - 1)
+        return self._sums(x, x.dim() + self.channels)
 
     def scatter(self, result: Tensor, change: Tensor) -> None:
         """Add each group's change, with signs, to its features in result (tokens × features), in place."""
@@ -445,7 +448,7 @@ class TiedB(_Tied, FactorB):
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
         """Return result with each group's change, by signs, in all its features."""
-        return (result + self._spread(change, 1 if self.is_convolution else change.dim() - 1)).to(result.dtype)
+        return (result + self._spread(change, change.dim() + self.channels)).to(result.dtype)
 
 
 def _groups(mask: TiedMask) -> dict[str, np.ndarray]:
@@ -495,9 +498,13 @@ class DenseView(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
-        if isinstance(result, Tensor) and any(_same_memory(result, arg) for arg in args if isinstance(arg, cls)):
-            return result.as_subclass(cls)  # .data, .detach(), a slice: writing there must raise too
-        return result
+        seen = [arg for arg in args if isinstance(arg, cls)]
+
+        def viewed(part: object) -> object:  # .data, .detach(), a slice: writing there must raise too
+            is_view = isinstance(part, Tensor) and any(_same_memory(part, arg) for arg in seen)
+            return part.as_subclass(cls) if is_view else part
+
+        return type(result)(map(viewed, result)) if type(result) in (list, tuple) else viewed(result)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -526,7 +533,8 @@ def _writes(name: str, args: tuple, kwargs: dict) -> bool:
     if isinstance(kwargs.get("out"), DenseView):
         return True
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    targets = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]  # a list: torch._foreach_add_
+    named = (kwargs[key] for key in ("tensor", "input", "self") if key in kwargs)  # as torch.nn.init has it
+    targets = args[0] if args and isinstance(args[0], (list, tuple)) else (*args[:1], *named)  # torch._foreach_add_
     return in_place and any(isinstance(target, DenseView) for target in targets)
 
 

@@ -122,13 +122,15 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is a {type(base).__name__}:"
                     f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
                 )
-        ranks = {name: peft_config.rank_of(base_name(name)) for name in targets}
-        return {base_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
+        peft_config.compiled = {loaded_name(name): name for name in targets if loaded_name(name) != name}
+        ranks = {name: peft_config.rank_of(loaded_name(name)) for name in targets}
+        return {loaded_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown a LoraConfig.
-        masked = isinstance(peft_config, PartialLoraConfig)
-        super()._check_target_module_compatiblity(peft_config.as_lora() if masked else peft_config, model, target_name)
+        # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown that of LoRA.
+        shown = copy.copy(peft_config)
+        shown.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(shown, model, target_name)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -136,7 +138,7 @@ class PartialLoraModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
-            layer, name = parent.get_submodule(target_name), base_name(current_key)
+            layer, name = parent.get_submodule(target_name), loaded_name(current_key)
             options = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
             mask_layer(layer, adapter_name, lora_config.masks[name], frozen=lora_config.frozen(name), **options)
             layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
@@ -149,7 +151,7 @@ class PartialLoraModel(LoraModel):
         configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
         for key, layer in self.model.named_modules():
             if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & configs.keys():
-                raise PartialLoraError(f"{base_name(key)} is an embedding: PEFT cannot combine its masked adapters.")
+                raise PartialLoraError(f"{loaded_name(key)} is an embedding: PEFT cannot combine its masked adapters.")
         for name, config in configs.items():
             if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
                 raise PartialLoraError(
@@ -290,9 +292,10 @@ def _beside_others(add_adapter: Callable) -> Callable:
 def _with_its_masks(load_adapter: Callable) -> Callable:
     """Return PEFT's load_adapter, made to load a folder of ours with its masks: beside masked adapters, and to train.
 
-    Else it is plain LoRA, as for PEFT alone. Values to train on that are of other masks than the adapter's are refused.
-    Those of a smaller mask would fit a larger one, but the optimizer's state beside them, in a Trainer's checkpoint,
-    would not, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not their folder.
+    Else it is plain LoRA, as for PEFT alone. Values of other masks than the adapter's are refused. Those of a smaller
+    mask would fit a larger one, but its scaling would be another, and the optimizer's state beside them, in a Trainer's
+    checkpoint, would not fit, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not
+    their folder.
     """
 
     @functools.wraps(load_adapter)
@@ -308,28 +311,33 @@ def _with_its_masks(load_adapter: Callable) -> Callable:
             model.add_adapter(adapter_name, config, **options)
             if is_trainable:
                 model.set_requires_grad(adapter_name)
-        elif path.is_file() and is_trainable and isinstance(config, PartialLoraConfig):
+        elif path.is_file() and isinstance(config, PartialLoraConfig):
             sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
         return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
 
     return load
 
 
+def loaded_name(name: str) -> str:
+    """Return a name in the base model without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
 def base_name(key: str) -> str:
-    """Return a name as the loaded base model has it, without what PEFT and torch.compile put into it."""
-    return key.removeprefix("base_model.model.").replace("_orig_mod.", "")
+    """Return a name in a PeftModel, or in its file, as the base model has it."""
+    return loaded_name(key).removeprefix("base_model.model.")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model, adapters included, by their names as loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {base_name(name): module for name, module in base.named_modules()}
+    return {loaded_name(name): module for name, module in base.named_modules()}
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of a LoRA or Partial-LoRA model that hold the adapter, by their names in the base model."""
     layers = {name: layer for name, layer in base_modules(model).items() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
+    return {name: layer for name, layer in layers.items() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}}
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -381,15 +389,23 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
     masks = {}
     partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
     for name, layer in adapter_layers(model, adapter_name).items():
-        low, high = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        low, high = _factors(layer, adapter_name)
         if isinstance(low, FactorA) and isinstance(high, FactorB):
             masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
         elif partial:
             raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
         else:
-            shape = (layer.out_features, layer.in_features)
+            embeds = isinstance(low, Tensor)  # rank × rows of W, and columns of W × rank
+            shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
             masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
+
+
+def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Any, Any]:
+    """Return A and B of an adapter: modules, or the parameters of plain LoRA in an embedding."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name], layer.lora_B[adapter_name]
 
 
 def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:
@@ -408,7 +424,7 @@ def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int
     return sum(
         getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of one in parts
         for layer in layers.values()
-        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
-        for parameter in factor.parameters()
+        for factor in _factors(layer, adapter_name)
+        for parameter in (factor.parameters() if isinstance(factor, nn.Module) else [factor])
         if parameter.requires_grad
     )

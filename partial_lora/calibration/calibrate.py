@@ -107,9 +107,9 @@ def calibrate(
         chance: the score of guessing, by default `score.chance`; a budget never lowers the threshold's line below it.
         above_chance: apply the threshold to the part of the baseline above chance, as `config.chance` "majority" does.
         settings: plain data that goes into the result as it is.
-        store: a JSON file of the curves found so far, kept up to date. Its name must identify the model, the score and
-            the importance scores, which are not in the file. A second call with the same settings evaluates nothing,
-            one with another threshold or budget what the curves do not decide.
+        store: a JSON file of the curves found so far, which calls make and keep up to date. Its name must identify the
+            model, the score and the importance scores, which are not in the file. A second call with the same settings
+            evaluates nothing, one with another threshold or budget what the curves do not decide.
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
             store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
         progress: called as progress(done, total, share=, module=, axis=, sparsity=) after each curve, with axis "joint"
@@ -124,6 +124,7 @@ def calibrate(
     """
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names an adapter does not have
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # with its adapters, of a PeftModel
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"

@@ -236,8 +236,11 @@ class Store:
         self._curves: dict[str, dict[str, Curve]] = {}
         if self.path is not None and self.path.exists():
             require(not self.path.is_dir(), "store", self.path, "a file: this is a folder")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            is_ours = not text.strip() or '"sha256"' in text[:100]
+            require(is_ours, "store", self.path, "a file of curves, or a new one: this is another file")
             try:
-                file = json.loads(self.path.read_text(encoding="utf-8"))
+                file = json.loads(text)
                 if file["version"] != VERSION or file["sha256"] != _digest(file["content"]):
                     raise ValueError("wrong version or checksum")
                 if file["content"]["key"] != self.key:

@@ -14,7 +14,7 @@ from adapter_models import (
     timm_images,
     timm_vit,
 )
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
@@ -185,3 +185,56 @@ def test_a_training_step_never_waits_for_a_value(granularity):
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "repeat_interleave"}
     assert not ran.names & waits
     assert ran.names & {"index_select", "index_copy"}
+
+
+class Wrapped(nn.Module):
+    """A model of a name that PEFT gives its own: what is saved must not be taken for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = nn.ModuleDict({"model": Net()})
+
+    def forward(self, x):
+        return self.base_model["model"](x)
+
+
+def in_part():
+    return nn.Sequential(torch.compile(Net(), backend="eager"))
+
+
+def as_a_whole():
+    return torch.compile(Net(), backend="eager")
+
+
+@pytest.mark.parametrize("build", [Wrapped, in_part, as_a_whole])
+@pytest.mark.parametrize("settings", [{}, {"rank_pattern": {"linear": 2, "transposed": 2, "convolution": 4}}])
+def test_a_saved_scaling_finds_its_modules_whatever_their_names(tmp_path, build, settings):
+    model = fill(get_peft_model(build(), config(**settings))).eval()
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(build(), tmp_path).eval()
+    masked = get_peft_model(build(), PartialLoraConfig.from_pretrained(tmp_path)).eval()
+    masked.load_adapter(tmp_path, "default")
+    for loaded in (plain, masked):
+        torch.testing.assert_close(loaded(batch()), model(batch()), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(batch()), build()(batch()), atol=1e-2)
+
+
+def test_calling_with_its_own_state_leaves_a_model_to_its_optimizer():
+    model = adapted()
+    before = dict(model.named_parameters())
+    expected = model(batch())
+    torch.testing.assert_close(functional_call(model, dict(model.state_dict()), (batch(),)), expected)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("columns", [None, "frozen"])
+@pytest.mark.parametrize("granularity", ["rows_columns", "element", "groups"])
+@pytest.mark.parametrize("sparsity", [0.5, {"rows": 0.5, "columns": 0.0}])
+def test_a_convolution_takes_one_example_without_a_batch(granularity, columns, sparsity):
+    if columns and granularity == "groups":
+        return
+    model = nn.Sequential(nn.Conv1d(16, 8, 3, padding=1))
+    settings = {"granularity": granularity, "sparsity": {"0": sparsity}} | ({"columns": columns} if columns else {})
+    model = fill(get_peft_model(model, PartialLoraConfig(r=4, target_modules=["0"], **settings)))
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), model(x[None])[0])

@@ -332,6 +332,13 @@ WRITES = [
     lambda factor, value: factor.weight.data.fill_(0),
     lambda factor, value: factor.weight[0].fill_(0),
     lambda factor, value: torch.nn.init.zeros_(factor.weight),
+    lambda factor, value: torch.nn.init.normal_(factor.weight),
+    lambda factor, value: torch.nn.init.uniform_(tensor=factor.weight),
+    lambda factor, value: torch.nn.init.kaiming_uniform_(factor.weight),
+    lambda factor, value: torch.nn.init.constant_(factor.weight, 1),
+    lambda factor, value: factor.weight.chunk(2)[0].mul_(2),
+    lambda factor, value: torch.split(factor.weight, 1)[0].mul_(2),
+    lambda factor, value: [row.mul_(2) for row in factor.weight.data],
     lambda factor, value: torch._foreach_add_([factor.weight], [value]),
     lambda factor, value: factor.weight.requires_grad_(False),
     lambda factor, value: setattr(factor.weight, "requires_grad", False),
@@ -397,6 +404,12 @@ def test_a_dense_weight_that_is_assigned_is_kept_where_the_mask_keeps(factor, wr
         assert ours.kept.requires_grad
         assert [name for name, _ in ours.named_parameters()] == ["kept"]
     assert module_masks(model) == module_masks(donor)
+
+
+def test_values_of_a_smaller_mask_are_refused_for_use_too(tmp_path):
+    adapt(llama, sparsity=0.8).save_pretrained(tmp_path)
+    with pytest.raises(PartialLoraError, match="does not match the digest"):
+        PeftModel.from_pretrained(llama(), tmp_path, config=config_of(llama, sparsity=0.5))
 
 
 # Conversion

@@ -28,7 +28,7 @@ from adapter_models import (
     vit,
 )
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -296,7 +296,7 @@ def fine_tuned(model):
         (fine_tuned, "check_base"),
         (lambda m: redrawn().to(torch.bfloat16), "check_base"),
         (lambda m: llama(), r"timm_model\.blocks"),
-        (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])), "model has adapters"),
+        (lambda m: get_peft_model(m, LoHaConfig(target_modules=["qkv"])), "model has adapters"),
         (lambda m: get_peft_model(m, LoraConfig(target_modules=["qkv"])).get_base_model(), "PeftModel"),
     ],
 )
@@ -491,19 +491,23 @@ def test_a_compact_folder_is_not_taken_for_a_config(tmp_path):
     assert PartialLoraConfig.from_pretrained(tmp_path).sparsity == 0.6
 
 
-def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch):
-    write_compact(fill(adapt(sparsity=0.6)), tmp_path)
-    model = fill(adapt(sparsity=0.3))
+@pytest.mark.parametrize("settings", [{"sparsity": 0.3}, {}])
+def test_a_failure_in_the_middle_of_loading_leaves_a_model_with_adapters_as_it_was(tmp_path, monkeypatch, settings):
+    written = fill(adapt(sparsity=0.6))
+    write_compact(written, tmp_path)
+    model = fill(adapt(**settings))
+    kind = type(model.base_model)
     monkeypatch.setattr("partial_lora.adapter.compact._fill", lambda *_: [].pop())
     answers = logits(model, images())
     before = snapshot(model), str(model.peft_config)
     with pytest.raises(IndexError):
         load_compact(model, tmp_path, adapter_name="other")
     assert_unchanged(model, before[0])
-    assert str(model.peft_config) == before[1]
+    assert (str(model.peft_config), type(model.base_model)) == (before[1], kind)
     assert torch.equal(logits(model, images()), answers)
     monkeypatch.undo()
     load_compact(model, tmp_path, adapter_name="other").set_adapter("other")
+    torch.testing.assert_close(logits(model, images()), logits(written, images()))
 
 
 @pytest.mark.parametrize(("base", "target"), [(gpt2, "wte"), (qwen2, "embed_tokens"), (qwen2, "lm_head")])

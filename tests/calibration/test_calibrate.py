@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from refusals import refusal
 from scored_models import Counted, Named, full_accuracy, scored_draw, tiny_vit, with_zeroed
 from torch import nn
@@ -258,6 +259,12 @@ def test_bounds_and_repairs_of_a_loss(model, batches, above_chance, scope):
     assert result.joint == pytest.approx(expected.joint, rel=1e-5)
     assert result.joint >= line(baseline=result.baseline, threshold=0.85, chance=-1.9 if above_chance else None)
     assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 8
+
+
+def test_modules_of_a_model_with_an_adapter_have_the_names_of_its_base(model, batches):
+    expected = calibrate(model, Counted(batches), **GRID).sparsity
+    adapted = get_peft_model(Named(tiny_vit()), LoraConfig(r=2, target_modules=["head"]))
+    assert calibrate(adapted, Counted(batches), **GRID).sparsity == expected
 
 
 @pytest.mark.parametrize("search", ["scan", "bisect"])

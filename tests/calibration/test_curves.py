@@ -10,7 +10,7 @@ import pytest
 import torch
 from scored_models import Counted
 
-from partial_lora import calibrate
+from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration.score import FewShotScore
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
@@ -72,7 +72,7 @@ def spoil_number(text):
     return json.dumps(file)
 
 
-@pytest.mark.parametrize("spoil", [spoil_end, spoil_number, lambda text: "[]", lambda text: '{"version": 1}'])
+@pytest.mark.parametrize("spoil", [spoil_end, spoil_number, lambda text: ""])
 def test_a_broken_store_is_named_and_made_again(model, batches, score, tmp_path, caplog, spoil):
     store = tmp_path / "curves.json"
     first = calibrate(model, score, **GRID, store=store)
@@ -82,6 +82,15 @@ def test_a_broken_store_is_named_and_made_again(model, batches, score, tmp_path,
     assert not again.cached
     assert (again.sparsity, again.evaluations) == (first.sparsity, first.evaluations)
     assert calibrate(model, never, **GRID, store=store).cached
+
+
+@pytest.mark.parametrize("text", ["[]", '{"version": 1}', '{"prompt": "a"}\n{"prompt": "b"}\n', "\x00\xff"])
+def test_a_file_that_is_no_store_stays_as_it_is(model, tmp_path, text):
+    store = tmp_path / "train.json"
+    store.write_text(text)
+    with pytest.raises(PartialLoraError, match=f"store={store}"):
+        calibrate(model, never, **GRID, store=store)
+    assert store.read_text() == text
 
 
 def test_curves_of_something_else_are_not_used(model, batches, score, tmp_path, caplog):
