@@ -65,16 +65,21 @@ def differences(results_dir: Path) -> dict[str, list[np.ndarray]]:
     runs, every = gather(results_dir).comparable, {}
     runs = runs[runs["importance"].isin(["svd", NONE]) & (runs["mixture"] == "") & (runs["metric"] == "accuracy")]
     runs = runs[~runs["method"].isin(["probe", "full"])]
-    for (task, of_task), point in product(runs.groupby("task", sort=False), POINTS):
-        at_point = of_task[of_task["operating_point"].isin([point, NONE])]
-        sides = [by_seed(own) for _, own in at_point.groupby("method")]
-        for pair in (Pair(*both, "accuracy") for both in combinations(sides, 2)):
-            d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= FEWEST else None
-            if d is not None:  # None where predictions were not kept
-                every.setdefault(task, []).append(d)
+    for task, of_task in runs.groupby("task", sort=False):
+        sides = {key: by_seed(own) for key, own in of_task.groupby(["method", "operating_point"])}
+        at_points = [[key for key in sides if key[1] in (point, NONE)] for point in POINTS]
+        pairs = dict.fromkeys(pair for keys in at_points for pair in combinations(keys, 2))
+        if found := by_example(([sides[key] for key in pair] for pair in pairs), "accuracy", FEWEST):
+            every[task] = found
     if not every:
         raise PartialLoraError(f"{results_dir}: expected two methods with predictions of {FEWEST} seeds on a task")
     return every
+
+
+def by_example(pairs: Iterable[Sequence[dict]], metric: str, fewest: int) -> list[np.ndarray]:
+    """Return d (seeds, examples) of pairs of methods, outcomes by seed, with so many seeds and with predictions."""
+    pairs = [pair for pair in (Pair(*both, metric) for both in pairs) if len(pair.seeds) >= fewest]
+    return [d for pair in pairs if (d := differences_by_example([pair], sorted(pair.seeds))) is not None]
 
 
 def components(d: np.ndarray) -> Components:

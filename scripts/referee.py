@@ -34,7 +34,7 @@ from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
 from partial_lora.report import predictions, ranking, records, sequential
-from partial_lora.report.pairs import Pair, by_seed, differences_by_example
+from partial_lora.report.pairs import by_seed
 from partial_lora.settings import rates
 
 RESULTS = Path("results")
@@ -184,14 +184,9 @@ def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
     found = {}
     for task, of_task in ranking.at_best_rates(alike).groupby("task"):
         sides = [by_seed(own) for _, own in of_task.groupby(["size", "form"])]
-        parts = []
-        for first, second in combinations(sides, 2):
-            pair = Pair(first, second, of_task["metric"].iloc[0])
-            d = differences_by_example([pair], sorted(pair.seeds)) if len(pair.seeds) >= 5 else None
-            if d is not None:
-                rows = d.shape[1]
-                parts.append(np.divide(intervals.components(d), (1, rows, rows)))
-        if parts:
+        if every := intervals.by_example(combinations(sides, 2), of_task["metric"].iloc[0], 5):
+            rows = every[0].shape[1]
+            parts = [np.divide(intervals.components(d), (1, rows, rows)) for d in every]
             found[task] = *np.sqrt(np.median(parts, axis=0)), rows
     return found
 

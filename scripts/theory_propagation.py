@@ -299,6 +299,7 @@ def measured(name: str, number: int) -> dict:
         values = {
             "measured": distance(other["output"], known["output"]).numpy() / norms,
             **{key: value / norms for key, value in along_blocks(network, known, other).items()},
+            "farthest": farthest(network.vit.norm.weight.detach().numpy()) / norms,
             "bound": np.array([bound(network, *one) for one in zip(branches, known["norm"], strict=True)]) / norms,
         }
         for key in ("secant", "bound"):
@@ -311,7 +312,6 @@ def measured(name: str, number: int) -> dict:
         "blocks": len(network.vit.blocks),
         "modules": len(network.modules),
         "image_size": network.image_size,
-        "farthest": spread(farthest(network.vit.norm.weight.detach().numpy()) / norms),
         "constants": {  # of the largest update, medians over blocks and images
             kind: float(np.median([branch[place].constant for image in branches for branch in image[half::2]]))
             for half, kinds in enumerate(halves)
@@ -338,15 +338,15 @@ def page(record: Mapping) -> str:
         lines += [
             "",
             f"**{model['name']}**, {model['blocks']} blocks, {model['modules']} modules, {model['image_size']} pixels. "
-            f"No two outputs are farther apart than {model['farthest']['median']:.3g}: a larger bound says nothing. "
-            "Median constants: " + ", ".join(f"{name} {value:.3g}" for name, value in model["constants"].items()) + ".",
+            "A bound above the last column says nothing. Median constants: " + ", ".join(f"{name} {value:.3g}" for name, value in model["constants"].items()) + ".",
             "",
-            "| dense update, T / W | measured | slopes measured afterwards | first order, largest slopes | bound |",
-            "|---|---|---|---|---|",
+            "| dense update, T / W | measured | slopes measured afterwards | first order, largest slopes | bound "
+            "| no two outputs are farther apart |",
+            "|---|---|---|---|---|---|",
         ]
         for point in model["points"]:
             values = " | ".join(f"{point[key]['median']:.2e}" for key in ("measured", "secant", "slopes", "bound"))
-            lines.append(f"| {point['relative_size']:.0e} | {values} |")
+            lines.append(f"| {point['relative_size']:.0e} | {values} | {point['farthest']['median']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
