@@ -338,7 +338,9 @@ def page(record: Mapping) -> str:
         lines += [
             "",
             f"**{model['name']}**, {model['blocks']} blocks, {model['modules']} modules, {model['image_size']} pixels. "
-            "A bound above the last column says nothing. Median constants: " + ", ".join(f"{name} {value:.3g}" for name, value in model["constants"].items()) + ".",
+            "A bound above the last column says nothing. Median constants: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in model["constants"].items())
+            + ".",
             "",
             "| dense update, T / W | measured | slopes measured afterwards | first order, largest slopes | bound "
             "| no two outputs are farther apart |",

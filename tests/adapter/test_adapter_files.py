@@ -81,6 +81,9 @@ def test_the_folder_is_an_ordinary_lora_adapter(tmp_path):
 def test_weights_of_another_mask_are_refused(tmp_path):
     trained(sparsity=0.5, mask_seed=1).save_pretrained(tmp_path)
     model = adapt(sparsity=0.5, mask_seed=0)
+    with pytest.raises(PartialLoraError, match="does not match the digest"):
+        model.load_adapter(str(tmp_path), "default")
+    (tmp_path / "partial_lora.json").unlink()  # which PEFT alone would not have written
     with pytest.raises(PartialLoraError, match=r"lora_A\.default\.weight"):
         model.load_adapter(str(tmp_path), "default")
 

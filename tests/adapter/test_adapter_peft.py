@@ -283,7 +283,7 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
         if key in trained and key.endswith("bias"):
             parameter.data += 0.5
     model.save_pretrained(tmp_path)
-    again = adapt(kind.build, sparsity=0.0, bias=bias, task_type=kind.task, modules_to_save=None)
+    again = get_peft_model(kind.build(), PartialLoraConfig.from_pretrained(tmp_path))
     again.load_adapter(str(tmp_path), "default")
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
 
