@@ -124,7 +124,7 @@ def calibrate(
     """
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names an adapter does not have
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # with its adapters, of a PeftModel
+    model = getattr(model, "get_base_model", lambda: model)()  # with its adapters, of a PeftModel
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
