@@ -524,30 +524,23 @@ def evaluate(arguments: Sequence[str]) -> int:
     if parsed.lm_eval:  # which asks the model, whatever task it was trained on
         member = member or next(iter(run.config.task.members or ()), None)
     task, trainer = evaluation_settings(run, parsed.overrides, member)
+    means = {"device": trainer.device, "batch_size": trainer.eval_batch_size}
     if parsed.lm_eval:
         if parsed.split != "test" or any(not each.startswith("trainer.") for each in parsed.overrides):
             raise PartialLoraError("--lm-eval: its tasks have rows of their own; leave out --split and task=")
         with _libraries():
             from partial_lora.finished.harness import evaluate_by_harness
-        done = evaluate_by_harness(run, parsed.lm_eval, device=trainer.device, batch_size=trainer.eval_batch_size)
+        folder, record = evaluate_by_harness(run, parsed.lm_eval, **means)
     else:
         with _libraries():
             from partial_lora.finished.evaluate import evaluate_run
         with bar("evaluate") as advance:
-            done = evaluate_run(
-                run,
-                task,
-                member=parsed.member,
-                split=parsed.split,
-                device=trainer.device,
-                batch_size=trainer.eval_batch_size,
-                advance=advance,
-            )
+            folder, record = evaluate_run(run, task, member=parsed.member, split=parsed.split, advance=advance, **means)
     if parsed.json:
-        print(json.dumps({"folder": str(done.folder), **done.record}, allow_nan=False))
+        print(json.dumps({"folder": str(folder), **record}, allow_nan=False))
     else:
-        (_print_harness if parsed.lm_eval else _print_evaluation)(done.record)
-        print(f"wrote {done.folder}")
+        (_print_harness if parsed.lm_eval else _print_evaluation)(record)
+        print(f"wrote {folder}")
     return 0
 
 

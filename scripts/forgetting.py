@@ -86,8 +86,8 @@ def scores(best: Sequence[dict], out: Path, known: set[tuple[str, str]]) -> Iter
         for name, (metric, config) in tasks.items():
             if (path, name) not in known:
                 run = finished_run(row["run"].directory)
-                found = evaluate_run(run, config.task, split="test", device="cpu", batch_size=BATCH)
-                yield told | {"set": name, "metric": metric, "value": found.record["metrics"][metric]}
+                _, found = evaluate_run(run, config.task, split="test", device="cpu", batch_size=BATCH)
+                yield told | {"set": name, "metric": metric, "value": found["metrics"][metric]}
 
 
 def changes(known: pd.DataFrame) -> str:

@@ -652,7 +652,7 @@ def _matrix(axes: Axes, part: pd.DataFrame) -> None:
     values = np.full((len(names), len(names)), np.nan)
     for row in part.itertuples():
         values[names.index(row.second), names.index(row.first)] = row.beyond_chance
-    heat(axes, values[1:, :-1], low=0, high=1, form=".2f")
+    heat(axes, values[1:, :-1], high=1, form=".2f")
     axes.set_xticks(range(len(names) - 1), names[:-1], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names) - 1), names[1:])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,6 @@ FOLDER = "evaluations"
 EVALUATION = "evaluation.json"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation: its folder, and the record in it."""
-
-    folder: Path
-    record: dict
-
-
 def evaluate_run(
     run: FinishedRun,
     task: TaskConfig,
@@ -50,8 +42,10 @@ def evaluate_run(
     device: str,
     batch_size: int,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
+) -> tuple[Path, dict]:
     """Measure a run on a split and write RUN/evaluations/TASK-SPLIT-ID/{evaluation.json, predictions.parquet}.
+
+    Return that folder, and the record in it.
 
     Args:
         task: the settings of a task, the run's own or another. Its labels are matched by name; a causal model, which
@@ -115,7 +109,7 @@ def evaluate_run(
         "seconds": round(time.perf_counter() - start, 3),
     }
     write(folder, record, judged.predictions)
-    return Evaluation(folder, record)
+    return folder, record
 
 
 def _trained_on(config: Config, task: Task, split: str, *, is_own: bool) -> list[str]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -335,11 +336,7 @@ def _compared(
     return "; ".join([*compared, effect])
 
 
-def prove_serve(run: FinishedRun, folder: Path) -> str:
-    """Prove what `prove_peft` proves for the LoRA for servers, whose factors are rounded."""
-    return prove_peft(run, folder, is_rounded=True)
-
-
+prove_serve = partial(prove_peft, is_rounded=True)  # of the LoRA for servers
 WRITE = {name: resolve_name(f"{__package__}.{form.write}") for name, form in FORMS.items()}
 PROVE = {name: resolve_name(f"{__package__}.{form.prove}") for name, form in FORMS.items()}
 

@@ -11,13 +11,13 @@ import pandas
 from partial_lora import models
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_yaml
-from partial_lora.finished.evaluate import FOLDER, Evaluation, write
+from partial_lora.finished.evaluate import FOLDER, write
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching.directory import finite
 
 
-def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, batch_size: int) -> Evaluation:
+def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, batch_size: int) -> tuple[Path, dict]:
     """Measure a run on tasks of the harness and write RUN/evaluations/lm-eval-TASKS/evaluation.json.
 
     tasks: the harness's names, or YAML files of tasks of one's own. Prompts are those of the harness, without a chat
@@ -56,7 +56,7 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     }
     folder = run.directory / FOLDER / f"lm-eval-{'-'.join(names)}"
     write(folder, record, pandas.DataFrame())
-    return Evaluation(folder, record)
+    return folder, record
 
 
 def _name_in(file: Path) -> str:

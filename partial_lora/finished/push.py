@@ -17,8 +17,6 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.settings.versions import plain, without_places
 
-FOLDER = "hub"  # beside the exports
-
 
 def check(repo: str) -> None:
     """Raise PartialLoraError for what is no OWNER/NAME of a repository."""
@@ -37,7 +35,7 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
     """
     from partial_lora.finished import export  # imports torch, which a wrong argument does not wait for
 
-    folder = run.directory.resolve() / "export" / FOLDER
+    folder = run.directory.resolve() / "export" / "hub"
     with building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)
         OmegaConf.save(OmegaConf.create(without_places(plain(run.config))), built / directory.CONFIG)

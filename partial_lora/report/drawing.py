@@ -96,14 +96,14 @@ def panels(count: int, *, wide: float, high: float, across: int = 3, least: floa
     return figure, list(drawn.flat[:count])
 
 
-def lists(lengths: Sequence[int], *, wide: float) -> tuple[Figure, list[Axes]]:
+def lists(lengths: Sequence[int]) -> tuple[Figure, list[Axes]]:
     """Return a figure of lists in two columns, each list as high as its rows need and below the shorter column."""
     heights = [0.27 * length + 1.0 for length in lengths]
     columns: list[list[int]] = [[] for _ in range(min(2, len(lengths)))]
     for number in range(len(lengths)):
         min(columns, key=lambda column: sum(heights[place] for place in column)).append(number)
     filled = [sum(heights[place] for place in column) for column in columns]
-    figure = Figure(figsize=(max(5.5, wide * len(columns)), max(filled)), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 5.2 * len(columns)), max(filled)), layout="constrained")
     drawn: dict[int, Axes] = {}
     outer = figure.add_gridspec(1, len(columns))
     for index, (column, full) in enumerate(zip(columns, filled, strict=True)):
@@ -205,12 +205,12 @@ def words_of(row: tuple) -> str:
     return named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}")
 
 
-def heat(axes: Axes, values: np.ndarray, *, low: float, high: float, form: str, size: float = 8) -> None:
+def heat(axes: Axes, values: np.ndarray, *, high: float, form: str, size: float = 8) -> None:
     """Draw a matrix as shades with its numbers in the cells: in grey a light cell is low, a dark one high.
 
     form: the format of the numbers; empty for no numbers.
     """
-    shades = np.clip((values - low) / ((high - low) or 1), 0, 1)
+    shades = np.clip(values / high, 0, 1)
     axes.imshow(np.ma.masked_invalid(shades), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if form and not np.isnan(value):

@@ -278,7 +278,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """
     whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
     parts = whole[:MOST]
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
     seeds = {key: runs["test"].tolist() for key, runs in frame.groupby(["group", "precision"])}
     for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
@@ -318,7 +318,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
     whole = list(rows.groupby([*_AT_POINT, "reference"], sort=False))
     parts = whole[:MOST]
     several = rows.groupby(_AT_POINT)["reference"].nunique() > 1
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts], wide=5.2)
+    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
     for axes, ((task, model, point, metric, _), of_place) in zip(drawn, parts, strict=True):
         part = of_place.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
@@ -439,7 +439,7 @@ def _sparsity_maps(sparsities: Mapping[str, Sparsity]) -> Figure:
         ticks = range(0, len(depths), max(1, len(depths) // _MOST_DEPTHS))
         for side, (axis, name) in enumerate(_AXES.items()):
             axes = drawn[2 * index + side]
-            heat(axes, 100 * cells[axis], low=0, high=100, form=form, size=7.5)
+            heat(axes, 100 * cells[axis], high=100, form=form, size=7.5)
             axes.set_yticks(range(len(kinds)), kinds)
             axes.set_xticks(ticks, [_depth_name(depths[tick]) for tick in ticks])
             axes.set_title(("" if side else title) + name, fontsize=9, loc="left")

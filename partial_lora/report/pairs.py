@@ -146,9 +146,8 @@ def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
 def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     """The mean over tasks that have the same seeds, all tasks counting alike, as of the members of a mixture.
 
-    Raises PartialLoraError where there is no seed that all have, and where a metric is one of which less is better.
+    More of their metrics is better. Raises PartialLoraError where there is no seed that all have.
     """
-    _refuse_falling(tasks)
     seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
     arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
     has_examples = all(d is not None for d in arrays)
@@ -158,16 +157,10 @@ def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
 
 def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
     """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
-    _refuse_falling(tasks)
     differences = [between(pairs, draws=0) for pairs in tasks.values()]
     overall, metric = over_sets([one.estimate for one in differences]), next(iter(tasks.values()))[0].metric
     seeds, examples = min(one.seeds for one in differences), sum(one.examples for one in differences)
     return Difference.of(overall, metric, seeds, examples, SETS, (one.difference for one in differences))
-
-
-def _refuse_falling(tasks: Mapping[str, Sequence[Pair]]) -> None:
-    if falling := sorted({pair.metric for pairs in tasks.values() for pair in pairs} & LOWER_IS_BETTER):
-        raise PartialLoraError(f"{falling[0]}: no average over tasks, since less of it is better")
 
 
 def _in_common(pairs: Sequence[Pair]) -> list[int]:

@@ -116,8 +116,8 @@ class Joined:
     `joined[column]` is a whole column, as of a Dataset.
     """
 
-    def __init__(self, parts: Sequence[Dataset], starts: Sequence[int] | None = None) -> None:
-        self._parts, self._starts = list(parts), list(starts or [0] * len(parts))
+    def __init__(self, parts: Sequence[Dataset], starts: Sequence[int]) -> None:
+        self._parts, self._starts = list(parts), list(starts)
         self.sizes = [len(part) for part in self._parts]
         self._ends = np.cumsum(self.sizes)
 

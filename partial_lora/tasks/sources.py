@@ -150,10 +150,7 @@ def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> 
 
 
 def read_files(
-    data_files: Mapping[str, str] | str,
-    text_columns: Sequence[str] = (),
-    label_column: str | None = None,
-    regression: bool | None = None,
+    data_files: Mapping[str, str] | str, text_columns: Sequence[str], label_column: str | None, regression: bool | None
 ) -> dict[str, Dataset]:
     """Read rows by split: from {train: PATH, test: PATH}, from one PATH, or from a folder with a sub-folder a split.
 

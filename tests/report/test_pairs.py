@@ -93,8 +93,6 @@ def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     assert (over_tasks(both).verdict, over_tasks(both).seeds) == ("undecided", 1)
     with refusal("", "seed"):
         between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
-    with refusal("", "perplexity"):
-        average({"a": [pair([9.0], [8.0], "perplexity")]})
 
 
 # Which rows of a table are marked

@@ -37,7 +37,7 @@ def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, mo
 
     def evaluated(run: Path, task, **more) -> types.SimpleNamespace:
         scored.append(run)
-        return types.SimpleNamespace(record={"metrics": {"accuracy_norm": 0.25}})
+        return Path("evaluations"), {"metrics": {"accuracy_norm": 0.25}}
 
     monkeypatch.setattr(forgetting, "evaluate_run", evaluated)
     known = [[forgetting.FROZEN, forgetting.FROZEN, "own", 0, 0.0, "arc_easy", "accuracy_norm", 0.5]]
