@@ -282,3 +282,9 @@ def test_seeds_are_measured_that_all_have_and_whose_weights_are_there(tmp_path: 
     for task in ("digits", "cifar10"):
         measure(leave(tmp_path, "lora", 0.9, task=task, seed=7), 0.9, 0.8)
     assert [sorted(cell) for cell in measured(cells())] == [[7], [3], [3]]
+
+
+def test_runs_to_measure_are_of_the_figures_that_show_dynamics(tmp_path: Path) -> None:
+    assert figures.main(["fig1", "--runs", "--results", str(tmp_path)]) == 2
+    assert figures.main(["fig1", "--results", str(tmp_path / "mistyped")]) == 2
+    assert list(tmp_path.iterdir()) == []

@@ -35,6 +35,11 @@ def test_a_source_without_a_number_gets_one_and_a_wrong_number_goes() -> None:
         pages.found("race: gtsrb, budget 0.13: no_method")
 
 
+def test_a_comment_that_is_no_source_is_named() -> None:
+    with refusal("<!--=note: see below"):
+        pages.found("note: see below")
+
+
 def test_pages_are_those_that_the_tables_make() -> None:
     made = pages.pages()
     assert {path.name for path in made} >= {"README.md", "claims.md", "dense-lora.md", "equal-size.md"}
