@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_modules = ranking.on_modules(runs)
     runs = runs.assign(
         method=[form_of(run.record["config"]) for run in runs["run"]] + on_modules,
-        operating_point=runs["operating_point"].where(on_modules == "", BUDGET),  # about its size
+        operating_point=runs["operating_point"].where(on_modules == "", BUDGET),  # of about that size
         model="all",
         importance="",
         calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
@@ -276,8 +276,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     tables = readable_scores(numbers) | readable_differences(numbers)
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
-    losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
-    if not losses.empty:
+    if not at_budget.empty:
+        losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
         parts += ["# Test loss less low_rank's, in nats", in_one_table(losses)]
         write_atomic(folder / "loss.csv", losses.to_csv(index=False, float_format="%.6g"))
     if not (alike := agreements(runs)).empty:

@@ -24,7 +24,7 @@ from evidence import CLAIMS, VERDICTS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from partial_lora import cli
-from partial_lora.errors import PartialLoraError, require
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
@@ -76,7 +76,8 @@ def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
 
 def found(source: str) -> list[float]:
     """Return the numbers of a source; raises PartialLoraError where there are none, or several."""
-    require(source.count(": ") == 2, "<!--", source, "TABLE: WHERE: METHOD")
+    if source.count(": ") != 2:
+        raise PartialLoraError(f"<!-- {source} -->: expected TABLE: WHERE: METHOD")
     table, where, method = source.split(": ")
     wanted = set(re.split(r", (?!snip)", where))
     known = [

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from partial_lora import Calibration, cli
-from partial_lora.errors import require
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
@@ -164,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = OUT / "shares.csv"
     if options.what == "measure":
         places = sorted(OUT.glob("runs/*/*/*/seed*"))
-        require(len(places) > 0, f"{OUT}/runs", "", "runs there: `make shares` makes them")
+        if not places:
+            raise PartialLoraError(f"{OUT}/runs: no finished runs there: `make shares` makes them")
         found = pd.concat([measure(finished_run(place)) for place in places])
         write_atomic(file, found.to_csv(index=False, float_format="%.6g"))
     text = table(pd.read_csv(file)).to_markdown(index=False, disable_numparse=True)

@@ -292,6 +292,7 @@ class _Measured:
         """
         self.done, self.spent = 0, 0.0
         self.costs = {(name, axis): self.curves.cost(name, axis) for name in self.modules for axis in self.axes}
+        self.whole = sum(self.costs.values())
         find = partial(self._of_module, partial(self.enough, threshold=threshold))
         levels = self._of_all(find) if self.config.scope == "independent" else self._of_first(find)
         return {module: levels[module] for module in self.modules}
@@ -353,8 +354,8 @@ class _Measured:
         """Tell the progress that curves of a module are done."""
         for axis, level in levels.items():
             self.done, self.spent = self.done + 1, self.spent + self.costs[module, axis]
-            whole = sum(self.costs.values())
-            self.tell(self.done, self.spent / whole if whole else 1.0, module=module, axis=axis, sparsity=level)
+            share = self.spent / self.whole if self.whole else 1.0
+            self.tell(self.done, share, module=module, axis=axis, sparsity=level)
 
     def own(self, module: str, axis: str, level: float) -> float:
         """Return the score with one level of one curve zeroed."""

@@ -135,3 +135,11 @@ def test_the_verdict_alone_stands_beside_the_one_among_all_where_they_differ() -
     (row,) = decided.by_set(verdicts).to_dict("records")
     assert row["digits"] == "+0.50 [+0.10, +0.90]: undecided (alone: holds)"
     assert row["trec"] == "+0.70 [+0.60, +0.80]: holds"
+
+
+def test_runs_at_a_threshold_alone_have_a_table(tmp_path) -> None:
+    for seed in SEEDS:
+        for method in ("partial", "targeted"):
+            leave(tmp_path, method, wrong=20, seed=seed)
+    assert decided.main([str(tmp_path)]) == 0
+    assert not (tmp_path / "tables" / "loss.csv").exists()

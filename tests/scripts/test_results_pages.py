@@ -36,7 +36,7 @@ def test_a_source_without_a_number_gets_one_and_a_wrong_number_goes() -> None:
 
 
 def test_a_comment_that_is_no_source_is_named() -> None:
-    with refusal("<!--=note: see below"):
+    with refusal("<!-- note: see below -->"):
         pages.found("note: see below")
 
 
