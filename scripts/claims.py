@@ -11,7 +11,7 @@ import pandas as pd
 from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.rows import NONE, point_order
-from partial_lora.report.statistics import LEVEL, MARGIN, Estimate, by_sides, together
+from partial_lora.report.statistics import LEVEL, Estimate, by_sides, together
 from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -26,7 +26,8 @@ DIFFERENCES = (
 )
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NO_RUNS = "no runs of both"
-WORSE = "undecided (worse, perhaps by less than a point)"
+WORSE = "undecided (worse, perhaps by less than two points)"
+MARGIN = 0.02  # of all claims
 
 
 def differences(
@@ -183,7 +184,6 @@ class Claim:
     words: str
     holds_above: float
     fails_below: float
-    worse: str = WORSE
 
     def judge(self, found: Estimate, metric: str, levels: tuple[float, float]) -> str:
         above, below = self._bounds(metric)
@@ -192,7 +192,7 @@ class Claim:
             return HOLDS
         if high < below:
             return FAILS
-        return self.worse if high < 0 else OPEN
+        return WORSE if high < 0 else OPEN
 
     def significances(self, found: Estimate, metric: str) -> tuple[float, float]:
         return found.upward(metric).sides(*self._bounds(metric))
@@ -201,7 +201,7 @@ class Claim:
         return (0, 0) if metric in LOWER_IS_BETTER else (self.holds_above, self.fails_below)
 
 
-AS_GOOD = Claim("{first} is as good as {second}, to within a point", -MARGIN, -MARGIN)
+AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN)
 BETTER = Claim("{first} is better than {second}", 0, MARGIN)
 
 

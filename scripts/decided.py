@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +24,9 @@ from pathlib import Path
 import pandas as pd
 from claims import (
     ALL_SETS,
+    AS_GOOD,
+    BETTER,
     NO_RUNS,
-    Claim,
     at_ceiling,
     by_loss,
     differences,
@@ -37,21 +38,17 @@ from claims import (
     scores,
     tabled,
 )
-from comparable import BUDGET, THRESHOLD, collect
+from protocol import BUDGET, PARTIAL, THRESHOLD, UNIFORM, at_best_rates, forms, usual
 
 from partial_lora import cli
 from partial_lora.calibration.reliability import mean_difference
-from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, between, by_seed
+from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE
 
-MARGIN = 0.02
-WORSE = "undecided (worse, perhaps by less than two points)"
-AS_GOOD = Claim("{first} is as good as {second}, to within two points", -MARGIN, -MARGIN, WORSE)
-BETTER = Claim("{first} is better than {second}", 0, MARGIN, WORSE)
-PARTIAL, UNIFORM, ELEMENT = "partial", "uniform", "partial mask=element, PEFT's draw"
+ELEMENT = "partial mask=element, PEFT's draw"
 SCALED_LORI, ATTENTION = "lori row_exponent=1", "lora on attn.qkv"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 CAPS_OFF, MEAN = f"{PARTIAL}, caps at 0.99", f"{PARTIAL}, mean of draws"
@@ -78,6 +75,8 @@ BESIDE = [
     *(("lori", other) for other in ("lora", UNIFORM)),
     *((ATTENTION, other) for other in ("lora", "low_rank", UNIFORM, "lori")),
     *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
+    *((f"{PARTIAL}, rank {rank}", f"{UNIFORM}, rank {rank}") for rank in (4, 8)),
+    *((f"{form}, rank {rank}", form) for form in (PARTIAL, UNIFORM) for rank in (4, 8)),
 ]
 CLAIMS = [
     (PARTIAL, "lora", AS_GOOD, BUDGET),
@@ -91,6 +90,7 @@ CLAIMS = [
     (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER, BUDGET),
     (PARTIAL, f"{PARTIAL}, shrink 2", BETTER, BUDGET),
     (PARTIAL, "shuffled", BETTER, BUDGET),
+    (UNIFORM, "flow, equal shares", AS_GOOD, BUDGET),
     ("hira", "lora", AS_GOOD, BUDGET),
     ("hira", "low_rank", BETTER, BUDGET),
     ("lori", "low_rank", AS_GOOD, BUDGET),
@@ -102,33 +102,14 @@ CLAIMS = [
 COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 
 
-def form_of(config: dict) -> str:
-    """Return the name of a run's form, with what its calibration has of its own."""
-    calibration, name = config["calibration"], ranking.form_of(config)
-    words = ["mean of draws"] if calibration.get("file") else []
-    words += [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
-    words += ["by gradient"] if calibration.get("search") == "gradient" else []
-    words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []
-    return ", ".join([name, *words])
-
-
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     options = parser.parse_args(arguments)
-    runs, problems = collect(options.results)
-    if runs.empty:
-        raise PartialLoraError(f"{options.results}: no finished runs there: `make decided` makes them")
-    on_modules = ranking.on_modules(runs)
-    runs = runs.assign(
-        method=[form_of(run.record["config"]) for run in runs["run"]] + on_modules,
-        operating_point=runs["operating_point"].where(on_modules == "", BUDGET),  # of about that size
-        model="all",
-        importance="",
-        calibration_seconds=[_calibrated_for(run.record) for run in runs["run"]],
-    )
-    best = ranking.at_best_rates(runs, ["task", "mixture", "method", "operating_point"])
+    every, problems = forms(options.results)
+    runs = usual(every).assign(model="all", calibration_seconds=lambda own: own["run"].map(_calibrated_for))
+    best = at_best_rates(runs)
     write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
 
 
@@ -205,9 +186,9 @@ def _saturated(own: pd.DataFrame) -> str:
     return f"{counts['saturated_modules'].median():.0f} of {counts['adapted_modules'].median():.0f}"
 
 
-def _calibrated_for(record: Mapping) -> float:
+def _calibrated_for(run: Run) -> float:
     """Return the seconds of a run's calibration: 0 if it has reused another run's, NaN without one."""
-    calibration = record.get("calibration") or {}
+    calibration = run.record.get("calibration") or {}
     return 0.0 if calibration.get("cached") else calibration.get("seconds", math.nan)
 
 

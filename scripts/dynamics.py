@@ -1,6 +1,6 @@
 """Distance that training has moved a run's model: accuracy on training rows beside test rows, and features by CKA.
 
-    python scripts/dynamics.py results/cpu/runs/digits/vit_s14/partial-1a2b3c4d/seed0 …
+    python scripts/dynamics.py results/decided/runs/trec/minilm_l6/uniform-1a2b3c4d/seed0 …
 
 Writes RUN/dynamics.json, which figures 3 and 7 read (scripts/paper_figures.py --runs names the runs). A run that has it
 is left alone. The weights have to be at hand: of a run that is only a record this says so, and ends with 3 once the

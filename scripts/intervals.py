@@ -3,11 +3,11 @@
     python scripts/intervals.py    # or `make coverage`; some minutes of one core
 
 Coverage is of 95 % intervals by components, by a bootstrap and by Student's t over the seeds alone, with 2 to 8 seeds.
-Two kinds of experiments whose truth is known. *Resampled*: predictions of two methods with eight seeds are all there
-is; an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the
-components of variance of a set's committed runs (medians over its pairs of methods), with seeds that are normal, or
-heavy-tailed as where a run collapses (Student's t with three degrees of freedom, of the same variance). Then five sets
-with these components, of which the truth is the mean of all such sets: the interval of random effects beside a
+Two kinds of experiments whose truth is known. *Resampled*: predictions of two forms with eight seeds are all there is;
+an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the components of
+variance of a set's runs of the one protocol (protocol.py; medians over its pairs of forms), with seeds that are normal,
+or heavy-tailed as where a run collapses (Student's t with three degrees of freedom, of the same variance). Then five
+sets with these components, of which the truth is the mean of all such sets: the interval of random effects beside a
 bootstrap of the five at hand, as sets differ by 0, 1 and 3 points. *Races*: twelve forms beside one reference, which
 all comparisons share, with the same components; counted are the races in which anything is decided of forms that are
 as good as the reference. Writes OUT/coverage.{md,csv,svg} and OUT/races.csv.
@@ -26,8 +26,8 @@ from statistics import fmean
 
 import numpy as np
 import pandas as pd
-from comparable import POINTS, gather
 from matplotlib.figure import Figure
+from protocol import BUDGET, at_best_rates, forms, usual
 from scipy.special import stdtr
 
 from partial_lora import cli
@@ -57,22 +57,20 @@ Held = dict[str, tuple[float, float]]  # by interval: how often it held the trut
 
 
 def differences(results_dir: Path) -> dict[str, list[np.ndarray]]:
-    """Return by task d (seeds, examples) of all pairs of methods with three seeds or more.
+    """Return by task d (seeds, examples) of all pairs of forms with FEWEST seeds, each form at its best rate.
 
-    Of each set: dense methods and, at an operating point, what has masks or a budget by `svd`. Raises PartialLoraError
-    where there are none.
+    Forms are those at the budget and those that are not calibrated, under the usual condition, with masks by svd (seeds
+    share a calibration by other measures). Raises PartialLoraError where there are none.
     """
-    runs, every = gather(results_dir).comparable, {}
-    runs = runs[runs["importance"].isin(["svd", NONE]) & (runs["mixture"] == "") & (runs["metric"] == "accuracy")]
-    runs = runs[~runs["method"].isin(["probe", "full"])]
+    runs, every = usual(forms(results_dir)[0]), {}
+    runs = runs[runs["operating_point"].isin((BUDGET, NONE)) & (runs["importance"] == "")]
+    runs = runs[runs["metric"] == "accuracy"]
     for task, of_task in runs.groupby("task", sort=False):
-        sides = {key: by_seed(own) for key, own in of_task.groupby(["method", "operating_point"])}
-        at_points = [[key for key in sides if key[1] in (point, NONE)] for point in POINTS]
-        pairs = dict.fromkeys(pair for keys in at_points for pair in combinations(keys, 2))
-        if found := by_example(([sides[key] for key in pair] for pair in pairs), "accuracy", FEWEST):
+        sides = [by_seed(own) for _, own in at_best_rates(of_task).groupby("method")]
+        if found := by_example(combinations(sides, 2), "accuracy", FEWEST):
             every[task] = found
     if not every:
-        raise PartialLoraError(f"{results_dir}: expected two methods with predictions of {FEWEST} seeds on a task")
+        raise PartialLoraError(f"{results_dir}: expected two forms with predictions of {FEWEST} seeds on a task")
     return every
 
 
@@ -351,11 +349,11 @@ def by_seeds(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of cpu")
+    parser.add_argument("--results", type=Path, default=Path("results/decided"))
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
     parser.add_argument("--repetitions", type=int, default=500, help="of an experiment")
     options = parser.parse_args(arguments)
-    every = differences(options.results / "cpu")
+    every = differences(options.results)
     raced, (numbers, fits) = races(every), simulate(every, options.repetitions)
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/intervals.py", *arguments])

@@ -2,13 +2,15 @@
 
 An entry is one command, or its parts, of which those that are lists are alternatives: each of one is combined with each
 of the others. "" adds nothing to what the file sweeps by itself. Where it names no command it is the words of `train
--m`; the experiment and the folder of the data are added. `stage=NAME` only names an entry, to choose it by.
+-m`; the experiment and the folder of the data are added. `stage=NAME` only names an entry, to choose it by, and so does
+what stands before `python`. An entry that begins with the name of another study is those of its entries that the values
+after it choose.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import product
 from pathlib import Path
 
@@ -21,12 +23,17 @@ OF_RUNS = ("train", "compare", "calibrate")
 WITHOUT_FILES = {"digits", "mixture"}
 
 
-def commands(name: str, data: Path, only: Mapping[str, Collection[str]] = {}) -> Iterator[list[str]]:
-    """Yield the words of each command of a study; none of an experiment that lists none.
+def commands(name: str, data: Path, only: Mapping[str, Set[str]] = {}) -> Iterator[list[str]]:
+    """Yield the words of each command of a study, one that comes again where it comes last; none where none is listed.
 
     data: the folder of sets; those without files there are left out, but for those of preset=paper, which come from the
     hub. only: the values that a key may have where a command names it.
     """
+    found = list(_commands(name, data, only))
+    yield from (words for at, words in enumerate(found) if words not in found[at + 1 :])
+
+
+def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[list[str]]:
     there = WITHOUT_FILES.union(file.parent.name for file in data.glob("*/train.parquet"))
     files = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
     require(name in files, "experiment", name, f"one of {', '.join(files)}")
@@ -35,6 +42,9 @@ def commands(name: str, data: Path, only: Mapping[str, Collection[str]] = {}) ->
         parts = [[part] if isinstance(part, str) else part for part in (entry if isinstance(entry, list) else [entry])]
         for chosen in product(*parts):
             words = shlex.split(" ".join(chosen))
+            if words[0] in files:
+                yield from _commands(words[0], data, _both(only, dict(_values(word) for word in words[1:])))
+                continue
             if "preset=paper" not in words:
                 words = [_left(word, "task", there) for word in words]
             for key, values in only.items():
@@ -43,18 +53,30 @@ def commands(name: str, data: Path, only: Mapping[str, Collection[str]] = {}) ->
                 yield _whole([word for word in words if not word.startswith("stage=")], name, data)
 
 
-def _left(word: str, key: str, values: Collection[str]) -> str:
+def _values(word: str) -> tuple[str, set[str]]:
+    """Return the key of a word and its values: of a=b,c or a=[b,c] b and c."""
+    key, _, text = word.partition("=")
+    return key, set(text.strip("[]").split(","))
+
+
+def _both(one: Mapping[str, Set[str]], other: Mapping[str, Set[str]]) -> dict[str, Set[str]]:
+    """Return the values that both allow of each key."""
+    return {**other, **{key: values & other.get(key, values) for key, values in one.items()}}
+
+
+def _left(word: str, key: str, values: Set[str]) -> str:
     """Return a word with those of its values that a key may have; an empty one where none is left."""
     name, _, text = word.partition("=")
     if name == "task.members" and key == "task":
-        return word if values >= set(text.strip("[]").split(",")) else ""
+        return word if values >= _values(word)[1] else ""
     if name != key:
         return word
-    left = ",".join(value for value in text.split(",") if value in values)
-    return left and f"{key}={left}"
+    left = ",".join(value for value in text.strip("[]").split(",") if value in values)
+    return left and f"{key}=[{left}]" if text.startswith("[") else left and f"{key}={left}"
 
 
 def _whole(words: list[str], name: str, data: Path) -> list[str]:
+    words = words[words.index("python") :] if "python" in words else words
     if words[0] not in (*OF_RUNS, "report", "python"):
         words = ["train", "-m", *words]
     if words[0] in OF_RUNS and not any(word.startswith("experiment=") for word in words):

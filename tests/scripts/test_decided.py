@@ -107,13 +107,6 @@ def test_a_folder_without_runs_is_refused_by_name(tmp_path, capsys) -> None:
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_what_a_calibration_has_of_its_own_is_in_a_form_s_name() -> None:
-    own = {"calibration__shrink": 0.5, "calibration__search": "gradient", "calibration__max_sparsity": 0.99}
-    assert decided.form_of(record(**KEPT, **own)["config"]) == "partial, shrink 0.5, by gradient, caps at 0.99"
-    of_file = decided.form_of(record(**KEPT, calibration__file="mean/digits.json")["config"])
-    assert of_file == "partial, mean of draws"
-
-
 def test_lora_on_fewer_modules_is_a_form_of_its_own(tmp_path) -> None:
     for seed in SEEDS:
         run(tmp_path, "lora", 20, task="gtsrb", seed=seed, model__target_modules=["attn.qkv", "mlp.fc1"])

@@ -84,11 +84,28 @@ def test_draws_again_are_those_of_the_bootstrap() -> None:
     assert (found.mean(), found.std()) == pytest.approx((expected.mean(), expected.std()), abs=0.02)
 
 
+def test_pairs_are_of_forms_at_one_size_and_condition_each_at_its_best_rate(tmp_path) -> None:
+    for seed in range(3):
+        leave(tmp_path, "lora", seed=seed, wrong=20)
+        leave(tmp_path, "lora", seed=seed, wrong=60, trainer__learning_rate=0.1)
+        leave(tmp_path, "partial", seed=seed, wrong=30 + seed, budget=0.13)
+        leave(tmp_path, "low_rank", seed=seed, wrong=40, budget=0.13) if seed < 2 else None
+        for other in ({"task__label_noise": 0.4}, {"importance__name": "snip"}):
+            leave(tmp_path, "partial", seed=seed, wrong=50, budget=0.13, **other)
+        leave(tmp_path, "uniform", seed=seed, wrong=50)
+        leave(tmp_path, seed=seed, members={"digits": 3, "gtsrb": 4}, budget=0.13)
+    found = intervals.differences(tmp_path)
+    assert list(found) == ["digits"]
+    (d,) = found["digits"]
+    assert d.shape == (3, 200)
+    assert sorted(np.abs(d.mean(axis=1))) == pytest.approx([0.05, 0.055, 0.06])
+
+
 def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(intervals, "RACES", 3)
     for seed in range(8):
-        leave(tmp_path / "cpu", "lora", seed=seed, wrong=20 + seed)
-        leave(tmp_path / "cpu", "partial", seed=seed, wrong=30 + 2 * seed, budget=0.13)
+        leave(tmp_path, "lora", seed=seed, wrong=20 + seed)
+        leave(tmp_path, "partial", seed=seed, wrong=30 + 2 * seed, budget=0.13)
     places = ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
     assert intervals.main([*places, "--repetitions", "2"]) == 0
     numbers = pd.read_csv(tmp_path / "out" / "coverage.csv")
@@ -102,7 +119,7 @@ def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeyp
 def test_records_without_predictions_are_named_in_a_line(tmp_path, capsys) -> None:
     for seed in range(3):
         for method in ("lora", "partial"):
-            (leave(tmp_path / "cpu", method, seed=seed, budget=0.13) / PREDICTIONS).unlink()
+            (leave(tmp_path, method, seed=seed, budget=0.13) / PREDICTIONS).unlink()
     assert intervals.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert str(tmp_path / "cpu") in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def test_a_comment_that_is_no_source_is_named() -> None:
 
 def test_pages_are_those_that_the_tables_make() -> None:
     made = pages.pages()
-    assert {path.name for path in made} >= {"README.md", "claims.md", "dense-lora.md", "equal-size.md"}
+    assert {path.name for path in made} >= {"README.md", "operating-points.md", "dense-lora.md", "equal-size.md"}
     assert [path for path, text in made.items() if path.read_text("utf-8") != text] == [], "make pages"
 
 

@@ -13,7 +13,6 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.launching.paths import run_directory
 from partial_lora.settings import comparison, compose, schema
 from partial_lora.settings import study as studies
 
@@ -88,11 +87,11 @@ def test_sets_that_are_not_there_are_left_out_one_by_one_but_those_of_the_hub_ar
     def tasks(name: str, **only: str) -> set[str]:
         return {word for words in commands(name, tmp_path, **only) for word in words if word.startswith("task=")}
 
-    assert tasks("forms") == tasks("decided") == tasks("reach") == {"task=digits", "task=trec"}
+    assert tasks("forms") == tasks("decided", preset="cpu") == tasks("reach") == {"task=digits", "task=trec"}
     assert tasks("table3", preset="cpu") == {"task=trec"}
-    assert tasks("table6", preset="cpu") == set()
+    assert tasks("decided", stage="mixture", preset="cpu") == set()  # of trec and sst2
     assert tasks("table6", preset="paper") == {"task=mixture"}
-    assert any(word.startswith("task=cifar100,") for word in tasks("table1", preset="paper"))
+    assert "task=cifar100" in tasks("table1", preset="paper")
 
 
 def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
@@ -101,7 +100,8 @@ def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
     assert words[:2] == ["train", "-m"]
     assert {"task=trec", "method=shuffled", "experiment=decided", f"data_dir={data}"} < set(words)
     assert not any(word.startswith("stage=") for word in words)
-    assert commands("decided", data, task="trec")[-1] == ["python", "scripts/decided.py", "results/decided"]
+    last = commands("decided", data, task="trec", preset="cpu")[-1]
+    assert last == ["python", "scripts/decided.py", "results/decided"]
 
 
 def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
@@ -144,29 +144,27 @@ def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, 
     assert ends or calls[-1][1:3] == ["scripts/forms.py", "results/race"]
 
 
-def on_digits(name: str, data: Path) -> set[Path]:
-    """The directories of a study's runs on digits with seed 0, of three methods that stand for all."""
-    runs, methods = set(), {f"method={method}" for method in ("lora", "partial", "uniform")}
-    for words in commands(name, data, preset="cpu", task="digits"):
-        chosen = [each for each in combinations(words) if "seed=0" in each and methods & {*each, *words}]
-        runs |= {run_directory(settings(each)) for each in chosen}
-    return runs
+def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once(data: Path) -> None:
+    def without_methods(name: str) -> list[tuple[str, ...]]:
+        every = commands(name, data, preset="cpu")
+        return [tuple(word for word in words if not word.startswith("method")) for words in every]
 
-
-def test_tables_share_the_runs_that_they_have_in_common(data: Path, monkeypatch) -> None:
-    """Single ones of table1 are rank 16 of fig4, and fig7 without noise; experiment=methods has all of both points."""
-    monkeypatch.chdir(ROOT)
-    table1, table4, methods = (on_digits(name, data) for name in ("table1", "table4", "methods"))
-    assert (len(table1), len(table4), len(methods)) == (3, 4, 7)
-    assert table1 | table4 < methods
-    for name in ("fig4", "fig7"):
-        firsts = (settings(combinations(words)[0]) for words in commands(name, data, preset="cpu"))
-        assert len(table1 & set(map(run_directory, firsts))) == 1
+    whole = {name: set(without_methods(name)) for name in ("decided", "forms")}
+    views = [name for name in STUDIES if name.startswith(("table", "fig"))]
+    assert len(views) == 14
+    for name in views:
+        own = without_methods(name)
+        assert set(own) <= whole["forms" if name == "fig6" else "decided"]
+        assert own.count(("python", "scripts/decided.py", "results/decided")) == (name != "fig6")
+    assert "methods=[lora,partial,targeted]" in commands("table3", data, task="sst2")[0]
+    assert commands("table3", data, methods="low_rank", preset="cpu", task="sst2") == [
+        ["python", "scripts/decided.py", "results/decided"]
+    ]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_every_target_of_a_table_and_a_study_runs_its_file() -> None:
-    for target in ("runs-table1", "reproduce-table1", "race", "runs-fig7"):
+    for target in ("reproduce-table1", "race", "reproduce-fig7"):
         words = ["make", "-n", target, "BIN=bin", "VENV=venv", "PRESET=cpu", "ONLY=task=digits", "WITH=seeds=8"]
         shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         name = target.rpartition("-")[2]

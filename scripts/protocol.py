@@ -1,0 +1,151 @@
+"""Runs of the one protocol (conf/experiment/decided.yaml), each form at the learning rate that is best on validation.
+
+A form is a method with what is special about its masks, shares and modules. All that compares runs by eight seeds reads
+them from here: the claims (decided.py), the paper's tables and figures, the coverage of intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import read_json
+from partial_lora.methods import called
+from partial_lora.methods.config import nominal_rank
+from partial_lora.report import ranking
+from partial_lora.report.pairs import Outcome
+from partial_lora.report.predictions import Predictions
+from partial_lora.report.records import Run, read
+from partial_lora.report.rows import number
+from partial_lora.tasks.kinds import kind_in
+
+THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
+PARTIAL, UNIFORM = "partial", "uniform"
+POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
+RANK = 16  # of which a budget is a share
+USUAL = ""  # the condition of runs with right labels and all rows
+CELL = ["task", "mixture", "method", "importance", "operating_point", "condition"]
+IMPORTANCE = "svd"  # another measure is named
+
+
+def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return the finished runs of a results directory with their forms, and what was left out, a line each.
+
+    method: the form. condition: wrong labels and fewer rows than most runs of a task have. importance: a measure other
+    than svd. Adapters on fewer modules, and of another rank and as many parameters, stand at the budget. A mixture has
+    a row for each of its members, whose name is the row's task; `mixture` names all of them. kind: images, texts
+    (classified), causal (multiple choice) or generation (free text).
+    Raises PartialLoraError where there are none.
+    """
+    runs, problems = read(results_dir)
+    stored = Predictions(results_dir)
+    rows = pd.DataFrame([row for run in runs for row in _rows(run, stored)])
+    if rows.empty:
+        raise PartialLoraError(f"{results_dir}: no finished runs there: `make decided` makes them")
+    on_modules, on_rows = ranking.on_modules(rows), _with_fewer(rows)
+    conditions = [", ".join(filter(None, words)) for words in zip(rows["condition"], on_rows, strict=True)]
+    rows = rows.assign(
+        method=rows["method"] + on_modules,
+        operating_point=rows["operating_point"].where(on_modules == "", BUDGET),  # of about that size
+        condition=conditions,
+    )
+    return rows, problems
+
+
+def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of every form at its best rate."""
+    return ranking.at_best_rates(runs, CELL) if len(runs) else runs
+
+
+def usual(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of one task each, with right labels and all rows."""
+    return runs[(runs["condition"] == USUAL) & (runs["mixture"] == "")]
+
+
+def _rows(run: Run, stored: Predictions) -> list[dict]:
+    config, test = run.record["config"], run.record["metrics"]["test"]
+    task, calibration = config["task"], run.record.get("calibration") or {}
+    measure = config.get("importance", {}).get("name", IMPORTANCE)
+    noise = task.get("label_noise") or 0
+    row = run.row | {
+        "mixture": "",
+        "kind": kind_in(task).name,
+        "method": form_of(run.record),
+        "operating_point": _point(run),
+        "importance": measure if calibration and measure != IMPORTANCE else "",
+        "condition": f"{noise:.0%} wrong labels" if noise else USUAL,
+        "rank": config["method"]["rank"],
+        **{name: number(calibration.get(name)) for name in ("baseline", "joint", "chance", "threshold")},
+        "peak_memory_bytes": number(run.record.get("peak_memory_bytes")),
+        "run": run,
+    }
+    members = task.get("members") or {}
+    if not members:
+        return [row | {"outcome": Outcome.of(row, stored)}]
+    rows = []
+    for name, member in members.items():
+        scored = [key.partition("/")[2] for key in test if key.startswith(f"{name}/") and key != f"{name}/loss"]
+        metric = (member.get("metrics") or scored)[0]
+        of_member = {"task": name, "mixture": "+".join(members), "metric": metric, "test": test[f"{name}/{metric}"]}
+        rows.append(row | of_member | {"outcome": replace(Outcome.of(row | of_member, stored), member=name)})
+    return rows
+
+
+def _point(run: Run) -> str:
+    """Return a run's operating point: a budget as the share of rank 16 that has as many parameters."""
+    point, config = run.row["operating_point"], run.record["config"]
+    if not point.startswith("budget"):
+        return point
+    return f"budget {config['calibration']['budget'] * nominal_rank(config['method']['rank']) / RANK:g}"
+
+
+def form_of(record: Mapping) -> str:
+    """Return the name of a run's form, with what its calibration and its rank have of their own."""
+    config, name = record["config"], ranking.form_of(record["config"])
+    calibration, method = config["calibration"], called(config["method"]["name"])
+    words = ["mean of draws"] if calibration.get("file") else []
+    calibrated = method.size == "calibrated" and method.masked
+    words += ["equal shares"] if record.get("fixed") and calibrated and not method.even else []
+    words += [f"shrink {calibration['shrink']:g}"] if calibration.get("shrink") else []
+    words += ["by gradient"] if calibration.get("search") == "gradient" else []
+    words += ["repaired"] if calibration.get("repair") else []
+    words += [f"caps at {calibration['max_sparsity']:g}"] if calibration.get("max_sparsity", 0.95) != 0.95 else []
+    rank = config["method"].get("rank")
+    words += [f"rank {rank}"] if calibrated and rank != RANK else []
+    return ", ".join([name, *words])
+
+
+def _with_fewer(runs: pd.DataFrame) -> list[str]:
+    """Return in words the rows of runs that have fewer than most of their task."""
+    counts = pd.Series([run.record["config"]["task"].get("train_samples") for run in runs["run"]], runs.index)
+    usual = counts.groupby(runs["task"]).transform(lambda of_task: of_task.mode().get(0))
+    fewer = counts.notna() & (counts != usual)
+    return [f"{count:.0f} rows" if own else "" for count, own in zip(counts, fewer, strict=True)]
+
+
+def draw_of(record: Mapping) -> int:
+    """Return the seed that a run's few-shot data are drawn with: runs with the same one share a calibration."""
+    own = record["config"]["calibration"].get("seed")
+    return record["seed"] if own is None else own
+
+
+def analyses(results_dir: Path, what: str) -> tuple[list[tuple[dict, str]], list[Path]]:
+    """Return the finished analyses of a kind, each with its model, and the files of those that are not finished.
+
+    They lie in the results directory or in the one that holds it; of one that is in both the first. The model has its
+    id, as in analyses/WHAT/TASK/MODEL-ID, where several are of one model and task.
+    """
+    files: dict[tuple[str, ...], Path] = {}  # by task and MODEL-ID
+    for place in (results_dir, results_dir.parent):
+        for file in sorted(place.glob(f"analyses/{what}/*/*/analysis.json")):
+            files.setdefault(file.parts[-3:-1], file)
+    read = {place: read_json(file) for place, file in files.items()}
+    finished = {place: content for place, content in read.items() if content["status"] == "finished"}
+    names = [(task, of_model.rpartition("-")[0]) for task, of_model in finished]
+    models = [place[1] if names.count(name) > 1 else name[1] for place, name in zip(finished, names, strict=True)]
+    unfinished = [file for place, file in files.items() if place not in finished]
+    return list(zip(finished.values(), models, strict=True)), unfinished
