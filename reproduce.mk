@@ -2,10 +2,8 @@
 #
 # make causal, forms, race, decided, reach, leaders, language, shares
 #                         a study: what `study` in conf/experiment/NAME.yaml lists, runs and tables
-# make reproduce-table1 … table7, fig1 … fig7   the runs of a table or figure, and it; runs-table1 …: the runs alone
+# make reproduce-table1 … table7, fig1 … fig7   the runs of a table or figure, which are of `decided`, and it
 # make reproduce          all of them, and what they say of each claim
-# make methods            every method at both operating points with the rates found (results/cpu)
-# make tune, reproduce-tune   learning rates of every method on the studied task; and of those of tables on other sets
 # make data               data sets of the hub as files in data/, each with its licence and checksums
 # make reports            tables, figures and an HTML page of every packed study, in its report/; of race the ranking
 # make bench              time and memory of adapters, serving and whole runs (results/bench), in two hours
@@ -19,69 +17,51 @@
 # PRESET=paper   the paper's models and sets from the hub, on GPUs
 # ONLY='KEY=A,B …' leaves out commands with another value, as ONLY=task=digits; WITH='KEY=VALUE …' is added to all runs.
 # WITH='hydra/launcher=joblib hydra.launcher.n_jobs=2' (the extra `sweeps`) and OMP_NUM_THREADS=1: two runs at once.
-# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; a run that failed is
-# missing in its table, and the rest goes on. conf/experiment/NAME.yaml says what each costs and what it is to show.
+# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; those of the tables are
+# finished in a fresh checkout. A run that failed is missing in its table, and the rest goes on. conf/experiment/NAME.yaml
+# says what each costs and what it is to show.
 
 # The folder of the data sets, NAME/{train,validation,test}.parquet: `make data` fills data/.
 DATA ?= $(or $(firstword $(wildcard data ../shared/data)),data)
 # All that the evidence takes on CPUs, but flowers17 and signdigits, of which the hub has no copy. Any task has a name here.
 SETS ?= cifar10 gtsrb sst2 trec qnli imdb mrpc rte arc_easy piqa gsm8k
 PRESET ?= cpu
-RESULTS = results/$(PRESET)
-# Of the paper's preset: where its search for learning rates lies, and the settings of its analyses; table 3 on the CPU
-# takes the runs of a causal model, which last for hours (CAUSAL= leaves them out).
-RATES = results$(if $(filter paper,$(PRESET)),/paper)
-ANALYSES ?= $(if $(filter paper,$(PRESET)),preset=paper trainer.tuned=null task=cifar10)
-CAUSAL ?= $(if $(filter cpu,$(PRESET)),causal)
+RESULTS = results/$(if $(filter cpu,$(PRESET)),decided,$(PRESET))
+# Settings of the analyses with the paper's preset.
+ANALYSES ?= $(if $(filter paper,$(PRESET)),preset=paper task=cifar10)
 
 STUDIES = causal forms race decided reach leaders language shares
 TABLES = table1 table2 table3 table4 table5 table6 table7
 FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stability
-OF_RUNS = $(patsubst %,runs-%,methods $(TABLES) $(FIGURES))
 SCRIPT = $(BIN)/python scripts
 STUDY = $(SCRIPT)/study.py $(1) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
-OTHERS = data tune reproduce-tune methods reproduce reports referee coverage models first-day bench calibration-analyses figures pages
-.PHONY: $(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED) $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
-$(STUDIES) $(OTHERS) $(OF_RUNS) $(ANALYSED): | $(VENV)/.installed
+OTHERS = data reproduce reports referee coverage models first-day bench calibration-analyses figures pages
+VIEWS = $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
+.PHONY: $(STUDIES) $(OTHERS) $(ANALYSED) $(VIEWS)
+$(STUDIES) $(OTHERS) $(ANALYSED) $(VIEWS): | $(VENV)/.installed
 
 data:
 	$(SCRIPT)/data_sets.py $(SETS) --to $(DATA)
 
 $(STUDIES):
-	$(call STUDY,$@)
+	$(call STUDY,$@,preset=$(PRESET))
 
-# Where a best rate is at an edge of its range, this ends with 1; the file has that rate then.
-tune:
-	$(call STUDY,tune,preset=$(PRESET) stage=studied)
-	$(SCRIPT)/tune.py $(RATES)/tune
-
-reproduce-tune $(RATES)/tuning.json: | $(VENV)/.installed
-	$(call STUDY,tune,preset=$(PRESET))
-	$(SCRIPT)/tune.py $(RATES)/tune || test $$? = 1 -a $@ != reproduce-tune
-
-$(OF_RUNS): runs-%: | $(RATES)/tuning.json
+reproduce-table5: calibration-analyses
+reproduce-fig5: analysis-agreement
+reproduce-table7: results/bench/adapter.json
+$(TABLES:%=reproduce-%): reproduce-%:
 	$(call STUDY,$*,preset=$(PRESET))
-runs-table2 runs-table5 runs-fig2 runs-fig3: runs-table1
-runs-table3: $(CAUSAL)
-runs-fig2: runs-table3
-runs-fig5: runs-table2
-runs-table5: calibration-analyses
-runs-fig5: analysis-agreement
-runs-table7: runs-methods | results/bench/adapter.json
-
-$(TABLES:%=reproduce-%): reproduce-%: runs-%
-	$(SCRIPT)/paper_tables.py $* claims --results $(RESULTS)
+	$(SCRIPT)/paper_tables.py $* --results $(RESULTS)
 
 # What two figures need beside the records is measured where the weights are; 3 says that some have none.
-$(FIGURES:%=reproduce-%): reproduce-%: runs-%
+$(FIGURES:%=reproduce-%): reproduce-%:
+	$(call STUDY,$*,preset=$(PRESET))
 	$(if $(filter fig3 fig7,$*),$(SCRIPT)/dynamics.py $$($(SCRIPT)/paper_figures.py $* --results $(RESULTS) --runs) || test $$? = 3)
 	$(SCRIPT)/paper_figures.py $* --results $(RESULTS)
 
-reproduce: $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
-
-methods: runs-methods
-	$(BIN)/partial-lora report $(RESULTS)
+reproduce: $(VIEWS)
+	$(SCRIPT)/paper_tables.py claims --results $(RESULTS)
 
 # 1 says that a page leaves out some runs.
 reports:

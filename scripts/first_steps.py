@@ -407,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_reach(subject, path) if is_reach else measure_density(subject, path, range(options.seeds))
         return 0
 
-    usual = ["preset=cpu", "trainer.tuned=null"] if is_reach else []
+    usual = ["preset=cpu"] if is_reach else []
     code = 0 if options.draw else compose.compose(options.what, [*usual, "trainer.device=cpu", *overrides], work)
     if code == 0:
         measured = pd.read_csv(path)

@@ -158,7 +158,7 @@ def entries_of(methods: Sequence[str], budgets: Sequence[float], overrides: Sequ
                     chosen.append("calibration=fixed")
                 chosen.append(f"calibration.budget={budget}")
             size = "own size" if budget is None else str(budget)
-            entry = Entry(method, size, (*overrides, *chosen, "trainer.tuned=null"))
+            entry = Entry(method, size, (*overrides, *chosen))
             planned = checked(["-m", *entry.overrides])
             if planned.swept:
                 keys = ", ".join(sorted(planned.swept))

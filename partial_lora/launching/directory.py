@@ -21,7 +21,6 @@ import yaml
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import lock, read_json
-from partial_lora.settings.tuned import tuned
 from partial_lora.settings.versions import upgraded
 from partial_lora.training.trackers import TRACKERS
 
@@ -256,7 +255,6 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "config": redacted(settings),
         "digests": digests,
         "preset": settings.get("preset"),
-        "tuning": _tuning(settings),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
         "device": None,
@@ -294,16 +292,6 @@ def timed(record: dict, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     record["seconds"][stage] = round(record["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)
-
-
-def _tuning(settings: Mapping) -> str:
-    """Return how the learning rate was found, as tables have it: untuned, tuned, or by which other runs."""
-    trainer = settings.get("trainer", {})
-    if trainer.get("tuned") is None:
-        return "untuned"
-    with suppress(PartialLoraError):  # another machine of the run may not have the file
-        return tuned(trainer["tuned"], settings, trainer.get("tuned_on"))[1] or "tuned"
-    return "tuned"
 
 
 def git_commit() -> str | None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import flatten
 from partial_lora.report.records import Run
-from partial_lora.report.rows import NONE
-from partial_lora.settings import tuned
+from partial_lora.report.rows import NONE, as_typed
 
 _COLUMNS = (
     *("task", "model", "method", "operating_point", "metric", "seed", "learning_rate", "tuning"),
@@ -58,7 +57,7 @@ def value_of(run: Run, key: str) -> object:
     if isinstance(value, Mapping):  # a group of settings is called by its name
         value = value.get("name")
     if isinstance(value, list):  # of which a table could make no rows
-        value = tuned.word(value)
+        value = as_typed(value)
     return NONE if value is None else value
 
 

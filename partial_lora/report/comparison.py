@@ -17,11 +17,11 @@ from partial_lora.report.folders import OF_SEED, Folder, folders, told_apart
 from partial_lora.report.pairs import Outcome, Pair, between
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run
-from partial_lora.report.rows import COSTS, NONE, PLACE, conditions, point_order
+from partial_lora.report.rows import COSTS, NONE, PLACE, as_typed, conditions, differing, point_order
 from partial_lora.report.statistics import MARGIN, reliability, together
 from partial_lora.report.summary import measured
 from partial_lora.report.tables import cells_of, ends, signed, tabulated, written
-from partial_lora.settings import schema, tuned
+from partial_lora.settings import schema
 from partial_lora.tasks.metrics import OF_EXAMPLES
 
 REFERENCE = "partial"
@@ -126,8 +126,8 @@ def paired(every: Sequence[Folder], reference: str) -> Pairing:
             for folder in at_point:
                 if folder.row["conditions"] not in shared:
                     apart.setdefault((folder.name, _nearest(folder, by_point[point])), []).append(point)
-        for (name, differing), points in apart.items():
-            what = f"trained under other conditions than {reference} at {' and '.join(points)}: {differing}"
+        for (name, where), points in apart.items():
+            what = f"trained under other conditions than {reference} at {' and '.join(points)}: {where}"
             pairing.apart.setdefault(what, []).append(name)
     return pairing
 
@@ -179,8 +179,8 @@ def _references(several: Sequence[Folder], pairing: Pairing) -> Sequence[Folder]
 def _nearest(folder: Folder, references: Sequence[Folder]) -> str:
     """Return where a folder's conditions differ from those of the nearest reference; the first few of many."""
     settings = conditions(folder.runs[0].record)
-    nearest = min((tuned.differing(settings, conditions(base.runs[0].record)) for base in references), key=len)
-    words = [f"{key} {tuned.word(value)} against {tuned.word(others)}" for key, value, others in nearest]
+    nearest = min((differing(settings, conditions(base.runs[0].record)) for base in references), key=len)
+    words = [f"{key} {as_typed(value)} against {as_typed(others)}" for key, value, others in nearest]
     more = len(words) - _MOST_DIFFERENCES
     return ", ".join(words[:_MOST_DIFFERENCES] + ([f"{more} more"] if more > 0 else []))
 

@@ -13,9 +13,18 @@ from pandas.api.types import is_numeric_dtype
 
 from partial_lora.files import grouped
 from partial_lora.report.records import Run
-from partial_lora.report.rows import BLOCK, NONE, conditions, of_method, panel_of, point_order, worth_by_rate
+from partial_lora.report.rows import (
+    BLOCK,
+    NONE,
+    as_typed,
+    conditions,
+    differing,
+    of_method,
+    panel_of,
+    point_order,
+    worth_by_rate,
+)
 from partial_lora.report.statistics import half_interval
-from partial_lora.settings import tuned
 from partial_lora.settings.rates import ranked
 
 OF_SEED = ("seed", "results_dir", "overwrite", "keep_records")  # settings in which runs of one folder may differ
@@ -118,7 +127,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
                 settings[folder] |= varied
         short = _short_keys({key for values in settings.values() for key in values})
         words = {
-            folder: ", ".join(f"{short[key]}={tuned.word(value)}" for key, value in values.items())
+            folder: ", ".join(f"{short[key]}={as_typed(value)}" for key, value in values.items())
             for folder, values in settings.items()
         }
         for of_one in methods:
@@ -130,7 +139,7 @@ def _unusual(folders: Iterable[Folder], usual: Folder) -> dict[Folder, dict[str,
     """Return the conditions of folders that are not the usual ones."""
     shared = conditions(usual.runs[0].record)
     return {
-        folder: {key: value for key, value, _ in tuned.differing(conditions(folder.runs[0].record), shared)}
+        folder: {key: value for key, value, _ in differing(conditions(folder.runs[0].record), shared)}
         for folder in folders
     }
 

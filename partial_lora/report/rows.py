@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from partial_lora.methods import called
-from partial_lora.settings import identity, tuned
+from partial_lora.settings import identity, schema
 from partial_lora.settings.rates import Worth
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
-NONE = tuned.NO_POINT  # for what does not apply
+NONE = "–"  # for what does not apply
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows that share these compete for the best
+UNTUNED = "untuned"  # unless an earlier record says that its learning rate came out of a file of rates
 _ROWS_COLUMNS = "rows_columns"  # the granularity of masks that a method's name leaves out
 
 
@@ -77,7 +78,7 @@ def _row(result: Mapping) -> dict:
         "evaluate_seconds": number(seconds["evaluate"]),
         "seconds": sum(seconds.values()),
         "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
-        "tuning": result.get("tuning", "untuned"),
+        "tuning": result.get("tuning", UNTUNED),
         "conditions": hashlib.sha256(shared.encode()).hexdigest()[:8],
         "preset": result.get("preset") or NONE,
         # What computed it: the commit of a checkout, else the version of the installed package.
@@ -134,10 +135,26 @@ def came_to(result: Mapping) -> dict[str, float | None]:
 def operating_point(result: Mapping) -> str:
     """Return where on the curve of accuracy against size a run was put: "threshold 0.9", "budget 0.13", or "–"."""
     if result["calibration"] is None:
-        return tuned.operating_point(result["fixed"]) if result.get("fixed") else NONE
+        return point_of(result["fixed"]) if result.get("fixed") else NONE
     settings = result["config"]["calibration"]
     source = result["calibration"] if settings.get("file") else settings  # a file has its own point
-    return tuned.operating_point(source)
+    return point_of(source)
+
+
+def point_of(calibration: Mapping) -> str:
+    """Return the point of {"threshold", "budget", "sparsity"}: the budget, a share or a count of parameters, if any.
+
+    A fixed sparsity goes before a threshold. Sparsities of single modules are named by a digest.
+    """
+    sparsity, budget = calibration.get("sparsity"), calibration.get("budget")
+    if isinstance(sparsity, Mapping):
+        digest = hashlib.sha256(json.dumps(sparsity).encode()).hexdigest()[:6]
+        return f"sparsity of modules {digest}"
+    key = "budget" if budget is not None else "threshold" if sparsity is None else "sparsity"
+    value = calibration[key]
+    if value is None:  # of a file that does not say it
+        return NONE
+    return f"{key} {value:g}" if value <= 1 else f"{key} {value:,.0f}"
 
 
 def point_order(point: str) -> tuple[int, float]:
@@ -173,8 +190,9 @@ def panel_of(row: Mapping) -> tuple[str, str, str]:
 
 _OF_METHOD = ("method.", "calibration.", "mask.", "importance.", "trainer.loraplus_ratio")
 _NAMED = ("method.name", "calibration.threshold", "calibration.budget", "calibration.sparsity")  # have columns already
-_RATE = ("trainer.learning_rate", "trainer.tuned", "trainer.tuned_elsewhere")  # every method may have its own
+_RATE = "trainer.learning_rate"  # every method may have its own
 _PRECISION = "trainer.mixed_precision"
+_LENGTH = ("trainer.epochs", "trainer.max_steps", "trainer.batch_size")
 
 
 def conditions(result: Mapping) -> dict[str, object]:
@@ -187,10 +205,31 @@ def conditions(result: Mapping) -> dict[str, object]:
     shared = {
         key: value
         for key, plain, value in _settings(result["config"])
-        if plain not in (*_RATE, _PRECISION) and not plain.startswith(_OF_METHOD)
+        if plain not in (_RATE, _PRECISION) and not plain.startswith(_OF_METHOD)
     }
     computed_in = precision(result)
     return shared if computed_in == "fp32" else shared | {_PRECISION: computed_in}
+
+
+def differing(shared: Mapping, others: Mapping) -> list[tuple[str, object, object]]:
+    """Return where the `conditions` of two runs differ: key and both values; the length of training comes first."""
+    names, differences = [*shared.get("task.members", ()), *others.get("task.members", ())], []
+    standard = schema.defaults() if shared != others else {}
+    for key in sorted({*shared, *others}, key=lambda key: (key not in _LENGTH, key)):
+        default = standard.get(identity.task_key(key, names))
+        values = shared.get(key, default), others.get(key, default)
+        if values[0] != values[1]:
+            differences.append((key, *values))
+    return differences
+
+
+def as_typed(value: object) -> str:
+    """Return the value of a setting as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def of_method(config: Mapping) -> dict[str, object]:

@@ -21,7 +21,17 @@ from partial_lora.masks import AXES
 from partial_lora.methods import called
 from partial_lora.methods.config import nominal_rank
 from partial_lora.report.depth import depth_of, without_common_start
-from partial_lora.report.rows import NONE, came_to, method_of, number, operating_point, row, task_of, warnings_of
+from partial_lora.report.rows import (
+    NONE,
+    UNTUNED,
+    came_to,
+    method_of,
+    number,
+    operating_point,
+    row,
+    task_of,
+    warnings_of,
+)
 from partial_lora.settings import rates
 from partial_lora.tasks.kinds import kind_in
 from partial_lora.tasks.metrics import SHARES
@@ -61,8 +71,8 @@ def _rates(result: Mapping) -> str:
         words.append(f"head {trainer['head_learning_rate']:.3g}")
     if wished["learning_rate"] == AUTO:
         words.append("auto")
-    if trainer.get("tuned"):
-        words.append(result.get("tuning") or "tuned")
+    if result.get("tuning", UNTUNED) != UNTUNED:
+        words.append(result["tuning"])
     return ", ".join(words)
 
 

@@ -25,7 +25,7 @@ from partial_lora.report import SPREADS
 from partial_lora.report.folders import distinct, group
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import LeftOut
-from partial_lora.report.rows import NONE, PLACE
+from partial_lora.report.rows import BLOCK, NONE, PLACE, UNTUNED
 from partial_lora.report.statistics import MARGIN, over_examples
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES, within
@@ -119,12 +119,18 @@ def notes(
         SPREADS[spread]: (table["n"] > 1).any(),
         _BEST: marked,
         _DIFFERS: not by and _is_told(table),
-        _UNTUNED: (table["tuning"] == "untuned").any(),
+        _UNTUNED: _is_untuned(table),
         "Calibrations that an earlier run had already paid for do not enter the seconds of calibrating.": (
             table["calibrations_reused"] > 0
         ).any(),
     }
     return [note for note, applies in below.items() if applies]
+
+
+def _is_untuned(table: pd.DataFrame) -> bool:
+    """Return True where some method is there at one learning rate alone; a search, as of `compare`, leaves several."""
+    untuned = table[table["tuning"] == UNTUNED]
+    return bool((untuned.groupby([*BLOCK, "method"])["learning_rate"].nunique() == 1).any())
 
 
 def tabulated(table: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:

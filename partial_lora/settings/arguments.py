@@ -204,15 +204,6 @@ def _with_file(arguments: Sequence[str], models: Collection[str]) -> list[str]:
     return [*others, f"--config-name={OWN}"]
 
 
-def rate_in_file(config_name: str) -> list[str]:
-    """Return the learning rate that the user's own file sets, as an argument would; not that of a run's record."""
-    from hydra.core.config_store import ConfigStore
-
-    settings = ConfigStore.instance().load(f"{OWN}.yaml").node if config_name == OWN else {}
-    trainer = (settings.get("trainer") or {}) if CONFIG_NAME in settings.get("defaults", ()) else {}
-    return [f"trainer.learning_rate={trainer['learning_rate']}"] if "learning_rate" in trainer else []
-
-
 def is_record(settings: Mapping) -> bool:
     """Return whether the settings of a file are a run's config.yaml, and no command line."""
     return "hydra" not in settings and all(isinstance(settings.get(group), Mapping) for group in SECTIONS)
@@ -274,7 +265,7 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
 
     Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
-    seed. `overwrite` is left out, since it concerns that one run, and so is a note of earlier ones on trainer.tuned.
+    seed. `overwrite` is left out, since it concerns that one run.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
@@ -285,8 +276,6 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
         kept = ("rank", "alpha", "dropout")
         settings["method"] = {key: content["method"][key] for key in kept if key in content["method"]}
         settings["mask"] = {"seed": content["mask"].get("seed")}
-    if "trainer" not in chosen:
-        settings["trainer"] = {key: value for key, value in content["trainer"].items() if key != "tuned_elsewhere"}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
 
 

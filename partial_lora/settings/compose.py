@@ -27,7 +27,6 @@ from partial_lora.settings.arguments import (
     options,
     parse,
     parsed,
-    rate_in_file,
     refuse,
 )
 from partial_lora.settings.keys import no_such_key
@@ -158,12 +157,6 @@ def _resolved(composed) -> Config:
     from omegaconf import open_dict, read_write
 
     HydraConfig.instance().set_config(composed)
-    overrides = [*rate_in_file(composed.hydra.job.config_name), *composed.hydra.overrides.task]
-    rates = [override for override in overrides if override.lstrip("+").startswith("trainer.learning_rate=")]
-    if rates and composed.trainer.tuned is not None:
-        raise PartialLoraError(
-            f"{rates[-1]}: trainer.tuned={composed.trainer.tuned} sets the rate; add trainer.tuned=null"
-        )
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     return resolve(composed)

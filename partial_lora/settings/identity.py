@@ -12,7 +12,7 @@ from typing import Any
 from partial_lora import methods
 from partial_lora.files import file_sha256, flatten, walk
 from partial_lora.settings.schema import Config, defaults
-from partial_lora.settings.versions import plain
+from partial_lora.settings.versions import OF_TUNING, plain
 from partial_lora.training.config import AUTO
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
@@ -30,9 +30,7 @@ NOT_SETTINGS = {
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
-    "trainer.tuned",
-    "trainer.tuned_on",
-    "trainer.tuned_elsewhere",  # of earlier records
+    *(f"trainer.{name}" for name in OF_TUNING),
     "trainer.device",
     "trainer.start",
     "trainer.until",

@@ -1,4 +1,4 @@
-"""Resolving of composed settings: checked, and with members, data files, budget and tuned rate filled in."""
+"""Resolving of composed settings: checked, and with members, data files and budget filled in."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.schema import SECTIONS, Config, conf_dir
-from partial_lora.settings.tuned import tuned
-from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
@@ -33,7 +31,7 @@ OmegaConf.register_new_resolver("at_home", at_home, replace=True)  # for the fol
 
 
 def resolve(composed: DictConfig) -> Config:
-    """Return the checked settings of a run: a mixture's members, data files, budget and tuned rate filled in.
+    """Return the checked settings of a run: a mixture's members, data files and budget filled in.
 
     Raises PartialLoraError, in one line that names the key, for a missing value, a value out of range, and a file that
     is not there, and for an unknown key.
@@ -59,11 +57,7 @@ def resolve(composed: DictConfig) -> Config:
     if model.image_size is None:
         is_own = task.path == "files" and task.classes is None  # conf/task says how many classes a known set has
         model = replace(model, image_size=_OF_PHOTOGRAPHS if is_own else _OF_SETS)
-    config, trainer = replace(config, model=model, task=task, calibration=calibration), config.trainer
-    if trainer.tuned is not None:  # before the run has its id, which the rate decides
-        rate, _ = tuned(trainer.tuned, plain(config), trainer.tuned_on)
-        return replace(config, trainer=replace(trainer, learning_rate=rate))
-    return config
+    return replace(config, model=model, task=task, calibration=calibration)
 
 
 def _with_model(composed: DictConfig) -> DictConfig:

@@ -46,6 +46,11 @@ CHANGES = (
 )
 
 
+# Of the trainer, in earlier records: a file of learning rates that a run took its own from, and notes on that. The rate
+# that it took is in learning_rate.
+OF_TUNING = ("tuned", "tuned_on", "tuned_elsewhere")
+
+
 def upgraded(record: Mapping) -> dict:
     """Return a record, or anything with the settings of a run as its `config`, with the settings in today's terms."""
     settings = record.get("config")
@@ -63,6 +68,9 @@ def upgraded_settings(settings: Mapping) -> dict:
             kept = {key: value for key, value in section.items() if key != former}
             kept[name] = section.get(former, change.before) if former else change.before
             current |= {group: kept}
+    trainer = current.get("trainer")
+    if isinstance(trainer, Mapping):
+        current["trainer"] = {key: value for key, value in trainer.items() if key not in OF_TUNING}
     method = current.get("method")
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
         kept = {key: value for key, value in method.items() if key != "ranks"}

@@ -75,9 +75,7 @@ class TrainerConfig:
     # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's
     head_learning_rate: Optional[float] = None
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
-    # a file of scripts/tune.py; its rate for this run replaces trainer.learning_rate
-    tuned: Optional[str] = None
-    tuned_on: Optional[str] = None  # the task whose rates are used if that file has none for the run's own task
+    tuned: Optional[str] = None  # null alone; earlier versions took a file of learning rates
     weight_decay: float = 0.01  # weight decay of AdamW
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it
@@ -158,7 +156,8 @@ class TrainerConfig:
         return max(1, self.batch_size // ((self.num_processes or 1) * self.gradient_accumulation_steps))
 
     def __post_init__(self) -> None:
-        self.tuned, self.accelerate_config = at_home(self.tuned), at_home(self.accelerate_config)
+        self.accelerate_config = at_home(self.accelerate_config)
+        require(self.tuned is None, "trainer.tuned", self.tuned, "null; `partial-lora compare` searches for rates")
         if self.epochs is not None:
             require(0 < self.epochs < _MOST, "trainer.epochs", self.epochs, "a number above 0 and below 2^31")
         counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")

@@ -14,14 +14,23 @@ from refusals import refusal
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import choice, comparison, folders, records, summary, tables
 from partial_lora.report.predictions import Predictions
-from partial_lora.report.rows import NONE, conditions, operating_point, point_order, row
-from partial_lora.settings import tuned
+from partial_lora.report.rows import NONE, conditions, differing, operating_point, point_of, point_order, row
 
 
 def test_points_are_in_the_order_of_kinds_and_of_sizes() -> None:
     ordered = ["–", "threshold 0.9", "threshold 0.5", "budget 2,000", "budget 0.13", "budget 0.05"]
     ordered += ["sparsity 0.5", "sparsity 0.87", "sparsity of modules 1e5a2b"]
     assert sorted(sorted(ordered), key=point_order) == ordered
+
+
+def test_a_point_in_words() -> None:
+    assert point_of({"threshold": 0.9}) == "threshold 0.9"
+    assert point_of({"threshold": 0.42, "budget": 0.13}) == "budget 0.13"
+    assert point_of({"threshold": 0.9, "budget": 153344.0}) == "budget 153,344"  # to the last parameter
+    assert point_of({"threshold": 0.9, "budget": None, "sparsity": 0.87}) == "sparsity 0.87"
+    assert point_of({"threshold": 0.9, "budget": 0.05, "sparsity": "uniform"}) == "budget 0.05"
+    modules = [point_of({"sparsity": {"qkv": share}}) for share in (0.5, 0.5, 0.6)]
+    assert modules[0] == modules[1] != modules[2]
 
 
 def test_a_finished_run_is_a_row(tmp_path):
@@ -147,7 +156,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         {"method__name": "lora", "method__rank": 4, "importance__name": "snip"},
         {"calibration__seed": 3, "mask__granularity": "element"},
         {"trainer__loraplus_ratio": 4.0},
-        {"trainer__learning_rate": 0.1, "trainer__tuned": "tuning.json", "trainer__tuned_elsewhere": "tuned at 0.5"},
+        {"trainer__learning_rate": 0.1, "trainer__tuned": "tuning.json", "trainer__tuned_on": "digits"},
         {"seed": 1, "trainer__num_processes": 2},
         {"trainer__weight_decay": 0.01, "trainer__mixed_precision": "no"},  # defaults that an earlier record may lack
     ],
@@ -159,7 +168,7 @@ def test_settings_of_a_method_and_those_that_change_no_result_are_no_conditions(
 def test_all_other_settings_are_conditions_and_named_where_they_differ():
     changed = {"trainer__epochs": 50.0, "trainer__max_steps": 9, "trainer__head_learning_rate": 0.01}
     other = conditions(record(**changed, task__train_samples=None))
-    assert sorted(tuned.differing(other, conditions(record())), key=str) == [
+    assert sorted(differing(other, conditions(record())), key=str) == [
         ("task.train_samples", None, 600),
         ("trainer.epochs", 50.0, 3.0),
         ("trainer.head_learning_rate", 0.01, None),
@@ -186,7 +195,6 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not():
     results = [record(task__data_files={"train": path}) for path in paths]
     expected = ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
     assert [conditions(each)["task.data_files.train"] for each in results] == expected
-    assert [tuned.settings_of(each["config"], None)["task.data_files.train"] for each in results] == expected
 
 
 # Which runs are compared with which

@@ -139,6 +139,8 @@ def test_only_an_untuned_table_has_the_warning(tmp_path):
     assert tables.notes(folders.group(rows_of(tmp_path))) == []
     place(tmp_path, record("lora", tuning="untuned"))
     assert tables.notes(folders.group(rows_of(tmp_path))) == [tables._UNTUNED]
+    place(tmp_path, record("lora", tuning="untuned", trainer__learning_rate=2e-3))  # as a search leaves them
+    assert tables._UNTUNED not in tables.notes(folders.group(rows_of(tmp_path)))
 
 
 def test_the_table_on_screen_fits_80_columns(tmp_path):

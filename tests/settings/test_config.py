@@ -265,7 +265,8 @@ def test_what_the_default_files_set_are_the_defaults_of_the_schema() -> None:
         if group in schema.SECTIONS and group not in ("model", "task"):  # an example of each
             shown = yaml.safe_load((schema.conf_dir() / group / f"{name}.yaml").read_text())
             usual = dataclasses.asdict(schema.SECTIONS[group]())
-            assert shown == {key: usual[key] for key in (usual if group == "trainer" else shown)}
+            every = usual.keys() - {"tuned"}  # which has no other value
+            assert shown == {key: usual[key] for key in (every if group == "trainer" else shown)}
 
 
 def test_a_mask_that_is_chosen_goes_before_the_one_that_a_method_would_choose() -> None:
@@ -381,12 +382,10 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
     assert mixture["sst2"].data_files == {"train": str(tmp_path / "sst2" / "train.parquet")}
     swept = compose.plan(["-m", "model=tiny_vit", "seed=0,1", "results_dir=~/results"])
     assert swept.sweep_dir == tmp_path / "results" / "sweep"
-    with refusal(f"trainer.tuned=({tmp_path})/nowhere"):
-        composed("trainer.tuned=~/nowhere")
 
 
 def test_a_preset_is_recorded_and_no_setting() -> None:
-    chosen = composed("preset=paper", "trainer.tuned=null", "task=digits")
+    chosen = composed("preset=paper", "task=digits")
     assert directory.new(versions.plain(chosen))["preset"] == "paper"
     assert identity.run_id(chosen) == identity.run_id(dataclasses.replace(chosen, preset=None))
 
@@ -498,7 +497,7 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model=tiny_vit", "method=entries", "mask.seed=4", "preset=cpu", "trainer.tuned=null", "seed=2"],
+        ["model=tiny_vit", "method=entries", "mask.seed=4", "preset=cpu", "seed=2"],
         ["model=tiny_bert", "task=mixture", "task.members=[sst2,mrpc]", "method=lora", "task.mixing=equal"],
         ["model=tiny_llama", "task=arc_easy", "method.rank=auto", "calibration=fixed", "overwrite=true"],
     ],
@@ -506,7 +505,6 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
 def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_path: Path, overrides: list[str]) -> None:
     first = composed(*overrides)
     record = versions.plain(first)
-    record["trainer"]["tuned_elsewhere"] = "digits"  # which earlier runs noted
     own = settings_file(tmp_path, yaml.safe_dump(record))
     assert composed(own) == dataclasses.replace(first, overwrite=False)  # a finished run is not lost by it
     del record["mask"]["fan_in"]  # of a run before there was the key, which then had its default

@@ -34,7 +34,7 @@ def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
 
 def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_happens() -> None:
     usual = identity.run_id(composed())
-    where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true", "trainer.tuned_on=mnist")
+    where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true", "trainer.tuned=null")
     where += (
         "trainer.device=cpu",
         "trainer.num_processes=2",
@@ -67,14 +67,13 @@ def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
     assert identity.run_id(usual) != identity.run_id(other)
 
 
-@pytest.mark.parametrize("experiment", ["methods", "tune"])
-def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(experiment: str) -> None:
-    chosen = (f"experiment={experiment}", "trainer.tuned=null")
-    first, second = (composed(*chosen, f"seed={seed}") for seed in (0, 1))
+@pytest.mark.parametrize("chosen", ["preset=cpu", "preset=paper"])
+def test_seeds_that_calibrate_each_for_itself_are_runs_of_one_folder(chosen: str) -> None:
+    first, second = (composed(chosen, f"seed={seed}") for seed in (0, 1))
     assert paths.run_directory(first).parent == paths.run_directory(second).parent
     assert [each.calibration_seed for each in (first, second)] == [0, 1]
     assert paths.calibration_directory(first) != paths.calibration_directory(second)  # which have no folder of a seed
-    assert identity.run_id(first) != identity.run_id(composed(*chosen, "seed=0", "calibration.seed=0"))
+    assert identity.run_id(first) != identity.run_id(composed(chosen, "seed=0", "calibration.seed=0"))
 
 
 @pytest.mark.parametrize("override", ["task.data_files={}", "model.weights={}", "task.path={}"])

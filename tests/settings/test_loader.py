@@ -172,7 +172,7 @@ def test_neither_a_device_nor_a_pipe_is_a_file(place: Path) -> None:
     Path("zero.yaml").symlink_to("/dev/zero")
     Path("pipe.yaml").symlink_to("pipe")
     for file in ("/dev/zero", "pipe"):
-        for key in ("task.data_files", "calibration.file", "trainer.tuned", "trainer.accelerate_config"):
+        for key in ("task.data_files", "calibration.file", "trainer.accelerate_config"):
             with refusal(f"{key}={file}: "):
                 planned(f"{key}={file}")
     for file in ("zero.yaml", "pipe.yaml"):
