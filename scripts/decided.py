@@ -49,6 +49,7 @@ from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE
 
 ELEMENT = "partial mask=element, PEFT's draw"
+FLOW = "flow, equal shares"
 SCALED_LORI, ATTENTION = "lori row_exponent=1", "lora on attn.qkv"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 CAPS_OFF, MEAN = f"{PARTIAL}, caps at 0.99", f"{PARTIAL}, mean of draws"
@@ -90,7 +91,6 @@ CLAIMS = [
     (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER, BUDGET),
     (PARTIAL, f"{PARTIAL}, shrink 2", BETTER, BUDGET),
     (PARTIAL, "shuffled", BETTER, BUDGET),
-    (UNIFORM, "flow, equal shares", AS_GOOD, BUDGET),
     ("hira", "lora", AS_GOOD, BUDGET),
     ("hira", "low_rank", BETTER, BUDGET),
     ("lori", "low_rank", AS_GOOD, BUDGET),
@@ -98,6 +98,8 @@ CLAIMS = [
     (PARTIAL, "lora", AS_GOOD, THRESHOLD),
     (PARTIAL, "targeted", AS_GOOD, THRESHOLD),
 ]
+# Of stages that were added later (measures, flow), corrected among themselves: the plan of the others was without them.
+LATER = [(PARTIAL, "targeted", AS_GOOD, BUDGET), (UNIFORM, FLOW, AS_GOOD, BUDGET)]
 
 COLUMNS = ["claim", "where", "alone", "verdict", "found"]
 
@@ -109,8 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     every, problems = forms(options.results)
     runs = usual(every).assign(model="all", calibration_seconds=lambda own: own["run"].map(_calibrated_for))
-    best = at_best_rates(runs)
-    write(pd.concat([best, at_one_rate(runs, best)], ignore_index=True), options.results, problems)
+    best, by_svd = at_best_rates(runs), runs["importance"] == ""
+    one_rate = at_one_rate(runs[by_svd], best[best["importance"] == ""])
+    write(pd.concat([best, one_rate], ignore_index=True), options.results, problems)
 
 
 def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
@@ -227,12 +230,12 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     """Write the verdicts, the scores and the differences of runs at their best rates."""
     folder = results_dir / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [*dict.fromkeys((first, second) for first, second, *_ in CLAIMS), *BESIDE]
+    pairs = [*dict.fromkeys((first, second) for first, second, *_ in (*CLAIMS, *LATER)), *BESIDE]
     table = scores(runs)
     full = at_ceiling(table)
     numbers = pd.concat([table, differences(runs, pairs, not_in_means=full)], ignore_index=True)
-    several = numbers["task"].eq(ALL_SETS)
-    verdicts = judged(numbers[several] if several.any() else numbers, *CLAIMS)
+    several, later = numbers["task"].eq(ALL_SETS), (numbers["importance"] != "") | (numbers["second"] == FLOW)
+    verdicts = judged(numbers[~later & (several if several.any() else True)], *CLAIMS)
     shown = tabled(verdicts)
     made = shown[shown["found"] != NO_RUNS]
     decided = [made]
@@ -244,17 +247,20 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
         made[COLUMNS].to_markdown(index=False),
     ]
     if several.any():
-        alone = numbers[numbers["task"] != ALL_SETS].assign(model=numbers["task"])
-        each_set = tabled(judged(alone, *CLAIMS))
-        each_set = each_set[each_set["found"] != NO_RUNS]
-        decided.append(each_set)
-        parts += [
-            f"# The same of each set by itself, among all {len(each_set)}",
-            by_set(each_set).to_markdown(index=False, disable_numparse=True),
-        ]
+        for title, of_plan, claims in (
+            ("The same of each set by itself", ~later, CLAIMS),
+            ("Claims of stages that were added later", later, LATER),
+        ):
+            alone = numbers[of_plan & ~several].assign(model=numbers["task"])
+            each_set = tabled(judged(alone, *claims))
+            each_set = each_set[each_set["found"] != NO_RUNS]
+            decided.append(each_set)
+            parts += [f"# {title}, among all {len(each_set)}"] if len(each_set) else []
+            parts += [by_set(each_set).to_markdown(index=False, disable_numparse=True)] if len(each_set) else []
     missing = "No runs on two sets so far" if several.any() else "Without runs so far"
     parts += [f"{missing}: {'; '.join(planned)}."] if planned else []
     tables = readable_scores(numbers) | readable_differences(numbers)
+    runs = runs[runs["importance"] == ""]
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
     if not at_budget.empty:

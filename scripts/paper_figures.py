@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
-from protocol import BUDGET, IMPORTANCE, PARTIAL, SHARE, THRESHOLD, UNIFORM, USUAL
+from protocol import BUDGET, IMPORTANCE, PARTIAL, THRESHOLD, UNIFORM, USUAL
 
 from partial_lora import cli
 from partial_lora.errors import one_of, require
@@ -496,7 +496,7 @@ def fig6(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     chosen = chosen[np.where(chosen["size"] == "own", chosen["form"] == LORA, chosen["form"].isin(_PAST))]
     budget = chosen["size"].replace("own", "1").astype(float)
     table = means(chosen.assign(method=chosen["form"], budget=budget), ["method", "operating_point", "budget"])
-    past = (table["method"] == PARTIAL) & (table["budget"] < SHARE)
+    past = (table["method"] == PARTIAL) & (table["budget"] < 0.13)
     return table[past.groupby([table[name] for name in PLACE]).transform("any")]
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import decided
 import pandas as pd
 from claims import (
     ALL_SETS,
@@ -40,8 +41,6 @@ from claims import (
     scores,
     tabled,
 )
-from decided import CLAIMS as DECIDED
-from decided import COLUMNS, by_set
 from protocol import (
     BUDGET,
     IMPORTANCE,
@@ -184,13 +183,14 @@ def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
 
 
 def _tabulated(shown: pd.DataFrame) -> str:
-    words = {"importance", "difference", "over", "what", "at", *COLUMNS}
+    words = {"importance", "difference", "over", "what", "at", *decided.COLUMNS}
     return tabulated(shown, "pipe", [name for name in shown if name in words or name.startswith("among")])
 
 
 def _of_verdicts(verdicts: Sequence[Verdict]) -> list[pd.DataFrame]:
     shown = tabled(verdicts)
-    return [shown[COLUMNS if shown["among"].max() > 1 else [name for name in COLUMNS if name != "alone"]]]
+    corrected = bool(shown["among"].max() > 1)
+    return [shown[[name for name in decided.COLUMNS if corrected or name != "alone"]]]
 
 
 def origin_of(runs: pd.DataFrame) -> str:
@@ -211,7 +211,8 @@ _INTERVALS = (
 )
 _AMONG = (
     "Verdicts are at a margin of two points, each form at its best learning rate. They are corrected by Holm's "
-    "procedure among all claims of all tables, those of means apart; alone is before that. decided.md has the rates."
+    "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
+    "the stages measures and flow, which were added later; alone is before that. decided.md has the rates."
 )
 _OVER = {
     SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples).",
@@ -219,9 +220,10 @@ _OVER = {
     NONE: "Of one seed without predictions there is no interval.",
 }
 _BEST = "Bold: better than every other form of its task and operating point, of this table or not, by such an interval."
+_CLAIMS = (*decided.CLAIMS, *decided.LATER)
 _DENSE_AND_SPARSE = (("partial", "lora"), ("targeted", "lora"), ("partial", "targeted"))
 _CONTROLS = tuple(
-    dict.fromkeys((first, second) for first, second, *_ in DECIDED if first in (PARTIAL, UNIFORM) and second != "lora")
+    dict.fromkeys((first, second) for first, second, *_ in _CLAIMS if first in (PARTIAL, UNIFORM) and second != "lora")
 )
 _OF_SETS = {  # kinds of tasks, pairs of forms and operating points of a table
     "table1": ({"images"}, _DENSE_AND_SPARSE, POINTS),
@@ -245,12 +247,12 @@ def of_sets(name: str, evidence: Evidence) -> Table:
     scored = own[(own["part"] == SCORE) & own["method"].isin(set(runs["method"]))]
     paired = own[pd.Series(zip(own["first"], own["second"], strict=True), own.index).isin(pairs)]
     numbers = pd.concat([scored, paired], ignore_index=True)
-    words = [claim.words.format(first=pair[0], second=pair[1]) for *pair, claim, _ in DECIDED if tuple(pair) in pairs]
+    words = [claim.words.format(first=pair[0], second=pair[1]) for *pair, claim, _ in _CLAIMS if tuple(pair) in pairs]
     places = evidence.verdicts["where"].str.split(", ")
     wanted = evidence.verdicts[evidence.verdicts["claim"].isin(words) & places.str[-1].isin(points)]
     place = wanted["where"].str.partition(", ")[0]
     verdicts = [wanted[place == "all"]] if ALL_SETS in tasks else []
-    verdicts = [each for each in (*verdicts, by_set(wanted[place.isin(tasks)])) if len(each)]
+    verdicts = [each for each in (*verdicts, decided.by_set(wanted[place.isin(tasks)])) if len(each)]
     notes = [_AMONG, _INTERVALS, *[_BEST] * bool(scored["best"].astype(bool).any())]
     notes += [note for word, note in _OVER.items() if word in set(paired["over"])] + _NOTES.get(name, [])
     shown = readable_scores(numbers) | readable_differences(numbers)

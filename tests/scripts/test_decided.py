@@ -69,6 +69,31 @@ def test_a_set_at_its_ceiling_is_named_and_in_no_mean(tmp_path) -> None:
     assert "in no mean: digits." in (tmp_path / "tables" / "decided.md").read_text()
 
 
+def test_claims_that_were_added_later_change_nothing_of_the_others(tmp_path) -> None:
+    even, made = {"calibration": None, "fixed": {"budget": 0.13}, **KEPT}, []
+    for later in (False, True):
+        place = tmp_path / str(later)
+        for task in ("digits", "trec"):
+            for seed in SEEDS:
+                own = {"task": task, "seed": seed}
+                run(place, "lora", 20, **own)
+                run(place, "uniform", 20, **own, **even)
+                run(place, "partial", 21 + seed, **own, **KEPT)
+                run(place, "targeted", 22, **own, **KEPT)
+                if later:
+                    run(place, "flow", 20, **own, **even)
+                    for method in ("partial", "targeted"):
+                        run(place, method, 90, **own, **KEPT, importance__name="snip")
+        assert decided.main([str(place)]) == 0
+        verdicts = pd.read_csv(place / "tables" / "verdicts.csv")
+        added = verdicts["where"].str.contains("snip") | verdicts["claim"].str.contains("flow")
+        _, _, prices = (place / "tables" / "decided.md").read_text().partition("# What each costs")
+        rows = ["".join(line.split()) for line in prices.partition("\n# ")[0].splitlines() if "0.001" in line]
+        made.append((verdicts[~added].to_csv(index=False), [row for row in rows if "flow" not in row]))
+    assert made[0] == made[1]
+    assert set(verdicts.loc[added, "verdict"].str.partition(", ")[2]) == {"among 4"}
+
+
 def test_one_share_everywhere_is_also_set_beside_calibrated_shares_at_their_rate(tmp_path) -> None:
     parameters = record()["parameters"] | {"saturated_modules": 3, "adapted_modules": 4}
     for task, best in (("digits", 1e-3), ("trec", 2e-3)):
