@@ -265,7 +265,6 @@ _NOTES = {
     "table2": [
         "The paper's averages, 81.78 − 81.48 = +0.30 points, are of other models and tasks: only the difference can be "
         "set beside these.",
-        "With snip and imp the seeds share a calibration, whose own variance the intervals do not hold.",
     ],
     "table3": ["A language model by the loss of its responses: results/claims/language.md."],
 }

@@ -128,9 +128,12 @@ def _with_fewer(runs: pd.DataFrame) -> list[str]:
 
 
 def draw_of(record: Mapping) -> int:
-    """Return the seed that a run's few-shot data are drawn with: runs with the same one share a calibration."""
-    own = record["config"]["calibration"].get("seed")
-    return record["seed"] if own is None else own
+    """Return the seed that a run's few-shot data are drawn with: runs with the same one share a calibration.
+
+    Where each seed has training rows of its own (task.split_seed=null), it has a draw of its own, too.
+    """
+    own, rows = record["config"]["calibration"].get("seed"), record["config"]["task"].get("split_seed", 0)
+    return record["seed"] if own is None or rows is None else own
 
 
 def analyses(results_dir: Path, what: str) -> tuple[list[tuple[dict, str]], list[Path]]:

@@ -44,14 +44,14 @@ def test_runs_of_as_many_parameters_stand_at_the_budget_and_other_measures_are_n
 
 
 def test_wrong_labels_and_fewer_rows_are_conditions_and_no_others_of_the_usual_runs(tmp_path: Path) -> None:
-    for seed in range(3):
+    for seed in range(4):
         leave(tmp_path, seed=seed)
-        if seed < 2:
+        if seed < 3:
             leave(tmp_path, seed=seed, task__label_noise=0.4, task__train_samples=150)
     leave(tmp_path, members={"sst2": 20, "mrpc": 50})
     runs, _ = forms(tmp_path)
     assert set(runs["condition"]) == {"", "40% wrong labels, 150 rows"}
-    assert list(usual(runs)["seed"]) == [0, 1, 2]
+    assert list(usual(runs)["seed"]) == [0, 1, 2, 3]
     assert len(at_best_rates(runs)) == len(runs)  # each condition by itself
 
 
@@ -77,6 +77,14 @@ def test_kinds_names_broken_predictions_and_what_is_not_finished(tmp_path: Path)
     (broken,) = runs.loc[runs["task"] == "digits", "outcome"]
     with pytest.raises((PartialLoraError, ValueError)):
         _ = broken.predictions
+
+
+def test_seeds_with_rows_of_their_own_share_no_calibration() -> None:
+    shared = {"calibration__seed": 0, "seed": 5}
+    assert protocol.draw_of(record(**shared)) == 0
+    assert protocol.draw_of(record(**shared, task__split_seed=3)) == 0
+    assert protocol.draw_of(record(**shared, task__split_seed=None)) == 5
+    assert protocol.draw_of(record(seed=5)) == 5
 
 
 def test_a_folder_without_finished_runs_is_refused_by_name(tmp_path: Path) -> None:
