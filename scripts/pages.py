@@ -151,6 +151,14 @@ def kept(task: str, point: str) -> str:
     return f"{100 * ratio:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def noisy(part: str) -> str:
+    """Return what wrong labels make of random less targeted masks: their "difference", or its "change" (figure 7)."""
+    rows = pd.read_csv(RESULTS / "decided" / "figures" / "fig7.csv", comment="#")
+    rows = rows[(rows["part"] == part) & (rows["condition"] == "40% wrong labels")]
+    ((mean, half),) = 100 * rows.loc[rows["less"].str.startswith("targeted"), ["mean", "half"]].to_numpy()
+    return written([mean, mean - half, mean + half], digits=1)
+
+
 def with_digits(second: str, point: str = "budget 0.13") -> str:
     """Return rows and columns less another method as the mean over all sets of the decided claims, digits too."""
     numbers = pd.read_csv(RESULTS / "decided" / "tables" / "decided.csv")
@@ -290,7 +298,8 @@ def pages() -> dict[Path, str]:
     """Return all pages as the tables make them, by path."""
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits, "kept": kept}
+    environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
+    environment.globals |= {"kept": kept, "noisy": noisy}
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}

@@ -578,7 +578,8 @@ def draw_fig7(table: pd.DataFrame) -> Figure:
             scored(axes, metric, f"{metric}, train less test" if name == "gap" else f"test {metric}", points=True)
             plain(axes)
             unmeasured(axes, (part["part"] != name).all())
-    named_below(figure, _CONDITIONED)
+    drawn_forms = {*table["form"], *table["less"]}
+    named_below(figure, [form for form in _CONDITIONED if form in drawn_forms])
     text = (
         f"Open: {BUDGET}; left: uniform less the form that is drawn, and how that changes from right labels, all rows"
     )

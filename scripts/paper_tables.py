@@ -173,7 +173,7 @@ def markdown(table: Table, command: str) -> str:
 
 def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
     """Write folder/claims.md: for each table the paper's claim and what was found of it. Gives the file."""
-    parts = [f"    {command}", "# What the tables say of the paper's claims"]
+    parts = [f"    {command}", "# What the tables say of the paper's claims", _LEGEND]
     for table in tables:
         parts += [f"**[{table.name}]({table.name}.md)**, the paper: {ABOUT[table.name][1]}"]
         parts += map(_tabulated, table.verdicts)
@@ -197,7 +197,9 @@ def origin_of(runs: pd.DataFrame) -> str:
     """Preset, tuning, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
     if runs.empty:
         return ""
-    known = runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
+    known = runs.assign(tuning=NONE).fillna(
+        dict.fromkeys(("preset", "commit", "device"), NONE)
+    )  # the rates are searched
     return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 
@@ -210,7 +212,8 @@ _INTERVALS = (
     "again, too narrow of few seeds that differ (results/coverage)."
 )
 _AMONG = (
-    "Verdicts are at a margin of two points, each form at its best learning rate. They are corrected by Holm's "
+    "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. At threshold 0.9, and with "
+    "shares shrunk, shuffled or by gradient, a rate of that search was taken. Verdicts are corrected by Holm's "
     "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
     "the stages measures and flow, which were added later; alone is before that. decided.md has the rates."
 )
@@ -219,6 +222,14 @@ _OVER = {
     EXAMPLES: "Where differences are over examples alone, there is one seed, and how much seeds differ is not known.",
     NONE: "Of one seed without predictions there is no interval.",
 }
+_LEGEND = (
+    "Holds and does not hold: decided at a margin of two points (other pages call the latter refuted). Undecided: not "
+    "significant. Alone: before correction; among n: after it, for n claims. Up and down: sets on which the first is "
+    "above and below. Budget 0.13: 13 % of dense LoRA's parameters. Threshold 0.9: each layer alone keeps 90 % of the "
+    "frozen model's score. uniform: equal shares; flow: with repaired masks; low_rank: plain LoRA of the size; "
+    "random_weights and entries: single entries of W, and of the factors; shrink 0.5 and 2: shares half-way to equal "
+    "ones, and inverted."
+)
 _BEST = "Bold: better than every other form of its task and operating point, of this table or not, by such an interval."
 _CLAIMS = (*decided.CLAIMS, *decided.LATER)
 _DENSE_AND_SPARSE = (("partial", "lora"), ("targeted", "lora"), ("partial", "targeted"))
@@ -377,7 +388,7 @@ def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
     lowest = min(rows, key=lambda row: row["ratio"])
     ends = "" if math.isnan(lowest["low"]) else f" [{lowest['low']:.1%}, {lowest['high']:.1%}]"
     of = f"{lowest['task']}, {lowest['operating_point']}, {counted(lowest['n'], 'calibration')}"
-    counts = f"{holding} of {len(rows)} tasks, measures and points, refuted by {failing}"
+    counts = f"of {len(rows)} cases in which each alone keeps 90 %, {holding} hold and {failing} fail (not corrected)"
     finding = f"{counts}; lowest {lowest['ratio']:.1%}{ends} ({of})"
     return [
         Verdict(claim, "each alone keeps 90 %", FAILS if failing else HOLDS if holding == len(rows) else OPEN, finding)
@@ -504,8 +515,8 @@ def table7(evidence: Evidence) -> Table:
         "Benchmark (`make bench`), on a CPU: at sparsity 0.87, processor time of a whole training step against dense "
         "LoRA's, 95 % intervals of a bootstrap over repetitions; saved: what a forward pass keeps for its backward "
         "pass, above the frozen model, against dense LoRA's; state: gradients and Adam.",
-        "Runs: as result.json has it (`cost`), means over seeds, of the task that most forms were trained on; times "
-        "have in them whatever else the machine did.",
+        "Runs: as result.json has it (`cost`), means over seeds (decided.md has medians), of the task that most forms "
+        "were trained on; times have in them whatever else the machine did. Of dense: of dense LoRA of the run's rank.",
     ]
     verdicts = _of_verdicts(_less_than_dense(_rows(numbers, BENCH)))
     return Table("table7", verdicts, numbers, _readable_costs(numbers), notes, lacking, origin_of(runs))

@@ -407,7 +407,7 @@ _RISE, _FALL = 0.02, 0.05  # of the score and, as a share, of the loss, in the l
 def still_rising(history: Sequence[Mapping], metric: str) -> bool:
     """Return whether validation was still getting better when training ended: by score and loss, in the last quarter.
 
-    In searches that were recorded (results/) it holds for most runs of 75 steps and for no run in ten of 600.
+    In searches of 75 steps it held for most runs, and for no run in ten of 600.
     """
     measured = [entry for entry in history if "eval_loss" in entry]
     before = [entry for entry in measured if entry["step"] <= 0.75 * measured[-1]["step"]]

@@ -164,7 +164,7 @@ def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Pat
     assert tables.main(["table1", "claims", "--results", str(place)]) == 0
     folder, command = place / "tables", f"python scripts/paper_tables.py table1 --results {shlex.quote(str(place))}"
     page = (folder / "table1.md").read_text(encoding="utf-8")
-    assert page.startswith(f"    {command}\n\nPreset: cpu. Tuning: tuned. Commit: 0123456789ab. Device: cpu.\n")
+    assert page.startswith(f"    {command}\n\nPreset: cpu. Commit: 0123456789ab. Device: cpu.\n")
     numbers = pd.read_csv(folder / "table1.csv", comment="#")
     assert numbers["difference"].tolist() == pytest.approx(made["table1"].numbers["difference"], nan_ok=True)
     claims = (folder / "claims.md").read_text(encoding="utf-8")
