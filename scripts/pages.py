@@ -151,11 +151,11 @@ def kept(task: str, point: str) -> str:
     return f"{100 * ratio:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def noisy(part: str) -> str:
-    """Return what wrong labels make of random less targeted masks: their "difference", or its "change" (figure 7)."""
+def noisy(part: str, less: str = "targeted, equal shares", condition: str = "40% wrong labels") -> str:
+    """Return equal shares less another form under a condition: their "difference", or its "change" (figure 7)."""
     rows = pd.read_csv(RESULTS / "decided" / "figures" / "fig7.csv", comment="#")
-    rows = rows[(rows["part"] == part) & (rows["condition"] == "40% wrong labels")]
-    ((mean, half),) = 100 * rows.loc[rows["less"].str.startswith("targeted"), ["mean", "half"]].to_numpy()
+    rows = rows[(rows["part"] == part) & (rows["condition"] == condition) & (rows["less"] == less)]
+    ((mean, half),) = 100 * rows[["mean", "half"]].to_numpy()
     return written([mean, mean - half, mean + half], digits=1)
 
 
