@@ -99,6 +99,8 @@ def test_verdicts_of_a_table_are_those_among_all_claims(made: dict, place: Path)
     of_means, of_sets = made["table2"].verdicts
     assert of_means["found"].isin(every["found"]).all()
     assert set(of_sets["at"]) == {"budget 0.13", "threshold 0.9", "snip, budget 0.13"}
+    assert list(made["table1"].verdicts[0].columns) == ["claim", "at", "digits", "gtsrb"]
+    assert set(made["table4"].verdicts[1]["at"]) == {"budget 0.13", "snip, budget 0.13"}
     (flow,) = (row for row in made["table4"].verdicts[1].to_dict("records") if "flow" in row["claim"])
     assert flow["trec"].endswith(": holds")
     assert flow["digits"] == "–"

@@ -154,6 +154,7 @@ def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once
         own = without_methods(name)
         assert set(own) <= whole["forms" if name == "fig6" else "decided"]
         assert own.count(("python", "scripts/decided.py", "results/decided")) == (name != "fig6")
+        assert own[-1][0] == "python"  # after all runs
     assert "methods=[lora,partial,targeted]" in commands("table3", data, task="sst2")[0]
     assert commands("table3", data, methods="low_rank", preset="cpu", task="sst2") == [
         ["python", "scripts/decided.py", "results/decided"]
