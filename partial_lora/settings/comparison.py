@@ -111,8 +111,10 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     named = dict(setting.partition("=")[::2] for setting in settings)
     if "methods" in named or "experiment" not in named:
         return [list(settings)]
-    only = {"task": named["task"].split(",")} if "task" in named else {}
-    more = [setting for setting in settings if setting.partition("=")[0] not in ("experiment", "task", "data_dir")]
+    only = {"preset": {named.get("preset", "cpu")}}
+    only |= {"task": set(named["task"].split(","))} if "task" in named else {}
+    chosen = ("experiment", "task", "data_dir", "preset")
+    more = [setting for setting in settings if setting.partition("=")[0] not in chosen]
     data = Path(named.get("data_dir", "data"))
     study = [[*words[1:], *more] for words in commands(named["experiment"], data, only) if words[0] == "compare"]
     require(bool(study), "experiment", named["experiment"], f"a study of comparisons whose data sets are in {data}")

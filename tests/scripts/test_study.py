@@ -169,3 +169,11 @@ def test_every_target_of_a_table_and_a_study_runs_its_file() -> None:
         name = target.rpartition("-")[2]
         assert f"scripts/study.py {name} --data" in shown, target
         assert "--with seeds=8" in shown, target
+
+
+@pytest.mark.parametrize("name", ["decided", "table2", "table3"])
+def test_compare_of_a_study_in_two_presets_is_that_of_one(name: str, data: Path) -> None:
+    for more in ([], ["task=trec"]):
+        found = comparison.of_study([f"experiment={name}", f"data_dir={data}", *more])
+        assert found
+        assert comparison.of_one([comparison.read(each)[0] for each in found]).seeds == 8
