@@ -17,8 +17,8 @@
 # PRESET=paper   the paper's models and sets from the hub, on GPUs
 # ONLY='KEY=A,B …' leaves out commands with another value, as ONLY=task=digits; WITH='KEY=VALUE …' is added to all runs.
 # WITH='hydra/launcher=joblib hydra.launcher.n_jobs=2' (the extra `sweeps`) and OMP_NUM_THREADS=1: two runs at once.
-# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; those of the tables are
-# finished in a fresh checkout. A run that failed is missing in its table, and the rest goes on. conf/experiment/NAME.yaml
+# Finished runs are skipped and interrupted ones go on, whichever table asked for them first; most of those of the tables
+# are finished in a fresh checkout. A run that failed is missing in its table, and the rest goes on. conf/experiment/NAME.yaml
 # says what each costs and what it is to show.
 
 # The folder of the data sets, NAME/{train,validation,test}.parquet: `make data` fills data/.

@@ -372,7 +372,10 @@ def readable(title: str, numbers: pd.DataFrame, columns: Mapping[str, Column]) -
 def plain(shown: pd.DataFrame) -> pd.DataFrame:
     """Without the columns of where runs are from that say the same in all rows that say something."""
     where = [name for name in ("model", "mixture", "importance") if name in shown]
-    same = [name for name in where if shown.loc[~shown[name].isin(["", NONE]), name].nunique() < 2]
+    said = {
+        name: shown[name] if name == "importance" else shown.loc[~shown[name].isin(["", NONE]), name] for name in where
+    }
+    same = [name for name, values in said.items() if values.nunique() < 2]
     return shown.drop(columns=same)
 
 

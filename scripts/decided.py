@@ -216,6 +216,8 @@ def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:
 
     A cell has the difference in points, its verdict among all, and the verdict alone where that is another.
     """
+    if verdicts.empty:
+        return verdicts
     places = verdicts["where"].str.split(", ", n=1, expand=True)
     among = verdicts["verdict"].str.partition(", among")[0]
     alone = verdicts["alone"].where(verdicts["alone"] != among).str.replace(r"undecided \((.*)\)", r"\1", regex=True)

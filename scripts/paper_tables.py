@@ -194,12 +194,11 @@ def _of_verdicts(verdicts: Sequence[Verdict]) -> list[pd.DataFrame]:
 
 
 def origin_of(runs: pd.DataFrame) -> str:
-    """Preset, tuning, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
+    """Preset, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
     if runs.empty:
         return ""
-    known = runs.assign(tuning=NONE).fillna(
-        dict.fromkeys(("preset", "commit", "device"), NONE)
-    )  # the rates are searched
+    known = runs.assign(tuning=NONE)  # the rates are searched
+    known = known.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
     return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 
@@ -209,13 +208,15 @@ _INTERVALS = (
     "Differences are paired by seed and test example, with 95 % intervals over both from variance components "
     f"(Student's t); better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
     "below zero, and not above that; undecided: else. bootstrap: the interval of seeds and examples that are drawn "
-    "again, too narrow of few seeds that differ (results/coverage)."
+    "again, too narrow of few seeds that differ (results/coverage). The last column is corrected among all differences "
+    "of decided.csv."
 )
 _AMONG = (
     "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. At threshold 0.9, and with "
     "shares shrunk, shuffled or by gradient, a rate of that search was taken. Verdicts are corrected by Holm's "
     "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
-    "the stages measures and flow, which were added later; alone is before that. decided.md has the rates."
+    "the stages measures and flow, which were added later (results/claims/repair.md says which verdicts depend on "
+    "that); alone is before that. decided.md has the rates."
 )
 _OVER = {
     SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples).",
@@ -310,7 +311,8 @@ def table5(evidence: Evidence) -> Table:
     notes = [
         "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
         "95 % interval of the mean over calibrations (Student's t).",
-        "seconds: of calibrations that were made, not those found in the cache.",
+        "seconds: of calibrations that were made, not those found in the cache. At threshold 0.9 they went on from the "
+        "curves of 13 %.",
     ]
     shown = _readable_calibrations(numbers) | _readable_analyses(numbers)
     verdicts = _of_verdicts(_score_is_kept(_rows(numbers, JOINT)))
@@ -467,6 +469,7 @@ def table6(evidence: Evidence) -> Table:
     """Table 6, several tasks at once: one adapter for all, by member and on average, beside an adapter for each."""
     methods = ("lora", PARTIAL)
     pool = evidence.best[evidence.best["method"].isin(methods) & (evidence.best["condition"] == USUAL)]
+    pool = pool[pool["importance"] == ""]
     pool = pool[pool["operating_point"].isin([*POINTS, NONE])]
     mixed = pool[pool["mixture"] != ""]
     runs = pd.concat([mixed, alone(pool, mixed)], ignore_index=True)
@@ -508,7 +511,8 @@ def table7(evidence: Evidence) -> Table:
     """Table 7, why the count matters: time, memory and bytes against dense LoRA and other methods."""
     files = evidence.files("bench/adapter.json")
     bench = of_bench(read_json(files[0])["cells"] if files else [])
-    runs = most_methods(usual(evidence.best))
+    best = usual(evidence.best)
+    runs = most_methods(best[best["importance"] == ""])
     numbers = pd.concat([bench, of_costs(runs)], ignore_index=True)
     lacking = [] if files else ["the benchmark of the adapter; make bench"]
     notes = [

@@ -46,6 +46,8 @@ def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     rows = pd.DataFrame([row for run in runs for row in _rows(run, stored)])
     if rows.empty:
         raise PartialLoraError(f"{results_dir}: no finished runs there: `make decided` makes them")
+    several = rows.groupby("task")["model"].transform("nunique") > 1  # a task of several models is one for each
+    rows = rows.assign(task=rows["task"].where(~several, rows["task"] + " (" + rows["model"] + ")"))
     on_modules, on_rows = ranking.on_modules(rows), _with_fewer(rows)
     conditions = [", ".join(filter(None, words)) for words in zip(rows["condition"], on_rows, strict=True)]
     rows = rows.assign(
@@ -57,8 +59,20 @@ def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of every form at its best rate."""
-    return ranking.at_best_rates(runs, CELL) if len(runs) else runs
+    """Return the runs of every form at its best rate.
+
+    Raises PartialLoraError where runs of one form were trained under several conditions, or with several ranks.
+    """
+    if runs.empty:
+        return runs
+    for place, cell in runs.groupby(CELL, sort=False):
+        for name in ("conditions", "rank"):
+            if cell[name].nunique() > 1:
+                where = ", ".join(filter(None, place))
+                raise PartialLoraError(
+                    f"{where}: runs with several {name}: keep them in results directories of their own"
+                )
+    return ranking.at_best_rates(runs, CELL)
 
 
 def usual(runs: pd.DataFrame) -> pd.DataFrame:
@@ -70,13 +84,13 @@ def _rows(run: Run, stored: Predictions) -> list[dict]:
     config, test = run.record["config"], run.record["metrics"]["test"]
     task, calibration = config["task"], run.record.get("calibration") or {}
     measure = config.get("importance", {}).get("name", IMPORTANCE)
-    noise = task.get("label_noise") or 0
+    noise, ranks = task.get("label_noise") or 0, bool(calibration) or called(config["method"]["name"]).ranked
     row = run.row | {
         "mixture": "",
         "kind": kind_in(task).name,
         "method": form_of(run.record),
         "operating_point": _point(run),
-        "importance": measure if calibration and measure != IMPORTANCE else "",
+        "importance": measure if ranks and measure != IMPORTANCE else "",
         "condition": f"{noise:.0%} wrong labels" if noise else USUAL,
         "rank": config["method"]["rank"],
         **{name: number(calibration.get(name)) for name in ("baseline", "joint", "chance", "threshold")},

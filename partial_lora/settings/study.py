@@ -43,7 +43,8 @@ def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[l
         for chosen in product(*parts):
             words = shlex.split(" ".join(chosen))
             if words[0] in files:
-                yield from _commands(words[0], data, _both(only, dict(_values(word) for word in words[1:])))
+                both = _both(only, dict(_values(word) for word in words[1:]))
+                yield from _commands(words[0], data, both) if all(both.values()) else ()
                 continue
             if "preset=paper" not in words:
                 words = [_left(word, "task", there) for word in words]

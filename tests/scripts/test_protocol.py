@@ -87,6 +87,16 @@ def test_seeds_with_rows_of_their_own_share_no_calibration() -> None:
     assert protocol.draw_of(record(seed=5)) == 5
 
 
+def test_models_of_one_task_are_apart_and_other_settings_of_one_form_are_refused(tmp_path: Path) -> None:
+    for model, rate in (("small", 1e-3), ("large", 2e-3)):
+        leave(tmp_path, "lora", model=model, trainer__learning_rate=rate)
+    best = at_best_rates(forms(tmp_path)[0])
+    assert set(best["task"]) == {"digits (small)", "digits (large)"}
+    leave(tmp_path, "lora", model="small", seed=1, trainer__max_steps=600)
+    with refusal(r"digits \(small\), lora", "conditions"):
+        at_best_rates(forms(tmp_path)[0])
+
+
 def test_a_folder_without_finished_runs_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "runs/digits/vit/lora-x/seed0").mkdir(parents=True)
     with refusal(str(tmp_path)):
