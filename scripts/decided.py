@@ -237,30 +237,23 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     full = at_ceiling(table)
     numbers = pd.concat([table, differences(runs, pairs, not_in_means=full)], ignore_index=True)
     several, later = numbers["task"].eq(ALL_SETS), (numbers["importance"] != "") | (numbers["second"] == FLOW)
-    verdicts = judged(numbers[~later & (several if several.any() else True)], *CLAIMS)
-    shown = tabled(verdicts)
-    made = shown[shown["found"] != NO_RUNS]
-    decided = [made]
-    planned = [f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]
-    parts = [
-        f"    python scripts/decided.py {results_dir}",
-        "# The claims at a margin of two points, among all of them",
-        *([f"At its ceiling, and in no mean: {', '.join(full)}."] if full else []),
-        made[COLUMNS].to_markdown(index=False),
-    ]
-    if several.any():
-        for title, of_plan, claims in (
-            ("The same of each set by itself", ~later, CLAIMS),
-            ("Claims of stages that were added later", later, LATER),
-        ):
-            alone = numbers[of_plan & ~several].assign(model=numbers["task"])
-            each_set = tabled(judged(alone, *claims))
-            each_set = each_set[each_set["found"] != NO_RUNS]
-            decided.append(each_set)
-            parts += [f"# {title}, among all {len(each_set)}"] if len(each_set) else []
-            parts += [by_set(each_set).to_markdown(index=False, disable_numparse=True)] if len(each_set) else []
-    missing = "No runs on two sets so far" if several.any() else "Without runs so far"
-    parts += [f"{missing}: {'; '.join(planned)}."] if planned else []
+    parts = [f"    python scripts/decided.py {results_dir}"]
+    parts += [f"At its ceiling, and in no mean: {', '.join(full)}."] if full else []
+    decided, planned = [], []
+    for plan, own, claims in (("", ~later, CLAIMS), (", of stages that were added later", later, LATER)):
+        for of, chosen in (("as means over sets", several), ("of each set by itself", ~several)):
+            alone = numbers[own & chosen]
+            alone = alone if chosen is several else alone.assign(model=alone["task"])
+            shown = tabled(judged(alone, *claims))
+            planned += [[f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]]
+            shown = shown[shown["found"] != NO_RUNS]
+            decided.append(shown)
+            if len(shown):
+                parts.append(f"# The claims at a margin of two points, {of}{plan}, among {shown['among'].max()}")
+                readable = shown[COLUMNS] if chosen is several else by_set(shown)
+                parts.append(readable.to_markdown(index=False, disable_numparse=True))
+    missing = ("No runs on two sets so far", planned[0]) if several.any() else ("Without runs so far", planned[1])
+    parts += [f"{missing[0]}: {'; '.join(missing[1])}."] if missing[1] else []
     tables = readable_scores(numbers) | readable_differences(numbers)
     runs = runs[runs["importance"] == ""]
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
@@ -278,7 +271,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     write_atomic(folder / "decided.md", "\n\n".join(parts) + "\n")
     write_atomic(folder / "decided.csv", numbers.to_csv(index=False))
     write_atomic(folder / "verdicts.csv", pd.concat(decided)[COLUMNS].to_csv(index=False))
-    print(made.to_string(index=False))
+    print(pd.concat(decided)[COLUMNS].to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def of_sets(name: str, evidence: Evidence) -> Table:
     words = [claim.words.format(first=pair[0], second=pair[1]) for *pair, claim, _ in _CLAIMS if tuple(pair) in pairs]
     places = evidence.verdicts["where"].str.split(", ")
     wanted = evidence.verdicts[evidence.verdicts["claim"].isin(words) & places.str[-1].isin(points)]
-    place = wanted["where"].str.partition(", ")[0]
+    place = places.str[0].loc[wanted.index]
     verdicts = [wanted[place == "all"]] if ALL_SETS in tasks else []
     verdicts = [each for each in (*verdicts, decided.by_set(wanted[place.isin(tasks)])) if len(each)]
     notes = [_AMONG, _INTERVALS, *[_BEST] * bool(scored["best"].astype(bool).any())]

@@ -49,7 +49,7 @@ def test_claims_scores_and_costs_stand_in_one_table(tmp_path) -> None:
     of_sets = [line for line in table.splitlines() if line.startswith("|") and "as good as lora" in line]
     assert len(of_sets) == 2  # of all such sets, and of each by itself
     assert of_sets[1].count(": holds ") == 3
-    assert "# The same of each set by itself, among all 13" in table
+    assert "of each set by itself, among 13\n" in table
     numbers = pd.read_csv(tmp_path / "tables" / "decided.csv")
     claims = numbers[(numbers["part"] == "difference") & (numbers["task"] == "all sets")]
     of = {(row.first, row.second): row.difference for row in claims.itertuples()}
@@ -91,7 +91,17 @@ def test_claims_that_were_added_later_change_nothing_of_the_others(tmp_path) -> 
         rows = ["".join(line.split()) for line in prices.partition("\n# ")[0].splitlines() if "0.001" in line]
         made.append((verdicts[~added].to_csv(index=False), [row for row in rows if "flow" not in row]))
     assert made[0] == made[1]
-    assert set(verdicts.loc[added, "verdict"].str.partition(", ")[2]) == {"among 4"}
+    among, of_means = verdicts["verdict"].str.partition(", ")[2], verdicts["where"].str.startswith("all")
+    assert set(among[added & of_means]) == {"among 2"}
+    assert set(among[added & ~of_means]) == {"among 4"}
+
+
+def test_verdicts_of_one_set_alone_have_its_name(tmp_path) -> None:
+    for seed in SEEDS:
+        run(tmp_path, "partial", 21 + seed, seed=seed, **KEPT)
+        run(tmp_path, "lora", 20, seed=seed)
+    assert decided.main([str(tmp_path)]) == 0
+    assert pd.read_csv(tmp_path / "tables" / "verdicts.csv")["where"].tolist() == ["digits, budget 0.13"]
 
 
 def test_one_share_everywhere_is_also_set_beside_calibrated_shares_at_their_rate(tmp_path) -> None:

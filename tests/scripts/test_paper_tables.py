@@ -181,6 +181,14 @@ def test_a_folder_without_runs_or_without_the_decided_claims_is_refused(tmp_path
         gather(tmp_path)
 
 
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_of_sets_that_are_not_there_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    leave(tmp_path, "lora", task="trec", **TEXT)
+    table = make(name, tmp_path)
+    assert table.missing or name == "table7"
+    assert tables.main([name, "--results", str(tmp_path)]) == 0
+
+
 def test_an_analysis_that_has_not_ended_is_named_and_stops_no_table(tmp_path: Path) -> None:
     file = tmp_path / "analyses" / "cost" / "digits" / "vit-0" / "analysis.json"
     file.parent.mkdir(parents=True)
