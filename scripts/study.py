@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partial_lora import cli
-from partial_lora.settings.study import OF_RUNS, commands
+from partial_lora.errors import require
+from partial_lora.settings.study import OF_RUNS, commands, keys
 
 
 @cli.script
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--list", action="store_true", help="print the commands alone")
     options = parser.parse_args(arguments)
     only = {key: set(values.split(",")) for key, _, values in (word.partition("=") for word in options.only)}
+    named = {"preset", *keys(options.name)}  # a study of one preset need not name it
+    for key in only:
+        require(key in named, "--only", key, f"a key that the study names: {', '.join(sorted(named))}")
     for words in commands(options.name, options.data, only):
         words += options.settings if words[0] in OF_RUNS else []
         print("+", shlex.join(words), flush=True)

@@ -93,7 +93,7 @@ def record(
         }
         if calibrated
         else None,
-        "calibration": chosen | (calibration or {}) if calibrated else None,
+        "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,
         "metrics": {"validation": scores, "test": scores},
         "history": [],
         "cost": {

@@ -33,16 +33,35 @@ def commands(name: str, data: Path, only: Mapping[str, Set[str]] = {}) -> Iterat
     yield from (words for at, words in enumerate(found) if words not in found[at + 1 :])
 
 
-def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[list[str]]:
-    there = WITHOUT_FILES.union(file.parent.name for file in data.glob("*/train.parquet"))
-    files = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
+def keys(name: str) -> set[str]:
+    """Return the keys that a study's entries name, and those of the studies that it takes entries of."""
+    named = set()
+    for parts in _entries(name):
+        words = [word for part in parts for text in part for word in shlex.split(text)]
+        named |= {word.partition("=")[0] for word in words if "=" in word}
+        named |= keys(words[0]) if words[0] in _files() else set()
+    return named
+
+
+def _files() -> dict[str, Path]:
+    return {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
+
+
+def _entries(name: str) -> Iterator[list[list[str]]]:
+    """Yield the parts of each entry of a study, of each part its alternatives."""
+    files = _files()
     require(name in files, "experiment", name, f"one of {', '.join(files)}")
     settings = yaml.safe_load(files[name].read_text(encoding="utf-8")) or {}
     for entry in settings.get("study", ()):
-        parts = [[part] if isinstance(part, str) else part for part in (entry if isinstance(entry, list) else [entry])]
+        yield [[part] if isinstance(part, str) else part for part in (entry if isinstance(entry, list) else [entry])]
+
+
+def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[list[str]]:
+    there, studies = WITHOUT_FILES.union(file.parent.name for file in data.glob("*/train.parquet")), _files()
+    for parts in _entries(name):
         for chosen in product(*parts):
             words = shlex.split(" ".join(chosen))
-            if words[0] in files:
+            if words[0] in studies:
                 both = _both(only, dict(_values(word) for word in words[1:]))
                 yield from _commands(words[0], data, both) if all(both.values()) else ()
                 continue

@@ -176,3 +176,10 @@ def test_compare_of_a_study_in_two_presets_is_that_of_one(name: str, data: Path)
         found = comparison.of_study([f"experiment={name}", f"data_dir={data}", *more])
         assert found
         assert comparison.of_one([comparison.read(each)[0] for each in found]).seeds == 8
+
+
+@pytest.mark.parametrize("name", ["table1", "decided", "race"])
+def test_a_choice_by_a_key_that_no_entry_names_is_refused(name: str, capsys) -> None:
+    assert study.main([name, "--only", "preset=cpu", "stgae=first", "--list"]) == 2
+    assert "stgae" in capsys.readouterr().err
+    assert {"task", "methods"} <= studies.keys(name)
