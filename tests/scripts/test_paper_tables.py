@@ -52,6 +52,7 @@ def place(tmp_path_factory) -> Path:
         for method in ("partial", "targeted"):
             own = {"task": "trec", "seed": seed, "budget": 0.13, "importance__name": "snip"}
             leave(place, method, wrong=10, **own, **TEXT, **KEPT)
+            leave(place, method, task="trec", seed=seed, wrong=90, budget=0.13, task__label_noise=0.4, **TEXT, **KEPT)
         members = {"digits": 12, "gtsrb": 66}
         leave(place, "lora", seed=seed, members=members)
         leave(place, "partial", seed=seed, members=members, budget=0.13, **KEPT)
@@ -146,6 +147,7 @@ def test_table6_has_members_beside_runs_of_their_own(made: dict) -> None:
     assert together["mean"] == pytest.approx(1 - (12 + 66) / 2 / EXAMPLES)
     row = row_of(made["table6"], part="difference", first="lora", second="lora, alone", task="average")
     assert (row["difference"], row["over"]) == (pytest.approx(-(2 + 6) / 2 / EXAMPLES), "seeds and examples")
+    assert not scored.duplicated(["method", "operating_point", "task"]).any()
     (shown,) = made["table6"].verdicts
     assert shown.loc[shown["where"].str.contains("budget 0.13"), "verdict"].str.startswith(HOLDS).all()
 
@@ -155,6 +157,8 @@ def test_table7_has_costs_of_the_task_with_most_forms_and_of_the_benchmark(made:
     runs = made["table7"].numbers[made["table7"].numbers["part"] == "runs"]
     assert set(runs["task"]) == {"trec"}
     assert row_of(runs, method="lora")["optimizer_bytes"] == 2001
+    for method in ("partial", "targeted"):  # of usual labels, by svd
+        assert row_of(runs, method=method, operating_point="budget 0.13")["n"] == 3
     bench = row_of(made["table7"], part="bench", model="vit_b16", rank=16, method="partial")
     assert (bench["parameters"], bench["file_bytes"]) == (306_816, 1_235_704)
     assert bench["step"] == pytest.approx(0.941, abs=1e-3)

@@ -88,7 +88,8 @@ def test_sets_that_are_not_there_are_left_out_one_by_one_but_those_of_the_hub_ar
     assert tasks("forms") == tasks("decided", preset="cpu") == tasks("reach") == {"task=digits", "task=trec"}
     assert tasks("table3", preset="cpu") == {"task=trec"}
     assert tasks("decided", stage="mixture", preset="cpu") == set()  # of trec and sst2
-    assert tasks("table6", preset="paper") == {"task=mixture"}
+    assert tasks("decided", stage="mixture", preset="paper") == {"task=mixture"}
+    assert tasks("table6", preset="paper") > {"task=mixture", "task=cifar10", "task=mrpc"}  # and an adapter for each
     assert "task=cifar100" in tasks("table1", preset="paper")
 
 
