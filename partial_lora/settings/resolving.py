@@ -21,6 +21,7 @@ from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.schema import SECTIONS, Config, conf_dir
+from partial_lora.settings.study import chosen_from
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
@@ -37,7 +38,8 @@ def resolve(composed: DictConfig) -> Config:
     is not there, and for an unknown key.
     """
     OmegaConf.set_struct(composed, False)
-    composed.pop("study", None)  # of an experiment's file: the runs that it lists
+    if other := chosen_from(composed.pop("study", None) or ()):  # the runs that an experiment's file lists
+        raise PartialLoraError(f"experiment: expected one with settings, such as {other}; compare makes runs of this one")
     if unknown := next(_unknown(composed), None):
         raise PartialLoraError(no_such_key(unknown))
     composed = _with_model(composed)

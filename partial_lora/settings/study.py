@@ -10,7 +10,7 @@ after it choose.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +41,12 @@ def keys(name: str) -> set[str]:
         named |= {word.partition("=")[0] for word in words if "=" in word}
         named |= keys(words[0]) if words[0] in _files() else set()
     return named
+
+
+def chosen_from(study: Sequence[str | list]) -> str | None:
+    """Return the study that the first entry takes runs of; None where it has runs of its own."""
+    name = str(study[0]).partition(" ")[0] if study else ""
+    return name if name in _files() else None
 
 
 def _files() -> dict[str, Path]:

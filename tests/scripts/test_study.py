@@ -179,6 +179,12 @@ def test_compare_of_a_study_in_two_presets_is_that_of_one(name: str, data: Path)
         assert comparison.of_one([comparison.read(each)[0] for each in found]).seeds == 8
 
 
+@pytest.mark.parametrize("name", ["table3", "fig4"])
+def test_a_run_of_a_view_that_sets_nothing_is_refused(name: str) -> None:
+    with pytest.raises(PartialLoraError, match="experiment: .*decided"):
+        compose.composed(f"experiment={name}", "task=digits")
+
+
 @pytest.mark.parametrize("name", ["table1", "decided", "race"])
 def test_a_choice_by_a_key_that_no_entry_names_is_refused(name: str, capsys) -> None:
     assert study.main([name, "--only", "preset=cpu", "stgae=first", "--list"]) == 2
