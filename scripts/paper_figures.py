@@ -511,15 +511,15 @@ def draw_fig6(table: pd.DataFrame) -> Figure:
     return draw_means(table, "share", "share of dense LoRA's parameters removed", text, along, ratio=1.05)
 
 
-# Figure 7: whether random masks regularise: wrong labels and few rows, beside chosen masks and a dense adapter
+# Figure 7: whether random masks regularise: wrong labels, few rows and many, beside chosen masks and LoRA
 
 _EQUAL = "targeted, equal shares"
-_AGAINST = (_EQUAL, LORA)
+_AGAINST = (_EQUAL, LORA, "low_rank")
 _CONDITIONED = (UNIFORM, *_AGAINST)
 
 
 def of_fig7(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the three forms under every condition, of the tasks that have two conditions at least.
+    """Return the runs of those forms under every condition, of the tasks that have two conditions at least.
 
     Under the usual condition a form may have several rates: the one counts that it has under the others, too.
     """
@@ -580,9 +580,7 @@ def draw_fig7(table: pd.DataFrame) -> Figure:
             unmeasured(axes, (part["part"] != name).all())
     drawn_forms = {*table["form"], *table["less"]}
     named_below(figure, [form for form in _CONDITIONED if form in drawn_forms])
-    text = (
-        f"Open: {BUDGET}; left: uniform less the form that is drawn, and how that changes from right labels, all rows"
-    )
+    text = f"Open: {BUDGET}; left: uniform less the form that is drawn, and how that changes from the usual condition"
     above(figure, f"{text}; bars: 95 % intervals over seeds, differences and changes paired by seed")
     return figure
 
@@ -594,7 +592,7 @@ def _over_conditions(axes: Axes, part: pd.DataFrame) -> None:
         shift = 0.12 * (place - (shown.nunique() - 1) / 2)
         own = style(form) | {"markersize": 6, "capsize": 3, "linestyle": ""}
         axes.errorbar([conditions.index(each) + shift for each in line["condition"]], line["mean"], line["half"], **own)
-    names = [textwrap.fill(condition or "right labels, all rows", 11) for condition in conditions]
+    names = [textwrap.fill(condition or "usual", 11) for condition in conditions]
     axes.set_xticks(range(len(conditions)), names)
     axes.set_xlim(-0.5, max(1, len(conditions)) - 0.5)
 

@@ -27,7 +27,7 @@ THRESHOLD, BUDGET = "threshold 0.9", "budget 0.13"
 PARTIAL, UNIFORM = "partial", "uniform"
 POINTS = (BUDGET, THRESHOLD)  # the paper's claim is of the first
 RANK = 16  # of which a budget is a share
-USUAL = ""  # the condition of runs with right labels and all rows
+USUAL = ""  # the condition of runs with right labels, and the rows and steps of most
 CELL = ["task", "mixture", "method", "importance", "operating_point", "condition"]
 IMPORTANCE = "svd"  # another measure is named
 
@@ -35,10 +35,10 @@ IMPORTANCE = "svd"  # another measure is named
 def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     """Return the finished runs of a results directory with their forms, and what was left out, a line each.
 
-    method: the form. condition: wrong labels and fewer rows than most runs of a task have. importance: a measure other
-    than svd. Adapters on fewer modules, and of another rank and as many parameters, stand at the budget. A mixture has
-    a row for each of its members, whose name is the row's task; `mixture` names all of them. kind: images, texts
-    (classified), causal (multiple choice) or generation (free text).
+    method: the form. condition: wrong labels, and rows and steps where most runs of a task have another number of them.
+    importance: a measure other than svd. Adapters on fewer modules, and of another rank and as many parameters, stand
+    at the budget. A mixture has a row for each of its members, whose name is the row's task; `mixture` names all of
+    them. kind: images, texts (classified), causal (multiple choice) or generation (free text).
     Raises PartialLoraError where there are none.
     """
     runs, problems = read(results_dir)
@@ -48,8 +48,11 @@ def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
         raise PartialLoraError(f"{results_dir}: no finished runs there: `make decided` makes them")
     several = rows.groupby("task")["model"].transform("nunique") > 1  # a task of several models is one for each
     rows = rows.assign(task=rows["task"].where(~several, rows["task"] + " (" + rows["model"] + ")"))
-    on_modules, on_rows = ranking.on_modules(rows), _with_fewer(rows)
-    conditions = [", ".join(filter(None, words)) for words in zip(rows["condition"], on_rows, strict=True)]
+    on_modules = ranking.on_modules(rows)
+    unlike = [
+        _unlike_most(rows, *key) for key in (("task", "train_samples", "rows"), ("trainer", "max_steps", "steps"))
+    ]
+    conditions = [", ".join(filter(None, words)) for words in zip(rows["condition"], *unlike, strict=True)]
     rows = rows.assign(
         method=rows["method"] + on_modules,
         operating_point=rows["operating_point"].where(on_modules == "", BUDGET),  # of about that size
@@ -76,7 +79,7 @@ def at_best_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def usual(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of one task each, with right labels and all rows."""
+    """Return the runs of one task each, with right labels, and the rows and steps of most."""
     return runs[(runs["condition"] == USUAL) & (runs["mixture"] == "")]
 
 
@@ -133,12 +136,12 @@ def form_of(record: Mapping) -> str:
     return ", ".join([name, *words])
 
 
-def _with_fewer(runs: pd.DataFrame) -> list[str]:
-    """Return in words the rows of runs that have fewer than most of their task."""
-    counts = pd.Series([run.record["config"]["task"].get("train_samples") for run in runs["run"]], runs.index)
-    usual = counts.groupby(runs["task"]).transform(lambda of_task: of_task.mode().get(0))
-    fewer = counts.notna() & (counts != usual)
-    return [f"{count:.0f} rows" if own else "" for count, own in zip(counts, fewer, strict=True)]
+def _unlike_most(runs: pd.DataFrame, section: str, key: str, unit: str) -> list[str]:
+    """Return in words the number that a setting has in runs of which most of their task have another one."""
+    numbers = pd.Series([run.record["config"][section].get(key) for run in runs["run"]], runs.index)
+    usual = numbers.groupby(runs["task"]).transform(lambda of_task: of_task.mode(dropna=False).get(0))
+    others = numbers.notna() & (numbers != usual)
+    return [f"{number:.0f} {unit}" if other else "" for number, other in zip(numbers, others, strict=True)]
 
 
 def draw_of(record: Mapping) -> int:

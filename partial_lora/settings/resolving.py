@@ -39,7 +39,7 @@ def resolve(composed: DictConfig) -> Config:
     """
     OmegaConf.set_struct(composed, False)
     if other := chosen_from(composed.pop("study", None) or ()):  # the runs that an experiment's file lists
-        raise PartialLoraError(f"experiment: expected one with settings, such as {other}; compare makes runs of this one")
+        raise PartialLoraError(f"experiment: expected {other}, to train: this one only chooses among its runs")
     if unknown := next(_unknown(composed), None):
         raise PartialLoraError(no_such_key(unknown))
     composed = _with_model(composed)

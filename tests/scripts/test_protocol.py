@@ -43,14 +43,15 @@ def test_runs_of_as_many_parameters_stand_at_the_budget_and_other_measures_are_n
     ]
 
 
-def test_wrong_labels_and_fewer_rows_are_conditions_and_no_others_of_the_usual_runs(tmp_path: Path) -> None:
+def test_wrong_labels_and_other_rows_and_steps_are_conditions_and_no_others_of_the_usual_runs(tmp_path: Path) -> None:
     for seed in range(4):
         leave(tmp_path, seed=seed)
         if seed < 3:
             leave(tmp_path, seed=seed, task__label_noise=0.4, task__train_samples=150)
+            leave(tmp_path, seed=seed, id="whole", task__train_samples=1720, trainer__max_steps=1200)
     leave(tmp_path, members={"sst2": 20, "mrpc": 50})
     runs, _ = forms(tmp_path)
-    assert set(runs["condition"]) == {"", "40% wrong labels, 150 rows"}
+    assert set(runs["condition"]) == {"", "40% wrong labels, 150 rows", "1720 rows, 1200 steps"}
     assert list(usual(runs)["seed"]) == [0, 1, 2, 3]
     assert len(at_best_rates(runs)) == len(runs)  # each condition by itself
 
