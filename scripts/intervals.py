@@ -59,8 +59,8 @@ Held = dict[str, tuple[float, float]]  # by interval: how often it held the trut
 def differences(results_dir: Path) -> dict[str, list[np.ndarray]]:
     """Return by task d (seeds, examples) of all pairs of forms with FEWEST seeds, each form at its best rate.
 
-    Forms are those at the budget and those that are not calibrated, under the usual condition, with masks by svd (seeds
-    share a calibration by other measures). Raises PartialLoraError where there are none.
+    Forms are those at the budget and those that are not calibrated, under the usual condition, with masks by svd.
+    Raises PartialLoraError where there are none.
     """
     runs, every = usual(forms(results_dir)[0]), {}
     runs = runs[runs["operating_point"].isin((BUDGET, NONE)) & (runs["importance"] == "")]

@@ -112,10 +112,12 @@ def test_one_share_everywhere_is_also_set_beside_calibrated_shares_at_their_rate
             for rate in {1e-3, best}:
                 right = {"wrong": 30 if rate == best else 40, "validation": 0.9 if rate == best else 0.8}
                 run(tmp_path, "uniform", task=task, seed=seed, rate=rate, **right, **KEPT, calibration=None, fixed={})
+            run(tmp_path, "uniform", 90, task=task, seed=seed, rate=1e-3, **KEPT, importance__name="snip")
     assert decided.main([str(tmp_path)]) == 0
     table = (tmp_path / "tables" / "decided.md").read_text()
     assert "3 of 4" in table
     lines = [line for line in table.splitlines() if "| uniform, partial's rate" in line]
+    assert all("| 80.00" in line for line in lines if line.startswith("| trec")), lines
     assert {line.split("|")[1].strip() for line in lines} & {"digits", "trec"} == {"trec"}
 
 

@@ -90,8 +90,8 @@ def test_pairs_are_of_forms_at_one_size_and_condition_each_at_its_best_rate(tmp_
         leave(tmp_path, "lora", seed=seed, wrong=60, trainer__learning_rate=0.1)
         leave(tmp_path, "partial", seed=seed, wrong=30 + seed, budget=0.13)
         leave(tmp_path, "low_rank", seed=seed, wrong=40, budget=0.13) if seed < 2 else None
-        for other in ({"task__label_noise": 0.4}, {"importance__name": "snip"}):
-            leave(tmp_path, "partial", seed=seed, wrong=50, budget=0.13, **other)
+        for id, other in {"y": {"task__label_noise": 0.4}, "z": {"importance__name": "snip"}}.items():
+            leave(tmp_path, "partial", seed=seed, wrong=50, budget=0.13, id=id, **other)
         leave(tmp_path, "uniform", seed=seed, wrong=50)
         leave(tmp_path, seed=seed, members={"digits": 3, "gtsrb": 4}, budget=0.13)
     found = intervals.differences(tmp_path)

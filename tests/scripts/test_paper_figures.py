@@ -208,6 +208,7 @@ def test_fig7_pairs_seeds_by_condition_and_from_the_usual_one(tmp_path: Path) ->
         for method in ("lora", "uniform"):
             run(tmp_path, method, 0.99, seed=seed, task="trec", **NOISY)  # under one, too
         run(tmp_path, "uniform", 0.99, seed=seed, budget=None, trainer__learning_rate=2e-3)
+        run(tmp_path, EQUAL, 0.99, seed=seed, trainer__learning_rate=2e-3, importance__name="snip")
     run(tmp_path, "uniform", 0.99, seed=7, trainer__learning_rate=2e-3, **NOISY)  # no pair
     table = numbers("fig7", tmp_path)
     assert set(table["task"]) == {"digits"}
