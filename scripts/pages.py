@@ -2,12 +2,7 @@
 
     python scripts/pages.py      # or `make pages`
 
-On a page of PAGES a number stands before a comment that says which one it is. Such a source is
-`<!-- TABLE: WHERE: METHOD -->`, of a row's score with its deviation, or with `FIRST − SECOND` of their difference with
-its interval, in points. TABLE is a csv of results/ without its suffix, or a study with one table. WHERE is a task (or
-all sets, average), and perhaps an operating point and a measure of importance other than svd. As many digits are
-written as are there, two where there is no number yet. Exit code 2 where a source is of no row, or several.
-The pages of results/templates are whole templates, and of README.md the table between two marks is made of one.
+The pages of results/templates are whole templates. On a page of BLOCKS, what stands between two marks is made of one.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import numpy as np
 import pandas as pd
 from evidence import CLAIMS, VERDICTS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from protocol import BUDGET, PARTIAL
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
@@ -30,77 +27,15 @@ from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "results", ROOT / "README.md"
-PAGES = ("docs/concepts/operating-points.md",)
-SIGNED = r"[+−]\d+\.\d+"
+BLOCKS = {
+    README: "decision",
+    ROOT / "docs" / "concepts" / "operating-points.md": "shares",
+}  # between <!-- NAME --> marks
 SETS = ("digits", "trec", "sst2", "gtsrb")  # of the decided claims
-DECISION = re.compile(r"(?<=<!-- decision -->\n).*?(?=<!-- end of decision -->)", re.DOTALL)
-NUMBER = rf"{SIGNED} \[{SIGNED}, {SIGNED}\]|\d+\.\d+ ± \d+\.\d+"  # a difference, or a score
-SOURCED = re.compile(rf"(?P<number>{NUMBER})?(?P<after>\**)<!-- (?P<source>[\w/]+: [^>]*?) -->")
 
 
-@cache
-def rows(table: str) -> list[tuple[str, set, set, list[float]]]:
-    """Return the rows of a table as (method or difference, where, measure, numbers).
-
-    where: tasks, models and operating points. measure: of importance, where it is not svd. numbers: in points, a score
-    with its deviation or a difference with its interval.
-    """
-    made, places = [], (f"{table}.csv", f"{table}/{table}.csv", f"{table}/tables/{table}.csv")
-    file = next((RESULTS / place for place in places if (RESULTS / place).is_file()), None)
-    if file is None:
-        raise PartialLoraError(f"{table}: expected a table of results/, without its suffix")
-    for row in pd.read_csv(file, comment="#").to_dict("records"):
-        if "form" in row:  # of forms and of the race
-            mean, half = 100 * row["difference"], 100 * row["difference_half"]
-            interval = [mean, mean - half, mean + half]
-            if table.endswith("from_dense"):
-                made.append((f"{row['form']} − lora", {row["task"]}, set(), interval))
-                continue
-            where = {row["task"], f"budget {row['size']}"}
-            made.append((row["form"], where, set(), [100 * row["test"], 100 * row["half"]]))
-            made.append((f"{row['form']} − low_rank", where, set(), interval))
-            continue
-        where = {row.get(name) for name in ("task", "model", "mixture", "operating_point")}
-        measure = {each for each in {row.get("importance", "svd")} - {"svd", "–"} if isinstance(each, str)}
-        difference, low, high = (100 * row[name] for name in ("difference", "low", "high"))
-        if row.get("part") == "difference":
-            made.append((f"{row['first']} − {row['second']}", where, measure, [difference, low, high]))
-            continue
-        mean, std = ("mean", "std") if "mean" in row else ("test_mean", "test_std")
-        made.append((row["method"], where, measure, [100 * row[mean], 100 * row[std]]))
-    return made
-
-
-def found(source: str) -> list[float]:
-    """Return the numbers of a source; raises PartialLoraError where there are none, or several."""
-    if source.count(": ") != 2:
-        raise PartialLoraError(f"<!-- {source} -->: expected TABLE: WHERE: METHOD")
-    table, where, method = source.split(": ")
-    wanted = set(re.split(r", (?!snip)", where))
-    known = [
-        numbers
-        for what, words, measure, numbers in rows(table)
-        if what == method and measure <= wanted <= words | measure
-    ]
-    if len(known) != 1:
-        raise PartialLoraError(f"{source}: {len(known)} rows of that table, expected one")
-    return known[0]
-
-
-def filled(text: str) -> str:
-    """Return a page with the numbers of its sources."""
-
-    def with_number(match: re.Match) -> str:
-        digits = len(re.match(r".\d*\.(\d+)", match["number"])[1]) if match["number"] else 2
-        return f"{written(found(match['source']), digits)}{match['after']}<!-- {match['source']} -->"
-
-    return SOURCED.sub(with_number, text)
-
-
-def written(numbers: list[float], digits: int = 2) -> str:
-    """Return a score with its deviation, or a difference with its interval."""
-    if len(numbers) == 2:
-        return f"{numbers[0]:.{digits}f} ± {numbers[1]:.{digits}f}"
+def written(numbers: Iterable[float], digits: int = 2) -> str:
+    """Return a difference and its interval, in words of a page."""
     mean, low, high = (_signed(f"{each:+.{digits}f}") for each in numbers)
     return f"{mean} [{low}, {high}]"
 
@@ -109,63 +44,78 @@ def _signed(number: str) -> str:
     return number.replace("-", "−")
 
 
+@cache
+def _table(name: str) -> pd.DataFrame:
+    names = dict.fromkeys(("importance", "mixture"), str)
+    return pd.read_csv(RESULTS / "decided" / f"{name}.csv", comment="#", dtype=names).fillna(dict.fromkeys(names, ""))
+
+
+def _one(table: str, **where: str) -> pd.Series:
+    """Return the one row of a table of results/decided that has these values."""
+    rows = _table(table)
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    if len(rows) != 1:
+        raise PartialLoraError(f"{table}: {len(rows)} rows of {where}, expected one")
+    return rows.iloc[0]
+
+
 # --- What templates ask for.
 
 
 def score(task: str, method: str) -> str:
     """Return the test accuracy of a method that has one operating point, of the decided claims."""
-    return f"{found(f'decided: {task}: {method}')[0]:.1f}"
+    return f"{100 * _one('tables/decided', part='score', mixture='', task=task, method=method)['mean']:.1f}"
+
+
+def _difference(task: str, first: str, second: str, point: str, importance: str = "", mixture: str = "") -> pd.Series:
+    own = {"importance": importance, "mixture": mixture, "part": "difference"}
+    return _one("tables/decided", task=task, operating_point=point, first=first, second=second, **own)
 
 
 def less(
-    task: str, first: str, second: str, point: str = "budget 0.13", table: str = "decided", digits: int = 2
+    task: str, first: str, second: str, point: str = BUDGET, importance: str = "", mixture: str = "", digits: int = 2
 ) -> str:
     """Return a method less another, with its 95 % interval."""
-    return written(found(f"{table}: {task}, {point}: {first} − {second}"), digits)
+    row = _difference(task, first, second, point, importance, mixture)
+    return written(100 * row[["difference", "low", "high"]], digits)
 
 
-def claim(second: str, point: str = "budget 0.13") -> list[dict[str, str]]:
+def claim(second: str, point: str = BUDGET) -> list[dict[str, str]]:
     """Return what is found of a claim about rows and columns and another method, by set, and then their mean."""
-    folder = RESULTS / "decided" / "tables"
-    numbers, verdicts = pd.read_csv(folder / "decided.csv"), pd.read_csv(folder / "verdicts.csv")
-    of_pair = (numbers["first"] == "partial") & (numbers["second"] == second) & (numbers["operating_point"] == point)
-    seeds = numbers[of_pair].set_index("task")["seeds"]
+    verdicts = _table("tables/verdicts")
     rows = verdicts[verdicts["claim"] == CLAIMS[second][1]].set_index("where")
     tasks = {f"{'all' if task == 'all sets' else task}, {point}": task for task in (*SETS, "all sets")}
     lines = []
     for where in filter(rows.index.__contains__, tasks):
         after, _, among = rows.loc[where, "verdict"].partition(", among ")
         lines.append(
-            {"task": tasks[where], "less": less(tasks[where], "partial", second, point), "count": among}
+            {"task": tasks[where], "less": less(tasks[where], PARTIAL, second, point), "count": among}
             | {"before": _in_words(rows.loc[where, "alone"]), "after": _in_words(after)}
-            | {"seeds": f"{seeds[tasks[where]]:.0f}"}
+            | {"seeds": f"{_difference(tasks[where], PARTIAL, second, point)['seeds']:.0f}"}
         )
     return lines
 
 
 def kept(task: str, point: str) -> str:
     """Return what share of its score a frozen model keeps with all calibrated shares at once, in per cent."""
-    numbers = pd.read_csv(RESULTS / "decided" / "tables" / "table5.csv", comment="#")
-    at = (numbers["part"] == "joint") & (numbers["task"] == task) & (numbers["operating_point"] == point)
-    ((ratio, low, high),) = numbers.loc[at & (numbers["importance"] == "svd"), ["ratio", "low", "high"]].to_numpy()
-    return f"{100 * ratio:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    row = _one("tables/table5", part="joint", task=task, operating_point=point, importance="svd")
+    return "{:.0f} % [{:.0f}, {:.0f}]".format(*100 * row[["ratio", "low", "high"]])
 
 
-def noisy(part: str, less: str = "targeted, equal shares", condition: str = "40% wrong labels") -> str:
+def noisy(
+    part: str, less: str = "targeted, equal shares", condition: str = "40% wrong labels", task: str = "trec"
+) -> str:
     """Return equal shares less another form under a condition: their "difference", or its "change" (figure 7)."""
-    rows = pd.read_csv(RESULTS / "decided" / "figures" / "fig7.csv", comment="#")
-    rows = rows[(rows["part"] == part) & (rows["condition"] == condition) & (rows["less"] == less)]
-    ((mean, half),) = 100 * rows[["mean", "half"]].to_numpy()
-    return written([mean, mean - half, mean + half], digits=1)
+    row = _one("figures/fig7", part=part, condition=condition, less=less, task=task)
+    return written((100 * (row["mean"] + side * row["half"]) for side in (0, -1, 1)), digits=1)
 
 
-def with_digits(second: str, point: str = "budget 0.13") -> str:
+def with_digits(second: str, point: str = BUDGET) -> str:
     """Return rows and columns less another method as the mean over all sets of the decided claims, digits too."""
-    numbers = pd.read_csv(RESULTS / "decided" / "tables" / "decided.csv")
-    of_pair = (numbers["first"] == "partial") & (numbers["second"] == second) & (numbers["operating_point"] == point)
-    sets = numbers[of_pair & numbers["task"].isin(SETS)]
-    mean = over_sets([Estimate(row.difference, row.error, row.freedom) for row in sets.itertuples()])
-    return written([100 * number for number in (mean.difference, *mean.interval())])
+    sets = [_difference(task, PARTIAL, second, point) for task in SETS]
+    mean = over_sets([Estimate(row["difference"], row["error"], row["freedom"]) for row in sets])
+    return written(100 * number for number in (mean.difference, *mean.interval()))
 
 
 def _in_words(verdict: str) -> str:
@@ -303,9 +253,11 @@ def pages() -> dict[Path, str]:
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
-    decision = environment.get_template("_decision.md").render()
-    made[README] = DECISION.sub(lambda _: decision, README.read_text("utf-8"))
-    return made | {ROOT / name: filled((ROOT / name).read_text("utf-8")) for name in PAGES}
+    for path, name in BLOCKS.items():
+        block = environment.get_template(f"_{name}.md").render()
+        marks = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)"
+        made[path] = re.sub(marks, lambda _, block=block: block, path.read_text("utf-8"), flags=re.DOTALL)
+    return made
 
 
 @cli.script
