@@ -11,7 +11,7 @@ import pandas as pd
 from partial_lora.report import ranking
 from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, over_tasks
 from partial_lora.report.rows import NONE, point_order
-from partial_lora.report.statistics import LEVEL, Estimate, by_sides, together
+from partial_lora.report.statistics import LEVEL, Estimate, by_sides
 from partial_lora.report.summary import cell, percent
 from partial_lora.report.tables import ends, signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -22,7 +22,7 @@ ROW = [*WHERE, "method"]
 _NUMBERS = ("difference", "low", "high", "bootstrap_low", "bootstrap_high", "error", "freedom")
 DIFFERENCES = (
     *("part", *WHERE, "first", "second", "task", "metric", "tasks", "up", "down"),
-    *(*_NUMBERS, "seeds", "examples", "over", "verdict", "together", "among"),
+    *(*_NUMBERS, "seeds", "examples", "over"),
 )
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 NO_RUNS = "no runs of both"
@@ -45,7 +45,7 @@ def differences(
             other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
             other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
             rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second, not_in_means)
-    return together(pd.DataFrame(rows, columns=list(DIFFERENCES)))
+    return pd.DataFrame(rows, columns=list(DIFFERENCES))
 
 
 def paired_rows(
@@ -316,7 +316,7 @@ def _size(row: Mapping | None) -> str:
 
 
 def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Differences in points with their interval and the bootstrap's, seeds, what is taken for chance, verdicts."""
+    """Differences in points with their interval and the bootstrap's, seeds, and what is taken for chance."""
     paired = part_of(numbers, DIFFERENCE)
     return readable(
         "Differences",
@@ -329,8 +329,6 @@ def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "bootstrap": bootstrapped,
             "seeds": ("seeds", ".0f"),
             "over": "over",
-            "verdict": "verdict",
-            of_all(paired): "together",
         },
     )
 
@@ -341,11 +339,6 @@ def _task(row: Mapping) -> str:
     if row["task"] == ALL_SETS:
         return f"{row['tasks']:.0f} sets ({row['up']:.0f} up, {row['down']:.0f} down)"
     return f"{AVERAGE} of {row['tasks']:.0f}"
-
-
-def of_all(paired: pd.DataFrame) -> str:
-    """Name the column of corrected verdicts."""
-    return f"among {paired['among'].max():.0f}" if len(paired) else "among"
 
 
 Column = str | tuple[str, str] | tuple[str, str, float] | Callable[[Mapping], str]

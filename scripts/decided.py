@@ -6,8 +6,8 @@ Of every form the runs at the learning rate that is best on validation over the 
 mean of all such sets, whatever their model, and then of each set by itself: two sets say next to nothing of others. A
 set at its ceiling, where dense LoRA errs on less than 3 % of test rows, is in no mean: there all methods are alike, and
 the narrow intervals would weigh most.
-With the scores stands what a form costs: seconds a step, memory, minutes of calibration. Where shares by gradient were
-trained, too, a table says how far they agree with those of a search by evaluations.
+With the scores stands what a form costs: seconds a step, memory, minutes of calibration. A table says how far
+calibrated shares of two draws, two searches and two sets agree.
 Test loss is a second endpoint. Writes RESULTS/tables/decided.md, decided.csv, verdicts.csv and loss.csv.
 """
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
@@ -153,29 +153,32 @@ def prices(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreements(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return by set how far the shares of partial's two searches agree (means over pairs of calibrations at one size).
+    """Return by set how far calibrated shares of partial agree (means over pairs of calibrations at one size).
 
-    The draw moves shares, too: where another draw changes them as much as another search, the search matters little.
+    A share that says something of a set agrees with another draw of it more than with a draw of another set, and with
+    another search more than with another draw.
     """
-    rows = []
-    for _, own in runs[runs["operating_point"] == BUDGET].groupby(["mixture", "task"], sort=False):
-        found = {
-            form: {run.seed: run.run.record["sparsity"] for run in own[own["method"] == form].itertuples()}
-            for form in (PARTIAL, BY_GRADIENT)
-        }
-        searched, predicted = found.values()
-        both = searched.keys() & predicted.keys()
-        of_pairs = {
-            "the search and gradients, one draw": [(searched[seed], predicted[seed]) for seed in both],
-            "the search, two draws": list(combinations(searched.values(), 2)),
-            "gradients, two draws": list(combinations(predicted.values(), 2)),
-        }
-        for name, pairs in of_pairs.items() if both else ():
-            alike = mean_difference(pairs)
-            known = {key: alike[key] for key in ("pearson", "spearman", "mean_absolute")}
-            numbers = {key: NONE if value is None else f"{value:.2f}" for key, value in known.items()}
-            rows.append({"set": own["task"].iloc[0], "pairs of": name, **numbers, "pairs": alike["pairs"]})
-    return pd.DataFrame(rows)
+    rows, draws = [], {PARTIAL: {}, BY_GRADIENT: {}}  # by form, set and seed
+    for (form, task), own in runs[runs["operating_point"] == BUDGET].groupby(["method", "task"]):
+        if form in draws:
+            draws[form][task] = {run.seed: run.run.record["sparsity"] for run in own.itertuples()}
+    for task, searched in draws[PARTIAL].items():
+        predicted = draws[BY_GRADIENT].get(task, {})
+        both = [(searched[seed], predicted[seed]) for seed in searched.keys() & predicted.keys()]
+        rows.append((task, "the search and gradients, one draw", both))
+        rows.append((task, "the search, two draws", combinations(searched.values(), 2)))
+        rows.append((task, "gradients, two draws", combinations(predicted.values(), 2)))
+    for (one, first), (other, second) in combinations(draws[PARTIAL].items(), 2):
+        of_one_model = [pair for pair in product(first.values(), second.values()) if pair[0].keys() == pair[1].keys()]
+        rows.append((f"{one} and {other}", "the search, a draw of each", of_one_model))
+    table = pd.DataFrame([{"set": task, "pairs of": name, **_alike(pairs)} for task, name, pairs in rows])
+    return table[table["pairs"] > 0] if rows else table
+
+
+def _alike(pairs: Iterable[tuple[Mapping, Mapping]]) -> dict[str, str | int]:
+    alike = mean_difference(pairs)
+    known = {key: alike[key] for key in ("pearson", "spearman", "mean_absolute")}
+    return {key: NONE if value is None else f"{value:.2f}" for key, value in known.items()} | {"pairs": alike["pairs"]}
 
 
 def _saturated(own: pd.DataFrame) -> str:

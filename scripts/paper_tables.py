@@ -62,7 +62,7 @@ from partial_lora.files import read_json, write_atomic
 from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
 from partial_lora.report.rows import COSTS, NONE, number, point_order
-from partial_lora.report.statistics import MARGIN, half_interval
+from partial_lora.report.statistics import half_interval
 from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
 
@@ -122,7 +122,7 @@ def gather(results_dir: Path) -> Evidence:
     numbers, verdicts = (results_dir / "tables" / f"{name}.csv" for name in ("decided", "verdicts"))
     for file in (numbers, verdicts):
         require(file.is_file(), "--results", results_dir, f"{file}; `python scripts/decided.py {results_dir}` makes it")
-    table, words = pd.read_csv(numbers), [*WHERE, "first", "second", "over", "verdict", "together"]
+    table, words = pd.read_csv(numbers), [*WHERE, "first", "second", "over"]
     table[words] = table[words].astype(object).fillna("")
     return Evidence(results_dir, runs, at_best_rates(runs).assign(model="all"), table, pd.read_csv(verdicts))
 
@@ -184,7 +184,7 @@ def write_claims(tables: Sequence[Table], folder: Path, command: str) -> Path:
 
 def _tabulated(shown: pd.DataFrame) -> str:
     words = {"importance", "difference", "over", "what", "at", *decided.COLUMNS}
-    return tabulated(shown, "pipe", [name for name in shown if name in words or name.startswith("among")])
+    return tabulated(shown, "pipe", [name for name in shown if name in words])
 
 
 def _of_verdicts(verdicts: Sequence[Verdict]) -> list[pd.DataFrame]:
@@ -206,10 +206,13 @@ def origin_of(runs: pd.DataFrame) -> str:
 
 _INTERVALS = (
     "Differences are paired by seed and test example, with 95 % intervals over both from variance components "
-    f"(Student's t); better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
-    "below zero, and not above that; undecided: else. bootstrap: the interval of seeds and examples that are drawn "
-    "again, too narrow of few seeds that differ (results/coverage). The last column is corrected among all differences "
-    "of decided.csv."
+    "(Student's t), before correction. bootstrap: the interval of seeds and examples that are drawn again, too narrow "
+    "of few seeds that differ (results/coverage). ± beside a score is its standard deviation over seeds."
+)
+_NAMES = (
+    "uniform: equal shares; targeted: the most important rows and columns; flow: with repaired masks; low_rank: plain "
+    "LoRA of the size; random_weights and entries: single entries of W, and of the factors; shrink 0.5 and 2: shares "
+    "half-way to equal ones, and inverted."
 )
 _AMONG = (
     "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. At threshold 0.9, and with "
@@ -227,9 +230,7 @@ _LEGEND = (
     "Holds and does not hold: decided at a margin of two points (other pages call the latter refuted). Undecided: not "
     "significant. Alone: before correction; among n: after it, for n claims. Up and down: sets on which the first is "
     "above and below. Budget 0.13: 13 % of dense LoRA's parameters. Threshold 0.9: each layer alone keeps 90 % of the "
-    "frozen model's score. uniform: equal shares; flow: with repaired masks; low_rank: plain LoRA of the size; "
-    "random_weights and entries: single entries of W, and of the factors; shrink 0.5 and 2: shares half-way to equal "
-    "ones, and inverted."
+    f"frozen model's score. {_NAMES}"
 )
 _BEST = "Bold: better than every other form of its task and operating point, of this table or not, by such an interval."
 _CLAIMS = (*decided.CLAIMS, *decided.LATER)
@@ -265,7 +266,7 @@ def of_sets(name: str, evidence: Evidence) -> Table:
     place = places.str[0].loc[wanted.index]
     verdicts = [wanted[place == "all"]] if ALL_SETS in tasks else []
     verdicts = [each for each in (*verdicts, decided.by_set(wanted[place.isin(tasks)])) if len(each)]
-    notes = [_AMONG, _INTERVALS, *[_BEST] * bool(scored["best"].astype(bool).any())]
+    notes = [_AMONG, _INTERVALS, _NAMES, *[_BEST] * bool(scored["best"].astype(bool).any())]
     notes += [note for word, note in _OVER.items() if word in set(paired["over"])] + _NOTES.get(name, [])
     shown = readable_scores(numbers) | readable_differences(numbers)
     there = set(zip(paired["first"], paired["second"], strict=True))

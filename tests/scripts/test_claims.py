@@ -60,7 +60,6 @@ def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
     numbers = rows(0.03, 0.04)
     numbers.loc[1, "seeds"] = 1  # decides nothing, and is no comparison
     assert of(numbers) == [(HOLDS, HOLDS, 1), (OPEN, OPEN, 0)]
-    assert claims.together(numbers)["among"].tolist() == [1, 1]
 
 
 def test_only_shares_are_read_in_points() -> None:
