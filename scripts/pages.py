@@ -30,6 +30,7 @@ RESULTS, README = ROOT / "results", ROOT / "README.md"
 BLOCKS = {
     README: "decision",
     ROOT / "docs" / "concepts" / "operating-points.md": "shares",
+    ROOT / "docs" / "evidence" / "tables.md": "found",
 }  # between <!-- NAME --> marks
 SETS = ("digits", "trec", "sst2", "gtsrb")  # of the decided claims
 
