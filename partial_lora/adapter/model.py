@@ -6,8 +6,8 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
 import peft.mapping
@@ -18,7 +18,7 @@ from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig
+from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
@@ -290,7 +290,8 @@ def _beside_others(add_adapter: Callable) -> Callable:
 
 
 def _with_its_masks(load_adapter: Callable) -> Callable:
-    """Return PEFT's load_adapter, made to load a folder of ours with its masks: beside masked adapters, and to train.
+    """Return PEFT's load_adapter, made to load a folder or repository of ours with its masks: to train, and beside
+    masked adapters.
 
     Else it is plain LoRA, as for PEFT alone. Values of other masks than the adapter's are refused. Those of a smaller
     mask would fit a larger one, but its scaling would be another, and the optimizer's state beside them, in a Trainer's
@@ -302,16 +303,19 @@ def _with_its_masks(load_adapter: Callable) -> Callable:
     def load(
         model: PeftModel, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *args, **kwargs
     ) -> Any:
-        config, subfolder = model.peft_config.get(adapter_name), kwargs.get("subfolder")
-        path = Path(model_id, subfolder or "", sidecar.FILE_NAME)
-        if path.is_file() and config is None and (is_trainable or model.peft_type == PEFT_TYPE):
-            config = PartialLoraConfig.from_pretrained(str(model_id), subfolder=subfolder)
+        config, (of_hub, _) = model.peft_config.get(adapter_name), model._split_kwargs(kwargs)
+        has_masks = False
+        with suppress(PartialLoraError):  # a repository without masks
+            path = saved_file(model_id, sidecar.FILE_NAME, **of_hub)
+            has_masks = path.is_file()
+        if has_masks and config is None and (is_trainable or model.peft_type == PEFT_TYPE):
+            config = PartialLoraConfig.from_pretrained(str(model_id), **of_hub)
             config.inference_mode = not is_trainable
             options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}
             model.add_adapter(adapter_name, config, **options)
             if is_trainable:
                 model.set_requires_grad(adapter_name)
-        elif path.is_file() and isinstance(config, PartialLoraConfig):
+        elif has_masks and isinstance(config, PartialLoraConfig):
             sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
         return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
 

@@ -236,10 +236,10 @@ class Store:
         self._curves: dict[str, dict[str, Curve]] = {}
         if self.path is not None and self.path.exists():
             require(not self.path.is_dir(), "store", self.path, "a file: this is a folder")
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            is_ours = not text.strip() or '"sha256"' in text[:100]
-            require(is_ours, "store", self.path, "a file of curves, or a new one: this is another file")
             try:
+                text = self.path.read_text(encoding="utf-8", errors="replace")
+                is_ours = not text.strip() or '"sha256"' in text[:100]
+                require(is_ours, "store", self.path, "a file of curves, or a new one: this is another file")
                 file = json.loads(text)
                 if file["version"] != VERSION or file["sha256"] != _digest(file["content"]):
                     raise ValueError("wrong version or checksum")
@@ -290,8 +290,9 @@ class Store:
         """Forget everything, and warn of which file and why."""
         self.baseline, self.results, self._curves = None, {}, {}
         if self.path is not None:
-            logger.warning("%s: %s; removed, its points are evaluated again", self.path, reason)
-            self.path.unlink(missing_ok=True)
+            logger.warning("%s: %s; its points are evaluated again", self.path, reason)
+            with suppress(OSError):  # a store that cannot be written is only read
+                self.path.unlink()
 
     def content(self) -> dict:
         """Return everything that is known, as plain data."""

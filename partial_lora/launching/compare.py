@@ -84,7 +84,7 @@ class Entry:
 
     def arguments(self, trials: Sequence[Trial]) -> list[str]:
         """Return the arguments of a sweep over trials of one seed."""
-        rates = ",".join(f"{trial.rate:g}" for trial in trials)
+        rates = ",".join(f"{trial.rate!r}" for trial in trials)
         until = [] if trials[0].until == 1 else [f"trainer.until={trials[0].until:g}"]
         return ["-m", *self.overrides, f"seed={trials[0].seed}", f"trainer.learning_rate={rates}", *until]
 

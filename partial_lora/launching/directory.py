@@ -162,7 +162,7 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
 
     What an unfinished attempt left for the next one stays: checkpoints, sparsities, log, what trackers keep, and its
     record under another name. All else goes, result.json first: whatever is still there when this is interrupted
-    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held.
+    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held, and a broken record.
     """
     notes, record = [], directory / RESULT
     result = read_result(directory)
@@ -176,7 +176,7 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         os.replace(record, directory / _BROKEN)
         notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
     record.unlink(missing_ok=True)
-    stays = {LOCK} if overwrite else {LOCK, CHECKPOINTS, CALIBRATION, LOG, EARLIER, _BROKEN, *_OF_TRACKERS}
+    stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
     for entry in directory.iterdir():
         if entry.name in stays:
             continue
@@ -243,6 +243,14 @@ def locked(directory: Path) -> Iterator[int]:
 LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
 
+def version(name: str) -> str:
+    """Return the version of a package; "not installed" of one that is not, as this one may be in a checkout."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> dict:
     """Return the record of a run that has just begun.
 
@@ -255,7 +263,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "config": redacted(settings),
         "digests": digests,
         "preset": settings.get("preset"),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
         "device": None,
         "attempts": 1,

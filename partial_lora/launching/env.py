@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 
-from partial_lora.launching.directory import LIBRARIES, git_commit
+from partial_lora.launching.directory import LIBRARIES, git_commit, version
 
 
 def surroundings() -> dict[str, str]:
     """Return what a report of a bug needs to know of this machine: versions, platform, devices; no paths, no names."""
     import joblib
     import torch
-
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return "not installed"
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

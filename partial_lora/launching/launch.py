@@ -1,7 +1,7 @@
 """Runs as processes: each one a fresh worker, started, watched and stopped by the parent that composed its settings.
 
-A worker never composes settings and the parent never imports torch, so that one run's crash, memory or precision
-setting touches no other, and a sweep starts its next run with nothing left over.
+A worker never composes settings, and a parent of `train` or `calibrate` never imports torch, so that one run's crash,
+memory or precision setting touches no other, and a sweep starts its next run with nothing left over.
 """
 
 from __future__ import annotations
@@ -206,7 +206,12 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
         workers = _command(place, stage, cluster, "--log", str(log))
         code, failure = _run_process(workers, environment, Path(folder) / "launcher.log", stop=stop)
     if code in _STOPPED:
-        return _outcome(place, code)
+        is_of_now = directory.read_result(place) != before  # else the record is of an earlier attempt
+        return (
+            _outcome(place, code)
+            if is_of_now
+            else Outcome(place, "interrupted", signal=signal.Signals(code - 128).name)
+        )
     if code == 0 or failure is None or failure.explained:  # the final record may take its time to arrive here
         end = time.monotonic() + _RECORD
         while time.monotonic() < end and (directory.read_result(place) or {}).get("status") == "running":

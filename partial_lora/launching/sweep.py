@@ -371,8 +371,10 @@ class Ledger:
             while not files.lock(file.fileno()) and not self.stops():
                 time.sleep(_WAIT)
             file.seek(0)
-            yield bool(file.read())
-            file.write("had\n")
+            try:
+                yield bool(file.read())
+            finally:
+                file.write("had\n")
 
     def is_under_way(self, entry: Mapping) -> bool:
         """Return whether a job in another process works in a run's directory, or a worker whose job has died."""

@@ -156,6 +156,7 @@ def own_model(value: str, names: Collection[str]) -> str:
     made here: it has a name and says where the weights are. All else is left to the model's own files, which are read
     once the task is known (`resolving`).
     """
+    require(bool(value), "model", value, "a name of conf/model, a folder or an id of the hub")
     folder = Path(value).expanduser()
     if value in names:
         return value
@@ -252,7 +253,7 @@ def _primary(file: str, content: Mapping, models: Collection[str]) -> dict:
     for key, values in swept.items():  # Hydra takes a list for one value
         require(not isinstance(values, Mapping), f"{file}: hydra.sweeper.params.{key}", values, "values, no more keys")
         if isinstance(values, list):
-            swept[key] = ",".join(item if isinstance(item, str) else quoted(item) for item in values)
+            swept[key] = ",".join(item if _is_one(item) else quoted(item) for item in values)
     described = [group for group in GROUPS if "name" in (settings.get(group) or {}) and group not in chosen]
     chosen |= dict.fromkeys(described)
     return {
@@ -261,20 +262,29 @@ def _primary(file: str, content: Mapping, models: Collection[str]) -> dict:
     }
 
 
+def _is_one(item: object) -> bool:
+    """Return whether a value in a sweep's list is a text that Hydra reads as one value, or as a function of several."""
+    if not isinstance(item, str):
+        return False
+    sweep = parsed(f"key={item}")
+    return sweep is not None and not (sweep.is_sweep_override() and sweep.value().simple_form)
+
+
 def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
     """Return the primary config of a run's config.yaml, which has every key: a group that is chosen stands in for it.
 
-    Nothing of the run's own stays in such a group, but that another method keeps rank, alpha, dropout and the mask's
-    seed. `overwrite` is left out, since it concerns that one run.
+    Nothing of the run's own stays in such a group, but that another method keeps rank, alpha and dropout, and another
+    mask or method the mask's seed. `overwrite` is left out, since it concerns that one run.
     """
     whole = yaml.safe_load((conf_dir() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8"))
     after = [entry for entry in whole["defaults"] if entry not in ("schema", "_self_")]
     groups = [{key: None if key in GROUPS else name for key, name in entry.items()} for entry in after]
-    chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys() - {"mask"}
+    chosen = {override.partition("=")[0] for override in overrides} & SECTIONS.keys()
     settings = {key: value for key, value in content.items() if key not in chosen | {"overwrite"}}
     if "method" in chosen:
         kept = ("rank", "alpha", "dropout")
         settings["method"] = {key: content["method"][key] for key in kept if key in content["method"]}
+    if chosen & {"method", "mask"}:
         settings["mask"] = {"seed": content["mask"].get("seed")}
     return {"defaults": ["schema", "_self_", *groups], **settings, "hydra": whole["hydra"]}
 

@@ -151,13 +151,15 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
             raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
         if key in ("methods", "budgets") and not isinstance(values[key], list):
             values[key] = [values[key]]
+    is_sized = "limit" in values and "budgets" in values
+    require(not is_sized, "budgets", values.get("budgets"), "no budgets beside a limit, which sizes every method")
     comparison = Comparison(**values)
     for setting in others:
         key, _, value = setting.lstrip("+~").partition("=")
         require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
     contents = [settings_of(setting) for setting in others if is_file(setting)]
     given = {key for content in contents if not is_record(content) for key in flatten(content)}
-    given |= {setting.partition("=")[0] for setting in others}
+    given |= {setting.lstrip("+~").partition("=")[0] for setting in others}
     # Forked workers take some seconds less a run, and the results are the same.
     usual = {"results_dir": "results/compare", "trainer.start": "fork"}
     return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]

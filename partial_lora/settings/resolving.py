@@ -55,6 +55,8 @@ def resolve(composed: DictConfig) -> Config:
     require(fits, "calibration.score", config.calibration.score, f"one of {', '.join(sorted(_SCORES))}, for a mixture")
     if config.data_dir is not None:
         task = with_files(task, Path(config.data_dir))
+    for each in (task, *task.members.values()) if isinstance(task.members, Mapping) else (task,):
+        _refuse_results_among_rows(config.results_dir, each)
     calibration, model = _with_budget(config), config.model
     if model.image_size is None:
         is_own = task.path == "files" and task.classes is None  # conf/task says how many classes a known set has
@@ -121,7 +123,6 @@ def _check_surroundings(config: Config) -> None:
     exists = data_dir is None or Path(data_dir).is_dir()
     require(exists, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
     check_files(config.task)
-    _refuse_results_among_rows(config)
 
 
 def _installed(module: str) -> bool:
@@ -145,14 +146,14 @@ def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:
         yield f"task.data_files.{split}" if split else "task.data_files", str(path)
 
 
-def _refuse_results_among_rows(config: Config) -> None:
+def _refuse_results_among_rows(results_dir: str, task: TaskConfig) -> None:
     """Refuse results in a folder of images: their pictures would become rows, and each run would change the ids."""
-    place = Path(config.results_dir).resolve()
-    for key, path in _files_of(config.task):
+    place = Path(results_dir).resolve()
+    for key, path in _files_of(task):
         folder = Path(path).resolve()
         if folder.is_dir() and place.is_relative_to(folder):
             hidden = any(part.startswith(".") for part in place.relative_to(folder).parts)
-            require(hidden, "results_dir", config.results_dir, f"a folder outside of {key}={path}")
+            require(hidden, "results_dir", results_dir, f"a folder outside of {key}={path}")
 
 
 # --- The members of a mixture.

@@ -39,7 +39,7 @@ def keys(name: str) -> set[str]:
     for parts in _entries(name):
         words = [word for part in parts for text in part for word in shlex.split(text)]
         named |= {word.partition("=")[0] for word in words if "=" in word}
-        named |= keys(words[0]) if words[0] in _files() else set()
+        named |= keys(words[0]) if words and words[0] in _files() else set()
     return named
 
 
@@ -67,7 +67,7 @@ def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[l
     for parts in _entries(name):
         for chosen in product(*parts):
             words = shlex.split(" ".join(chosen))
-            if words[0] in studies:
+            if words and words[0] in studies:
                 both = _both(only, dict(_values(word) for word in words[1:]))
                 yield from _commands(words[0], data, both) if all(both.values()) else ()
                 continue
@@ -103,7 +103,7 @@ def _left(word: str, key: str, values: Set[str]) -> str:
 
 def _whole(words: list[str], name: str, data: Path) -> list[str]:
     words = words[words.index("python") :] if "python" in words else words
-    if words[0] not in (*OF_RUNS, "report", "python"):
+    if not words or words[0] not in (*OF_RUNS, "report", "python"):
         words = ["train", "-m", *words]
     if words[0] in OF_RUNS and not any(word.startswith("experiment=") for word in words):
         words = [*words, f"experiment={name}"]

@@ -77,7 +77,7 @@ def upgraded_settings(settings: Mapping) -> dict:
         current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
     if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in (settings.get("mask") or {}):
         # Before 0.5.0: dense LoRA with A frozen, trained on the gradient that LoRA-FA projects.
-        current["method"] |= {"name": "lorafa_projected", "peft_type": "LORA"}
+        current["method"] = {**current["method"], "name": "lorafa_projected", "peft_type": "LORA"}
     return current
 
 

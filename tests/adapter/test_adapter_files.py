@@ -368,6 +368,13 @@ def test_an_adapter_on_the_hub_is_loaded_masked_or_plain(hub, adapter, subfolder
     torch.testing.assert_close(logits(plain, images()), logits(hub.model, images()), atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_of_the_hub_trains_masked_beside_another(hub):
+    model = adapt(sparsity=0.6)
+    options = {"revision": "v1", "token": "secret"}
+    model.load_adapter("me/ours", "again", is_trainable=True, **options)
+    assert module_masks(model, "again") == module_masks(hub.model, "default")
+
+
 def test_a_warm_start_from_the_hub(hub):
     model = get_peft_model(vit(), PartialLoraConfig(r=2, target_modules=["attn.qkv"], sparsity=0.5))
     warm_start(model, "me/ours", subfolder="other", revision="v1", token="secret")

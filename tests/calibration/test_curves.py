@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusal
 from scored_models import Counted
 
 from partial_lora import PartialLoraError, calibrate
+from partial_lora.calibration import curves
 from partial_lora.calibration.score import FewShotScore
 
 GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
@@ -21,6 +24,26 @@ VARIANTS = [
 
 def never(model):
     raise AssertionError("evaluated again")
+
+
+def test_settings_that_only_a_run_reads_are_refused(model, score):
+    for name, value in {"shots": 1, "shrink": 0.5, "kept": 1e6, "reliability": True}.items():
+        with refusal(name):
+            calibrate(model, score, **GRID, **{name: value})
+
+
+def test_a_store_that_cannot_be_removed_is_not_used(model, score, tmp_path, monkeypatch):
+    store = tmp_path / "curves.json"
+    calibrate(model, score, **GRID, store=store)
+    text = store.read_text()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "read-only", str(store))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(curves, "write_json", refused)
+    found = calibrate(model, lambda model: 0.5 * score(model), **GRID, threshold=0.7, store=store)
+    assert (found.cached, store.read_text() == text) == (False, True)
 
 
 def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_path):

@@ -244,6 +244,21 @@ def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
     compare.refuse_twins([one])
 
 
+def test_a_recorded_rate_of_many_digits_is_the_rate_of_its_seeds() -> None:
+    rate = 0.0012345678
+    entry = compare.Entry("lora", "own size", ("model=tiny_vit", "task=digits", "method=lora"), best=rate)
+    (config,) = entry.configs([search.Trial(rate, 1)]).values()
+    assert config.trainer.learning_rate == rate
+
+
+def test_a_results_directory_is_taken_however_it_is_set_and_a_limit_has_no_budgets_beside_it() -> None:
+    for given in ("results_dir=there", "+results_dir=there", "++results_dir=there"):
+        _, others = comparison.read(["methods=[lora]", given])
+        assert [each for each in others if "results_dir" in each] == [given]
+    with refusal("budgets=[0.02]"):
+        comparison.read(["methods=[lora]", "budgets=[0.02]", "limit.served=40MB"])
+
+
 def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
     entry = compare.Entry("lora", "own size", (), best=1e-3)
     entry.done = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}

@@ -121,6 +121,13 @@ def test_clearing_leaves_the_lock_alone(run: Path) -> None:
         assert [entry.name for entry in run.iterdir()] == [results.LOCK]
 
 
+def test_a_broken_record_is_set_aside_when_a_run_is_done_again_too(run: Path) -> None:
+    (run / results.RESULT).write_text("{")
+    (note,) = results.prepare(run, overwrite=True)
+    (kept,) = (entry for entry in run.iterdir() if entry.name != results.LOCK)
+    assert (kept.read_text(), kept.name in note) == ("{", True)
+
+
 def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -116,6 +116,15 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
             comparison.of_study([f"experiment={other}", f"data_dir={data / 'nowhere'}"])
 
 
+def test_an_entry_without_words_is_what_the_file_sweeps_by_itself(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text("study: ['', [[seed=1, '']]]")
+    monkeypatch.setattr(studies, "conf_dir", lambda: tmp_path)
+    found = list(studies.commands("own", tmp_path / "nowhere"))
+    assert found == [["train", "-m", "seed=1", "experiment=own"], ["train", "-m", "experiment=own"]]
+    assert studies.keys("own") == {"seed"}
+
+
 def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
     chosen = [comparison.read(each)[0] for each in comparison.of_study(["experiment=race", f"data_dir={data}"])]
     assert comparison.of_one(chosen) is chosen[0]

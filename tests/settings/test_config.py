@@ -492,6 +492,10 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
     swept = compose.plan([settings_file(tmp_path, f"hydra.mode: MULTIRUN\nhydra.sweeper.params: {params}\n")])
     found = [(each.model.target_modules, each.method.name, each.seed) for _, each in swept.runs]
     assert found == [(names, method, 7) for names in (["qkv"], ["qkv", "proj"]) for method in ("lora", "full")]
+    params = "{results_dir: ['a,b', c], seed: ['range(0,2)']}"  # a text in a list is one value, or a function of some
+    swept = compose.plan([settings_file(tmp_path, f"hydra.mode: MULTIRUN\nhydra.sweeper.params: {params}\n")])
+    found = [(each.results_dir, each.seed) for _, each in swept.runs]
+    assert found == [(place, seed) for place in ("a,b", "c") for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -513,6 +517,20 @@ def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_pat
     assert composed(own, "method=uniform").method == dataclasses.replace(
         composed("method=uniform").method, **kept_of(first)
     )
+
+
+def test_another_mask_stands_in_for_a_runs_own_but_for_its_seed(tmp_path: Path) -> None:
+    for own in ("rows_columns", "frozen"):
+        file = settings_file(tmp_path, yaml.safe_dump(versions.plain(composed(f"mask={own}", "mask.seed=4"))))
+        for name in ("element", "rows_columns"):
+            assert composed(file, f"mask={name}").mask == composed(f"mask={name}", "mask.seed=4").mask
+
+
+def test_the_argument_that_has_several_values_is_the_one_that_is_named() -> None:
+    with refusal("seed=0,1: "):
+        composed("model=tiny_bert", "task=mixture", "task.members=[sst2,mrpc]", "seed=0,1")
+    with refusal("model="):
+        composed("model=")
 
 
 def test_an_argument_that_the_models_file_does_not_name_can_be_given(tmp_path: Path) -> None:
@@ -597,6 +615,9 @@ def test_results_among_the_rows_of_a_task_are_refused(tmp_path: Path, monkeypatc
     for rows_at, place in (("photos", "photos/results"), (".", "results"), ("{train: photos}", "photos")):
         with refusal("results_dir="):
             composed(*rows, f"task.data_files={rows_at}", f"results_dir={place}")
+    mixture = ["model=tiny_vit", "task=mixture", "task.members=[digits,image_folder]"]
+    with refusal("results_dir="):
+        composed(*mixture, "task.data_files={image_folder: photos}", "results_dir=photos/results")
     for place in ("results", "photos/.results"):
         assert composed(*rows, "task.data_files=photos", f"results_dir={place}").results_dir == place
 
