@@ -35,15 +35,15 @@ def differences(
 ) -> pd.DataFrame:
     """For each pair of methods, its first less its second, wherever both have runs.
 
-    They are paired at one model, importance measure and operating point; a method that is not calibrated stands at all
-    of them. not_in_means: tasks that are in no mean over sets.
+    They are paired at one model, measure of importance and operating point; a method that is not calibrated stands at
+    all points. not_in_means: tasks that are in no mean over sets.
     """
     rows = []
     for first, second in pairs:
         for where, own in runs[runs["method"] == first].groupby(WHERE, sort=False):
             model, mixture, measure, point = where
             other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
-            other = other[other["importance"].isin([measure, NONE]) & other["operating_point"].isin([point, NONE])]
+            other = other[(other["importance"] == measure) & other["operating_point"].isin([point, NONE])]
             rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second, not_in_means)
     return pd.DataFrame(rows, columns=list(DIFFERENCES))
 
@@ -399,15 +399,16 @@ def in_one_table(numbers: pd.DataFrame) -> str:
 def by_loss(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return how far every form's test loss is from the reference's, over the seeds that both have, by Student's t.
 
-    chosen: runs at the best rate of their form.
+    chosen: runs at the best rate of their form; those with fewer than three seeds are left out.
     """
+    chosen = chosen[chosen.groupby(["task", "size", "form"])["seed"].transform("nunique") > 2]
     losses = [run.record["metrics"]["test"]["loss"] for run in chosen["run"]]
     outcomes = [
         replace(outcome, score=loss, metric="loss", stored=None)
         for outcome, loss in zip(chosen["outcome"], losses, strict=True)
     ]
     found = ranking.compared(chosen.assign(test=losses, metric="loss", outcome=outcomes), reference)
-    found = found[found["paired"] > 2].assign(seeds=found["paired"], half=found["difference_half"])
+    found = found.assign(seeds=found["paired"], half=found["difference_half"])
     found = found.sort_values(["task", "size", "difference"])
     return found[["task", "size", "form", "metric", "seeds", "difference", "half", "p", "holds"]]
 

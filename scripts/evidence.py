@@ -260,7 +260,8 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     folder = results / "decided" / "tables"
     numbers = pd.read_csv(folder / "decided.csv")
     full = at_ceiling(numbers)
-    numbers = numbers[(numbers["first"] == "partial") & (numbers["operating_point"] == "budget 0.13")]
+    by_svd = numbers["importance"].isna() & (numbers["operating_point"] == "budget 0.13")
+    numbers = numbers[(numbers["first"] == "partial") & by_svd]
     verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])["verdict"]
     figure = Figure(figsize=(WIDTH, 7.2))
     axes, y = figure.add_axes((0.29, 0.075, 0.53, 0.92)), 0.0
@@ -269,7 +270,7 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     left = {"x": -0.53, "va": "center", "transform": axes.get_yaxis_transform()}
     for second, (title, claim) in CLAIMS.items():
         own = numbers[numbers["second"] == second].set_index("task")
-        sets = own.drop(["all sets", *full])
+        sets = own.drop(["all sets", *full], errors="ignore")
         weights = weights_of_sets([Estimate(row.difference, row.error, row.freedom) for row in sets.itertuples()])
         shares = dict(zip(sets.index, weights / weights.sum(), strict=True))
         y -= 1.5

@@ -9,6 +9,7 @@ Writes RESULTS/figures/NAME.svg and .csv, the numbers. Figure 6 is of the study 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import textwrap
@@ -35,8 +36,9 @@ from partial_lora.report import ranking, records
 from partial_lora.report.depth import grid
 from partial_lora.report.drawing import COLOURS, MARKERS, heat, legend_below, look, panels, plain, save, scored, sized
 from partial_lora.report.figures import band
+from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import half_interval
+from partial_lora.report.statistics import estimate, half_interval
 
 PLACE = ["task", "model", "metric"]
 LORA, LOW_RANK = "lora", "low_rank"
@@ -126,16 +128,16 @@ def with_all(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def in_common(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the seeds that all forms of a place have, under all of its conditions."""
-    form, place = runs["method"] + "|" + runs["condition"], [runs[name] for name in PLACE]
-    having = form.groupby([*place, runs["seed"]]).transform("nunique")
-    return runs[having == form.groupby(place).transform("nunique")]
+    """Return the runs of the seeds that all forms of a place have under one condition."""
+    place = [*PLACE, "condition"]
+    having = runs.groupby([*place, "seed"])["method"].transform("nunique")
+    return runs[having == runs.groupby(place)["method"].transform("nunique")]
 
 
 def to_measure(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs whose dynamics a figure shows: the lowest seeds that all forms of a place have."""
+    """Return the runs whose dynamics a figure shows: the lowest seeds that all forms of a place have, by condition."""
     runs = in_common(runs)
-    return runs[runs.groupby(PLACE)["seed"].rank(method="dense") <= _MOST_SEEDS]
+    return runs[runs.groupby([*PLACE, "condition"])["seed"].rank(method="dense") <= _MOST_SEEDS]
 
 
 def measured(runs: pd.DataFrame) -> pd.DataFrame:
@@ -531,22 +533,22 @@ def of_fig7(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def fig7(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
-    """Return three parts, each with half the 95 % interval of a mean over seeds (Student's t).
+    """Return three parts, each with half a 95 % interval.
 
-    "difference": uniform less another form in the test score, run by run of the seeds that both have, by condition.
-    "change": that difference less the one under the usual condition, seed by seed. "gap": a form's metric on training
-    rows, labelled as in training, less that on test rows, of runs that were measured.
+    "difference": uniform less another form in the test score, over the seeds that both have, and test rows; by
+    condition. "change": that difference less the one under the usual condition. "gap": a form's metric on training
+    rows, labelled as in training, less that on test rows, of runs that were measured; over seeds (Student's t).
     """
     rows, own = [], of_fig7(runs)
     for place, part in places(own):
-        tests = part.pivot(index="seed", columns=["method", "condition"], values="test")
+        sides = {key: by_seed(side) for key, side in part.groupby(["method", "condition"])}
         conditions = _ordered(part["condition"])
-        tests = tests.reindex(columns=pd.MultiIndex.from_product([_CONDITIONED, conditions]))
         for other, condition in ((other, condition) for other in _AGAINST for condition in conditions):
-            each = tests[UNIFORM] - tests[other]
-            rows.append([*place, "difference", condition, UNIFORM, other, *_over_seeds(each[condition])])
-            if condition != USUAL and USUAL in conditions:
-                rows.append([*place, "change", condition, UNIFORM, other, *_over_seeds(each[condition] - each[USUAL])])
+            both = ((sides.get((form, at), {}) for form in (UNIFORM, other)) for at in (condition, USUAL))
+            pairs = [Pair(*each, place[-1]) for each in both]
+            rows.append([*place, "difference", condition, UNIFORM, other, *_changed(pairs[:1])])
+            if condition != USUAL:
+                rows.append([*place, "change", condition, UNIFORM, other, *_changed(pairs)])
     for (*place, condition, method), cell in measured(own).groupby([*PLACE, "condition", "method"]):
         gaps = pd.Series([found["gap", 0, ""] for found in cell["dynamics"]], cell["seed"])
         rows.append([*place, "gap", condition, method, "", *_over_seeds(gaps)])
@@ -558,6 +560,18 @@ def fig7(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
 def _ordered(conditions: pd.Series) -> list[str]:
     """Return the usual condition first and those of several kinds last."""
     return sorted(conditions.unique(), key=lambda words: (words.count(","), words))
+
+
+def _changed(pairs: Sequence[Pair]) -> tuple[int, str, float, float]:
+    """Return number, seeds, mean and half the 95 % interval of a difference, or of the first less the second one."""
+    seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
+    if not seeds:
+        return 0, "", math.nan, math.nan
+    parts = [differences_by_example([pair], seeds) for pair in pairs]
+    if any(part is None for part in parts):  # predictions were not kept
+        parts = [np.array([[pair.first[seed].score - pair.second[seed].score] for seed in seeds]) for pair in pairs]
+    found = estimate(parts[0] - parts[1] if len(parts) > 1 else parts[0])
+    return len(seeds), _listed(seeds), found.difference, (found.interval()[1] - found.interval()[0]) / 2
 
 
 def _over_seeds(values: pd.Series) -> tuple[int, str, float, float]:
@@ -581,7 +595,7 @@ def draw_fig7(table: pd.DataFrame) -> Figure:
     drawn_forms = {*table["form"], *table["less"]}
     named_below(figure, [form for form in _CONDITIONED if form in drawn_forms])
     text = f"Open: {BUDGET}; left: uniform less the form that is drawn, and how that changes from the usual condition"
-    above(figure, f"{text}; bars: 95 % intervals over seeds, differences and changes paired by seed")
+    above(figure, f"{text}; bars: 95 % intervals, of the gap over seeds, else over seeds and test rows")
     return figure
 
 
@@ -604,7 +618,7 @@ FIGURES = {
     "fig4": Spec(fig4, draw_fig4, "runs of partial or uniform at several ranks, with as many parameters"),
     "fig5": Spec(fig5, draw_fig5, "an analysis of agreement (scripts/analyses.py), or runs by two measures"),
     "fig6": Spec(fig6, draw_fig6, "runs of partial below 13 % in the folder forms beside it (make forms)"),
-    "fig7": Spec(fig7, draw_fig7, "runs of uniform with wrong labels or fewer rows"),
+    "fig7": Spec(fig7, draw_fig7, "runs of uniform with wrong labels, fewer rows or more"),
 }
 MEASURED = {"fig3": of_fig3, "fig7": of_fig7}
 

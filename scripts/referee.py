@@ -22,19 +22,18 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
 import intervals
 import numpy as np
 import pandas as pd
+import protocol
 
 from partial_lora import cli
 from partial_lora.files import write_atomic
 from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
-from partial_lora.report import predictions, ranking, records, sequential
-from partial_lora.report.pairs import by_seed
+from partial_lora.report import ranking, records, sequential
 from partial_lora.settings import rates
 
 RESULTS = Path("results")
@@ -94,10 +93,10 @@ def _test(record: dict) -> float:
 
 
 def cells(results: Path) -> list[Cell]:
-    """Return the recorded searches of three rates or more."""
+    """Return the recorded searches of three rates or more, but for cells of several settings."""
     found = []
     for study in SEARCHED:
-        table = ranking.rows_of(records.read(results / study)[0])
+        table = ranking.rows_of(_recorded(results / study))
         for (task, _, size, form), cell in table.groupby(["task", "model", "size", "form"], sort=False):
             runs = {(row.learning_rate, row.seed): row.run.record for row in cell.itertuples()}
             tried = {rate: {} for rate, _ in runs}
@@ -112,6 +111,14 @@ def cells(results: Path) -> list[Cell]:
             suits = rates.auto(record["config"], width=width, density=density)
             found.append(Cell(task, form, size, runs, rates.ranked(tried)[0], suits))
     return found
+
+
+def _recorded(study: Path) -> list[records.Run]:
+    """Return the runs of a study; of the one protocol those of one task, under the usual condition and by svd."""
+    if study.name != "decided":
+        return records.read(study)[0]
+    runs = protocol.usual(protocol.forms(study)[0])
+    return list(runs.loc[runs["importance"] == "", "run"])
 
 
 def predicted(cell: Cell, all_cells: Sequence[Cell]) -> float:
@@ -178,16 +185,11 @@ TRUTHS = {  # points
 
 def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
     """Return by set the standard deviations of a difference, and its rows: of seeds, of rows and of both together."""
-    folder = results / "decided"
-    table = ranking.rows_of(records.read(folder)[0], predictions.Predictions(folder))
-    alike = table.groupby(ranking.CELL).filter(lambda cell: not cell.duplicated(["learning_rate", "seed"]).any())
     found = {}
-    for task, of_task in ranking.at_best_rates(alike).groupby("task"):
-        sides = [by_seed(own) for _, own in of_task.groupby(["size", "form"])]
-        if every := intervals.by_example(combinations(sides, 2), of_task["metric"].iloc[0], 5):
-            rows = every[0].shape[1]
-            parts = [np.divide(intervals.components(d), (1, rows, rows)) for d in every]
-            found[task] = *np.sqrt(np.median(parts, axis=0)), rows
+    for task, every in intervals.differences(results / "decided").items():
+        rows = every[0].shape[1]
+        parts = [np.divide(intervals.components(d), (1, rows, rows)) for d in every]
+        found[task] = *np.sqrt(np.median(parts, axis=0)), rows
     return found
 
 

@@ -22,6 +22,7 @@ import torch
 from analyses import Subject
 from first_steps import gradients_of
 from peft.tuners.lora import LoraLayer
+from protocol import IMPORTANCE
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -81,9 +82,10 @@ def calibrated(task: str, runs: Sequence[records.Run]) -> dict[str, dict[int, di
     """Return a record by seed, of calibrated runs at 13 % as they are by default, by `SHARES`."""
     found: dict[str, dict[int, dict]] = {kind: {} for kind in SHARES.values()}
     for run in runs:
-        chosen = run.record["config"]["calibration"]
+        chosen, measure = run.record["config"]["calibration"], run.record["config"].get("importance", {}).get("name")
         at = run.row["task"], run.row["method"], run.row["operating_point"], chosen.get("file")
-        if at == (task, "partial", "budget 0.13", None) and (chosen["shrink"], chosen["max_sparsity"]) == (0, 0.95):
+        usual = (chosen["shrink"], chosen["max_sparsity"], measure) == (0, 0.95, IMPORTANCE)
+        if at == (task, "partial", "budget 0.13", None) and usual:
             found[SHARES[chosen["search"]]][run.record["seed"]] = run.record
     return found
 

@@ -241,7 +241,9 @@ def test_of_runs_made_twice_the_one_with_weights_counts(tmp_path: Path, capsys) 
     assert {place.parent.name for place in chosen if "lora" in place.parent.name} == {"lora-b"}
 
 
-def test_fig7_has_what_runs_there_are_and_names_the_seeds_that_every_condition_has(tmp_path: Path, capsys) -> None:
+def test_fig7_has_what_runs_there_are_and_names_the_seeds_that_every_form_has_by_condition(
+    tmp_path: Path, capsys
+) -> None:
     conditions(tmp_path)
     for method in ("uniform", "lora"):
         for seed in range(1, 3):
@@ -249,7 +251,7 @@ def test_fig7_has_what_runs_there_are_and_names_the_seeds_that_every_condition_h
     assert only(numbers("fig7", tmp_path), part="difference", condition="40% wrong labels, 150 rows")["less"] == "lora"
     assert figures.main(["fig7", "--results", str(tmp_path), "--runs"]) == 0
     chosen = [Path(line).name for line in capsys.readouterr().out.splitlines()]
-    assert sorted(chosen) == sorted(f"seed{seed}" for seed in (1, 2) for _ in range(8))
+    assert {name: chosen.count(name) for name in chosen} == {"seed0": 6, "seed1": 8, "seed2": 8}
 
 
 @pytest.mark.parametrize("name", FIGURES)

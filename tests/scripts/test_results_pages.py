@@ -54,6 +54,7 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
     drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
     names = ("memory", "memory-more", "size", "claims")
     assert drawn.keys() == {f"{name}{theme}.svg" for name in names for theme in ("", "-dark")}
+    assert drawn["claims.svg"].count("trec, weighs") == len(evidence.CLAIMS)
     for _, name, _ in evidence.NAMED.values():
         assert name in drawn["memory.svg"]
     words = {word for word, *_ in evidence.VERDICTS.values()}

@@ -74,6 +74,9 @@ def test_mean_shares_are_those_of_all_draws_and_keep_as_many_parameters(tmp_path
         sparsity = {name: dict(zip(("rows", "columns"), axes, strict=True)) for name, axes in draw.items()}
         of_draw = {"baseline": 0.5 + seed, "joint": 0.25, "threshold": 0.75, "budget": 0.13, "search": "bisect"}
         leave(tmp_path, "partial", 0.9, budget=0.13, seed=seed, sparsity=sparsity, calibration=of_draw, **told)
+        other = {name: {"rows": 0.5, "columns": 0.5} for name in draw}  # by another measure of importance
+        told_of_other = told | {"importance__name": "snip", "id": "z"}
+        leave(tmp_path, "partial", 0.9, budget=0.13, seed=seed, sparsity=other, calibration=of_draw, **told_of_other)
     monkeypatch.setattr(shares, "RUNS", tmp_path)
     assert shares.main(["mean"]) == 0
     found = Calibration.load(tmp_path / "mean" / "digits.json")
