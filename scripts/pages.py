@@ -66,19 +66,19 @@ def _one(table: str, **where: str) -> pd.Series:
 
 def score(task: str, method: str) -> str:
     """Return the test accuracy of a method that has one operating point, of the decided claims."""
-    return f"{100 * _one('tables/decided', part='score', mixture='', task=task, method=method)['mean']:.1f}"
+    return f"{100 * _one('tables/decided', part='score', importance='', task=task, method=method)['mean']:.1f}"
 
 
-def _difference(task: str, first: str, second: str, point: str, importance: str = "", mixture: str = "") -> pd.Series:
-    own = {"importance": importance, "mixture": mixture, "part": "difference"}
-    return _one("tables/decided", task=task, operating_point=point, first=first, second=second, **own)
+def _difference(task: str, first: str, second: str, point: str, importance: str = "") -> pd.Series:
+    own = {"importance": importance, "part": "difference", "first": first, "second": second}
+    return _one("tables/decided", task=task, operating_point=point, **own)
 
 
 def less(
-    task: str, first: str, second: str, point: str = BUDGET, importance: str = "", mixture: str = "", digits: int = 2
+    task: str, first: str, second: str, point: str = BUDGET, importance: str = "", digits: int = 2
 ) -> str:
     """Return a method less another, with its 95 % interval."""
-    row = _difference(task, first, second, point, importance, mixture)
+    row = _difference(task, first, second, point, importance)
     return written(100 * row[["difference", "low", "high"]], digits)
 
 

@@ -316,7 +316,7 @@ def table5(evidence: Evidence) -> Table:
         "curves of 13 %.",
     ]
     shown = _readable_calibrations(numbers) | _readable_analyses(numbers)
-    verdicts = _of_verdicts(_score_is_kept(_rows(numbers, JOINT)))
+    verdicts = _of_verdicts(_score_is_kept(_rows(numbers[numbers["importance"] == IMPORTANCE], JOINT)))
     return Table("table5", verdicts, numbers, shown, notes, lacking, origin_of(runs))
 
 
@@ -380,7 +380,7 @@ def repairs(records: Iterable[Mapping]) -> pd.DataFrame:
 def _score_is_kept(rows: Sequence[Mapping]) -> list[Verdict]:
     """Judge whether the model still scores 90 % with all sparsities at once, where it does with each of them alone.
 
-    The claim is of every task: one whose interval is below 90 % refutes it, whatever the others say.
+    The claim is of every task, by svd: one whose interval is below 90 % refutes it, whatever the others say.
     """
     claim = "with all sparsities at once the frozen model keeps 90 % of its score, as it does with each alone"
     rows = [row for row in rows if row["threshold"] >= 0.9]
