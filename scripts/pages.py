@@ -74,9 +74,7 @@ def _difference(task: str, first: str, second: str, point: str, importance: str 
     return _one("tables/decided", task=task, operating_point=point, **own)
 
 
-def less(
-    task: str, first: str, second: str, point: str = BUDGET, importance: str = "", digits: int = 2
-) -> str:
+def less(task: str, first: str, second: str, point: str = BUDGET, importance: str = "", digits: int = 2) -> str:
     """Return a method less another, with its 95 % interval."""
     row = _difference(task, first, second, point, importance)
     return written(100 * row[["difference", "low", "high"]], digits)

@@ -32,6 +32,26 @@ WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
 # How a run ended
 
 
+def test_a_machine_that_is_stopped_before_the_first_begins_tells_nothing_of_an_earlier_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, now = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}"), {}
+    place = launch.directory_of(config, "train")
+    place.mkdir(parents=True)
+    earlier = {"status": "failed", "error": "of the attempt before", "seed": 0, "config": {}}
+    files.write_json(place / directory.RESULT, earlier)
+
+    def stopped(*_, **__):
+        files.write_json(place / directory.RESULT, earlier | now)
+        return 130, None
+
+    monkeypatch.setattr(launch, "_run_process", stopped)
+    second = Cluster(processes=2, machines=2, rank=1, address="localhost", port=1)
+    assert launch._follow(config, "train", place, second, tuple).status == "interrupted"
+    now["error"] = "of this attempt"
+    assert launch._follow(config, "train", place, second, tuple).error == "of this attempt"
+
+
 @pytest.mark.parametrize(
     ("record", "status"),
     [

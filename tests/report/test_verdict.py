@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
-from recorded_runs import record
+from recorded_runs import leave, record
 from torch import nn
 
 from partial_lora import PartialLoraConfig
+from partial_lora.files import read_json
 from partial_lora.launching.compare import Entry
 from partial_lora.report import sequential, verdict
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
@@ -107,6 +108,18 @@ def test_perplexities_are_compared_by_the_loss_of_every_response(tmp_path) -> No
     for (method, seed), loss in written.items():
         assert outputs[f"{method}, 0.13"][seed].shape == (2,)
         assert outputs[f"{method}, 0.13"][seed].mean() == pytest.approx(-loss)
+
+
+def test_predictions_that_are_broken_are_named_and_scores_are_compared(tmp_path, caplog) -> None:
+    entries = group("lori", "oft")
+    for entry in entries:
+        for seed in range(2):
+            place = leave(tmp_path, entry.method, wrong=20, seed=seed, trainer__learning_rate=1e-3)
+            entry.done[place] = read_json(place / "result.json")
+    assert verdict.outputs_of(entries, tmp_path)[0]["oft, 0.13"][0].shape == (200,)
+    (place / "predictions.parquet").write_bytes(b"PAR1")
+    assert verdict.outputs_of(entries, tmp_path)[0]["oft, 0.13"][0].shape == (1,)
+    assert "predictions.parquet" in caplog.text
 
 
 def test_a_winner_of_peft_trains_anew_and_a_masked_one_leaves_no_file_of_dense_lora(tmp_path) -> None:
