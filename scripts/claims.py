@@ -408,7 +408,7 @@ def by_loss(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
         for outcome, loss in zip(chosen["outcome"], losses, strict=True)
     ]
     found = ranking.compared(chosen.assign(test=losses, metric="loss", outcome=outcomes), reference)
-    found = found.assign(seeds=found["paired"], half=found["difference_half"])
+    found = found[found["paired"] > 0].assign(seeds=found["paired"], half=found["difference_half"])
     found = found.sort_values(["task", "size", "difference"])
     return found[["task", "size", "form", "metric", "seeds", "difference", "half", "p", "holds"]]
 
