@@ -418,6 +418,8 @@ def _make(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
         if (run[0].overwrite and place not in run[0].done) or worth(recorded(place), run[1].until) is None
     ]
     code = make(new) if new else 0  # a record is enough: what is compared needs no weights
+    for entry, trial in new:  # which goes on where it has paused, and does not begin again
+        entry.composed[trial[:2]] = replace(entry.composed[trial[:2]], overwrite=False)
     if code > 2:
         return code
     if held := [str(places[run]) for run in new if is_locked(places[run] / directory.LOCK)]:

@@ -127,6 +127,7 @@ def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> No
     again = compare.entries_of(["low_rank"], [0.3], (*own, "overwrite=true"))
     comparing(again, leaving(makes, best=2e-3), search="full", seeds=2)
     assert len(makes) == len(made)
+    assert not any(entry.composed[trial[:2]].overwrite for entry, trial in makes)  # a paused one goes on where it is
 
 
 @pytest.mark.usefixtures("composed_once")
