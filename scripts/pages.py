@@ -80,6 +80,12 @@ def less(task: str, first: str, second: str, point: str = BUDGET, importance: st
     return written(100 * row[["difference", "low", "high"]], digits)
 
 
+def mixed(first: str, second: str, task: str = "average") -> str:
+    """Return a method less another with one adapter for two tasks, or less its adapters for each, "METHOD, alone"."""
+    row = _one("tables/table6", part="difference", task=task, first=first, second=second)
+    return written(100 * row[["difference", "low", "high"]])
+
+
 def claim(second: str, point: str = BUDGET) -> list[dict[str, str]]:
     """Return what is found of a claim about rows and columns and another method, by set, and then their mean."""
     verdicts = _table("tables/verdicts")
@@ -248,7 +254,7 @@ def pages() -> dict[Path, str]:
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
-    environment.globals |= {"kept": kept, "noisy": noisy}
+    environment.globals |= {"kept": kept, "noisy": noisy, "mixed": mixed}
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}

@@ -471,7 +471,7 @@ def table6(evidence: Evidence) -> Table:
     methods = ("lora", PARTIAL)
     pool = evidence.best[evidence.best["method"].isin(methods) & (evidence.best["condition"] == USUAL)]
     pool = pool[pool["importance"] == ""]
-    pool = pool[pool["operating_point"].isin([*POINTS, NONE])]
+    pool = pool[pool["operating_point"].isin([BUDGET, NONE])]
     mixed = pool[pool["mixture"] != ""]
     runs = pd.concat([mixed, alone(pool, mixed)], ignore_index=True)
     pairs = [(PARTIAL, "lora"), *((method, f"{method}, alone") for method in methods)]
