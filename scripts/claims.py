@@ -402,15 +402,18 @@ def by_loss(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     chosen: runs at the best rate of their form; those with fewer than three seeds are left out.
     """
     chosen = chosen[chosen.groupby(["task", "size", "form"])["seed"].transform("nunique") > 2]
+    names = ["task", "size", "form", "metric", "seeds", "difference", "half", "p", "holds"]
+    if chosen.empty:
+        return pd.DataFrame(columns=names)
     losses = [run.record["metrics"]["test"]["loss"] for run in chosen["run"]]
     outcomes = [
         replace(outcome, score=loss, metric="loss", stored=None)
         for outcome, loss in zip(chosen["outcome"], losses, strict=True)
     ]
     found = ranking.compared(chosen.assign(test=losses, metric="loss", outcome=outcomes), reference)
-    found = found[found["paired"] > 0].assign(seeds=found["paired"], half=found["difference_half"])
+    found = found[found["paired"] > 2].assign(seeds=found["paired"], half=found["difference_half"])
     found = found.sort_values(["task", "size", "difference"])
-    return found[["task", "size", "form", "metric", "seeds", "difference", "half", "p", "holds"]]
+    return found[names]
 
 
 def _named(row) -> str:

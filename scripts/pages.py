@@ -36,7 +36,7 @@ SETS = ("digits", "trec", "sst2", "gtsrb")  # of the decided claims
 
 
 def written(numbers: Iterable[float], digits: int = 2) -> str:
-    """Return a difference and its interval, in words of a page."""
+    """Return a difference and its interval as a page has them."""
     mean, low, high = (_signed(f"{each:+.{digits}f}") for each in numbers)
     return f"{mean} [{low}, {high}]"
 

@@ -141,7 +141,7 @@ def to_measure(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measured(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs that were measured, of the seeds that all measured forms of a place have.
+    """Return the runs that were measured, of the seeds that all measured forms of a place have, by condition.
 
     Adds the column dynamics (`quantities`).
     """
@@ -568,10 +568,11 @@ def _changed(pairs: Sequence[Pair]) -> tuple[int, str, float, float]:
     if not seeds:
         return 0, "", math.nan, math.nan
     parts = [differences_by_example([pair], seeds) for pair in pairs]
-    if any(part is None for part in parts):  # predictions were not kept
+    if None in (shapes := {None if part is None else part.shape for part in parts}) or len(shapes) > 1:  # no such rows
         parts = [np.array([[pair.first[seed].score - pair.second[seed].score] for seed in seeds]) for pair in pairs]
     found = estimate(parts[0] - parts[1] if len(parts) > 1 else parts[0])
-    return len(seeds), _listed(seeds), found.difference, (found.interval()[1] - found.interval()[0]) / 2
+    half = (found.interval()[1] - found.interval()[0]) / 2 if len(seeds) > 1 else math.nan  # one seed decides nothing
+    return len(seeds), _listed(seeds), found.difference, half
 
 
 def _over_seeds(values: pd.Series) -> tuple[int, str, float, float]:

@@ -49,9 +49,8 @@ def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     several = rows.groupby("task")["model"].transform("nunique") > 1  # a task of several models is one for each
     rows = rows.assign(task=rows["task"].where(~several, rows["task"] + " (" + rows["model"] + ")"))
     on_modules = ranking.on_modules(rows)
-    unlike = [
-        _unlike_most(rows, *key) for key in (("task", "train_samples", "rows"), ("trainer", "max_steps", "steps"))
-    ]
+    keys = (("task", "train_samples", "rows", "all rows"), ("trainer", "max_steps", "steps", "by epochs"))
+    unlike = [_unlike_most(rows, *key) for key in keys]
     conditions = [", ".join(filter(None, words)) for words in zip(rows["condition"], *unlike, strict=True)]
     rows = rows.assign(
         method=rows["method"] + on_modules,
@@ -136,12 +135,13 @@ def form_of(record: Mapping) -> str:
     return ", ".join([name, *words])
 
 
-def _unlike_most(runs: pd.DataFrame, section: str, key: str, unit: str) -> list[str]:
-    """Return in words the number that a setting has in runs of which most of their task have another one."""
+def _unlike_most(runs: pd.DataFrame, section: str, key: str, unit: str, without: str) -> list[str]:
+    """Return in words the number that a setting has in runs of which most of their task have another one, or none."""
     numbers = pd.Series([run.record["config"][section].get(key) for run in runs["run"]], runs.index)
     usual = numbers.groupby(runs["task"]).transform(lambda of_task: of_task.mode(dropna=False).get(0))
-    others = numbers.notna() & (numbers != usual)
-    return [f"{number:.0f} {unit}" if other else "" for number, other in zip(numbers, others, strict=True)]
+    others = (numbers != usual) & ~(numbers.isna() & usual.isna())
+    words = numbers.map(lambda number: without if pd.isna(number) else f"{number:.0f} {unit}")
+    return list(words.where(others, ""))
 
 
 def draw_of(record: Mapping) -> int:

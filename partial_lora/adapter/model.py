@@ -290,7 +290,7 @@ def _beside_others(add_adapter: Callable) -> Callable:
 
 
 def _with_its_masks(load_adapter: Callable) -> Callable:
-    """Return PEFT's load_adapter, made to load a folder or repository of ours with its masks: to train, and beside
+    """Return PEFT's load_adapter, made to load a folder or repository of ours with its masks: to train, or beside
     masked adapters.
 
     Else it is plain LoRA, as for PEFT alone. Values of other masks than the adapter's are refused. Those of a smaller
@@ -304,11 +304,12 @@ def _with_its_masks(load_adapter: Callable) -> Callable:
         model: PeftModel, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *args, **kwargs
     ) -> Any:
         config, (of_hub, _) = model.peft_config.get(adapter_name), model._split_kwargs(kwargs)
-        has_masks = False
-        with suppress(PartialLoraError):  # a repository without masks
-            path = saved_file(model_id, sidecar.FILE_NAME, **of_hub)
-            has_masks = path.is_file()
-        if has_masks and config is None and (is_trainable or model.peft_type == PEFT_TYPE):
+        is_new, has_masks = config is None and (is_trainable or model.peft_type == PEFT_TYPE), False
+        if is_new or isinstance(config, PartialLoraConfig):
+            with suppress(PartialLoraError):  # a repository without masks, or out of reach, which PEFT then says
+                path = saved_file(model_id, sidecar.FILE_NAME, **of_hub)
+                has_masks = path.is_file()
+        if has_masks and is_new:
             config = PartialLoraConfig.from_pretrained(str(model_id), **of_hub)
             config.inference_mode = not is_trainable
             options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}

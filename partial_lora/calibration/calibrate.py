@@ -131,8 +131,8 @@ def calibrate(
         changes["chance"] = "majority" if above_chance else "ignore"
     is_config = config is None or isinstance(config, CalibrationConfig)
     require(is_config, "config", config, "a CalibrationConfig, or settings as keywords")
-    unread = ", ".join(sorted(_OF_RUNS & changes.keys()))
-    require(not unread, unread, "", "settings of this call: these are of a run of `partial-lora`")
+    for name in sorted(_OF_RUNS & changes.keys()):
+        require(False, name, changes[name], "nothing: only a run of `partial-lora` reads it")
     config = replace(config or CalibrationConfig(), **changes)
     for name in ("sparsity", "file"):
         require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")

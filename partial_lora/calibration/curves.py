@@ -246,7 +246,12 @@ class Store:
                 if file["content"]["key"] != self.key:
                     raise ValueError("made for another question")
                 self.take(file["content"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be read (%s): what is found is kept in memory alone", self.path, error.strerror
+                )
+                self.path = None
+            except (ValueError, KeyError, TypeError) as error:
                 self.discard(f"not the curves that were kept there ({type(error).__name__}: {error})")
 
     @classmethod

@@ -86,6 +86,8 @@ class Entry:
         """Return the arguments of a sweep over trials of one seed."""
         rates = ",".join(f"{trial.rate!r}" for trial in trials)
         until = [] if trials[0].until == 1 else [f"trainer.until={trials[0].until:g}"]
+        known = [self.composed.get(trial[:2]) for trial in trials]
+        until += ["overwrite=false"] if self.overwrite and all(one and not one.overwrite for one in known) else []
         return ["-m", *self.overrides, f"seed={trials[0].seed}", f"trainer.learning_rate={rates}", *until]
 
     def configs(self, trials: Sequence[Trial]) -> dict[Trial, Config]:

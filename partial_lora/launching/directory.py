@@ -244,7 +244,7 @@ LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerat
 
 
 def version(name: str) -> str:
-    """Return the version of a package; "not installed" of one that is not, as this one may be in a checkout."""
+    """Return the version of a package; or "not installed", as this package may be in a checkout."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -362,7 +362,7 @@ class Ledger:
 
     @contextmanager
     def claimed(self, run: Path) -> Iterator[bool]:
-        """Claim a run's directory among the jobs of this sweep; yield whether another of them had it before.
+        """Claim a run's directory among the jobs of this sweep; yield whether another of them has done it.
 
         Of several jobs for one run, one works and the others wait, unless they are to stop. The kernel ends a claim
         with the process that has it.
@@ -371,10 +371,8 @@ class Ledger:
             while not files.lock(file.fileno()) and not self.stops():
                 time.sleep(_WAIT)
             file.seek(0)
-            try:
-                yield bool(file.read())
-            finally:
-                file.write("had\n")
+            yield bool(file.read())
+            file.write("had\n")
 
     def is_under_way(self, entry: Mapping) -> bool:
         """Return whether a job in another process works in a run's directory, or a worker whose job has died."""

@@ -266,8 +266,8 @@ def _is_one(item: object) -> bool:
     """Return whether a value in a sweep's list is a text that Hydra reads as one value, or as a function of several."""
     if not isinstance(item, str):
         return False
-    sweep = parsed(f"key={item}")
-    return sweep is not None and not (sweep.is_sweep_override() and sweep.value().simple_form)
+    sweep = None if re.match(r"\w+\(", item) else parsed(f"key={item}")
+    return sweep is None or not sweep.is_sweep_override()
 
 
 def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:

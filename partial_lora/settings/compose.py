@@ -365,7 +365,7 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         return _no_such_file(group[1], options)
     if "ambiguous" in " ".join(lines).lower():
         for argument in arguments:
-            override = parsed(in_grammar(argument))
+            override = parsed(in_grammar(argument, bool({"-m", "--multirun"} & {*arguments})))
             if override is not None and override.is_sweep_override():
                 several = "--cfg shows one run" if {"-m", "--multirun"} & {*arguments} else "for a run of each add -m"
                 return f"{argument}: several values; {several}; one text is {as_text(argument)}"

@@ -44,9 +44,12 @@ def keys(name: str) -> set[str]:
 
 
 def chosen_from(study: Sequence[str | list]) -> str | None:
-    """Return the study that the first entry takes runs of; None where it has runs of its own."""
+    """Return the study with settings that the first entry takes runs of; None where it has runs of its own."""
     name = str(study[0]).partition(" ")[0] if study else ""
-    return name if name in _files() else None
+    if name not in _files():
+        return None
+    settings = yaml.safe_load(_files()[name].read_text(encoding="utf-8"))
+    return chosen_from(settings.get("study", ())) or name
 
 
 def _files() -> dict[str, Path]:

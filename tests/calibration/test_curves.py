@@ -37,13 +37,24 @@ def test_a_store_that_cannot_be_removed_is_not_used(model, score, tmp_path, monk
     calibrate(model, score, **GRID, store=store)
     text = store.read_text()
 
-    def refused(*_, **__):
-        raise PermissionError(13, "read-only", str(store))
-
-    monkeypatch.setattr(Path, "unlink", refused)
-    monkeypatch.setattr(curves, "write_json", refused)
+    monkeypatch.setattr(Path, "unlink", refused_to)
+    monkeypatch.setattr(curves, "write_json", refused_to)
     found = calibrate(model, lambda model: 0.5 * score(model), **GRID, threshold=0.7, store=store)
     assert (found.cached, store.read_text() == text) == (False, True)
+
+
+def test_a_file_that_cannot_be_read_is_left_alone(model, score, tmp_path, monkeypatch):
+    store = tmp_path / "curves.json"
+    calibrate(model, score, **GRID, store=store)
+    text = store.read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refused_to)
+        assert not calibrate(model, score, **GRID, store=store).cached
+    assert store.read_text() == text
+
+
+def refused_to(path, *_, **__):
+    raise PermissionError(13, "not yours", str(path))
 
 
 def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_path):

@@ -96,6 +96,14 @@ def test_claims_that_were_added_later_change_nothing_of_the_others(tmp_path) -> 
     assert set(among[added & ~of_means]) == {"among 4"}
 
 
+def test_two_seeds_have_a_table_and_no_test_loss(tmp_path) -> None:
+    for seed in range(2):
+        run(tmp_path, "partial", 21 + seed, seed=seed, **KEPT)
+        run(tmp_path, "low_rank", 20, seed=seed)
+    assert decided.main([str(tmp_path)]) == 0
+    assert pd.read_csv(tmp_path / "tables" / "loss.csv").empty
+
+
 def test_verdicts_of_one_set_alone_have_its_name(tmp_path) -> None:
     for seed in SEEDS:
         run(tmp_path, "partial", 21 + seed, seed=seed, **KEPT)

@@ -52,6 +52,8 @@ def test_wrong_labels_and_other_rows_and_steps_are_conditions_and_no_others_of_t
     leave(tmp_path, members={"sst2": 20, "mrpc": 50})
     runs, _ = forms(tmp_path)
     assert set(runs["condition"]) == {"", "40% wrong labels, 150 rows", "1720 rows, 1200 steps"}
+    leave(tmp_path, seed=8, id="epochs", trainer__max_steps=300)
+    assert set(forms(tmp_path)[0]["condition"]) == set(runs["condition"]) | {"300 steps"}
     assert list(usual(runs)["seed"]) == [0, 1, 2, 3]
     assert len(at_best_rates(runs)) == len(runs)  # each condition by itself
 
@@ -93,7 +95,7 @@ def test_models_of_one_task_are_apart_and_other_settings_of_one_form_are_refused
         leave(tmp_path, "lora", model=model, trainer__learning_rate=rate)
     best = at_best_rates(forms(tmp_path)[0])
     assert set(best["task"]) == {"digits (small)", "digits (large)"}
-    leave(tmp_path, "lora", model="small", seed=1, trainer__max_steps=600)
+    leave(tmp_path, "lora", model="small", seed=1, trainer__batch_size=64)
     with refusal(r"digits \(small\), lora", "conditions"):
         at_best_rates(forms(tmp_path)[0])
 

@@ -109,6 +109,8 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
     assert comparison.of_study(["experiment=race", f"data_dir={data}"]) == whole
     (trec,) = comparison.of_study(["experiment=race", f"data_dir={data}", "task=trec", "seeds=8"])
     assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
+    limited = comparison.of_study(["experiment=race", f"data_dir={data}", "limit.served=40MB"])
+    assert [comparison.read(each)[0].limit for each in limited] == [{"served": 40e6}] * 3
     own = ["experiment=race", "methods=[partial]"]
     assert comparison.of_study(own) == [own]
     for other in ("demo", "leaders"):  # no study, and one without its sets
@@ -188,7 +190,7 @@ def test_compare_of_a_study_in_two_presets_is_that_of_one(name: str, data: Path)
         assert comparison.of_one([comparison.read(each)[0] for each in found]).seeds == 8
 
 
-@pytest.mark.parametrize("name", ["table3", "fig4"])
+@pytest.mark.parametrize("name", ["table3", "fig4", "fig1"])  # fig1 is a view of table 4
 def test_a_run_of_a_view_that_sets_nothing_is_refused(name: str) -> None:
     with pytest.raises(PartialLoraError, match="experiment: expected decided"):
         compose.composed(f"experiment={name}", "task=digits")
