@@ -60,7 +60,7 @@ _ROUND = 4  # modules that each process calibrates between two exchanges; a proc
 Progress = Callable[..., None]
 
 logger = logging.getLogger(__name__)
-_OF_RUNS = {"kept", "shots", "share", "max_samples", "shrink", "reliability", "memory"}  # read by `train`
+_OF_RUNS = ("kept", "shots", "share", "max_samples", "shrink", "reliability", "memory")  # read by `train`
 
 
 def calibrate(
@@ -131,8 +131,8 @@ def calibrate(
         changes["chance"] = "majority" if above_chance else "ignore"
     is_config = config is None or isinstance(config, CalibrationConfig)
     require(is_config, "config", config, "a CalibrationConfig, or settings as keywords")
-    for name in sorted(_OF_RUNS & changes.keys()):
-        require(False, name, changes[name], "nothing: only a run of `partial-lora` reads it")
+    for name in _OF_RUNS:
+        require(name not in changes, name, changes.get(name), "nothing: only a run of `partial-lora` reads it")
     config = replace(config or CalibrationConfig(), **changes)
     for name in ("sparsity", "file"):
         require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")

@@ -205,13 +205,10 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as folder:
         workers = _command(place, stage, cluster, "--log", str(log))
         code, failure = _run_process(workers, environment, Path(folder) / "launcher.log", stop=stop)
+    if code in _STOPPED and directory.read_result(place) == before:  # the record is of an earlier attempt
+        return Outcome(place, "interrupted", signal=signal.Signals(code - 128).name)
     if code in _STOPPED:
-        is_of_now = directory.read_result(place) != before  # else the record is of an earlier attempt
-        return (
-            _outcome(place, code)
-            if is_of_now
-            else Outcome(place, "interrupted", signal=signal.Signals(code - 128).name)
-        )
+        return _outcome(place, code)
     if code == 0 or failure is None or failure.explained:  # the final record may take its time to arrive here
         end = time.monotonic() + _RECORD
         while time.monotonic() < end and (directory.read_result(place) or {}).get("status") == "running":

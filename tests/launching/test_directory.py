@@ -115,6 +115,14 @@ def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(
     assert not results.is_recorded(tmp_path)
 
 
+def test_a_record_says_so_where_this_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise results.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(results.metadata, "version", version)
+    assert results.new({"seed": 0})["versions"]["partial-lora"] == "not installed"
+
+
 def test_clearing_leaves_the_lock_alone(run: Path) -> None:
     with results.locked(run):
         results.prepare(run, overwrite=True)
