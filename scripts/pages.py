@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from evidence import CLAIMS, VERDICTS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,6 +22,8 @@ from protocol import BUDGET, PARTIAL
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.report.ranking import at_best_rates, rows_of
+from partial_lora.report.records import read
 from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,9 +144,8 @@ def _cells(table: str) -> pd.DataFrame:
 
 
 @cache
-def _runs(study: str) -> pd.DataFrame:
-    columns = [*CELL, "learning_rate", "seed", "adapter_parameters", "test"]
-    return pd.read_parquet(RESULTS / study / "runs.parquet", columns=columns)
+def _chosen() -> pd.DataFrame:
+    return at_best_rates(rows_of(read(RESULTS / "forms")[0]))
 
 
 def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
@@ -179,23 +179,14 @@ def loss(task: str, form: str, size: str = "0.13", table: str = "decided/tables/
     return f"**{number}**" if row["holds"] else number
 
 
-def apart(task: str, first: str, second: str, size: str = "0.13", table: str = "forms") -> str:
-    """Return a form less another of about its size, at their best rates, with its interval over the seeds of both."""
-    scores = [100 * _at_best(task, form, size, table) for form in (first, second)]
-    differences = (scores[0] - scores[1]).dropna()
+def apart(task: str, first: str, second: str) -> str:
+    """Return a form less another at 13 % (`make forms`), with its interval over the seeds of both."""
+    runs = _chosen()
+    runs = runs[(runs["task"] == task) & runs["size"].isin(("0.13", "own"))]  # on some modules it has a size of its own
+    scores = 100 * runs.pivot(index="seed", columns="form", values="test")
+    differences = (scores[first] - scores[second]).dropna()
     mean, half = differences.mean(), half_interval(differences.std(), len(differences))
     return written([mean, mean - half, mean + half])
-
-
-def _at_best(task: str, form: str, size: str, study: str) -> pd.Series:
-    """Return the test scores of a form at its best rate, by seed. A form on some modules has a size of its own."""
-    method, _, modules = form.partition(" on ")
-    size = "own" if modules else size
-    best, runs = _cells(f"{study}/{study}").loc[(task, form, size)], _runs(study)
-    own = runs[(runs["task"] == task) & (runs["form"] == method) & (runs["size"] == size)]
-    for column, known in (("learning_rate", "learning_rate"), ("adapter_parameters", "parameters")):
-        own = own[np.isclose(own[column], best[known], rtol=1e-4)]
-    return own.drop_duplicates("seed").set_index("seed")["test"]
 
 
 def responses(size: str) -> list[dict[str, str]]:
