@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pandas as pd
 
@@ -24,9 +24,9 @@ DIFFERENCES = (
     *("part", *WHERE, "first", "second", "task", "metric", "tasks", "up", "down"),
     *(*_NUMBERS, "seeds", "examples", "over"),
 )
-HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+HOLDS, FAILS, OPEN = "holds", "refuted", "open"
 NO_RUNS = "no runs of both"
-WORSE = "undecided (worse, perhaps by less than two points)"
+WORSE = "worse, two points open"
 MARGIN = 0.02  # of all claims
 
 
@@ -207,7 +207,7 @@ BETTER = Claim("{first} is better than {second}", 0, MARGIN)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a claim: it holds, it does not, or it is undecided; the place, and the numbers.
+    """Verdict on a claim: it holds, is refuted or open; the place, and the numbers.
 
     alone: of the interval by itself; among: of how many claims it is one, and corrected for (Holm), 0 of none.
     """
@@ -268,7 +268,8 @@ def counted(n: float, what: str) -> str:
 
 
 def tabled(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    return pd.DataFrame([asdict(each) | {"verdict": in_words(each)} for each in verdicts])
+    rows = [asdict(each) | {"verdict": in_words(each)} for each in verdicts]
+    return pd.DataFrame(rows, columns=[field.name for field in fields(Verdict)])
 
 
 def in_words(verdict: Verdict) -> str:

@@ -79,10 +79,13 @@ BESIDE = [
     *((f"{PARTIAL}, rank {rank}", f"{UNIFORM}, rank {rank}") for rank in (4, 8)),
     *((f"{form}, rank {rank}", form) for form in (PARTIAL, UNIFORM) for rank in (4, 8)),
 ]
-CLAIMS = [
+PAPERS = [
     (PARTIAL, "lora", AS_GOOD, BUDGET),
     (PARTIAL, "targeted", AS_GOOD, BUDGET),
     (PARTIAL, UNIFORM, BETTER, BUDGET),
+]
+CLAIMS = [
+    *PAPERS,
     (PARTIAL, "low_rank", AS_GOOD, BUDGET),
     (PARTIAL, "random_weights", AS_GOOD, BUDGET),
     (PARTIAL, "entries", AS_GOOD, BUDGET),
@@ -101,7 +104,7 @@ CLAIMS = [
 # Of stages that were added later (measures, flow), corrected among themselves: the plan of the others was without them.
 LATER = [(PARTIAL, "targeted", AS_GOOD, BUDGET), (UNIFORM, FLOW, AS_GOOD, BUDGET)]
 
-COLUMNS = ["claim", "where", "alone", "verdict", "found"]
+COLUMNS = ["claim", "where", "alone", "paper's", "verdict", "found"]
 
 
 @cli.script
@@ -217,18 +220,24 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
 def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Return verdicts of single sets with a row for each claim and a column for each set.
 
-    A cell has the difference in points, its verdict among all, and the verdict alone where that is another.
+    A cell has the difference in points, its verdict among all, and where they are others the verdict among the paper's
+    claims and the verdict alone.
     """
     if verdicts.empty:
         return verdicts
     places = verdicts["where"].str.split(", ", n=1, expand=True)
-    among = verdicts["verdict"].str.partition(", among")[0]
-    alone = verdicts["alone"].where(verdicts["alone"] != among).str.replace(r"undecided \((.*)\)", r"\1", regex=True)
-    cells = verdicts["found"].str.partition(" points")[0] + ": " + among + (" (alone: " + alone + ")").fillna("")
+    cells = [_judged(row) for row in verdicts.to_dict("records")]
     table = pd.DataFrame({"claim": verdicts["claim"], "at": places[1], "set": places[0], "cell": cells})
     table["order"] = table.groupby(["claim", "at"], sort=False).ngroup()
     table = table.pivot(index=["order", "claim", "at"], columns="set", values="cell").fillna(NONE)
     return table.reset_index().drop(columns="order")
+
+
+def _judged(verdict: Mapping[str, str]) -> str:
+    among = verdict["verdict"].partition(", among")[0]
+    others = {"among the paper's": verdict["paper's"].partition(", among")[0], "alone": verdict["alone"]}
+    beside = "; ".join(f"{name}: {word}" for name, word in others.items() if word not in ("", among))
+    return verdict["found"].partition(" points")[0] + f": {among}" + f" ({beside})" * bool(beside)
 
 
 def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -> None:
@@ -248,6 +257,8 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
             alone = numbers[own & chosen]
             alone = alone if chosen is several else alone.assign(model=alone["task"])
             shown = tabled(judged(alone, *claims))
+            papers = tabled(judged(alone, *(PAPERS if claims is CLAIMS else ()))).rename(columns={"verdict": "paper's"})
+            shown = shown.merge(papers[["claim", "where", "paper's"]], how="left").fillna("")
             planned += [[f"{row.claim} ({row.where})" for row in shown[shown["found"] == NO_RUNS].itertuples()]]
             shown = shown[shown["found"] != NO_RUNS]
             decided.append(shown)

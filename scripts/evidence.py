@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import at_ceiling
+from claims import FAILS, HOLDS, OPEN, WORSE, at_ceiling
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,12 +59,12 @@ CLAIMS = {  # a claim of the paper, and the method that rows and columns are set
     "low_rank": ("As good as plain LoRA of its size", "partial is as good as low_rank, to within two points"),
     "random_weights": ("As good as entries of W", "partial is as good as random_weights, to within two points"),
 }
-VERDICTS = {  # in ordinary words, with a colour and a marker
-    "holds": ("holds", "blue", "o"),
-    "does not hold": ("refuted", "vermillion", "s"),
-    "undecided (worse, perhaps by less than two points)": ("worse", "grey", "d"),
-    "undecided": ("not significant", "grey", "d"),
-}
+VERDICTS = {
+    HOLDS: ("blue", "o"),
+    FAILS: ("vermillion", "s"),
+    WORSE: ("grey", "d"),
+    OPEN: ("grey", "d"),
+}  # colour, marker
 WIDTH = 6.25  # inches of 96 pixels: 600
 
 
@@ -262,7 +262,8 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     full = at_ceiling(numbers)
     by_svd = numbers["importance"].isna() & (numbers["operating_point"] == "budget 0.13")
     numbers = numbers[(numbers["first"] == "partial") & by_svd]
-    verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])["verdict"]
+    verdicts = pd.read_csv(folder / "verdicts.csv").set_index(["claim", "where"])
+    verdicts = verdicts["paper's"].fillna(verdicts["verdict"])  # the paper's claims among themselves
     figure = Figure(figsize=(WIDTH, 7.2))
     axes, y = figure.add_axes((0.29, 0.075, 0.53, 0.92)), 0.0
     axes.axvspan(-2, 2, color=colours["faint"])
@@ -281,11 +282,11 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
             weight = f"{task}, weighs {shares[task]:.0%}" if task in shares else f"{task}, at its ceiling"
             axes.text(y=y, s=f"mean of {len(shares)} sets" if mean else weight, **left)
             verdict = verdicts[claim, f"{'all' if mean else task}, budget 0.13"].partition(", among ")[0]
-            word, color, marker = VERDICTS[verdict]
+            color, marker = VERDICTS[verdict]
             ink = colours[color]
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=ink, linewidth=2.5 if mean else 1.5)
             axes.plot(100 * row["difference"], y, marker, color=ink, markersize=8 if mean else 6)
-            axes.text(6.8, y, word, color=ink, va="center", fontsize=10)
+            axes.text(6.8, y, verdict.partition(",")[0], color=ink, va="center", fontsize=10)
     axes.set(xlim=(-17.5, 6.5), ylim=(y - 1, 0), yticks=[])
     axes.set_xlabel(
         "rows and columns minus the other, points of test accuracy; bars: 95 %, cut at the frame", fontsize=9

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import CLAIMS, VERDICTS, raced
+from evidence import CLAIMS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from protocol import BUDGET, PARTIAL
 
@@ -33,7 +33,7 @@ BLOCKS = {
     ROOT / "docs" / "concepts" / "operating-points.md": "shares",
     ROOT / "docs" / "evidence" / "tables.md": "found",
 }  # between <!-- NAME --> marks
-SETS = ("digits", "trec", "sst2", "gtsrb")  # of the decided claims
+SETS = ("digits", "sst2", "trec", "gtsrb")  # of the decided claims
 
 
 def written(numbers: Iterable[float], digits: int = 2) -> str:
@@ -48,7 +48,7 @@ def _signed(number: str) -> str:
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    names = dict.fromkeys(("importance", "mixture"), str)
+    names = dict.fromkeys(("importance", "mixture", "paper's"), str)
     return pd.read_csv(RESULTS / "decided" / f"{name}.csv", comment="#", dtype=names).fillna(dict.fromkeys(names, ""))
 
 
@@ -94,11 +94,13 @@ def claim(second: str, point: str = BUDGET) -> list[dict[str, str]]:
     tasks = {f"{'all' if task == 'all sets' else task}, {point}": task for task in (*SETS, "all sets")}
     lines = []
     for where in filter(rows.index.__contains__, tasks):
-        after, _, among = rows.loc[where, "verdict"].partition(", among ")
+        row, task = rows.loc[where], tasks[where]
+        papers, _, of_papers = row["paper's"].partition(", among ")
+        after, _, among = row["verdict"].partition(", among ")
         lines.append(
-            {"task": tasks[where], "less": less(tasks[where], PARTIAL, second, point), "count": among}
-            | {"before": _in_words(rows.loc[where, "alone"]), "after": _in_words(after)}
-            | {"seeds": f"{_difference(tasks[where], PARTIAL, second, point)['seeds']:.0f}"}
+            {"task": task, "less": less(task, PARTIAL, second, point), "alone": row["alone"]}
+            | {"papers": papers, "papers_count": of_papers, "after": after, "count": among}
+            | {"seeds": f"{_difference(task, PARTIAL, second, point)['seeds']:.0f}"}
         )
     return lines
 
@@ -122,12 +124,6 @@ def with_digits(second: str, point: str = BUDGET) -> str:
     sets = [_difference(task, PARTIAL, second, point) for task in SETS]
     mean = over_sets([Estimate(row["difference"], row["error"], row["freedom"]) for row in sets])
     return written(100 * number for number in (mean.difference, *mean.interval()))
-
-
-def _in_words(verdict: str) -> str:
-    """Return a verdict as pages have it."""
-    word, doubt = VERDICTS[verdict][0], re.search(r"\((.*)\)", verdict)
-    return doubt[1] if doubt else word
 
 
 CELL = ["task", "form", "size"]
@@ -163,6 +159,7 @@ def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
         "study": row["study"],
         "test": f"{test:.1f} ± {half:.1f}",
         "share": f"{100 * row['share']:.1f}",
+        "rate": re.sub("e-0", "e-", f"{row['learning_rate']:.1e}".replace(".0e", "e")),
         "seeds": f"{row['seeds']:.0f}",
         "kept": f"{row['saved_bytes'] / 1e6:.0f}",
         "file": f"{row['file_size'] / 1e6:.2g}",

@@ -124,7 +124,7 @@ def gather(results_dir: Path) -> Evidence:
         require(file.is_file(), "--results", results_dir, f"{file}; `python scripts/decided.py {results_dir}` makes it")
     table, words = pd.read_csv(numbers), [*WHERE, "first", "second", "over"]
     table[words] = table[words].astype(object).fillna("")
-    return Evidence(results_dir, runs, at_best_rates(runs).assign(model="all"), table, pd.read_csv(verdicts))
+    return Evidence(results_dir, runs, at_best_rates(runs).assign(model="all"), table, pd.read_csv(verdicts).fillna(""))
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _tabulated(shown: pd.DataFrame) -> str:
 def _of_verdicts(verdicts: Sequence[Verdict]) -> list[pd.DataFrame]:
     shown = tabled(verdicts)
     corrected = bool(shown["among"].max() > 1)
-    return [shown[[name for name in decided.COLUMNS if corrected or name != "alone"]]]
+    return [shown[[name for name in decided.COLUMNS if name in shown and (corrected or name != "alone")]]]
 
 
 def origin_of(runs: pd.DataFrame) -> str:
@@ -219,7 +219,7 @@ _AMONG = (
     "shares shrunk, shuffled or by gradient, a rate of that search was taken. Verdicts are corrected by Holm's "
     "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
     "the stages measures and flow, which were added later (results/claims/repair.md says which verdicts depend on "
-    "that); alone is before that. decided.md has the rates."
+    "that). decided.md has the rates."
 )
 _OVER = {
     SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples).",
@@ -227,10 +227,10 @@ _OVER = {
     NONE: "Of one seed without predictions there is no interval.",
 }
 _LEGEND = (
-    "Holds and does not hold: decided at a margin of two points (other pages call the latter refuted). Undecided: not "
-    "significant. Alone: before correction; among n: after it, for n claims. Up and down: sets on which the first is "
-    "above and below. Budget 0.13: 13 % of dense LoRA's parameters. Threshold 0.9: each layer alone keeps 90 % of the "
-    f"frozen model's score. {_NAMES}"
+    "Holds and refuted: decided at a margin of two points; open: not. Alone: before correction; among the paper's: "
+    "after it, for its three claims on each set; among n: for all n claims of the plan. Up and down: sets on which the "
+    "first is above and below. Budget 0.13: 13 % of dense LoRA's parameters. Threshold 0.9: each layer alone keeps "
+    f"90 % of the frozen model's score. {_NAMES}"
 )
 _BEST = "Bold: better than every other form of its task and operating point, of this table or not, by such an interval."
 _CLAIMS = (*decided.CLAIMS, *decided.LATER)

@@ -162,17 +162,29 @@ def test_lora_on_fewer_modules_is_a_form_of_its_own(tmp_path) -> None:
     assert abs(numbers["lora on attn.qkv", "lora"] + 0.1) < 1e-9 > abs(numbers["lora on attn.qkv", "low_rank"] + 0.05)
 
 
-def test_the_verdict_alone_stands_beside_the_one_among_all_where_they_differ() -> None:
+def test_other_verdicts_stand_beside_the_one_among_all() -> None:
     rows = [
-        ("digits, budget 0.13", "holds", "undecided, among all 2", "+0.50 [+0.10, +0.90] points, n=8"),
-        ("trec, budget 0.13", "holds", "holds, among all 2", "+0.70 [+0.60, +0.80] points, n=8"),
+        ("digits, budget 0.13", "holds", "open, among 1", "open, among 2", "+0.50 [+0.10, +0.90] points, n=8"),
+        ("sst2, budget 0.13", "holds", "holds, among 1", "open, among 2", "+0.50 [+0.10, +0.90] points, n=8"),
+        ("trec, budget 0.13", "holds", "", "holds, among 2", "+0.70 [+0.60, +0.80] points, n=8"),
     ]
-    verdicts = pd.DataFrame(
-        [("a claim", *row) for row in rows], columns=["claim", "where", "alone", "verdict", "found"]
-    )
+    verdicts = pd.DataFrame([("a claim", *row) for row in rows], columns=decided.COLUMNS)
     (row,) = decided.by_set(verdicts).to_dict("records")
-    assert row["digits"] == "+0.50 [+0.10, +0.90]: undecided (alone: holds)"
+    assert row["digits"] == "+0.50 [+0.10, +0.90]: open (alone: holds)"
+    assert row["sst2"] == "+0.50 [+0.10, +0.90]: open (among the paper's: holds; alone: holds)"
     assert row["trec"] == "+0.70 [+0.60, +0.80]: holds"
+
+
+def test_the_papers_claims_are_corrected_among_themselves_too(tmp_path) -> None:
+    for seed in SEEDS:
+        for method in ("lora", "partial", "low_rank"):
+            run(tmp_path, method, 20 + seed, seed=seed, **KEPT)
+    assert decided.main([str(tmp_path)]) == 0
+    verdicts = pd.read_csv(tmp_path / "tables" / "verdicts.csv", keep_default_na=False)
+    among = {
+        row["claim"].split()[5].strip(","): (row["paper's"], row["verdict"]) for row in verdicts.to_dict("records")
+    }
+    assert among == {"lora": ("holds", "holds, among 2"), "low_rank": ("", "holds, among 2")}
 
 
 def test_runs_at_a_threshold_alone_have_a_table(tmp_path) -> None:
