@@ -47,7 +47,7 @@ from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import SEARCHES, literal_passes, sparsity_levels
+from partial_lora.calibration.search import SEARCHES, sparsity_levels
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
@@ -457,10 +457,19 @@ ANALYSES = {
 }
 
 
+def literal_passes(chosen: Iterable[float], levels: Sequence[float]) -> int:
+    """Return the full passes of the literal Algorithm 1: the baseline, of each curve every level up to the first
+    failure, and the joint score.
+
+    chosen: the sparsity that came out for each curve.
+    """
+    return 2 + sum(min(len(levels), sum(level <= value for level in levels) + 1) for value in chosen)
+
+
 def moments(values: Iterable[float | None]) -> dict:
     """Return the mean and the standard deviation of the values that are not None."""
-    values = list(values)
-    return {"mean": reliability.mean_of(values), "deviation": reliability.deviation_of(values)}
+    known = [value for value in values if value is not None]
+    return {"mean": reliability.mean_of(known), "deviation": float(np.std(known, ddof=1)) if len(known) > 1 else None}
 
 
 def markdown(analysis: Mapping) -> str:

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
                 own = words[1:]
                 environment.pop("PYTHONSAFEPATH", None)  # a script imports what lies beside it
             code = subprocess.run([sys.executable, *own], env=environment, check=False).returncode
-            if code > 1:
-                return code
+            if code not in (0, 1):
+                return code if code > 0 else 128 - code  # as a shell says which signal has ended it
 
 
 if __name__ == "__main__":

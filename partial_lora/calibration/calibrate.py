@@ -44,7 +44,6 @@ from partial_lora.calibration.search import (
     line,
     passes,
     points_of,
-    predicting_cost,
     sparsity_levels,
     threshold_of,
     walk,
@@ -55,6 +54,7 @@ from partial_lora.models.modes import frozen
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import Alone, Peers, gathered, of_first
 
+_FORWARD, _BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 
 Progress = Callable[..., None]
@@ -378,7 +378,7 @@ class _Predicted(_Measured):
         self.predicting = 0.0  # the share of all work that predicts; the rest evaluates points
 
         def seen(examples: float, outputs: int) -> None:
-            cost = predicting_cost(outputs)
+            cost = _FORWARD + outputs * _BACKWARD
             self.predicting = cost / (cost + (MOST_CHECKED if self.config.budget is None else 0))
             self.tell(0, examples * self.predicting)
 

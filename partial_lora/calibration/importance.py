@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -154,7 +155,7 @@ def activation(
         with differentiable(model, {}):
             for batch in batches:
                 mask = None if encoder_decoder else batch.get("attention_mask")
-                loss(model, _on_device_of(model, batch))
+                loss(model, send_to_device(batch, next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -363,7 +364,7 @@ def task_loss(model: nn.Module, batch: Batch) -> Tensor:
 def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, loss: Loss) -> dict[str, Tensor]:
     """Return the gradient of the loss of one batch for the weight of each module; for use within `differentiable`."""
     with torch.enable_grad():
-        value = loss(model, _on_device_of(model, batch))
+        value = loss(model, send_to_device(batch, next(model.parameters()).device))
         weights = [module.weight for module in modules.values()]
         by_weight = (
             torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else [None] * len(weights)
@@ -377,11 +378,6 @@ def gradients(model: nn.Module, modules: Mapping[str, nn.Linear], batch: Batch, 
 
 def _examples(batch: Batch) -> int:
     return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
-
-
-def _on_device_of(model: nn.Module, batch: Batch) -> Batch:
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

@@ -126,9 +126,3 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not None; None where all are."""
     there = [value for value in values if value is not None]
     return fmean(there) if there else None
-
-
-def deviation_of(values: Sequence[float | None]) -> float | None:
-    """Return the standard deviation (n - 1) of the values that are not None; None where there are fewer than two."""
-    there = [value for value in values if value is not None]
-    return float(np.std(there, ddof=1)) if len(there) > 1 else None

@@ -57,12 +57,10 @@ def _together(output: Any, batch: Batch) -> tuple[Tensor, Batch]:
 
 @dataclass
 class Evaluations:
-    """Work that a score has done: passes begun, examples seen, blocks run (one block on one batch), and the same for
-    each example (one block on one example of a batch)."""
+    """Work that a score has done: passes begun, examples seen, and blocks run (one block on one example of a batch)."""
 
     passes: int = 0
     examples: int = 0
-    blocks: int = 0
     sample_blocks: int = 0
 
 
@@ -181,7 +179,6 @@ class FewShotScore:
                 outputs, places = (tensor.to(batch["labels"].device) for tensor in (outputs, places))
                 passes = 1 + places.shape[1]
                 self.evaluations.examples += passes * self._sizes[index]
-                self.evaluations.blocks += passes * self._reuse.depth
                 self.evaluations.sample_blocks += passes * self._reuse.depth * len(rows)
                 for module, of_module in changes.items():
                     for axis, change in of_module.items():
@@ -242,7 +239,6 @@ class FewShotScore:
         else:
             output = self._reuse.altered(model, inputs, index, module)
         self.evaluations.examples += self._sizes[index]
-        self.evaluations.blocks += self._reuse.ran
         self.evaluations.sample_blocks += self._reuse.ran * len(batch["labels"])
         return _together(output, batch)
 

@@ -18,7 +18,6 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
-_FORWARD, _BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model
 COMPETING = 10  # outputs of each example whose gradients are taken
 CHECKED, MOST_CHECKED = 0.05, 32  # share of a scan's points on predicted curves that are evaluated; at most so many
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
@@ -94,15 +93,6 @@ def checks(points: float) -> int:
     return min(math.floor(CHECKED * points), MOST_CHECKED)
 
 
-def literal_passes(chosen: Iterable[float], levels: Sequence[float]) -> int:
-    """Return the full passes of the literal Algorithm 1: the baseline, of each curve every level up to the first
-    failure, and the joint score.
-
-    chosen: the sparsity that came out for each curve.
-    """
-    return 2 + sum(min(len(levels), sum(level <= value for level in levels) + 1) for value in chosen)
-
-
 def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
@@ -118,11 +108,6 @@ def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair:
     steps = modules * axes * levels
     every = points if search == "gradient" else steps  # the order of steps needs the levels that a bisection skips
     return every + 1 + 2 * math.ceil(math.log2(steps + 1))
-
-
-def predicting_cost(outputs: int) -> float:
-    """Return what predictions of all curves from so many outputs cost, in passes over an altered model."""
-    return _FORWARD + outputs * _BACKWARD
 
 
 def in_order(modules: Sequence[str], scope: str) -> list[str]:

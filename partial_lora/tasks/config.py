@@ -89,7 +89,7 @@ class TaskConfig:
         require(is_mixture == bool(self.members), "task.members", self.members, expected)
         metrics = [metric for labels in kind.labelled_by for metric in FITTING[labels]]
         require(set(self.metrics) <= set(metrics), "task.metrics", self.metrics, f"some of {', '.join(metrics)}")
-        one_of("task.answer", self.answer, None, "number")
+        one_of("task.answer", self.answer, None, *["number"] * (kind.answers == "text"))
         alone = not (self.messages_column and (self.prompt_columns or self.response_column))
         expected = "null, if task.prompt_columns or task.response_column is set"
         require(alone, "task.messages_column", self.messages_column, expected)

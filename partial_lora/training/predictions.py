@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -95,9 +94,7 @@ def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[
 
 def write_predictions(path: Path, frame: pandas.DataFrame) -> None:
     """Write predictions as parquet, atomically."""
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, frame.to_parquet(index=False))
 
 
 # Answers of a language model: their likelihood, in parts of a batch. Of options the share of questions whose right one

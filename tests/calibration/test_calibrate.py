@@ -143,7 +143,8 @@ def test_a_plain_score_gives_what_one_with_bounds_gives(model, batches, score):
     bounded = calibrate(model, score, target_modules=TARGETS, levels=0.1, threshold=0.7)
     assert (bounded.sparsity, bounded.joint) == (plain.sparsity, plain.joint)
     assert bounded.evaluations == plain.evaluations == score.evaluations.passes
-    assert score.evaluations.blocks < 0.75 * plain.evaluations * len(model.vit.blocks) * len(batches)
+    rows = sum(len(batch["labels"]) for batch in batches)
+    assert score.evaluations.sample_blocks < 0.75 * plain.evaluations * len(model.vit.blocks) * rows
 
 
 def test_a_score_that_cannot_settle_is_evaluated_in_full(model, batches, twin):

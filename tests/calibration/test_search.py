@@ -10,7 +10,6 @@ from partial_lora.calibration.search import (
     bisect,
     digest_of,
     line,
-    literal_passes,
     passes,
     passes_at_most,
     scan,
@@ -76,7 +75,3 @@ def test_passes_are_counted_by_hand():
     assert passes_at_most(48, 2, 19, search="scan") == 48 * 2 * 19 + 1
     assert passes_at_most(48, 1, 19, search="bisect") == 48 * 5 + 1
     assert [passes_at_most(1, 1, levels, search="bisect") - 1 for levels in (1, 3, 4, 7, 8)] == [1, 2, 3, 3, 4]
-
-
-def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure():
-    assert literal_passes([0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75]) == 2 + 1 + 2 + 3 + 3

@@ -431,3 +431,12 @@ def test_wrong_words_are_refused_in_one_line(capsys, monkeypatch, tmp_path: Path
     error = capsys.readouterr().err
     assert key in error
     assert error.count("\n") == 1
+
+
+def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure() -> None:
+    assert analyses.literal_passes([0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75]) == 2 + 1 + 2 + 3 + 3
+
+
+def test_moments_are_of_what_there_is() -> None:
+    assert analyses.moments([1.0, None, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5)}
+    assert analyses.moments([1.0, None])["deviation"] is None

@@ -135,8 +135,8 @@ def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
         comparison.of_one(chosen)
 
 
-@pytest.mark.parametrize(("code", "ends"), [(2, True), (1, False)])
-def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, ends: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (-9, 137), (1, 0)])
+def test_what_is_refused_or_killed_ends_a_study_and_what_failed_does_not(code: int, ends: int, monkeypatch) -> None:
     calls = []
 
     def run(command: list[str], check: bool, env: dict) -> subprocess.CompletedProcess:
@@ -148,7 +148,7 @@ def test_what_is_refused_ends_a_study_and_a_run_that_failed_does_not(code: int, 
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert study.main(["race", "--data", "nowhere", "--with", "trainer.epochs=1"]) == (2 if ends else 0)
+    assert study.main(["race", "--data", "nowhere", "--with", "trainer.epochs=1"]) == ends
     assert len(calls) == (1 if ends else 2)
     assert calls[0][-1] == "trainer.epochs=1"
     assert ends or calls[-1][1:3] == ["scripts/forms.py", "results/race"]
