@@ -247,4 +247,5 @@ def test_a_run_that_leaves_its_rate_open_records_what_it_came_to() -> None:
     assert logged
     assert came_to["steps"] == run.result["history"][-1]["step"] == 2 * (came_to["rows"] // wished.batch_size)
     shown = summary.summary(run.result)
-    assert {"training", "learning rate"} <= {str(cell) for cell in shown.columns[0].cells}
+    lines = dict(zip(*(map(str, column.cells) for column in shown.columns), strict=True))
+    assert f"learning rate {came_to['learning_rate']:.3g}, head 0.002 (auto" in lines["training"]
