@@ -233,7 +233,6 @@ def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure whole or not at all; the same figure gives the same bytes on any day."""
-    path = Path(path)
     _lay_out(figure)
     content = io.BytesIO()
     metadata = {"Date": None} if path.suffix == ".svg" else None
