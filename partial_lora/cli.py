@@ -574,16 +574,10 @@ def _libraries() -> Iterator[None]:
 
     OpenMP's variables are of this process alone: runs that it starts find their own.
     """
-    added = cluster.openmp()
-    os.environ.update(added)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        with imports.importing():
-            yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    with imports.variables(cluster.openmp()), imports.importing():
+        yield
 
 
 _WIDEST = 32  # columns that a label is padded to, at most
