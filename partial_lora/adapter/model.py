@@ -419,17 +419,3 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
         name: {axis: getattr(masks, axis).sparsity for axis in AXES}
         for name, masks in module_masks(model, adapter_name).items()
     }
-
-
-def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
-    """Return the number of entries of the adapter that train, after masking; the head is not counted."""
-    layers = adapter_layers(model, adapter_name)
-    if not layers:
-        config_of(model, adapter_name)  # raises where there is none
-    return sum(
-        getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of one in parts
-        for layer in layers.values()
-        for factor in _factors(layer, adapter_name)
-        for parameter in (factor.parameters() if isinstance(factor, nn.Module) else [factor])
-        if parameter.requires_grad
-    )

@@ -21,6 +21,7 @@ from adapter_models import (
     optimizer_of,
     step,
     tokens,
+    trainable_parameters,
     vit,
 )
 from peft import (
@@ -40,7 +41,7 @@ from peft.utils.hotswap import (
 )
 from refusals import refusal
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
 
