@@ -233,13 +233,13 @@ class Compact:
         if dtype is None:
             return self
 
-        def cast(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def converted(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
 
         every = [value for both in self.kept.values() for value in both.values()]
         narrowed = any(torch.promote_types(value.dtype, dtype) != dtype for value in every)
-        kept = {name: cast(both) for name, both in self.kept.items()}
-        return replace(self, kept=kept, whole=cast(self.whole), rounded=narrowed)
+        kept = {name: converted(both) for name, both in self.kept.items()}
+        return replace(self, kept=kept, whole=converted(self.whole), rounded=narrowed)
 
 
 def encode(compact: Compact) -> bytes:

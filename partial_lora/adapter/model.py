@@ -96,6 +96,8 @@ class PartialLoraModel(LoraModel):
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
+        axis = peft_config.frozen_axis
+        unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
         for name in targets:
             if any(f"{name}.".startswith(f"{part}.") for part in offloaded):
                 raise PartialLoraError(
@@ -113,8 +115,6 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is inside nn.TransformerEncoderLayer, which in evaluation never calls it:"
                     " torch.backends.mha.set_fastpath_enabled(False) first, wherever the adapter is used."
                 )
-            axis = peft_config.frozen_axis
-            unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
             adapted = modules[name]
             base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
             if axis and isinstance(base, unfit):
