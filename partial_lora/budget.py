@@ -128,22 +128,22 @@ def meet(
     its sparsities cost too much, their densities are scaled down in proportion; where a threshold leaves more than 1 %
     unused, they are scaled up.
     """
-    threshold = largest_threshold(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
+    threshold = largest(lambda value: kept_parameters(shapes, rank, sparsities(value)) <= count, lowest)
     chosen = sparsities(threshold)
     if (1 - TOLERANCE) * count <= kept_parameters(shapes, rank, chosen) <= count:
         return threshold, chosen
     return threshold, scaled(chosen, shapes, rank, count)
 
 
-def largest_threshold(fits: Callable[[float], bool], lowest: float) -> float:
-    """Return the largest threshold in [lowest, 1] that fits, to within 1e-6; `lowest`, at most 1, where none does.
+def largest(fits: Callable[[float], bool], lowest: float, highest: float = 1.0, within: float = _NARROW) -> float:
+    """Return the largest number in [lowest, highest] that fits, about; `lowest`, at most `highest`, where none does.
 
     It starts with the highest, since a low threshold leads deep into the curves.
     """
-    low, high = lowest, 1.0
+    low, high = lowest, highest
     if low >= high or fits(high):
         return high
-    while high - low > _NARROW:
+    while high - low > within:
         middle = (low + high) / 2
         if fits(middle):
             low = middle

@@ -416,6 +416,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     with _libraries():
         from rich.console import Console
 
+        from partial_lora.launching.compare import in_words
         from partial_lora.report import ranking, records, verdict
         from partial_lora.settings.comparison import FULL
     # A quick search has chosen among a part of its rates: the ranking has no others, whatever their runs came to.
@@ -433,7 +434,7 @@ def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
     trained = [entry for entry in entries if places.keys() & entry.done.keys()]
     first = min(trained, key=lambda entry: entry.method != comparison.reference)
     reference = ranking.form_of(next(iter(first.done.values()))["config"])
-    limit = entries[0].group if comparison.limit else None
+    limit = in_words(comparison.limit) if comparison.limit else None
     _, numbers = ranking.write(runs, out, "compare", reference, limit)
     Console().print(ranking.on_screen(numbers, reference))
     said: list[str] = []
@@ -574,16 +575,10 @@ def _libraries() -> Iterator[None]:
 
     OpenMP's variables are of this process alone: runs that it starts find their own.
     """
-    added = cluster.openmp()
-    os.environ.update(added)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        with imports.importing():
-            yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    with imports.variables(cluster.openmp()), imports.importing():
+        yield
 
 
 _WIDEST = 32  # columns that a label is padded to, at most

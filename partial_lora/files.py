@@ -38,7 +38,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -190,6 +190,12 @@ def layers(model):
     return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
 
 
+def trainable_parameters(model, adapter_name="default"):
+    """Return how many numbers of an adapter train, without a head beside it."""
+    named = ((name.split("."), value) for name, value in model.named_parameters() if "lora_" in name)
+    return sum(value.numel() for parts, value in named if adapter_name in parts and value.requires_grad)
+
+
 def fill(model, seed=2, adapter_name=None):
     """Give B values, as training would, or A where B is frozen: of one adapter, or of all."""
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import pytest
 from partial_lora.budget import (
     dense_parameters,
     kept_parameters,
-    largest_threshold,
+    largest,
     meet,
     parameter_count,
     scaled,
@@ -100,11 +100,11 @@ def test_the_largest_threshold_is_found(limit):
         asked.append(threshold)
         return threshold <= limit
 
-    assert largest_threshold(fits, 0.0) == pytest.approx(limit, abs=1e-6)
-    assert largest_threshold(fits, 0.0) <= limit
+    assert largest(fits, 0.0) == pytest.approx(limit, abs=1e-6)
+    assert largest(fits, 0.0) <= limit
     assert len(asked) < 60
-    assert largest_threshold(lambda threshold: True, 0.3) == 1
-    assert largest_threshold(lambda threshold: False, 0.3) == 0.3
+    assert largest(lambda threshold: True, 0.3) == 1
+    assert largest(lambda threshold: False, 0.3) == 0.3
 
 
 def chosen_at(threshold):

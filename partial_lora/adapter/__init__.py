@@ -10,15 +10,9 @@ from partial_lora.errors import UnfitPackageError
 PEFT = "peft>=0.21,<0.22"  # as in pyproject.toml: the adapter uses much of PEFT that is not public API
 
 try:
-    from partial_lora.adapter.compact import load_compact, read_compact, write_compact
+    from partial_lora.adapter.compact import load_compact, write_compact
     from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-    from partial_lora.adapter.model import (
-        PartialLoraModel,
-        module_masks,
-        module_sparsity,
-        register,
-        trainable_parameters,
-    )
+    from partial_lora.adapter.model import PartialLoraModel, module_masks, module_sparsity, register
     from partial_lora.adapter.selection import ModuleMasks
     from partial_lora.adapter.warm_start import warm_start
 
@@ -38,8 +32,6 @@ __all__ = [
     "load_compact",
     "module_masks",
     "module_sparsity",
-    "read_compact",
-    "trainable_parameters",
     "warm_start",
     "write_compact",
 ]

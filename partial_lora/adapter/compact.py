@@ -101,20 +101,6 @@ def write_compact(
     return path
 
 
-def read_compact(folder: str | Path) -> tuple[PartialLoraConfig, dict[str, Tensor]]:
-    """Return the config and the kept tensors of a compact adapter, checked as far as possible without its base model.
-
-    Factors are called "MODULE.lora_A" (rank × kept columns) and "MODULE.lora_B" (kept rows × rank); single entries come
-    as lists (kept,). Tensors that trained whole have their names in the base model. Raises PartialLoraError, naming the
-    file, where it is missing, truncated or broken, and where the masks do not match their digests.
-
-    folder: also a repository of the model hub, "owner/name".
-    """
-    _, compact = _read(folder)
-    factors = {f"{name}.lora_{factor}": value for name, both in compact.kept.items() for factor, value in both.items()}
-    return compact.config, factors | compact.whole
-
-
 def load_compact(
     model: nn.Module,
     folder: str | Path,
@@ -133,10 +119,16 @@ def load_compact(
     check_base: False does not compare the base's values with the fingerprint, for a base that was changed on purpose:
     `resize_token_embeddings`, for example, draws new rows of an embedding.
 
-    Raises PartialLoraError, and leaves the model as it was, for what `read_compact` refuses, a missing module, a wrong
-    shape, another base model (see `fingerprint`) and a name that is taken.
+    Raises PartialLoraError, and leaves the model as it was, for a file that is missing, truncated or broken or whose
+    masks do not match their digests, a missing module, a wrong shape, another base model (see `fingerprint`) and a name
+    that is taken.
     """
-    path, compact = _read(folder)
+    path = saved_file(folder, FILE_NAME)
+    try:
+        content = with_an_end(path).read_bytes()
+    except OSError as error:
+        raise PartialLoraError(f"{path} cannot be read ({error.strerror}): expected a compact adapter.") from None
+    compact = decode(content, path)
     config = compact.config
     _check_model(model, adapter_name)
     _check_base(model.get_base_model() if isinstance(model, PeftModel) else model, compact, path, values=check_base)
@@ -180,16 +172,6 @@ def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, obj
     """Return the tensors that train whole beside the masked factors, by names in the base model; no copies."""
     factors = {f"{name}.lora_{factor}.weight" for name in masked for factor in "AB"}
     return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
-
-
-def _read(folder: str | Path) -> tuple[Path, Compact]:
-    """Return the file of a folder, or of a repository of the hub, and what it holds."""
-    path = saved_file(folder, FILE_NAME)
-    try:
-        content = with_an_end(path).read_bytes()
-    except OSError as error:
-        raise PartialLoraError(f"{path} cannot be read ({error.strerror}): expected a compact adapter.") from None
-    return path, decode(content, path)
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
@@ -251,13 +233,13 @@ class Compact:
         if dtype is None:
             return self
 
-        def cast(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def converted(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
 
         every = [value for both in self.kept.values() for value in both.values()]
         narrowed = any(torch.promote_types(value.dtype, dtype) != dtype for value in every)
-        kept = {name: cast(both) for name, both in self.kept.items()}
-        return replace(self, kept=kept, whole=cast(self.whole), rounded=narrowed)
+        kept = {name: converted(both) for name, both in self.kept.items()}
+        return replace(self, kept=kept, whole=converted(self.whole), rounded=narrowed)
 
 
 def encode(compact: Compact) -> bytes:

@@ -501,7 +501,8 @@ class DenseView(Tensor):
         seen = [arg for arg in args if isinstance(arg, cls)]
 
         def viewed(part: object) -> object:  # .data, .detach(), a slice: writing there must raise too
-            is_view = isinstance(part, Tensor) and any(_same_memory(part, arg) for arg in seen)
+            in_memory = (part.untyped_storage()._cdata == arg.untyped_storage()._cdata for arg in seen)
+            is_view = isinstance(part, Tensor) and any(in_memory)
             return part.as_subclass(cls) if is_view else part
 
         return type(result)(map(viewed, result)) if type(result) in (list, tuple) else viewed(result)
@@ -521,11 +522,8 @@ def _read_only(dense: Tensor) -> Tensor:
     return dense if torch.compiler.is_compiling() or type(dense) is FakeTensor else dense.as_subclass(DenseView)
 
 
-_IN_PLACE = {
-    "__set__",
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")),
-}
+# The other operators that write, += and its kind, are functions with an underscore at the end.
+_IN_PLACE = {"__set__", "__setitem__", *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift"))}
 
 
 def _writes(name: str, args: tuple, kwargs: dict) -> bool:
@@ -536,10 +534,6 @@ def _writes(name: str, args: tuple, kwargs: dict) -> bool:
     named = (kwargs[key] for key in ("tensor", "input", "self") if key in kwargs)  # as torch.nn.init has it
     targets = args[0] if args and isinstance(args[0], (list, tuple)) else (*args[:1], *named)  # torch._foreach_add_
     return in_place and any(isinstance(target, DenseView) for target in targets)
-
-
-def _same_memory(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 # Parameters that FSDP2 or ZeRO has sharded over processes: whole when read, in parts when stored.

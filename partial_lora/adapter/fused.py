@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -71,36 +73,32 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if _autocast_dtype(gradient) is None:
-            return _AdaptedLinear._gradients(ctx, gradient)
-        with torch.autocast(gradient.device.type, enabled=False):  # all casts were done in the forward pass
-            return _AdaptedLinear._gradients(ctx, gradient)
-
-    @staticmethod
-    def _gradients(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
         saved, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
         dropped = _Dropout(zeroed, ctx.dropout)
-        outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
-        gradient_low = b.transposed(outputs, kept_b) * ctx.scaling
         gradient_a = gradient_b = gradient_x = gradient_bias = None
-        if ctx.needs_input_grad[3]:
-            inputs = dropped(saved).to(kept_a.dtype)
-            gradient_a = a.kept_of_operand(gradient_low.T @ inputs)
-        if ctx.needs_input_grad[4]:
-            low = a.times(inputs, kept_a) * ctx.scaling if ctx.needs_input_grad[3] else saved
-            gradient_b = b.kept_of_operand(outputs.T @ low)
-        if ctx.needs_input_grad[0]:
-            gradient_x = wide @ weight
-            if zeroed is None:
-                _add_product(gradient_x, gradient_low, a, kept_a)
-            elif a.gathers:
-                a.scatter(gradient_x, dropped(a.transposed(gradient_low, kept_a)))
-            else:
-                gradient_x.copy_(gradient_x + dropped(a.transposed(gradient_low, kept_a)))
-        if ctx.needs_input_grad[2]:
-            gradient_bias = wide.sum(0)
+        casts = _autocast_dtype(wide) is not None
+        # All casts were done in the forward pass.
+        with torch.autocast(wide.device.type, enabled=False) if casts else nullcontext():
+            outputs = _features_of(wide, b).to(kept_b.dtype)  # the gradient of B A x, where B is not zero
+            gradient_low = b.transposed(outputs, kept_b) * ctx.scaling
+            if ctx.needs_input_grad[3]:
+                inputs = dropped(saved).to(kept_a.dtype)
+                gradient_a = a.kept_of_operand(gradient_low.T @ inputs)
+            if ctx.needs_input_grad[4]:
+                low = a.times(inputs, kept_a) * ctx.scaling if ctx.needs_input_grad[3] else saved
+                gradient_b = b.kept_of_operand(outputs.T @ low)
+            if ctx.needs_input_grad[0]:
+                gradient_x = wide @ weight
+                if zeroed is None:
+                    _add_product(gradient_x, gradient_low, a, kept_a)
+                elif a.gathers:
+                    a.scatter(gradient_x, dropped(a.transposed(gradient_low, kept_a)))
+                else:
+                    gradient_x.copy_(gradient_x + dropped(a.transposed(gradient_low, kept_a)))
+            if ctx.needs_input_grad[2]:
+                gradient_bias = wide.sum(0)
         return gradient_x, None, gradient_bias, gradient_a, gradient_b, None, None, None, None
 
 

@@ -96,6 +96,8 @@ class PartialLoraModel(LoraModel):
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
+        axis = peft_config.frozen_axis
+        unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
         for name in targets:
             if any(f"{name}.".startswith(f"{part}.") for part in offloaded):
                 raise PartialLoraError(
@@ -113,8 +115,6 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is inside nn.TransformerEncoderLayer, which in evaluation never calls it:"
                     " torch.backends.mha.set_fastpath_enabled(False) first, wherever the adapter is used."
                 )
-            axis = peft_config.frozen_axis
-            unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
             adapted = modules[name]
             base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
             if axis and isinstance(base, unfit):
@@ -419,17 +419,3 @@ def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str
         name: {axis: getattr(masks, axis).sparsity for axis in AXES}
         for name, masks in module_masks(model, adapter_name).items()
     }
-
-
-def trainable_parameters(model: nn.Module, adapter_name: str = "default") -> int:
-    """Return the number of entries of the adapter that train, after masking; the head is not counted."""
-    layers = adapter_layers(model, adapter_name)
-    if not layers:
-        config_of(model, adapter_name)  # raises where there is none
-    return sum(
-        getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, of one in parts
-        for layer in layers.values()
-        for factor in _factors(layer, adapter_name)
-        for parameter in (factor.parameters() if isinstance(factor, nn.Module) else [factor])
-        if parameter.requires_grad
-    )

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partial_lora import models
 from partial_lora.adapter.model import base_name
-from partial_lora.budget import Shapes, dense_parameters, masked_units
+from partial_lora.budget import Shapes, dense_parameters, largest, masked_units
 from partial_lora.building.build import method_of, setting_of
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.masks import PAPER_BUDGET, Sparsity
@@ -34,7 +34,7 @@ from partial_lora.training.trainer import mixed_precision
 logger = logging.getLogger(__name__)
 
 _OUTPUTS = 2  # of the head, which keeps next to nothing
-_HALVINGS = 8  # of the share of dense LoRA's parameters: to within 0.4 % of it
+_NEAR = 0.004  # of the largest share of dense LoRA's parameters: to within this much of it
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,18 @@ def within(config: Config) -> Config:
             refused.append(error)
         return sizes.get(share, most + 1) <= most
 
-    low, high = 0.0, _largest(config)
-    if fits(high):
-        low = high
-    for _ in range(_HALVINGS if low < high else 0):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    highest = _largest(config)
+    share = largest(fits, 0.0, highest, within=_NEAR * highest)
     if not sizes:
         raise refused[0]
-    if low == 0:
+    if share == 0:
         least = min(sizes.values())
         raise PartialLoraError(
             f"calibration.kept={most:.0f}: expected at least about {least} for method={config.method.name}; "
             "model.gradient_checkpointing=true keeps less, a smaller batch, image or text, or another method"
         )
-    logger.info("calibration.kept=%.0f allows calibration.budget=%.4g", most, low)
-    return _at(config, low)
+    logger.info("calibration.kept=%.0f allows calibration.budget=%.4g", most, share)
+    return _at(config, share)
 
 
 def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: int = _OUTPUTS) -> PeftModel:

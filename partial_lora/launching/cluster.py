@@ -65,7 +65,7 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     if file:  # else the schema has checked them
         TrainerConfig(**settings, batch_size=settings["num_processes"] or 1)
     on_cpu = trainer.device == "cpu" or bool(file.get("use_cpu"))
-    processes = settings["num_processes"] or machines * _accelerators(on_cpu)
+    processes = settings["num_processes"] or machines * (_counted() if has_accelerator() and not on_cpu else 1)
     kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(file.get("distributed_type"), trainer.strategy)
     parts = processes * trainer.gradient_accumulation_steps
     expected = f"a multiple of {parts}, of {processes} processes times trainer.gradient_accumulation_steps"
@@ -152,11 +152,6 @@ def _has_one_rate(file: Mapping) -> bool:
     except (OSError, ValueError, TypeError):  # accelerate says what is wrong with it
         return False
     return isinstance(settings, Mapping) and ("optimizer" in settings or "scheduler" in settings)
-
-
-def _accelerators(on_cpu: bool) -> int:
-    """Return the number of accelerators that this machine shows, and at least one."""
-    return 1 if on_cpu or not has_accelerator() else _counted()
 
 
 @cache

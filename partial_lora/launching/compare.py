@@ -258,9 +258,15 @@ def fitting(entries: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]
     for tried in grouped(entries, lambda entry: entry.method).values():
         tried = [entry for entry in tried if entry.refused is None] or tried[-1:]
         entry = next((entry for entry in tried if _meets(entry, name, most)), tried[-1])
-        entry.group = f"{LIMITS[name][0]}, at most {in_units(name, most)}"
+        entry.group = entry.group.removesuffix(entry.size) + in_words(limit)  # still of one task and model
         kept.append(entry)
     return kept
+
+
+def in_words(limit: Mapping[str, float]) -> str:
+    """Return what entries under a limit have in common in place of a size."""
+    ((name, most),) = limit.items()
+    return f"{LIMITS[name][0]}, at most {in_units(name, most)}"
 
 
 def _meets(entry: Entry, name: str, most: float) -> bool:

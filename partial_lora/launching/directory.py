@@ -147,7 +147,6 @@ def missing(directory: Path, result: Mapping) -> str | None:
 
 def file_sizes(directory: Path) -> dict[str, int]:
     """Return the files by which a finished run is known to be whole, and their sizes in bytes."""
-    directory = Path(directory)
     paths = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
 

@@ -45,13 +45,9 @@ class Forked:
         """The exit code, or minus the number of the signal that ended it; None while it runs."""
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for its end, at most so many seconds, and return the exit code if it has ended."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end, at most so many seconds."""
         self._process.join(timeout)
-        return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:

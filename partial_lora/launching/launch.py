@@ -260,7 +260,7 @@ def _run_process(
         try:
             if lock is not None:
                 directory.name_holder(lock, worker.pid)
-            while worker.poll() is None:
+            while worker.returncode is None:  # until `wait` has seen its end
                 look()
                 for number in stop()[len(requests.received) :]:
                     requests(number, None)

@@ -116,12 +116,12 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
 
 def pack_of(results_dir: Path) -> Pack | None:
     """Return the pack of a results directory, None where there is none; read again only once it has changed."""
-    file = Path(results_dir) / RUNS_TABLE
+    file = results_dir / RUNS_TABLE
     try:
         stat = file.stat()
     except OSError:
         return None
-    return _pack_of(Path(results_dir).resolve(), stat.st_size, stat.st_mtime_ns)
+    return _pack_of(results_dir.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -131,7 +131,6 @@ def _pack_of(results_dir: Path, size: int, changed: int) -> Pack:
 
 def directories(results_dir: Path) -> list[Path]:
     """Return the directories of a results directory's runs, in order: those that are there and those of packed runs."""
-    results_dir = Path(results_dir)
     loose, pack = (path for path in results_dir.glob(RUNS) if path.is_dir()), pack_of(results_dir)
     return sorted({*loose, *(results_dir / path for path in (pack.paths if pack else ()))})
 
@@ -150,7 +149,7 @@ def stored(place: Path, name: str) -> dict | None:
 
 def _at(place: Path) -> tuple[Pack | None, str]:
     """Return the pack of the results directory that a run's directory lies in, and the run's path below it."""
-    place, depth = Path(place), RUNS.count("/")
+    depth = RUNS.count("/")
     within = len(place.parents) > depth
     return pack_of(place.parents[depth]) if within else None, "/".join(place.parts[-depth - 1 :])
 

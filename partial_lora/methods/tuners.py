@@ -357,16 +357,10 @@ def _stand_in(model: nn.Module, modules: Sequence[str]) -> nn.Module:
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = getattr(parent, part)
-        module = model.get_submodule(name)
-        parent.add_module(last, _without_memory(module))
+        module = model.get_submodule(name)  # linear, as all that is adapted
+        empty = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        parent.add_module(last, empty)
     return root
-
-
-def _without_memory(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Conv2d):
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        return nn.Conv2d(**{name: getattr(module, name) for name in names}, device="meta")
-    return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
 
 
 # --- What training adds: the size in the record.

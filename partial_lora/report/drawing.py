@@ -164,11 +164,6 @@ def fitted(axes: Axes, values: Collection[float], axis: str = "y") -> None:
     getattr(axes, f"set_{axis}lim")(low - room, high + room)
 
 
-def legend(figure: Figure, methods: Sequence[tuple[str, str]], *, lines: bool) -> None:
-    """Name every method and operating point below the panels."""
-    legend_below(figure, [_handle(named(*pair), look(*pair), lines) for pair in methods])
-
-
 def legend_of_methods(figure: Figure, used: Sequence[tuple[str, str]], *, lines: bool) -> None:
     """Name every method once below the panels, and how markers at a budget look where there are others, too."""
     methods = dict.fromkeys(method for method, _ in used)
@@ -195,14 +190,9 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
         )
 
 
-def named(method: str, point: str) -> str:
-    """Return a method and its operating point in words."""
-    return method if point == NONE else f"{method}, {point}"
-
-
 def words_of(row: tuple) -> str:
     """Return the method and operating point of a row of a grouped table, and what tells it from others."""
-    return named(row.method, row.operating_point) + ("" if row.differs == NONE else f", {row.differs}")
+    return ", ".join([row.method, *(word for word in (row.operating_point, row.differs) if word != NONE)])
 
 
 def heat(axes: Axes, values: np.ndarray, *, high: float, form: str, size: float = 8) -> None:
@@ -243,7 +233,6 @@ def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure whole or not at all; the same figure gives the same bytes on any day."""
-    path = Path(path)
     _lay_out(figure)
     content = io.BytesIO()
     metadata = {"Date": None} if path.suffix == ".svg" else None

@@ -70,7 +70,7 @@ def with_inputs(examples: Sequence[Example], rows, labels: Sequence) -> list[Exa
             texts = [row["prompts"][0], *(f"– {option}" for option in row["options"])]
             answers = (row["options"][int(place)] for place in (example.label, *example.predicted))
             example.label, *example.predicted = answers
-        example.text = [_short(str(text)) for text in texts]
+        example.text = [shortened(str(text)) for text in texts]
     return list(examples)
 
 
@@ -123,7 +123,7 @@ def _named(table: pa.Table, column: str, row: int) -> str:
     value = table[name][row].as_py()
     if value is None:  # in a mixture, where members without class names stand beside others
         value = table[column][row].as_py()
-    return f"{value:.4g}" if isinstance(value, float) else _short(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else shortened(str(value))
 
 
 def _alike(labels: Sequence, others: Sequence) -> bool:
@@ -131,5 +131,6 @@ def _alike(labels: Sequence, others: Sequence) -> bool:
     return all(one == other or (not isinstance(one, str) and abs(one - other) < 1e-6) for one, other in pairs)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+def shortened(text: str, most: int = _LETTERS) -> str:
+    """Return a text, cut off where it has more letters than `most`."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -42,7 +42,7 @@ from partial_lora.report.drawing import (
     sized,
     words_of,
 )
-from partial_lora.report.examples import are_of, hardest, rgb
+from partial_lora.report.examples import are_of, hardest, rgb, shortened
 from partial_lora.report.predictions import read_all
 from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
@@ -295,13 +295,9 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
         half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
         low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
         fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
-        _listed(axes, [_shortened(words_of(row)) for row in part.itertuples()], metric)
+        _listed(axes, [shortened(words_of(row), _MOST_LETTERS) for row in part.itertuples()], metric)
         _titled(axes, task, model, part, of_place)
     return Drawing(figure, len(parts), len(whole))
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
 def differences(compared: pd.DataFrame) -> Drawing | None:
@@ -332,7 +328,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
             axes.errorbar(row.difference, height, xerr=ends, marker=marker, linestyle="", **style)
         _cut_off(axes, part)
         words = (", " + part["differs"]).where(part["differs"] != NONE, "")
-        names = (part["method"] + words).map(_shortened) + ": " + part["verdict"]
+        names = (part["method"] + words).map(lambda name: shortened(name, _MOST_LETTERS)) + ": " + part["verdict"]
         _listed(axes, list(names), metric, f"difference from partial in {metric}", points=True)
         differs = part["reference_differs"].iloc[0]
         with_it = "the usual settings" if differs == NONE else differs

@@ -56,7 +56,6 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
     remove: then remove the folders of packed runs, weights included, once the pack has been read back and holds what
     they hold. Raises PartialLoraError for a directory without runs, and where the pack that is there cannot be read.
     """
-    results_dir = Path(results_dir)
     runs, left_out = records.read(results_dir)
     with one_writer(results_dir / packs.RUNS_TABLE, "write"):
         earlier = packs.pack_of(results_dir)

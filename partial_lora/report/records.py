@@ -51,7 +51,6 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
     is left out, and so is a result.json that is broken, foreign or copied from another run. Raises PartialLoraError
     where the directory holds no runs at all.
     """
-    results_dir = Path(results_dir)
     directories = packs.directories(results_dir)
     if not directories:
         raise PartialLoraError(f"{results_dir}: expected runs in {results_dir}/runs; `partial-lora train` makes them")
@@ -71,7 +70,6 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
 
 def one(directory: Path) -> Run:
     """Return the finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
-    directory = Path(directory)
     try:
         return run_of(record(directory), directory)
     except ValueError as error:

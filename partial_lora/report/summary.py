@@ -23,8 +23,6 @@ from partial_lora.methods.config import nominal_rank
 from partial_lora.report.depth import depth_of, without_common_start
 from partial_lora.report.rows import (
     NONE,
-    UNTUNED,
-    came_to,
     method_of,
     number,
     operating_point,
@@ -52,28 +50,15 @@ def summary(result: Mapping) -> Table:
             "adapter, trainable": adapter,
             "head, trainable": f"{numbers['head_parameters']:,}",
             "sparsity": cell(numbers["adapter_sparsity"], ".3f"),
-            "learning rate": _rates(result),
-            "training": rates.in_words(result["config"], result["training"]) if "training" in result else "",
+            "training": rates.in_words(result["config"], result["training"])
+            if "training" in result
+            else f"learning rate {numbers['learning_rate']:.3g}",
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": "\n".join(warnings_of(result)),
             "as usual": _usual(result),
         }
     )
-
-
-def _rates(result: Mapping) -> str:
-    """Return the learning rate of a run, its head's if that has its own, and where they are from."""
-    wished = result["config"]["trainer"]
-    trainer = {**wished, **came_to(result)}
-    words = [f"{trainer['learning_rate']:.3g}"]
-    if trainer.get("head_learning_rate") is not None:
-        words.append(f"head {trainer['head_learning_rate']:.3g}")
-    if wished["learning_rate"] == AUTO:
-        words.append("auto")
-    if result.get("tuning", UNTUNED) != UNTUNED:
-        words.append(result["tuning"])
-    return ", ".join(words)
 
 
 def run_line(directory: Path, result: Mapping | None) -> tuple[str, ...]:

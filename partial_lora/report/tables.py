@@ -67,7 +67,6 @@ def write(
     measured, the other files rounded ones. by: as in `folders.group`. spread: what follows ±, "std" or "interval".
     marked: the best rows, of `pairs.best`. Raises PartialLoraError where no run has finished.
     """
-    results_dir = Path(results_dir)
     if frame.empty:
         raise PartialLoraError(f"{results_dir}: expected at least one finished run; make one with `partial-lora train`")
     table = group(frame, by)

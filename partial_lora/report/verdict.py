@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -24,7 +25,7 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
 TAKE = "take"  # folder of the files to act with
 
-logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)  # a comparison looks several times
 
 
 def results_of(places: Iterable[Path]) -> Path:
@@ -47,10 +48,9 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
             try:
                 of_rows = "loss" if metric == PERPLEXITY else metric
                 by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), of_rows)
-            except (PartialLoraError, KeyError):  # predictions were not kept, or are not of this metric
-                by_row[entry.name][seed] = np.array([])
-            except ValueError as error:  # a file that is broken
-                logger.warning("%s; methods are compared by their scores alone", error)
+            except (PartialLoraError, KeyError, ValueError) as error:  # not kept, not of this metric, or broken
+                if isinstance(error, ValueError):
+                    _warn_once("%s; methods are compared by their scores alone", str(error))
                 by_row[entry.name][seed] = np.array([])
     rows = {len(values) for seeds in by_row.values() for values in seeds.values()}
     return (by_row if len(rows) == 1 and rows != {0} else whole), metric

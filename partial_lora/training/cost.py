@@ -49,16 +49,15 @@ def describe_adapted(
 
 
 def measured(
-    model: nn.Module, head: str | None, new_modules: Sequence[str] = (), *, dense: int | None = None
+    model: nn.Module, head: str | None, new_modules: Sequence[str] = (), *, dense: int
 ) -> dict[str, int | float | None]:
     """Return the parameters of a model that is set up to train, counted on its tensors, never on its settings.
 
     `model` is a PeftModel, or a plain model whose head alone trains. Trainable means `requires_grad`; `new_modules`,
-    which train whole, too, are counted with the head. `dense`, what a method of another kind is compared with, is by
-    default the size of the `.weight` of every lora_A and lora_B. Where every weight trains, all but the head are the
-    adapter's. `saturated_modules` counts the modules that train at least as many numbers as they can change entries of
-    W (`budget.saturated`). Raises PartialLoraError, naming the parameter, where one outside of these trains: no column
-    of a table would count it.
+    which train whole, too, are counted with the head. `dense` is the size of dense LoRA, with which a method is
+    compared. Where every weight trains, all but the head are the adapter's. `saturated_modules` counts the modules that
+    train at least as many numbers as they can change entries of W (`budget.saturated`). Raises PartialLoraError, naming
+    the parameter, where one outside of these trains: no column of a table would count it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
@@ -76,10 +75,6 @@ def measured(
             )
         base += size_of(parameter)
     trained = [parameter for key, parameter in adapter_parts.items() if key not in in_heads]
-    lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    if dense is None:
-        factors = [part[_ADAPTER] for layer in lora for part in (layer.lora_A, layer.lora_B) if _ADAPTER in part]
-        dense = sum((part.weight if isinstance(part, nn.Module) else part).numel() for part in factors)
     in_head = [parameter for module in heads for parameter in module.parameters()]
     return counts_of(
         base=base,
@@ -87,7 +82,7 @@ def measured(
         trainable=sum(parameter.numel() for parameter in trained if parameter.requires_grad),
         head=sum(parameter.numel() for parameter in in_head if parameter.requires_grad),
         modules=sum(any(_ADAPTER in getattr(layer, name) for name in layer.adapter_layer_names) for layer in layers),
-        saturated=sum(map(_is_saturated, lora)),
+        saturated=sum(_is_saturated(layer) for layer in layers if isinstance(layer, LoraLayer)),
     )
 
 

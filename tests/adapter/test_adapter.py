@@ -17,13 +17,14 @@ from adapter_models import (
     step,
     to,
     tokens,
+    trainable_parameters,
     vit,
 )
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT, Mask

@@ -14,7 +14,6 @@ from partial_lora.adapter import (
     load_compact,
     module_masks,
     module_sparsity,
-    trainable_parameters,
     warm_start,
     write_compact,
 )
@@ -148,9 +147,8 @@ def test_a_masked_adapter_joins_a_plain_one_that_is_there():
         assert torch.allclose(layer(ids), expected, atol=1e-5)
 
 
-def test_plain_lora_of_an_embedding_is_counted_and_has_full_masks():
+def test_plain_lora_of_an_embedding_has_full_masks():
     model = get_peft_model(nn.Sequential(nn.Embedding(10, 16)), LoraConfig(r=4, target_modules=["0"]))
-    assert trainable_parameters(model) == model.get_nb_trainable_parameters()[0]
     (masks,) = module_masks(model).values()
     ours = get_peft_model(
         nn.Sequential(nn.Embedding(10, 16)), PartialLoraConfig(r=4, target_modules=["0"], sparsity=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from adapter_models import (
     optimizer_of,
     step,
     tokens,
+    trainable_parameters,
     vit,
 )
 from peft import (
@@ -40,7 +42,7 @@ from peft.utils.hotswap import (
 )
 from refusals import refusal
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
 
@@ -340,6 +342,9 @@ WRITES = [
     lambda factor, value: torch.split(factor.weight, 1)[0].mul_(2),
     lambda factor, value: [row.mul_(2) for row in factor.weight.data],
     lambda factor, value: torch._foreach_add_([factor.weight], [value]),
+    lambda factor, value: operator.iadd(factor.weight, value),
+    lambda factor, value: operator.ifloordiv(factor.weight, value),
+    lambda factor, value: operator.ilshift(factor.weight, value),
     lambda factor, value: factor.weight.requires_grad_(False),
     lambda factor, value: setattr(factor.weight, "requires_grad", False),
 ]

@@ -10,10 +10,10 @@ import warnings
 import peft
 import pytest
 import torch
-from adapter_models import KINDS, adapt, dense_twin, fill, layers, logits, optimizer_of, step
+from adapter_models import KINDS, adapt, dense_twin, fill, layers, logits, optimizer_of, step, trainable_parameters
 from peft import PeftModel
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.factor import MaskedFactor
 
 granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])

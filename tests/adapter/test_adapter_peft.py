@@ -14,6 +14,7 @@ from adapter_models import (
     logits,
     loss_of,
     to,
+    trainable_parameters,
 )
 from peft import (
     AutoPeftModel,
@@ -31,7 +32,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.adapter.factor import FactorA, FactorB
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
@@ -81,18 +82,12 @@ def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
     assert torch.equal(*(each.weight for each in heads))
 
 
-@pytest.mark.parametrize("read", [module_masks, module_sparsity, trainable_parameters])
+@pytest.mark.parametrize("read", [module_masks, module_sparsity])
 def test_an_adapter_that_is_not_there_is_named(read):
     base = torch.nn.Sequential(torch.nn.Linear(8, 8))
     for model in (base, get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5), "other")):
         with pytest.raises(PartialLoraError, match="'default'"):
             read(model)
-
-
-def test_the_parameters_of_a_wrapped_model_are_counted():
-    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    model = get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5))
-    assert trainable_parameters(torch.nn.DataParallel(model)) == trainable_parameters(model) == 16
 
 
 def test_an_adapter_with_a_broken_value_is_not_merged():

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from adapter_models import layers
+from adapter_models import layers, trainable_parameters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.adapter.selection import Geometry, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Mask, kept_count

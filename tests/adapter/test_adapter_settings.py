@@ -26,6 +26,7 @@ from adapter_models import (
     qwen2,
     sentences,
     tokens,
+    trainable_parameters,
     vit,
 )
 from peft import (
@@ -41,7 +42,7 @@ from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from partial_lora import Calibration
-from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_masks, module_sparsity, trainable_parameters
+from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.adapter import config as options
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.selection import Geometry

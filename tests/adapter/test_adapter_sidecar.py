@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from adapter_models import KINDS, MIXED, adapt, fill, layers, logits, vit
+from adapter_models import KINDS, MIXED, adapt, fill, layers, logits, trainable_parameters, vit
 from peft import LoHaConfig, PeftModel, get_peft_model
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import read_sparsity
 

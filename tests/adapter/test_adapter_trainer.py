@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_models import LLAMA_TARGETS, MIXED, VIT_TARGETS, adapt, images, layers, llama, logits, vit
+from adapter_models import (
+    LLAMA_TARGETS,
+    MIXED,
+    VIT_TARGETS,
+    adapt,
+    images,
+    layers,
+    llama,
+    logits,
+    trainable_parameters,
+    vit,
+)
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.errors import PartialLoraError
 
 

@@ -33,8 +33,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, read_compact, write_compact
-from partial_lora.adapter.compact import FILE_NAME
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
+from partial_lora.adapter.compact import FILE_NAME, decode
 from partial_lora.adapter.fingerprint import fingerprint
 from partial_lora.errors import PartialLoraError
 
@@ -221,12 +221,14 @@ def test_an_adapter_on_a_base_in_half_precision_keeps_its_types(tmp_path, autoca
 def test_reading_needs_no_model(tmp_path):
     model = fill(adapt(sparsity=0.6, r=3, mask_seed=5))
     write_compact(model, tmp_path)
-    config, tensors = read_compact(tmp_path)
+    compact = decode((tmp_path / FILE_NAME).read_bytes(), tmp_path)
+    config = compact.config
     assert (config.r, config.mask_seed, config.masks) == (3, 5, module_masks(model))
     factor = layers(model)[FC1].lora_A["default"]
-    assert torch.equal(tensors[f"{FC1}.lora_A"], factor.kept)
-    assert tensors[f"{FC1}.lora_A"].shape == (3, len(factor.mask.kept))
-    assert sum(value.numel() for value in tensors.values()) == sum(
+    assert torch.equal(compact.kept[FC1]["A"], factor.kept)
+    assert compact.kept[FC1]["A"].shape == (3, len(factor.mask.kept))
+    values = [*compact.whole.values(), *(value for both in compact.kept.values() for value in both.values())]
+    assert sum(value.numel() for value in values) == sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad
     )
 

@@ -21,6 +21,7 @@ from adapter_models import (
     optimizer_of,
     step,
     timm_convnext,
+    trainable_parameters,
     vit,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,7 +32,6 @@ from partial_lora.adapter import (
     PartialLoraConfig,
     load_compact,
     module_masks,
-    trainable_parameters,
     write_compact,
 )
 from partial_lora.adapter.layer import PartialLinear

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from adapter_models import KINDS, adapt, dense_twin, fill, layers, loss_of, to, vit
+from adapter_models import KINDS, adapt, dense_twin, fill, layers, loss_of, to, trainable_parameters, vit
 from peft import PeftModel
 from torch import nn
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, trainable_parameters, warm_start
+from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Mask, TiedMask, random_keys
 

@@ -50,7 +50,7 @@ def test_what_a_step_keeps_is_known_without_memory(name: str, task: str, method:
 
 
 def test_the_budget_of_a_limit_is_the_largest_that_meets_it(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_HALVINGS", 2)
+    monkeypatch.setattr(memory, "_NEAR", 0.3)  # two halvings
     given = ("model=tiny_vit", "task=cifar10", *SMALL)
     limit = memory.kept_by_step(composed(*given))
     config = composed(*given, f"calibration.kept={limit}")

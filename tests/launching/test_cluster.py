@@ -173,6 +173,7 @@ def test_what_this_process_needs_of_openmp_is_not_for_those_it_starts(monkeypatc
 
 
 def test_a_batch_that_the_accelerators_cannot_share_is_refused_before_anything_is_paid_for(monkeypatch) -> None:
-    monkeypatch.setattr(cluster, "_accelerators", lambda on_cpu: 3)
+    monkeypatch.setattr(cluster, "has_accelerator", lambda: True)
+    monkeypatch.setattr(cluster, "_counted", lambda: 3)
     with refusal(r"trainer\.batch_size=16: ", 3):
-        cluster.cluster_of(settings())
+        cluster.cluster_of(TrainerConfig())

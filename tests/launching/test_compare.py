@@ -303,6 +303,15 @@ def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_on
     assert within is own[1]
 
 
+def test_methods_under_a_limit_are_compared_within_one_task_and_model(tmp_path) -> None:
+    overrides = (*GIVEN, f"results_dir={tmp_path}")
+    of_tasks = [compare.entries_of(["low_rank"], [0.25], (*overrides, f"task.name={name}")) for name in ("one", "two")]
+    kept = [entry for entries in of_tasks for entry in compare.fitting(entries, {"served": 1e9})]
+    compare.refuse_twins(kept)
+    assert [entry.group.split(", ")[0] for entry in kept] == ["one", "two"]
+    assert all(entry.group.endswith(compare.in_words({"served": 1e9})) for entry in kept)
+
+
 def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_accelerator(
     tmp_path, monkeypatch
 ) -> None:

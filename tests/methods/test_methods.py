@@ -37,7 +37,8 @@ MASKED = ("uniform", "shuffled", "inverted", "flow")
 
 
 def counted(model: PeftModel, setting) -> dict:
-    return cost.measured(model, setting.head, new_modules=setting.new_modules)
+    dense = dense_parameters(setting.shapes, setting.rank)
+    return cost.measured(model, setting.head, new_modules=setting.new_modules, dense=dense)
 
 
 def test_a_method_is_found_by_the_name_of_its_function_or_in_what_that_says_of_itself() -> None:

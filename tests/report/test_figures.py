@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from matplotlib.image import imread
+from matplotlib.lines import Line2D
 from PIL import Image
 from recorded_runs import place, record
 
@@ -251,7 +252,8 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
 def test_a_legend_of_many_methods_leaves_its_panel_room():
     figure, (axes,) = drawing.panels(1, wide=3.9, high=2.9)
     points = ("threshold 0.9", "budget 0.13")
-    drawing.legend(figure, [(method, point) for method in drawing._LOOKS for point in points], lines=False)
+    names = (f"{method}, {point}" for method in drawing._LOOKS for point in points)
+    drawing.legend_below(figure, [Line2D([], [], label=name) for name in names])
     figure.draw_without_rendering()
     assert axes.get_window_extent().y0 > figure.legends[0].get_window_extent().y1
 

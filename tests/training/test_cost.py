@@ -64,6 +64,10 @@ def adapted(**options):
     )
 
 
+def counted(model):
+    return cost.measured(model, "head", dense=DENSE)
+
+
 def test_parameters_are_counted_that_the_masks_keep():
     for share in (0.0, 0.33, 0.87, 0.999):
         rows_columns = sum(4 * (kept_count(m, share) + kept_count(n, share)) for m, n in SHAPES.values())
@@ -76,7 +80,7 @@ def test_describe_on_the_meta_device_agrees_with_the_model_that_trains():
     with torch.device("meta"):
         outline = skeleton_of(Model())
     described = size.describe(outline, target_modules=TARGETS, head="head", rank=3, sparsity=0.0)
-    found = cost.measured(adapted(), "head")
+    found = counted(adapted())
     assert found == {
         "base": BASE,
         "adapter_dense": DENSE,
@@ -119,13 +123,13 @@ def test_a_probe_has_no_adapter():
     probe = adapted(target_modules=DUMMY_TARGET_MODULES)
     expected = {"base": BASE, "adapter_dense": 0, "adapter_trainable": 0, "head": HEAD, "adapter_sparsity": None}
     expected |= {"adapted_modules": 0, "saturated_modules": 0}
-    assert cost.measured(probe, "head") == expected
+    assert counted(probe) == expected
 
 
 def test_measured_without_peft():
     model = Model().requires_grad_(False)
     model.head.requires_grad_(True)
-    found = cost.measured(model, "head")
+    found = counted(model)
     assert (found["base"], found["head"], found["adapter_dense"]) == (BASE, HEAD, 0)
 
 
@@ -134,7 +138,7 @@ def test_measured_on_a_masked_adapter_is_what_was_described():
     options = {"r": 3, "target_modules": TARGETS, "modules_to_save": ["head"]}
     model = get_peft_model(Model(), PartialLoraConfig(**options, sparsity=sparsity, mask_seed=0))
     described = size.describe(skeleton_of(Model()), target_modules=TARGETS, head="head", rank=3, sparsity=sparsity)
-    found = cost.measured(model, "head")
+    found = counted(model)
     assert found == {key: described[key] for key in found}
 
 
@@ -167,7 +171,7 @@ def test_modules_are_saturated_that_train_as_many_numbers_as_they_reach(masks, g
     options = {"r": rank, "target_modules": TARGETS, "modules_to_save": ["head"], "sparsity": share}
     model = get_peft_model(Model(), PartialLoraConfig(**options, **masks))
     literal = {name for name, (trained, block) in reached(model).items() if trained >= block}
-    assert cost.measured(model, "head")["saturated_modules"] == len(literal)
+    assert counted(model)["saturated_modules"] == len(literal)
     predicted = set(saturated(SHAPES, rank, share, granularity))
     # Rows and columns of single entries are random, so that fewer may be touched than there are entries.
     assert predicted <= literal if granularity == "element" and share else predicted == literal
@@ -178,21 +182,21 @@ def test_measured_counts_only_what_trains():
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    assert cost.measured(model, "head")["adapter_trainable"] == 2 * 3 * (30 + 10)
+    assert counted(model)["adapter_trainable"] == 2 * 3 * (30 + 10)
 
 
 def test_a_second_adapter_is_neither_base_nor_counted():
     model = adapted(target_modules=["qkv"])
-    before = cost.measured(model, "head")
+    before = counted(model)
     model.add_adapter("other", LoraConfig(r=5, target_modules=TARGETS, modules_to_save=["head"]))
-    assert cost.measured(model, "head") == before
+    assert counted(model) == before
 
 
 def test_a_stray_trainable_parameter_is_named():
     model = adapted()
     model.get_base_model().patch.proj.bias.requires_grad_(True)
     with pytest.raises(PartialLoraError, match=r"patch\.proj\.bias"):
-        cost.measured(model, "head")
+        counted(model)
 
 
 def test_a_head_that_is_not_there_is_named():
