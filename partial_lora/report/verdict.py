@@ -56,10 +56,11 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
     return (by_row if len(rows) == 1 and rows != {0} else whole), metric
 
 
-def judged(group: Sequence[Entry], margin: float, seeds: int | None) -> tuple[Referee, str]:
-    """Return what the runs of a group decide so far, and the metric. margin: in points. seeds: of every method."""
+def judged(group: Sequence[Entry], comparison: Comparison) -> tuple[Referee, list[str]]:
+    """Return what the runs of a group decide so far, and that in words."""
     outputs, metric = outputs_of(group, results_of(group[0].done))
-    return referee(outputs, margin / 100, LOOKS if seeds is None else (seeds,)), metric
+    found = referee(outputs, comparison.margin / 100, LOOKS if comparison.seeds is None else (comparison.seeds,))
+    return found, words(group, found, metric, comparison.margin, comparison.jobs)
 
 
 def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
