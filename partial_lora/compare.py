@@ -18,6 +18,7 @@ from partial_lora.report import ranking, records, verdict
 from partial_lora.settings.comparison import FULL, QUICK, Comparison
 
 Say = Callable[[str], None]
+Watch = Callable[[Mapping], None]  # as bars.Bars.update
 
 
 @dataclass
@@ -68,18 +69,11 @@ class Contest:
             for line in verdict.prospects(self.entries, self.comparison):
                 say(line)
 
-    def run(
-        self,
-        say: Say,
-        *,
-        watch: Callable[[Mapping], None],
-        note: Say,
-        sweep: Callable[[list[str]], int],
-    ) -> int:
+    def run(self, say: Say, *, watch: Watch, note: Say, sweep: Callable[[list[str]], int]) -> int:
         """Make the runs that decide; return the exit code, above 2 if interrupted: made again it goes on from there.
 
-        say: takes what is found and decided; note: why a run failed. watch: takes how much is done, as
-        `bars.Bars.update`. sweep: `train -m`, which makes the runs where settings name one of Hydra's launchers.
+        say: takes what is found and decided; note: why a run failed; watch: how much is done. sweep: `train -m`, which
+        makes the runs where settings name one of Hydra's launchers.
         """
         settings = (override for entry in self.entries for override in entry.overrides)
         if any(override.startswith("hydra/launcher=") for override in settings):
@@ -90,9 +84,7 @@ class Contest:
             make = partial(self._side_by_side, least=least, watch=watch, note=note)
         return compare.compare(self.entries, self.comparison, make=make, asks=partial(self.asks, say=say), say=say)
 
-    def _side_by_side(
-        self, runs: Sequence[tuple[Entry, Trial]], least: float, watch: Callable[[Mapping], None], note: Say
-    ) -> int:
+    def _side_by_side(self, runs: Sequence[tuple[Entry, Trial]], least: float, watch: Watch, note: Say) -> int:
         """Make runs side by side; return the exit code. least: of how many runs `watch` takes the share, or of more."""
         coming = {(entry, *trial[:2]): trial.until for entry, trial in runs}
         total = max(least, sum((self.reached | coming).values()))

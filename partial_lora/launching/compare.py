@@ -502,11 +502,6 @@ def in_time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
-def expected(chosen: Sequence[Entry], comparison: Comparison, seeds: int) -> float:
-    """Return the seconds of a comparison that so many seeds decide."""
-    return sum(entry.seconds for entry in chosen) / comparison.jobs * runs_of_each(comparison, seeds)
-
-
 def runs_of_each(comparison: Comparison, seeds: int) -> float:
     """Return how many whole runs a method takes, search included, if so many seeds decide; more at edges."""
     if comparison.search == FULL:

@@ -14,7 +14,7 @@ import yaml
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
-from partial_lora.launching.compare import Entry, expected, in_time
+from partial_lora.launching.compare import Entry, in_time, runs_of_each
 from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
 from partial_lora.report.statistics import per_example
@@ -67,7 +67,8 @@ def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     """Return lines on what a comparison takes, and what each of its looks would tell apart on those test rows."""
     alive = [entry for entry in entries if entry.refused is None]
     looks = LOOKS if comparison.seeds is None else (comparison.seeds,)
-    times = [in_time(expected(alive, comparison, seeds)) for seeds in looks]
+    once = sum(entry.seconds for entry in alive) / comparison.jobs
+    times = [in_time(once * runs_of_each(comparison, seeds)) for seeds in looks]
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
     methods = max(Counter(entry.group for entry in alive).values())
