@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,7 +83,38 @@ class Contest:
             alive = sum(entry.refused is None for entry in self.entries)
             least = alive * compare.runs_of_each(self.comparison, self.comparison.seeds or 2)
             make = partial(self._side_by_side, least=least, watch=watch, note=note)
-        return compare.compare(self.entries, self.comparison, make=make, asks=partial(self.asks, say=say), say=say)
+        return self.decide(make, say)
+
+    def decide(self, make: compare.Make, say: Say) -> int:
+        """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
+
+        Runs that are finished are not made again. After an interruption no further run is made.
+        """
+        comparison, began = self.comparison, time.monotonic()
+        code = compare.search_rates(self.entries, comparison, make, say)
+        if code > 2:
+            return code
+        for group in self.groups.values():
+            while group and (seeds := self.asks(group, say)):
+                runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(seeds.get(entry, 0))]
+                new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]
+                left = sum(entry.seconds for entry, _ in new) / comparison.jobs
+                needed = time.monotonic() - began + left
+                if comparison.hours and max(seeds.values()) > 2 and needed > 3600 * comparison.hours:
+                    say(f"hours={comparison.hours:g} are over: {len(new)} runs more would take {compare.in_time(left)}")
+                    break
+                code = compare.make_missing(runs, make)
+                if code > 2:
+                    return code
+                for entry in {entry for entry, trial in new if entry.of_seed(trial.seed) is None}:
+                    entry.refused, entry.best = f"a seed failed at its best learning rate, {entry.best:g}", None
+                    group.remove(entry)
+        return 0
+
+    @property
+    def groups(self) -> dict[str, list[Entry]]:
+        """The entries with a learning rate, by what they have in common."""
+        return grouped((entry for entry in self.entries if entry.best is not None), lambda entry: entry.group)
 
     def _side_by_side(self, runs: Sequence[tuple[Entry, Trial]], least: float, watch: Watch, note: Say) -> int:
         """Make runs side by side; return the exit code. least: of how many runs `watch` takes the share, or of more."""
@@ -136,13 +168,12 @@ class Contest:
         runs = [records.run_of(record, place) for place, record in places.items()]
         limit = self.entries[0].group if self.comparison.limit else None
         _, numbers = ranking.write(runs, out, "compare", reference, limit)
-        groups = grouped((entry for entry in self.entries if entry.best is not None), lambda entry: entry.group)
         verdicts, lines = [], []
-        for title, group in groups.items():
+        for title, group in self.groups.items():
             found, sentences = verdict.judged(group, self.comparison)
             best = next(entry for entry in group if entry.name == found.leader)
             take, named = out / verdict.TAKE, ""
-            if len(groups) > 1:
+            if len(self.groups) > 1:
                 take, named = take / title.replace(", ", "-"), f"{title}: "
             verdicts.append((sentences, verdict.write_take(best, take)))
             lines += [f"{named}{sentences[0]}", *sentences[1:]]

@@ -92,7 +92,9 @@ def decided(*_) -> dict:
 
 def comparing(chosen: list[compare.Entry], make, *, asks=decided, **settings) -> int:
     settings = {"methods": [entry.method for entry in chosen], "rates": 3, "jobs": 1} | settings
-    return compare.compare(chosen, comparison.Comparison(**settings), make=make, asks=asks, say=lambda line: None)
+    contest = Contest(comparison.Comparison(**settings), chosen, [])
+    contest.asks = lambda group, say: asks(group)
+    return contest.decide(make, lambda line: None)
 
 
 def leaving(made: list, **changes: object):
