@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partial_lora import credentials, files
+from partial_lora import credentials
 from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
 from partial_lora.finished.forms import FORMS
@@ -324,133 +324,31 @@ def compare(arguments: Sequence[str]) -> int:
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "alone is the study that its file lists",
     )
-    from partial_lora.settings.comparison import QUICK, of_one, of_study, read
+    from partial_lora.settings.comparison import of_one, of_study, read
 
-    comparisons = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    first = of_one([chosen for chosen, _ in comparisons])
+    parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
+    comparison = of_one([chosen for chosen, _ in parts])
     with _libraries():
-        from partial_lora.launching import compare as comparing
-        from partial_lora.report import verdict
-    by_sweeps = any(override.startswith("hydra/launcher=") for _, overrides in comparisons for override in overrides)
+        from partial_lora.compare import Contest
+    from rich.console import Console
 
-    entries, lines = [], []
-    for chosen, overrides in comparisons:
-        found, left_out = comparing.prepared(chosen, overrides)
-        entries += found
-        lines += left_out
-    comparing.refuse_twins(entries)
-    print(*lines, sep="\n", end="\n" if lines else "")
-    for entry in entries:
-        if first.search == QUICK:
-            comparing.time_entry(entry)
-        step = f", {entry.step_seconds:.3f} s a step of {entry.steps:,}" if entry.step_seconds else ""
-        print(f"{entry.name}: " + (entry.refused or f"{entry.parameters:,} parameters{step}"), flush=True)
-    first.jobs = first.jobs or comparing.jobs_at_once(entries)
-    comparing.share_threads(first.jobs)  # memory may allow fewer at once than cores
-    if any(entry.seconds for entry in entries if entry.refused is None):
-        print(*verdict.prospects(entries, first), sep="\n", flush=True)
-    with _making(entries, first) as make:
-        if by_sweeps:
-            make = functools.partial(comparing.by_sweeps, sweep=functools.partial(_stage, "train"))
-        code = comparing.compare(
-            entries,
-            first,
-            make=make,
-            asks=functools.partial(_look, comparison=first),
-            say=lambda line: print(line, flush=True),
-        )
+    say = functools.partial(print, flush=True)
+    contest = Contest.of(comparison, parts)
+    contest.measure(say)
+    with Bars(Console()) as bars:
+        code = contest.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
-    reasons = files.grouped((entry for entry in entries if entry.refused), lambda entry: entry.refused)
-    named = {reason: "; ".join(entry.name for entry in alike) for reason, alike in reasons.items()}
-    refused = [*lines, *(f"{names}: {reason}" for reason, names in named.items())]
-    for line in refused:
+    for line in contest.refused:
         print(f"partial-lora: {line}", file=sys.stderr)
-    if not any(entry.done for entry in entries):
+    ruling = contest.rule(shlex.join(["partial-lora", "compare", *arguments]))
+    if ruling is None:
         return 1
-    return _verdict(entries, first, refused, shlex.join(["partial-lora", "compare", *arguments]))
-
-
-@contextlib.contextmanager
-def _making(entries, comparison):
-    """Yield what makes runs side by side, with one bar for the whole comparison and a line for each run that fails."""
-    from rich.console import Console
-
-    from partial_lora.launching import compare as comparing
-
-    least = comparing.runs_of_each(comparison, comparison.seeds or 2) * sum(entry.refused is None for entry in entries)
-    reached: dict[tuple, float] = {}  # the share of its steps that each run has made
-
-    def make(runs) -> int:
-        coming = {(entry, *trial[:2]): trial.until for entry, trial in runs}
-        total = max(least, sum((reached | coming).values()))
-
-        def ended(entry, trial, outcome: launch.Outcome) -> None:
-            reached[(entry, *trial[:2])] = trial.until
-            bars.update({"stage": "runs", "done": 0, "total": 1, "share": sum(reached.values()) / total})
-            if outcome.exit_code:
-                bars.note(f"{entry.name}, learning rate {trial.rate:g}, seed {trial.seed}: {outcome.reason}")
-
-        return comparing.side_by_side(runs, comparison.jobs, ended)
-
-    with Bars(Console()) as bars:
-        yield make
-
-
-def _look(group, comparison) -> dict:
-    """Return the seeds that the entries of a group need next, and say what is decided so far."""
-    with _libraries():
-        from partial_lora.report import verdict
-    least = comparison.seeds or 1
-    if any(entry.of_seed(seed) is None for entry in group for seed in range(least)):
-        return dict.fromkeys(group, least)
-    found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
-    if found.standings and found.asks:
-        print(*verdict.words(group, found, metric, comparison.margin, comparison.jobs), sep="\n", flush=True)
-    return {entry: found.asks[entry.name] for entry in group if entry.name in found.asks}
-
-
-def _verdict(entries, comparison, refused: Sequence[str], command: str) -> int:
-    """Print the ranking and the verdict, write table, page and the files to act with; return the exit code."""
-    with _libraries():
-        from rich.console import Console
-
-        from partial_lora.launching.compare import in_words
-        from partial_lora.report import ranking, records, verdict
-        from partial_lora.settings.comparison import FULL
-    # A quick search has chosen among a part of its rates: the ranking has no others, whatever their runs came to.
-    places = {
-        place: record
-        for entry in entries
-        for place, record in entry.done.items()
-        if comparison.search == FULL or record["config"]["trainer"]["learning_rate"] == entry.best
-    }
-    if not places:
-        return 1
-    out = verdict.results_of(places)
-    runs = [records.run_of(record, place) for place, record in places.items()]
-    # Where the reference could not be trained, the first method that could takes its place.
-    trained = [entry for entry in entries if places.keys() & entry.done.keys()]
-    first = min(trained, key=lambda entry: entry.method != comparison.reference)
-    reference = ranking.form_of(next(iter(first.done.values()))["config"])
-    limit = in_words(comparison.limit) if comparison.limit else None
-    _, numbers = ranking.write(runs, out, "compare", reference, limit)
-    Console().print(ranking.on_screen(numbers, reference))
-    said: list[str] = []
-    groups = files.grouped((entry for entry in entries if entry.best is not None), lambda entry: entry.group)
-    for title, group in groups.items():
-        found, metric = verdict.judged(group, comparison.margin, comparison.seeds)
-        sentences = verdict.words(group, found, metric, comparison.margin, comparison.jobs)
-        said += [f"{title}: {sentences[0]}" if len(groups) > 1 else sentences[0], *sentences[1:]]
-        print(*sentences, sep="\n")
-        best = next(entry for entry in group if entry.name == found.leader)
-        print(
-            verdict.write_take(
-                best, out / verdict.TAKE / title.replace(", ", "-") if len(groups) > 1 else out / verdict.TAKE
-            )
-        )
-    print(ranking.write_page(numbers, out, reference=reference, command=command, refused=refused, verdict=said))
+    Console().print(ruling.table)
+    for sentences, take in ruling.verdicts:
+        print(*sentences, take, sep="\n")
+    print(ruling.page)
     return 0
 
 

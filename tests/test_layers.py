@@ -27,7 +27,7 @@ ORDER = (
     ("launching",),
     ("finished",),
     ("report",),
-    ("train",),
+    ("train", "compare"),
     ("worker", "completion"),
     ("cli",),
     ("__main__",),

@@ -203,7 +203,6 @@ def checked(arguments: Sequence[str]) -> Plan:
 
 
 Make = Callable[[Sequence[tuple[Entry, Trial]]], int]  # makes runs, returns an exit code
-Asks = Callable[[Sequence[Entry]], Mapping[Entry, int]]  # the seeds that entries of a group need
 
 
 def prepared(comparison: Comparison, overrides: Sequence[str]) -> tuple[list[Entry], list[str]]:
@@ -347,43 +346,8 @@ def share_threads(jobs: int) -> None:
         os.environ[_THREADS] = _SHARED[_THREADS] = str(max(1, cpu_count() // jobs))
 
 
-def compare(
-    chosen: Sequence[Entry],
-    comparison: Comparison,
-    *,
-    make: Make,
-    asks: Asks,
-    say: Callable[[str], None],
-) -> int:
-    """Search for the learning rate of every entry that is not refused, and train with the seeds that decide.
-
-    Runs that are finished are not made again. make: makes runs, and returns an exit code; after an interruption no
-    further run is made. asks: what the entries of a group need for the next look; nothing once all is decided.
-    """
-    began = time.monotonic()
-    code = _search(chosen, comparison, make, say)
-    if code > 2:
-        return code
-    for group in grouped((entry for entry in chosen if entry.best is not None), lambda entry: entry.group).values():
-        while group and (seeds := asks(group)):
-            runs = [(entry, Trial(entry.best, seed)) for entry in group for seed in range(seeds.get(entry, 0))]
-            new = [(entry, trial) for entry, trial in runs if entry.of_seed(trial.seed) is None]
-            left = sum(entry.seconds for entry, _ in new) / comparison.jobs
-            needed = time.monotonic() - began + left
-            if comparison.hours and max(seeds.values()) > 2 and needed > 3600 * comparison.hours:
-                say(f"hours={comparison.hours:g} are over: {len(new)} runs more would take {in_time(left)}")
-                break
-            code = _make(runs, make)
-            if code > 2:
-                return code
-            for entry in {entry for entry, trial in new if entry.of_seed(trial.seed) is None}:
-                entry.refused, entry.best = f"a seed failed at its best learning rate, {entry.best:g}", None
-                group.remove(entry)
-    return 0
-
-
-def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Callable[[str], None]) -> int:
-    """Find every entry's learning rate, the searches side by side; return the exit code."""
+def search_rates(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Callable[[str], None]) -> int:
+    """Find the learning rate of every entry that is not refused, the searches side by side; return the exit code."""
     until = 1.0 if comparison.search == FULL else QUARTER
     searches: dict[Entry, Search] = {}
     trials: dict[Entry, list[Trial]] = {}
@@ -397,7 +361,7 @@ def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Ca
             searches[entry] = quick(entry.centre, comparison.rates, rates)
         trials[entry] = next(searches[entry])
     while trials:
-        code = _make([(entry, trial) for entry, batch in trials.items() for trial in batch], make)
+        code = make_missing([(entry, trial) for entry, batch in trials.items() for trial in batch], make)
         if code > 2:
             return code
         for entry, batch in list(trials.items()):
@@ -415,7 +379,7 @@ def _search(chosen: Sequence[Entry], comparison: Comparison, make: Make, say: Ca
     return 0
 
 
-def _make(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
+def make_missing(runs: Sequence[tuple[Entry, Trial]], make: Make) -> int:
     """Make those of the runs that are not recorded, and add them to the entries' records; return the exit code."""
     places = {
         (entry, trial): place for entry, trials in _by_entry(runs) for trial, place in places_of(entry, trials).items()
@@ -506,11 +470,6 @@ _LOOK = 0.3  # seconds between two looks at requests to stop
 def in_time(seconds: float) -> str:
     """Return a time in words."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
-
-
-def expected(chosen: Sequence[Entry], comparison: Comparison, seeds: int) -> float:
-    """Return the seconds of a comparison that so many seeds decide."""
-    return sum(entry.seconds for entry in chosen) / comparison.jobs * runs_of_each(comparison, seeds)
 
 
 def runs_of_each(comparison: Comparison, seeds: int) -> float:

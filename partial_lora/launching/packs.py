@@ -3,6 +3,9 @@ example.
 
 A results directory may hold runs in folders, packed runs, or both; where both have a run, its folder counts. Packed
 runs are called by the path that their folder had below the results directory. Written by `report.pack`.
+
+The record of a run is read in today's terms, None where there is none: by `directory.read_result` out of its folder, by
+`packed` out of the pack, and by `recorded` wherever it is.
 """
 
 from __future__ import annotations
@@ -135,16 +138,11 @@ def directories(results_dir: Path) -> list[Path]:
     return sorted({*loose, *(results_dir / path for path in (pack.paths if pack else ()))})
 
 
-def packed(place: Path) -> dict | None:
-    """Return the record of a packed run by the directory that it had, in today's terms; None where it is not packed."""
-    record = stored(place, RESULT)
-    return None if record is None else upgraded(record)
-
-
-def stored(place: Path, name: str) -> dict | None:
-    """Return a JSON file of a packed run as it was written, by the directory that the run had; None without one."""
+def packed(place: Path, name: str = RESULT) -> dict | None:
+    """Return a JSON file of a packed run by the directory that the run had, in today's terms; None without one."""
     pack, path = _at(place)
-    return None if pack is None else pack.json(path, name)
+    content = None if pack is None else pack.json(path, name)
+    return None if content is None else upgraded(content)
 
 
 def _at(place: Path) -> tuple[Pack | None, str]:
@@ -164,7 +162,7 @@ def dynamics(place: Path) -> dict | None:
     try:
         content = json.loads((place / DYNAMICS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        content = stored(place, DYNAMICS)
+        content = packed(place, DYNAMICS)
     except (OSError, ValueError):
         return None
     is_dynamics = isinstance(content, dict) and content.get("version") == OF_DYNAMICS

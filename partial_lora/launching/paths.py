@@ -56,7 +56,7 @@ def _alike(config: Config, contents: Mapping[str, str], apart: Collection[str] =
     parent = results_dir.joinpath("runs", config.task.name, config.model.name)
     chosen = {False: computed(settings, {}), True: computed(settings, contents)}  # by names, and by content
     for runs in _folders(results_dir, parent, config.method.name):
-        stored, has_digests = _stored(runs[0], _stamp(runs[0], results_dir)) or ({}, False)
+        stored, has_digests = _computed_from(runs[0], _stamp(runs[0], results_dir)) or ({}, False)
         differing = {
             key for key in stored.keys() | chosen[has_digests].keys() if stored.get(key) != chosen[has_digests].get(key)
         }
@@ -82,7 +82,7 @@ def _stamp(place: Path, results_dir: Path) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _stored(place: Path, stamp: int) -> tuple[dict, bool] | None:
+def _computed_from(place: Path, stamp: int) -> tuple[dict, bool] | None:
     """Return what a recorded run has computed from, and whether its files are in that by content; None for no settings.
 
     Records of 0.2 and before do not have the digests of files. A run that has not ended may have a config.yaml alone.

@@ -57,7 +57,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
     runs, problems = [], []
     for directory in directories:
         try:
-            run = run_of(record(directory), directory)
+            run = run_of(_finished(directory), directory)
             if directory.name != f"seed{run.row['seed']}":
                 raise ValueError(f"a copy of another run, its seed is {run.row['seed']}")
             runs.append(run)
@@ -71,7 +71,7 @@ def read(results_dir: Path) -> tuple[list[Run], list[LeftOut]]:
 def one(directory: Path) -> Run:
     """Return the finished run of a directory; raises PartialLoraError, naming its record, where there is none."""
     try:
-        return run_of(record(directory), directory)
+        return run_of(_finished(directory), directory)
     except ValueError as error:
         raise PartialLoraError(f"{directory / RESULT}: {error}") from error
 
@@ -81,10 +81,10 @@ def run_of(result: dict, directory: Path) -> Run:
     return Run(directory, result, {"group": "/".join(directory.absolute().parts[-5:-1])} | row(result))
 
 
-def record(directory: Path) -> dict:
-    """Return the record of a finished run, in today's terms; raises ValueError that says what is there instead.
+def _finished(directory: Path) -> dict:
+    """Return the record of a finished run, in today's terms, out of its folder or else, where that has none, the pack.
 
-    For a run that has not finished it is an UnfinishedError.
+    Raises ValueError that says what is there instead, an UnfinishedError for a run that has not finished.
     """
     try:
         result = read_json(directory / RESULT)

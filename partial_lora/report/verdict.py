@@ -15,7 +15,7 @@ import yaml
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
-from partial_lora.launching.compare import Entry, expected, in_time
+from partial_lora.launching.compare import Entry, in_time, runs_of_each
 from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
 from partial_lora.report.statistics import per_example
@@ -56,17 +56,19 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
     return (by_row if len(rows) == 1 and rows != {0} else whole), metric
 
 
-def judged(group: Sequence[Entry], margin: float, seeds: int | None) -> tuple[Referee, str]:
-    """Return what the runs of a group decide so far, and the metric. margin: in points. seeds: of every method."""
+def judged(group: Sequence[Entry], comparison: Comparison) -> tuple[Referee, list[str]]:
+    """Return what the runs of a group decide so far, and that in words."""
     outputs, metric = outputs_of(group, results_of(group[0].done))
-    return referee(outputs, margin / 100, LOOKS if seeds is None else (seeds,)), metric
+    found = referee(outputs, comparison.margin / 100, LOOKS if comparison.seeds is None else (comparison.seeds,))
+    return found, words(group, found, metric, comparison.margin, comparison.jobs)
 
 
 def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
     """Return lines on what a comparison takes, and what each of its looks would tell apart on those test rows."""
     alive = [entry for entry in entries if entry.refused is None]
     looks = LOOKS if comparison.seeds is None else (comparison.seeds,)
-    times = [in_time(expected(alive, comparison, seeds)) for seeds in looks]
+    once = sum(entry.seconds for entry in alive) / comparison.jobs
+    times = [in_time(once * runs_of_each(comparison, seeds)) for seeds in looks]
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
     methods = max(Counter(entry.group for entry in alive).values())

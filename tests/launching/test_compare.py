@@ -15,7 +15,7 @@ from commands import here
 from recorded_runs import record
 from refusals import refusal
 
-from partial_lora import cli
+from partial_lora.compare import Contest
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory, launch, search
 from partial_lora.launching.paths import run_directory
@@ -92,7 +92,9 @@ def decided(*_) -> dict:
 
 def comparing(chosen: list[compare.Entry], make, *, asks=decided, **settings) -> int:
     settings = {"methods": [entry.method for entry in chosen], "rates": 3, "jobs": 1} | settings
-    return compare.compare(chosen, comparison.Comparison(**settings), make=make, asks=asks, say=lambda line: None)
+    contest = Contest(comparison.Comparison(**settings), chosen, [])
+    contest.asks = lambda group, say: asks(group)
+    return contest.decide(make, lambda line: None)
 
 
 def leaving(made: list, **changes: object):
@@ -263,8 +265,8 @@ def test_a_results_directory_is_taken_however_it_is_set_and_a_limit_has_no_budge
 def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
     entry = compare.Entry("lora", "own size", (), best=1e-3)
     entry.done = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
-    asked = cli._look([entry], comparison.Comparison(methods=["lora"], seeds=3))
-    assert asked == {entry: 3}
+    contest = Contest(comparison.Comparison(methods=["lora"], seeds=3), [entry], [])
+    assert contest.asks([entry], pytest.fail) == {entry: 3}
 
 
 def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:
@@ -400,3 +402,35 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     assert here(tmp_path, "compare", *GIVEN, *failed, "budgets=0.3", *SHORT).returncode == 0
     assert "− partial row_exponent=0" in (tmp_path / "out" / "compare.md").read_text()  # the first that has trained
     assert taken["trainer"]["until"] == 1  # a whole run, though its record may be of one that was paused
+
+
+@pytest.mark.usefixtures("composed_once")
+def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tmp_path, monkeypatch, capsys) -> None:
+    def make(runs, jobs: int, ended) -> int:
+        for entry, trials in compare._by_entry(runs):
+            leave_records(entry.arguments(trials), best=2e-3)
+        for entry, trial in runs:
+            failed = entry.method == "uniform" and trial.rate == entry.centre
+            ended(entry, trial, launch.Outcome(tmp_path, "failed" if failed else "finished", error="of chance"))
+        return 0
+
+    monkeypatch.setattr(compare, "side_by_side", make)
+    monkeypatch.setattr(compare, "time_entry", lambda entry: None)
+    settings = (*GIVEN, "methods=[low_rank,uniform]", "budgets=0.3", "seeds=2", "jobs=1", f"results_dir={tmp_path}")
+    parts = [comparison.read(settings)]
+    contest = Contest.of(parts[0][0], parts)
+    said, events, notes = [], [], []
+    contest.measure(said.append)
+    assert contest.run(said.append, watch=events.append, note=notes.append, sweep=pytest.fail) == 0
+    ruling = contest.rule("a command")
+    assert capsys.readouterr() == ("", "")
+    assert [entry.best for entry in contest.entries] == [2e-3, 2e-3]
+    assert {"low_rank, 0.3: learning rate 0.002", "uniform, 0.3: learning rate 0.002"} <= {*said}
+    shares = [event["share"] for event in events]
+    assert shares == sorted(shares)
+    assert shares[-1] <= 1
+    assert all(note.startswith("uniform, 0.3, ") for note in notes)
+    ((sentences, take),) = ruling.verdicts
+    assert "low_rank" in " ".join(sentences)
+    assert (take / "config.yaml").is_file()
+    assert ruling.page.is_file()

@@ -47,8 +47,9 @@ def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     assert not (study / "runs").exists()
     again, _ = records.read(study)
     assert [run.row for run in again] == [run.row for run in runs]
-    assert {path: packs.stored(path, RESULT) for path in loose} == loose
-    assert packs.stored(runs[3].directory, packs.DYNAMICS)["metrics"]["train"]["accuracy"] == 0.9
+    stored = packs.pack_of(study)
+    assert {path: stored.json(path.relative_to(study).as_posix()) for path in loose} == loose
+    assert packs.packed(runs[3].directory, packs.DYNAMICS)["metrics"]["train"]["accuracy"] == 0.9
     pd.testing.assert_frame_equal(comparison.differences(again, predictions.Predictions(study)).rows, differences)
     for path, columns in predicted.items():
         kept = packs.predictions_of(path).to_pydict()

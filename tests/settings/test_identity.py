@@ -130,7 +130,7 @@ def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch:
     ids = identity.run_id(at_default), identity.run_id(other)
     defaults = {**schema.defaults(), "trainer.warmup_ratio": 0.2}
     monkeypatch.setattr(schema, "defaults", lambda: defaults)
-    paths._stored.cache_clear()  # as in a new process
+    paths._computed_from.cache_clear()  # as in a new process
     assert paths.run_directory(at_default) == folder != paths.run_directory(other)
     assert (identity.run_id(at_default), identity.run_id(other)) == ids  # so that no folder is taken for another's
 
