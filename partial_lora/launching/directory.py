@@ -29,6 +29,7 @@ CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
+ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
 TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
@@ -161,10 +162,11 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
     """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
 
     What an unfinished attempt left for the next one stays: checkpoints, sparsities, log, what trackers keep, and its
-    record under another name. All else goes, result.json first: whatever is still there when this is interrupted
-    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held, and a broken record.
+    record under another name. The weights of a run that is done again without being asked for are set aside. All else
+    goes, result.json first: whatever is still there when this is interrupted belongs to no finished run. With
+    `overwrite` nothing stays but the lock, which is held, and a broken record.
     """
-    notes, record = [], directory / RESULT
+    notes, record, asked = [], directory / RESULT, overwrite
     result = read_result(directory)
     if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
         reason = None if overwrite else missing(directory, result)
@@ -176,7 +178,12 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         os.replace(record, directory / _BROKEN)
         notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
     record.unlink(missing_ok=True)
+    if not asked and (overwrite or result is None) and (directory / ADAPTER).is_dir():
+        shutil.rmtree(directory / ASIDE, ignore_errors=True)
+        os.replace(directory / ADAPTER, directory / ASIDE)
+        notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")
     stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
+    stays |= set() if asked else {ASIDE}
     for entry in directory.iterdir():
         if entry.name in stays:
             continue

@@ -102,6 +102,8 @@ def launch(
         is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
         for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
+            with open(place / directory.LOG, "a", encoding="utf-8") as log:  # a sweep shows no notes
+                log.write(f"{line}\n")
         for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
         files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))

@@ -136,6 +136,22 @@ def test_a_broken_record_is_set_aside_when_a_run_is_done_again_too(run: Path) ->
     assert (kept.read_text(), kept.name in note) == ("{", True)
 
 
+@pytest.mark.parametrize("damaged", [results.PREDICTIONS, results.RESULT])
+def test_weights_of_a_run_in_doubt_are_set_aside_until_all_is_overwritten(run: Path, damaged: str) -> None:
+    weights, aside = run / FILES[-1], run / results.ASIDE / Path(FILES[-1]).name
+    weights.write_text("first")
+    (run / damaged).unlink()
+    results.prepare(run, overwrite=False)
+    assert aside.read_text() == "first"
+    weights.parent.mkdir()
+    weights.write_text("second")
+    (run / results.RESULT).write_text("{")
+    notes = results.prepare(run, overwrite=False)
+    assert (aside.read_text(), weights.exists(), results.ASIDE in notes[-1]) == ("second", False, True)
+    results.prepare(run, overwrite=True)
+    assert not aside.exists()
+
+
 def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
