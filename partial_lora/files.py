@@ -108,10 +108,10 @@ def read_text(path: str | os.PathLike, most: int = _LARGEST) -> str:
     return content.decode("utf-8-sig")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, most: int = 2**26) -> Any:
     """Return the content of a JSON file that a user names; raises OSError as `read_text`, ValueError for no JSON."""
     try:
-        return json.loads(read_text(path, 2**26))
+        return json.loads(read_text(path, most))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
