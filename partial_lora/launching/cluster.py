@@ -144,6 +144,14 @@ def openmp(processes: int = 1) -> dict[str, str]:
     return added
 
 
+def visible(on_cpu: bool = False) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls this machine's accelerators, at least one; "" for none at all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(_accelerators(on_cpu))]
+    return [name for name in named.split(",") if name] or [""]
+
+
 def _has_one_rate(file: Mapping) -> bool:
     """Return True where a file of `accelerate config` leaves the optimizer or the schedule to DeepSpeed."""
     named = (file.get("deepspeed_config") or {}).get("deepspeed_config_file")

@@ -20,13 +20,26 @@ from torch._utils import ExceptionWrapper
 
 from partial_lora import files, worker, worker_events
 from partial_lora.errors import PartialLoraError
-from partial_lora.launching import directory, failures, imports, launch
+from partial_lora.launching import cluster, directory, failures, imports, launch
 from partial_lora.launching.cluster import Cluster, cluster_environment, command
 from partial_lora.launching.failures import Failure
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 
 WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
+
+
+@pytest.mark.parametrize(("devices", "given"), [("3,5", ["3", "5", "3"]), ("", [""] * 3), (None, ["0", "1", "2"])])
+def test_runs_of_one_process_side_by_side_are_spread_over_the_accelerators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str | None, given: list[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_accelerators", lambda on_cpu: 1 if on_cpu else 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    config = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}")
+    variables = [launch._environment(config, tmp_path, Cluster(processes=1), slot) for slot in range(3)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == given
 
 
 # How a run ended
