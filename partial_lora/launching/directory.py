@@ -236,13 +236,26 @@ def locked(directory: Path) -> Iterator[int]:
     except OSError as error:
         raise unwritable(directory, error) from error
     try:
-        if not lock(descriptor):
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
-        name_holder(descriptor)
+        _take(descriptor, directory)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+_MOMENT = 1.0  # seconds that a start waits for a lock: who looks whether it is held takes it for an instant
+
+
+def _take(descriptor: int, directory: Path) -> None:
+    end = time.monotonic() + _MOMENT
+    try:
+        while not lock(descriptor):
+            if time.monotonic() > end:
+                holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+                raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
+            time.sleep(0.05)
+        name_holder(descriptor)
+    except OSError as error:  # of a file system without locks, too
+        raise unwritable(directory, error) from error
 
 
 # --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
@@ -286,9 +299,9 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "history": [],
     }
     if earlier is not None:
-        record |= {"started": earlier["started"], "attempts": earlier.get("attempts", 1) + 1}
-        kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
-        record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
+        record |= {"started": earlier.get("started", record["started"]), "attempts": earlier.get("attempts", 1) + 1}
+        spent = earlier.get("seconds", {})  # a checkpoint knows those of training
+        record["seconds"] |= {stage: spent[stage] for stage in ("calibrate", "reliability") if stage in spent}
     return record
 
 

@@ -123,6 +123,12 @@ def test_a_record_says_so_where_this_package_is_not_installed(monkeypatch: pytes
     assert results.new({"seed": 0})["versions"]["partial-lora"] == "not installed"
 
 
+def test_an_attempt_goes_on_from_a_record_that_says_no_more_than_its_status() -> None:
+    assert results.new({"seed": 0}, {"status": "failed"})["attempts"] == 2
+    seconds = {"calibrate": 3.0, "train": 5.0}
+    assert results.new({"seed": 0}, {"status": "failed", "seconds": seconds})["seconds"]["calibrate"] == 3
+
+
 def test_clearing_leaves_the_lock_alone(run: Path) -> None:
     with results.locked(run):
         results.prepare(run, overwrite=True)
@@ -163,6 +169,18 @@ def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: P
         holder.wait()
     with results.locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / results.LOCK).read_text()
+
+
+def test_a_lock_that_is_only_looked_at_is_waited_for_and_a_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([False, False, True])
+    monkeypatch.setattr(results, "lock", lambda descriptor: next(taken))
+    with results.locked(tmp_path):
+        assert not list(taken)
+    monkeypatch.setattr(results, "lock", lambda descriptor: os.open(tmp_path / "no" / "locks", os.O_RDONLY))
+    with refusal("results_dir: ", tmp_path), results.locked(tmp_path):
+        pass
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
