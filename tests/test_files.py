@@ -139,7 +139,9 @@ def test_a_folder_has_the_modes_of_the_umask_whatever_made_its_files_and_what_li
             (built / "link").symlink_to(tmp_path / "elsewhere")
     finally:
         os.umask(before)
-    modes = [path.stat().st_mode & 0o777 for path in (built.parent / "folder", *sorted((tmp_path / "folder").iterdir()))]
+    modes = [
+        path.stat().st_mode & 0o777 for path in (built.parent / "folder", *sorted((tmp_path / "folder").iterdir()))
+    ]
     assert modes == [0o750, 0o600, 0o640]
 
 

@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import time
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -341,8 +343,12 @@ VARIABLE = "PARTIAL_LORA_SETTINGS"
 
 
 def worker_variables(settings: Mapping, digests: Mapping) -> dict[str, str]:
-    """Return the environment variable that hands settings, and the digests of their files, to a worker."""
-    return {VARIABLE: yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)}
+    """Return the environment variable that hands settings, and the digests of their files, to a worker.
+
+    Compressed: Linux starts no process with a variable of more than 128 KiB, and a file of settings may have 256.
+    """
+    text = yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)
+    return {VARIABLE: b64encode(zlib.compress(text.encode())).decode()}
 
 
 def worker_settings(directory: Path) -> tuple[dict, dict | None]:
@@ -352,5 +358,5 @@ def worker_settings(directory: Path) -> tuple[dict, dict | None]:
     """
     handed = os.environ.pop(VARIABLE, None)
     if handed is not None:
-        return tuple(yaml.safe_load(handed))
+        return tuple(yaml.safe_load(zlib.decompress(b64decode(handed))))
     return yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")), None

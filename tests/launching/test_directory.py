@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_an_attempt_goes_on_from_a_record_that_says_no_more_than_its_status() ->
     assert results.new({"seed": 0}, {"status": "failed"})["attempts"] == 2
     seconds = {"calibrate": 3.0, "train": 5.0}
     assert results.new({"seed": 0}, {"status": "failed", "seconds": seconds})["seconds"]["calibrate"] == 3
+
+
+def test_settings_as_large_as_their_file_may_be_reach_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    shares = {
+        f"model.layers.{number}.mlp.up_proj": {"rows": draw.random(), "columns": draw.random()}
+        for number in range(2500)
+    }
+    ((name, value),) = results.worker_variables({"calibration": {"sparsity": shares}}, {"data": "1f"}).items()
+    assert len(name) + len(value) + 2 < 2**17  # as Linux has it
+    monkeypatch.setenv(name, value)
+    assert results.worker_settings(tmp_path) == ({"calibration": {"sparsity": shares}}, {"data": "1f"})
+    assert name not in os.environ
 
 
 def test_clearing_leaves_the_lock_alone(run: Path) -> None:
