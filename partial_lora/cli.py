@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partial_lora import credentials
 from partial_lora.bars import Bars, bar
@@ -143,21 +143,21 @@ def _stage(stage: str, arguments: list[str]) -> int:
     return compose(stage, arguments, lambda config: run(config, stage).exit_code, sweep=launched)
 
 
-def run(config: Config, stage: str, *, shown: bool = True, stop: Callable[[], Sequence[int]] = tuple) -> launch.Outcome:
+def run(config: Config, stage: str, *, shown: bool = True, **settings: Any) -> launch.Outcome:
     """Launch a run, draw its figures and page once it has finished, and return how it ended.
 
     shown: on the terminal, with bars while it lasts and a table at its end; else silently, where other runs use the
-    terminal, too. stop: as `launch.launch` takes it. Raises PartialLoraError as `launch.launch` does.
+    terminal, too. settings: `stop` and `slot` of `launch.launch`. Raises PartialLoraError as `launch.launch` does.
     """
     launch.refuse_foreign_world()
     if not shown:
-        return _ended(launch.launch(config, stage, stop=stop), config, stage)
+        return _ended(launch.launch(config, stage, **settings), config, stage)
     from rich.console import Console
 
     console = Console()
     print(f"{stage} {launch.directory_of(config, stage)}")
     with Bars(console) as bars:
-        outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, stop=stop)
+        outcome = launch.launch(config, stage, watch=bars.update, note=bars.note, **settings)
     _print_outcome(_ended(outcome, config, stage), stage, config, console)
     return outcome
 

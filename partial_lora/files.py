@@ -38,7 +38,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # a pid is not unique on a shared disk
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -107,10 +107,10 @@ def read_text(path: str | os.PathLike, most: int = _LARGEST) -> str:
     return content.decode("utf-8-sig")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, most: int = 2**26) -> Any:
     """Return the content of a JSON file that a user names; raises OSError as `read_text`, ValueError for no JSON."""
     try:
-        return json.loads(read_text(path, 2**26))
+        return json.loads(read_text(path, most))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -167,6 +167,7 @@ def at_home(path: Any) -> Any:
 def building(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _replaced(folder)
     beside = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()  # a signal may come at once
@@ -174,31 +175,36 @@ def building(folder: Path) -> Iterator[Path]:
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        if folder.exists():  # else a failed rename has left nothing but what had the name
-            shutil.rmtree(_replaced(beside), ignore_errors=True)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
 
 
 def replace_folder(built: Path, folder: Path) -> None:
     """Give the folder `built` the name `folder`, once all of it is on disk, then remove what had that name."""
-    for path in (built, *built.rglob("*")):  # safetensors and a strict umask let only the owner in
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    umask = os.umask(0o077)  # which can be read only so
+    os.umask(umask)
+    for path in (built, *built.rglob("*")):  # safetensors lets only the owner in, whatever the umask
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
     sync(built)
-    before = _replaced(built)
+    before = _replaced(folder)
     shutil.rmtree(before, ignore_errors=True)
     try:
         if folder.exists():
             folder.rename(before)
         built.rename(folder)
     except BaseException:
-        if before.exists() and not folder.exists():
-            before.rename(folder)
+        _replaced(folder)
         raise
     _sync(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _replaced(built: Path) -> Path:
-    return built.with_name(f"{built.name}.replaced")
+def _replaced(folder: Path) -> Path:
+    """Return the place of a folder that is about to be replaced; bring back one that was left there, without a name."""
+    before = folder.with_name(f".{folder.name}.replaced")
+    if before.exists() and not folder.exists():
+        before.rename(folder)
+    return before
 
 
 def sync(folder: Path) -> None:

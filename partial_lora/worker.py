@@ -83,7 +83,7 @@ def work(place: Path, stage: str) -> int:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal
         record |= {"status": "failed", "error": credentials.redacted(_in_one_line(error))}
-        begun = record["parameters"] or record["calibration"]
+        begun = record["parameters"] or record["calibration"] or any(record["seconds"].values())
         record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
             failures.report(record["error"])

@@ -130,11 +130,65 @@ def test_a_signal_leaves_a_folder_as_it_was_or_will_be_and_none_beside_it(tmp_pa
     assert len(list(folder.iterdir())) == 1
 
 
+def test_a_folder_has_the_modes_of_the_umask_whatever_made_its_files_and_what_links_lead_to_keeps_its_own(tmp_path):
+    (tmp_path / "elsewhere").touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        with building(tmp_path / "folder") as built:
+            (built / "private").touch(mode=0o600)
+            (built / "link").symlink_to(tmp_path / "elsewhere")
+    finally:
+        os.umask(before)
+    modes = [
+        path.stat().st_mode & 0o777 for path in (built.parent / "folder", *sorted((tmp_path / "folder").iterdir()))
+    ]
+    assert modes == [0o750, 0o600, 0o640]
+
+
+def test_two_writers_of_one_file_have_temporary_names_of_their_own(tmp_path, monkeypatch):
+    names, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (names.append(source), replace(source, target)))
+    for _ in range(2):
+        files.write_atomic(tmp_path / "file", "")
+    assert len(set(names)) == 2
+
+
 def run(script: str, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_a_killed_replacement_left_without_its_name_is_brought_back(tmp_path, fails):
+    built, folder = tmp_path / "built", tmp_path / "folder"
+    built.mkdir()
+    folder.mkdir()
+    (folder / "old").touch()
+    killed = run(
+        """
+        import os, sys
+        from pathlib import Path
+        from partial_lora.files import replace_folder
+
+        built, folder = map(Path, sys.argv[1:])
+        rename = Path.rename
+        Path.rename = lambda self, target: os._exit(9) if self == built else rename(self, target)
+        replace_folder(built, folder)
+        """,
+        built,
+        folder,
+    )
+    assert killed.wait(timeout=60) == 9
+    assert not folder.exists()
+    with contextlib.suppress(InterruptedError), building(folder) as again:
+        assert (folder / "old").exists()
+        (again / "new").touch()
+        if fails:
+            raise InterruptedError
+    assert [path.name for path in folder.iterdir()] == ["old" if fails else "new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "built"}
 
 
 def test_killed_build_leaves_no_entry_and_its_remains_are_cleared(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +25,7 @@ from partial_lora.adapter.card import complete_card
 from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import Geometry, ModuleMasks, frozen_a, random_masks, read_values, top_masks
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import write_json
+from partial_lora.files import write_atomic
 from partial_lora.masks import (
     AXES,
     CHOICES,
@@ -258,6 +259,7 @@ class PartialLoraConfig(LoraConfig):
         else:
             key = "indices" if self.scores is None else "scores"
             masks = top_masks(geometries, self.shares, factors, getattr(self, key), key=key, **options)
+            sidecar.check_size(masks)
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
         self.masks = masks
@@ -347,7 +349,9 @@ class PartialLoraConfig(LoraConfig):
         lora.save_pretrained(save_directory, **kwargs)
         settings = {name: getattr(self, name) for name in ("mask_seed", "sparsity", *CHOICES)}
         content = sidecar.describe(self.masks, self.geometries, settings, rank=self.saved_rank)
-        write_json(Path(save_directory, sidecar.FILE_NAME), content)
+        # Without spaces: it may have millions of indices.
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+        write_atomic(Path(save_directory, sidecar.FILE_NAME), text + "\n")
         complete_card(Path(save_directory), alphas=bool(lora.alpha_pattern))
 
     @classmethod

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import peft.mapping
@@ -318,6 +319,12 @@ def _with_its_masks(load_adapter: Callable) -> Callable:
                 model.set_requires_grad(adapter_name)
         elif has_masks and isinstance(config, PartialLoraConfig):
             sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
+        elif is_trainable and Path(model_id, of_hub.get("subfolder") or "", sidecar.FILE_NAME).is_file():
+            warnings.warn(
+                f"{model_id} has masks, and trains as dense LoRA without them: expected "
+                "config=PartialLoraConfig.from_pretrained(...) of this folder in PeftModel.from_pretrained",
+                stacklevel=3,
+            )
         return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
 
     return load

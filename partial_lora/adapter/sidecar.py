@@ -17,6 +17,7 @@ from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
 
 FILE_NAME = "partial_lora.json"
 VERSION = 1
+LARGEST = 2**30  # bytes: masks over entries with 87 % sparsity at rank 64 in all modules of a model of 70B
 _KEYS = {"version", "granularity", "selection", "mask_seed", "modules"}
 # Versions 0.1 and 0.2 left out what is so, and "rows" is left out still.
 _BEFORE = {"count": "exact", "rows": "masked", "columns": "masked", "fan_in": "dense"}
@@ -53,6 +54,17 @@ def describe(
     return content
 
 
+def check_size(masks: Mapping[str, ModuleMasks]) -> None:
+    """Raise PartialLoraError for masks whose indices would make a file that is too large to be read."""
+    kept = [getattr(of_module, axis) for of_module in masks.values() for axis in AXES]
+    size = sum(len(mask.kept) * (len(str(mask.size)) + 1) for mask in kept)
+    if size > LARGEST:
+        raise PartialLoraError(
+            f"selection='top': its indices would make {FILE_NAME} larger than {LARGEST / 2**30:g} GiB: expected masks"
+            " that keep less, or selection='random'; raise sparsity, or lower r."
+        )
+
+
 def read(path: Path) -> dict:
     """Return the sidecar at ``path``, as `describe` made it, with every key that it should have and no other.
 
@@ -60,7 +72,7 @@ def read(path: Path) -> dict:
     file, if it is missing, broken or of another version.
     """
     try:
-        content = read_json(path)
+        content = read_json(path, LARGEST)
         version = content["version"]
         if version == VERSION:
             _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})

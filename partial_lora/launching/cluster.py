@@ -65,7 +65,7 @@ def cluster_of(trainer: TrainerConfig, quantization: str | None = None) -> Clust
     if file:  # else the schema has checked them
         TrainerConfig(**settings, batch_size=settings["num_processes"] or 1)
     on_cpu = trainer.device == "cpu" or bool(file.get("use_cpu"))
-    processes = settings["num_processes"] or machines * (_counted() if has_accelerator() and not on_cpu else 1)
+    processes = settings["num_processes"] or machines * _accelerators(on_cpu)
     kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(file.get("distributed_type"), trainer.strategy)
     parts = processes * trainer.gradient_accumulation_steps
     expected = f"a multiple of {parts}, of {processes} processes times trainer.gradient_accumulation_steps"
@@ -144,6 +144,14 @@ def openmp(processes: int = 1) -> dict[str, str]:
     return added
 
 
+def visible(on_cpu: bool = False) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls this machine's accelerators, at least one; "" for none at all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(_accelerators(on_cpu))]
+    return [name for name in named.split(",") if name] or [""]
+
+
 def _has_one_rate(file: Mapping) -> bool:
     """Return True where a file of `accelerate config` leaves the optimizer or the schedule to DeepSpeed."""
     named = (file.get("deepspeed_config") or {}).get("deepspeed_config_file")
@@ -152,6 +160,11 @@ def _has_one_rate(file: Mapping) -> bool:
     except (OSError, ValueError, TypeError):  # accelerate says what is wrong with it
         return False
     return isinstance(settings, Mapping) and ("optimizer" in settings or "scheduler" in settings)
+
+
+def _accelerators(on_cpu: bool) -> int:
+    """Return the number of accelerators that this machine shows, and at least one."""
+    return _counted() if has_accelerator() and not on_cpu else 1
 
 
 @cache

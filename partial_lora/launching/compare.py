@@ -23,6 +23,7 @@ from partial_lora.building.memory import kept_by_step
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, launch
+from partial_lora.launching.cluster import visible
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.paths import at_other_rates, run_directory
 from partial_lora.launching.search import (
@@ -324,12 +325,17 @@ def time_entry(entry: Entry) -> None:
 
 
 def jobs_at_once(chosen: Sequence[Entry]) -> int:
-    """Return how many runs go side by side: one on an accelerator, else as many as cores and free memory allow."""
+    """Return how many runs go side by side: as many as cores and free memory allow, or one for each accelerator.
+
+    Where a run is not set to one process, it has all of them.
+    """
     alive = [entry for entry in chosen if entry.refused is None]
     if not alive:
         return 1
     trainers = [entry.usual.trainer for entry in alive]
-    if any((one.num_processes or 1) > 1 or (one.device != "cpu" and has_accelerator()) for one in trainers):
+    if any(one.device != "cpu" and has_accelerator() for one in trainers):
+        return len(visible()) if all(one.num_processes == 1 for one in trainers) else 1
+    if any((one.num_processes or 1) > 1 for one in trainers):
         return 1
     largest = max((entry.timed["peak_memory_bytes"] for entry in alive if entry.timed), default=0)
     room = psutil.virtual_memory().available // largest if largest else cpu_count()
@@ -431,6 +437,7 @@ def side_by_side(
         (entry, trial, config) for entry, trials in _by_entry(runs) for trial, config in entry.configs(trials).items()
     ]
     under_way: dict[Future, tuple[Entry, Trial]] = {}
+    slots: dict[Future, int] = {}
     for _, _, config in waiting[:1]:
         launch.ready_to_fork(config)
     with ThreadPoolExecutor(jobs) as pool, handling(lambda number, frame: requests.append(number)):
@@ -438,7 +445,9 @@ def side_by_side(
             while under_way or (waiting and not requests):
                 while waiting and len(under_way) < jobs and not requests:
                     entry, trial, config = waiting.pop(0)
-                    under_way[pool.submit(_one, config, trial.until, lambda: requests)] = entry, trial
+                    slot = min({*range(jobs)} - {slots[run] for run in under_way})
+                    run = pool.submit(_one, config, trial.until, lambda: requests, slot)
+                    under_way[run], slots[run] = (entry, trial), slot
                 for future in wait(under_way, timeout=_LOOK, return_when=FIRST_COMPLETED).done:
                     ended(*under_way.pop(future), future.result())
         except BaseException:
@@ -447,7 +456,7 @@ def side_by_side(
     return 128 + requests[0] if requests else 0
 
 
-def _one(config: Config, until: float, stop: Callable[[], Sequence[int]] = tuple) -> launch.Outcome:
+def _one(config: Config, until: float, stop: Callable[[], Sequence[int]] = tuple, slot: int = 0) -> launch.Outcome:
     """Make a run, once no other process has it; one that came as far there is not made again."""
     place = run_directory(config)
     while not stop():
@@ -457,7 +466,7 @@ def _one(config: Config, until: float, stop: Callable[[], Sequence[int]] = tuple
         if not config.overwrite and worth(recorded(place), until) is not None:
             break
         try:
-            return launch.launch(config, "train", stop=stop)
+            return launch.launch(config, "train", stop=stop, slot=slot)
         except PartialLoraError:
             if not is_locked(place / directory.LOCK):
                 raise

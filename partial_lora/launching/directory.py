@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import time
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -29,6 +31,7 @@ CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
 ADAPTER = "adapter"
+ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
 TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
@@ -160,22 +163,29 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
     """Make a run's directory ready for another attempt; return a line about every file that was broken or missing.
 
     What an unfinished attempt left for the next one stays: checkpoints, sparsities, log, what trackers keep, and its
-    record under another name. All else goes, result.json first: whatever is still there when this is interrupted
-    belongs to no finished run. With `overwrite` nothing stays but the lock, which is held, and a broken record.
+    record under another name. The weights of a run that is done again without being asked for are set aside. All else
+    goes, result.json first: whatever is still there when this is interrupted belongs to no finished run. With
+    `overwrite` nothing stays but the lock, which is held, and a broken record.
     """
-    notes, record = [], directory / RESULT
+    notes, record, asked, doubtful = [], directory / RESULT, overwrite, False
     result = read_result(directory)
     if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
         reason = None if overwrite else missing(directory, result)
         notes += [f"{directory}: {reason}; the run is done again"] if reason else []
-        overwrite = True
+        overwrite = doubtful = True
     elif result is not None:
         os.replace(record, directory / EARLIER)
     elif record.exists():
         os.replace(record, directory / _BROKEN)
         notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
+        doubtful = True
     record.unlink(missing_ok=True)
+    if doubtful and not asked and (directory / ADAPTER).is_dir():
+        shutil.rmtree(directory / ASIDE, ignore_errors=True)
+        os.replace(directory / ADAPTER, directory / ASIDE)
+        notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")
     stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
+    stays |= set() if asked else {ASIDE}
     for entry in directory.iterdir():
         if entry.name in stays:
             continue
@@ -228,13 +238,26 @@ def locked(directory: Path) -> Iterator[int]:
     except OSError as error:
         raise unwritable(directory, error) from error
     try:
-        if not lock(descriptor):
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
-        name_holder(descriptor)
+        _take(descriptor, directory)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+_MOMENT = 1.0  # seconds that a start waits for a lock: who looks whether it is held takes it for an instant
+
+
+def _take(descriptor: int, directory: Path) -> None:
+    end = time.monotonic() + _MOMENT
+    try:
+        while not lock(descriptor):
+            if time.monotonic() > end:
+                holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+                raise PartialLoraError(f"{directory} is in use by {holder}: wait for it to end, or stop it")
+            time.sleep(0.05)
+        name_holder(descriptor)
+    except OSError as error:  # of a file system without locks, too
+        raise unwritable(directory, error) from error
 
 
 # --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
@@ -278,9 +301,9 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "history": [],
     }
     if earlier is not None:
-        record |= {"started": earlier["started"], "attempts": earlier.get("attempts", 1) + 1}
-        kept = {"calibrate", "reliability"} & earlier["seconds"].keys()  # a checkpoint knows the seconds of training
-        record["seconds"] |= {stage: earlier["seconds"][stage] for stage in kept}
+        record |= {"started": earlier.get("started", record["started"]), "attempts": earlier.get("attempts", 1) + 1}
+        spent = earlier.get("seconds", {})  # a checkpoint knows those of training
+        record["seconds"] |= {stage: spent[stage] for stage in ("calibrate", "reliability") if stage in spent}
     return record
 
 
@@ -320,8 +343,12 @@ VARIABLE = "PARTIAL_LORA_SETTINGS"
 
 
 def worker_variables(settings: Mapping, digests: Mapping) -> dict[str, str]:
-    """Return the environment variable that hands settings, and the digests of their files, to a worker."""
-    return {VARIABLE: yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)}
+    """Return the environment variable that hands settings, and the digests of their files, to a worker.
+
+    Compressed: Linux starts no process with a variable of more than 128 KiB, and a file of settings may have 256.
+    """
+    text = yaml.safe_dump([dict(settings), dict(digests)], sort_keys=False)
+    return {VARIABLE: b64encode(zlib.compress(text.encode())).decode()}
 
 
 def worker_settings(directory: Path) -> tuple[dict, dict | None]:
@@ -331,5 +358,5 @@ def worker_settings(directory: Path) -> tuple[dict, dict | None]:
     """
     handed = os.environ.pop(VARIABLE, None)
     if handed is not None:
-        return tuple(yaml.safe_load(handed))
+        return tuple(yaml.safe_load(zlib.decompress(b64decode(handed))))
     return yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")), None

@@ -25,7 +25,7 @@ from partial_lora import files, worker_events
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.launching import directory, failures, packs
-from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command
+from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command, visible
 from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
@@ -75,6 +75,7 @@ def launch(
     watch: Callable[[dict], None] = lambda event: None,
     note: Callable[[str], None] = lambda line: None,
     stop: Callable[[], Sequence[int]] = tuple,
+    slot: int = 0,
 ) -> Outcome:
     """Run a stage of a run, unless it is finished, and return how it ended.
 
@@ -85,6 +86,7 @@ def launch(
         note: called with a line for each file that an earlier attempt left broken, and for each warning about the
             settings.
         stop: gives the signals that count as received, whether or not this process was sent them.
+        slot: its number among runs side by side, by which a run of one process gets one of the accelerators.
 
     Raises:
         PartialLoraError: another process holds the directory, or it cannot be written.
@@ -102,12 +104,14 @@ def launch(
         is_new = {entry.name for entry in place.iterdir()} == {directory.LOCK}
         for line in directory.prepare(place, overwrite=config.overwrite):
             note(line)
+            with open(place / directory.LOG, "a", encoding="utf-8") as log:  # a sweep shows no notes
+                log.write(f"{line}\n")
         for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
         files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))
         code, failure = _run_process(
             _command(place, stage, cluster),
-            _environment(config, place, cluster),
+            _environment(config, place, cluster, slot),
             place / directory.LOG,
             start=fork if can_fork(config, cluster) else _start,
             watch=watch,
@@ -165,7 +169,7 @@ def _command(place: Path, stage: str, cluster: Cluster, *more: str) -> list[str]
     return command(cluster, ["-m", "partial_lora.worker", str(place.resolve()), "--stage", stage, *more])
 
 
-def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str]:
+def _environment(config: Config, place: Path, cluster: Cluster, slot: int = 0) -> dict[str, str]:
     """Return the environment of a run's workers: this process's without another world, and with the settings."""
     environment = {
         key: value for key, value in os.environ.items() if key not in _WORLD and not key.startswith(_FOREIGN)
@@ -173,7 +177,8 @@ def _environment(config: Config, place: Path, cluster: Cluster) -> dict[str, str
     environment[worker_events.VARIABLE] = str((place / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(cluster.processes)
     if cluster.processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        devices = visible(on_cpu=slot == 0 or config.trainer.device == "cpu")  # to count them takes seconds
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"

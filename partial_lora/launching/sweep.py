@@ -283,7 +283,8 @@ class Job:
                 return {"status": "not started", "code": 0}
             if had_before:  # another job of this sweep has overwritten what was there
                 config = replace(config, overwrite=False)
-            outcome = self.run(config, self.stage, shown=here and entry["is_new"], stop=self.ledger.stops)
+            shown = here and entry["is_new"]
+            outcome = self.run(config, self.stage, shown=shown, stop=self.ledger.stops, slot=number)
         end = {"status": outcome.status, "code": outcome.exit_code}
         if end["code"]:
             return end | {"reason": outcome.signal if outcome.status == "interrupted" else outcome.reason}

@@ -1,7 +1,8 @@
-"""Modes of a model while a block lasts: without dropout, and without gradients or with those of some weights."""
+"""Modes of a model: without dropout, without gradients or with those of some weights, and with frozen statistics."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -43,3 +44,19 @@ def differentiable(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterat
                 parameter.requires_grad_(trains)
             if getattr(config, "problem_type", None) != problem:
                 config.problem_type = problem
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Keep batch norms that do not train in evaluation, also after `model.train()`.
+
+    Their running statistics are saved nowhere, so that a saved adapter would meet others than it was trained with.
+    """
+    for name, module in model.named_modules():
+        is_whole = "modules_to_save" in name.split(".") or any(value.requires_grad for value in module.parameters())
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not is_whole:
+            module.eval()
+            module.train = functools.partial(_unchanged, module)
+
+
+def _unchanged(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module

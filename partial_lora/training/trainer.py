@@ -37,6 +37,7 @@ from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError
 from partial_lora.files import seal
 from partial_lora.methods.setting import Training
+from partial_lora.models.modes import keep_statistics
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, standard_error
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, predictions
@@ -639,6 +640,7 @@ def build_trainer(
         **({"optim": config.optimizer} if config.optimizer else {}),
         **(config.args or {}),
     )
+    keep_statistics(model)
     if computation.sharded and world.device == "cpu":
         fsdp.allow_on_cpu()
     trainer = ResumableTrainer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from adapter_models import (
@@ -15,6 +17,7 @@ from adapter_models import (
     loss_of,
     to,
     trainable_parameters,
+    vit,
 )
 from peft import (
     AutoPeftModel,
@@ -281,6 +284,18 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     again = get_peft_model(kind.build(), PartialLoraConfig.from_pretrained(tmp_path))
     again.load_adapter(str(tmp_path), "default")
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_masked_adapter_that_is_to_train_as_dense_lora_is_warned_of(tmp_path):
+    adapt(sparsity=0.6).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{tmp_path}.*PartialLoraConfig\.from_pretrained"):
+        PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(vit(), tmp_path)
+        config = PartialLoraConfig.from_pretrained(tmp_path)
+        PeftModel.from_pretrained(vit(), tmp_path, config=config, is_trainable=True)
+    assert not [each for each in caught if "PartialLoraConfig" in str(each.message)]
 
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from adapter_models import KINDS, MIXED, adapt, fill, layers, logits, trainable_parameters, vit
 from peft import LoHaConfig, PeftModel, get_peft_model
+from refusals import refusal
 
-from partial_lora.adapter import PartialLoraConfig, module_masks
+from partial_lora.adapter import PartialLoraConfig, module_masks, sidecar
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import read_sparsity
 
@@ -99,6 +100,18 @@ def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
 
     again.save_pretrained(tmp_path / "two")  # and once more, with nothing lost on the way
     assert json.loads((tmp_path / "two" / "partial_lora.json").read_text()) == sidecar
+
+
+def test_a_large_sidecar_is_read_and_one_that_would_be_too_large_is_refused_before_training(tmp_path, monkeypatch):
+    with_selection("wrapped_vit", "scores", granularity="element").save_pretrained(tmp_path)
+    file = tmp_path / "partial_lora.json"
+    assert " " not in file.read_text()
+    with open(file, "a") as end:
+        end.write(" " * 2**26)
+    PartialLoraConfig.from_pretrained(str(tmp_path))
+    monkeypatch.setattr(sidecar, "LARGEST", 1000)
+    with refusal("selection='top'"):
+        with_selection("wrapped_vit", "scores", granularity="element")
 
 
 GIVEN = {

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import re
+import threading
 import types
 
 import pytest
@@ -187,6 +188,22 @@ def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(tmp_path
     assert outcomes == ["skipped"]
 
 
+@pytest.mark.usefixtures("composed_once")
+def test_runs_side_by_side_have_different_slots(tmp_path, monkeypatch) -> None:
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    slots, both = [], threading.Barrier(2, timeout=60)
+
+    def launched(*_, slot: int, **__) -> launch.Outcome:
+        both.wait()
+        slots.append(slot)
+        return launch.Outcome(tmp_path, "finished")
+
+    monkeypatch.setattr(compare.launch, "launch", launched)
+    trials = [search.Trial(entry.centre * factor, 0) for factor in (1, 2, 3, 4)]
+    compare.side_by_side([(entry, trial) for trial in trials], 2, lambda *each: None)
+    assert sorted(slots) == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("given", ["trainer: {learning_rate: 3e-5}", "trainer.learning_rate: 3e-5"])
 def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"model: tiny_vit\n{given}\n", encoding="utf-8")
@@ -328,7 +345,10 @@ def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_
     assert compare.jobs_at_once([entry]) == 1
     entry.timed = None
     monkeypatch.setattr(compare, "has_accelerator", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert compare.jobs_at_once([entry]) == 1
+    (entry,) = compare.entries_of(["low_rank"], [0.3], (*GIVEN, "trainer.num_processes=1", f"results_dir={tmp_path}"))
+    assert compare.jobs_at_once([entry]) == 3
 
 
 def test_runs_side_by_side_share_the_cores_unless_the_user_has_set_their_threads(monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,25 @@ def test_a_record_says_so_where_this_package_is_not_installed(monkeypatch: pytes
     assert results.new({"seed": 0})["versions"]["partial-lora"] == "not installed"
 
 
+def test_an_attempt_goes_on_from_a_record_that_says_no_more_than_its_status() -> None:
+    assert results.new({"seed": 0}, {"status": "failed"})["attempts"] == 2
+    seconds = {"calibrate": 3.0, "train": 5.0}
+    assert results.new({"seed": 0}, {"status": "failed", "seconds": seconds})["seconds"]["calibrate"] == 3
+
+
+def test_settings_as_large_as_their_file_may_be_reach_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    shares = {
+        f"model.layers.{number}.mlp.up_proj": {"rows": draw.random(), "columns": draw.random()}
+        for number in range(2500)
+    }
+    ((name, value),) = results.worker_variables({"calibration": {"sparsity": shares}}, {"data": "1f"}).items()
+    assert len(name) + len(value) + 2 < 2**17  # as Linux has it
+    monkeypatch.setenv(name, value)
+    assert results.worker_settings(tmp_path) == ({"calibration": {"sparsity": shares}}, {"data": "1f"})
+    assert name not in os.environ
+
+
 def test_clearing_leaves_the_lock_alone(run: Path) -> None:
     with results.locked(run):
         results.prepare(run, overwrite=True)
@@ -136,6 +156,22 @@ def test_a_broken_record_is_set_aside_when_a_run_is_done_again_too(run: Path) ->
     assert (kept.read_text(), kept.name in note) == ("{", True)
 
 
+@pytest.mark.parametrize("damaged", [results.PREDICTIONS, results.RESULT])
+def test_weights_of_a_run_in_doubt_are_set_aside_until_all_is_overwritten(run: Path, damaged: str) -> None:
+    weights, aside = run / FILES[-1], run / results.ASIDE / Path(FILES[-1]).name
+    weights.write_text("first")
+    (run / damaged).unlink()
+    results.prepare(run, overwrite=False)
+    assert aside.read_text() == "first"
+    weights.parent.mkdir()
+    weights.write_text("second")
+    (run / results.RESULT).write_text("{")
+    notes = results.prepare(run, overwrite=False)
+    assert (aside.read_text(), weights.exists(), results.ASIDE in notes[-1]) == ("second", False, True)
+    results.prepare(run, overwrite=True)
+    assert not aside.exists()
+
+
 def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -147,6 +183,18 @@ def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: P
         holder.wait()
     with results.locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / results.LOCK).read_text()
+
+
+def test_a_lock_that_is_only_looked_at_is_waited_for_and_a_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([False, False, True])
+    monkeypatch.setattr(results, "lock", lambda descriptor: next(taken))
+    with results.locked(tmp_path):
+        assert not list(taken)
+    monkeypatch.setattr(results, "lock", lambda descriptor: os.open(tmp_path / "no" / "locks", os.O_RDONLY))
+    with refusal("results_dir: ", tmp_path), results.locked(tmp_path):
+        pass
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

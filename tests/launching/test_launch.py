@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate.commands.launch
 import pytest
@@ -20,13 +21,27 @@ from torch._utils import ExceptionWrapper
 
 from partial_lora import files, worker, worker_events
 from partial_lora.errors import PartialLoraError
-from partial_lora.launching import directory, failures, imports, launch
+from partial_lora.launching import cluster, directory, failures, imports, launch
 from partial_lora.launching.cluster import Cluster, cluster_environment, command
 from partial_lora.launching.failures import Failure
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
+from partial_lora.settings.versions import plain
 
 WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
+
+
+@pytest.mark.parametrize(("devices", "given"), [("3,5", ["3", "5", "3"]), ("", [""] * 3), (None, ["0", "1", "2"])])
+def test_runs_of_one_process_side_by_side_are_spread_over_the_accelerators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str | None, given: list[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_accelerators", lambda on_cpu: 1 if on_cpu else 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    config = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}")
+    variables = [launch._environment(config, tmp_path, Cluster(processes=1), slot) for slot in range(3)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == given
 
 
 # How a run ended
@@ -153,6 +168,23 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
     result = directory.read_result(tmp_path)
     assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
     assert result.get("error") == recorded
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_run_that_is_refused_once_importance_is_measured_has_begun(
+    measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(config: Config, place: Path, record: dict, stage: str) -> None:
+        record["seconds"] |= {"importance": 2.0} if measured else {}
+        raise PartialLoraError("method=ticket: not applicable")
+
+    config = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}")
+    (tmp_path / directory.CONFIG).write_text(yaml.safe_dump(plain(config)))
+    monkeypatch.setitem(sys.modules, "partial_lora.train", SimpleNamespace(run=refused))
+    for module, name in ((signal, "signal"), (worker.gc, "freeze"), (imports, "hide_quantiser")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    assert worker.work(tmp_path, "train") == 1
+    assert (directory.REFUSED in directory.read_result(tmp_path)) != measured
 
 
 # Signals, and the launcher between a parent and several workers

@@ -55,6 +55,18 @@ def test_fewer_rows_than_a_batch_still_train(tmp_path: Path) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in trained_state(model).items())
 
 
+@pytest.mark.parametrize("whole", [[], ["patch_embed"]], ids=["frozen", "trained"])
+def test_running_statistics_change_only_where_their_batch_norm_trains(tmp_path: Path, whole: list[str]) -> None:
+    model = adapted().unload()
+    model.timm_model.patch_embed.norm = nn.BatchNorm1d(4)  # over the four patches
+    model = get_peft_model(model, LoraConfig(target_modules=["attn.qkv"], modules_to_save=["head", *whole]))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    trainer(model, tmp_path, max_steps=2).train()
+    model.train()
+    assert [bool(norm.running_mean.any()) for norm in norms] == [norm.training for norm in norms]
+    assert any(norm.training for norm in norms) == bool(whole)
+
+
 def test_of_checkpoints_that_are_equally_good_the_one_with_the_least_loss_is_left(tmp_path: Path) -> None:
     training = trainer(adapted(), tmp_path, epochs=4.0, learning_rate=3e-3, select_within=0)
     training.compute_metrics = lambda said: {"accuracy": 0.5}
