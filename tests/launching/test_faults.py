@@ -215,8 +215,9 @@ def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path,
     assert not results.is_finished(run)
     with pytest.raises(PartialLoraError, match=rf"seed0: {file} .*{size // 2} .*{size}"):
         finished_run(run)
-    (note,) = results.prepare(run, overwrite=False)
+    note, of_weights = results.prepare(run, overwrite=False)
     assert note.startswith(f"{run}: {file} ")
+    assert results.ASIDE in of_weights
 
 
 def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: Path, tmp_path: Path) -> None:
@@ -230,6 +231,7 @@ def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: P
     aside = run_of(tmp_path) / "result.json.broken"
     assert aside.stat().st_size == 100
     aside.unlink()
+    shutil.rmtree(run_of(tmp_path) / results.ASIDE)
     ends_as(unbroken, tmp_path)
 
 
