@@ -189,7 +189,7 @@ def apart(task: str, first: str, second: str) -> str:
 def responses(size: str) -> list[dict[str, str]]:
     """Return what methods of a size made of a language model, the lowest loss first (`make language`).
 
-    Losses are of held-out responses, in nats; their differences are those of perplexities, over the reference's.
+    Losses are of held-out responses, in nats; their differences are logarithms of the ratio of perplexities.
     """
     folder = RESULTS / "language"
     cells = pd.read_csv(folder / "language.csv", dtype={"size": str}).set_index("form")
@@ -219,9 +219,8 @@ def response(form: str, size: str = "0.13") -> dict[str, str]:
 
 
 def _nats(difference: float, half: float, perplexity: float) -> str:
-    """Return a difference of perplexities in nats, to first order."""
-    mean, half = difference / perplexity, half / perplexity
-    return written([mean, mean - half, mean + half], digits=3)
+    """Return a difference from a perplexity, with its interval, in nats."""
+    return written((math.log1p((difference + side * half) / perplexity) for side in (0, -1, 1)), digits=3)
 
 
 def forgotten(form: str, size: str, name: str) -> str:
