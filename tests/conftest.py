@@ -108,3 +108,11 @@ def score(model, batches):
     from partial_lora.calibration.score import FewShotScore
 
     return FewShotScore(model, batches, blocks="vit.blocks")
+
+
+@pytest.fixture
+def usual_umask():
+    """The umask of most machines: others may read."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)

@@ -167,20 +167,19 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
     goes, result.json first: whatever is still there when this is interrupted belongs to no finished run. With
     `overwrite` nothing stays but the lock, which is held, and a broken record.
     """
-    notes, record, asked, doubtful = [], directory / RESULT, overwrite, False
+    notes, record, asked = [], directory / RESULT, overwrite
     result = read_result(directory)
     if result is not None and result["status"] == "finished":  # overwritten, or it has lost files
         reason = None if overwrite else missing(directory, result)
         notes += [f"{directory}: {reason}; the run is done again"] if reason else []
-        overwrite = doubtful = True
+        overwrite = True
     elif result is not None:
         os.replace(record, directory / EARLIER)
     elif record.exists():
         os.replace(record, directory / _BROKEN)
         notes.append(f"{record}: broken, no record of a run; set aside as {_BROKEN}")
-        doubtful = True
     record.unlink(missing_ok=True)
-    if doubtful and not asked and (directory / ADAPTER).is_dir():
+    if not asked and (overwrite or result is None) and (directory / ADAPTER).is_dir():
         shutil.rmtree(directory / ASIDE, ignore_errors=True)
         os.replace(directory / ADAPTER, directory / ASIDE)
         notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")

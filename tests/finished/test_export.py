@@ -245,7 +245,7 @@ def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monke
 # Whole or not at all
 
 
-def test_the_default_folder_is_in_the_run_and_can_be_read_by_others(run):
+def test_the_default_folder_is_in_the_run_and_can_be_read_by_others(run, usual_umask):
     done = export.export(run, "merged")
     assert done.folder == run.directory.resolve() / "export" / "merged"
     assert not done.existed
@@ -327,7 +327,7 @@ def without_a_tensor(directory: Path) -> None:
 
 def with_another_seed(directory: Path) -> None:
     path = directory / "adapter" / "partial_lora.json"
-    path.write_text(path.read_text().replace('"mask_seed": 0', '"mask_seed": 1'))
+    path.write_text(path.read_text().replace('"mask_seed":0', '"mask_seed":1'))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def refused(begins: str) -> None:
     assert not bundled.location("tiny").exists()
 
 
-def test_a_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, monkeypatch):
+def test_a_model_is_fetched_once_and_computes_what_the_graph_computes(tiny, usual_umask, monkeypatch):
     model = load_tiny()
     image = np.random.default_rng(1).standard_normal((1, 3, 16, 16)).astype(np.float32)
     (expected,) = ReferenceEvaluator(content()).run(None, {"input_image": image})
