@@ -314,11 +314,11 @@ LOGGED = ("loss", "grad_norm")
 def of_fig3(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of lora, partial and uniform on three tasks that have the first and the last.
 
-    First come tasks of which runs are at hand.
+    First come tasks of which runs are at hand, and then those with runs of all.
     """
     own = best(runs, _TRAINED)
     parts = [part for _, part in places(with_all(own, (LORA, UNIFORM)))]
-    parts.sort(key=lambda part: not part["at_hand"].any())
+    parts.sort(key=lambda part: (not part["at_hand"].any(), -part["method"].nunique()))
     return pd.concat([own.iloc[:0], *parts[:_MOST_TASKS]])
 
 

@@ -107,10 +107,10 @@ def test_fig3_has_histories_of_all_seeds_and_gap_and_drift_of_those_that_all_hav
 def test_fig3_draws_three_tasks_with_both_and_first_what_was_measured(tmp_path: Path) -> None:
     for task in "abcde":
         for method in ("lora", "uniform", "partial"):
-            if (task, method) != ("a", "uniform"):
+            if (task, method) not in {("a", "uniform"), ("b", "partial")}:
                 folder = run(tmp_path, method, 0.8, task=task, history=[{"step": 1, "loss": 1.0}])
                 measure(folder, 0.9, 0.8) if task == "e" else None
-    assert set(numbers("fig3", tmp_path)["task"]) == {"e", "b", "c"}
+    assert set(numbers("fig3", tmp_path)["task"]) == {"e", "c", "d"}
 
 
 def test_fig4_has_ranks_of_as_many_parameters_and_low_rank_as_the_dense_end(tmp_path: Path) -> None:
