@@ -24,7 +24,7 @@ Watch = Callable[[Mapping], None]  # as bars.Bars.update
 
 @dataclass
 class Ruling:
-    """What a comparison comes to: a table, sentences on each group and the folder of its files, and a page."""
+    """Table and page of a comparison, and of each group the verdict in sentences with the folder of its files."""
 
     table: Group
     verdicts: list[tuple[list[str], Path]]

@@ -82,10 +82,8 @@ def calibrated(task: str, runs: Sequence[records.Run]) -> dict[str, dict[int, di
     """Return a record by seed, of calibrated runs at 13 % as they are by default, by `SHARES`."""
     found: dict[str, dict[int, dict]] = {kind: {} for kind in SHARES.values()}
     for run in runs:
-        chosen, measure = (
-            run.record["config"]["calibration"],
-            run.record["config"].get("importance", {}).get("name", IMPORTANCE),
-        )
+        chosen = run.record["config"]["calibration"]
+        measure = run.record["config"].get("importance", {}).get("name", IMPORTANCE)
         at = run.row["task"], run.row["method"], run.row["operating_point"], chosen.get("file")
         usual = (chosen["shrink"], chosen["max_sparsity"], measure) == (0, 0.95, IMPORTANCE)
         if at == (task, "partial", "budget 0.13", None) and usual:

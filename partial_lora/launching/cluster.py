@@ -144,11 +144,14 @@ def openmp(processes: int = 1) -> dict[str, str]:
     return added
 
 
-def visible(on_cpu: bool = False) -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES calls this machine's accelerators, at least one; "" for none at all."""
+def visible(*, counted: bool = True) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls this machine's accelerators, at least one; "" for none at all.
+
+    counted: where the variable is not set they are counted, which takes seconds; else the first stands for all.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return [str(number) for number in range(_accelerators(on_cpu))]
+        return [str(number) for number in range(_accelerators(not counted))]
     return [name for name in named.split(",") if name] or [""]
 
 

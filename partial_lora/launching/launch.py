@@ -177,7 +177,7 @@ def _environment(config: Config, place: Path, cluster: Cluster, slot: int = 0) -
     environment[worker_events.VARIABLE] = str((place / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(cluster.processes)
     if cluster.processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
-        devices = visible(on_cpu=slot == 0 or config.trainer.device == "cpu")  # to count them takes seconds
+        devices = visible(counted=slot > 0 and config.trainer.device != "cpu")
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
