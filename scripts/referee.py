@@ -187,7 +187,7 @@ def components(results: Path) -> dict[str, tuple[float, float, float, int]]:
     """Return by set the standard deviations of a difference, and its rows: of seeds, of rows and of both together."""
     found = {}
     for task, every in intervals.differences(results / "decided").items():
-        if len(every) < 3:  # signdigits has two forms
+        if len(every) < 3:  # cifar10 and signdigits have two forms
             continue
         rows = every[0].shape[1]
         parts = [np.divide(intervals.components(d), (1, rows, rows)) for d in every]

@@ -101,6 +101,17 @@ def test_pairs_are_of_forms_at_one_size_and_condition_each_at_its_best_rate(tmp_
     assert sorted(np.abs(d.mean(axis=1))) == pytest.approx([0.05, 0.055, 0.06])
 
 
+def test_the_five_sets_are_named_whatever_other_sets_there_are() -> None:
+    generator = np.random.default_rng(4)
+    own, other = ([generator.normal(size=(3, 20))] for _ in range(2))
+    alone, beside = (
+        intervals.simulate(every, 2)[0].query("set == @intervals.FIVE").reset_index(drop=True)
+        for every in ({"trec": own}, {"cifar10": other, "trec": own})
+    )
+    assert len(alone) == 3 * 2 * 7
+    pd.testing.assert_frame_equal(alone, beside)
+
+
 def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(intervals, "RACES", 3)
     for seed in range(8):
