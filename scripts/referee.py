@@ -96,7 +96,7 @@ def cells(results: Path) -> list[Cell]:
     """Return the recorded searches of three rates or more, but for cells of several settings."""
     found = []
     for study in SEARCHED:
-        table = ranking.rows_of(_recorded(results / study))
+        table = _recorded(results / study)
         for (task, _, size, form), cell in table.groupby(["task", "model", "size", "form"], sort=False):
             runs = {(row.learning_rate, row.seed): row.run.record for row in cell.itertuples()}
             tried = {rate: {} for rate, _ in runs}
@@ -113,12 +113,13 @@ def cells(results: Path) -> list[Cell]:
     return found
 
 
-def _recorded(study: Path) -> list[records.Run]:
-    """Return the runs of a study; of the one protocol those of one task, under the usual condition and by svd."""
+def _recorded(study: Path) -> pd.DataFrame:
+    """Return the rows of a study; of the one protocol those of one task, under the usual condition and by svd."""
     if study.name != "decided":
-        return records.read(study)[0]
+        return ranking.rows_of(records.read(study)[0])
     runs = protocol.usual(protocol.forms(study)[0])
-    return list(runs.loc[runs["importance"] == "", "run"])
+    runs = runs[runs["importance"] == ""]
+    return runs.assign(form=runs["method"], size=[ranking.size_in(run.record) for run in runs["run"]])
 
 
 def predicted(cell: Cell, all_cells: Sequence[Cell]) -> float:

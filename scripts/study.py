@@ -3,8 +3,8 @@
     python scripts/study.py race                                  # as `make race` does
     python scripts/study.py decided --only task=digits stage=first --list
 
-Finished runs are skipped. A run that failed ends its command with 1, and the study goes on; whatever else goes wrong
-ends it.
+Finished runs are skipped. A run that failed ends its command with 1, and the study goes on. It also goes on after a
+script that ends with 1, and then ends with 1 itself. Whatever else goes wrong ends it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from partial_lora.settings.study import OF_RUNS, commands, keys
 
 
 @cli.script
-def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run a study; return the exit code of the command that ended it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a study; return the exit code of the command that ended it, or 1 where a script ended with 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a file of conf/experiment")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of NAME/{train,test}.parquet")
@@ -36,17 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     named = {"preset", *keys(options.name)}  # a study of one preset need not name it
     for key in only:
         require(key in named, "--only", key, f"a key that the study names: {', '.join(sorted(named))}")
+    failed = 0
     for words in commands(options.name, options.data, only):
         words += options.settings if words[0] in OF_RUNS else []
         print("+", shlex.join(words), flush=True)
         if not options.list:
             own, environment = ["-m", "partial_lora", *words], dict(os.environ)
-            if words[0] == "python":
+            is_script = words[0] == "python"
+            if is_script:
                 own = words[1:]
                 environment.pop("PYTHONSAFEPATH", None)  # a script imports what lies beside it
             code = subprocess.run([sys.executable, *own], env=environment, check=False).returncode
             if code not in (0, 1):
                 return code if code > 0 else 128 - code  # as a shell says which signal has ended it
+            failed |= is_script and code
+    return failed
 
 
 if __name__ == "__main__":

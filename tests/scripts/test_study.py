@@ -135,23 +135,24 @@ def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
         comparison.of_one(chosen)
 
 
-@pytest.mark.parametrize(("code", "ends"), [(2, 2), (-9, 137), (1, 0)])
-def test_what_is_refused_or_killed_ends_a_study_and_what_failed_does_not(code: int, ends: int, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("of_runs", "of_script", "ends"), [(2, 0, 2), (-9, 0, 137), (1, 0, 0), (0, 1, 1), (1, 1, 1), (0, 0, 0)]
+)
+def test_what_is_refused_or_killed_ends_a_study_and_of_what_failed_a_script_alone_is_told(
+    of_runs: int, of_script: int, ends: int, monkeypatch
+) -> None:
     calls = []
 
     def run(command: list[str], check: bool, env: dict) -> subprocess.CompletedProcess:
         calls.append(command)
-        is_script = command[1].startswith(
-            "scripts/"
-        )  # which imports what lies beside it; a run imports nothing of there
+        is_script = command[1].startswith("scripts/")  # which imports what lies beside it; a run nothing of there
         assert ("PYTHONSAFEPATH" in env) == (not is_script)
-        return subprocess.CompletedProcess(command, code)
+        return subprocess.CompletedProcess(command, of_script if is_script else of_runs)
 
     monkeypatch.setattr(subprocess, "run", run)
     assert study.main(["race", "--data", "nowhere", "--with", "trainer.epochs=1"]) == ends
-    assert len(calls) == (1 if ends else 2)
     assert calls[0][-1] == "trainer.epochs=1"
-    assert ends or calls[-1][1:3] == ["scripts/forms.py", "results/race"]
+    assert len(calls) == 1 if ends > 1 else calls[1][1:3] == ["scripts/forms.py", "results/race"]
 
 
 def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once(data: Path) -> None:
