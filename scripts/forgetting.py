@@ -4,7 +4,7 @@
 
 Of every form and size the runs at the best learning rate are scored on the sets of OTHER, as `partial-lora evaluate`
 scores them, and so is the frozen model, which is the zero. Scores are in forgetting.csv and are not made again; what
-changed is in forgetting.md, ± half of a 95 % interval over seeds. A pack holds no adapters: score, then pack.
+changed is in results/claims/language.md. A pack holds no adapters: score, then pack.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from zero_shot import scored
+import torch
+from torch.utils.data import DataLoader
 
 from partial_lora import cli
 from partial_lora.building import build
@@ -23,9 +25,11 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.finished.evaluate import evaluate_run
 from partial_lora.finished.run import finished_run
+from partial_lora.peers import Alone
 from partial_lora.report import ranking, records
-from partial_lora.report.statistics import half_interval
 from partial_lora.settings.compose import composed
+from partial_lora.settings.schema import Config
+from partial_lora.training import objectives
 
 FROZEN, ROWS, BATCH = "frozen", 200, 16
 _PIQA = (
@@ -58,13 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = ranking.at_best_rates(ranking.rows_of(runs)).to_dict("records")
     paths = {row["run"].directory.relative_to(options.results).as_posix() for row in best}
     known = known[known["run"].isin({FROZEN, *paths})]  # another rate may be the best now
+    _write(known, file)
     for row in scores(best, options.results, set(zip(known["run"], known["set"], strict=True))):
         known = pd.concat([known, pd.DataFrame([row])], ignore_index=True)
-        write_atomic(file, known.to_csv(index=False, float_format="%.6g"))
+        _write(known, file)
         print(*row.values(), flush=True)
-    text = changes(known)
-    write_atomic(options.results / "forgetting.md", text)
-    print(text)
+    print(file)
+
+
+def _write(known: pd.DataFrame, file: Path) -> None:
+    write_atomic(file, known.to_csv(index=False, float_format="%.6g"))
 
 
 def scores(best: Sequence[dict], out: Path, known: set[tuple[str, str]]) -> Iterator[dict]:
@@ -90,22 +97,21 @@ def scores(best: Sequence[dict], out: Path, known: set[tuple[str, str]]) -> Iter
                 yield told | {"set": name, "metric": metric, "value": found["metrics"][metric]}
 
 
-def changes(known: pd.DataFrame) -> str:
-    """Return a table of what every form and size changed on every set, a mean over seeds."""
-    before = known[known["run"] == FROZEN].set_index("set")["value"]
-    after = known[known["run"] != FROZEN]
-    rows = []
-    for (size, form), cell in after.groupby(["size", "form"], sort=False):
-        row = {"size": ranking.in_words(size), "method": form, "seeds": cell["seed"].nunique()}
-        for name, (metric, _) in OTHER.items():
-            points, unit = (1, "nats") if metric == "loss" else (100, "points")
-            each = points * (cell.loc[cell["set"] == name, "value"] - before[name])
-            half = half_interval(each.std(), len(each))
-            row[f"{name}, {metric}, {unit}"] = f"{each.mean():+.3g}" + f" ± {half:.2g}" * (len(each) > 1)
-        rows.append(row)
-    levels = ", ".join(f"{name} {before[name]:.4g}" for name in OTHER)
-    table = pd.DataFrame(rows).sort_values(["size", "method"]).to_markdown(index=False, disable_numparse=True)
-    return f"The change from the frozen model ({levels}), on {ROWS} test rows each. ± is over seeds.\n\n{table}\n"
+def scored(config: Config, model: torch.nn.Module) -> objectives.Judged:
+    """Return the judgement of a model's answers on the test split: the model as it is, without an adapter."""
+    task = build.task_of(config)
+    transform = build.transform_of(config.model, config.task)
+    judge = build.judge_of(config, task, transform, Alone())
+
+    def predict(rows):
+        answers = []
+        for batch in DataLoader(rows, batch_size=32, collate_fn=transform.collate):
+            with torch.inference_mode():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            answers.append(judge.reduce(logits, batch["labels"]).numpy())
+        return np.concatenate(answers), np.empty(0)
+
+    return judge.judged(predict, model, "test")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ wanted on the other sets.
 `report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
 or as good though it is further off than the margin.
 
-Writes referee.md, search.csv, spread.csv and seeds.csv into results/referee.
+Writes referee.md and spread.csv into results/referee.
 """
 
 from __future__ import annotations
@@ -287,9 +287,7 @@ def main() -> None:
     seeds = simulate(parts, REPETITIONS)
     out = RESULTS / "referee"
     out.mkdir(exist_ok=True)
-    write_atomic(out / "search.csv", searched.to_csv(index=False, float_format="%.5g"))
     write_atomic(out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
-    write_atomic(out / "seeds.csv", seeds.to_csv(index=False, float_format="%.4g"))
     write_atomic(out / "referee.md", page(searched, seeds))
     print(out / "referee.md")
 

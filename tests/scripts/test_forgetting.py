@@ -1,4 +1,4 @@
-"""Changes from the frozen model, of runs at the best rate alone, and no score made twice."""
+"""Scores of runs at the best rate alone, none made twice, and those of a model as a run has them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ from pathlib import Path
 
 import forgetting
 import pandas as pd
+import pytest
+from finished_runs import CHOICE, override, question_files, trained
 
+from partial_lora.finished.predict import RunModel
 from partial_lora.report import ranking
-
-
-def test_changes_are_from_the_frozen_model_in_nats_and_points() -> None:
-    rows = [[forgetting.FROZEN, forgetting.FROZEN, "own", 0, 0.0, "piqa", "loss", 3.0]]
-    rows += [[forgetting.FROZEN, forgetting.FROZEN, "own", 0, 0.0, "arc_easy", "accuracy_norm", 0.5]]
-    for seed, (loss, share) in enumerate([(3.1, 0.48), (3.3, 0.46)]):
-        told = [f"seed{seed}", "lori", "0.13", seed, 1e-3]
-        rows += [[*told, "piqa", "loss", loss], [*told, "arc_easy", "accuracy_norm", share]]
-    line = forgetting.changes(pd.DataFrame(rows, columns=forgetting.COLUMNS)).splitlines()[-1]
-    method, seeds, text, questions = (cell.strip() for cell in line.split("|")[2:6])
-    assert (method, seeds) == ("lori", "2")
-    assert (text.split()[0], questions.split()[0]) == ("+0.2", "-3")
 
 
 def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, monkeypatch) -> None:
@@ -42,9 +33,19 @@ def test_only_runs_at_the_best_rate_are_scored_and_none_twice(tmp_path: Path, mo
     monkeypatch.setattr(forgetting, "evaluate_run", evaluated)
     known = [[forgetting.FROZEN, forgetting.FROZEN, "own", 0, 0.0, "arc_easy", "accuracy_norm", 0.5]]
     known.append(["runs/seed0", "lori", "0.13", 0, 2e-3, "arc_easy", "accuracy_norm", 0.9])  # once the best rate
-    pd.DataFrame(known, columns=forgetting.COLUMNS).to_csv(tmp_path / "forgetting.csv", index=False)
-    for _ in range(2):
+    file, stale = tmp_path / "forgetting.csv", pd.DataFrame(known, columns=forgetting.COLUMNS)
+    stale.to_csv(file, index=False)
+    for _ in range(2):  # the second time nothing new is scored
         assert forgetting.main([str(tmp_path)]) == 0
-        found = pd.read_csv(tmp_path / "forgetting.csv").set_index("run")["value"]
-        assert found.to_dict() == {forgetting.FROZEN: 0.5, "runs/seed1": 0.25}
+        found = pd.read_csv(file)
+        assert found.set_index("run")["value"].to_dict() == {forgetting.FROZEN: 0.5, "runs/seed1": 0.25}
         assert scored == [runs[1].directory]
+        pd.concat([found, stale.iloc[1:]]).to_csv(file, index=False)
+
+
+def test_a_model_is_scored_as_a_run_with_it_is() -> None:
+    settings = ("model=tiny_llama", "task=choice_table", "method=lora", "trainer.max_steps=1", *CHOICE)
+    run = trained("scored", *settings, override(question_files()))
+    found = forgetting.scored(run.config, RunModel(run, "cpu").model.eval()).metrics
+    recorded = run.result["metrics"]["test"]
+    assert found == pytest.approx({key: recorded[key] for key in found})

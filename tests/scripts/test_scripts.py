@@ -1,4 +1,4 @@
-"""The scripts for a cluster: shell that parses, and commands whose settings compose and go together."""
+"""The scripts for a cluster and a GPU: commands whose settings compose and go together."""
 
 from __future__ import annotations
 
@@ -47,12 +47,6 @@ def config_of(arguments: list[str], where: Path, monkeypatch) -> Config:
     monkeypatch.chdir(where)
     assert arguments[0] == "train"
     return composed(*arguments[1:])
-
-
-@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
-def test_a_script_parses(script: Path) -> None:
-    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_job_array_is_a_sweep_of_runs_that_share_a_calibration(called, tmp_path: Path, monkeypatch) -> None:
