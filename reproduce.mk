@@ -10,8 +10,8 @@
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
 # make coverage           how often intervals hold the truth, from the records
-# make figures, pages     the three figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
-# make models, first-day  every model's sizes; the defaults on tables cut out of real sets, beside searched rates
+# make figures, pages     the four figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
+# make models, first-day  every model's sizes, and what a step keeps; the defaults on tables cut out of real sets, beside searched rates
 #
 # PRESET=cpu     models out of PyPI wheels; digits always, and the tasks that DATA=FOLDER has
 # PRESET=paper   the paper's models and sets from the hub, on GPUs
@@ -76,6 +76,7 @@ coverage:
 
 models:
 	$(SCRIPT)/model_table.py
+	$(SCRIPT)/model_table.py --kept
 
 figures:
 	$(SCRIPT)/evidence.py

@@ -501,9 +501,8 @@ def verdict(measured: Mapping, limit: float) -> str:
 
 def adapter_page(result: Mapping) -> str:
     aims = [
-        {key: aim[key] for key in ("aim", "variant", "model", "rank")}
-        | {"variant": NAMES[aim["variant"]], "at most": aim["limit"], "measured": _interval(aim)}
-        | {"verdict": aim["verdict"]}
+        {"aim": aim["aim"], "variant": NAMES[aim["variant"]], "model": aim["model"], "rank": aim["rank"]}
+        | {"at most": aim["limit"], "measured": _interval(aim), "verdict": aim["verdict"]}
         for aim in result["aims"]
     ]
     made = f"Made by `{result['command']}`; every number of every repetition is in adapter.json."
@@ -921,7 +920,8 @@ def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
 
     method = "lora" if loop in ("bare", "trainer") else loop
     usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed"]
-    usual += methods.called(method).at_budget if method in ("dora", "vera") else [f"method={method}"]
+    own = methods.called(method)
+    usual += (own.tuner and own.at_budget) or [f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
     usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
     return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]

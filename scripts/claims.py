@@ -36,7 +36,9 @@ def differences(
     """For each pair of methods, its first less its second, wherever both have runs.
 
     They are paired at one model, measure of importance and operating point; a method that is not calibrated stands at
-    all points. not_in_means: tasks that are in no mean over sets.
+    all points. There is a row for each task on which both share a seed, and one over these if they are several: of a
+    mixture the average, else what is to be expected of all sets of which these are a sample. not_in_means: tasks that
+    are in no mean over sets.
     """
     rows = []
     for first, second in pairs:
@@ -44,41 +46,18 @@ def differences(
             model, mixture, measure, point = where
             other = runs[(runs["model"] == model) & (runs["mixture"] == mixture) & (runs["method"] == second)]
             other = other[(other["importance"] == measure) & other["operating_point"].isin([point, NONE])]
-            rows += paired_rows([(own, other)], dict(zip(WHERE, where, strict=True)), first, second, not_in_means)
+            named = {"part": DIFFERENCE, **dict(zip(WHERE, where, strict=True)), "first": first, "second": second}
+            tasks = {}
+            for task, of_task in own.groupby("task", sort=False):
+                pair = Pair(by_seed(of_task), by_seed(other[other["task"] == task]), of_task["metric"].iloc[0])
+                if pair.seeds:
+                    rows.append(named | {"task": task, "metric": pair.metric, "tasks": 1} | asdict(between(pair)))
+                    if task not in not_in_means:
+                        tasks[task] = pair
+            if len(tasks) > 1 and not {pair.metric for pair in tasks.values()} & LOWER_IS_BETTER:
+                over, mean = (AVERAGE, average) if mixture else (ALL_SETS, over_tasks)
+                rows.append(named | {"task": over, "metric": AVERAGE, "tasks": len(tasks)} | asdict(mean(tasks)))
     return pd.DataFrame(rows, columns=list(DIFFERENCES))
-
-
-def paired_rows(
-    sides: Sequence[tuple[pd.DataFrame, pd.DataFrame]],
-    where: Mapping[str, str],
-    first: str,
-    second: str,
-    not_in_means: Collection[str] = (),
-) -> list[dict]:
-    """A row for each task on which all sides share a seed, and one over these if they are several: of a mixture the
-    average, else what is to be expected of all sets of which these are a sample.
-
-    sides: runs of a method and of another; of several the difference is the mean over them, on every task.
-    """
-    tasks: dict[str, list[Pair]] = {}
-    for task in dict.fromkeys(sides[0][0]["task"]):
-        parts = [[side[side["task"] == task] for side in both] for both in sides]
-        if all(len(side) for both in parts for side in both):
-            pairs = [Pair(*map(by_seed, both), both[0]["metric"].iloc[0]) for both in parts]
-            if set.intersection(*(pair.seeds for pair in pairs)):
-                tasks[task] = pairs
-    named = {"part": DIFFERENCE, **where, "first": first, "second": second}
-    rows = [
-        named | {"task": task, "metric": pairs[0].metric, "tasks": 1, **asdict(between(pairs))}
-        for task, pairs in tasks.items()
-    ]
-    tasks = {task: pairs for task, pairs in tasks.items() if task not in not_in_means}
-    if len(tasks) > 1 and not {pairs[0].metric for pairs in tasks.values()} & LOWER_IS_BETTER:
-        if where["mixture"]:
-            rows.append(named | {"task": AVERAGE, "metric": AVERAGE, "tasks": len(tasks)} | asdict(average(tasks)))
-        else:
-            rows.append(named | {"task": ALL_SETS, "metric": AVERAGE, "tasks": len(tasks)} | asdict(over_tasks(tasks)))
-    return rows
 
 
 # Scores of methods by tasks
@@ -140,9 +119,13 @@ def best(runs: pd.DataFrame) -> set[tuple[str, ...]]:
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    points = rows["operating_point"].map(point_order)
-    by = ["model", "mixture", "_point", "importance", "method"]
-    return rows.assign(_point=points).sort_values(by, kind="stable").drop(columns="_point")
+    by = ["model", "mixture", "operating_point", "importance", "method"]
+    return rows.sort_values(by, key=in_order)
+
+
+def in_order(column: pd.Series) -> pd.Series:
+    """What a column of rows is sorted by: operating points by their size, all others by their words."""
+    return column.map(point_order) if column.name == "operating_point" else column
 
 
 def part_of(numbers: pd.DataFrame, part: str) -> pd.DataFrame:

@@ -139,12 +139,12 @@ def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 def prices(runs: pd.DataFrame) -> pd.DataFrame:
     """Return by set and form, at one size, the score, its lead over the references, and what a run costs (medians)."""
     rows = []
-    for _, own in runs[runs["operating_point"].isin([BUDGET, NONE])].groupby(["mixture", "task"], sort=False):
+    for task, own in runs[runs["operating_point"].isin([BUDGET, NONE])].groupby("task", sort=False):
         forms = dict(iter(own.groupby("method", sort=False)))
         for form, each in sorted(forms.items(), key=lambda item: -item[1]["test"].mean()):
             leads = {f"− {name}": _lead(each, forms.get(name)) for name in REFERENCES}
             rows.append(
-                {"set": each["task"].iloc[0], "form": form, "test": f"{100 * each['test'].mean():.2f}"}
+                {"set": task, "form": form, "test": f"{100 * each['test'].mean():.2f}"}
                 | {"rate": f"{each['learning_rate'].iloc[0]:g}", **leads}
                 | {"seeds": len(each), "parameters": f"{each['adapter_parameters'].median():,.0f}"}
                 | {"saturated modules, median": _saturated(each)}
@@ -214,7 +214,7 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     if other is None or own is other:
         return NONE
     pair = Pair(by_seed(own), by_seed(other), own["metric"].iloc[0])
-    return interval({"metric": pair.metric, **asdict(between([pair], draws=0))}) if pair.seeds else NONE
+    return interval({"metric": pair.metric, **asdict(between(pair, draws=0))}) if pair.seeds else NONE
 
 
 def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:

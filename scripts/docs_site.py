@@ -3,8 +3,7 @@
 A file outside docs/ that a page links to (a table, a figure, a script) is part of the site, and so is what that links
 to; code gets a page of its own. A figure that has a dark twin follows the site's theme. Pages get the schema's keys,
 the choices of each group and the help of each command where they ask for them: `<!-- keys -->`, `<!-- choices -->`,
-`<!-- help -->`. Formulas
-become MathML.
+`<!-- help -->`. Formulas become MathML.
 """
 
 from __future__ import annotations

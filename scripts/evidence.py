@@ -1,4 +1,4 @@
-"""The evidence in a minute: three figures, each for a light and a dark page, out of the tables of results/.
+"""The evidence in a minute: four figures, each for a light and a dark page, out of the tables of results/.
 
     python scripts/evidence.py      # or `make figures`
 

@@ -26,6 +26,7 @@ from partial_lora.files import building, write_atomic
 from partial_lora.launching.compare import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
 from partial_lora.launching.paths import run_directory
+from partial_lora.methods import called
 
 FITTED = ("trec", "sst2", "gtsrb", "signdigits")  # sets whose searches the rule was made from
 METHODS = ("partial", "lora", "low_rank", "entries")
@@ -147,7 +148,7 @@ def settings(name: str, folder: Path, out: Path, method: str, seed: int) -> list
         files = f"{{train: {folder}/train.csv, test: {folder}/test.csv}}"
         rows = ["model=minilm_l6", "task=text_table", f"task.data_files={files}", f"task.text_columns=[{columns}]"]
         rows += ["task.label_column=class"]
-    size = ["calibration=fixed"] if method in ("partial", "low_rank", "targeted", "random_weights") else []
+    size = ["calibration=fixed"] if called(method).size == "calibrated" else []
     chosen = [
         f"method={method}",
         *size,

@@ -40,7 +40,7 @@ import torch
 from analyses import Subject
 from matplotlib.figure import Figure
 from peft import get_peft_model
-from scipy.stats import spearmanr
+from scipy.stats import gmean, spearmanr
 from torch import Tensor
 
 from partial_lora import cli
@@ -374,11 +374,7 @@ def draw_density(measured: pd.DataFrame, out: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(STEPS), sharey=False), STEPS, strict=True):
         for form in MASKS:
-            mean = (
-                points_of(measured, form, step)
-                .groupby("density")["change"]
-                .apply(lambda each: np.exp(np.log(each).mean()))
-            )
+            mean = points_of(measured, form, step).groupby("density")["change"].apply(gmean)
             axes.plot(mean.index, mean, marker="o", markersize=3, label=form)
         axes.set(xscale="log", yscale="log", xlabel="density", title=f"after {step} step{'s' * (step > 1)}")
     figure.axes[0].set_ylabel("change of the logits (root mean square)")

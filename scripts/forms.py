@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, numbers = ranking.write(runs, options.results, options.stem, REFERENCE)
     origin, _, ranked = text.partition("\n\n")
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
-    losses = by_loss(ranking.at_best_rates(table), REFERENCE)
+    chosen = ranking.at_best_rates(table)
+    losses = by_loss(chosen, REFERENCE)
     write_atomic(options.results / LOSS, losses.to_csv(index=False, float_format="%.6g"))
     by_score = f"### In one table\n\n{in_one_table(numbers)}\n\n### By test loss, in nats\n\n{in_one_table(losses)}"
     text = f"{origin}\n\n{by_score}\n\n{ranked}"
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     for line in skipped:
         print(line, file=sys.stderr)
-    write_atomic(options.results / FROM_DENSE, from_dense(table).to_csv(index=False, float_format="%.6g"))
+    write_atomic(options.results / FROM_DENSE, from_dense(chosen).to_csv(index=False, float_format="%.6g"))
     if options.page:
         command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
         settings = {"reference": REFERENCE, "command": command, "refused": skipped}
@@ -82,9 +83,11 @@ def best_rates(numbers: pd.DataFrame) -> str | None:
     return pd.DataFrame(cells, index=rates.index).reset_index().to_markdown(index=False, disable_numparse=True)
 
 
-def from_dense(table: pd.DataFrame) -> pd.DataFrame:
-    """Return how far every form, at every size, is from dense LoRA: differences over the seeds that both have."""
-    chosen = ranking.at_best_rates(table)
+def from_dense(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return how far every form, at every size, is from dense LoRA: differences over the seeds that both have.
+
+    chosen: the runs of every form and size at the best rate.
+    """
     at = chosen["form"].where(chosen["size"] == "own", chosen["form"] + " at " + chosen["size"])
     numbers = ranking.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
     return numbers[["task", "form", "paired", "difference", "difference_half"]]

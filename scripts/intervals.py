@@ -77,7 +77,7 @@ def differences(results_dir: Path) -> dict[str, list[np.ndarray]]:
 def by_example(pairs: Iterable[Sequence[dict]], metric: str, fewest: int) -> list[np.ndarray]:
     """Return d (seeds, examples) of pairs of methods, outcomes by seed, with so many seeds and with predictions."""
     pairs = [pair for pair in (Pair(*both, metric) for both in pairs) if len(pair.seeds) >= fewest]
-    return [d for pair in pairs if (d := differences_by_example([pair], sorted(pair.seeds))) is not None]
+    return [d for pair in pairs if (d := differences_by_example(pair, sorted(pair.seeds))) is not None]
 
 
 def components(d: np.ndarray) -> Components:

@@ -1,20 +1,9 @@
 """Every model of conf/model in one table: what is frozen, what trains, what an adapter weighs. Downloads nothing.
 
     python scripts/model_table.py        # writes results/models/models.md and models.json
-    make models                          # the same
     python scripts/model_table.py --kept    # writes results/models/kept.md and kept.json, in minutes
+    make models                          # both
     python scripts/model_table.py --skeletons    # writes partial_lora/models/skeletons.json
-
-The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
-for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`.
-
-Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/peak.py): frozen
-weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
-both axes and 19 levels can take at most.
-
-What a step keeps for its backward pass, in MB, of fp32: counted on a model without memory
-(`partial-lora info --memory`), and measured in a pass of the same model with zeros for weights. Methods have 13 % of
-dense LoRA's parameters, `lora` all of them.
 
 Skeletons are the models as the installed timm and transformers build them, by which `partial-lora info` counts without
 importing either. They are to be made again where a model of conf/model is added or changed; tests/models compare the
@@ -40,6 +29,7 @@ from partial_lora import cli, models
 from partial_lora.building import memory
 from partial_lora.building.info import outline
 from partial_lora.files import read_json, write_atomic, write_json
+from partial_lora.methods import called
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import FILE, key_of, skeleton_of
 from partial_lora.settings import schema
@@ -52,6 +42,18 @@ KINDS = ("bf16", "nf4")  # formats of the weights whose memory is shown
 _MIB, _GIB = 2**20, 2**30
 _TASKS = {"encoder": "text_table", "causal": "text_generation"}  # of each family; images otherwise
 OUTPUTS = 2
+# What the tables are of, as their pages say.
+COUNTED = """\
+The adapter is of rank 16 on all of a model's target modules, at the paper's 87 % (`calibration.budget=0.13`); heads are
+for two classes, and causal models have none. The same numbers, one model at a time: `partial-lora info model=NAME`."""
+ESTIMATED = """\
+Of causal models, GiB at the peak of a training step, estimated from shapes (partial_lora/building/peak.py): frozen
+weights, adapter, gradients, AdamW and activations of 4 sequences of 512 tokens. Passes: what a scan over all modules,
+both axes and 19 levels can take at most."""
+KEPT = """\
+What a step keeps for its backward pass, in MB, of fp32: counted on a model without memory
+(`partial-lora info --memory`), and measured in a pass of the same model with zeros for weights. Methods have 13 % of
+dense LoRA's parameters, `lora` all of them."""
 
 
 def own_task(name: str) -> tuple[str, str]:
@@ -156,15 +158,8 @@ def outlines() -> dict[str, dict]:
 
 def page(each: dict[str, dict]) -> str:
     """Both tables, and what they are of."""
-    paragraphs = __doc__.split("\n\n")
     counts = {name: outlined["counts"] for name, outlined in each.items()}
-    parts = [
-        "    python scripts/model_table.py",
-        paragraphs[2].strip(),
-        table(counts),
-        paragraphs[3].strip(),
-        memory_table(each),
-    ]
+    parts = ["    python scripts/model_table.py", COUNTED, table(counts), ESTIMATED, memory_table(each)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -211,7 +206,7 @@ def steps(file: Path) -> dict[str, dict[str, dict]]:
     for (name, settings), method in product(STEPS.items(), METHODS):
         if method in found.setdefault(name, {}):
             continue
-        size = ["calibration=fixed"] if method in ("low_rank", "partial") else []
+        size = ["calibration=fixed"] if called(method).size == "calibrated" else []
         config = composed("trainer.batch_size=16", *settings, f"method={method}", *size)
         found[name][method] = {**asdict(memory.step_memory(config)), "measured": measured(config)}
         write_json(file, found)
@@ -221,7 +216,7 @@ def steps(file: Path) -> dict[str, dict[str, dict]]:
 
 def kept_page(found: dict[str, dict[str, dict]]) -> str:
     """A table a model and size of its inputs."""
-    parts = ["    python scripts/model_table.py --kept", __doc__.split("\n\n")[4].strip()]
+    parts = ["    python scripts/model_table.py --kept", KEPT]
     for name, of_methods in found.items():
         floor, checkpointed = of_methods["lora"]["floor"], of_methods["lora"]["checkpointed"]
         parts.append(f"## {name}")

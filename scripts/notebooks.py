@@ -21,11 +21,9 @@ from nbclient import NotebookClient
 def notebook(script: Path) -> nbformat.NotebookNode:
     """Return a script as a notebook without outputs; its docstring becomes the first words."""
     text = script.read_text(encoding="utf-8")
-    first = ast.parse(text).body[0]
-    words = (
-        ast.get_docstring(ast.parse(text)).replace("\nPrints:", "\n**Prints:**").replace("\nTakes:", "\n\n**Takes:**")
-    )
-    made = jupytext.reads("\n".join(text.splitlines()[first.end_lineno :]).lstrip("\n"), fmt="py:percent")
+    parsed = ast.parse(text)
+    words = ast.get_docstring(parsed).replace("\nPrints:", "\n**Prints:**").replace("\nTakes:", "\n\n**Takes:**")
+    made = jupytext.reads("\n".join(text.splitlines()[parsed.body[0].end_lineno :]).lstrip("\n"), fmt="py:percent")
     made.cells.insert(0, nbformat.v4.new_markdown_cell(words))
     made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for number, cell in enumerate(made.cells):

@@ -42,6 +42,11 @@ def written(numbers: Iterable[float], digits: int = 2) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def around(mean: float, half: float, digits: int = 2) -> str:
+    """Return a difference and its interval, of which half the width is known, as a page has them."""
+    return written((mean, mean - half, mean + half), digits)
+
+
 def _signed(number: str) -> str:
     return number.replace("-", "−")
 
@@ -116,7 +121,7 @@ def noisy(
 ) -> str:
     """Return equal shares less another form under a condition: their "difference", or its "change" (figure 7)."""
     row = _one("figures/fig7", part=part, condition=condition, less=less, task=task)
-    return written((100 * (row["mean"] + side * row["half"]) for side in (0, -1, 1)), digits=1)
+    return around(100 * row["mean"], 100 * row["half"], digits=1)
 
 
 def with_digits(second: str, point: str = BUDGET) -> str:
@@ -152,8 +157,8 @@ def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
     return {
         "lead": _signed(f"{row['lead']:+.1f}"),
         "lead_seeds": f"{row['lead_seeds']:.0f}",
-        "from_dense": written([row["lead"], row["lead"] - row["lead_half"], row["lead"] + row["lead_half"]]),
-        "less": written([mean, mean - mean_half, mean + mean_half]) if row["paired"] else "–",
+        "from_dense": around(row["lead"], row["lead_half"]),
+        "less": around(mean, mean_half) if row["paired"] else "–",
         "after": verdict if row["paired"] else "–",
         "loss": loss(task, form, size, f"{row['study']}/loss"),
         "study": row["study"],
@@ -172,7 +177,7 @@ def loss(task: str, form: str, size: str = "0.13", table: str = "decided/tables/
     if (task, form, size) not in losses.index:
         return "–"
     row = losses.loc[(task, form, size)]
-    number = written([row["difference"], row["difference"] - row["half"], row["difference"] + row["half"]])
+    number = around(row["difference"], row["half"])
     return f"**{number}**" if row["holds"] else number
 
 
@@ -182,8 +187,7 @@ def apart(task: str, first: str, second: str) -> str:
     runs = runs[(runs["task"] == task) & runs["size"].isin(("0.13", "own"))]  # on some modules it has a size of its own
     scores = 100 * runs.pivot(index="seed", columns="form", values="test")
     differences = (scores[first] - scores[second]).dropna()
-    mean, half = differences.mean(), half_interval(differences.std(), len(differences))
-    return written([mean, mean - half, mean + half])
+    return around(differences.mean(), half_interval(differences.std(), len(differences)))
 
 
 def responses(size: str) -> list[dict[str, str]]:
@@ -233,7 +237,7 @@ def forgotten(form: str, size: str, name: str) -> str:
         return "–"
     half = half_interval(changes.std(), len(changes))
     times, digits = (1, 3) if name == "piqa" else (100, 1)
-    return written([times * end for end in (changes.mean(), changes.mean() - half, changes.mean() + half)], digits)
+    return around(times * changes.mean(), times * half, digits)
 
 
 def pages() -> dict[Path, str]:

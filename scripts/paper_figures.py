@@ -45,6 +45,7 @@ LORA, LOW_RANK = "lora", "low_rank"
 _MOST_TASKS = 3  # of figure 3
 _MOST_SEEDS = 3  # of a form that are measured for the gap and the drift
 _LETTERS = 14  # of nine points that an inch holds
+APART = 1.05  # by which factor forms of one size stand beside each other
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,12 @@ def quantities(content: Mapping) -> dict[tuple[str, int, str], float | None]:
 
 
 def draw_means(
-    table: pd.DataFrame, x: str, label: str, text: str, along: Callable[[Axes, pd.DataFrame], None], *, ratio: float
+    table: pd.DataFrame, x: str, label: str, text: str, along: Callable[[Axes, pd.DataFrame], None]
 ) -> Figure:
     """Draw a panel a task: the means of forms over a size x, with one standard deviation, and dense LoRA as a level.
 
-    label, along: the name of the horizontal axis, and what sets it up. text: over all panels. ratio: by which forms of
-    one size stand apart. Budgets are open; what has several sizes of one kind is joined by a line.
+    label, along: the name of the horizontal axis, and what sets it up. text: over all panels. Budgets are open;
+    what has several sizes of one kind is joined by a line.
     """
     parts, kinds = places(table), table["operating_point"].str.partition(" ")[0]
     figure, drawn = panels(len(parts), wide=4.5, high=3.2, least=6.5)
@@ -182,7 +183,7 @@ def draw_means(
             methods = forms_in(of_kind)
             for number, method in enumerate(methods):
                 line = of_kind[of_kind["method"] == method].sort_values(x)
-                beside = line[x] * ratio ** (number - (len(methods) - 1) / 2)
+                beside = line[x] * APART ** (number - (len(methods) - 1) / 2)
                 own = style(method, kind) | {"linewidth": 1.2, "elinewidth": 0.9, "markersize": 6, "capsize": 2}
                 axes.errorbar(beside, line["mean"], yerr=line["std"], **own)
         along(axes, part)
@@ -250,7 +251,7 @@ def fig1(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
 def draw_fig1(table: pd.DataFrame) -> Figure:
     """Draw test score over trainable parameters."""
     text, label = f"Open: {BUDGET}, filled: {THRESHOLD}, and dense LoRA", "trainable parameters of the adapter"
-    return draw_means(table, "parameters", label, text, lambda axes, part: sized(axes, part["parameters"]), ratio=1.05)
+    return draw_means(table, "parameters", label, text, lambda axes, part: sized(axes, part["parameters"]))
 
 
 # Figure 2: where calibration leaves adapters sparse: by depth and kind of module, over tasks
@@ -406,7 +407,7 @@ def draw_fig4(table: pd.DataFrame) -> Figure:
 
     sizes = table["parameters"]
     text = f"{sizes.min():,.0f} to {sizes.max():,.0f} parameters; numbers: adapter sparsity (low_rank is dense)"
-    return draw_means(table, "rank", "rank", text, along, ratio=1.05)
+    return draw_means(table, "rank", "rank", text, along)
 
 
 # Figure 5: whether measures of importance choose the same rows and columns, and whether it matters to accuracy
@@ -460,10 +461,8 @@ def draw_fig5(table: pd.DataFrame) -> Figure:
 
 def _matrix(axes: Axes, part: pd.DataFrame) -> None:
     names = list(dict.fromkeys([*part["first"], *part["second"]]))
-    values = np.full((len(names), len(names)), np.nan)
-    for row in part.itertuples():
-        values[names.index(row.second), names.index(row.first)] = row.beyond_chance
-    heat(axes, values[1:, :-1], high=1, form=".2f")
+    values = part.pivot(index="second", columns="first", values="beyond_chance")
+    heat(axes, values.reindex(index=names[1:], columns=names[:-1]).to_numpy(), high=1, form=".2f")
     axes.set_xticks(range(len(names) - 1), names[:-1], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names) - 1), names[1:])
 
@@ -510,7 +509,7 @@ def draw_fig6(table: pd.DataFrame) -> Figure:
         axes.invert_xaxis()
 
     text = "partial has one share everywhere; fewer steps than in the other figures"
-    return draw_means(table, "share", "share of dense LoRA's parameters removed", text, along, ratio=1.05)
+    return draw_means(table, "share", "share of dense LoRA's parameters removed", text, along)
 
 
 # Figure 7: whether random masks regularise: wrong labels, few rows and many, beside chosen masks and LoRA
@@ -567,7 +566,7 @@ def _changed(pairs: Sequence[Pair]) -> tuple[int, str, float, float]:
     seeds = sorted(set.intersection(*(pair.seeds for pair in pairs)))
     if not seeds:
         return 0, "", math.nan, math.nan
-    parts = [differences_by_example([pair], seeds) for pair in pairs]
+    parts = [differences_by_example(pair, seeds) for pair in pairs]
     if None in (shapes := {None if part is None else part.shape for part in parts}) or len(shapes) > 1:  # no such rows
         parts = [np.array([[pair.first[seed].score - pair.second[seed].score] for seed in seeds]) for pair in pairs]
     found = estimate(parts[0] - parts[1] if len(parts) > 1 else parts[0])

@@ -32,6 +32,7 @@ from claims import (
     Verdict,
     counted,
     differences,
+    in_order,
     judged,
     part_of,
     plain,
@@ -61,7 +62,7 @@ from partial_lora.errors import require
 from partial_lora.files import read_json, write_atomic
 from partial_lora.launching import packs
 from partial_lora.report.pairs import EXAMPLES, SEEDS
-from partial_lora.report.rows import COSTS, NONE, number, point_order
+from partial_lora.report.rows import COSTS, NONE, number
 from partial_lora.report.statistics import half_interval
 from partial_lora.report.summary import cell, measured
 from partial_lora.report.tables import origin, tabulated
@@ -109,11 +110,6 @@ class Evidence:
     best: pd.DataFrame
     numbers: pd.DataFrame
     verdicts: pd.DataFrame
-
-    def files(self, pattern: str) -> list[Path]:
-        """The files of a pattern in the results directory, or else in the one that holds it."""
-        here, above = (sorted(place.glob(pattern)) for place in (self.results_dir, self.results_dir.parent))
-        return here or above
 
 
 def gather(results_dir: Path) -> Evidence:
@@ -512,12 +508,13 @@ _VARIANTS = {
 
 def table7(evidence: Evidence) -> Table:
     """Table 7, why the count matters: time, memory and bytes against dense LoRA and other methods."""
-    files = evidence.files("bench/adapter.json")
-    bench = of_bench(read_json(files[0])["cells"] if files else [])
+    places = (evidence.results_dir, evidence.results_dir.parent)
+    file = next((place / "bench/adapter.json" for place in places if (place / "bench/adapter.json").is_file()), None)
+    bench = of_bench(read_json(file)["cells"] if file else [])
     best = usual(evidence.best)
     runs = most_methods(best[best["importance"] == ""])
     numbers = pd.concat([bench, of_costs(runs)], ignore_index=True)
-    lacking = [] if files else ["the benchmark of the adapter; make bench"]
+    lacking = [] if file else ["the benchmark of the adapter; make bench"]
     notes = [
         "Benchmark (`make bench`), on a CPU: at sparsity 0.87, processor time of a whole training step against dense "
         "LoRA's, 95 % intervals of a bootstrap over repetitions; saved: what a forward pass keeps for its backward "
@@ -574,8 +571,7 @@ def of_costs(runs: pd.DataFrame) -> pd.DataFrame:
     columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
     columns |= {name: (name, "mean") for name in (*COSTS, "peak_memory_bytes")}
     means = runs.groupby(["task", "model", "operating_point", "method"], sort=False).agg(**columns).reset_index()
-    order = means["operating_point"].map(point_order)
-    return means.assign(part=RUNS, _order=order).sort_values(["_order", "method"], kind="stable").drop(columns="_order")
+    return means.assign(part=RUNS).sort_values(["operating_point", "method"], key=in_order)
 
 
 def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:

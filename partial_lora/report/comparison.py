@@ -200,7 +200,7 @@ def _difference(predictions: Predictions, pair: tuple[Folder, Folder]) -> dict |
     sides = ({run.row["seed"]: Outcome.of(run.row, predictions) for run in side.runs} for side in pair)
     both = Pair(*sides, pair[1].row["metric"])
     try:
-        numbers = asdict(between([both]))
+        numbers = asdict(between(both))
         if not numbers["examples"]:
             both.by_example(sorted(both.seeds))  # raises what says why
     except (PartialLoraError, ValueError, KeyError) as error:

@@ -131,34 +131,32 @@ class Difference:
         return Estimate(self.difference, self.error, self.freedom)
 
 
-def between(pairs: Sequence[Pair], *, draws: int = DRAWS) -> Difference:
-    """The difference on one task. Of several pairs on it (other importance measures, say) it is the mean over them.
-
-    Raises PartialLoraError where there is no seed that all have.
-    """
-    seeds = _in_common(pairs)
-    d = differences_by_example(pairs, seeds)
+def between(pair: Pair, *, draws: int = DRAWS) -> Difference:
+    """The difference on one task; raises PartialLoraError where there is no seed that both have."""
+    seeds = _in_common([pair])
+    d = differences_by_example(pair, seeds)
     if d is None:
-        return _over_seeds([_scores(pairs, seeds)], pairs[0].metric, predicted=False)
-    return _over_seeds([d], pairs[0].metric, predicted=True, drawn=drawn_again(d, draws))
+        return _over_seeds([_scores(pair, seeds)], pair.metric, predicted=False)
+    return _over_seeds([d], pair.metric, predicted=True, drawn=drawn_again(d, draws))
 
 
-def average(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
+def average(tasks: Mapping[str, Pair]) -> Difference:
     """The mean over tasks that have the same seeds, all tasks counting alike, as of the members of a mixture.
 
     More of their metrics is better. Raises PartialLoraError where there is no seed that all have.
     """
-    seeds = _in_common([pair for pairs in tasks.values() for pair in pairs])
-    arrays = [differences_by_example(pairs, seeds) for pairs in tasks.values()]
+    pairs = list(tasks.values())
+    seeds = _in_common(pairs)
+    arrays = [differences_by_example(pair, seeds) for pair in pairs]
     has_examples = all(d is not None for d in arrays)
-    parts = arrays if has_examples else [_scores(pairs, seeds) for pairs in tasks.values()]
-    return _over_seeds(parts, next(iter(tasks.values()))[0].metric, has_examples)
+    parts = arrays if has_examples else [_scores(pair, seeds) for pair in pairs]
+    return _over_seeds(parts, pairs[0].metric, has_examples)
 
 
-def over_tasks(tasks: Mapping[str, Sequence[Pair]]) -> Difference:
-    """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `average`."""
-    differences = [between(pairs, draws=0) for pairs in tasks.values()]
-    overall, metric = over_sets([one.estimate for one in differences]), next(iter(tasks.values()))[0].metric
+def over_tasks(tasks: Mapping[str, Pair]) -> Difference:
+    """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `between`."""
+    differences = [between(pair, draws=0) for pair in tasks.values()]
+    overall, metric = over_sets([one.estimate for one in differences]), next(iter(tasks.values())).metric
     seeds, examples = min(one.seeds for one in differences), sum(one.examples for one in differences)
     return Difference.of(overall, metric, seeds, examples, SETS, (one.difference for one in differences))
 
@@ -177,20 +175,17 @@ def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **mor
     return Difference.of(estimate(*parts), metric, seeds, examples, over, (d.mean() for d in parts), **more)
 
 
-def _scores(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray:
-    """Differences of scores (seeds, 1), the mean over pairs."""
-    differences = [[pair.first[seed].score - pair.second[seed].score for seed in seeds] for pair in pairs]
-    return np.mean(differences, axis=0)[:, None]
+def _scores(pair: Pair, seeds: Sequence[int]) -> np.ndarray:
+    """Differences of scores (seeds, 1)."""
+    return np.array([[pair.first[seed].score - pair.second[seed].score] for seed in seeds])
 
 
-def differences_by_example(pairs: Sequence[Pair], seeds: Sequence[int]) -> np.ndarray | None:
-    """Differences by example (seeds, examples), the mean over pairs; None where predictions were not kept, or are of
-    other examples."""
+def differences_by_example(pair: Pair, seeds: Sequence[int]) -> np.ndarray | None:
+    """Differences by example (seeds, examples); None where predictions were not kept, or are of other examples."""
     try:
-        arrays = [pair.by_example(seeds) for pair in pairs]
+        return pair.by_example(seeds)
     except (PartialLoraError, ValueError, KeyError):
         return None
-    return np.mean(arrays, axis=0) if len({array.shape for array in arrays}) == 1 else None
 
 
 def by_seed(runs: pd.DataFrame) -> Side:
@@ -231,5 +226,5 @@ def is_best(side: Side, others: Iterable[Side], metric: str) -> bool:
 def _beats(pair: Pair) -> bool:
     if not pair.seeds:
         return False
-    difference = between([pair], draws=0)
+    difference = between(pair, draws=0)
     return difference.over == BOTH and difference.estimate.upward(pair.metric).interval()[0] > 0

@@ -40,19 +40,15 @@ def drawn(seed: int, seeds: int, examples: int, *chances: float) -> list[np.ndar
 def test_on_one_task_it_is_the_estimate_of_differences_by_example() -> None:
     one = pair(*drawn(0, 3, 80, 0.8, 0.7))
     d = by_example(*([each.predictions for each in side.values()] for side in (one.first, one.second)), "accuracy")
-    found, expected = between([one]), estimate(d)
+    found, expected = between(one), estimate(d)
     assert (found.estimate, (found.low, found.high)) == (expected, expected.interval())
     assert (found.bootstrap_low, found.bootstrap_high) == drawn_again(d)
     assert (found.seeds, found.examples, found.over) == (3, 80, "seeds and examples")
-    base = drawn(4, 2, 40, 0.9, 0.5)
-    assert between([pair(*base)] * 2) == between([pair(*base)])  # as wide: the same examples tell nothing new
-    turned = between([pair(*base), pair(*base[::-1])])
-    assert (turned.difference, turned.low, turned.high) == (0, 0, 0)
 
 
 def test_members_of_a_mixture_have_the_average_of_their_common_seeds_and_sets_that_of_all_sets() -> None:
     arrays = [drawn(1, 3, 30, 0.9, 0.6), drawn(2, 4, 50, 0.7, 0.7), drawn(3, 3, 40, 0.8, 0.5)]
-    tasks = {str(place): [pair(*each)] for place, each in enumerate(arrays)}
+    tasks = {str(place): pair(*each) for place, each in enumerate(arrays)}
     differences = [first.astype(float) - second for first, second in arrays]
     members = average(tasks)
     assert members.estimate == estimate(*(each[:3] for each in differences))
@@ -65,7 +61,7 @@ def test_members_of_a_mixture_have_the_average_of_their_common_seeds_and_sets_th
 
 
 def test_without_predictions_the_interval_is_students() -> None:
-    interval = between([pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8])])
+    interval = between(pair([0.9, 0.8, 0.85, 0.1], [0.85, 0.81, 0.8]))
     values = np.array([0.05, -0.01, 0.05])
     expected = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     assert (interval.low, interval.high) == pytest.approx(expected)
@@ -75,24 +71,24 @@ def test_without_predictions_the_interval_is_students() -> None:
         "seeds",
         "undecided",
     )
-    falling = between([pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity")])
+    falling = between(pair([3.0, 3.01, 3.02], [5.0, 5.02, 5.04], "perplexity"))
     assert (falling.difference < 0, falling.verdict) == (True, "better")  # less is better
-    other = between([pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5))])
+    other = between(pair(*drawn(7, 1, 10, 0.5), *drawn(8, 1, 12, 0.5)))
     assert other.over == "–"  # other examples: scores alone
 
 
 def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
     one = pair(*drawn(5, 1, 200, 0.99, 0.3))
-    interval = between([one])
+    interval = between(one)
     assert (interval.verdict, interval.over, interval.seeds, interval.low > 0) == ("undecided", "examples", 1, True)
-    alone = between([pair([0.9], [0.5])])
+    alone = between(pair([0.9], [0.5]))
     assert (alone.difference, alone.verdict, alone.over) == (0.4, "undecided", "–")
     assert np.isnan([alone.low, alone.high]).all()
-    both = {"a": [pair(*drawn(6, 3, 50, 0.9, 0.1))], "b": [one]}
+    both = {"a": pair(*drawn(6, 3, 50, 0.9, 0.1)), "b": one}
     assert (average(both).verdict, average(both).seeds, average(both).over) == ("undecided", 1, "examples")
     assert (over_tasks(both).verdict, over_tasks(both).seeds) == ("undecided", 1)
     with refusal("", "seed"):
-        between([Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy")])
+        between(Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy"))
 
 
 # Which rows of a table are marked

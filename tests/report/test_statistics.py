@@ -48,7 +48,7 @@ def compare(first: dict, second: dict, metric: str, draws: int = 300) -> Differe
             outcome.__dict__["predictions"] = frames[seed]
         return outcomes
 
-    return between([Pair(side(first), side(second), metric)], draws=draws)
+    return between(Pair(side(first), side(second), metric), draws=draws)
 
 
 def every_draw(differences: np.ndarray) -> dict[float, float]:
