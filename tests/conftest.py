@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,21 @@ def score(model, batches):
     from partial_lora.calibration.score import FewShotScore
 
     return FewShotScore(model, batches, blocks="vit.blocks")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of prepared rows in a cache that this test alone has."""
+    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+@pytest.fixture
+def rng():
+    """Random numbers of one seed: simulations say the same each time."""
+    import numpy as np
+
+    return np.random.default_rng(20251222)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from partial_lora.report import folders, records
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
 UNCALIBRATED = ("lora", "dora", "probe", "entries")
+KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them now
 _CONFIG = {
     "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
     "model": {"name": "vit", "image_size": 56, "target_modules": ["qkv"]},

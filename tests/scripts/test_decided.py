@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import decided
 import pandas as pd
-from recorded_runs import leave, record
+from recorded_runs import KEPT, leave, record
 
 SEEDS = range(4)
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
 
 
 def run(place, method: str, wrong: int, *, rate: float = 1e-3, validation: float = 0.9, **changes) -> None:

@@ -12,10 +12,9 @@ import pandas as pd
 import paper_figures as figures
 import pytest
 from paper_figures import FIGURES
-from recorded_runs import leave, measure
+from recorded_runs import KEPT, leave, measure
 from scipy.stats import t as student
 
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
 EQUAL = "targeted, equal shares"
 NOISY, FEW = {"task__label_noise": 0.4}, {"task__train_samples": 150}
 

@@ -14,11 +14,10 @@ import pytest
 from checkout import RESULTS, needs_results
 from claims import FAILS, HOLDS, OPEN
 from paper_tables import Table, gather
-from recorded_runs import EXAMPLES, leave
+from recorded_runs import EXAMPLES, KEPT, leave
 from refusals import refusal
 
 TEXT = {"task__modality": "text"}
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
 EQUAL = {"calibration": None, "fixed": {"budget": 0.13}}
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 import protocol
 import pytest
 from protocol import at_best_rates, forms, usual
-from recorded_runs import leave, record
+from recorded_runs import KEPT, leave, record
 from refusals import refusal
 
 from partial_lora.errors import PartialLoraError
-
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}
 
 
 def test_what_a_calibration_and_a_rank_have_of_their_own_is_in_a_form_s_name() -> None:

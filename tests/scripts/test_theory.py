@@ -14,11 +14,6 @@ import theory
 from partial_lora.masks import kept_count
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(20251222)
-
-
 def agrees(values, expected: float) -> bool:
     mean, error = theory.estimate(values)
     return abs(mean - expected) <= 5 * error + 1e-12

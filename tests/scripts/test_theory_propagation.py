@@ -16,11 +16,6 @@ from theory_propagation import Step
 RECORDED = RESULTS / "theory"
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(20251222)
-
-
 @pytest.fixture(scope="module")
 def network() -> script.Network:
     return script.Network("tiny_vit")

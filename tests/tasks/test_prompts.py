@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -24,12 +22,7 @@ QUESTIONS = [
     ("", [" the end", " the start"], 1),
     ("<s> the end", [" is", " of"], 0),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "data"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def questions(*items: tuple[str, list[str], int]) -> datasets.Dataset:

@@ -23,12 +23,7 @@ PIXELS = {"image_size": 12, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "in
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "film", "is", "good", "bad", "not", "very")
 SENTENCES = ["a film", "a film is not very very good", "bad", "a very bad film is bad", "good a", "is it"]
 IMAGES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "data"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def of_images(*images: object, split: str = "train") -> datasets.Dataset:

@@ -38,11 +38,7 @@ from partial_lora.training import objectives
 
 WORDS = ["fine", "poor", "warm", "cold", "long", "odd"]
 DIGITS = "{path: 'bundled:digits'}"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

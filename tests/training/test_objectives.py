@@ -19,10 +19,7 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions
 from partial_lora.training import objectives
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def task(kind: str, metrics: tuple[str, ...]) -> Task:
