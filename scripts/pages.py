@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from evidence import CLAIMS, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from protocol import BUDGET, PARTIAL
+from protocol import BUDGET, PARTIAL, THRESHOLD
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
@@ -84,6 +84,12 @@ def less(task: str, first: str, second: str, point: str = BUDGET, importance: st
     """Return a method less another, with its 95 % interval."""
     row = _difference(task, first, second, point, importance)
     return written(100 * row[["difference", "low", "high"]], digits)
+
+
+def share(task: str, method: str = PARTIAL, point: str = THRESHOLD) -> str:
+    """Return what share of dense LoRA's parameters a method keeps, the mean over seeds, in per cent."""
+    row = _one("tables/decided", part="score", importance="", task=task, method=method, operating_point=point)
+    return f"{100 * row['share']:.0f} %"
 
 
 def mixed(first: str, second: str, task: str = "average") -> str:
@@ -245,7 +251,7 @@ def pages() -> dict[Path, str]:
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
-    environment.globals |= {"kept": kept, "noisy": noisy, "mixed": mixed}
+    environment.globals |= {"kept": kept, "share": share, "noisy": noisy, "mixed": mixed}
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
