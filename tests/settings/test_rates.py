@@ -131,6 +131,8 @@ def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -
     assert of("method=lokr") == (4e-3, 1e-3)
     assert of("method=lokr", "trainer.head_learning_rate=0.5") == (4e-3, 0.5)
     assert of("method=probe") == (25e-3, None)  # whose head is what the rate is for
+    probe = versions.plain(composed("method=probe", "method.rate_power=0.5"))
+    assert rates.auto(probe, width=768, density=0.0) == pytest.approx(25e-3)
 
 
 def test_a_run_that_leaves_its_rate_open_has_an_id_that_knows_the_factor() -> None:
