@@ -37,15 +37,6 @@ def test_the_best_rate_has_the_best_mean_over_the_seeds_of_all_that_compete() ->
     assert rates.ranked({1e-3: {0: None}}) == []
 
 
-@pytest.mark.parametrize("where", ["argument", "file"])
-def test_a_file_of_rates_is_refused_and_none_is_a_key_of_earlier_commands(tmp_path: Path, where: str) -> None:
-    own = tmp_path / "own.yaml"
-    own.write_text("trainer: {tuned: results/tuning.json}\n")
-    with refusal("trainer.tuned=results/tuning.json: .*`partial-lora compare`"):
-        composed("trainer.tuned=results/tuning.json" if where == "argument" else str(own))
-    assert composed("trainer.tuned=null") == composed()
-
-
 def test_a_run_that_took_its_rate_from_a_file_keeps_the_rate(tmp_path: Path) -> None:
     chosen = composed("model=tiny_vit", "trainer.learning_rate=3e-3")
     record = versions.plain(chosen)
