@@ -233,11 +233,6 @@ class PartialLoraConfig(LoraConfig):
     def _is_gaussian(self) -> bool:
         return str(self.init_lora_weights).lower() == "gaussian"
 
-    @property
-    def shares(self) -> float | Sparsity:
-        """The sparsity, as `check` has normalised it."""
-        return cast("float | Sparsity", self.sparsity)
-
     def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
         """Return the masks of modules with these ``geometries`` {module: geometry}, and remember them for saving.
 
@@ -247,18 +242,18 @@ class PartialLoraConfig(LoraConfig):
         self.check()  # again: attributes may have changed since
         self.geometries = dict(geometries)
         for module, geometry in geometries.items():
-            if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
+            if geometry.rank != self.saved_rank and geometry.rank != geometry.b[1]:
                 raise PartialLoraError(
-                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.a[0]}, which"
+                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.rank}, which"
                     f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
-        factors = {"rows": self.rows, "columns": self.columns}
+        factors, shares = {"rows": self.rows, "columns": self.columns}, cast("float | Sparsity", self.sparsity)
         options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed}
         if self.selection == "random":
-            masks = random_masks(geometries, self.shares, factors, count=self.count, **options)
+            masks = random_masks(geometries, shares, factors, count=self.count, **options)
         else:
             key = "indices" if self.scores is None else "scores"
-            masks = top_masks(geometries, self.shares, factors, getattr(self, key), key=key, **options)
+            masks = top_masks(geometries, shares, factors, getattr(self, key), key=key, **options)
             sidecar.check_size(masks)
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
@@ -287,7 +282,7 @@ class PartialLoraConfig(LoraConfig):
     @property
     def saved_rank(self) -> int:
         """The rank of every module on disk: the highest in the last injected model."""
-        return max((geometry.a[0] for geometry in self.geometries.values()), default=self.r)
+        return max((geometry.rank for geometry in self.geometries.values()), default=self.r)
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
