@@ -250,7 +250,7 @@ def encode(compact: Compact) -> bytes:
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
-        for name, shares in assign_sparsity(config.sparsity, list(masks)).items():
+        for name, shares in assign_sparsity(config.shares, list(masks)).items():
             modules[name] += [shares[axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:

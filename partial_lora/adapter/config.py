@@ -233,6 +233,11 @@ class PartialLoraConfig(LoraConfig):
     def _is_gaussian(self) -> bool:
         return str(self.init_lora_weights).lower() == "gaussian"
 
+    @property
+    def shares(self) -> float | Sparsity:
+        """The sparsity, as `check` has normalised it."""
+        return cast("float | Sparsity", self.sparsity)
+
     def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
         """Return the masks of modules with these ``geometries`` {module: geometry}, and remember them for saving.
 
@@ -247,13 +252,13 @@ class PartialLoraConfig(LoraConfig):
                     f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.rank}, which"
                     f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
-        factors, shares = {"rows": self.rows, "columns": self.columns}, cast("float | Sparsity", self.sparsity)
+        factors = {"rows": self.rows, "columns": self.columns}
         options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed}
         if self.selection == "random":
-            masks = random_masks(geometries, shares, factors, count=self.count, **options)
+            masks = random_masks(geometries, self.shares, factors, count=self.count, **options)
         else:
             key = "indices" if self.scores is None else "scores"
-            masks = top_masks(geometries, shares, factors, getattr(self, key), key=key, **options)
+            masks = top_masks(geometries, self.shares, factors, getattr(self, key), key=key, **options)
             sidecar.check_size(masks)
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
