@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, int]]
 Counts = dict[str, dict[str, int]]
 
 
-def counted_of(granularity: str, rows: str = MASKED, columns: str = MASKED) -> str:
+def counted_of(granularity: str, rows: str, columns: str) -> str:
     """Return what masks count and a budget is spent on: the granularity, of both factors or of the one that trains.
 
     "element" are the single entries of both factors, "element:rows" those of B alone; whole "rows" need no more.
@@ -77,7 +77,7 @@ def kept_parameters(shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[st
 
 
 def saturated(
-    shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float, granularity: str = "rows_columns"
+    shapes: Shapes, rank: int, sparsity: Mapping[str, Mapping[str, float]] | float, granularity: str
 ) -> list[str]:
     """Return the modules that train at least as many numbers as there are entries of W (out, in) that they can change.
 

@@ -41,6 +41,11 @@ def one_line(error: BaseException, most: int | None = 300) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
+def kind_and_line(error: BaseException, most: int | None = 300) -> str:
+    """Return an exception's kind and what it says, as `one_line` does: "KIND: MESSAGE"."""
+    return f"{type(error).__name__}: {one_line(error, most)}"
+
+
 def shortlist(names: Sequence[str], most: int = 10) -> str:
     """Return the first few names for a message, and how many more there are: "a, b and 7 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

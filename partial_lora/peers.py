@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, kind_and_line
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ def gathered(peers: Peers, work: Callable[[], Value]) -> list[Value]:
     except PartialLoraError as error:
         failure = PartialLoraError, str(error)
     except Exception as error:
-        cause, reason = error, f"{type(error).__name__}: {one_line(error)}"
+        cause, reason = error, kind_and_line(error)
         failure = RuntimeError, f"calibration: process {peers.rank} failed with {reason}"
     outcomes = peers.gather((failure, value))
     for failed, _ in outcomes:

@@ -39,7 +39,6 @@ from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, objectives, packing
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
-from partial_lora.training.predictions import write_predictions
 from partial_lora.training.tracking import Tracking
 from partial_lora.training.trainer import Computation, Pause, build_trainer, mixed_precision, still_rising
 
@@ -190,7 +189,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # Records.
     if world.is_main:
-        write_predictions(directory / results.PREDICTIONS, judged["test"].predictions)
+        files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
     _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()

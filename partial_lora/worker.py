@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from partial_lora import credentials, files
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.launching import directory, failures, imports, launch
 from partial_lora.settings import versions
 from partial_lora.worker_events import STOPPING, leave
@@ -106,7 +106,7 @@ def _in_one_line(error: BaseException) -> str:
         return " ".join(text.split())
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return directory.INTERRUPTED
-    return f"{type(error).__name__}: {one_line(error, None)}"
+    return kind_and_line(error, None)
 
 
 def _leave_world(code: int) -> None:

@@ -63,8 +63,8 @@ class Reader:
 
 
 @contextmanager
-def handling(handler: Callable | signal.Handlers, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Handle signals by a function (or ignore them: `signal.SIG_IGN`) while the block lasts.
+def handling(handler: Callable, numbers: Sequence[int] = STOPPING) -> Iterator[None]:
+    """Handle signals by a function while the block lasts.
 
     A SIGHUP that is ignored stays ignored, as `nohup` asks. Only the main thread of a process is sent signals.
     """

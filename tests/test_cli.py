@@ -523,6 +523,7 @@ def test_help_says_what_each_key_means_the_common_ones_first(place: Path) -> Non
     assert max(map(len, said.splitlines()[8:])) <= 90
     assert f"trainer.epochs=7.0  {known['trainer.epochs']}" in said
     assert "\nmodel=bert_base, " in said
+    assert "--memory" in said
     methods = [file.stem for file in (schema.conf_dir() / "method").glob("*.yaml")]
     told = re.findall(r"^  (\w+)  +\S", said.partition("== Methods")[2].partition("== Keys")[0], re.MULTILINE)
     assert told == sorted(methods, key=lambda name: (not called(name).masked, name))

@@ -38,7 +38,7 @@ from partial_lora.adapter.model import (
     module_masks,
 )
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import with_an_end, write_atomic
 from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
 
@@ -303,7 +303,7 @@ def decode(content: bytes, path: Path) -> Compact:
         raise PartialLoraError(f"{path} is broken: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, MemoryError) as error:
         raise PartialLoraError(
-            f"{path} is broken: its header is not that of a compact adapter ({type(error).__name__}: {error})."
+            f"{path} is broken: its header is not that of a compact adapter ({kind_and_line(error)})."
         ) from None
 
 
@@ -356,7 +356,7 @@ def _factors(
     """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
     if not GRANULARITIES[granularity].over_entries:
-        shapes = {"A": [geometry.a[0], counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
+        shapes = {"A": [geometry.rank, counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
     shapes = {factor: shapes[factor] for factor in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if values.dim() != 1 or len(values) != sum(sizes) or not values.is_floating_point():

@@ -247,9 +247,9 @@ class PartialLoraConfig(LoraConfig):
         self.check()  # again: attributes may have changed since
         self.geometries = dict(geometries)
         for module, geometry in geometries.items():
-            if geometry.a[0] != self.saved_rank and geometry.a[0] != geometry.b[1]:
+            if geometry.rank != self.saved_rank and geometry.rank != geometry.b[1]:
                 raise PartialLoraError(
-                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.a[0]}, which"
+                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.rank}, which"
                     f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
                 )
         factors = {"rows": self.rows, "columns": self.columns}
@@ -287,7 +287,7 @@ class PartialLoraConfig(LoraConfig):
     @property
     def saved_rank(self) -> int:
         """The rank of every module on disk: the highest in the last injected model."""
-        return max((geometry.a[0] for geometry in self.geometries.values()), default=self.r)
+        return max((geometry.rank for geometry in self.geometries.values()), default=self.r)
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module of the last injected model: its own, times the factor for its density."""

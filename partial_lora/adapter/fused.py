@@ -107,7 +107,7 @@ class _Dropout:
 
     def __init__(self, zeroed: Tensor | None, probability: float) -> None:
         self.zeroed = zeroed
-        self.scale = 1 / (1 - probability) if probability < 1 else 0.0
+        self.scale = 1 / (1 - probability)
 
     @classmethod
     def draw(cls, like: Tensor, probability: float) -> _Dropout:

@@ -75,8 +75,8 @@ class PartialLoraModel(LoraModel):
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise PartialLoraError("the base model is split by tensor parallelism: load it without tp_plan.")
         modules = dict(model.named_modules())
-        adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-        names = [name for name in modules if name and not name.startswith(adapted)]
+        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        names = [name for name in modules if name and not name.startswith(inside)]
         targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
         patterns = peft_config.target_modules
         for target in [] if isinstance(patterns, str) else sorted(patterns):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from partial_lora.adapter.selection import Geometry, ModuleMasks
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.files import read_json
 from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
 
@@ -89,7 +89,7 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise PartialLoraError(f"{path} cannot be read ({error.strerror}): the adapter has no masks.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = kind_and_line(error)
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None
     if version != VERSION:
         raise PartialLoraError(f"{path} has version {version!r}: expected {VERSION}, upgrade partial-lora.")

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from datasets import Dataset
@@ -33,7 +34,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.kinds import imported, kind_of
+from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 
@@ -98,7 +99,7 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
     else:
         tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
         inputs = {"tokenizer": tokenizer, "max_length": model.max_length}
-    return imported(kind_of(chosen).transform)(chosen, **inputs)
+    return resolve_name(f"partial_lora.tasks.{kind_of(chosen).transform}")(chosen, **inputs)
 
 
 def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:

@@ -54,8 +54,8 @@ def peak_memory(
     shapes: Mapping[str, tuple[int, int]],
     counts: Mapping[str, int | float | None],
     rank: int,
-    dtype: str = "bfloat16",
-    quantization: str | None = None,
+    dtype: str,
+    quantization: str | None,
     batch_size: int,
     length: int,
 ) -> dict[str, int]:

@@ -30,7 +30,7 @@ from partial_lora.calibration.search import (
     digest_of,
     points_of,
 )
-from partial_lora.errors import PartialLoraError, require
+from partial_lora.errors import PartialLoraError, kind_and_line, require
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
 from partial_lora.peers import Peers, gathered
@@ -252,7 +252,7 @@ class Store:
                 )
                 self.path = None
             except (ValueError, KeyError, TypeError) as error:
-                self.discard(f"not the curves that were kept there ({type(error).__name__}: {error})")
+                self.discard(f"not the curves that were kept there ({kind_and_line(error)})")
 
     @classmethod
     @contextmanager

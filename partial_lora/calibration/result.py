@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from partial_lora.calibration.search import BOTH, CURVE_AXES, Levels, line, passes, sparsity_levels
-from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.errors import PartialLoraError, kind_and_line, shortlist
 from partial_lora.files import read_json, write_json
 from partial_lora.masks import AXES, Sparsity
 
@@ -74,6 +74,12 @@ class Calibration:
         """Levels that may be chosen, in rising order."""
         return sparsity_levels(self.levels, self.max_sparsity)
 
+    @property
+    def never_failing(self) -> list[str]:
+        """Names of the modules for which the highest level was chosen on every axis, where there are levels."""
+        highest = self.grid[-1] if self.grid else math.inf
+        return [name for name, levels in self.chosen.items() if all(level >= highest for level in levels.values())]
+
     def line(self, threshold: float) -> float:
         """Return the score that is just enough at a threshold."""
         return line(baseline=self.baseline, threshold=threshold, chance=self.chance if self.above_chance else None)
@@ -119,7 +125,7 @@ class Calibration:
                     if not (isinstance(value, (int, float)) and 0 <= value < 1):
                         raise ValueError(f"{name}.{axis}: sparsity {value} is not in [0, 1)")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise PartialLoraError(f"{path}: expected a calibration.json ({type(error).__name__}: {error})") from error
+            raise PartialLoraError(f"{path}: expected a calibration.json ({kind_and_line(error)})") from error
         return loaded
 
 
@@ -152,11 +158,9 @@ def warnings_of(calibration: Calibration, *, size: int | None = None, density: f
             f"the score is not a number with part of {shortlist(broken, most=3)} zeroed; that counts as a failure"
         )
     if calibration.grid:
-        levels, highest = calibration.chosen, calibration.grid[-1]
-        never = [module for module, axes in levels.items() if all(level >= highest for level in axes.values())]
-        if len(never) == len(levels):
+        if len(calibration.never_failing) == len(calibration.modules):
             words.append("every level of every module passes: the score does not tell modules apart")
-        elif not any(level for axes in levels.values() for level in axes.values()):
+        elif not any(level for axes in calibration.chosen.values() for level in axes.values()):
             words.append("no reduction: no module can lose anything, the sign of a poorly suited model")
     if calibration.joint is None:
         words.append("the joint score, with all sparsities at once, is not a number")
@@ -171,12 +175,9 @@ def usual_of(calibration: Calibration) -> list[str]:
     Nine in ten of the calibrations in results/ have either sentence.
     """
     joint, threshold, chance, words = calibration.joint, calibration.threshold, calibration.chance, []
-    if calibration.grid:
-        levels, highest = calibration.chosen, calibration.grid[-1]
-        never = [module for module, axes in levels.items() if all(level >= highest for level in axes.values())]
-        if 0 < len(never) < len(levels):
-            subject = "modules never fail" if len(never) > 1 else "module never fails"
-            words.append(f"{len(never)} {subject}, even at sparsity {highest:g}")
+    if 0 < (never := len(calibration.never_failing)) < len(calibration.modules):
+        subject = "modules never fail" if never > 1 else "module never fails"
+        words.append(f"{never} {subject}, even at sparsity {calibration.grid[-1]:g}")
     if joint is None or threshold is None:
         return words
     if not calibration.passes(joint, threshold):

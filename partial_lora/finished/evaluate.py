@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, require, shortlist
-from partial_lora.files import write_json
+from partial_lora.files import write_atomic, write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
@@ -27,7 +27,6 @@ from partial_lora.tasks import SPLITS, Task, shared_inputs
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.training import objectives
-from partial_lora.training.predictions import write_predictions
 
 FOLDER = "evaluations"
 EVALUATION = "evaluation.json"
@@ -191,7 +190,7 @@ def write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EVALUATION).unlink(missing_ok=True)
         if len(predictions):
-            write_predictions(folder / directory.PREDICTIONS, predictions)
+            write_atomic(folder / directory.PREDICTIONS, predictions.to_parquet(index=False))
         write_json(folder / EVALUATION, record)
     except OSError as error:
         raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error

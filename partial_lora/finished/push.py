@@ -43,7 +43,7 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
     return folder
 
 
-def upload(folder: Path, repo: str, *, private: bool = False) -> str:
+def upload(folder: Path, repo: str, *, private: bool) -> str:
     """Upload a folder to a repository, made if need be, by the token that huggingface_hub finds; return its address.
 
     Raises PartialLoraError, in one line, where there is no token, no network, or the hub refuses.

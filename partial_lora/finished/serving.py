@@ -5,7 +5,6 @@ Its own files and the shapes of its base model are all that this needs: no weigh
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig
 from partial_lora import models
 from partial_lora.adapter.config import scaling_of
 from partial_lora.errors import PartialLoraError, ProofError, one_line
+from partial_lora.files import read_json
 from partial_lora.finished.run import FinishedRun
 
 _PREFIX = "base_model.model."  # PEFT's, of every name in an adapter's file
@@ -58,11 +58,11 @@ def read(run: FinishedRun, to: str) -> Served:
 def _settings(run: FinishedRun, to: str) -> LoraConfig:
     path = run.adapter / _CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if content.get(key)]
         if content["peft_type"] == "LORA" and not more:
             return LoraConfig.from_pretrained(str(run.adapter))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"{path}: cannot be read ({one_line(error)})") from error
     kind = f"an adapter with {more[0]}" if more else f"PEFT's {content['peft_type']}"
     raise PartialLoraError(
@@ -215,7 +215,8 @@ def write_serve(run: FinishedRun, folder: Path) -> None:
     ).save_pretrained(folder)
     for file in run.adapter.iterdir():
         if file.name not in _OURS:
-            shutil.copyfile(file, folder / file.name)
+            copy = shutil.copytree if file.is_dir() else shutil.copyfile  # a tokenizer's further templates are a folder
+            copy(file, folder / file.name)
 
 
 def _without_empty_units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

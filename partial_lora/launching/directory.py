@@ -76,10 +76,12 @@ def find(name: Path | str) -> Path:
     results = Path("results") if start.parent == Path() else start.parent
     if start.name == LATEST and (results / LATEST).is_dir():
         return find(results / LATEST)
+    if not re.fullmatch(r"[0-9a-f]+", start.name):
+        return place
     matches = [run for run in sorted(results.glob(f"runs/*/*/*/{seed}")) if id_of(run).startswith(start.name)]
     if len(matches) > 1:
         raise PartialLoraError(f"{name}: several runs, choose one: {shortlist([str(run) for run in matches])}")
-    return matches[0] if matches and re.fullmatch(r"[0-9a-f]+", start.name) else place
+    return matches[0] if matches else place
 
 
 def id_of(run: Path) -> str:

@@ -6,7 +6,6 @@ one look: they often name the echo of a failure in its place.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -62,7 +61,7 @@ def first(folder: Path) -> Failure | None:
     A process that is killed leaves no word, and its peers then fail of a broken connection. Processes that waited for a
     peer that failed, and that the launcher had to kill, ended long after that peer.
     """
-    words = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[!.]*.json")}
+    words = {path.name: files.read_json(path) for path in folder.glob("[!.]*.json")}
     exits = {int(rank): tuple(end) for rank, end in words.pop(_EXITS, {"exits": {}})["exits"].items()}
     explained = min(words.values(), key=lambda word: word["time"], default=None)
     silent = exits.keys() - {word["rank"] for word in words.values()}

@@ -23,7 +23,7 @@ import yaml
 
 from partial_lora import files, worker_events
 from partial_lora.credentials import redacted
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command, visible
 from partial_lora.launching.fork import Forked, can_fork, fork, ready
@@ -398,7 +398,7 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        failures.report(redacted(f"accelerate launch: {type(error).__name__}: {one_line(error, None)}"))
+        failures.report(redacted(f"accelerate launch: {kind_and_line(error, None)}"))
         raise
 
 

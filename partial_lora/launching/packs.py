@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import with_an_end
+from partial_lora.files import read_json, with_an_end
 from partial_lora.launching.directory import RESULT, RUNS, read_result
 from partial_lora.settings.versions import upgraded
 
@@ -160,7 +160,7 @@ def recorded(place: Path) -> dict | None:
 def dynamics(place: Path) -> dict | None:
     """Return what scripts/dynamics.py has measured of a run; None where there is nothing, or something else."""
     try:
-        content = json.loads((place / DYNAMICS).read_text(encoding="utf-8"))
+        content = read_json(place / DYNAMICS)
     except FileNotFoundError:
         content = packed(place, DYNAMICS)
     except (OSError, ValueError):

@@ -102,7 +102,7 @@ def _rung(rate: float, power: int) -> float:
 
 def _stands_out(tried: Mapping[float, Worth]) -> bool:
     """Return whether the least loss is less than all others by one part in a thousand: else no rate stands out yet."""
-    first, *others = sorted((-worth[1] for worth in tried.values() if worth), key=float) or [math.inf]
+    first, *others = sorted(-worth[1] for worth in tried.values() if worth) or [math.inf]
     return not others or first < (1 - _GAIN) * others[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -29,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from partial_lora import credentials, files
-from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.launching import directory, imports, launch, packs
 from partial_lora.settings.compose import Plan
 from partial_lora.settings.resolving import resolve
@@ -121,8 +120,7 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     except PartialLoraError as error:  # out of Hydra
         return str(error)
     except Exception as error:  # out of a plug-in
-        reason = one_line(error)
-        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {type(error).__name__}: {reason}"
+        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {kind_and_line(error)}"
     return None
 
 
@@ -263,7 +261,7 @@ class Job:
                 print(f"partial-lora: {error}", file=sys.stderr)
         except Exception as error:  # it must not end the other jobs
             traceback.print_exc()
-            end = {"status": "failed", "code": 1, "reason": f"{type(error).__name__}: {error}"}
+            end = {"status": "failed", "code": 1, "reason": kind_and_line(error)}
         if end is None:
             return None
         self.ledger.write(number, **entry, **end, seconds=time.time() - entry["begun"])
@@ -347,7 +345,7 @@ class Ledger:
     def entries(self) -> dict[int, dict]:
         """Return the entries so far, in the order of the jobs' numbers."""
         paths = {int(path.stem): path for path in self.folder.glob("[0-9]*.json")}
-        return {job: json.loads(paths[job].read_text(encoding="utf-8")) for job in sorted(paths)}
+        return {job: files.read_json(paths[job]) for job in sorted(paths)}
 
     def stop(self, number: int) -> None:
         """Have every job stop, as a signal of that number would; a second time they are killed."""

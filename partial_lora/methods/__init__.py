@@ -75,7 +75,7 @@ class Method:
         return self.size in ("calibrated", "budget")
 
     def __call__(self, model: nn.Module, setting: Setting) -> PeftModel:
-        return imported(self.function)(model, setting)
+        return resolve_name(f"{__name__}.{self.function}")(model, setting)
 
 
 _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
@@ -122,8 +122,3 @@ METHODS = {
 def called(name: str) -> Method:
     """Return the method of a name; conf/method gives tuners of PEFT names of their own."""
     return METHODS.get(name, METHODS["peft"])
-
-
-def imported(function: str) -> Any:
-    """Return a function of this package by MODULE:NAME."""
-    return resolve_name(f"{__name__}.{function}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 
 from peft import PeftModel
 from torch import Tensor
@@ -15,7 +16,7 @@ from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, GRANULARITIES, MASKED, Mask, Sparsity, kept_count
-from partial_lora.methods import called, imported
+from partial_lora.methods import called
 from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
 
 
@@ -196,4 +197,4 @@ def training(name: str, adapted: PeftModel, *, sharded: bool = False) -> Trainin
         return Training()
     if sharded:
         raise PartialLoraError(f"trainer.strategy=fsdp: method={name} needs whole parameters in training; use ddp")
-    return imported(function)(adapted)
+    return resolve_name(f"{__package__}.{function}")(adapted)

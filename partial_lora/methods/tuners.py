@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from bisect import bisect_left
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from partial_lora.budget import FARTHEST, TOLERANCE
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import write_json
+from partial_lora.files import read_json, write_json
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Training
 
@@ -402,7 +401,7 @@ def put_back(folder: Path, start: Mapping[str, Tensor]) -> None:
         elif ".lora_B." in name:
             state[name] = torch.cat([tensor, -start[name]], dim=1)
     save_file(state, file, metadata={"format": "pt"})
-    config = json.loads(settings.read_text())
+    config = read_json(settings)
     times = 2**0.5 if config["use_rslora"] else 2
     config |= {"r": 2 * config["r"], "lora_alpha": times * config["lora_alpha"], "init_lora_weights": True}
     for pattern, factor in (("rank_pattern", 2), ("alpha_pattern", times)):

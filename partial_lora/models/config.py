@@ -22,7 +22,7 @@ _OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quan
 FROM_FILES: Mapping[str, Any] = {
     **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), "auto"),
     **dict.fromkeys(("image_size", "max_length"), 0),
-    **dict.fromkeys(("mean", "std", "target_modules"), ()),
+    **{key: [] for key in ("mean", "std", "target_modules")},
 }
 
 

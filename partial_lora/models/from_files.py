@@ -48,7 +48,8 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
     folder = config_folder_of(weights, name, KINDS["text" if kind else "image", kind or "label"].model)
     try:
         content = read_json(folder / "config.json")
-        settings = _of_timm(content) if _is_timm(content) else _of_transformers(content, folder, weights, kind)
+        is_timm = content.get("model_type", _TIMM) == _TIMM and "architecture" in content
+        settings = _of_timm(content) if is_timm else _of_transformers(content, folder, weights, kind)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError) as error:
         raise PartialLoraError(f"model={weights}: cannot read its config.json ({one_line(error)})") from error
     family = settings["family"]
@@ -73,10 +74,6 @@ def settings_of(name: str, weights: str, kind: str | None = None) -> Mapping[str
             "blocks": next((module for module in bare.modules if module.endswith(_BLOCKS)), None),
         }
     )
-
-
-def _is_timm(content: Mapping) -> bool:
-    return content.get("model_type", _TIMM) == _TIMM and "architecture" in content
 
 
 def _of_timm(content: Mapping) -> dict[str, object]:

@@ -145,7 +145,7 @@ def scored(axes: Axes, metric: str, label: str | None = None, axis: str = "y", *
         getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol="" if points else "%"))
 
 
-def sized(axes: Axes, sizes: Collection[float], label: str = "trainable parameters") -> None:
+def sized(axes: Axes, sizes: Collection[float]) -> None:
     """Make the horizontal axis one of numbers of parameters: logarithmic, wide enough for a few ticks with names."""
     least, most = max(1, min(sizes)), max(1, max(sizes))
     room = max(1.3, (6 * least / most) ** 0.5)
@@ -154,7 +154,7 @@ def sized(axes: Axes, sizes: Collection[float], label: str = "trainable paramete
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_text(size)))
-    axes.set_xlabel(label, fontsize=9)
+    axes.set_xlabel("trainable parameters", fontsize=9)
 
 
 def fitted(axes: Axes, values: Collection[float], axis: str = "y") -> None:

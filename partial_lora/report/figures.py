@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from partial_lora.calibration.search import Curve, curve_of, line
-from partial_lora.files import grouped
+from partial_lora.files import grouped, read_json
 from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import folders
@@ -550,7 +549,7 @@ def calibrations(runs: Sequence[Run], results_dir: Path) -> dict[str, dict]:
     for title, directory in places:
         if title not in contents:
             try:
-                content = json.loads((directory / CALIBRATION).read_text(encoding="utf-8"))
+                content = read_json(directory / CALIBRATION)
                 contents[title] = {"baseline": float(content["baseline"]), "curves": kind_curves(content["modules"])}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
@@ -636,7 +635,7 @@ def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path
 
     compared: the rows of `comparison.differences`.
     """
-    runs = [run for best in folders.at_best_rates(folders.folders(every)) for run in best.runs]
+    runs = [run for best in folders.without_searches(folders.folders(every)) for run in best.runs]
     frame = folders.table(runs)
     table = folders.group(frame)
     searched = " Of each row the best learning rate on validation is drawn." if len(runs) < len(every) else ""

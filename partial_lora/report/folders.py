@@ -83,7 +83,7 @@ def folders(runs: Iterable[Run]) -> list[Folder]:
     return [Folder(name, of_folder) for (name, _), of_folder in by_folder.items()]
 
 
-def at_best_rates(every: Iterable[Folder]) -> list[Folder]:
+def without_searches(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
     for rivals in grouped(every, _but_for_its_rate).values():

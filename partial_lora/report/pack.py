@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import one_writer, write_atomic
+from partial_lora.files import one_writer, read_json, write_atomic
 from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
@@ -87,7 +87,7 @@ def _packed(earlier: Pack, path: str) -> Content:
 def _loose(place: Path) -> Content:
     """Return a run out of its folder; raises ValueError, KeyError or OSError where a file of it is broken."""
     files = (place / name for name in (RESULT, DYNAMICS))
-    parsed = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
+    parsed = [read_json(file) if file.is_file() else None for file in files]
     file = place / PREDICTIONS
     return Content(*parsed, _kept(predictions.read(file)) if file.is_file() else None)
 

@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from partial_lora.errors import one_line
-from partial_lora.files import flatten, grouped, write_atomic
+from partial_lora.files import flatten, grouped, read_json, write_atomic
 from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, comparison, tables
@@ -41,7 +41,7 @@ from partial_lora.report.figures import (
     points,
     selected,
 )
-from partial_lora.report.folders import OF_SEED, at_best_rates, folders
+from partial_lora.report.folders import OF_SEED, folders, without_searches
 from partial_lora.report.predictions import Predictions, read_all
 from partial_lora.report.records import LeftOut, Run, run_of
 from partial_lora.report.rows import NONE, number, panel_of, warnings_of
@@ -86,7 +86,7 @@ def write(
     ids = {group[0].row["group"]: section["id"] for group, section in by_group}
     parts = tables.places(table)
     names = _tab_names([place for place, _ in parts])
-    searched = {folder.name for folder in at_best_rates(folders(runs))}
+    searched = {folder.name for folder in without_searches(folders(runs))}
     best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
     differences = compared.rows if compared.known else compared.rows.head(0)
@@ -145,7 +145,7 @@ def write_tables(
     command: str,
     origin: str,
     refused: Sequence[str],
-    leads: Sequence[str] = (),
+    leads: Sequence[str],
 ) -> Path:
     """Write results_dir/report/index.html out of rankings by title, "TASK, SIZE", figures, and tables that are folded.
 
@@ -219,9 +219,9 @@ def draw_run(directory: Path, settings: Mapping) -> None:
     errors are only logged. The file that `directory.is_drawn` looks for is written last.
     """
     try:
-        record = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        record = read_json(directory / RESULT)
         calibration = directory / CALIBRATION
-        modules = json.loads(calibration.read_text(encoding="utf-8"))["modules"] if calibration.is_file() else None
+        modules = read_json(calibration)["modules"] if calibration.is_file() else None
         draw_calibration(record, modules, directory)
         if record["metrics"]:
             rows = rows_of(settings, fetch=True)

@@ -175,9 +175,8 @@ def own_model(value: str, names: Collection[str]) -> str:
     plain = folder.resolve().name if folder.is_dir() else value.partition("@")[0].rpartition("/")[2]
     plain = re.sub(r"[^\w.-]", "_", plain).lstrip(".-") or "model"
     name = f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
-    empty = {key: list(nothing) if nothing == () else nothing for key, nothing in FROM_FILES.items()}
     OWN_MODELS.add(name)
-    ConfigStore.instance().store(name=name, group="model", node={"name": plain, "weights": value, **empty})
+    ConfigStore.instance().store(name=name, group="model", node={"name": plain, "weights": value, **FROM_FILES})
     return name
 
 
@@ -339,17 +338,17 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
     dot, which it would take for the plug-in's settings, and for a key of Hydra that no run heeds.
     """
     for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in GROUPS and value == "null":
+        signed, _, value = argument.partition("=")
+        key = signed.lstrip("+~")
+        if key in GROUPS and value == "null" and not argument.startswith("~"):
             none = f", or ~{key} for none" if key in ("preset", "experiment") else ""
             raise PartialLoraError(f"{argument}: expected one name{none}")
-        if key.lstrip("+") in GROUPS and value.startswith("["):
+        if key in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
-        if key.lstrip("+").startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
+        if key.startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
             raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
         if key in ("hydra.launcher", "hydra.sweeper"):
             raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
-        key = key.lstrip("+~")
         heeded = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
         if re.match(r"hydra\b", key) and not heeded and ("=" in argument or argument.startswith("~")):
             expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"

@@ -38,7 +38,7 @@ A group is chosen by name, a key is set by its full name:
 _FOOT = (
     "Values are those of a run with the arguments beside --help. --cfg job prints them as YAML, --hydra-help the flags "
     "of Hydra, -sc install=bash (zsh, fish) a script by which the shell completes all of this. `info --json` prints "
-    "one object."
+    "one object, `info --memory` counts what a step keeps for its backward pass, too."
 )
 
 

@@ -109,7 +109,7 @@ def auto(settings: Mapping, *, width: int, density: float) -> float:
     if called(method["name"]).masked:
         masks = {key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]}
         return starting_rate(rate, density, **masks)
-    return rate * density ** -method.get("rate_power", 0.0)
+    return rate * density ** -method.get("rate_power", 0.0) if density else rate  # a probe has no adapter
 
 
 def trainer_of(

@@ -67,7 +67,7 @@ def resolve(composed: DictConfig) -> Config:
 def _with_model(composed: DictConfig) -> DictConfig:
     """Return settings in which the files of a model say what is left to them (`FROM_FILES`)."""
     chosen, task = OmegaConf.to_container(composed.model), composed.task
-    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing, list(nothing or ()))]
+    left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing)]
     if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
         return OmegaConf.unsafe_merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
     stored = stored_settings(chosen["weights"])

@@ -48,20 +48,24 @@ def chosen_from(study: Sequence[str | list]) -> str | None:
     name = str(study[0]).partition(" ")[0] if study else ""
     if name not in _files():
         return None
-    settings = yaml.safe_load(_files()[name].read_text(encoding="utf-8"))
-    return chosen_from(settings.get("study", ())) or name
+    return chosen_from(_study(name)) or name
 
 
 def _files() -> dict[str, Path]:
     return {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 
 
-def _entries(name: str) -> Iterator[list[list[str]]]:
-    """Yield the parts of each entry of a study, of each part its alternatives."""
+def _study(name: str) -> Sequence[str | list]:
+    """Return the entries of a study; none where its file lists none."""
     files = _files()
     require(name in files, "experiment", name, f"one of {', '.join(files)}")
     settings = yaml.safe_load(files[name].read_text(encoding="utf-8")) or {}
-    for entry in settings.get("study", ()):
+    return settings.get("study") or ()
+
+
+def _entries(name: str) -> Iterator[list[list[str]]]:
+    """Yield the parts of each entry of a study, of each part its alternatives."""
+    for entry in _study(name):
         yield [[part] if isinstance(part, str) else part for part in (entry if isinstance(entry, list) else [entry])]
 
 
@@ -71,7 +75,8 @@ def _commands(name: str, data: Path, only: Mapping[str, Set[str]]) -> Iterator[l
         for chosen in product(*parts):
             words = shlex.split(" ".join(chosen))
             if words and words[0] in studies:
-                both = _both(only, dict(_values(word) for word in words[1:]))
+                named = dict(_values(word) for word in words[1:])
+                both = named | {key: values & named.get(key, values) for key, values in only.items()}
                 yield from _commands(words[0], data, both) if all(both.values()) else ()
                 continue
             if "preset=paper" not in words:
@@ -88,11 +93,6 @@ def _values(word: str) -> tuple[str, set[str]]:
     return key, set(text.strip("[]").split(","))
 
 
-def _both(one: Mapping[str, Set[str]], other: Mapping[str, Set[str]]) -> dict[str, Set[str]]:
-    """Return the values that both allow of each key."""
-    return {**other, **{key: values & other.get(key, values) for key, values in one.items()}}
-
-
 def _left(word: str, key: str, values: Set[str]) -> str:
     """Return a word with those of its values that a key may have; an empty one where none is left."""
     name, _, text = word.partition("=")
@@ -101,7 +101,9 @@ def _left(word: str, key: str, values: Set[str]) -> str:
     if name != key:
         return word
     left = ",".join(value for value in text.strip("[]").split(",") if value in values)
-    return left and f"{key}=[{left}]" if text.startswith("[") else left and f"{key}={left}"
+    if not left:
+        return ""
+    return f"{key}=[{left}]" if text.startswith("[") else f"{key}={left}"
 
 
 def _whole(words: list[str], name: str, data: Path) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any, Protocol
 
 
@@ -138,8 +137,3 @@ def kind_in(settings: Mapping) -> Kind:
 def kinds_for(family: str) -> list[Kind]:
     """Return the kinds whose answers a family of models gives."""
     return [kind for kind in KINDS.values() if family in kind.families]
-
-
-def imported(function: str) -> Any:
-    """Return what an entry names by MODULE:NAME."""
-    return resolve_name(f"{__package__}.{function}")

@@ -85,8 +85,8 @@ def _rows(split: str, parts: Sequence[Dataset], names: Sequence[str], members: S
     }
     features = Features({"member": Value("int64"), "row": Value("int64")})
     if "label" in parts[0].column_names:
-        starts = np.cumsum([0, *(len(member.labels) for member in members)])[:-1]
-        labels = [np.asarray(rows["label"]) + start for rows, start in zip(parts, starts, strict=True)]
+        firsts = starts([len(member.labels) for member in members])
+        labels = [np.asarray(rows["label"]) + first for rows, first in zip(parts, firsts, strict=True)]
         columns["label"] = np.concatenate(labels)
         features["label"] = ClassLabel(names=list(names)) if names else Value("int64")
     return Dataset.from_dict(columns, features=features, split=split)
@@ -180,17 +180,17 @@ class MixtureTransform:
 
     def _parts_of(self, rows: Dataset) -> list[tuple[Dataset, Transform, int]]:
         """Return, for each member with any of the rows: its rows, its transform, and its first label's number."""
-        sizes = self._mixture.sizes
-        by_member = [(self._mixture.rows_of(number, rows), number) for number in range(len(self.transforms))]
-        return [(part, self.transforms[number], sum(sizes[:number])) for part, number in by_member if len(part)]
+        firsts = starts(self._mixture.sizes, len(self.transforms))
+        parts = [self._mixture.rows_of(number, rows) for number in range(len(firsts))]
+        return [each for each in zip(parts, self.transforms, firsts, strict=True) if len(each[0])]
 
 
 # --- Heads of several tasks side by side in one linear layer: an example has only the outputs of its own task
 
 
-def starts(sizes: Sequence[int]) -> list[int]:
-    """Return the first output of each task."""
-    return [sum(sizes[:number]) for number in range(len(sizes))]
+def starts(sizes: Sequence[int], count: int | None = None) -> list[int]:
+    """Return the first output of each task; 0 for each of `count` tasks where none has outputs of its own."""
+    return [sum(sizes[:number]) for number in range(len(sizes) if count is None else count)]
 
 
 def owners(sizes: Sequence[int], device: torch.device) -> Tensor:

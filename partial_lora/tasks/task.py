@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
 from datasets import Dataset
@@ -12,7 +13,7 @@ from datasets import Dataset
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks import sources, splits
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.kinds import Kind, imported, kind_of
+from partial_lora.tasks.kinds import Kind, kind_of
 from partial_lora.tasks.metrics import FITTING
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def load(config: TaskConfig, seed: int = 0) -> Task:
     for split in rows:
         if len(rows[split]) == 0:
             raise PartialLoraError(f"task={name}: the {split} split is empty, expected at least one row")
-    rows = imported(kind.rows)(rows, config)
+    rows = resolve_name(f"{__package__}.{kind.rows}")(rows, config)
     labels = tuple(splits.class_names(rows["train"]))
     test_seed, seed = (0, seed) if config.split_seed is None else (config.split_seed,) * 2
     rows = _three_splits(rows, config, test_seed, seed)

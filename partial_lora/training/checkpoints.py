@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partial_lora.adapter.factor import sharded_like, whole
-from partial_lora.files import fault
+from partial_lora.files import fault, read_json
 
 STATE = "trainer_state.json"
 TRAINABLE = "trainable.safetensors"
@@ -50,7 +50,7 @@ class Progress:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Progress:
-        return cls(**json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8")))
+        return cls(**read_json(checkpoint / _PROGRESS))
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def resumable(folder: Path, versions: dict[str, str], shape: str) -> Path | None
     for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
     for step in sorted(usable, reverse=True):
-        best = json.loads((usable[step] / STATE).read_text(encoding="utf-8"))["best_global_step"]
+        best = read_json(usable[step] / STATE)["best_global_step"]
         if best is None or best in usable:
             return usable[step]
         logger.warning("%s: step %d, the best so far, is gone: set aside", usable[step], best)

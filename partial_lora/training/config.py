@@ -75,8 +75,6 @@ class TrainerConfig:
     # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's
     head_learning_rate: Optional[float] = None
     loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
-    tuned: Optional[str] = None  # null alone; earlier versions took a file of learning rates
-    tuned_on: Optional[str] = None  # null alone; of that file
     weight_decay: float = 0.01  # weight decay of AdamW
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it
@@ -158,9 +156,6 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.accelerate_config = at_home(self.accelerate_config)
-        for key in ("tuned", "tuned_on"):
-            value = getattr(self, key)
-            require(value is None, f"trainer.{key}", value, "null; `partial-lora compare` searches for rates")
         if self.epochs is not None:
             require(0 < self.epochs < _MOST, "trainer.epochs", self.epochs, "a number above 0 and below 2^31")
         counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")

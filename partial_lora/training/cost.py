@@ -21,7 +21,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from partial_lora.adapter.model import base_name
@@ -202,7 +201,7 @@ class Cost(TrainerCallback):
         ended = _now(args.device)
         self._watching.close()
         if self._optimizer is None:
-            self._optimizer = optimizer_bytes(optimizer)
+            self._optimizer = total(storages(tensors_in(optimizer.state.values())), without={})  # each storage once
         if self._steps != self._watched or not self._times:
             self._times.append((self._began, ended))
 
@@ -250,11 +249,6 @@ class Unreached(TrainerCallback):
     def names(self) -> list[str]:
         """The names of the modules, in the base model."""
         return list(self._waiting) if self._sees else []
-
-
-def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of all tensors in an optimizer's state, each storage once."""
-    return total(storages(tensors_in(optimizer.state.values())), without={})
 
 
 def file_bytes(folder: Path) -> int:

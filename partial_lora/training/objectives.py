@@ -183,7 +183,7 @@ class ByOptions(_TaskJudge):
     reduce = staticmethod(predictions.log_likelihoods)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
-        columns = predictions.option_predictions(outputs.predictions[:, 0], *_option_columns(self.validation()))
+        columns = predictions.option_predictions(outputs.predictions[:, 0], *self._of_validation)
         return predictions.option_metrics(columns)
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
@@ -197,6 +197,10 @@ class ByOptions(_TaskJudge):
         values = predictions.option_metrics(columns)
         chosen = {name: values[name] for name in self.task.metrics}
         return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
+
+    @cached_property
+    def _of_validation(self) -> tuple[np.ndarray, ...]:
+        return _option_columns(self.validation())
 
     def _rows(self, split: str) -> Dataset:
         return self.transform.options(getattr(self.task, split), cache_bytes=self.config.cache_bytes)
@@ -295,7 +299,7 @@ class ByMembers:
 
     def __init__(self, names: Sequence[str], judges: Sequence[Judge], sizes: Sequence[int]) -> None:
         self._names, self._judges, self._sizes = list(names), list(judges), sizes
-        self._starts = starts(sizes) if sizes else [0] * len(judges)
+        self._starts = starts(sizes, len(judges))
         self.selects = _average_name([judge.selects for judge in judges])
         self.loss: Callable[..., Tensor] = partial(loss_of_batch, sizes=sizes) if sizes else judges[0].loss
         self.reduce = judges[0].reduce

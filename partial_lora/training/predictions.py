@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -14,7 +13,6 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from partial_lora.calibration.answers import token_losses, tokens
-from partial_lora.files import write_atomic
 from partial_lora.tasks.metrics import FUNCTIONS, mse
 
 
@@ -90,11 +88,6 @@ def predictions_of(logits: np.ndarray, references: np.ndarray, labels: Sequence[
         columns["score"] = predictions
     columns["logits"] = list(logits.astype(np.float32))
     return pandas.DataFrame(columns)
-
-
-def write_predictions(path: Path, frame: pandas.DataFrame) -> None:
-    """Write predictions as parquet, atomically."""
-    write_atomic(path, frame.to_parquet(index=False))
 
 
 # Answers of a language model: their likelihood, in parts of a batch. Of options the share of questions whose right one

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from partial_lora.credentials import redacted
-from partial_lora.errors import one_line
+from partial_lora.errors import kind_and_line
 from partial_lora.files import one_writer
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
@@ -197,4 +197,4 @@ TRACKERS = {  # the package of each, as pip calls it, and what reports to it
 
 def in_words(error: BaseException) -> str:
     """Return an error of a tracker in one line, without credentials."""
-    return redacted(f"{type(error).__name__}: {one_line(error)}")
+    return redacted(kind_and_line(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.credentials import redacted
-from partial_lora.files import flatten, write_json
+from partial_lora.files import flatten, read_json, write_json
 from partial_lora.training.trackers import TRACKERS, Run, Tracker, in_words
 
 DEFAULTS = {  # environment variables, where the user has not set them
@@ -85,7 +84,7 @@ class Tracking(TrainerCallback):
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
         try:
-            run_ids = dict(json.loads(self._record.read_text(encoding="utf-8")))
+            run_ids = dict(read_json(self._record))
         except (OSError, ValueError, TypeError):  # the first attempt, or one that left no ids
             run_ids = {}
         run_name = "/".join(self._directory.parts[-4:])

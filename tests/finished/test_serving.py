@@ -17,6 +17,7 @@ from finished_runs import choice_run, override, trained
 from plain_libraries import in_this_process
 from refusals import refusal
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from partial_lora import cli
@@ -203,6 +204,23 @@ def test_units_that_add_nothing_take_no_place_and_512_are_the_most(tmp_path):
     with refusal(f"{run.directory}: method.rank=513"):
         export.export(run, "serve", tmp_path / "513")
     assert not (tmp_path / "513").exists()
+
+
+def test_several_chat_templates_go_along_to_servers(tmp_path):
+    run = shutil.copytree(choice_run().directory, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(run / "adapter")
+    folder = export.export(finished_run(run), "serve", tmp_path / "out").folder
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", "null"])
+def test_settings_of_an_adapter_that_cannot_be_read_are_named(tmp_path, content):
+    path = shutil.copytree(choice_run().directory, tmp_path / "run") / "adapter" / "adapter_config.json"
+    path.write_text(content)
+    with refusal(f"{path}: "):
+        export.export(finished_run(tmp_path / "run"), "serve", tmp_path / "out")
 
 
 def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
     for ambiguous in ("1f", "1f0e"):
         with refusal(f"{ambiguous}: ", first, second):
             results.find(ambiguous)
-    for name in ("low_rank", "f" * 300):  # no id; whoever needs a run says so
+    for name in ("low_rank", "seed0", "f" * 300):  # no id; whoever needs a run says so
         assert results.find(name) == Path(name)
     Path("results").rename("other")
     assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [

@@ -220,6 +220,7 @@ def test_ray_runs_jobs_too(place: Path, swept) -> None:
     [
         (["task=[digits,cifar10]"], "task=[digits,cifar10]: "),
         (["preset=null"], "preset=null: "),
+        (["+preset=null"], "+preset=null: "),
         (["method=null"], "method=null: "),
         (["hydra/launcher=foo"], "hydra/launcher=foo: "),
         (["hydra/sweeper=foo"], "hydra/sweeper=foo: "),

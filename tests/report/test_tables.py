@@ -208,7 +208,7 @@ def test_of_a_search_only_the_best_rate_on_validation_is_drawn_and_it_has_the_mo
     left(4e-3, 0, 0.9)  # a lucky seed, alone
     left(8e-3, 0, 0.1, method="lora")
     left(3e-3, 0, 0.2, mask__granularity="element")  # another method, whatever its name
-    best = folders.at_best_rates(folders.folders(records.read(tmp_path)[0]))
+    best = folders.without_searches(folders.folders(records.read(tmp_path)[0]))
     assert sorted(each.row["learning_rate"] for each in best) == [2e-3, 3e-3, 8e-3]
 
 

@@ -19,7 +19,7 @@ from partial_lora import files, methods
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
-from partial_lora.settings import compose, identity, keys, resolving, schema, versions
+from partial_lora.settings import compose, identity, keys, resolving, schema, study, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.loader import Loader
 from partial_lora.settings.schema import Config
@@ -75,6 +75,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["model=tiny_clip", "model.text_weights=/tower"], ["model.text_args="]),
         (["+trainer.lr=1"], ["trainer.lr"]),
         (["+learning_rate=1"], ["learning_rate"]),
+        (["trainer.tuned=tuning.json"], ["trainer.tuned"]),  # of earlier versions
         *(([f"trainer.{key}={10**30}"], [f"trainer.{key}=1"]) for key in ("batch_size", "epochs", "max_steps")),
         (["trainer.num_processes=3"], ["trainer.batch_size=16", "trainer.num_processes=3"]),
         (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
@@ -131,6 +132,15 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
     with refusal(names[0], *names):
         composed(*(each.format(file=__file__) if "file}" in each else each for each in overrides))
+
+
+@pytest.mark.parametrize("text", ["", "study:", "seed: 1"])
+def test_an_experiment_that_lists_no_runs_has_no_study(tmp_path: Path, monkeypatch, text: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(text)
+    monkeypatch.setattr(study, "conf_dir", lambda: tmp_path)
+    assert study.chosen_from(["own seed=1"]) == "own"
+    assert list(study.commands("own", tmp_path)) == []
 
 
 @pytest.mark.parametrize(

@@ -37,15 +37,6 @@ def test_the_best_rate_has_the_best_mean_over_the_seeds_of_all_that_compete() ->
     assert rates.ranked({1e-3: {0: None}}) == []
 
 
-@pytest.mark.parametrize("where", ["argument", "file"])
-def test_a_file_of_rates_is_refused_and_none_is_a_key_of_earlier_commands(tmp_path: Path, where: str) -> None:
-    own = tmp_path / "own.yaml"
-    own.write_text("trainer: {tuned: results/tuning.json}\n")
-    with refusal("trainer.tuned=results/tuning.json: .*`partial-lora compare`"):
-        composed("trainer.tuned=results/tuning.json" if where == "argument" else str(own))
-    assert composed("trainer.tuned=null") == composed()
-
-
 def test_a_run_that_took_its_rate_from_a_file_keeps_the_rate(tmp_path: Path) -> None:
     chosen = composed("model=tiny_vit", "trainer.learning_rate=3e-3")
     record = versions.plain(chosen)
@@ -131,6 +122,8 @@ def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -
     assert of("method=lokr") == (4e-3, 1e-3)
     assert of("method=lokr", "trainer.head_learning_rate=0.5") == (4e-3, 0.5)
     assert of("method=probe") == (25e-3, None)  # whose head is what the rate is for
+    probe = versions.plain(composed("method=probe", "method.rate_power=0.5"))
+    assert rates.auto(probe, width=768, density=0.0) == pytest.approx(25e-3)
 
 
 def test_a_run_that_leaves_its_rate_open_has_an_id_that_knows_the_factor() -> None:

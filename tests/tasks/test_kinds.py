@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -17,15 +18,15 @@ from partial_lora.report.summary import next_commands
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.kinds import KINDS, Kind, imported, kind_of, kinds_for
+from partial_lora.tasks.kinds import KINDS, Kind, kind_of, kinds_for
 from partial_lora.tasks.metrics import FITTING
 from partial_lora.training import objectives
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_all_that_an_entry_names_is_there(kind: Kind) -> None:
-    assert callable(imported(kind.rows))
-    assert callable(imported(kind.transform))
+    assert callable(resolve_name(f"partial_lora.tasks.{kind.rows}"))
+    assert callable(resolve_name(f"partial_lora.tasks.{kind.transform}"))
     fitting = [metric for labels in kind.labelled_by for metric in FITTING[labels]]
     assert {*kind.metrics, *filter(None, [kind.selects])} <= {*fitting}
     assert kind.answers in objectives.JUDGES

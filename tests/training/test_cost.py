@@ -346,6 +346,7 @@ def estimate(name: str, *, sparsity: float = 0.87, **changes: object) -> dict:
     shapes = model.targets(**adapted)
     counts = size.describe(model, **adapted, rank=16, sparsity=sparsity)
     asked = {"shapes": shapes, "counts": counts, "rank": 16, "batch_size": 4, "length": 512}
+    asked |= {"dtype": "bfloat16", "quantization": None}
     return peak.peak_memory(model, **(asked | changes))
 
 

@@ -12,6 +12,7 @@ import torch
 from judged_tasks import TOKENIZER, choices, exchanges, literal, trained
 from tiny_causal import llama, merging_tokenizer
 from torch import nn
+from transformers import EvalPrediction
 
 from partial_lora.peers import Alone
 from partial_lora.tasks import CausalTransform, ChoiceTransform, Task
@@ -50,6 +51,15 @@ def test_the_most_likely_option_is_the_prediction_and_selects(tmp_path: Path) ->
         assert (found.predictions["prediction"] == found.predictions["label"]).tolist() == right
     selected = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert max(selected) == judge.judged(objectives.predicts(trainer), model, "validation").metrics["accuracy"]
+
+
+def test_options_of_validation_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ChoiceTransform(TOKENIZER, 64)
+    judge = objectives.judge_of(task("choice", ("accuracy",)), transform, TaskConfig(), Alone(), batch_size=2)
+    outputs = EvalPrediction(np.zeros((len(judge.validation()), 2)), None)
+    first = judge.measure(outputs)
+    monkeypatch.setattr(ChoiceTransform, "options", None)
+    assert judge.measure(outputs) == first
 
 
 def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_loss_is_averaged_over_examples() -> None:
 
 
 def test_predictions_of_a_regression_are_numbers(tmp_path: Path) -> None:
-    predictions.write_predictions(tmp_path / "predictions.parquet", predictions.predictions_of(OUTPUTS, NUMBERS, ()))
+    predictions.predictions_of(OUTPUTS, NUMBERS, ()).to_parquet(tmp_path / "predictions.parquet", index=False)
     frame = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert list(frame) == ["index", "label", "prediction", "score", "logits"]
     assert frame["label"].tolist() == NUMBERS.tolist()
@@ -66,7 +66,7 @@ def test_predictions_of_a_regression_are_numbers(tmp_path: Path) -> None:
 def test_predictions_are_one_row_an_example(tmp_path: Path) -> None:
     logits = np.array([[0.0, np.log(3.0)], [1000.0, 0.0]])
     frame = predictions.predictions_of(logits, np.array([1, 1]), ("cat", "dog"))
-    predictions.write_predictions(tmp_path / "predictions.parquet", frame)
+    frame.to_parquet(tmp_path / "predictions.parquet", index=False)
     frame = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert frame[["index", "label", "prediction"]].values.tolist() == [[0, 1, 1], [1, 1, 0]]
     assert frame["label_name"].tolist() == ["dog", "dog"]
