@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from partial_lora import credentials
 from partial_lora.bars import Bars, bar
@@ -112,7 +112,7 @@ def _overview(arguments: list[str]) -> int:
     """Print the help or the version, or refuse a command that does not exist."""
     from importlib.metadata import version
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="partial-lora",
         description="Train, compare and use low-rank adapters that keep a random subset of their rows and columns.",
         epilog="`partial-lora train` alone runs an example. `partial-lora COMMAND --help` explains each command.",
@@ -125,8 +125,15 @@ def _overview(arguments: list[str]) -> int:
     parser.error("expected a command first")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are, in place of a page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PartialLoraError(f"{message}; `{self.prog} --help` says more")
+
+
 def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"partial-lora {command}", description=description, epilog=epilog)
+    return _Parser(prog=f"partial-lora {command}", description=description, epilog=epilog)
 
 
 # --- train, calibrate, info: one run, or a sweep of them, whose settings Hydra composes from the arguments.
@@ -267,7 +274,7 @@ def _print_outline(config: Config, run: Outline) -> None:
 
     from partial_lora.building import size
 
-    Console().print(size.table(run.counts, run.memory, run.kept))
+    Console().print(size.table(run.counts, run.memory, run.kept, masked=config.method.traits.masked))
     heads = {0: "there is no head", 1: "the head is for one number"}
     head = heads.get(run.outputs, f"the head is for {run.outputs} classes")
     head += "" if run.is_known else ", a guess: the task does not say how many there are"
@@ -747,7 +754,8 @@ def merge(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    base = parsed.runs.pop(0) if len(parsed.runs) == len(parsed.weights) + 1 else None
+    is_base = len(parsed.runs) == len(parsed.weights) + 1 and not _is_run(parsed.runs[0])
+    base = parsed.runs.pop(0) if is_base else None
     runs = [finished_run(each) for each in parsed.runs]
     for run in runs if base else ():
         known = (run.config.model.name, run.config.model.weights)
@@ -762,6 +770,10 @@ def merge(arguments: Sequence[str]) -> int:
     Console().print(table)
     print(f"{parsed.out}: written")
     return 0
+
+
+def _is_run(place: Path) -> bool:
+    return (directory.find(place) / directory.RESULT).is_file()
 
 
 def push(arguments: Sequence[str]) -> int:

@@ -354,9 +354,7 @@ def test_a_command_leaves_its_blocks_when_it_is_terminated_and_says_so_when_its_
 
 def test_a_weight_of_merge_is_a_finite_number(capsys) -> None:
     for weight in ("nan", "inf", "much"):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["merge", "one", "other", "--weights", weight, "1", "--out", "merged"])
-        assert ended.value.code == 2
+        assert cli.main(["merge", "one", "other", "--weights", weight, "1", "--out", "merged"]) == 2
         assert "--weights" in capsys.readouterr().err
 
 

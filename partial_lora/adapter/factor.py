@@ -178,7 +178,8 @@ class MaskedFactor(nn.Module):
         if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
             raise PartialLoraError(
                 f"{name} has values outside this adapter's mask: it was trained under another mask or none, load it"
-                " with PartialLoraConfig.from_pretrained of its own folder."
+                " with PartialLoraConfig.from_pretrained of its own folder, or remove a partial_lora.json that another"
+                " adapter has left there."
             )
         return kept
 

@@ -87,7 +87,9 @@ def read(path: Path) -> dict:
             if isinstance(content.get("sparsity"), str):
                 raise ValueError("sparsity is no number, or one for each module")
     except OSError as error:
-        raise PartialLoraError(f"{path} cannot be read ({error.strerror}): the adapter has no masks.") from None
+        raise PartialLoraError(
+            f"{path} cannot be read ({error.strerror}): load an adapter without masks with PeftModel.from_pretrained."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = kind_and_line(error)
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None

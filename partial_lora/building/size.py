@@ -51,10 +51,13 @@ def table(
     info: Mapping[str, int | float | None],
     memory: Mapping[str, Mapping[str, int]] | None = None,
     kept: Mapping[str, int | None] | None = None,
+    *,
+    masked: bool = True,
 ) -> Table:
     """Return what `describe` returns, as a table for a terminal.
 
     memory: peak memory by the format of the weights. kept: for the backward pass of a step (`memory.StepMemory`).
+    masked: the method has masks, and so a compact file.
     """
     share = info["adapter_trainable"] / info["adapter_dense"] if info["adapter_dense"] else None
     sparsity, full = info["adapter_sparsity"], ""
@@ -67,8 +70,8 @@ def table(
         ("adapter, trainable", f"{info['adapter_trainable']:,}", "" if share is None else f"{share:.1%} of dense"),
         ("adapter sparsity", "–" if sparsity is None else f"{sparsity:.3f}", "measured in entries"),
         ("head, trainable", f"{info['head']:,}", ""),
-        ("adapter file, PEFT's", _size(info["adapter_bytes"]), "fp32, head and masked zeros included"),
-        ("adapter file, compact", _size(info["compact_bytes"]), "fp32, kept entries and head"),
+        ("adapter file, PEFT's", _size(info["adapter_bytes"]), f"fp32, head{' and masked zeros' * masked} included"),
+        *[("adapter file, compact", _size(info["compact_bytes"]), "fp32, kept entries and head")] * masked,
         ("gradients", _size(info["gradient_bytes"]), "fp32"),
         ("optimizer state", _size(info["optimizer_bytes"]), "AdamW, two fp32 moments"),
     ]

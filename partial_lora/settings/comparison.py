@@ -155,10 +155,10 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values
     require(not is_sized, "budgets", values.get("budgets"), "no budgets beside a limit, which sizes every method")
-    comparison = Comparison(**values)
     for setting in others:
         key, _, value = setting.lstrip("+~").partition("=")
         require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
+    comparison = Comparison(**values)
     contents = [settings_of(setting) for setting in others if is_file(setting)]
     given = {key for content in contents if not is_record(content) for key in flatten(content)}
     given |= {setting.lstrip("+~").partition("=")[0] for setting in others}

@@ -70,12 +70,18 @@ def _with_model(composed: DictConfig) -> DictConfig:
     left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing)]
     if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
         return OmegaConf.unsafe_merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed
+    kind = None if task.modality == "image" or task.members else task.kind
     stored = stored_settings(chosen["weights"])
+    if stored and stored["family"] == "causal" and chosen["family"] != "causal" and kind and kind_of(task).has_head:
+        stored = {
+            **stored,
+            "family": "encoder",
+            "head": "score",
+        }  # a language model that tells labels, as from a folder
     if stored is None:
         require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
         from partial_lora.models.from_files import settings_of  # needs torch
 
-        kind = None if task.modality == "image" or task.members else task.kind
         stored = settings_of(chosen["name"], at_home(chosen["weights"]), kind)
     if chosen["family"] == "timm":  # the schema's default, where the group file has none
         left.append("family")

@@ -332,6 +332,8 @@ def test_the_base_of_a_merge_is_that_of_the_runs(tmp_path, capsys) -> None:
     line = [str(run.directory), str(run.directory), "--weights", "1", "1", "--out", str(tmp_path / "out")]
     assert cli.main(["merge", "smollm2_135m", *line]) == 2
     assert capsys.readouterr().err.startswith("partial-lora: BASE=smollm2_135m")
+    assert cli.main(["merge", *line[:4], *line[5:]]) == 2  # a weight too few
+    assert capsys.readouterr().err.startswith("partial-lora: --weights")
     assert cli.main(["merge", run.config.model.name, *line]) == 0
 
 

@@ -215,6 +215,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
     ("arguments", "key"),
     [
         ([], "methods"),
+        (["method=lora"], "method=lora"),
         (["methods=[]"], "methods"),
         (["methods=[partial"], "methods"),
         (["methods=[1]"], "methods"),

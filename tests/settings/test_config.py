@@ -19,6 +19,7 @@ from partial_lora import files, methods
 from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
+from partial_lora.models import skeleton
 from partial_lora.settings import compose, identity, keys, resolving, schema, study, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.loader import Loader
@@ -237,6 +238,18 @@ def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
         (warning,) = composed(f"method={method}", "calibration=fixed").warnings
         advice = warning.partition("; ")[2].removesuffix(" has that size")
         assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
+
+
+@pytest.mark.parametrize(("task", "family"), [("sst2", "encoder"), ("stsb", "encoder"), ("piqa", "causal")])
+def test_a_language_model_of_a_name_tells_labels_where_the_task_has_them(task: str, family: str) -> None:
+    model = composed("model=smollm2_135m", f"task={task}").model
+    chosen = {"family": model.family, "architecture": model.architecture, "model_args": model.model_args}
+    counted = skeleton.skeleton(**chosen, outputs=2)
+    assert (model.family, model.head, model.trains_whole) == (
+        family,
+        *(("score", True) if family == "encoder" else (None, False)),
+    )
+    assert counted.targets(model.target_modules, model.head)
 
 
 def test_entries_are_single_ones_and_spend_the_paper_s_budget_unless_another_is_given() -> None:

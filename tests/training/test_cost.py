@@ -214,6 +214,8 @@ def test_the_table_has_the_numbers_within_80_columns():
         assert f"{info['base']:,}" in lines[0]
         assert f"{info['adapter_dense']:,}" in lines[2]
         assert (len(lines), max(map(len, lines)) <= 80) == (10, True)  # no row wraps
+        console.print(size.table(info, masked=False))
+        assert len(console.file.getvalue().splitlines()) == 10 + 9  # there is no compact file
 
 
 # Memory of a training step
