@@ -211,8 +211,8 @@ _NAMES = (
     "half-way to equal ones, and inverted."
 )
 _AMONG = (
-    "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. At threshold 0.9, and with "
-    "shares shrunk, shuffled or by gradient, a rate of that search was taken. Verdicts are corrected by Holm's "
+    "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. With shares "
+    "shrunk, shuffled or by gradient, and on trec at threshold 0.9, a rate of that search was taken. Verdicts are corrected by Holm's "
     "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
     "the stages measures and flow, which were added later (results/claims/repair.md says which verdicts depend on "
     "that). decided.md has the rates."
@@ -308,8 +308,8 @@ def table5(evidence: Evidence) -> Table:
     notes = [
         "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
         "95 % interval of the mean over calibrations (Student's t).",
-        "seconds: of calibrations that were made, not those found in the cache. At threshold 0.9 they went on from the "
-        "curves of 13 %.",
+        "seconds: of calibrations that were made, not those found in the cache. On trec at threshold 0.9 they went on "
+        "from the curves of 13 %.",
     ]
     shown = _readable_calibrations(numbers) | _readable_analyses(numbers)
     verdicts = _of_verdicts(_score_is_kept(_rows(numbers[numbers["importance"] == IMPORTANCE], JOINT)))
