@@ -605,7 +605,7 @@ def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_
         ("defaults: [config]", "defaults"),
         ("modl: tiny_vit", "modl: "),
         ("trainer.lr: 1", "trainer.lr: .*trainer.learning_rate"),
-        ("trainer: {epochs: many}", "trainer.epochs: "),
+        ("trainer: {epochs: many}", "trainer.epochs=many: "),
         ("model: [tiny_vit]", "model="),
     ],
 )
