@@ -82,11 +82,11 @@ def of_type(key: str, value: object, kind: Any) -> bool:
     kinds = tuple(get_origin(each) or each for each in get_args(kind) or (kind,))
     number = (float in kinds and isinstance(value, Real)) or (int in kinds and isinstance(value, Integral))
     fits = kind is Any or (bool in kinds if isinstance(value, bool) else number or isinstance(value, kinds))
-    require(fits, key, value, " or ".join(_TYPES[each] for each in kinds if each in _TYPES))
+    require(fits, key, value, " or ".join(TYPES[each] for each in kinds if each in TYPES))
     return number
 
 
-_TYPES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
+TYPES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def positive(key: str, value: float) -> None:

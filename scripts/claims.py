@@ -124,7 +124,7 @@ def ordered(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_order(column: pd.Series) -> pd.Series:
-    """What a column of rows is sorted by: operating points by their size, all others by their words."""
+    """Return what rows are sorted by: the size of operating points, the words of all other columns."""
     return column.map(point_order) if column.name == "operating_point" else column
 
 

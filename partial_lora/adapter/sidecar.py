@@ -88,7 +88,8 @@ def read(path: Path) -> dict:
                 raise ValueError("sparsity is no number, or one for each module")
     except OSError as error:
         raise PartialLoraError(
-            f"{path} cannot be read ({error.strerror}): load an adapter without masks with PeftModel.from_pretrained."
+            f"{path} cannot be read ({error.strerror}): an adapter without it has no masks, and"
+            " PeftModel.from_pretrained alone loads it."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = kind_and_line(error)

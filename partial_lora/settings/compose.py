@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import TYPES, PartialLoraError
 from partial_lora.settings.arguments import (
     CHOICES,
     CONFIG_NAME,
@@ -339,9 +339,9 @@ def in_one_line(arguments: Sequence[str]) -> Iterator[None]:
         raise PartialLoraError(_composition_error(error, arguments)) from error
 
 
-# OmegaConf's words on a value of another type, and those that a user reads.
+# OmegaConf's words on a value of another type, and what it expected.
 _MISTYPED = re.compile(r"Value '(.*)' (?:of type '\w+' could not be converted to (Float|Integer)|is not a valid bool)")
-_TYPES = {"Float": "a number", "Integer": "a whole number", None: "true or false"}
+_EXPECTED = {"Float": TYPES[float], "Integer": TYPES[int], None: TYPES[bool]}
 
 
 def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
@@ -363,7 +363,7 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
             return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         if mistyped := _MISTYPED.match(reason):
-            return f"{place}{key}={mistyped[1]}: expected {_TYPES[mistyped[2]]}"
+            return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
         return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
     if lines[0].startswith("You must specify"):  # of a file's `model: ???`
         group = lines[0].split("'")[1]
@@ -373,11 +373,11 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]
         return _no_such_file(group[1], options)
     if lines[0].startswith("Config group override"):  # of a number
-        chosen = (each.lstrip("+").partition("=") for each in overrides)
-        group, _, name = next(
-            each for each in chosen if each[0] in GROUPS and not isinstance(yaml.safe_load(each[2]), str)
-        )
-        return _no_such_file(f"{group}/{name}", sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")))
+        for group, _, names in (each.lstrip("+").partition("=") for each in overrides):
+            for name in names.split(",") if group in GROUPS else ():
+                if not isinstance(yaml.safe_load(name), str):
+                    expected = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+                    return _no_such_file(f"{group}/{name}", expected)
     if "ambiguous" in " ".join(lines).lower():
         for argument in arguments:
             override = parsed(in_grammar(argument, bool({"-m", "--multirun"} & {*arguments})))

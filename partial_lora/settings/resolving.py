@@ -73,11 +73,7 @@ def _with_model(composed: DictConfig) -> DictConfig:
     kind = None if task.modality == "image" or task.members else task.kind
     stored = stored_settings(chosen["weights"])
     if stored and stored["family"] == "causal" and chosen["family"] != "causal" and kind and kind_of(task).has_head:
-        stored = {
-            **stored,
-            "family": "encoder",
-            "head": "score",
-        }  # a language model that tells labels, as from a folder
+        stored = {**stored, "family": "encoder", "head": "score"}  # it tells labels, as a folder of such a model does
     if stored is None:
         require(chosen["weights"] != "random", "model.architecture", MISSING, "a value, for model.weights=random")
         from partial_lora.models.from_files import settings_of  # needs torch

@@ -24,6 +24,7 @@ from partial_lora.adapter.factor import sharded_like, whole
 from partial_lora.files import fault, read_json
 
 STATE = "trainer_state.json"
+_LARGE = 2**30  # bytes of one: it logs all steps
 TRAINABLE = "trainable.safetensors"
 _PROGRESS = "progress.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -111,7 +112,7 @@ def resumable(folder: Path, versions: dict[str, str], shape: str) -> Path | None
     for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
     for step in sorted(usable, reverse=True):
-        best = read_json(usable[step] / STATE)["best_global_step"]
+        best = read_json(usable[step] / STATE, _LARGE)["best_global_step"]
         if best is None or best in usable:
             return usable[step]
         logger.warning("%s: step %d, the best so far, is gone: set aside", usable[step], best)

@@ -230,6 +230,7 @@ def test_ray_runs_jobs_too(place: Path, swept) -> None:
         (["method.rank=interval(2,4)"], "method.rank=interval(2,4): "),
         (["hydra/sweeper=optuna", "method.rank=range(0,4)"], "method.rank=0: expected"),
         (["hydra/sweeper=optuna", "seed=interval(2,8)"], "seed=5.0: "),
+        (["calibration=0.13,0.2"], "calibration=0.13: "),
     ],
 )
 def test_a_wrong_sweep_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, key) -> None:
