@@ -13,13 +13,13 @@ from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, 
 from partial_lora.report.rows import NONE, point_order
 from partial_lora.report.statistics import LEVEL, Estimate, by_sides
 from partial_lora.report.summary import cell, percent
-from partial_lora.report.tables import ends, signed
+from partial_lora.report.tables import signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE, ALL_SETS = "score", "difference", "average", "all sets"
 WHERE = ["model", "mixture", "importance", "operating_point"]
 ROW = [*WHERE, "method"]
-_NUMBERS = ("difference", "low", "high", "bootstrap_low", "bootstrap_high", "error", "freedom")
+_NUMBERS = ("difference", "low", "high", "error", "freedom")
 DIFFERENCES = (
     *("part", *WHERE, "first", "second", "task", "metric", "tasks", "up", "down"),
     *(*_NUMBERS, "seeds", "examples", "over"),
@@ -73,6 +73,7 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     """
     columns = {"mean": ("test", "mean"), "std": ("test", "std"), "n": ("seed", "size"), "metric": ("metric", "first")}
     columns |= {"parameters": ("adapter_parameters", "mean"), "share": ("share_of_dense", "mean")}
+    columns |= {f"share_{end}": ("share_of_dense", end) for end in ("min", "max")}
     table = ordered(runs.groupby([*ROW, "task"], sort=False).agg(**columns).reset_index()).assign(part=SCORE)
     marked = best(runs)
     table["best"] = [key in marked for key in zip(*(table[name] for name in (*ROW, "task")), strict=True)]
@@ -142,11 +143,6 @@ def in_points(row: Mapping) -> bool:
 def interval(row: Mapping) -> str:
     """A difference with its interval: of shares in points, of other metrics as it is."""
     return signed(_unit(row), *(row[name] for name in ("difference", "low", "high")))
-
-
-def bootstrapped(row: Mapping) -> str:
-    """The bootstrap's interval; "–" where there is none."""
-    return ends(_unit(row), row["bootstrap_low"], row["bootstrap_high"]) or NONE
 
 
 def _unit(row: Mapping) -> str:
@@ -300,7 +296,7 @@ def _size(row: Mapping | None) -> str:
 
 
 def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Differences in points with their interval and the bootstrap's, seeds, and what is taken for chance."""
+    """Differences in points with their interval, seeds, and what is taken for chance."""
     paired = part_of(numbers, DIFFERENCE)
     return readable(
         "Differences",
@@ -310,7 +306,6 @@ def readable_differences(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
             "difference": lambda row: f"{row['first']} − {row['second']}",
             "task": _task,
             "points [95 %]": interval,
-            "bootstrap": bootstrapped,
             "seeds": ("seeds", ".0f"),
             "over": "over",
         },

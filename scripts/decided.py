@@ -8,7 +8,8 @@ set at its ceiling, where dense LoRA errs on less than 3 % of test rows, is in n
 the narrow intervals would weigh most.
 With the scores stands what a form costs: seconds a step, memory, minutes of calibration. A table says how far
 calibrated shares of two draws, two searches and two sets agree.
-Test loss is a second endpoint. Writes RESULTS/tables/decided.md, decided.csv, verdicts.csv and loss.csv.
+Test loss is a second endpoint. Writes RESULTS/tables/decided.md, decided.csv, verdicts.csv, loss.csv and
+loss_from_dense.csv.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pandas as pd
 from claims import (
     ALL_SETS,
     AS_GOOD,
+    AVERAGE,
     BETTER,
     NO_RUNS,
     at_ceiling,
@@ -214,7 +216,7 @@ def _lead(own: pd.DataFrame, other: pd.DataFrame | None) -> str:
     if other is None or own is other:
         return NONE
     pair = Pair(by_seed(own), by_seed(other), own["metric"].iloc[0])
-    return interval({"metric": pair.metric, **asdict(between(pair, draws=0))}) if pair.seeds else NONE
+    return interval({"metric": pair.metric, **asdict(between(pair))}) if pair.seeds else NONE
 
 
 def by_set(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -246,6 +248,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [*dict.fromkeys((first, second) for first, second, *_ in (*CLAIMS, *LATER)), *BESIDE]
     table = scores(runs)
+    table = table[table["task"] != AVERAGE]  # the claims are of sets and of their mean
     full = at_ceiling(table)
     numbers = pd.concat([table, differences(runs, pairs, not_in_means=full)], ignore_index=True)
     several, later = numbers["task"].eq(ALL_SETS), (numbers["importance"] != "") | (numbers["second"] == FLOW)
@@ -273,9 +276,11 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     parts += ["# What each costs, and what it gains", prices(runs).to_markdown(index=False, disable_numparse=True)]
     at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
     if not at_budget.empty:
-        losses = by_loss(at_budget.assign(form=at_budget["method"], size="0.13"), "low_rank")
-        parts += ["# Test loss less low_rank's, in nats", in_one_table(losses)]
-        write_atomic(folder / "loss.csv", losses.to_csv(index=False, float_format="%.6g"))
+        at_budget = at_budget.assign(form=at_budget["method"], size="0.13")
+        for reference, name in {"low_rank": "loss", "lora": "loss_from_dense"}.items():
+            losses = by_loss(at_budget, reference)
+            parts += [f"# Test loss less {reference}'s, in nats", in_one_table(losses)]
+            write_atomic(folder / f"{name}.csv", losses.to_csv(index=False, float_format="%.6g"))
     if not (alike := agreements(runs)).empty:
         parts += ["# How far shares agree", alike.to_markdown(index=False, disable_numparse=True)]
     parts += [

@@ -36,7 +36,7 @@ from partial_lora.files import write_atomic
 from partial_lora.report.drawing import save
 from partial_lora.report.pairs import Pair, by_seed, differences_by_example
 from partial_lora.report.rows import NONE
-from partial_lora.report.statistics import LEVEL, by_sides, ends_of, estimate, mean_squares, over_sets
+from partial_lora.report.statistics import LEVEL, by_sides, estimate, mean_squares, over_sets
 
 SEEDS = (2, 3, 4, 5, 6, 7, 8)
 FEWEST = 3  # seeds of a pair that components are taken from
@@ -116,11 +116,11 @@ def of_one_set(draw: Experiment, seeds: int, repetitions: int) -> Held:
     """Return how often intervals held the truth 0 of repeated experiments, and their mean width."""
     generator = np.random.default_rng(seeds)
     each = [draw(generator, seeds) for _ in range(repetitions)]
-    again = Again(generator, *each[0].shape)
+    again = Again(generator, [each[0].shape])
     return _held(
         {
             COMPONENTS: estimate(d).interval(),
-            BOOTSTRAP: ends_of(again.means(d)),
+            BOOTSTRAP: again.interval([d]),
             ALONE: estimate(d.mean(axis=1, keepdims=True)).interval(),
         }
         for d in each
@@ -131,11 +131,11 @@ def of_all_sets(draws: list[Experiment], seeds: int, repetitions: int) -> Held:
     """Return the same of the mean of sets: by random effects, and by a bootstrap of the sets at hand."""
     generator = np.random.default_rng(seeds)
     each = [[draw(generator, seeds) for draw in draws] for _ in range(repetitions)]
-    again = [Again(generator, *d.shape) for d in each[0]]
+    again = Again(generator, [d.shape for d in each[0]])
     return _held(
         {
             COMPONENTS: over_sets([estimate(d) for d in sets]).interval(),
-            BOOTSTRAP: ends_of(np.mean([own.means(d) for own, d in zip(again, sets, strict=True)], axis=0)),
+            BOOTSTRAP: again.interval(sets),
         }
         for sets in each
     )
@@ -144,13 +144,16 @@ def of_all_sets(draws: list[Experiment], seeds: int, repetitions: int) -> Held:
 class Again:
     """The bootstrap's draws of seeds and examples, the same for all experiments of a kind: drawing takes the time."""
 
-    def __init__(self, generator: np.random.Generator, seeds: int, examples: int) -> None:
-        sizes = (seeds, examples)
-        self._seeds, self._examples = (generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in sizes)
+    def __init__(self, generator: np.random.Generator, shapes: Iterable[tuple[int, int]]) -> None:
+        self._draws = [[generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in shape] for shape in shapes]
 
-    def means(self, d: np.ndarray) -> np.ndarray:
-        """Return the mean difference in every draw, as `statistics.bootstrap` does."""
-        return (self._seeds @ d * self._examples).sum(axis=1)
+    def means(self, sets: Iterable[np.ndarray]) -> np.ndarray:
+        """Return the mean difference over sets d (seeds, examples) in every draw."""
+        drawn = zip(self._draws, sets, strict=True)
+        return np.mean([(of_seeds @ d * of_examples).sum(axis=1) for (of_seeds, of_examples), d in drawn], axis=0)
+
+    def interval(self, sets: Iterable[np.ndarray]) -> tuple[float, float]:
+        return tuple(np.quantile(self.means(sets), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
 
 
 def _held(ends: Iterable[Mapping[str, tuple[float, float]]]) -> Held:

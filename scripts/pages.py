@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import CLAIMS, raced
+from evidence import claim_of, in_words, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from protocol import BUDGET, PARTIAL, THRESHOLD
 
@@ -28,11 +28,13 @@ from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "results", ROOT / "README.md"
-BLOCKS = {
-    README: "decision",
-    ROOT / "docs" / "concepts" / "operating-points.md": "shares",
-    ROOT / "docs" / "evidence" / "tables.md": "found",
-}  # between <!-- NAME --> marks
+DOCS = ROOT / "docs"
+BLOCKS = {  # between <!-- NAME --> marks
+    README: ("verdict", "decision"),
+    DOCS / "concepts" / "operating-points.md": ("shares",),
+    DOCS / "evidence" / "tables.md": ("found",),
+    DOCS / "evidence" / "field.md": ("field",),
+}
 SETS = ("digits", "sst2", "trec", "gtsrb")  # of the decided claims
 
 
@@ -86,10 +88,14 @@ def less(task: str, first: str, second: str, point: str = BUDGET, importance: st
     return written(100 * row[["difference", "low", "high"]], digits)
 
 
-def share(task: str, method: str = PARTIAL, point: str = THRESHOLD) -> str:
-    """Return what share of dense LoRA's parameters a method keeps, the mean over seeds, in per cent."""
-    row = _one("tables/decided", part="score", importance="", task=task, method=method, operating_point=point)
-    return f"{100 * row['share']:.0f} %"
+def share(task: str, *, range: bool = False) -> str:
+    """Return what calibrated shares keep of dense LoRA's parameters at threshold 0.9: the mean over seeds, in per cent.
+
+    range: with the lowest and highest seed.
+    """
+    row = _one("tables/decided", part="score", importance="", task=task, method=PARTIAL, operating_point=THRESHOLD)
+    mean, low, high = (f"{100 * row[name]:.0f}" for name in ("share", "share_min", "share_max"))
+    return f"{mean} % ({low} to {high})" if range else f"{mean} %"
 
 
 def mixed(first: str, second: str, task: str = "average") -> str:
@@ -98,20 +104,19 @@ def mixed(first: str, second: str, task: str = "average") -> str:
     return written(100 * row[["difference", "low", "high"]])
 
 
-def claim(second: str, point: str = BUDGET) -> list[dict[str, str]]:
-    """Return what is found of a claim about rows and columns and another method, by set, and then their mean."""
+def claim(second: str) -> list[dict[str, str]]:
+    """Return what is found of a claim about rows and columns and another method, by set."""
     verdicts = _table("tables/verdicts")
-    rows = verdicts[verdicts["claim"] == CLAIMS[second][1]].set_index("where")
-    tasks = {f"{'all' if task == 'all sets' else task}, {point}": task for task in (*SETS, "all sets")}
+    rows = verdicts[verdicts["claim"] == claim_of(second)].set_index("where")
     lines = []
-    for where in filter(rows.index.__contains__, tasks):
-        row, task = rows.loc[where], tasks[where]
+    for task in SETS:
+        row = rows.loc[f"{task}, {BUDGET}"]
         papers, _, of_papers = row["paper's"].partition(", among ")
         after, _, among = row["verdict"].partition(", among ")
         lines.append(
-            {"task": task, "less": less(task, PARTIAL, second, point), "alone": row["alone"]}
-            | {"papers": papers, "papers_count": of_papers, "after": after, "count": among}
-            | {"seeds": f"{_difference(task, PARTIAL, second, point)['seeds']:.0f}"}
+            {"task": task, "less": less(task, PARTIAL, second)}
+            | {"alone": in_words(row["alone"], second), "papers": in_words(papers, second), "papers_count": of_papers}
+            | {"after": in_words(after, second), "count": among}
         )
     return lines
 
@@ -255,10 +260,12 @@ def pages() -> dict[Path, str]:
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]
     made = {RESULTS / name: environment.get_template(name).render(up="../" * name.count("/")) for name in names}
-    for path, name in BLOCKS.items():
-        block = environment.get_template(f"_{name}.md").render()
-        marks = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)"
-        made[path] = re.sub(marks, lambda _, block=block: block, path.read_text("utf-8"), flags=re.DOTALL)
+    for path, names in BLOCKS.items():
+        made[path] = path.read_text("utf-8")
+        for name in names:
+            block = environment.get_template(f"_{name}.md").render()
+            marks = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)"
+            made[path] = re.sub(marks, lambda _, block=block: block, made[path], flags=re.DOTALL)
     return made
 
 

@@ -202,8 +202,7 @@ def origin_of(runs: pd.DataFrame) -> str:
 
 _INTERVALS = (
     "Differences are paired by seed and test example, with 95 % intervals over both from variance components "
-    "(Student's t), before correction. bootstrap: the interval of seeds and examples that are drawn again, too narrow "
-    "of few seeds that differ (results/coverage). ± beside a score is its standard deviation over seeds."
+    "(Student's t), before correction. ± beside a score is its standard deviation over seeds."
 )
 _NAMES = (
     "uniform: equal shares; targeted: the most important rows and columns; flow: with repaired masks; low_rank: plain "

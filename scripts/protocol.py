@@ -55,6 +55,7 @@ def forms(results_dir: Path) -> tuple[pd.DataFrame, list[str]]:
     rows = rows.assign(
         method=rows["method"] + on_modules,
         operating_point=rows["operating_point"].where(on_modules == "", BUDGET),  # of about that size
+        share_of_dense=rows["share_of_dense"].where(on_modules == ""),  # it is of dense LoRA on these modules alone
         condition=conditions,
     )
     return rows, problems

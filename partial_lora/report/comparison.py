@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +18,7 @@ from partial_lora.report.records import Run
 from partial_lora.report.rows import COSTS, NONE, PLACE, as_typed, conditions, differing, point_order
 from partial_lora.report.statistics import MARGIN, reliability, together
 from partial_lora.report.summary import measured
-from partial_lora.report.tables import cells_of, ends, signed, tabulated, written
+from partial_lora.report.tables import cells_of, signed, tabulated, written
 from partial_lora.settings import schema
 from partial_lora.tasks.metrics import OF_EXAMPLES
 
@@ -67,15 +65,14 @@ def differences(runs: Sequence[Run], predictions: Predictions) -> Differences:
     rows = [_row(*pair, differs) for pair in pairing.pairs]
     predicted = any(predictions.exist(folder.name, folder.seeds) for folder in every)
     if predicted:
-        with ThreadPoolExecutor() as pool:  # most of the time goes to random numbers, which numpy draws side by side
-            results = pool.map(partial(_difference, predictions), pairing.pairs)
-            for (folder, base), row, difference in zip(pairing.pairs, rows, results, strict=True):
-                if isinstance(difference, str):
-                    # Runs without a common seed are no problem: perhaps they are still to be made.
-                    kind = problems if set(folder.seeds) & set(base.seeds) else pairing.apart
-                    kind.setdefault(difference, []).append(folder.name)
-                else:
-                    row |= difference
+        for (folder, base), row in zip(pairing.pairs, rows, strict=True):
+            difference = _difference(predictions, (folder, base))
+            if isinstance(difference, str):
+                # Runs without a common seed are no problem: perhaps they are still to be made.
+                kind = problems if set(folder.seeds) & set(base.seeds) else pairing.apart
+                kind.setdefault(difference, []).append(folder.name)
+            else:
+                row |= difference
     if not any(folder.row["method"] == REFERENCE for folder in every):
         pairing.remarks.append(f"none of these runs is of {REFERENCE}")
     elif not predicted:
@@ -262,7 +259,7 @@ def notes(compared: Differences) -> list[str]:
         "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
         f"Student's t). better: the interval is above zero; matches: it is above −{100 * MARGIN:g} point; worse: it is "
         "below zero, and not above that; undecided: else. After correction: what is left of a verdict, corrected for "
-        "all of the report (Holm). bootstrap: the interval of examples and seeds that are drawn again. Reliability is "
+        "all of the report (Holm). Reliability is "
         "of the calibrated sparsities: how far those of different seeds correlate, or those of two halves of a draw "
         "(Spearman–Brown).": True,
         "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three.": (
@@ -298,7 +295,6 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
         ],
         "test": [measured(row.metric, row.test_mean, row.test_std) for row in rows.itertuples()],
         "difference [95 %]": [_difference_of(row) for row in rows.itertuples()],
-        "bootstrap": [ends(row.metric, row.bootstrap_low, row.bootstrap_high) or NONE for row in rows.itertuples()],
         "verdict": [_verdict(row) for row in rows.itertuples()],
         f"after correction for {rows['among'].iloc[0]}": rows["together"].fillna(NONE),
         "adapter parameters": cells_of(rows["adapter_parameters"], ",.0f"),

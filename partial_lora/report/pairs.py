@@ -8,7 +8,6 @@ task, with the same seeds: their mean has an interval over seeds and examples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ import pandas as pd
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.rows import BLOCK, NONE
-from partial_lora.report.statistics import DRAWS, Estimate, by_example, drawn_again, estimate, judge, over_sets
+from partial_lora.report.statistics import Estimate, by_example, estimate, judge, over_sets
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, within
 
 BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
@@ -77,10 +76,10 @@ class Pair:
 class Difference:
     """The first method's score less the second's, on one task or over several; NaN where there is no interval.
 
-    low, high: ends of the 95 % interval; bootstrap_low, bootstrap_high: of the bootstrap's, of one task. verdict: of
-    `statistics.judge`, and why it is undecided: "one seed". over: what is taken for chance: seeds and examples;
-    examples, of one seed; seeds, where predictions were not kept; sets. seeds: that both have, the fewest of a task;
-    examples: of all tasks together; up, down: tasks on which the first is above and below.
+    low, high: ends of the 95 % interval. verdict: of `statistics.judge`; reason: why it is undecided, "one seed". over:
+    what is taken for chance: seeds and examples; examples, of one seed; seeds, where predictions were not kept; sets.
+    seeds: that both have, the fewest of a task; examples: of all tasks together; up, down: tasks on which the first is
+    above and below.
     """
 
     difference: float
@@ -88,8 +87,6 @@ class Difference:
     high: float
     verdict: str
     reason: str | None
-    bootstrap_low: float
-    bootstrap_high: float
     error: float
     freedom: float
     seeds: int
@@ -100,23 +97,14 @@ class Difference:
 
     @classmethod
     def of(
-        cls,
-        estimate: Estimate,
-        metric: str,
-        seeds: int,
-        examples: int,
-        over: str,
-        differences: Iterable[float],
-        drawn: tuple[float, float] = (math.nan, math.nan),
+        cls, estimate: Estimate, metric: str, seeds: int, examples: int, over: str, differences: Iterable[float]
     ) -> Difference:
-        """Return what an estimate says. differences: on the tasks; drawn: ends of the bootstrap's interval."""
+        """Return what an estimate says. differences: on the tasks."""
         differences, (low, high) = list(differences), within(estimate.interval(), metric, difference=True)
         return cls(
             **asdict(estimate),
             low=low,
             high=high,
-            bootstrap_low=drawn[0],
-            bootstrap_high=drawn[1],
             verdict=judge(estimate, metric, seeds),
             reason="one seed" if seeds == 1 else None,
             seeds=seeds,
@@ -131,13 +119,13 @@ class Difference:
         return Estimate(self.difference, self.error, self.freedom)
 
 
-def between(pair: Pair, *, draws: int = DRAWS) -> Difference:
+def between(pair: Pair) -> Difference:
     """The difference on one task; raises PartialLoraError where there is no seed that both have."""
     seeds = _in_common([pair])
     d = differences_by_example(pair, seeds)
     if d is None:
         return _over_seeds([_scores(pair, seeds)], pair.metric, predicted=False)
-    return _over_seeds([d], pair.metric, predicted=True, drawn=drawn_again(d, draws))
+    return _over_seeds([d], pair.metric, predicted=True)
 
 
 def average(tasks: Mapping[str, Pair]) -> Difference:
@@ -155,7 +143,7 @@ def average(tasks: Mapping[str, Pair]) -> Difference:
 
 def over_tasks(tasks: Mapping[str, Pair]) -> Difference:
     """The mean over sets of which these tasks are a sample (`statistics.over_sets`). Raises as `between`."""
-    differences = [between(pair, draws=0) for pair in tasks.values()]
+    differences = [between(pair) for pair in tasks.values()]
     overall, metric = over_sets([one.estimate for one in differences]), next(iter(tasks.values())).metric
     seeds, examples = min(one.seeds for one in differences), sum(one.examples for one in differences)
     return Difference.of(overall, metric, seeds, examples, SETS, (one.difference for one in differences))
@@ -168,11 +156,11 @@ def _in_common(pairs: Sequence[Pair]) -> list[int]:
     return seeds
 
 
-def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool, **more: tuple[float, float]) -> Difference:
+def _over_seeds(parts: Sequence[np.ndarray], metric: str, predicted: bool) -> Difference:
     """The mean over parts d (seeds, examples); of scores in place of predictions there is one "example" a part."""
     seeds, examples = len(parts[0]), sum(d.shape[1] for d in parts) if predicted else 0
     over = (BOTH if seeds > 1 else EXAMPLES) if predicted else (SEEDS if seeds > 1 else NONE)
-    return Difference.of(estimate(*parts), metric, seeds, examples, over, (d.mean() for d in parts), **more)
+    return Difference.of(estimate(*parts), metric, seeds, examples, over, (d.mean() for d in parts))
 
 
 def _scores(pair: Pair, seeds: Sequence[int]) -> np.ndarray:
@@ -226,5 +214,5 @@ def is_best(side: Side, others: Iterable[Side], metric: str) -> bool:
 def _beats(pair: Pair) -> bool:
     if not pair.seeds:
         return False
-    difference = between(pair, draws=0)
+    difference = between(pair)
     return difference.over == BOTH and difference.estimate.upward(pair.metric).interval()[0] > 0

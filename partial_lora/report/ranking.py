@@ -208,7 +208,7 @@ def _apart(pair: Pair) -> dict:
     """
     if not pair.seeds:
         return _NO_DIFFERENCE
-    apart = between(pair, draws=0)
+    apart = between(pair)
     low, high = apart.estimate.interval()
     p = apart.estimate.p(0, 0) if apart.seeds > 1 and apart.error > 1e-12 else math.nan
     half = (high - low) / 2 if apart.seeds != _TOO_FEW else math.nan

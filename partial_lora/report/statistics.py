@@ -1,4 +1,4 @@
-"""Differences between methods that are more than chance: intervals from variance components, a bootstrap beside them.
+"""Differences between methods that are more than chance: intervals from variance components.
 
 Two methods predict the same test examples with the same seeds. The difference of what they score under seed s on
 example j is modelled as
@@ -14,10 +14,6 @@ methods over readers and cases with the degrees of freedom of Satterthwaite (194
 degrees of freedom methods for multiple observer ROC analysis", Statistics in Medicine 26 (2007). They are more where
 seeds seem to agree. Of three seeds many pairs seem to by chance: among twelve comparisons, corrected by Holm, something
 was falsely decided in up to three of ten simulated races. With S - 1 it is 5 % (`make coverage`).
-
-A bootstrap that draws seeds and examples again makes up for nothing: over three seeds its interval is too narrow where
-seeds differ much, and over many seeds too wide where they differ little, since it counts e twice. `make coverage` shows
-how often either interval holds the truth.
 
 One seed says nothing of how much seeds differ, so it decides nothing.
 """
@@ -42,8 +38,6 @@ from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETH
 
 LEVEL = 0.95  # of every interval
 MARGIN = 0.01  # one point: a method that is worse by less than this "matches"
-DRAWS = 10_000  # of a bootstrap
-_COUNTS_AT_ONCE = 2**22  # counts of examples in draws: 32 MiB, and as much again for a copy as floats
 
 
 @dataclass(frozen=True)
@@ -213,35 +207,6 @@ def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
     return rows.assign(together=pd.Series(judged, compared.index, dtype=object), among=among)
 
 
-def ends_of(drawn: np.ndarray) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of drawn differences."""
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def drawn_again(d: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
-    """Return the ends of the bootstrap's interval of d (seeds, examples), by a fixed seed; NaN of no draws."""
-    return ends_of(bootstrap(d, np.random.default_rng(0), draws)) if draws else (math.nan, math.nan)
-
-
-def bootstrap(differences: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
-    """Return the mean difference in every draw of seeds and examples (draws,), from differences (seeds, examples).
-
-    Examples that differ alike under every seed are drawn together: the count of such a kind is multinomial. The draws
-    are made in parts, of 64 MiB or one draw's counts at a time, which changes no number but by rounding; what stays of
-    each is its mean under every seed (draws, seeds).
-    """
-    seeds, examples = differences.shape
-    kinds, counts = np.unique(differences, axis=1, return_counts=True)
-    at_once = max(1, _COUNTS_AT_ONCE // len(counts))
-    means = np.empty((draws, seeds))
-    for start in range(0, draws, at_once):
-        part = means[start : start + at_once]
-        part[:] = generator.multinomial(examples, counts / examples, size=len(part)) @ kinds.T / examples
-    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
-    return (of_seeds * means).sum(axis=1)
-
-
 def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], metric: str) -> np.ndarray:
     """Return the differences of two methods' predictions (seeds, examples), whose mean is the metric's difference.
 
@@ -308,7 +273,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
 def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of one run's metric over its test examples; None where its predictions do not give one.
 
-    For a share it is Wilson's, else a bootstrap's, no wider than the metric can be. It does not cover how much another
+    For a share it is Wilson's, else Student's t, no wider than the metric can be. It does not cover how much another
     seed would move the metric.
     """
     from scipy.stats import binomtest  # half a second
@@ -320,9 +285,9 @@ def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tup
         values = per_example(predicted, metric)
     except (PartialLoraError, ValueError, TypeError, KeyError):  # none, of a mixture, a loss, other columns, one row
         return None
-    if set(values) <= {0.0, 1.0}:  # with few examples, or none that is wrong, a bootstrap's would be too narrow
+    if set(values) <= {0.0, 1.0}:  # with few examples, or none that is wrong, Student's t would be too narrow
         return tuple(binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson"))
-    return within(drawn_again(values[None]), metric)
+    return within(estimate(values[None]).interval(), metric)
 
 
 def reliability(records: Iterable[Mapping]) -> float:

@@ -13,7 +13,7 @@ from partial_lora.launching.directory import PREDICTIONS
 from partial_lora.report import folders, tables
 from partial_lora.report.pairs import Outcome, Pair, average, best, between, over_tasks
 from partial_lora.report.predictions import Predictions
-from partial_lora.report.statistics import by_example, drawn_again, estimate, over_sets
+from partial_lora.report.statistics import by_example, estimate, over_sets
 
 
 def outcomes(right) -> dict[int, Outcome]:
@@ -42,7 +42,6 @@ def test_on_one_task_it_is_the_estimate_of_differences_by_example() -> None:
     d = by_example(*([each.predictions for each in side.values()] for side in (one.first, one.second)), "accuracy")
     found, expected = between(one), estimate(d)
     assert (found.estimate, (found.low, found.high)) == (expected, expected.interval())
-    assert (found.bootstrap_low, found.bootstrap_high) == drawn_again(d)
     assert (found.seeds, found.examples, found.over) == (3, 80, "seeds and examples")
 
 

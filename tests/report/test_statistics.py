@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -14,11 +13,10 @@ from refusals import refusal
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
-from partial_lora.report import statistics
 from partial_lora.report.pairs import Difference, Outcome, Pair, between
 from partial_lora.report.statistics import (
     Estimate,
-    bootstrap,
+    by_example,
     by_sides,
     estimate,
     holm,
@@ -39,7 +37,7 @@ def right_or_wrong(label: np.ndarray, right: np.ndarray) -> dict[int, pd.DataFra
     return {seed: frame(label, np.where(row, label, 1 - label)) for seed, row in enumerate(right)}
 
 
-def compare(first: dict, second: dict, metric: str, draws: int = 300) -> Difference:
+def compare(first: dict, second: dict, metric: str) -> Difference:
     """The difference of two methods' predictions {seed: one row an example}."""
 
     def side(frames: dict) -> dict[int, Outcome]:
@@ -48,45 +46,7 @@ def compare(first: dict, second: dict, metric: str, draws: int = 300) -> Differe
             outcome.__dict__["predictions"] = frames[seed]
         return outcomes
 
-    return between(Pair(side(first), side(second), metric), draws=draws)
-
-
-def every_draw(differences: np.ndarray) -> dict[float, float]:
-    """The bootstrap's distribution, literally: the mean of every way to draw seeds and examples again."""
-    seeds, examples = differences.shape
-    chances: dict[float, float] = {}
-    for runs in product(range(seeds), repeat=seeds):
-        for rows in product(range(examples), repeat=examples):
-            mean = round(float(np.mean([[differences[run, row] for row in rows] for run in runs])), 9)
-            chances[mean] = chances.get(mean, 0) + seeds**-seeds * examples**-examples
-    return chances
-
-
-@pytest.mark.parametrize(
-    "differences", [[[1.0, 0.0, -1.0, 0.0]], [[0.5, 0.25, 0.0], [0.5, -1.0, 0.0], [0.0, 0.0, 1.0]]]
-)
-def test_draws_come_up_as_often_as_in_the_literal_bootstrap(differences) -> None:
-    differences = np.array(differences)
-    expected, draws = every_draw(differences), 40_000
-    values, counts = np.unique(np.round(bootstrap(differences, np.random.default_rng(0), draws), 9), return_counts=True)
-    assert set(values) <= set(expected)
-    for value, chance in expected.items():
-        share = counts[values == value].sum() / draws
-        assert share == pytest.approx(chance, abs=5 * np.sqrt(chance * (1 - chance) / draws) + 1e-9)
-
-
-def test_draws_are_made_in_parts_that_change_nothing_and_need_little_memory(monkeypatch) -> None:
-    differences = np.random.default_rng(0).normal(size=(3, 40))
-    whole = bootstrap(differences, np.random.default_rng(1), 50)
-    with monkeypatch.context() as patch:
-        patch.setattr(statistics, "_COUNTS_AT_ONCE", 7 * 40)
-        assert bootstrap(differences, np.random.default_rng(1), 50) == pytest.approx(whole, rel=1e-12)
-    differences = np.random.default_rng(0).normal(size=(2, 20_000))
-    tracemalloc.start()
-    bootstrap(differences, np.random.default_rng(1), 600)  # 12 million counts, 192 MB in one piece
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert most < 80 * 2**20
+    return between(Pair(side(first), side(second), metric))
 
 
 def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> None:
@@ -247,7 +207,7 @@ def test_a_metric_of_all_examples_together_counts_by_what_it_loses_without_each_
     drawn = np.random.default_rng(0)
     label = drawn.integers(2, size=60)
     good, poor = (right_or_wrong(label, drawn.uniform(size=(3, 60)) < share) for share in (0.95, 0.6))
-    comparison = compare(good, poor, "matthews", draws=200)
+    comparison = compare(good, poor, "matthews")
     means = [np.mean([matthews_corrcoef(label, each["prediction"]) for each in side.values()]) for side in (good, poor)]
     assert comparison.difference == pytest.approx(means[0] - means[1])
     assert comparison.low < comparison.difference < comparison.high
@@ -283,14 +243,14 @@ def test_examples_count_by_the_columns_that_a_metric_is_computed_from() -> None:
     assert per_example(responses, "perplexity").mean() == pytest.approx(math.exp(6 / 4))
     longer = frame(["a", "b"], ["", ""], loss=[1.0, 3.0 + 1e-6], tokens=[3.0, 1.0])
     slope = (math.exp(6.000001 / 4) - math.exp(6 / 4)) / 1e-6
-    assert statistics.by_example([longer], [responses], "perplexity").mean() == pytest.approx(1e-6 * slope)
+    assert by_example([longer], [responses], "perplexity").mean() == pytest.approx(1e-6 * slope)
     for frames, metric, names in (
         ([predicted, predicted], "perplexity", "perplexity"),
         ([predicted.assign(member="a")] * 2, "accuracy", "--member"),
         ([predicted, predicted.iloc[::-1]], "accuracy", "different test examples"),
     ):
         with refusal("", names):
-            statistics.by_example([frames[0]], [frames[1]], metric)
+            by_example([frames[0]], [frames[1]], metric)
     with refusal("", "seed"):
         compare({0: predicted}, {1: predicted}, "accuracy")
 

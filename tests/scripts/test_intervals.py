@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import intervals
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 from recorded_runs import leave
 
 from partial_lora.launching.directory import PREDICTIONS
-from partial_lora.report.statistics import bootstrap, estimate, mean_squares
+from partial_lora.report.statistics import estimate, mean_squares
 
 VARIANCES = (0.02**2, 0.1**2, 0.3**2)
 
@@ -77,11 +79,23 @@ def test_forms_that_differ_count_as_nothing_decided_falsely(monkeypatch) -> None
     assert equal["components, Holm"] < 0.1 < equal["components, uncorrected"]
 
 
-def test_draws_again_are_those_of_the_bootstrap() -> None:
-    d = np.random.default_rng(3).normal(size=(3, 20))
-    expected = bootstrap(d, np.random.default_rng(4), 20_000)
-    found = np.concatenate([intervals.Again(np.random.default_rng(seed), 3, 20).means(d) for seed in range(30)])
-    assert (found.mean(), found.std()) == pytest.approx((expected.mean(), expected.std()), abs=0.02)
+@pytest.mark.parametrize(
+    "differences", [[[1.0, 0.0, -1.0, 0.0]], [[0.5, 0.25, 0.0], [0.5, -1.0, 0.0], [0.0, 0.0, 1.0]]]
+)
+def test_draws_come_up_as_often_as_every_way_to_draw_seeds_and_examples_again(differences, monkeypatch) -> None:
+    monkeypatch.setattr(intervals, "DRAWS", 40_000)
+    d = np.array(differences)
+    seeds, examples = d.shape
+    every = [
+        d[np.ix_(runs, rows)].mean()
+        for runs in product(range(seeds), repeat=seeds)
+        for rows in product(range(examples), repeat=examples)
+    ]
+    means = intervals.Again(np.random.default_rng(0), [d.shape]).means([d])
+    for value, count in zip(*np.unique(np.round(every, 9), return_counts=True), strict=True):
+        chance, share = count / len(every), (np.round(means, 9) == value).mean()
+        assert share == pytest.approx(chance, abs=5 * np.sqrt(chance * (1 - chance) / 40_000) + 1e-9)
+    assert set(np.round(means, 9)) <= set(np.round(every, 9))
 
 
 def test_pairs_are_of_forms_at_one_size_and_condition_each_at_its_best_rate(tmp_path) -> None:
