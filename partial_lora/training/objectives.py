@@ -263,6 +263,9 @@ class ByTexts(_TaskJudge):
         shares = self.peers.gather(texts)
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
 
+    def _rows(self, split: str) -> Dataset:
+        return self.transform.to_judge(getattr(self.task, split), cache_bytes=self.config.cache_bytes)
+
 
 JUDGES = {"label": ByLabels, "option": ByOptions, "text": ByTexts}  # by the form of the answers (`kinds.Kind`)
 

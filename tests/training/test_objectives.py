@@ -100,6 +100,17 @@ def test_no_text_is_generated_where_no_metric_is_of_texts() -> None:
     assert told.predictions["loss"].tolist() == [0.5] * len(chosen.test)
 
 
+def test_an_answer_too_long_to_train_on_is_dropped_from_training_alone() -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"], "response": ["a bird", "a bird " * 20]})
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    chosen = Task(name="own", modality="text", labels=(), metrics=("perplexity",), kind="generation", **splits)
+    transform = CausalTransform(TOKENIZER, 16, too_long="drop")
+    judge = objectives.judge_of(chosen, transform, TaskConfig(), Alone(), batch_size=2)
+    told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), nn.Module(), "test")
+    assert told.predictions["label"].tolist() == list(rows["response"])
+    assert (len(judge.train()), len(judge.validation())) == (1, 2)
+
+
 def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() -> None:
     tokenizer = merging_tokenizer(chat=True)
     messages = [{"role": role, "content": text} for role in ("user", "assistant") for text in ("what is two?", "two")]
