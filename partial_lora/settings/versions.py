@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +90,25 @@ def plain(config: Config | TaskConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def without_places(settings: object) -> object:
-    """Return settings in which a file or folder of this machine has its name alone."""
+_FILES = re.compile(
+    r"data_dir|results_dir|calibration\.file|trainer\.accelerate_config|task\.(members\..+\.)?data_files(\..+)?"
+)
+_WEIGHTS_OR_ROWS = re.compile(r"model\.(text_)?weights|task\.(members\..+\.)?path")  # of a hub, or a folder
+
+
+def without_places(settings: object, key: str = "") -> object:
+    """Return settings in which a file or folder of this machine has its name alone. key: the full one of a value."""
     if isinstance(settings, Mapping):
-        return {key: without_places(value) for key, value in settings.items()}
+        return {name: without_places(value, f"{key}.{name}" if key else name) for name, value in settings.items()}
     if isinstance(settings, list):
-        return [without_places(item) for item in settings]
-    is_place = isinstance(settings, str) and Path(settings).is_absolute()
-    return Path(settings).name if is_place else redacted(settings)
+        return [without_places(item, key) for item in settings]
+    return Path(settings).name if isinstance(settings, str) and _is_place(key, settings) else redacted(settings)
+
+
+def _is_place(key: str, value: str) -> bool:
+    if _WEIGHTS_OR_ROWS.fullmatch(key):  # OWNER/NAME@REVISION is none, unless there is such a folder
+        return Path(value).is_absolute() or Path(value).is_dir() or value.partition("@")[0].count("/") > 1
+    return Path(value).is_absolute() or _FILES.fullmatch(key) is not None
 
 
 def load(settings: Mapping) -> Config:
