@@ -90,9 +90,10 @@ def write(
     best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
     differences = compared.rows if compared.known else compared.rows.head(0)
-    tabs = []
+    tabs, firsts = [], []
     for count, (name, (place, part)) in enumerate(zip(names, parts, strict=True), start=1):
         rows = [best.loc[index] for index in best.index if index in part.index]
+        firsts.append(rows[0])
         tabs.append(
             _tab(
                 f"tab-{count}",
@@ -108,10 +109,9 @@ def write(
     more = [(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in figures]
     if by or len(tabs) > 1:
         overview = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
-        firsts = best.groupby(["task", "model", "metric"], sort=False).head(1)
         leads = [
             Markup('<a href="#{}">{}</a> {}').format(tab["id"], tab["name"], _in_words(row, intervals))
-            for tab, (_, row) in zip(tabs, firsts.iterrows(), strict=True)
+            for tab, row in zip(tabs, firsts, strict=True)
         ]
         tabs.insert(0, _tab("tab-0", "All tasks", leads=[] if by else leads, tables=overview))
     tabs[0]["more"] = more
