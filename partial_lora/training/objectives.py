@@ -236,7 +236,7 @@ class ByTexts(_TaskJudge):
                 prompts = [messages[:-1] for messages in rows["messages"]]
             texts = self._generate(model, prompts)
             scores = {name: score(texts, references, self.config.answer) for name, score in OF_TEXTS.items()}
-            columns = {"prediction": texts, **scores}
+            columns |= {"prediction": texts, **scores}
         frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **columns})
         means = {name: float(columns[name].mean()) for name in self.task.metrics if name in columns}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)

@@ -81,6 +81,8 @@ def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: P
     assert test.metrics["primary"] == "rouge_l"
     assert test.metrics["rouge_l"] == pytest.approx(test.predictions["rouge_l"].mean())
     assert test.predictions["label"].tolist() == list(chosen.test["response"])
+    losses, tokens = test.predictions["loss"], test.predictions["tokens"]
+    assert (losses * tokens).sum() / tokens.sum() == pytest.approx(test.metrics["loss"], rel=1e-4)
     for prompt, written in zip(chosen.test["prompt"], test.predictions["prediction"], strict=True):
         alone = judge.transform.encode([prompt])
         tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
