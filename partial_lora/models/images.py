@@ -73,7 +73,7 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
 
 
 def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
-    """Load an image model of transformers' own with a new head, as `load_encoder` loads one of texts.
+    """Load an image model of transformers' own with a new head, as `load_classifier` loads one of texts.
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
@@ -83,7 +83,7 @@ def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
         shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={size}: model={model.name} {one_line(error)}") from error
-    return load_classifier(geometry, model)
+    return load_classifier(model, labels)
 
 
 class _Undrawn(TorchFunctionMode):
