@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from partial_lora.credentials import redacted
+from partial_lora.files import mapped
 from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.tasks.config import TaskConfig
 
@@ -96,16 +97,14 @@ _FILES = re.compile(
 _WEIGHTS_OR_ROWS = re.compile(r"model\.(text_)?weights|task\.(members\..+\.)?path")  # of a hub, or a folder
 
 
-def without_places(settings: object, key: str = "") -> object:
-    """Return settings in which a file or folder of this machine has its name alone. key: the full one of a value."""
-    if isinstance(settings, Mapping):
-        return {name: without_places(value, f"{key}.{name}" if key else name) for name, value in settings.items()}
-    if isinstance(settings, list):
-        return [without_places(item, key) for item in settings]
-    return Path(settings).name if isinstance(settings, str) and _is_place(key, settings) else redacted(settings)
+def without_places(settings: Mapping) -> object:
+    """Return settings in which a file or folder of this machine has its name alone."""
+    return redacted(mapped(settings, lambda key, value: Path(value).name if _is_place(key, value) else value))
 
 
-def _is_place(key: str, value: str) -> bool:
+def _is_place(key: str, value: object) -> bool:
+    if not isinstance(value, str):
+        return False
     if _WEIGHTS_OR_ROWS.fullmatch(key):  # OWNER/NAME@REVISION is none, unless there is such a folder
         return Path(value).is_absolute() or Path(value).is_dir() or value.partition("@")[0].count("/") > 1
     return Path(value).is_absolute() or _FILES.fullmatch(key) is not None
