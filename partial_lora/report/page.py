@@ -28,7 +28,7 @@ from partial_lora.masks import AXES, Sparsity
 from partial_lora.report import EXAMPLES, comparison, figures, tables
 from partial_lora.report.classes import MOST, Classes, counted
 from partial_lora.report.comparison import Differences
-from partial_lora.report.depth import grid
+from partial_lora.report.depth import depth_name, grid
 from partial_lora.report.drawing import inline, words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.folders import OF_SEED, folders, without_searches
@@ -624,7 +624,7 @@ def _sparsity_map(sparsity: Sparsity) -> dict | None:
         return None
     kinds, depths, grids = grid(sparsity)
     cells = {axis: list(zip(kinds, grids[axis].tolist(), strict=True)) for axis in AXES}
-    return {"depths": [".".join(map(str, depth)) or NONE for depth in depths], "axes": cells}
+    return {"depths": list(map(depth_name, depths)), "axes": cells}
 
 
 def _uri(file: Path) -> str:
