@@ -99,7 +99,11 @@ _WEIGHTS_OR_ROWS = re.compile(r"model\.(text_)?weights|task\.(members\..+\.)?pat
 
 def without_places(settings: Mapping) -> object:
     """Return settings in which a file or folder of this machine has its name alone."""
-    return redacted(mapped(settings, lambda key, value: Path(value).name if _is_place(key, value) else value))
+
+    def named(key: str, value: object) -> object:
+        return Path(value).absolute().name if _is_place(key, value) else value
+
+    return redacted(mapped(settings, named))
 
 
 def _is_place(key: str, value: object) -> bool:

@@ -181,6 +181,7 @@ def test_settings_for_others_name_no_folder_of_this_machine(form) -> None:
         "calibration": {"file": "results/runs/calibration.json"},
         "trainer": {"accelerate_config": "my/two.yaml", "args": {"logging_dir": "/home/me/logs"}},
         "data_dir": "private/data",
+        "results_dir": ".",
     }
     told = versions.without_places(form(places))
     rows = {"path": "owner/rows", "data_files": {"train": "x.csv", "test": "y.csv"}}
@@ -191,6 +192,7 @@ def test_settings_for_others_name_no_folder_of_this_machine(form) -> None:
             "calibration": {"file": "calibration.json"},
             "trainer": {"accelerate_config": "two.yaml", "args": {"logging_dir": "logs"}},
             "data_dir": "data",
+            "results_dir": Path.cwd().name,
         }
     )
 
