@@ -74,6 +74,15 @@ def flatten(content: Mapping, separator: str = ".", prefix: str = "") -> dict[st
     return flat
 
 
+def mapped(content: object, change: Callable[[str, object], object], key: str = "") -> object:
+    """Return nested plain data with every value changed, by its full key and itself; tuples become lists."""
+    if isinstance(content, Mapping):
+        return {name: mapped(value, change, f"{key}.{name}" if key else name) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [mapped(item, change, key) for item in content]
+    return change(key, content)
+
+
 def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield as os.walk does, in order, without hidden folders, and through links, but none to a folder above."""
 

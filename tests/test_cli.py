@@ -595,9 +595,8 @@ assert [code(each) for each in {right + wrong!r}] == {[0] * len(right) + [2] * l
 
 def test_a_worker_imports_what_its_run_needs(place: Path) -> None:
     script = """
-from partial_lora.settings.compose import composed
-from partial_lora.launching.imports import hide_quantiser, importing
-hide_quantiser(composed("model=tiny_llama", "task=arc_easy").model)
+from partial_lora.launching.imports import hide_bitsandbytes, importing
+hide_bitsandbytes()
 with importing():
     import partial_lora.train
 """

@@ -9,15 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from partial_lora.budget import (
-    FP32,
-    counts_of,
-    dense_parameters,
-    kept_parameters,
-    masked_units,
-    saturated,
-    with_bytes,
-)
+from partial_lora import budget
 from partial_lora.masks import Sparsity
 from partial_lora.models.skeleton import Skeleton
 
@@ -41,10 +33,13 @@ def describe(
     """
     shapes = model.targets(target_modules, head, new_modules)
     head_count = sum(model.size(name) for name in (*new_modules, *filter(None, [head])))
-    dense, kept = dense_parameters(shapes, rank), kept_parameters(*masked_units(shapes, rank, granularity), sparsity)
-    full, base = len(saturated(shapes, rank, sparsity, granularity)), model.size() - head_count
-    counts = counts_of(base=base, head=head_count, dense=dense, trainable=kept, modules=len(shapes), saturated=full)
-    return with_bytes(counts, adapter_bytes=FP32 * (dense + head_count))
+    dense = budget.dense_parameters(shapes, rank)
+    kept = budget.kept_parameters(*budget.masked_units(shapes, rank, granularity), sparsity)
+    full, base = len(budget.saturated(shapes, rank, sparsity, granularity)), model.size() - head_count
+    counts = budget.counts_of(
+        base=base, head=head_count, dense=dense, trainable=kept, modules=len(shapes), saturated=full
+    )
+    return budget.with_bytes(counts, adapter_bytes=budget.FP32 * (dense + head_count))
 
 
 def table(

@@ -17,19 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from partial_lora.calibration import search
 from partial_lora.calibration.importance import Scores
 from partial_lora.calibration.score import BoundedScore, Score
-from partial_lora.calibration.search import (
-    BOTH,
-    UNKNOWN,
-    Bounds,
-    Curve,
-    Levels,
-    bounds_of,
-    curve_of,
-    digest_of,
-    points_of,
-)
 from partial_lora.errors import PartialLoraError, kind_and_line, require
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
@@ -74,7 +64,7 @@ class Curves:
         self._model, self._score, self._modules, self._importance = model, score, modules, importance
         self._store = store
         self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
-        self._chosen: Levels = {}  # what stays zeroed while curves are measured
+        self._chosen: search.Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
         self._unsettled: set[str] = set()  # modules altered for good that the score does not know of yet
 
@@ -117,7 +107,7 @@ class Curves:
 
     def predicted(
         self, axes: Sequence[str], grid: Sequence[float], seen: Callable[[float, int], None]
-    ) -> dict[str, dict[str, Curve]]:
+    ) -> dict[str, dict[str, search.Curve]]:
         """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py).
 
         seen: called as `FewShotScore.predicted` does.
@@ -134,7 +124,8 @@ class Curves:
             self.evaluations += passes
             for module, of_module in curves.items():
                 for axis, curve in of_module.items():
-                    curve.update(zip(grid, (bounds_of(score, score) for score in scores[module][axis]), strict=True))
+                    known = (search.bounds_of(score, score) for score in scores[module][axis])
+                    curve.update(zip(grid, known, strict=True))
             self._store.changed = True
             self._store.save()
         return curves
@@ -156,7 +147,7 @@ class Curves:
         def choose(module: str, axis: str, level: float) -> None:
             stack.enter_context(self._zeroed(module, axis, level))
             self._chosen.setdefault(module, {})[axis] = level
-            self._after = digest_of(self._chosen)
+            self._after = search.digest_of(self._chosen)
             if level:
                 altered.add(module)
                 self._unsettled.add(module)
@@ -169,7 +160,7 @@ class Curves:
             self._settle(altered - self._unsettled)  # the score never knew that the others were altered
             self._unsettled = set()
 
-    def curve(self, module: str, axis: str) -> Curve:
+    def curve(self, module: str, axis: str) -> search.Curve:
         """Return the points known of one curve after the choices that are in force; the caller may add points."""
         return self._store.curve(module, axis, self._after)
 
@@ -179,20 +170,22 @@ class Curves:
             for module in modules:
                 self._score.settled(module)
 
-    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> search.Bounds:
         curve = self.curve(module, axis)
-        if undecided(*curve.get(level, UNKNOWN)):
+        if undecided(*curve.get(level, search.UNKNOWN)):
             curve[level] = self._evaluate(module, axis, level, undecided)
             self._store.changed = True
-        return curve.get(level, UNKNOWN)
+        return curve.get(level, search.UNKNOWN)
 
-    def _evaluate(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> Bounds:
+    def _evaluate(
+        self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]
+    ) -> search.Bounds:
         point = self._after, module, axis, level
         # A score without `settled` would reuse what it knows of the intact model, which earlier choices have changed.
         bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
         with self._zeroed(module, axis, level):
             if not bounded:
-                return bounds_of(*(self._score_of_model(),) * 2)
+                return search.bounds_of(*(self._score_of_model(),) * 2)
             others = self._unsettled - {module}
             self._settle(others)
             self._unsettled -= others
@@ -200,13 +193,13 @@ class Curves:
             self.evaluations += 1
             bounds = self._score.bounds(self._model, module, undecided, earlier)
         self._started.add(point)
-        return bounds_of(*bounds)
+        return search.bounds_of(*bounds)
 
     @contextmanager
     def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
         """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one."""
         with ExitStack() as stack:
-            for mask_axis in AXES if axis == BOTH else (axis,):
+            for mask_axis in AXES if axis == search.BOTH else (axis,):
                 mask = Mask.top(self._importance(module)[AXES.index(mask_axis)], level)
                 stack.enter_context(zeroed(self._modules[module].weight, mask_axis, mask))
             yield
@@ -233,7 +226,7 @@ class Store:
         self.baseline: float | None = None
         self.results: dict[str, dict] = {}
         self.changed = False
-        self._curves: dict[str, dict[str, Curve]] = {}
+        self._curves: dict[str, dict[str, search.Curve]] = {}
         if self.path is not None and self.path.exists():
             require(not self.path.is_dir(), "store", self.path, "a file: this is a folder")
             try:
@@ -281,7 +274,7 @@ class Store:
             finally:
                 opened[0].save()
 
-    def curve(self, module: str, axis: str, after: str = "") -> Curve:
+    def curve(self, module: str, axis: str, after: str = "") -> search.Curve:
         """Return the points known of one curve; the caller may add points. `after` names what is zeroed elsewhere."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
 
@@ -302,14 +295,15 @@ class Store:
     def content(self) -> dict:
         """Return everything that is known, as plain data."""
         curves = {
-            module: {axis: points_of(curve) for axis, curve in axes.items()} for module, axes in self._curves.items()
+            module: {axis: search.points_of(curve) for axis, curve in axes.items()}
+            for module, axes in self._curves.items()
         }
         return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
 
     def take(self, content: Mapping) -> None:
         """Add another store's `content`. A broken one raises before anything is taken."""
         curves = {
-            (module, axis): curve_of(points)
+            (module, axis): search.curve_of(points)
             for module, axes in content["curves"].items()
             for axis, points in axes.items()
         }

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class FewShot:
                 for module, layer in targets.items()
             }
         fit = self.transform.training_batches(self.train.select(draws.fit), _BATCH)
-        loss = mean_loss_within(self.sizes) if self.sizes else None
+        loss = partial(mean_loss_within, self.sizes) if self.sizes else None
         with few_shot_head(self.model, self.head, fit, sizes=self.sizes):
             return data_scores(name, self.model, targets, fit, seed=seed, options=options, loss=loss)
 
@@ -261,11 +262,7 @@ def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping
     return digest.hexdigest()[:32]
 
 
-def mean_loss_within(sizes: Sequence[int]) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+def mean_loss_within(sizes: Sequence[int], model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean cross entropy of a batch, each row's over its own task's outputs (`importance.data_scores`)."""
-
-    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        return F.cross_entropy(within(logits, batch["labels"], sizes), batch["labels"])
-
-    return loss
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return F.cross_entropy(within(logits, batch["labels"], sizes), batch["labels"])

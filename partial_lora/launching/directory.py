@@ -22,7 +22,7 @@ import yaml
 
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import lock, read_json
+from partial_lora.files import lock, mapped, read_json
 from partial_lora.settings.versions import upgraded
 from partial_lora.training.trackers import TRACKERS
 
@@ -310,11 +310,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
 
 def finite(value: object) -> object:
     """Return plain data with None in place of NaN and infinity, for which JSON has no word."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return mapped(value, lambda _, number: None if isinstance(number, float) and not math.isfinite(number) else number)
 
 
 @contextmanager

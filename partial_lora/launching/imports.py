@@ -60,15 +60,6 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def hide_quantiser(model: ModelConfig) -> None:
-    """Keep PEFT from importing bitsandbytes for a model that is not quantised; to be called before PEFT is imported.
-
-    PEFT imports it whatever a model is made of, and bitsandbytes imports torch's compiler: 1.5 s of a start.
-    """
-    if not may_be_quantised(model):
-        hide_bitsandbytes()
-
-
 def may_be_quantised(model: ModelConfig) -> bool:
     """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
     stored = model.modality == "text" and model.weights != "random" and model.weights[:8] != "bundled:"
@@ -76,5 +67,8 @@ def may_be_quantised(model: ModelConfig) -> bool:
 
 
 def hide_bitsandbytes() -> None:
-    """Make bitsandbytes look as if it were not installed, to `import` and `find_spec`."""
+    """Make bitsandbytes look as if it were not installed, to `import` and `find_spec`; before PEFT is imported.
+
+    PEFT imports it whatever a model is made of, and bitsandbytes imports torch's compiler: 1.5 s of a start.
+    """
     sys.modules.setdefault("bitsandbytes", None)

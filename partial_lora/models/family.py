@@ -21,7 +21,7 @@ LOAD = {
     "timm": images.load_timm,
     "image": images.load_image,
     "clip": images.load_clip,
-    "encoder": texts.load_encoder,
+    "encoder": texts.load_classifier,
     "causal": texts.load_causal,
 }
 
@@ -29,7 +29,7 @@ LOAD = {
 def load(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
     """Load a pre-trained model with a head for the labels (none: one real number), on the CPU, in evaluation mode.
 
-    `load_timm`, `load_image`, `load_clip`, `load_encoder` and `load_causal` explain what each family takes of the
+    `load_timm`, `load_image`, `load_clip`, `load_classifier` and `load_causal` explain what each family takes of the
     settings. A causal model gets no new head and ignores labels. All weights but the quantised ones have `model.dtype`,
     the head's too. Raises PartialLoraError, in one line, where the model cannot be had.
     """

@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.models import weights
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
 from partial_lora.models.texts import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
-from partial_lora.models.weights import (
-    Geometry,
-    check_architecture,
-    draw_head,
-    fixed_seed,
-    head_config,
-    load_weights,
-    quiet,
-)
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
@@ -43,8 +35,8 @@ def load_timm(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageC
     formula; None leaves it to timm. Raises PartialLoraError where the weights cannot be had, where they leave a
     parameter unfilled, and where images of `model.image_size` pixels do not fit.
     """
-    loaded = _load(model, head_config(labels, model.name))
-    draw_head(loaded.get_submodule(head_name(loaded)), std=loaded.config.initializer_range)
+    loaded = _load(model, weights.head_config(labels, model.name))
+    weights.draw_head(loaded.get_submodule(head_name(loaded)), std=loaded.config.initializer_range)
     return loaded.eval()
 
 
@@ -54,7 +46,7 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
     shapes = empty_timm(architecture=architecture, model_args=model.model_args, num_labels=head["num_labels"])
     _check_image_size(shapes, model.name, model.image_size)  # before anything is downloaded
     _set_attention(shapes, model.attn_implementation)
-    with fixed_seed(), _Undrawn():
+    with weights.fixed_seed(), _Undrawn():
         if model.weights == RANDOM:
             config = transformers.TimmWrapperConfig(
                 architecture=architecture, model_args=dict(model.model_args), **head
@@ -62,13 +54,13 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
             loaded = transformers.TimmWrapperForImageClassification(config).to(getattr(torch, model.dtype))
         else:
             folder = folder_of(model.weights, model.name)
-            with quiet():
+            with weights.quiet():
                 config = transformers.TimmWrapperConfig.from_pretrained(folder, **head)
-            check_architecture(architecture, config.architecture, model.weights)
+            weights.check_architecture(architecture, config.architecture, model.weights)
             vars(config).pop("label_names", None)  # the weights' own classes, which a saved copy would name
             config.model_args = {**(config.model_args or {}), **model.model_args}
             config.model_args.pop("num_classes", None)  # the head's size is num_labels
-            loaded = load_weights(
+            loaded = weights.load_weights(
                 transformers.TimmWrapperForImageClassification,
                 folder,
                 config,
@@ -81,17 +73,17 @@ def _load(model: ModelConfig, head: dict[str, object]) -> TimmWrapperForImageCla
 
 
 def load_image(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
-    """Load an image model of transformers' own with a new head, as `load_encoder` loads one of texts.
+    """Load an image model of transformers' own with a new head, as `load_classifier` loads one of texts.
 
     Raises PartialLoraError for images of a size that the model does not take.
     """
-    geometry = Geometry("image", model.architecture, model.model_args, head_config(labels, model.name))
+    geometry = weights.Geometry("image", model.architecture, model.model_args, weights.head_config(labels, model.name))
     shapes, size = geometry.empty(), model.image_size
     try:
         shapes(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise PartialLoraError(f"model.image_size={size}: model={model.name} {one_line(error)}") from error
-    return load_classifier(geometry, model)
+    return load_classifier(model, labels)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -186,7 +178,7 @@ def load_clip(model: ModelConfig, labels: Sequence[str]) -> TimmWrapperForImageC
     """
     if not labels:
         raise PartialLoraError(f"model={model.name}: a zero-shot head needs classes with names, and the task has none")
-    tower = _load(model, head_config(labels, model.name))
+    tower = _load(model, weights.head_config(labels, model.name))
     head = tower.get_submodule(head_name(tower))
     clip, tokenizer = _whole_clip(model, width=head.in_features)
     projection = clip.visual_projection.weight.detach()
@@ -245,20 +237,20 @@ def _last_norm(model: TimmWrapperForImageClassification) -> nn.LayerNorm:
 
 def _whole_clip(model: ModelConfig, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     """Load a whole CLIP in fp32 with its tokenizer; a random CLIP projects image features of `width`."""
-    weights = model.text_weights
-    if weights == RANDOM:
+    place = model.text_weights
+    if place == RANDOM:
         return _random_clip(model.text_args, width)
-    folder = folder_of(weights, model.name, text=True)
+    folder = folder_of(place, model.name, text=True)
     try:
         config = transformers.CLIPConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise PartialLoraError(f"model.text_weights={weights}: expected a CLIP ({one_line(error)})") from error
-    check_architecture("clip", config.model_type, weights)
-    whole = replace(model, weights=weights, dtype="float32")
-    clip = load_weights(
+        raise PartialLoraError(f"model.text_weights={place}: expected a CLIP ({one_line(error)})") from error
+    weights.check_architecture("clip", config.model_type, place)
+    whole = replace(model, weights=place, dtype="float32")
+    clip = weights.load_weights(
         transformers.CLIPModel, folder, config, whole, may_be_new=lambda model, key: False, pickles=True
     )
-    return clip.eval(), tokenizer_in(folder, name=model.name, weights=weights)
+    return clip.eval(), tokenizer_in(folder, name=model.name, weights=place)
 
 
 def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -276,7 +268,7 @@ def _random_clip(text_args: dict, width: int) -> tuple[CLIPModel, PreTrainedToke
         config = transformers.CLIPConfig(
             text_config=text, vision_config=shortest, projection_dim=text_args.get("projection_dim", width)
         )
-        with fixed_seed():
+        with weights.fixed_seed():
             return transformers.CLIPModel(config).eval(), tokenizer
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise PartialLoraError(

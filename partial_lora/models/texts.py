@@ -28,20 +28,15 @@ _SPECIAL = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")  # [SEP] is not 2, which CLIP's
 VOCABULARY = len(_SPECIAL) + 256  # tokens of the tokenizer that goes with random weights
 
 
-def load_encoder(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
-    """Load the pre-trained encoder with a new head for `labels` (none: one real number), on the CPU, in eval mode.
+def load_classifier(model: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
+    """Load a pre-trained model with a new head for `labels` (none: one real number), on the CPU, in eval mode.
 
     `model.weights` is bundled:NAME, a repository of the model hub, a folder in the same format, or random. The head
     alone is drawn from torch's global generator, which the rest leaves as it was. Raises PartialLoraError where the
-    weights cannot be had, do not have the geometry of `model.model_args`, or leave a part of the encoder unfilled but
-    `model.new_modules`.
+    weights cannot be had, do not have the geometry of `model.model_args`, or leave a part of the model's base unfilled
+    but `model.new_modules`.
     """
-    geometry = Geometry("encoder", model.architecture, model.model_args, head_config(labels, model.name))
-    return load_classifier(geometry, model)
-
-
-def load_classifier(geometry: Geometry, model: ModelConfig) -> PreTrainedModel:
-    """Load a model whose head is drawn; whatever else is beside its base may be new, and so may `new_modules`."""
+    geometry = Geometry(model.family, model.architecture, model.model_args, head_config(labels, model.name))
     new = tuple(f"{module}." for module in model.new_modules)
     loaded = _load(
         geometry,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from partial_lora.masks import AXES, Sparsity
+from partial_lora.report.rows import NONE
 
 
 def depth_of(module: str) -> tuple[str, tuple[int, ...]]:
     """Return a module's kind and depth, by its name: "m.blocks.3.attn.qkv" is ("m.blocks.attn.qkv", (3,))."""
     parts = module.split(".")
     return ".".join(part for part in parts if not part.isdigit()), tuple(int(part) for part in parts if part.isdigit())
+
+
+def depth_name(depth: Iterable[int]) -> str:
+    return ".".join(map(str, depth)) or NONE
 
 
 def grid(sparsity: Sparsity) -> tuple[list[str], list[tuple[int, ...]], dict[str, np.ndarray]]:

@@ -36,8 +36,8 @@ def hardest(tables: Sequence[pa.Table], count: int) -> list[Example]:
     """Return the examples with the highest loss, a mean over runs, the worst first; ties in their own order.
 
     tables: of `predictions`, one row an example. The loss is minus the log probability of the label for classes and
-    options, the squared error of numbers, 1 minus ROUGE-L for texts, and else 1 for a wrong answer. Raises ValueError
-    where the columns do not give it.
+    options, the squared error of numbers, a mean over the tokens of a response, and else 1 for a wrong answer. Raises
+    ValueError where the columns do not give it.
     """
     if not tables:
         return []

@@ -20,8 +20,8 @@ from partial_lora.calibration.search import Curve, curve_of, line
 from partial_lora.files import grouped, read_json
 from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import folders
-from partial_lora.report.depth import depth_of, grid, without_common_start
+from partial_lora.report import folders, tables
+from partial_lora.report.depth import depth_name, depth_of, grid, without_common_start
 from partial_lora.report.drawing import (
     BLUE,
     COLOURS,
@@ -76,7 +76,6 @@ _INTACT = {"color": "0.5", "linewidth": 0.8, "linestyle": "-."}
 _HELD = {"color": "0.25", "linewidth": 0.8, "linestyle": ":"}
 _AXES = {"rows": "rows of B", "columns": "columns of A"}
 _METHOD = ["method", "operating_point"]
-_OF_PLACE = [*PLACE, "metric"]
 _AT_POINT = [*PLACE, "operating_point", "metric"]
 
 History = Sequence[Mapping]
@@ -112,10 +111,6 @@ def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized =
     """Name the place, and how many of its rows or lines are drawn if not all."""
     some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
     axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
-
-
-def _depth_name(depth: Iterable[int]) -> str:
-    return ".".join(map(str, depth)) or NONE
 
 
 # Training
@@ -240,7 +235,7 @@ def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
 
     table: of `folders.group`. least: the figure's width in inches at least.
     """
-    whole = list(table.groupby(_OF_PLACE, sort=False))
+    whole = tables.places(table)
     parts = whole[:MOST]
     figure, drawn = panels(len(parts), wide=3.9, high=2.9, least=least)
     used: list[tuple[str, str]] = []
@@ -275,7 +270,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
 
     table: of `folders.group`; frame: the runs.
     """
-    whole = list(table[table["usual"]].groupby(_OF_PLACE, sort=False))
+    whole = tables.places(table[table["usual"]])
     parts = whole[:MOST]
     figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
     seeds = {key: runs["test"].tolist() for key, runs in frame.groupby(["group", "precision"])}
@@ -436,7 +431,7 @@ def _sparsity_maps(sparsities: Mapping[str, Sparsity]) -> Figure:
             axes = drawn[2 * index + side]
             heat(axes, 100 * cells[axis], high=100, form=form, size=7.5)
             axes.set_yticks(range(len(kinds)), kinds)
-            axes.set_xticks(ticks, [_depth_name(depths[tick]) for tick in ticks])
+            axes.set_xticks(ticks, [depth_name(depths[tick]) for tick in ticks])
             axes.set_title(("" if side else title) + name, fontsize=9, loc="left")
     drawn[-1].set_xlabel("depth (block)", fontsize=9)
     figure.suptitle("Sparsity in percent: the darker, the less is kept", fontsize=10)
@@ -509,7 +504,7 @@ def curves_by_depth(result: Mapping, modules: Mapping[str, Mapping]) -> Figure:
         if depth == drawn_depths[0]:
             axes.set_ylabel(kinds[lines[kind]], fontsize=8)
     for column, depth in enumerate(drawn_depths):
-        drawn[0, column].set_title(_depth_name(depth), fontsize=8)
+        drawn[0, column].set_title(depth_name(depth), fontsize=8)
     figure.supxlabel("share of the module's rows or columns that is zeroed", fontsize=9)
     figure.supylabel("few-shot score of the frozen model", fontsize=9)
     some = f" ({len(drawn_depths)} of {len(depths)})" if len(drawn_depths) < len(depths) else ""

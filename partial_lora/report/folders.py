@@ -12,18 +12,8 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from partial_lora.files import grouped
+from partial_lora.report import rows
 from partial_lora.report.records import Run
-from partial_lora.report.rows import (
-    BLOCK,
-    NONE,
-    as_typed,
-    conditions,
-    differing,
-    of_method,
-    panel_of,
-    point_order,
-    worth_by_rate,
-)
 from partial_lora.report.statistics import half_interval
 from partial_lora.settings.rates import ranked
 
@@ -68,7 +58,7 @@ class Folder:
     @cached_property
     def distance(self) -> int:
         """The number of the method's settings that differ from the schema's defaults."""
-        return len(of_method(self.config))
+        return len(rows.of_method(self.config))
 
     @property
     def is_variant(self) -> bool:
@@ -87,21 +77,21 @@ def without_searches(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
     for rivals in grouped(every, _but_for_its_rate).values():
-        worth = worth_by_rate(run.row for folder in rivals for run in folder.runs)
+        worth = rows.worth_by_rate(run.row for folder in rivals for run in folder.runs)
         best = ranked(worth)[:1] or list(worth)
         kept += [folder for folder in rivals if folder.row["learning_rate"] in best]
     return kept
 
 
 def _but_for_its_rate(folder: Folder) -> tuple:
-    of_run = [folder.row[name] for name in (*BLOCK, "method", "precision")]
-    return *of_run, repr(sorted(of_method(folder.config).items()))
+    of_run = [folder.row[name] for name in (*rows.BLOCK, "method", "precision")]
+    return *of_run, repr(sorted(rows.of_method(folder.config).items()))
 
 
 def usual_conditions(every: Iterable[Folder]) -> dict[tuple[str, str, str], Folder]:
     """Return, by panel, a folder under the conditions that most methods share; of equals, those with the most runs."""
     usual = {}
-    for place, of_place in grouped(every, lambda folder: panel_of(folder.row)).items():
+    for place, of_place in grouped(every, lambda folder: rows.panel_of(folder.row)).items():
         by_conditions = grouped(of_place, lambda folder: folder.row["conditions"]).values()
         usual[place] = max(by_conditions, key=_methods_and_runs)[0]
     return usual
@@ -119,7 +109,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
     nothing else tells two folders apart.
     """
     usual, differs = usual_conditions(every), {}
-    for place, of_panel in grouped(every, lambda folder: panel_of(folder.row)).items():
+    for place, of_panel in grouped(every, lambda folder: rows.panel_of(folder.row)).items():
         settings = _unusual(of_panel, usual[place])
         methods = grouped(of_panel, lambda folder: (folder.row["method"], folder.row["operating_point"])).values()
         for of_one in methods:
@@ -127,7 +117,7 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
                 settings[folder] |= varied
         short = _short_keys({key for values in settings.values() for key in values})
         words = {
-            folder: ", ".join(f"{short[key]}={as_typed(value)}" for key, value in values.items())
+            folder: ", ".join(f"{short[key]}={rows.as_typed(value)}" for key, value in values.items())
             for folder, values in settings.items()
         }
         for of_one in methods:
@@ -137,16 +127,16 @@ def told_apart(every: Sequence[Folder]) -> dict[tuple[str, str], str]:
 
 def _unusual(folders: Iterable[Folder], usual: Folder) -> dict[Folder, dict[str, object]]:
     """Return the conditions of folders that are not the usual ones."""
-    shared = conditions(usual.runs[0].record)
+    shared = rows.conditions(usual.runs[0].record)
     return {
-        folder: {key: value for key, value, _ in differing(conditions(folder.runs[0].record), shared)}
+        folder: {key: value for key, value, _ in rows.differing(rows.conditions(folder.runs[0].record), shared)}
         for folder in folders
     }
 
 
 def _varied(folders: Iterable[Folder]) -> dict[Folder, dict[str, object]]:
     """Return the settings of a method that are not the same in all of its folders."""
-    settings = {folder: of_method(folder.config) for folder in folders}
+    settings = {folder: rows.of_method(folder.config) for folder in folders}
     keys = sorted({key for values in settings.values() for key in values})
     varied = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
     return {folder: {key: values[key] for key in varied if key in values} for folder, values in settings.items()}
@@ -160,7 +150,7 @@ def _with_rates(folders: Iterable[Folder], words: Mapping[Folder, str]) -> dict[
         for rate, of_rate in rates.items():
             for folder in of_rate:
                 more = [rate] * (len(rates) > 1) + [folder.id] * (len(of_rate) > 1)
-                differs[folder.key] = ", ".join(filter(None, [words[folder], *more])) or NONE
+                differs[folder.key] = ", ".join(filter(None, [words[folder], *more])) or rows.NONE
     return differs
 
 
@@ -180,7 +170,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
             run.row
             | {
                 "differs": differs[run.row["group"], run.row["precision"]],
-                "usual": run.row["conditions"] == usual[panel_of(run.row)].row["conditions"],
+                "usual": run.row["conditions"] == usual[rows.panel_of(run.row)].row["conditions"],
             }
             for run in runs
         ]
@@ -233,7 +223,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     for name in _WHOLE:
         table[name] = table[name].round().astype(int)  # the same for every seed, so the mean is whole
     table["id"] = table["group"].str.rpartition("-")[2]
-    order = table.assign(_point=table["operating_point"].map(point_order))
+    order = table.assign(_point=table["operating_point"].map(rows.point_order))
     order = order.sort_values(["task", "model", "_point", "method", "learning_rate", "id"], kind="stable")
     return table.loc[order.index].reset_index(drop=True)
 
@@ -247,7 +237,7 @@ def _shared(values: pd.Series) -> object:
     """Return the value that all share; "–" (of numbers NaN) where they differ."""
     if values.nunique(dropna=False) == 1:
         return values.iloc[0]
-    return math.nan if is_numeric_dtype(values) else NONE
+    return math.nan if is_numeric_dtype(values) else rows.NONE
 
 
 def _sortable(values: pd.Series) -> pd.Series:

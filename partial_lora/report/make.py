@@ -76,7 +76,7 @@ def report(
         marked=marked,
         compared=compared,
         predictions=predictions,
-        figures=drawn,
+        gallery=drawn,
         command=command,
         origin=tables.origin(frame),
         left_out=left_out,

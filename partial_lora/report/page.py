@@ -25,22 +25,12 @@ from partial_lora.errors import one_line
 from partial_lora.files import flatten, grouped, read_json, write_atomic
 from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import EXAMPLES, comparison, tables
+from partial_lora.report import EXAMPLES, comparison, figures, tables
 from partial_lora.report.classes import MOST, Classes, counted
 from partial_lora.report.comparison import Differences
-from partial_lora.report.depth import grid
+from partial_lora.report.depth import depth_name, grid
 from partial_lora.report.drawing import inline, words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
-from partial_lora.report.figures import (
-    FRONT,
-    Shown,
-    draw_calibration,
-    draw_predictions,
-    mean_sparsity,
-    pareto,
-    points,
-    selected,
-)
 from partial_lora.report.folders import OF_SEED, folders, without_searches
 from partial_lora.report.predictions import Predictions, read_all
 from partial_lora.report.records import LeftOut, Run, run_of
@@ -68,7 +58,7 @@ def write(
     marked: Collection[int],
     compared: Differences,
     predictions: Predictions,
-    figures: Sequence[Shown],
+    gallery: Sequence[figures.Shown],
     command: str,
     origin: str,
     left_out: Sequence[LeftOut],
@@ -90,9 +80,10 @@ def write(
     best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
     differences = compared.rows if compared.known else compared.rows.head(0)
-    tabs = []
+    tabs, firsts = [], []
     for count, (name, (place, part)) in enumerate(zip(names, parts, strict=True), start=1):
         rows = [best.loc[index] for index in best.index if index in part.index]
+        firsts.append(rows[0])
         tabs.append(
             _tab(
                 f"tab-{count}",
@@ -105,13 +96,12 @@ def write(
                 sections=[section for group, section in by_group if panel_of(group[0].row) == place],
             )
         )
-    more = [(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in figures]
+    more = [(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in gallery]
     if by or len(tabs) > 1:
         overview = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
-        firsts = best.groupby(["task", "model", "metric"], sort=False).head(1)
         leads = [
             Markup('<a href="#{}">{}</a> {}').format(tab["id"], tab["name"], _in_words(row, intervals))
-            for tab, (_, row) in zip(tabs, firsts.iterrows(), strict=True)
+            for tab, row in zip(tabs, firsts, strict=True)
         ]
         tabs.insert(0, _tab("tab-0", "All tasks", leads=[] if by else leads, tables=overview))
     tabs[0]["more"] = more
@@ -139,7 +129,7 @@ def write(
 def write_tables(
     results_dir: Path,
     ranked: Mapping[str, pd.DataFrame],
-    figures: Sequence[Shown],
+    gallery: Sequence[figures.Shown],
     *,
     folded: Mapping[str, pd.DataFrame],
     command: str,
@@ -163,7 +153,7 @@ def write_tables(
             *(Markup("<b>{}:</b> {} {}").format(title, row["method"], row["test"]) for title, row in firsts),
         ],
         tables=[] if several else rankings[0],
-        figures=[(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in figures],
+        figures=[(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in gallery],
         folded=[_table(title, part, filtered=True) for title, part in folded.items()],
     )
     of_task = [
@@ -222,10 +212,10 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         record = read_json(directory / RESULT)
         calibration = directory / CALIBRATION
         modules = read_json(calibration)["modules"] if calibration.is_file() else None
-        draw_calibration(record, modules, directory)
+        figures.draw_calibration(record, modules, directory)
         if record["metrics"]:
             rows = rows_of(settings, fetch=True)
-            draw_predictions(record, directory, rows)
+            figures.draw_predictions(record, directory, rows)
             write_run(run_of(record, directory), rows)
     except Exception as error:
         logger.warning("%s: no page could be made (%s)", directory, type(error).__name__, exc_info=True)
@@ -385,9 +375,9 @@ def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
         f"{row.adapter_parameters:,.0f} parameters"
         for row in part.itertuples()
     }
-    caption = FRONT + ("" if part["usual"].all() else _OTHERS)
+    caption = figures.FRONT + ("" if part["usual"].all() else _OTHERS)
     title = f"Test {part['metric'].iloc[0]} against trainable parameters"
-    return title, caption, inline(pareto(part, least=4.4).figure, names, stem=next(iter(names)))
+    return title, caption, inline(figures.pareto(part, least=4.4).figure, names, stem=next(iter(names)))
 
 
 def _all_rows(part: pd.DataFrame, spread: str, marked: Collection[int], ids: Mapping) -> list[dict]:
@@ -519,7 +509,7 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
                 "shared": {key: value for key, value in values.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
                 "curves": _training_lines([run.record for run in runs]),
-                "map": _sparsity_map(mean_sparsity(sparsities)),
+                "map": _sparsity_map(figures.mean_sparsity(sparsities)),
                 "warnings": [*dict.fromkeys(warnings), *problems],
                 "examples": worst,
             }
@@ -594,10 +584,10 @@ def _words(config: Mapping) -> dict[str, str]:
 
 def _training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     """Draw training loss and the metric of validation of runs, titled; a drawing without points is left out."""
-    metric = selected(records[0])
+    metric = figures.selected(records[0])
     drawn = []
     for title, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
-        lines = {f"seed {record['seed']}": points(record["history"], key) for record in records}
+        lines = {f"seed {record['seed']}": figures.points(record["history"], key) for record in records}
         lines = {name: line for name, line in lines.items() if line}
         if lines:
             drawn.append((title, _lines(lines, title, ".1%" if key != "loss" and metric in SHARES else ".3g")))
@@ -634,7 +624,7 @@ def _sparsity_map(sparsity: Sparsity) -> dict | None:
         return None
     kinds, depths, grids = grid(sparsity)
     cells = {axis: list(zip(kinds, grids[axis].tolist(), strict=True)) for axis in AXES}
-    return {"depths": [".".join(map(str, depth)) or NONE for depth in depths], "axes": cells}
+    return {"depths": list(map(depth_name, depths)), "axes": cells}
 
 
 def _uri(file: Path) -> str:

@@ -55,7 +55,6 @@ def _row(result: Mapping) -> dict:
     # AdaLoRA's size is what it has left, as in its paper; that it began with more shows in its bytes.
     dense, size = parameters["adapter_dense"], parameters.get("adapter_final", parameters["adapter_trainable"])
     reused = bool(calibration and calibration.get("cached"))
-    shared = json.dumps(conditions(result), sort_keys=True, default=str)
     return {
         "seed": result["seed"],
         "task": task_of(result),
@@ -79,7 +78,7 @@ def _row(result: Mapping) -> dict:
         "seconds": sum(seconds.values()),
         "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
         "tuning": result.get("tuning", UNTUNED),
-        "conditions": hashlib.sha256(shared.encode()).hexdigest()[:8],
+        "conditions": identity.short_digest(conditions(result)),
         "preset": result.get("preset") or NONE,
         # What computed it: the commit of a checkout, else the version of the installed package.
         "commit": (result.get("git_commit") or "")[:12] or f"partial-lora {result['versions']['partial-lora']}",

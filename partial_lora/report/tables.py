@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from textwrap import TextWrapper
 
 import pandas as pd
 from rich import box
@@ -211,22 +211,19 @@ def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std
     """Return the tables of runs for a terminal of 80 columns: one for each task, model and metric, the main columns."""
     table = group(frame, by)
     parts = [("all runs", table)] if by else [(", ".join(key[:2]), part) for key, part in places(table)]
+    indented = TextWrapper(24, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     tables = []
     for title, part in parts:
         view = readable(part, by=by, spread=spread)
         view = view.rename(columns={"share of dense": "of dense"})
         view["trainable"] = [NONE if math.isnan(size) else size_text(size) for size in part["adapter_parameters"]]
         if "differs in" in view:  # below the method, for there is no room beside it
-            differs = view["differs in"].map(lambda words: "" if words == NONE else f"\n{_indented(words)}")
+            differs = view["differs in"].map(lambda words: "" if words == NONE else f"\n{indented.fill(words)}")
             view["method"] = view["method"] + differs
         names = [name for name in dict.fromkeys((*by, *_ON_SCREEN)) if name in view and (view[name] != NONE).any()]
         names.insert(names.index("n") + 1, next(name for name in view if name.startswith("test")))
         tables.append(drawn(title, view[names]))
     return Group(*tables)
-
-
-def _indented(words: str) -> str:
-    return textwrap.fill(words, 24, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def places(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:

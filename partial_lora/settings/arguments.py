@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import yaml
 
 from partial_lora.errors import PartialLoraError, in_yaml, require
-from partial_lora.files import flatten, read_yaml
+from partial_lora.files import flatten, mapped, read_yaml
 from partial_lora.models.config import FROM_FILES
 from partial_lora.settings.keys import no_such_option
 from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
@@ -111,14 +111,8 @@ def quoted(value: object) -> str:
     """Return a value in Hydra's grammar, its texts in quotes."""
     from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-    def texts(value: object) -> object:
-        if isinstance(value, Mapping):
-            return {key: texts(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [texts(item) for item in value]
-        return QuotedString(value, Quote.double) if isinstance(value, str) else value
-
-    return Override._get_value_element_as_str(texts(value))
+    texts = mapped(value, lambda _, item: QuotedString(item, Quote.double) if isinstance(item, str) else item)
+    return Override._get_value_element_as_str(texts)
 
 
 def as_text(argument: str) -> str:

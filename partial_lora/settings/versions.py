@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from partial_lora.credentials import redacted
+from partial_lora.files import mapped
 from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.tasks.config import TaskConfig
 
@@ -89,14 +91,27 @@ def plain(config: Config | TaskConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def without_places(settings: object) -> object:
+_FILES = re.compile(
+    r"data_dir|results_dir|calibration\.file|trainer\.accelerate_config|task\.(members\..+\.)?data_files(\..+)?"
+)
+_WEIGHTS_OR_ROWS = re.compile(r"model\.(text_)?weights|task\.(members\..+\.)?path")  # of a hub, or a folder
+
+
+def without_places(settings: Mapping) -> object:
     """Return settings in which a file or folder of this machine has its name alone."""
-    if isinstance(settings, Mapping):
-        return {key: without_places(value) for key, value in settings.items()}
-    if isinstance(settings, list):
-        return [without_places(item) for item in settings]
-    is_place = isinstance(settings, str) and Path(settings).is_absolute()
-    return Path(settings).name if is_place else redacted(settings)
+
+    def named(key: str, value: object) -> object:
+        return Path(value).absolute().name if _is_place(key, value) else value
+
+    return redacted(mapped(settings, named))
+
+
+def _is_place(key: str, value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    if _WEIGHTS_OR_ROWS.fullmatch(key):  # OWNER/NAME@REVISION is none, unless there is such a folder
+        return Path(value).is_absolute() or Path(value).is_dir() or value.partition("@")[0].count("/") > 1
+    return Path(value).is_absolute() or _FILES.fullmatch(key) is not None
 
 
 def load(settings: Mapping) -> Config:

@@ -57,7 +57,7 @@ class TaskConfig:
     answer: Optional[str] = None
     stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's end token
     max_new_tokens: int = 256  # generation: longest response in tokens
-    # generation: if an answer has more than model.max_length tokens, cut its end, drop its row, or refuse the run
+    # generation: of an answer beyond model.max_length tokens cut the end, drop the training row, or refuse the run
     too_long: str = "cut"
     regression: Optional[bool] = None  # true: labels are numbers; false: classes; null: numbers if some are fractions
     # metrics to report; the first selects the checkpoint, or perplexity for generation; []: the usual ones of the kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ class CausalTransform:
     Args:
         chat: put prompts and answers into the tokenizer's chat template.
         too_long: what becomes of an answer that does not fit by itself: "refuse" raises; "cut" takes off its end and
-            leaves the prompt up to half of the tokens; "drop" leaves out its row. `warnings` say how many there were.
+            leaves the prompt up to half of the tokens; "drop" leaves out its row, though not of rows to judge by
+            (`to_judge`). `warnings` say how many there were.
 
     Raises PartialLoraError where `chat` finds no template.
     """
@@ -245,6 +247,12 @@ class CausalTransform:
         if len(prepared) == 0:
             raise PartialLoraError(f"model.max_length={self._max_length}: no answer fits, expected more; raise it")
         return prepared
+
+    def to_judge(self, rows: Dataset, *, cache_bytes: int) -> Dataset:
+        """Return all rows as `prepare` does; an answer whose row training would drop loses its end."""
+        keeping = copy.copy(self)
+        keeping._too_long = "cut" if self._too_long == "drop" else self._too_long
+        return keeping.prepare(rows, cache_bytes=cache_bytes)
 
     def collate(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Make one batch of prepared rows, padded on the right to the longest of them."""

@@ -236,7 +236,7 @@ class ByTexts(_TaskJudge):
                 prompts = [messages[:-1] for messages in rows["messages"]]
             texts = self._generate(model, prompts)
             scores = {name: score(texts, references, self.config.answer) for name, score in OF_TEXTS.items()}
-            columns = {"prediction": texts, **scores}
+            columns |= {"prediction": texts, **scores}
         frame = pandas.DataFrame({"index": np.arange(len(rows)), "label": references, **columns})
         means = {name: float(columns[name].mean()) for name in self.task.metrics if name in columns}
         return Judged({"primary": self.task.metrics[0], **values, **means}, frame)
@@ -262,6 +262,9 @@ class ByTexts(_TaskJudge):
         )
         shares = self.peers.gather(texts)
         return [shares[place % self.peers.size][place // self.peers.size] for place in range(len(prompts))]
+
+    def _rows(self, split: str) -> Dataset:
+        return self.transform.to_judge(getattr(self.task, split), cache_bytes=self.config.cache_bytes)
 
 
 JUDGES = {"label": ByLabels, "option": ByOptions, "text": ByTexts}  # by the form of the answers (`kinds.Kind`)

@@ -114,6 +114,18 @@ def test_a_page_opens_with_the_best_of_each_method_and_a_link_leads_to_its_runs(
     assert first.count("<svg") == 1  # the only method with more than one seed and no predictions
 
 
+def test_a_line_of_the_overview_leads_to_the_metric_that_it_is_of(tmp_path):
+    place(tmp_path, record("dora", trainer__epochs=9))  # the first row of accuracy, and none of the usual ones
+    place(tmp_path, record("lora", metrics={split: {"primary": "f1", "f1": 0.5} for split in ("validation", "test")}))
+    place(tmp_path, record("partial"))
+    place(tmp_path, record("probe"))
+    assert cli.report([str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    best = dict(re.findall(r'<a href="#tab-\d">digits, vit, (\w+)</a> (\w+)', page))
+    assert best["f1"] == "lora"
+    assert best["accuracy"] != "lora"
+
+
 def test_every_folder_has_a_section_with_all_there_is_to_say(text, elements):
     sections = [each["id"] for each in elements.all("details") if each.get("id", "").startswith("run-")]
     assert sorted(sections) == [f"run-{number}" for number in range(1, 5)]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from checkout import RESULTS, needs_results
 
+from partial_lora import files
 from partial_lora.launching import directory, packs, paths
 from partial_lora.settings import identity, schema, versions
 from partial_lora.settings.compose import composed
@@ -169,6 +170,31 @@ def test_runs_at_other_rates_are_found_and_no_others(tmp_path: Path) -> None:
     assert paths.at_other_rates(composed(here, "trainer.learning_rate=0.2")) == [found]
     for other in ("seed=1", "method=lora", "trainer.warmup_ratio=0.2", "method.rank=8"):
         assert paths.at_other_rates(composed(here, "trainer.learning_rate=0.2", other)) == []
+
+
+@pytest.mark.parametrize("form", [dict, files.flatten])
+def test_settings_for_others_name_no_folder_of_this_machine(form) -> None:
+    rows = {"path": "owner/rows", "data_files": {"train": "private/patients/x.csv", "test": "/home/me/y.csv"}}
+    places = {
+        "task": {"path": "members", "members": {"a.b": rows}, "data_files": "private/patients/z.csv"},
+        "model": {"weights": "owner/name@refs/pr/1", "text_weights": "../my/weights", "architecture": "timm/vit"},
+        "calibration": {"file": "results/runs/calibration.json"},
+        "trainer": {"accelerate_config": "my/two.yaml", "args": {"logging_dir": "/home/me/logs"}},
+        "data_dir": "private/data",
+        "results_dir": ".",
+    }
+    told = versions.without_places(form(places))
+    rows = {"path": "owner/rows", "data_files": {"train": "x.csv", "test": "y.csv"}}
+    assert told == form(
+        {
+            "task": {"path": "members", "members": {"a.b": rows}, "data_files": "z.csv"},
+            "model": {"weights": "owner/name@refs/pr/1", "text_weights": "weights", "architecture": "timm/vit"},
+            "calibration": {"file": "calibration.json"},
+            "trainer": {"accelerate_config": "two.yaml", "args": {"logging_dir": "logs"}},
+            "data_dir": "data",
+            "results_dir": Path.cwd().name,
+        }
+    )
 
 
 def test_packing_changes_no_id() -> None:

@@ -81,6 +81,8 @@ def test_texts_are_selected_by_perplexity_and_reported_by_generation(tmp_path: P
     assert test.metrics["primary"] == "rouge_l"
     assert test.metrics["rouge_l"] == pytest.approx(test.predictions["rouge_l"].mean())
     assert test.predictions["label"].tolist() == list(chosen.test["response"])
+    losses, tokens = test.predictions["loss"], test.predictions["tokens"]
+    assert (losses * tokens).sum() / tokens.sum() == pytest.approx(test.metrics["loss"], rel=1e-4)
     for prompt, written in zip(chosen.test["prompt"], test.predictions["prediction"], strict=True):
         alone = judge.transform.encode([prompt])
         tokens = trainer.model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
@@ -98,6 +100,17 @@ def test_no_text_is_generated_where_no_metric_is_of_texts() -> None:
     assert told.metrics == {"primary": "perplexity", "perplexity": pytest.approx(math.exp(0.5)), "loss": loss}
     assert list(told.predictions) == ["index", "label", "loss", "tokens"]
     assert told.predictions["loss"].tolist() == [0.5] * len(chosen.test)
+
+
+def test_an_answer_too_long_to_train_on_is_dropped_from_training_alone() -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"], "response": ["a bird", "a bird " * 20]})
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    chosen = Task(name="own", modality="text", labels=(), metrics=("perplexity",), kind="generation", **splits)
+    transform = CausalTransform(TOKENIZER, 16, too_long="drop")
+    judge = objectives.judge_of(chosen, transform, TaskConfig(), Alone(), batch_size=2)
+    told = judge.judged(lambda rows: (np.array([[-1.0, 2.0]] * len(rows)), np.zeros(len(rows))), nn.Module(), "test")
+    assert told.predictions["label"].tolist() == list(rows["response"])
+    assert (len(judge.train()), len(judge.validation())) == (1, 2)
 
 
 def test_of_a_conversation_the_last_answer_is_generated_after_all_before_it() -> None:
