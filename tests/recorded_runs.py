@@ -88,10 +88,7 @@ def record(
             "head": 3850,
             "adapter_sparsity": 1 - trainable / dense if dense else None,
         },
-        "sparsity": {
-            "blocks.0.qkv": {"rows": 0.25, "columns": 0.4},
-            "blocks.1.qkv": {"rows": 0.0, "columns": 0.95},
-        }
+        "sparsity": {"blocks.0.qkv": {"rows": 0.25, "columns": 0.4}, "blocks.1.qkv": {"rows": 0.0, "columns": 0.95}}
         if calibrated
         else None,
         "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,

@@ -35,11 +35,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import (
-    hotswap_adapter,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from refusals import refusal
 
 from partial_lora.adapter import PartialLoraConfig, module_masks

@@ -29,14 +29,7 @@ from adapter_models import (
     trainable_parameters,
     vit,
 )
-from peft import (
-    LoraConfig,
-    LoraRuntimeConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM

@@ -28,12 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from partial_lora.adapter import (
-    PartialLoraConfig,
-    load_compact,
-    module_masks,
-    write_compact,
-)
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
 from partial_lora.adapter.layer import PartialLinear
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT, random_keys

@@ -77,11 +77,7 @@ def warned(*levels, size=160, density=0.5, **changes):
     ("levels", "changes", "expected"),
     [
         ((0.4, 0.2, 0.0), {}, []),
-        (
-            (0.4, 0.0),
-            {"curve": [[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]},
-            ["not a number.* block.0, block.1 "],
-        ),
+        ((0.4, 0.0), {"curve": [[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]}, ["not a number.* block.0, block.1 "]),
         ((0.4, 0.0), {"baseline": 0.18, "joint": 0.18}, ["frozen .*0.18 .*0.1:"]),
         ((0.4, 0.0), {"baseline": 0.2, "joint": 0.2}, []),
         ((0.4, 0.0), {"baseline": -2.1, "chance": -2.3, "threshold": 0.95, "joint": -2.1}, ["frozen .*-2.1 .*-2.3:"]),

@@ -132,8 +132,7 @@ def test_going_backwards_costs_no_more_than_going_forwards():
 
 
 @pytest.mark.parametrize(
-    ("family", "order"),
-    [("vit", "forwards"), ("vit", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
+    ("family", "order"), [("vit", "forwards"), ("vit", "backwards"), ("deberta", "forwards"), ("llama", "backwards")]
 )
 def test_what_depends_on_a_settled_module_is_forgotten(family, order):
     model, inputs, names = made(family)

@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scored_models import (
-    Altered,
-    graded,
-    labelled,
-    linears,
-    questions,
-    scored_draw,
-    texts,
-    word_batches,
-)
+from scored_models import Altered, graded, labelled, linears, questions, scored_draw, texts, word_batches
 from sklearn import metrics
 from torch import nn
 

@@ -31,10 +31,7 @@ from partial_lora.models.texts import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
-METHODS = {
-    "targeted": ("method=targeted",),
-    "probe": ("method=probe",),
-}
+METHODS = {"targeted": ("method=targeted",), "probe": ("method=probe",)}
 ALL = ("partial", *METHODS)
 B = "base_model.model.timm_model.blocks.2.mlp.fc2.lora_B.weight"
 

@@ -48,10 +48,7 @@ def test_a_method_is_found_by_the_name_of_its_function_or_in_what_that_says_of_i
         assert function.__name__ == name or f"`{name}`" in function.__doc__
 
 
-@pytest.mark.parametrize(
-    ("name", "high"),
-    [("tiny_vit", 0.5), ("tiny_qwen", 0.95), ("tiny_convnext", 0.95)],
-)
+@pytest.mark.parametrize(("name", "high"), [("tiny_vit", 0.5), ("tiny_qwen", 0.95), ("tiny_convnext", 0.95)])
 def test_controls_train_as_many_parameters_as_partial(name: str, high: float) -> None:
     reference, setting = adapted("partial", name, high=high)
     expected = counted(reference, setting)
