@@ -358,16 +358,6 @@ def test_a_weight_of_merge_is_a_finite_number(capsys) -> None:
         assert "--weights" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_report_tabulates_the_runs(place: Path, trained) -> None:
-    done = here(place, "report", "results")
-    assert done.returncode == 0, done.stderr
-    table = (place / "results" / "report" / "table.md").read_text(encoding="utf-8")
-    assert "partial-lora report results" in table.splitlines()[0]
-    assert "threshold 0.5" in table
-    assert "untuned" in table
-
-
 def exporting(place: Path, *arguments: str) -> subprocess.Popen:
     """An export that has begun to write: the folder beside its own is there."""
     running = begun(place, "export", *arguments)
