@@ -411,6 +411,3 @@ def test_values_of_a_smaller_mask_are_refused_for_use_too(tmp_path):
     adapt(llama, sparsity=0.8).save_pretrained(tmp_path)
     with pytest.raises(PartialLoraError, match="does not match the digest"):
         PeftModel.from_pretrained(llama(), tmp_path, config=config_of(llama, sparsity=0.5))
-
-
-# Conversion

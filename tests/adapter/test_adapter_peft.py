@@ -34,8 +34,6 @@ from partial_lora.adapter.factor import FactorA, FactorB
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
 
-granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-
 # Some modules keep so little that they gather and scatter, some so much that they do not.
 UNEVEN = {"rows": 0.9, "columns": 0.8}
 EVEN = {"rows": 0.3, "columns": 0.4}

@@ -232,9 +232,8 @@ def saved(tmp_path_factory):
 def test_a_sidecar_with_a_wrong_value_is_refused_by_file_and_key(tmp_path, saved, selection, alter, key):
     shutil.copytree(saved["rows_columns", selection], tmp_path, dirs_exist_ok=True)
     change(tmp_path, alter)
-    with pytest.raises(PartialLoraError, match=rf"^{tmp_path}/partial_lora\.json .*{key}") as refusal:
+    with refusal(rf"{tmp_path}/partial_lora\.json .*{key}"):
         PartialLoraConfig.from_pretrained(str(tmp_path))
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +246,8 @@ def test_a_file_that_is_no_sidecar_is_refused(tmp_path, saved, content):
     path.unlink()
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(PartialLoraError, match=r"partial_lora\.json") as refusal:
+    with refusal(r".*partial_lora\.json"):
         PartialLoraConfig.from_pretrained(str(tmp_path))
-    assert "\n" not in str(refusal.value)
 
 
 def matching(kept):

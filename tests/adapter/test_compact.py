@@ -30,6 +30,7 @@ from adapter_models import (
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from refusals import refusal
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,9 +98,8 @@ def assert_unchanged(model, before):
 
 def refuses(model, folder, message, **arguments):
     before = snapshot(model)
-    with pytest.raises(PartialLoraError, match=message) as error:
+    with refusal(f".*({message})"):
         load_compact(model, folder, **arguments)
-    assert "\n" not in str(error.value)
     assert_unchanged(model, before)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from refusals import refusal
 from scored_models import TARGETS, Counted
 
 from partial_lora import Calibration, PartialLoraError, calibrate
@@ -51,9 +52,8 @@ def test_a_broken_calibration_is_refused_by_name(tmp_path, spoil):
     path.write_text(json.dumps(good))
     assert Calibration.load(path).sparsity == {"a": {"rows": 0.5, "columns": 0.5}}
     path.write_text(spoil(good))
-    with pytest.raises(PartialLoraError, match=r"calibration\.json") as error:
+    with refusal(r".*calibration\.json"):
         Calibration.load(path)
-    assert "\n" not in str(error.value)
     with pytest.raises(PartialLoraError, match=r"missing.json"):
         Calibration.load(tmp_path / "missing.json")
 

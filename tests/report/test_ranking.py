@@ -215,10 +215,12 @@ def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
 
-def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
-    def results(method: str, test: float, **changes) -> list[dict]:
-        return [record(method, test, seed=seed, trainer__learning_rate=1e-3, **changes) for seed in range(2)]
+def results(method: str, test: float, **changes: object) -> list[dict]:
+    """Two seeds of a method."""
+    return [record(method, test, seed=seed, trainer__learning_rate=1e-3, **changes) for seed in range(2)]
 
+
+def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
     few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
     sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
     table = rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
@@ -230,9 +232,6 @@ def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules
 
 
 def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
-    def results(method: str, test: float, **changes) -> list[dict]:
-        return [record(method, test, seed=seed, **changes) for seed in range(2)]
-
     sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
     table = ranking.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
     assert ranking.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
