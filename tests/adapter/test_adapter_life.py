@@ -47,15 +47,8 @@ granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element
 
 def config_of(base, **settings):
     """Scaled as plain LoRA, so that code of PEFT that passes over alphas gives the same."""
-    settings = {
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": KIND_OF[base].targets,
-        "sparsity": 0.5,
-        **AS_PEFT,
-        **settings,
-    }
-    return PartialLoraConfig(**settings)
+    usual = {"r": 4, "lora_alpha": 6, "target_modules": KIND_OF[base].targets, "sparsity": 0.5}
+    return PartialLoraConfig(**usual | AS_PEFT | settings)
 
 
 def pair(base=vit, granularity="rows_columns", **settings):
