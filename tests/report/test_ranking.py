@@ -29,28 +29,14 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     ]
 
 
-def test_of_rates_with_equal_scores_on_validation_that_of_the_lower_loss_is_the_best() -> None:
-    scores = {(1e-3, 0): (0.8, 0.5, 0.1), (2e-3, 0): (0.9, 2.0, 0.2), (4e-3, 0): (0.9, 1.0, 0.3)}
-    chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))
-    assert list(chosen["test"]) == [0.3]
-    assert set(chosen["edge"]) == {True}
-    finals = {place: scores[place] for place in list(scores)[1:]}  # of a quick search
-    assert set(ranking.at_best_rates(pd.DataFrame(runs("partial", finals)))["edge"]) == {False}
-
-
-def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
+def test_the_best_rate_is_of_those_with_all_seeds_and_of_equals_that_of_the_lower_loss() -> None:
     """A rate that went out after the first seed does not win by it, and does not take seeds from the others."""
-    early = {(1e-3, 0): (0.99, 1.0, 0.1)}
-    late = {(rate, seed): (0.5 + 100 * rate + seed / 10, 1.0, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
+    early = {(5e-4, 0): (math.nan, 1.0, 0.1), (1e-3, 0): (0.99, 1.0, 0.1)}
+    late = {(rate, seed): (0.5 + seed / 10, 5e-3 / rate, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
     chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", early | late)))
-    assert set(chosen["learning_rate"]) == {4e-3}
-    assert set(chosen["rates"]) == {3}
-    assert set(chosen["spent"]) == {5.0}
-
-
-def test_a_rate_without_a_score_on_validation_is_not_the_best() -> None:
-    scores = {(1e-3, 0): (math.nan, 1.0, 0.1), (2e-3, 0): (0.9, 1.0, 0.2), (4e-3, 0): (0.95, 1.0, 0.3)}
-    assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))["test"]) == [0.3]
+    assert list(chosen["learning_rate"]) == [4e-3, 4e-3]
+    assert [set(chosen[key]) for key in ("rates", "spent", "edge")] == [{4}, {6.0}, {True}]
+    assert set(ranking.at_best_rates(pd.DataFrame(runs("partial", late)))["edge"]) == {False}  # of a quick search
     failed = {(1e-3, 0): (math.nan, math.nan, 0.1)}
     assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", failed)))["test"]) == [0.1]
 
