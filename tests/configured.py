@@ -74,6 +74,10 @@ def refused(key: str, name: str, **changes: object) -> None:
         load(name, **changes)
 
 
+def digest(model: nn.Module, name: str) -> str:
+    return models.weights_digest(model, settings(name)["head"] or "")
+
+
 def logits(model: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
         return model(**inputs(name)).logits

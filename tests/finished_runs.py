@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from partial_lora import files as sealed
 from partial_lora import train
@@ -52,6 +54,17 @@ def changed(run: FinishedRun, group: str, **values: object) -> FinishedRun:
     """The run with other settings in one group."""
     config = dataclasses.replace(run.config, **{group: dataclasses.replace(getattr(run.config, group), **values)})
     return dataclasses.replace(run, config=config)
+
+
+def with_other_values(run: FinishedRun, folder: Path, *, b: float = 1.0, alpha: float = 1.0) -> FinishedRun:
+    """A copy of a run, every B and its alpha times a factor."""
+    adapter = shutil.copytree(run.directory, folder) / "adapter"
+    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors = {name: tensor * (b if "lora_B" in name else 1) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    changed = json.loads(settings.read_text())
+    settings.write_text(json.dumps(changed | {"lora_alpha": changed["lora_alpha"] * alpha}))
+    return finished_run(folder)
 
 
 def files(rows: dict[str, datasets.Dataset], name: str) -> dict[str, str]:

@@ -45,10 +45,7 @@ def text_mixture() -> FinishedRun:
     """Sentences of two classes, of which every other training row is left out, and pairs of three."""
     text = {"modality": "text"}
     of_pairs = text | {"text_columns": ["first", "second"], "metrics": ["f1", "accuracy"]}
-    paths = {
-        "films": sentence_files(),
-        "colours": files({"train": pairs(8, 0), "test": pairs(5, 100)}, "mixed-pairs"),
-    }
+    paths = {"films": sentence_files(), "colours": files({"train": pairs(8, 0), "test": pairs(5, 100)}, "mixed-pairs")}
     overrides = ("task.mixing=equal", "model=tiny_bert", *LONGER)
     return mixture("mixed-texts", {"films": text, "colours": of_pairs}, paths, *overrides)
 

@@ -58,17 +58,10 @@ def record(
     dense = 0 if method == "probe" else 1000 * nominal_rank(config["method"]["rank"]) // 16
     trainable = round(dense * (share or budget or 0.7)) if calibrated else dense
     scores = {"primary": "accuracy", "accuracy": test, "loss": 0.1}
-    chosen = {
-        "baseline": 0.8,
-        "joint": 0.1,
-        "chance": 0.1,
-        "threshold": threshold,
-        "budget": budget,
-        "search": "scan",
-        "evaluations": 1234,
-        "cached": False,
-        "reliability": {"spearman_brown": 0.75, "pearson": 0.6},
-    }
+    chosen = {"baseline": 0.8, "joint": 0.1, "chance": 0.1, "threshold": threshold, "budget": budget, "search": "scan"}
+    chosen |= {"evaluations": 1234, "cached": False, "reliability": {"spearman_brown": 0.75, "pearson": 0.6}}
+    parameters = {"base": 22_000_000, "adapter_dense": dense, "adapter_trainable": trainable, "head": 3850}
+    parameters["adapter_sparsity"] = 1 - trainable / dense if dense else None
     return {
         "status": "finished",
         "seed": seed,
@@ -81,17 +74,8 @@ def record(
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": {"calibrate": 60.0 if calibrated else 0.0, "train": 100.0, "evaluate": 2.5},
         "peak_memory_bytes": 1 << 30,
-        "parameters": {
-            "base": 22_000_000,
-            "adapter_dense": dense,
-            "adapter_trainable": trainable,
-            "head": 3850,
-            "adapter_sparsity": 1 - trainable / dense if dense else None,
-        },
-        "sparsity": {
-            "blocks.0.qkv": {"rows": 0.25, "columns": 0.4},
-            "blocks.1.qkv": {"rows": 0.0, "columns": 0.95},
-        }
+        "parameters": parameters,
+        "sparsity": {"blocks.0.qkv": {"rows": 0.25, "columns": 0.4}, "blocks.1.qkv": {"rows": 0.0, "columns": 0.95}}
         if calibrated
         else None,
         "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from partial_lora.calibration.importance import svd
 
 TARGETS = ["attn.qkv", "mlp.fc2"]
+GRID = {"target_modules": TARGETS, "levels": 0.2, "max_sparsity": 0.8}
+VARIANTS = [
+    (axes, scope) for axes in ("separate", "joint") for scope in ("independent", "cumulative", "cumulative_backward")
+]
 BERT, LLAMA = "bert.encoder.layer", "model.layers"
 
 

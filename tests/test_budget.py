@@ -4,15 +4,7 @@ import random
 
 import pytest
 
-from partial_lora.budget import (
-    dense_parameters,
-    kept_parameters,
-    largest,
-    meet,
-    parameter_count,
-    scaled,
-    shrunk,
-)
+from partial_lora.budget import dense_parameters, kept_parameters, largest, meet, parameter_count, scaled, shrunk
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
 

@@ -17,15 +17,7 @@ import pytest
 
 from partial_lora import files
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import (
-    MARKER,
-    building,
-    cache_dir,
-    fault,
-    file_sha256,
-    replace_folder,
-    verified_folder,
-)
+from partial_lora.files import MARKER, building, cache_dir, fault, file_sha256, replace_folder, verified_folder
 
 
 def build_two_files(folder: Path) -> None:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_models import (
-    MIXED,
-    adapt,
-    dense_twin,
-    fill,
-    layers,
-    loss_of,
-    timm_images,
-    timm_vit,
-)
+from adapter_models import MIXED, adapt, dense_twin, fill, layers, loss_of, timm_images, timm_vit
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -41,6 +41,7 @@ from adapter_models import (
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -122,9 +123,8 @@ def test_an_adapter_whose_config_is_gone_or_broken_is_refused_by_its_name(tmp_pa
     adapt(sparsity=0.6).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(PartialLoraError, match=r"adapter_config\.json") as refusal:
+    with refusal(r".*adapter_config\.json"):
         PartialLoraConfig.from_pretrained(tmp_path)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("folder", [None, 3, b"adapter"])
@@ -387,6 +387,5 @@ def test_a_repository_without_a_sidecar_is_refused(hub, tmp_path):
     shutil.copytree(tmp_path / "v1", tmp_path / "plain")
     (tmp_path / "plain" / "partial_lora.json").unlink()
     hub.repositories["me/plain", None] = tmp_path / "plain"
-    with pytest.raises(partial_lora.PartialLoraError, match=r"me/plain.*partial_lora\.json") as refusal:
+    with refusal(r".*me/plain.*partial_lora\.json"):
         PartialLoraConfig.from_pretrained("me/plain")
-    assert "\n" not in str(refusal.value)

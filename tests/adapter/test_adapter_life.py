@@ -35,11 +35,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import (
-    hotswap_adapter,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from refusals import refusal
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
@@ -51,15 +47,8 @@ granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element
 
 def config_of(base, **settings):
     """Scaled as plain LoRA, so that code of PEFT that passes over alphas gives the same."""
-    settings = {
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": KIND_OF[base].targets,
-        "sparsity": 0.5,
-        **AS_PEFT,
-        **settings,
-    }
-    return PartialLoraConfig(**settings)
+    usual = {"r": 4, "lora_alpha": 6, "target_modules": KIND_OF[base].targets, "sparsity": 0.5}
+    return PartialLoraConfig(**usual | AS_PEFT | settings)
 
 
 def pair(base=vit, granularity="rows_columns", **settings):
@@ -415,6 +404,3 @@ def test_values_of_a_smaller_mask_are_refused_for_use_too(tmp_path):
     adapt(llama, sparsity=0.8).save_pretrained(tmp_path)
     with pytest.raises(PartialLoraError, match="does not match the digest"):
         PeftModel.from_pretrained(llama(), tmp_path, config=config_of(llama, sparsity=0.5))
-
-
-# Conversion

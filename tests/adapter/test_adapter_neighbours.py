@@ -47,11 +47,15 @@ def assert_same_gradients(model, twin, *inputs):
         output.square().sum().backward()
         outputs.append(output.detach())
     torch.testing.assert_close(*outputs, **TOLERANCE)
+    have_same_gradients(model, twin)
+
+
+def have_same_gradients(model, twin, tolerance=TOLERANCE):
     for name, layer in layers(model).items():
         for factors in ("lora_A", "lora_B"):
             own = getattr(layer, factors)["default"]
             dense = getattr(layers(twin)[name], factors)["default"].weight
-            torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), **TOLERANCE)
+            torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), **tolerance)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -132,9 +136,7 @@ def test_backward_under_autocast_of_a_forward_outside_it():
         loss = each(x).sum()
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
-    for name, layer in layers(model).items():
-        own, dense = layer.lora_A["default"], layers(twin)[name].lora_A["default"].weight
-        torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), rtol=0.05, atol=0.05)
+    have_same_gradients(model, twin, {"rtol": 0.05, "atol": 0.05})
 
 
 def test_nested_tensors_of_jagged_rows():
@@ -158,8 +160,7 @@ def test_second_derivatives_by_pefts_own_way(monkeypatch):
     monkeypatch.setattr(PartialLinear, "fuses", False)
     for each in (model, twin):
         penalty(each, x)
-    own, dense = layers(model)["fc1"].lora_A["default"], layers(twin)["fc1"].lora_A["default"].weight
-    torch.testing.assert_close(own.kept.grad, own.keep(dense.grad), rtol=1e-4, atol=1e-4)
+    have_same_gradients(model, twin, {"rtol": 1e-4, "atol": 1e-4})
 
 
 def test_forward_mode_derivatives():

@@ -27,20 +27,12 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForTokenClassification,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, MambaConfig, MambaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
 from partial_lora.adapter.factor import FactorA, FactorB
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
-
-granularities = pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 
 # Some modules keep so little that they gather and scatter, some so much that they do not.
 UNEVEN = {"rows": 0.9, "columns": 0.8}
@@ -63,10 +55,7 @@ def gradients(model, batch, seed=3):
 
 @pytest.mark.parametrize(
     ("kind", "task", "head"),
-    [
-        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
-        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
-    ],
+    [(BertForTokenClassification, "TOKEN_CLS", "classifier"), (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs")],
 )
 def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
     shape = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
@@ -258,11 +247,7 @@ def test_each_example_of_a_batch_has_its_own_adapter(name, granularity):
 
 @pytest.mark.parametrize(
     ("name", "bias", "granularity"),
-    [
-        ("wrapped_vit", "all", "rows_columns"),
-        ("wrapped_vit", "lora_only", "element"),
-        ("convnext", "all", "element"),
-    ],
+    [("wrapped_vit", "all", "rows_columns"), ("wrapped_vit", "lora_only", "element"), ("convnext", "all", "element")],
 )
 def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     kind = KINDS[name]

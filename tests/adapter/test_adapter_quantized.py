@@ -234,10 +234,7 @@ class StandIn(nn.Module):
 @pytest.mark.parametrize("granularity", ["rows_columns", "element"])
 @pytest.mark.parametrize(
     ("kind", "dropout"),
-    [
-        (GPTQLoraLinear, 0.0),
-        *itertools.product((AwqLoraLinear, AqlmLoraLinear, TeLinear), (0.0, 0.3)),
-    ],
+    [(GPTQLoraLinear, 0.0), *itertools.product((AwqLoraLinear, AqlmLoraLinear, TeLinear), (0.0, 0.3))],
 )
 def test_layers_of_peft_over_a_stand_in(kind, granularity, dropout):
     # GPTQ's asks for the variant: where it gathers kept features, dropout is drawn for them alone. The others know

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapter_models import layers, trainable_parameters
 from peft import LoraConfig, get_peft_model
+from refusals import refusal
 from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
@@ -190,9 +191,8 @@ def replaced(values):
     ],
 )
 def test_what_are_no_numbers_for_each_axis_is_refused(change, entry, key):
-    with pytest.raises(PartialLoraError, match=f"^{key}{entry}") as refusal:
+    with refusal(f"{key}{entry}"):
         config(selection="top", **{key: other(importance("rows_columns"), change)})
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("values", [[1, 2], "calibration.json", 0.5])

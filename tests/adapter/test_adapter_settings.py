@@ -29,15 +29,9 @@ from adapter_models import (
     trainable_parameters,
     vit,
 )
-from peft import (
-    LoraConfig,
-    LoraRuntimeConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from refusals import refusal
 from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -134,9 +128,8 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
     ],
 )
 def test_settings_are_refused_by_name(key, settings):
-    with pytest.raises(PartialLoraError, match=f"^{key}") as refusal:
+    with refusal(key):
         PartialLoraConfig(**{"target_modules": ["qkv"], **settings})
-    assert "\n" not in str(refusal.value)
 
 
 def test_what_is_left_out_suits_the_form_and_what_is_set_stays():

@@ -30,6 +30,7 @@ from adapter_models import (
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from refusals import refusal
 from safetensors.torch import load, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,9 +98,8 @@ def assert_unchanged(model, before):
 
 def refuses(model, folder, message, **arguments):
     before = snapshot(model)
-    with pytest.raises(PartialLoraError, match=message) as error:
+    with refusal(f".*({message})"):
         load_compact(model, folder, **arguments)
-    assert "\n" not in str(error.value)
     assert_unchanged(model, before)
 
 
@@ -324,8 +324,18 @@ def test_the_base_model_in_another_precision_is_the_same_model(tmp_path, dtype):
     assert module_masks(load_compact(vit().to(dtype), tmp_path)) == module_masks(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype):
+def whole(model):
+    return [model]
+
+
+def one_by_one(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [(torch.float32, whole), (torch.bfloat16, whole), (torch.bfloat16, one_by_one)]
+)
+def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype, parts):
     def adapted():
         torch.manual_seed(1)
         # No larger than the weights, as what is learned is.
@@ -334,9 +344,11 @@ def test_merging_and_unmerging_leave_a_base_what_it_was(tmp_path, dtype):
 
     own, model = fingerprint(llama().to(dtype)), adapted()
     for _ in range(3):
-        model.merge_adapter()
+        for part in parts(model):
+            part.merge_adapter() if part is model else part.merge()
         assert not own.agrees(fingerprint(model.get_base_model()))
-        model.unmerge_adapter()
+        for part in parts(model):
+            part.unmerge_adapter() if part is model else part.unmerge()
     expected = logits(adapted(), tokens())
     assert not torch.equal(logits(model, tokens()), expected)  # rounding has moved the base
     write_compact(model, tmp_path)
@@ -370,18 +382,6 @@ def test_a_base_in_which_an_adapter_was_left_is_another(tmp_path, merge):
     refuses(base, tmp_path, "check_base")
     write_compact(fill(get_peft_model(base, config)), tmp_path / "second")  # which belongs to what it was trained over
     refuses(llama(), tmp_path / "second", "check_base")
-
-
-def test_layers_that_are_merged_one_by_one_leave_a_base_what_it_was(tmp_path):
-    config = PartialLoraConfig(r=4, lora_alpha=0.08, target_modules=["q_proj", "down_proj"], sparsity=0.5)
-    model = fill(get_peft_model(llama().to(torch.bfloat16), config))
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.merge()
-    for layer in layers:
-        layer.unmerge()
-    write_compact(model, tmp_path)
-    assert module_masks(load_compact(llama().to(torch.bfloat16), tmp_path)) == module_masks(model)
 
 
 @pytest.mark.parametrize("base", [llama, qwen2])  # the second's head is tied to its embeddings

@@ -28,12 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from partial_lora.adapter import (
-    PartialLoraConfig,
-    load_compact,
-    module_masks,
-    write_compact,
-)
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks, write_compact
 from partial_lora.adapter.layer import PartialLinear
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT, random_keys
@@ -229,19 +224,18 @@ def test_unit_vectors_are_of_rows_and_columns_that_there_are_and_their_order_is_
             adapt(timm_convnext, sparsity=0.0, **settings)
 
 
-def test_a_frozen_a_keeps_the_narrow_features_alone_for_the_backward_pass():
-    def saved(columns):
-        layer = nn.Sequential(nn.Linear(64, 64))
-        model = PeftModel(layer, PartialLoraConfig(r=4, target_modules=["0"], sparsity=0.25, columns=columns))
-        shapes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-            model(torch.randn(10, 64)).sum().backward()
-        return shapes
-
-    assert (10, 64) in saved("masked")
-    for columns in ("frozen", "one_hot"):
-        assert (10, 4) in saved(columns)
-        assert (10, 64) not in saved(columns)
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [({}, None), ({"columns": "frozen"}, 4), ({"columns": "one_hot"}, 4), ({"granularity": "groups"}, 16)],
+)
+def test_of_a_frozen_a_and_of_groups_the_backward_pass_keeps_the_narrow_features_alone(settings, width):
+    layer, shapes = nn.Sequential(nn.Linear(64, 64)), []
+    sparsity = 0.75 if width == 16 else 0.25
+    model = PeftModel(layer, PartialLoraConfig(r=4, target_modules=["0"], sparsity=sparsity, **settings))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        model(torch.randn(10, 64)).sum().backward()
+    assert width is None or (10, width) in shapes
+    assert ((10, 64) in shapes) == (width is None)
 
 
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, False), (torch.float16, True)])

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from adapter_models import HEAD, adapt, fill, images, llama, optimizer_of, qwen2, redrawn, step, vit
 
 from partial_lora.adapter.fingerprint import fingerprint
 
 
-def test_a_model_with_quantised_linear_layers_is_known_by_the_rest_of_it():
-    own, quantised, other = vit(), vit(), redrawn()
+class Params4bit(torch.nn.Parameter):
+    """As bitsandbytes'; under bnb_4bit_quant_storage=torch.bfloat16, as FSDP wants it, its codes are numbers."""
+
+    quant_state = None
+
+
+@pytest.mark.parametrize(
+    ("build", "parameter", "dtype"),
+    [(vit, torch.nn.Parameter, torch.uint8), (lambda: llama().to(torch.bfloat16), Params4bit, torch.bfloat16)],
+)
+def test_a_model_with_quantised_linear_layers_is_known_by_the_rest_of_it(build, parameter, dtype):
+    own, quantised = build(), build()
+    other = redrawn(build).to(next(own.parameters()).dtype)
     for model in (quantised, other):
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                packed = torch.zeros(math.ceil(module.weight.numel() / 2), 1, dtype=torch.uint8)
-                module.weight = torch.nn.Parameter(packed, requires_grad=False)
+                packed = torch.zeros(math.ceil(module.weight.numel() / 2), 1, dtype=dtype)
+                module.weight = parameter(packed, requires_grad=False)
+    assert fingerprint(quantised).is_quantised
     assert fingerprint(own).agrees(fingerprint(quantised))
     assert not fingerprint(own).agrees(fingerprint(other))
     assert not fingerprint(quantised).agrees(fingerprint(other))
     before = fingerprint(quantised)
-    weight = quantised.timm_model.blocks[0].mlp.fc1.weight
-    weight.data = torch.ones(weight.shape[::-1], dtype=torch.uint8)  # packed otherwise
+    weight = next(module.weight for module in quantised.modules() if isinstance(module, torch.nn.Linear))
+    weight.data = torch.ones(weight.shape[::-1], dtype=dtype)  # packed otherwise
     assert fingerprint(quantised) == before
-
-
-def test_codes_that_are_stored_as_numbers_are_not_compared():
-    """bitsandbytes' codes under bnb_4bit_quant_storage=torch.bfloat16, as FSDP wants them."""
-
-    class Params4bit(torch.nn.Parameter):
-        quant_state = None
-
-    own, stored, other = llama().to(torch.bfloat16), llama().to(torch.bfloat16), redrawn(llama).to(torch.bfloat16)
-    for model in (stored, other):
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight = Params4bit(torch.zeros(7, 1, dtype=torch.bfloat16), requires_grad=False)
-    assert fingerprint(own).agrees(fingerprint(stored))
-    assert fingerprint(stored).is_quantised
-    assert not fingerprint(own).agrees(fingerprint(other))
 
 
 def test_a_base_with_a_masked_adapter_merged_into_it_is_another():

@@ -21,13 +21,13 @@ from adapter_models import (
     tokens,
     vit,
 )
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
 
-PLAIN = {"lora_alpha": 6, "use_rslora": False, "alpha_pattern": {}, "row_exponent": 0.0, "column_exponent": 0.0}
 QKV = "timm_model.blocks.0.attn.qkv"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -88,12 +88,6 @@ def test_kept_entries_are_those_of_the_lora_and_the_others_zero(name, granularit
     for key in heads:
         assert torch.equal(state(model)[key], state(dense)[key])
         assert not torch.equal(state(model)[key], state(adapt(kind.build, task_type=kind.task))[key])
-
-
-def test_at_sparsity_zero_the_model_says_what_it_says_with_the_lora(lora):
-    model = adapt(sparsity=0.0)
-    warm_start(model, lora)
-    assert torch.equal(logits(model, images()), logits(PeftModel.from_pretrained(vit(), str(lora)), images()))
 
 
 @pytest.mark.parametrize(
@@ -231,9 +225,8 @@ def test_a_lora_that_does_not_fit_is_refused_and_the_model_stays(lora, settings,
         damage(lora)
     model = adapt(sparsity=0.5, **settings)
     before = state(model)
-    with pytest.raises(PartialLoraError, match=message) as refusal:
+    with refusal(f".*({message})"):
         warm_start(model, lora)
-    assert "\n" not in str(refusal.value)
     assert all(torch.equal(value, before[key]) for key, value in state(model).items())
 
 
@@ -261,9 +254,8 @@ def test_what_cannot_take_or_give_a_lora_is_refused(lora, monkeypatch):
         (adapt(sparsity=0.5), "me/nothing", "default", "me/nothing"),
         (adapt(sparsity=0.5), "nothing", "default", "^nothing has no adapter_config.json: "),  # without asking the hub
     ):
-        with pytest.raises(PartialLoraError, match=message) as refusal:
+        with refusal(f".*({message})"):
             warm_start(model, source, name)
-        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("all_layers", [True, False])

@@ -103,10 +103,7 @@ def test_small_images_that_are_made_much_larger_are_said(name: str, pixels: int,
 def test_a_setting_has_the_shrunk_shares_of_a_calibration_at_its_size() -> None:
     shapes, sparsity = (
         {"a": (40, 30), "b": (50, 20)},
-        {
-            "a": {"rows": 0.9, "columns": 0.5},
-            "b": {"rows": 0.8, "columns": 0.9},
-        },
+        {"a": {"rows": 0.9, "columns": 0.5}, "b": {"rows": 0.8, "columns": 0.9}},
     )
     plain, half = (
         build.setting_of(compose.composed("model=tiny_vit", f"calibration.shrink={shrink}"), shapes, sparsity)

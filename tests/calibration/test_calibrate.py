@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from refusals import refusal
-from scored_models import Counted, Named, full_accuracy, scored_draw, tiny_vit, with_zeroed
+from scored_models import GRID, TARGETS, VARIANTS, Counted, Named, full_accuracy, scored_draw, tiny_vit, with_zeroed
 from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
@@ -21,13 +21,8 @@ from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import bisect, line, passes, passes_at_most, scan
 from partial_lora.masks import AXES
 
-TARGETS = ["attn.qkv", "mlp.fc2"]
 NAMES = [f"vit.blocks.{block}.{target}" for block in range(2) for target in TARGETS]
 LEVELS = [0.2, 0.4, 0.6, 0.8]
-GRID = {"target_modules": TARGETS, "levels": 0.2, "max_sparsity": 0.8}
-VARIANTS = [
-    (axes, scope) for axes in ("separate", "joint") for scope in ("independent", "cumulative", "cumulative_backward")
-]
 
 
 class Twin:
@@ -236,18 +231,6 @@ def minus_loss(batches):
     return score
 
 
-def test_negative_scores_are_losses(model, batches):
-    loss = minus_loss(batches)
-    baseline = loss(model)
-    result = calibrate(model, loss, target_modules=["mlp.fc1"], threshold=0.8, levels=0.2, max_sparsity=0.8)
-    assert 0 < sum(level for axes in result.sparsity.values() for level in axes.values()) < 0.8 * 4
-    for name, axes in result.sparsity.items():
-        for axis, sparsity in axes.items():
-            levels = [level for level in LEVELS if level <= sparsity + 0.2]
-            survives = [loss(with_zeroed(model, [(name, axis, level)])) >= baseline / 0.8 for level in levels]
-            assert survives == [level <= sparsity for level in levels]
-
-
 @pytest.mark.parametrize(
     ("above_chance", "scope"), [(False, "cumulative"), (True, "cumulative"), (True, "independent")]
 )
@@ -392,9 +375,8 @@ def test_importance_by_name_by_function_or_given(model, batches):
     ],
 )
 def test_bad_arguments_are_named(model, arguments, key):
-    with pytest.raises(PartialLoraError, match=key) as error:
+    with refusal(f".*({key})"):
         calibrate(model, lambda model: 1.0, **GRID | arguments)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +397,7 @@ def test_bad_arguments_are_named(model, arguments, key):
         ("importance.energy", {"importance_options": {"energy": -1}}),
         ("importance=svd", {"importance_options": {"k": "a"}}),
         ("store", {"store": Path("/")}),
+        *((key, {key: value}) for key, value in {"shots": 1, "shrink": 0.5, "kept": 1e6, "reliability": True}.items()),
         *(("score", {"score": value}) for value in (None, lambda model: "0.5", lambda model: None)),
         ("model", {"model": None}),
     ],

@@ -9,27 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import refusal
-from scored_models import Counted
+from scored_models import GRID, VARIANTS, Counted
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration import curves
 from partial_lora.calibration.score import FewShotScore
 
-GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
-VARIANTS = [
-    (axes, scope) for axes in ("separate", "joint") for scope in ("independent", "cumulative", "cumulative_backward")
-]
-
 
 def never(model):
     raise AssertionError("evaluated again")
-
-
-def test_settings_that_only_a_run_reads_are_refused(model, score):
-    for name, value in {"shots": 1, "shrink": 0.5, "kept": 1e6, "reliability": True}.items():
-        with refusal(name):
-            calibrate(model, score, **GRID, **{name: value})
 
 
 def test_a_store_that_cannot_be_removed_is_not_used(model, score, tmp_path, monkeypatch):
@@ -70,20 +58,6 @@ def test_the_same_question_is_answered_without_any_evaluation(model, score, tmp_
     assert again.cached
     assert again.sparsity == budget.sparsity
     assert again.budget == 0.5
-
-
-def test_another_threshold_evaluates_only_what_is_undecided(model, batches, tmp_path):
-    def fresh():
-        return FewShotScore(model, batches, blocks="vit.blocks")
-
-    alone = {at: calibrate(model, fresh(), **GRID, threshold=at) for at in (0.75, 0.9)}
-    store = tmp_path / "curves.json"
-    for at in (0.9, 0.75):
-        shared = calibrate(model, fresh(), **GRID, threshold=at, store=store)
-        assert shared.sparsity == alone[at].sparsity
-        assert shared.joint == alone[at].joint
-        assert not shared.cached
-    assert shared.evaluations < 0.8 * alone[0.75].evaluations
 
 
 def test_an_interrupted_calibration_goes_on(model, batches, tmp_path):
@@ -141,15 +115,18 @@ def test_curves_of_something_else_are_not_used(model, batches, score, tmp_path, 
     assert other.modules == fresh.modules
 
 
-@pytest.mark.parametrize(("axes", "scope"), VARIANTS)
-def test_thresholds_share_what_has_the_same_choices_before_it(model, batches, tmp_path, axes, scope):
+@pytest.mark.parametrize(("axes", "scope", "bounded"), [*((*each, False) for each in VARIANTS), (*VARIANTS[0], True)])
+def test_thresholds_share_what_has_the_same_choices_before_it(model, batches, tmp_path, axes, scope, bounded):
+    def fresh():
+        return FewShotScore(model, batches, blocks="vit.blocks") if bounded else Counted(batches)
+
     kind, store = {"axes": axes, "scope": scope, **GRID}, tmp_path / "curves.json"
-    alone = calibrate(model, Counted(batches), threshold=0.85, **kind)
-    calibrate(model, Counted(batches), threshold=0.9, store=store, **kind)
-    score = Counted(batches)
-    shared = calibrate(model, score, threshold=0.85, store=store, **kind)
+    alone = calibrate(model, fresh(), threshold=0.85, **kind)
+    calibrate(model, fresh(), threshold=0.9, store=store, **kind)
+    shared = calibrate(model, fresh(), threshold=0.85, store=store, **kind)
     assert (shared.modules.keys(), shared.sparsity, shared.joint) == (alone.modules.keys(), alone.sparsity, alone.joint)
-    assert score.calls < alone.evaluations
+    assert not shared.cached
+    assert shared.evaluations < alone.evaluations
     again = calibrate(model, lambda model: pytest.fail("evaluated again"), threshold=0.85, store=store, **kind)
     assert again.cached
     assert again.modules == shared.modules

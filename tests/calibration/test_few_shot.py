@@ -5,34 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from configured import load
 from datasets import Dataset
 from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
-from partial_lora import models, tasks
+from partial_lora import tasks
 from partial_lora.calibration import importance
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.few_shot import FewShot, features, few_shot_head, fitted_head
 from partial_lora.errors import PartialLoraError
-from partial_lora.models.config import ModelConfig
 from partial_lora.tasks.config import TaskConfig
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HEAD = "timm_model.head"
-
-
-def tiny_vit(labels: list[str]) -> nn.Module:
-    torch.manual_seed(0)
-    return models.load(
-        ModelConfig("tiny_vit", weights="random", architecture="vit_tiny_patch16_224", model_args=TINY, image_size=32),
-        labels,
-    )
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    return tiny_vit(["a", "b", "c"])
+    return load("tiny_vit", labels=["a", "b", "c"])
 
 
 @pytest.fixture
@@ -127,7 +118,7 @@ def digits() -> tuple[tasks.Task, tasks.ImageTransform]:
 
 
 def ten_classes() -> nn.Module:
-    return tiny_vit([str(digit) for digit in range(10)])
+    return load("tiny_vit", labels=[str(digit) for digit in range(10)])
 
 
 TARGETS = ["timm_model.blocks.0.attn.qkv", "timm_model.blocks.1.mlp.fc2"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scored_models import (
-    TARGETS,
+    GRID,
     Counted,
     Named,
     graded,
@@ -33,7 +33,6 @@ from partial_lora.calibration.search import COMPETING, passes_at_most
 from partial_lora.masks import AXES, Mask
 
 LEVELS = [0.2, 0.4, 0.6, 0.8]
-GRID = {"target_modules": TARGETS, "levels": 0.2, "max_sparsity": 0.8}
 CURVES = (*AXES, "joint")
 
 

@@ -117,37 +117,6 @@ def test_activation_is_the_weight_times_the_norm_of_what_enters(perceptron, modu
     assert_same(scores("activation", perceptron, modules, draw()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["snip", "activation", "imp"])  # A, which is drawn, would have to move along
-def test_scores_follow_the_units_when_they_change_places(name, perceptron, modules):
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
-    moved = copy.deepcopy(perceptron)
-    with torch.no_grad():
-        moved.first.weight.copy_(perceptron.first.weight[order])
-        moved.first.bias.copy_(perceptron.first.bias[order])
-        moved.second.weight.copy_(perceptron.second.weight[:, order])
-    found = scores(name, moved, {"first": moved.first, "second": moved.second}, draw())
-    expected = scores(name, perceptron, modules, draw())
-    torch.testing.assert_close(found["first"][0], expected["first"][0][order], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["second"][1], expected["second"][1][order], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["second"][0], expected["second"][0], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["snip", "activation"])
-def test_neither_the_batches_nor_their_order_matter(name, perceptron, modules):
-    expected = scores(name, perceptron, modules, draw((11,)))
-    assert_same(scores(name, perceptron, modules, draw((1, 7, 3))), expected, rtol=1e-5, atol=1e-7)
-    assert_same(scores(name, perceptron, modules, draw((4, 4, 3))[::-1]), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_signs_within_an_entry_cancel_before_the_absolute_value_is_taken(perceptron, modules):
-    """Two examples with opposite losses pull every weight both ways: nothing is left of the mean."""
-    batch = draw((1,))[0]
-    there = lambda model, batch: model(batch["inputs"]).sum() * batch["sign"].sum()  # noqa: E731
-    both = [batch | {"sign": torch.ones(1)}, batch | {"sign": -torch.ones(1)}]
-    found = scores("snip", perceptron, modules, both, loss=there)
-    assert all(not axis.any() for pair in found.values() for axis in pair)
-
-
 def state(model):
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
@@ -370,12 +339,6 @@ def test_imp_is_training_pruning_and_rewinding(rounds, steps, perceptron, module
     assert_same(imp(perceptron, modules, [batch], **options), literal(perceptron, list(modules), batch, **options))
 
 
-def test_one_round_without_training_is_magnitude(perceptron, modules):
-    for name, pair in imp(perceptron, modules, rounds=1, steps=0).items():
-        for some, size in zip(pair, importance.magnitude(modules[name].weight), strict=True):
-            assert torch.equal(some.argsort(), size.argsort())
-
-
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.99])
 def test_the_order_is_total(rounds, fraction, perceptron, modules):
@@ -388,21 +351,6 @@ def test_the_order_is_total(rounds, fraction, perceptron, modules):
         size = len(found["second"][axis])
         assert found["second"][axis].tolist() == list(range(size - 1, -1, -1))  # of equals the lower index is kept
     assert found["first"][0][0] > found["first"][0][1] > found["first"][0][2]
-
-
-def test_every_round_starts_from_the_pretrained_values_of_what_is_left(perceptron, modules):
-    watched = Watched(modules)
-    found = imp(perceptron, modules, rounds=3, fraction=0.34, steps=4, learning_rate=0.05, loss=watched)
-    left = {"first": [(6, 7), (4, 5), (3, 3)], "second": [(5, 6), (3, 4), (2, 3)]}
-    for number in range(3):
-        for name, module in modules.items():
-            rows, columns = (len(axis) - kept for axis, kept in zip(found[name], left[name][number], strict=True))
-            kept = (found[name][0] >= rows)[:, None] & (found[name][1] >= columns)
-            assert torch.equal(watched.weights[4 * number][name], module.weight * kept)
-            for step in range(1, 4):
-                weight = watched.weights[4 * number + step][name]
-                assert torch.equal(weight != 0, kept)  # what has fallen never moves
-                assert not torch.equal(weight, module.weight * kept)
 
 
 def test_examples_are_mixed_and_each_is_seen_before_any_comes_again(perceptron, modules):

@@ -8,12 +8,11 @@ import traceback
 
 import pytest
 import torch.distributed
-from scored_models import Counted, Named, scored_draw, tiny_vit
+from scored_models import GRID, Counted, Named, scored_draw, tiny_vit
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.calibration.score import FewShotScore
 
-GRID = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8}
 VARIANTS = {
     "threshold": {"threshold": 0.8},
     "budget": {"budget": 0.5, "chance": 0.3},

@@ -107,12 +107,7 @@ def test_calibrations_of_different_modules_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("corrected", "words"),
-    [
-        (0.51, ""),
-        (0.5, ""),
-        (0.49, "inconsistent: .* 0.49; .*calibration.shots.*"),
-        (None, "no reliability"),
-    ],
+    [(0.51, ""), (0.5, ""), (0.49, "inconsistent: .* 0.49; .*calibration.shots.*"), (None, "no reliability")],
 )
 def test_the_verdict_turns_at_one_half(corrected, words) -> None:
     assert re.match(words + ("$" if not words else ""), verdict(corrected))

@@ -6,19 +6,19 @@ import itertools
 import random
 
 import pytest
-from scored_models import Counted, full_accuracy, with_zeroed
+from scored_models import GRID, Counted, full_accuracy, with_zeroed
 
 from partial_lora import calibrate
 from partial_lora.calibration.repair import relax, relaxations
 from partial_lora.calibration.search import both_axes, passes
 from partial_lora.masks import kept_count
 
-GRID = [0.2, 0.4, 0.6, 0.8]
+LEVELS = [0.2, 0.4, 0.6, 0.8]
 SHAPES = {"a": (12, 8), "b": (30, 7), "c": (5, 5)}
 
 
 def below(level):
-    return ([0.0, *GRID])[GRID.index(level)]
+    return ([0.0, *LEVELS])[LEVELS.index(level)]
 
 
 def literal_order(levels, shapes, own):
@@ -41,8 +41,8 @@ def literal_order(levels, shapes, own):
 
 def drawn(seed, axes=("rows", "columns")):
     generator = random.Random(seed)
-    levels = {module: {axis: generator.choice([0.0, *GRID]) for axis in axes} for module in SHAPES}
-    curves = {(m, a, level): generator.randrange(4) / 4 for m in SHAPES for a in axes for level in GRID}
+    levels = {module: {axis: generator.choice([0.0, *LEVELS]) for axis in axes} for module in SHAPES}
+    curves = {(m, a, level): generator.randrange(4) / 4 for m in SHAPES for a in axes for level in LEVELS}
     return levels, lambda *point: curves[point]
 
 
@@ -50,13 +50,13 @@ def drawn(seed, axes=("rows", "columns")):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_order_against_the_literal_twin(seed, axes):
     levels, own = drawn(seed, axes)
-    assert list(relaxations(levels, GRID, SHAPES, own)) == list(literal_order(levels, SHAPES, own))
+    assert list(relaxations(levels, LEVELS, SHAPES, own)) == list(literal_order(levels, SHAPES, own))
 
 
 def test_a_level_without_a_score_has_lost_all_of_it():
     levels = {"a": {"rows": 0.4}, "b": {"rows": 0.4}}
     own = {("a", "rows", 0.4): 0.3, ("b", "rows", 0.4): float("nan")}
-    assert next(relaxations(levels, GRID, SHAPES, lambda *point: own[point])) == ("b", "rows")
+    assert next(relaxations(levels, LEVELS, SHAPES, lambda *point: own[point])) == ("b", "rows")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,7 +79,7 @@ def test_as_few_steps_as_are_enough_where_each_adds_to_the_score(seed):
         asked.clear()
         bound = needed / max(1, len(order))
         found, score, steps = relax(
-            levels, GRID, SHAPES, own=own, joint=joint, enough=lambda value, bound=bound: value >= bound, before=0.0
+            levels, LEVELS, SHAPES, own=own, joint=joint, enough=lambda value, bound=bound: value >= bound, before=0.0
         )
         assert (found, score, steps) == (states[needed], bound if needed else 0.0, needed)
         assert len(asked) == len(set(asked)) <= 2 * max(1, needed).bit_length() + 1
@@ -90,14 +90,14 @@ def test_one_step_fewer_is_not_enough_even_where_scores_jump():
     for seed in range(30):
         generator = random.Random(seed)
         scores = [0.0, *(generator.choice([0.0, None, 1.0]) for _ in range(15)), 1.0]
-        total = sum(GRID.index(level) + 1 for of in levels.values() for level in of.values())
+        total = sum(LEVELS.index(level) + 1 for of in levels.values() for level in of.values())
 
         def joint(sparsity, scores=scores, total=total):
-            left = sum([0.0, *GRID].index(level) for of in sparsity.values() for level in of.values())
+            left = sum([0.0, *LEVELS].index(level) for of in sparsity.values() for level in of.values())
             return scores[total - left]
 
         _, score, steps = relax(
-            levels, GRID, SHAPES, own=lambda *_: 0.5, joint=joint, enough=lambda value: value >= 1, before=0.0
+            levels, LEVELS, SHAPES, own=lambda *_: 0.5, joint=joint, enough=lambda value: value >= 1, before=0.0
         )
         assert score == scores[steps] == 1
         assert steps > 0
@@ -107,9 +107,9 @@ def test_one_step_fewer_is_not_enough_even_where_scores_jump():
 def test_nothing_to_relax_is_left_as_it_is():
     kept = {"a": {"rows": 0.0, "columns": 0.0}}
     given = {"own": pytest.fail, "joint": pytest.fail}
-    assert relax(kept, GRID, SHAPES, enough=lambda score: False, before=0.3, **given) == (kept, 0.3, 0)
+    assert relax(kept, LEVELS, SHAPES, enough=lambda score: False, before=0.3, **given) == (kept, 0.3, 0)
     full = {"a": {"rows": 0.8, "columns": 0.8}}
-    assert relax(full, GRID, SHAPES, enough=lambda score: True, before=0.9, **given) == (full, 0.9, 0)
+    assert relax(full, LEVELS, SHAPES, enough=lambda score: True, before=0.9, **given) == (full, 0.9, 0)
 
 
 # With a model
@@ -117,7 +117,7 @@ def test_nothing_to_relax_is_left_as_it_is():
 
 @pytest.mark.parametrize(("axes", "threshold", "bounded"), [("separate", 0.85, True), ("joint", 0.8, False)])
 def test_a_repaired_calibration_against_the_literal_twin(model, batches, score, axes, threshold, bounded):
-    kind = {"target_modules": ["attn.qkv", "mlp.fc2"], "levels": 0.2, "max_sparsity": 0.8, "threshold": threshold}
+    kind = GRID | {"threshold": threshold}
     plain = calibrate(model, Counted(batches), axes=axes, **kind)
     assert not passes(plain.joint, baseline=plain.baseline, threshold=threshold)
     found = calibrate(model, score if bounded else Counted(batches), axes=axes, repair=True, **kind)

@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from refusals import refusal
 from scored_models import TARGETS, Counted
 
 from partial_lora import Calibration, PartialLoraError, calibrate
@@ -51,9 +52,8 @@ def test_a_broken_calibration_is_refused_by_name(tmp_path, spoil):
     path.write_text(json.dumps(good))
     assert Calibration.load(path).sparsity == {"a": {"rows": 0.5, "columns": 0.5}}
     path.write_text(spoil(good))
-    with pytest.raises(PartialLoraError, match=r"calibration\.json") as error:
+    with refusal(r".*calibration\.json"):
         Calibration.load(path)
-    assert "\n" not in str(error.value)
     with pytest.raises(PartialLoraError, match=r"missing.json"):
         Calibration.load(tmp_path / "missing.json")
 
@@ -77,11 +77,7 @@ def warned(*levels, size=160, density=0.5, **changes):
     ("levels", "changes", "expected"),
     [
         ((0.4, 0.2, 0.0), {}, []),
-        (
-            (0.4, 0.0),
-            {"curve": [[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]},
-            ["not a number.* block.0, block.1 "],
-        ),
+        ((0.4, 0.0), {"curve": [[0.2, 0.9], [0.4, [0.85, 0.9]], [0.6, None]]}, ["not a number.* block.0, block.1 "]),
         ((0.4, 0.0), {"baseline": 0.18, "joint": 0.18}, ["frozen .*0.18 .*0.1:"]),
         ((0.4, 0.0), {"baseline": 0.2, "joint": 0.2}, []),
         ((0.4, 0.0), {"baseline": -2.1, "chance": -2.3, "threshold": 0.95, "joint": -2.1}, ["frozen .*-2.1 .*-2.3:"]),

@@ -102,14 +102,7 @@ def test_memory_holds_the_nearest_earlier_state_where_the_own_does_not_fit():
         altered(tight, model, inputs[batch], batch, f"vit.blocks.{block}.mlp.fc2")
         ran.append(tight.ran)
         assert tight.bytes <= large + small
-    assert ran == [
-        3 + 2,
-        2,
-        3 + 1,
-        1,
-        2,
-        1,
-    ]  # once for each block it is checked that it depends on what enters it alone
+    assert ran == [3 + 2, 2, 3 + 1, 1, 2, 1]  # for each block it is checked once that what enters it is all it needs
     assert tight.bytes == large + small
     tighter = Reuse(model, BLOCKS["vit"], large)
     for batch in (1, 0, 1, 0):
@@ -132,8 +125,7 @@ def test_going_backwards_costs_no_more_than_going_forwards():
 
 
 @pytest.mark.parametrize(
-    ("family", "order"),
-    [("vit", "forwards"), ("vit", "backwards"), ("deberta", "forwards"), ("llama", "backwards")],
+    ("family", "order"), [("vit", "forwards"), ("vit", "backwards"), ("deberta", "forwards"), ("llama", "backwards")]
 )
 def test_what_depends_on_a_settled_module_is_forgotten(family, order):
     model, inputs, names = made(family)

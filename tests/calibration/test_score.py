@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scored_models import (
-    Altered,
-    graded,
-    labelled,
-    linears,
-    questions,
-    scored_draw,
-    texts,
-    word_batches,
-)
+from scored_models import Altered, graded, labelled, linears, questions, scored_draw, texts, word_batches
 from sklearn import metrics
 from torch import nn
 
@@ -312,23 +303,6 @@ def test_a_model_that_is_no_sequence_of_blocks_is_one(model, batches):
     score(model)
     rows = sum(len(batch["labels"]) for batch in batches)
     assert score.evaluations.sample_blocks == 2 * rows  # 1 puts in order
-
-
-def test_blocks_before_the_altered_one_do_not_run(model, batches):
-    score = FewShotScore(model, batches, blocks=BLOCKS)
-    score(model)
-    ran = []
-    for position, block in enumerate(model.vit.blocks):
-        block.norm1.register_forward_hook(lambda *_, position=position: ran.append(position))
-    score.bounds(model, "vit.blocks.1.mlp.fc1", all_of_it)  # fills
-    ran.clear()
-    before = score.evaluations.sample_blocks
-    score.bounds(model, "vit.blocks.1.mlp.fc2", all_of_it)
-    assert set(ran) == {1}
-    assert score.evaluations.sample_blocks - before == sum(len(batch["labels"]) for batch in batches)
-    ran.clear()
-    score.bounds(model, "vit.head", all_of_it)  # in no block: nothing is known to be unchanged
-    assert set(ran) == {0, 1}
 
 
 def test_a_question_that_is_decided_evaluates_nothing(model, batches):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from finished_runs import changed, choice_run, image_run, override, pictures, trained
+from finished_runs import changed, choice_run, generation_run, image_run, override, pictures, trained
 from PIL import Image
 from plain_libraries import in_this_process
 from refusals import refusal
@@ -31,10 +31,7 @@ from partial_lora.models.texts import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
-METHODS = {
-    "targeted": ("method=targeted",),
-    "probe": ("method=probe",),
-}
+METHODS = {"targeted": ("method=targeted",), "probe": ("method=probe",)}
 ALL = ("partial", *METHODS)
 B = "base_model.model.timm_model.blocks.2.mlp.fc2.lora_B.weight"
 
@@ -209,6 +206,11 @@ def scaled(file: str, key: str, factor: float):
     return spoil
 
 
+def other_end(folder: Path) -> None:
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
+
+
 def extra_key(folder: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sparsity": 0.5}))
@@ -222,6 +224,7 @@ def extra_key(folder: Path) -> None:
         (image_run, "merged", scaled("model.safetensors", "blocks.2.mlp.fc2.weight", 1.001), "transformers"),
         (image_run, "merged", scaled("model.safetensors", "head.bias", float("nan")), "transformers"),
         (image_run, "compact", None, r"lora_A\.weight"),
+        (choice_run, "gguf", other_end, ""),
         (encoder_run, "merged", without_tokenizer, "transformers"),
         (encoder_run, "peft", other_labels, "transformers"),
     ],
@@ -229,12 +232,9 @@ def extra_key(folder: Path) -> None:
 def test_a_spoilt_export_does_not_pass_the_check_and_is_not_left(tmp_path, monkeypatch, of, to, spoil, names):
     in_this_process(monkeypatch)
     write, compact = export.WRITE[to], export.write_compact
-    spoilt = {
-        "peft": write,
-        "merged": write,
-        "compact": lambda run, folder: compact(export.adapted_model(run), folder, dtype=torch.bfloat16),
-    }
-    monkeypatch.setitem(export.WRITE, to, lambda run, folder: (spoilt[to](run, folder), spoil and spoil(folder)))
+    if spoil is None:
+        write = lambda run, folder: compact(export.adapted_model(run), folder, dtype=torch.bfloat16)  # noqa: E731
+    monkeypatch.setitem(export.WRITE, to, lambda run, folder: (write(run, folder), spoil and spoil(folder)))
     with pytest.raises(ProofError, match=names) as error:
         export.export(of(), to, tmp_path / "out", check=True)
     assert str(error.value).startswith(str(tmp_path))
@@ -252,16 +252,17 @@ def test_the_default_folder_is_in_the_run_and_can_be_read_by_others(run, usual_u
     assert all(path.stat().st_mode & stat.S_IROTH for path in (done.folder, *done.folder.iterdir()))
 
 
-@pytest.mark.parametrize("to", ["peft", "compact", "merged"])
+@pytest.mark.parametrize("to", ["peft", "compact", "merged", "gguf"])
 def test_the_same_export_is_written_again_and_another_one_refused(tmp_path, to):
     out = tmp_path / "deep" / "out"
-    first = export.export(image_run(), to, out)
-    before = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
-    again = export.export(image_run(), to, out)
+    own, other = (choice_run(), generation_run()) if to == "gguf" else (image_run(), run_of("targeted"))
+    first = export.export(own, to, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    again = export.export(own, to, out)
     assert (first.existed, again.existed) == (False, True)
     with refusal(f"{out} "):
-        export.export(run_of("targeted"), to, out)
-    assert {file.name: file.read_bytes() for file in out.glob("*.safetensors")} == before
+        export.export(other, to, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
 

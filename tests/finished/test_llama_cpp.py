@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from pathlib import Path
 
 import finished_runs
@@ -12,13 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from finished_runs import override, trained
-from safetensors.torch import load_file, save_file
+from finished_runs import override, trained, with_other_values
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from partial_lora.finished import export
-from partial_lora.finished.run import FinishedRun, finished_run
+from partial_lora.finished.run import FinishedRun
 from partial_lora.models import bundled
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")
@@ -109,14 +107,6 @@ def of_ours(model: PreTrainedModel, tokens: list[int], more: int = 0) -> tuple[T
     return logits, next_tokens
 
 
-def with_zero_b(run: FinishedRun, folder: Path) -> FinishedRun:
-    """The run with an adapter that changes nothing."""
-    path = shutil.copytree(run.directory, folder) / "adapter" / "adapter_model.safetensors"
-    tensors = {name: value * ("lora_B" not in name) for name, value in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    return finished_run(folder)
-
-
 def adapter_of(run: FinishedRun, folder: Path) -> Path:
     return export.export(run, "gguf", folder).folder / "adapter.gguf"
 
@@ -130,7 +120,7 @@ def test_logits_over_a_base_in_float32_are_the_run_s(tmp_path, architecture) -> 
     torch.testing.assert_close(plain, of_ours(export.base_model(run), tokens)[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(adapted, of_ours(export.adapted_model(run), tokens)[0], atol=1e-4, rtol=0)
     assert (adapted - plain).abs().max() > 0.05
-    nothing = adapter_of(with_zero_b(run, tmp_path / "zero"), tmp_path / "nothing")
+    nothing = adapter_of(with_other_values(run, tmp_path / "zero", b=0.0), tmp_path / "nothing")
     assert torch.equal(in_llama_cpp(base, nothing, tokens)[0], plain)
 
 
@@ -167,7 +157,7 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
     for (prompt, kind, with_it), value in apart.items():
         print(f"{prompt} {kind}, {'with' if with_it else 'without'} the adapter: {value:.1e} of their norm apart")
         assert value < {"f32": 1e-4, "q4": 0.1}[kind]
-    nothing = adapter_of(with_zero_b(run, tmp_path / "zero"), tmp_path / "nothing")
+    nothing = adapter_of(with_other_values(run, tmp_path / "zero", b=0.0), tmp_path / "nothing")
     plain, changed = (in_llama_cpp(bases["q4"], each, tokens)[0] for each in (None, nothing))
     assert torch.equal(changed, plain)
 

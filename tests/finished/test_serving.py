@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from finished_runs import choice_run, override, trained
+from finished_runs import choice_run, override, trained, with_other_values
 from plain_libraries import in_this_process
 from refusals import refusal
 from safetensors.torch import load_file, save_file
@@ -86,25 +86,6 @@ def test_gguf_s_own_reader_finds_what_the_run_adds_to_each_weight(tmp_path, name
             product = LlamaTensorProcessor()._reverse_permute_weights(product, heads)
         torch.testing.assert_close(torch.from_numpy(product), change, atol=1e-6, rtol=1e-5)
     assert all(change.abs().max() > 1e-4 for change in expected.values())
-
-
-def test_the_same_file_is_written_again_and_a_spoilt_one_does_not_pass(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    assert not export.export(qwen_run(), "gguf", out).existed
-    assert export.export(qwen_run(), "gguf", out).existed
-    with refusal(f"{out} "):
-        export.export(choice_run(), "gguf", out)
-
-    def spoil(run: FinishedRun, folder: Path) -> None:
-        write(run, folder)
-        (path,) = folder.iterdir()
-        path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
-
-    write = export.WRITE["gguf"]
-    monkeypatch.setitem(export.WRITE, "gguf", spoil)
-    with pytest.raises(export.ProofError):
-        export.export(choice_run(), "gguf", tmp_path / "other", check=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 @functools.cache
@@ -221,23 +202,6 @@ def test_settings_of_an_adapter_that_cannot_be_read_are_named(tmp_path, content)
     path.write_text(content)
     with refusal(f"{path}: "):
         export.export(finished_run(tmp_path / "run"), "serve", tmp_path / "out")
-
-
-def test_plain_peft_computes_the_run_s_logits_from_what_servers_get(tmp_path, monkeypatch):
-    in_this_process(monkeypatch)
-    proof = export.export(choice_run(), "serve", tmp_path / "out", check=True).proof
-    assert proof.startswith("plain PEFT: logits differ")
-
-
-def with_other_values(run: FinishedRun, folder: Path, *, b: float = 1.0, alpha: float = 1.0) -> FinishedRun:
-    """A copy of a run, every B and its alpha times a factor."""
-    adapter = shutil.copytree(run.directory, folder) / "adapter"
-    weights, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
-    tensors = {name: tensor * (b if "lora_B" in name else 1) for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    changed = json.loads(settings.read_text())
-    settings.write_text(json.dumps(changed | {"lora_alpha": changed["lora_alpha"] * alpha}))
-    return finished_run(folder)
 
 
 SPOILT = {

@@ -199,8 +199,5 @@ def test_a_lock_that_is_only_looked_at_is_waited_for_and_a_system_without_locks_
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with (
-        refusal("results_dir: ", tmp_path),
-        results.locked(tmp_path / "file" / "run"),
-    ):
+    with refusal("results_dir: ", tmp_path), results.locked(tmp_path / "file" / "run"):
         pass

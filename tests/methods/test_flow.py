@@ -20,14 +20,8 @@ from partial_lora.models.targets import chains
 BLOCKS = {  # chains of one block, first to second
     "tiny_vit": {("mlp.fc1", "mlp.fc2"), ("attn.qkv", "attn.proj")},
     "tiny_convnext": {("mlp.fc1", "mlp.fc2")},
-    "tiny_bert": {
-        ("intermediate.dense", "output.dense"),
-        ("attention.self.value", "attention.output.dense"),
-    },
-    "tiny_deberta": {
-        ("intermediate.dense", "output.dense"),
-        ("attention.self.value_proj", "attention.output.dense"),
-    },
+    "tiny_bert": {("intermediate.dense", "output.dense"), ("attention.self.value", "attention.output.dense")},
+    "tiny_deberta": {("intermediate.dense", "output.dense"), ("attention.self.value_proj", "attention.output.dense")},
     "tiny_llama": {
         ("mlp.gate_proj", "mlp.down_proj"),
         ("mlp.up_proj", "mlp.down_proj"),

@@ -14,6 +14,7 @@ from configured import inputs, labels, load, loud
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from refusals import refusal
 from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
@@ -48,10 +49,7 @@ def test_a_method_is_found_by_the_name_of_its_function_or_in_what_that_says_of_i
         assert function.__name__ == name or f"`{name}`" in function.__doc__
 
 
-@pytest.mark.parametrize(
-    ("name", "high"),
-    [("tiny_vit", 0.5), ("tiny_qwen", 0.95), ("tiny_convnext", 0.95)],
-)
+@pytest.mark.parametrize(("name", "high"), [("tiny_vit", 0.5), ("tiny_qwen", 0.95), ("tiny_convnext", 0.95)])
 def test_controls_train_as_many_parameters_as_partial(name: str, high: float) -> None:
     reference, setting = adapted("partial", name, high=high)
     expected = counted(reference, setting)
@@ -361,7 +359,6 @@ def test_probe_needs_a_head() -> None:
         adapted("probe", "tiny_llama")
     model, setting = adapted("probe", "tiny_vit")
     assert counted(model, setting)["adapter_trainable"] == 0
-    assert isinstance(model.get_base_model().timm_model.head, nn.Module)
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "adalora", "full", "probe"])
@@ -430,9 +427,8 @@ def test_modules_have_the_share_of_the_first_pattern_that_names_them() -> None:
         for module in setting.shapes
     }
     for wrong in ("{nothing: 0.5, .*: 0.1}", "{attn.qkv: 0.5}", "{*x: 0.5}"):
-        with pytest.raises(PartialLoraError, match=r"^calibration\.sparsity ") as refusal:
+        with refusal("calibration.sparsity "):
             fixed("partial", f"calibration.sparsity={wrong}")
-        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("method", [name for name, of in methods.METHODS.items() if of.size == "calibrated"])

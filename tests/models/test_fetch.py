@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
-from configured import OTHERS, load, refused, settings
+from configured import OTHERS, digest, load, refused, settings
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
@@ -22,7 +22,7 @@ from refusals import refusal
 from safetensors.torch import load_file
 
 from partial_lora import worker_events
-from partial_lora.models import fetch, tokenizer, weights_digest
+from partial_lora.models import fetch, tokenizer
 from partial_lora.models.texts import byte_tokenizer
 
 TOKENIZER = {
@@ -31,10 +31,6 @@ TOKENIZER = {
     "tiny_llama": {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"},
 }
 INSTEAD = {"encoder": "minilm_l6", "causal": "smollm2_135m"}
-
-
-def digest(model: torch.nn.Module, name: str) -> str:
-    return weights_digest(model, settings(name)["head"] or "")
 
 
 class Hub:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from configured import LABELS, inputs, load, logits, loud, refused, settings
+from configured import LABELS, digest, inputs, load, logits, loud, refused, settings
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, DebertaV2Model, LlamaForCausalLM, Qwen2ForCausalLM
@@ -47,10 +47,6 @@ def pretrained(tmp_path):
 
 def head(model: nn.Module, name: str) -> nn.Linear:
     return model.get_submodule(settings(name)["head"])
-
-
-def digest(model: nn.Module, name: str) -> str:
-    return models.weights_digest(model, settings(name)["head"] or "")
 
 
 def test_weights_of_a_folder_are_loaded_whole_under_a_new_head(pretrained):

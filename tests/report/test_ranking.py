@@ -29,28 +29,14 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     ]
 
 
-def test_of_rates_with_equal_scores_on_validation_that_of_the_lower_loss_is_the_best() -> None:
-    scores = {(1e-3, 0): (0.8, 0.5, 0.1), (2e-3, 0): (0.9, 2.0, 0.2), (4e-3, 0): (0.9, 1.0, 0.3)}
-    chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))
-    assert list(chosen["test"]) == [0.3]
-    assert set(chosen["edge"]) == {True}
-    finals = {place: scores[place] for place in list(scores)[1:]}  # of a quick search
-    assert set(ranking.at_best_rates(pd.DataFrame(runs("partial", finals)))["edge"]) == {False}
-
-
-def test_of_a_search_by_halving_the_rates_with_all_seeds_compete() -> None:
+def test_the_best_rate_is_of_those_with_all_seeds_and_of_equals_that_of_the_lower_loss() -> None:
     """A rate that went out after the first seed does not win by it, and does not take seeds from the others."""
-    early = {(1e-3, 0): (0.99, 1.0, 0.1)}
-    late = {(rate, seed): (0.5 + 100 * rate + seed / 10, 1.0, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
+    early = {(5e-4, 0): (math.nan, 1.0, 0.1), (1e-3, 0): (0.99, 1.0, 0.1)}
+    late = {(rate, seed): (0.5 + seed / 10, 5e-3 / rate, 0.2) for rate in (2e-3, 4e-3) for seed in (0, 1)}
     chosen = ranking.at_best_rates(pd.DataFrame(runs("partial", early | late)))
-    assert set(chosen["learning_rate"]) == {4e-3}
-    assert set(chosen["rates"]) == {3}
-    assert set(chosen["spent"]) == {5.0}
-
-
-def test_a_rate_without_a_score_on_validation_is_not_the_best() -> None:
-    scores = {(1e-3, 0): (math.nan, 1.0, 0.1), (2e-3, 0): (0.9, 1.0, 0.2), (4e-3, 0): (0.95, 1.0, 0.3)}
-    assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", scores)))["test"]) == [0.3]
+    assert list(chosen["learning_rate"]) == [4e-3, 4e-3]
+    assert [set(chosen[key]) for key in ("rates", "spent", "edge")] == [{4}, {6.0}, {True}]
+    assert set(ranking.at_best_rates(pd.DataFrame(runs("partial", late)))["edge"]) == {False}  # of a quick search
     failed = {(1e-3, 0): (math.nan, math.nan, 0.1)}
     assert list(ranking.at_best_rates(pd.DataFrame(runs("partial", failed)))["test"]) == [0.1]
 
@@ -215,10 +201,12 @@ def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
 
-def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
-    def results(method: str, test: float, **changes) -> list[dict]:
-        return [record(method, test, seed=seed, trainer__learning_rate=1e-3, **changes) for seed in range(2)]
+def results(method: str, test: float, **changes: object) -> list[dict]:
+    """Two seeds of a method."""
+    return [record(method, test, seed=seed, trainer__learning_rate=1e-3, **changes) for seed in range(2)]
 
+
+def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
     few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
     sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
     table = rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
@@ -230,9 +218,6 @@ def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules
 
 
 def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
-    def results(method: str, test: float, **changes) -> list[dict]:
-        return [record(method, test, seed=seed, **changes) for seed in range(2)]
-
     sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
     table = ranking.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
     assert ranking.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {

@@ -102,12 +102,6 @@ def test_seeds_that_agree_are_not_taken_for_seeds_that_do_not_differ() -> None:
     assert two.interval()[1] > 2 * three.interval()[1] > 4 / np.sqrt(1200)
 
 
-def test_without_predictions_it_is_students_t_over_the_seeds_scores() -> None:
-    scores = np.random.default_rng(7).normal(size=(5, 1))
-    expected = stats.t.interval(0.95, 4, scores.mean(), stats.sem(scores[:, 0]))
-    assert estimate(scores).interval() == pytest.approx(expected)
-
-
 def test_of_parts_seeds_are_lucky_on_all_and_examples_on_one() -> None:
     drawn = np.random.default_rng(4)
     luck = drawn.normal(size=(5, 1))
@@ -176,16 +170,6 @@ def test_what_is_decided_on_one_side_leaves_no_level_to_the_other() -> None:
         assert sum(one.ends(level)[1] < 0.02 for one, level in zip(found, levels, strict=True)) >= 12
         wrong += any(one.ends(level)[0] > 0 for one, level in zip(found, levels, strict=True))
     assert wrong <= 0.05 * 400
-
-
-def test_one_seed_decides_nothing() -> None:
-    label = np.arange(500) % 2
-    good, poor = (right_or_wrong(label, [np.arange(500) >= count] * 3) for count in (0, 100))
-    alone = compare({0: good[0]}, poor, "accuracy")
-    assert alone.low > 0.1
-    assert (alone.verdict, alone.reason, alone.seeds) == ("undecided", "one seed", 1)
-    three = compare(good, poor, "accuracy")
-    assert (three.verdict, three.reason) == ("better", None)
 
 
 @pytest.mark.parametrize(

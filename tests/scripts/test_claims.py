@@ -34,16 +34,9 @@ def test_claims_are_judged_by_the_interval(low: float, high: float, metric: str,
 def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
     def rows(*p: float) -> pd.DataFrame:
         each = [{"difference": 0.01 * stats.t.isf(one / 2, 9) - claims.MARGIN} for one in p]
-        places = {
-            "error": 0.01,
-            "freedom": 9.0,
-            "part": "difference",
-            "model": "vit",
-            "mixture": "",
-            "importance": "svd",
-            "second": "lora",
-        }
-        places |= {"metric": "accuracy", "tasks": 1, "task": "digits", "seeds": 3, "low": 0.0, "high": 0.0}
+        places = {"error": 0.01, "freedom": 9.0, "part": "difference", "model": "vit", "mixture": ""}
+        places |= {"importance": "svd", "second": "lora", "metric": "accuracy", "tasks": 1, "task": "digits"}
+        places |= {"seeds": 3, "low": 0.0, "high": 0.0}
         return pd.DataFrame(
             [places | one | {"first": str(at), "operating_point": "budget 0.13"} for at, one in enumerate(each)]
         )

@@ -96,17 +96,10 @@ def test_accuracies_of_a_form_are_those_of_its_name(tmp_path) -> None:
     names = ["low_rank", "rows and columns", "entries", "random_weights"]
     measured = pd.DataFrame({"form": names, "task": "t", "reach": [0.5, 0.02, 0.1, 0.01], "start": 0.005})
     measured["reach_median"] = measured["reach"]
+    forms = ["low_rank", "partial", "partial row_exponent=0", "partial mask=units", "entries", "entries fan_in=kept"]
     tested = pd.DataFrame(
         {
-            "form": [
-                "low_rank",
-                "partial",
-                "partial row_exponent=0",
-                "partial mask=units",
-                "entries",
-                "entries fan_in=kept",
-                "random_weights",
-            ],
+            "form": [*forms, "random_weights"],
             "task": "t",
             "size": "0.13",
             "test": [0.5, 0.4, 0.45, 0.9, 0.6, 0.8, 0.7],

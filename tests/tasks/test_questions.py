@@ -20,10 +20,7 @@ from partial_lora.tasks.prompt_formats import CHOICES
 SCHOOL = {"choices": {"text": ["cold", "heat", "mud"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 OPTIONS = [" cold", " heat", " mud"]
 ROWS = {  # a row of each layout, and what lm-evaluation-harness makes of it: prompts, options, the right one's place
-    "arc": (
-        {"question": "What melts ice?"} | SCHOOL,
-        (["Question: What melts ice?\nAnswer:"] * 3, OPTIONS, 1),
-    ),
+    "arc": ({"question": "What melts ice?"} | SCHOOL, (["Question: What melts ice?\nAnswer:"] * 3, OPTIONS, 1)),
     "boolq": (
         {"question": "is ice cold", "passage": "Ice -- It is.", "answer": True},
         (["Ice -- It is.\nQuestion: is ice cold?\nAnswer:"] * 2, [" no", " yes"], 1),

@@ -154,8 +154,7 @@ def test_every_other_class_is_as_likely() -> None:
 
 
 @pytest.mark.parametrize(
-    ("feature", "share"),
-    [(datasets.Value("float32"), 0.5), (datasets.ClassLabel(names=["only"]), 0.5)],
+    ("feature", "share"), [(datasets.Value("float32"), 0.5), (datasets.ClassLabel(names=["only"]), 0.5)]
 )
 def test_noise_without_another_class_is_refused(feature: object, share: float) -> None:
     own = datasets.Dataset.from_dict({"label": [0, 0]}, features=datasets.Features({"label": feature}))

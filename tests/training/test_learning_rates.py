@@ -70,11 +70,7 @@ def test_the_rate_follows_the_schedule_that_is_set(tmp_path: Path, schedule: str
 
 
 @pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        (PartialLoraConfig, {"sparsity": 0.5}),
-        (LoraConfig, {"use_dora": True}),
-    ],
+    ("method", "changes"), [(PartialLoraConfig, {"sparsity": 0.5}), (LoraConfig, {"use_dora": True})]
 )
 def test_a_training_is_that_of_a_bare_loop_with_a_group_for_every_parameter(tmp_path: Path, method, changes) -> None:
     model = adapted(method=method, **changes)

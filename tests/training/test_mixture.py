@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from finished_runs import trained
 from judged_tasks import choices
+from refusals import refusal
 from rich.console import Console
 from tiny_causal import llama, merging_tokenizer
 from torch.nn import functional as F
@@ -129,9 +130,8 @@ def test_the_id_of_a_run_covers_its_members_and_their_order(tables, tmp_path: Pa
     ],
 )
 def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], key: str) -> None:
-    with pytest.raises(PartialLoraError, match=key) as refusal:
+    with refusal(f".*({key})"):
         composed("task=mixture", *overrides)
-    assert "\n" not in str(refusal.value)
 
 
 def test_members_of_a_single_task_are_refused() -> None:

@@ -124,11 +124,7 @@ def test_training_pauses_at_the_first_checkpoint_of_its_share_and_a_later_one_en
 
 
 def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path: Path) -> None:
-    settings = {
-        "schedule": "constant_with_warmup",
-        "optimizer": "sgd",
-        "args": {"optim_args": "momentum=0.9"},
-    }
+    settings = {"schedule": "constant_with_warmup", "optimizer": "sgd", "args": {"optim_args": "momentum=0.9"}}
     training = trainer(adapted(), tmp_path, max_steps=4, save_steps=4, **settings)
     training.train()
     assert type(training.optimizer.optimizer) is torch.optim.SGD
@@ -244,8 +240,7 @@ def test_every_epoch_of_a_training_by_length_has_its_own_order(tmp_path: Path) -
     training.train_dataset = training.train_dataset.add_column("length", list(range(24)))
     seen = []
     hook = training.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]) if module.training else None,
-        with_kwargs=True,
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]) if module.training else None, with_kwargs=True
     )
     training.train()
     predictions = training.predict(rows(12).add_column("length", list(range(12))[::-1]))
