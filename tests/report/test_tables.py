@@ -305,7 +305,7 @@ def test_each_is_compared_with_the_reference_at_its_point(results):
     (row,) = [line for line in text.splitlines() if "| uniform" in line]
     cells = [each.strip() for each in row.strip("|").split("|")]
     assert cells[6].startswith("-15.00 [-")
-    assert cells[8:10] == ["worse", "worse"]
+    assert cells[7:9] == ["worse", "worse"]
     assert {"0.75", "tuned"} <= set(cells)
     assert numbers.splitlines()[0] == "# partial-lora report x"
     assert len(numbers.splitlines()) == 2 + 6
