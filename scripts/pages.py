@@ -128,11 +128,15 @@ def kept(task: str, point: str) -> str:
 
 
 def noisy(
-    part: str, less: str = "targeted, equal shares", condition: str = "40% wrong labels", task: str = "trec"
+    part: str,
+    less: str = "targeted, equal shares",
+    condition: str = "40% wrong labels",
+    task: str = "trec",
+    digits: int = 1,
 ) -> str:
     """Return equal shares less another form under a condition: their "difference", or its "change" (figure 7)."""
     row = _one("figures/fig7", part=part, condition=condition, less=less, task=task)
-    return around(100 * row["mean"], 100 * row["half"], digits=1)
+    return around(100 * row["mean"], 100 * row["half"], digits)
 
 
 def with_digits(second: str, point: str = BUDGET) -> str:
