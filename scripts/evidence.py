@@ -276,7 +276,7 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
             ink = colours[color]
             axes.plot([100 * row.low, 100 * row.high], [y, y], color=ink, linewidth=1.5)
             axes.plot(100 * row.difference, y, marker, color=ink, markersize=6)
-            axes.text(6.8, y, in_words(verdict, second).partition(",")[0], color=ink, va="center", fontsize=10)
+            axes.text(6.8, y, plainly(verdict, second).partition(",")[0], color=ink, va="center", fontsize=10)
     axes.set(xlim=(-17.5, 6.5), ylim=(y - 1, 0), yticks=[])
     axes.set_xlabel("rows and columns minus the other, points of test accuracy; bars: 95 %", fontsize=9)
     axes.spines["left"].set_visible(False)
@@ -288,7 +288,7 @@ def claim_of(second: str) -> str:
     return (BETTER if second == UNIFORM else AS_GOOD).words.format(first=PARTIAL, second=second)
 
 
-def in_words(verdict: str, second: str) -> str:
+def plainly(verdict: str, second: str) -> str:
     """Return a verdict in ordinary words: a claim to be better is refuted where a gain of the margin is excluded."""
     return "no gain of 2" if (second, verdict) == (UNIFORM, FAILS) else verdict
 

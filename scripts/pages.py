@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import claim_of, in_words, raced
+from evidence import claim_of, plainly, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from protocol import BUDGET, PARTIAL, THRESHOLD
 
@@ -88,14 +88,14 @@ def less(task: str, first: str, second: str, point: str = BUDGET, importance: st
     return written(100 * row[["difference", "low", "high"]], digits)
 
 
-def share(task: str, *, range: bool = False) -> str:
+def share(task: str, *, ends: bool = False) -> str:
     """Return what calibrated shares keep of dense LoRA's parameters at threshold 0.9: the mean over seeds, in per cent.
 
-    range: with the lowest and highest seed.
+    ends: with the lowest and highest seed.
     """
     row = _one("tables/decided", part="score", importance="", task=task, method=PARTIAL, operating_point=THRESHOLD)
     mean, low, high = (f"{100 * row[name]:.0f}" for name in ("share", "share_min", "share_max"))
-    return f"{mean} % ({low} to {high})" if range else f"{mean} %"
+    return f"{mean} % ({low} to {high})" if ends else f"{mean} %"
 
 
 def mixed(first: str, second: str, task: str = "average") -> str:
@@ -115,8 +115,8 @@ def claim(second: str) -> list[dict[str, str]]:
         after, _, among = row["verdict"].partition(", among ")
         lines.append(
             {"task": task, "less": less(task, PARTIAL, second)}
-            | {"alone": in_words(row["alone"], second), "papers": in_words(papers, second), "papers_count": of_papers}
-            | {"after": in_words(after, second), "count": among}
+            | {"alone": plainly(row["alone"], second), "papers": plainly(papers, second), "papers_count": of_papers}
+            | {"after": plainly(after, second), "count": among}
         )
     return lines
 

@@ -117,13 +117,13 @@ def over_sets(estimates: Sequence[Estimate]) -> Estimate:
     never narrower than what errors alone would have (Knapp and Hartung 2003). Two sets say next to nothing of others:
     t is 12.7 then.
     """
-    differences, weights = [one.difference for one in estimates], weights_of_sets(estimates)
+    differences, weights = [one.difference for one in estimates], _weights_of_sets(estimates)
     # With this tau² the factor of Hartung and Knapp, spread / due, is 1, or less where sets are more alike than due.
     error = math.sqrt(1 / weights.sum()) if len(estimates) > 1 else math.nan
     return Estimate(float(np.average(differences, weights=weights)), error, float(len(estimates) - 1))
 
 
-def weights_of_sets(estimates: Sequence[Estimate]) -> np.ndarray:
+def _weights_of_sets(estimates: Sequence[Estimate]) -> np.ndarray:
     """Return what sets count in their mean, 1 / (error² + tau²).
 
     A set k is expected to have mean + u[k]: sets differ, by a variance tau². It is found by the condition that the
