@@ -160,6 +160,8 @@ class PartialLoraModel(LoraModel):
                     " must have one rank; take 'cat' or a type that ends in 'svd'."
                 )
         dense = {name: config.as_lora() for name, config in configs.items() if isinstance(config, PartialLoraConfig)}
+        for config in dense.values():
+            config.use_rslora = False  # scales go into the factors
         self.peft_config.update(dense)  # PEFT copies the new config from the first of these
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)

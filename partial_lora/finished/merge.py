@@ -67,12 +67,17 @@ def merge(
     for name, run in zip(names[1:], others, strict=True):
         with export.loading(run.adapter):
             adapted.load_adapter(str(run.adapter), name)
+    for name, run in zip(names, runs, strict=True):
+        config = adapted.peft_config[name]
+        if getattr(config, "use_dora", False):
+            raise PartialLoraError(f"{run.directory}: method={run.method} has magnitudes, which PEFT does not combine")
+        config.use_rslora = False  # scales go into the factors, and PEFT copies the first of these options
     kept = {name: _kept(adapted, name) for name in names}
     set_seed(0)
     try:
         with quiet():
             adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise PartialLoraError(f"--how {way}: PEFT does not combine these ({one_line(error)})") from error
     try:
         with building(folder.resolve()) as built:

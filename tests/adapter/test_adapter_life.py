@@ -210,6 +210,14 @@ def test_a_weighted_combination_is_that_of_dense_lora(base, combination, granula
     assert module_masks(model) == module_masks(pair(base, granularity))
 
 
+def test_a_combination_of_rank_stabilised_adapters_has_their_scales():
+    model = pair(use_rslora=True)
+    model.add_weighted_adapter(["other", "default"], [0.5, 2.0], "both", combination_type="cat")
+    for layer in layers(model).values():
+        expected = 0.5 * layer.get_delta_weight("other") + 2.0 * layer.get_delta_weight("default")
+        torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_combination_that_cannot_be_leaves_the_masked_configs_alone():
     model = pair(r=2)
     with pytest.raises(ValueError, match="All adapters must have the same r"):

@@ -276,6 +276,15 @@ def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp
     assert 0 < overlap.entries < overlap.rows < 1
 
 
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_rank_stabilised_adapters_are_added_at_their_scales(tmp_path, way) -> None:
+    run = causal("rank-stabilised", "model=tiny_llama", "method=rslora")
+    merge.merge([run, run], [0.5, 1.5], tmp_path / "out", way=way)
+    alone = changes(run)
+    for module, change in changes(run, tmp_path / "out").items():
+        torch.testing.assert_close(change, 2 * alone[module], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("way", ["cat", "svd", "linear", "ties", "magnitude_prune"])
 def test_every_way_of_peft_gives_an_adapter_that_it_loads(tmp_path, capsys, way) -> None:
     run, out = str(choice_run().directory), tmp_path / "out"
@@ -307,6 +316,7 @@ def test_the_base_of_a_merge_is_that_of_the_runs(tmp_path, capsys) -> None:
         (lambda: [choice_run(), choice_run()], [1.0], "--weights: 1 for 2"),
         (lambda: [choice_run()], [1.0], "--weights: 1 for 1"),
         (lambda: [choice_run(), qwen_run()], [1.0, 1.0], ".*model.architecture=qwen2"),
+        (lambda: [causal("dora", "model=tiny_llama", "method=dora")] * 2, [1.0, 1.0], ".*method=dora"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path, runs, weights, begins) -> None:
