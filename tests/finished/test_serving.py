@@ -254,6 +254,11 @@ def other_run() -> FinishedRun:
     return causal("other masks", "model=tiny_llama", *given)
 
 
+@functools.cache
+def stabilised_run() -> FinishedRun:
+    return causal("rank-stabilised", "model=tiny_llama", "method=rslora")
+
+
 def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp_path) -> None:
     runs = [choice_run(), other_run()]
     (overlap,) = merge.merge(runs, [0.5, -2.0], tmp_path / "out")
@@ -278,7 +283,7 @@ def test_cat_is_the_weighted_sum_and_what_both_change_is_that_of_their_masks(tmp
 
 @pytest.mark.parametrize("way", ["cat", "svd"])
 def test_rank_stabilised_adapters_are_added_at_their_scales(tmp_path, way) -> None:
-    run = causal("rank-stabilised", "model=tiny_llama", "method=rslora")
+    run = stabilised_run()
     merge.merge([run, run], [0.5, 1.5], tmp_path / "out", way=way)
     alone = changes(run)
     for module, change in changes(run, tmp_path / "out").items():
