@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +48,7 @@ function _partial_lora
 end
 complete -c partial-lora -f -n _partial_lora -a '$_partial_lora'""",
 }
+_PLAIN = re.compile(r"[\w.,:=/+@%~-]*")  # a shell takes such a word as it is; a folder's name may hold a command
 _COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
 
 
@@ -72,14 +74,14 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     if not before:
         found = list(commands)
     elif before[0] in _COMPOSED:
-        return _settings([earlier for earlier in before[1:] if earlier], word)
+        found = _settings([earlier for earlier in before[1:] if earlier], word)
     elif before[0] in commands and not any(before[1:]):
         found = list(_runs(Path("results")))
     elif before[0] == "evaluate":
-        return [candidate for candidate in _settings([], word) if candidate.startswith("task")]
+        found = [candidate for candidate in _settings([], word) if candidate.startswith("task")]
     else:
         found = []
-    return [candidate for candidate in found if candidate.startswith(word)]
+    return [candidate for candidate in found if candidate.startswith(word) and _PLAIN.fullmatch(candidate)]
 
 
 def _runs(results: Path) -> Iterator[str]:

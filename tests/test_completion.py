@@ -54,6 +54,22 @@ def test_a_line_goes_on_with_commands_groups_keys_and_runs(line, among, whole, t
     assert set(found) == set(among) if whole else set(among) < set(found)
 
 
+def test_names_that_a_shell_would_run_are_not_offered(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "partial-$(touch ran)/seed0",
+        "lora-`touch ran`/seed0",
+        "lora-0123abcd/seed0",
+        "lora-0123abcd/seed1;ran",
+    ):
+        (tmp_path / "results" / "runs" / "digits" / "tiny_vit" / name).mkdir(parents=True)
+    (tmp_path / "own" / "task").mkdir(parents=True)
+    for name in ("films", "films$(touch ran)"):
+        (tmp_path / "own" / "task" / f"{name}.yaml").write_text("")
+    assert candidates(["predict", ""], list(cli.COMMANDS)) == ["0123abcd/seed0"]
+    assert candidates(["train", "--config-dir=own", "task=film"], list(cli.COMMANDS)) == ["task=films"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_takes_what_stands_behind_the_last_end_of_a_word(tmp_path: Path) -> None:
     line = "partial-lora train task=sst"

@@ -188,6 +188,8 @@ def _combinations(overrides: list, *, sampled: bool = False) -> list[list[str]]:
         else:
             expected = "list some, or take a sampler: hydra/sweeper=optuna"
             raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
+        if not values[key]:
+            raise PartialLoraError(f"{override.input_line}: no value, expected one or more")
     chosen = itertools.product(*values.values())
     return [[f"{key}={value}" for key, value in zip(values, some, strict=True)] for some in chosen]
 

@@ -195,6 +195,15 @@ def test_a_folder_is_removed_only_if_the_pack_holds_what_is_there(study: Path, m
     assert len(list(study.glob("runs/*/*/*/*/result.json"))) == 8
 
 
+def test_of_a_linked_folder_the_link_is_removed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = next(study.glob("runs/*/*/*/seed*"))
+    elsewhere = run.rename(tmp_path_factory.mktemp("disk") / run.name)
+    run.symlink_to(elsewhere)
+    pack(study, remove=True)
+    assert (run.is_symlink(), (elsewhere / RESULT).is_file()) == (False, True)
+    assert not list(study.glob("runs/*/*/*/*"))
+
+
 def test_the_command_says_what_it_left_out_and_runs_lists_both(study: Path, capsys: pytest.CaptureFixture) -> None:
     place(study, record(seed=9, status="failed", error="CUDA out of memory"), id="0f")
     assert cli.main(["pack", str(study), "--remove"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -403,6 +404,12 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
     assert mixture["sst2"].data_files == {"train": str(tmp_path / "sst2" / "train.parquet")}
     swept = compose.plan(["-m", "model=tiny_vit", "seed=0,1", "results_dir=~/results"])
     assert swept.sweep_dir == tmp_path / "results" / "sweep"
+
+
+@pytest.mark.parametrize("empty", ["method=glob(zzz*)", "seed=range(3,0)"])
+def test_a_sweep_over_nothing_is_refused_by_its_argument(empty: str) -> None:
+    with refusal(re.escape(empty)):
+        compose.plan(["-m", "model=tiny_vit", "trainer.epochs=1,2", empty])
 
 
 def test_a_preset_is_recorded_and_no_setting() -> None:
