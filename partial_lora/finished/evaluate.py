@@ -20,7 +20,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
 from partial_lora.peers import Alone
-from partial_lora.settings.identity import digests, run_id
+from partial_lora.settings.identity import run_id
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.tasks import SPLITS, Task, shared_inputs
@@ -134,16 +134,12 @@ def _source(task: TaskConfig, split: str) -> str:
 
 
 def refuse_changed_files(run: FinishedRun) -> None:
-    """Raise PartialLoraError where the run's files have changed: splits cut from them would have other rows.
-
-    Records of 0.2 and before do not say what the files held.
-    """
-    before = run.result.get("digests") or {}
+    """Raise PartialLoraError where the run's files have changed: splits cut from them would have other rows."""
     try:
-        now = digests(plain(run.config)) if before else {}
+        key = run.changed("task")
     except FileNotFoundError:  # whoever reads them reports it
         return
-    for key in (key for key in before if key.startswith("task.") and now.get(key) != before[key]):
+    if key is not None:
         raise PartialLoraError(
             f"{key}: the file has changed since the run, so its splits cannot be cut again; restore it, or name rows "
             "that the run has not seen: task.data_files.test=FILE"

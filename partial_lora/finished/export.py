@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
@@ -125,10 +125,23 @@ def base_model(run: FinishedRun, *, whole: bool = False) -> PreTrainedModel:
     """Return the run's base model as it was before training. Its head is drawn anew; the adapter has the trained head.
 
     whole: quantised weights in the model's number format again, with the values that they stand for.
+    Raises PartialLoraError where the files of its weights are not those that the run was trained over.
     """
+    refuse_another_model(run)
     with quiet():
         model = build.model_of(run.config.model, run.labels())
         return model.dequantize() if whole and run.config.model.quantization else model
+
+
+def refuse_another_model(run: FinishedRun) -> None:
+    """Raise PartialLoraError where a folder of weights is not as it was when the run was trained."""
+    key = run.changed("model")
+    if key is not None:
+        folder = getattr(run.config.model, key.partition(".")[2])
+        raise PartialLoraError(
+            f"{key}: a file in {folder} was added, removed or changed since {run.directory} was trained; restore the "
+            "folder"
+        )
 
 
 @contextlib.contextmanager
@@ -186,6 +199,8 @@ def write_compact_file(run: FinishedRun, folder: Path) -> None:
 def write_merged(run: FinishedRun, folder: Path) -> None:
     """Write the merged model, quantised weights whole: in four bits they would lose most of what was added."""
     adapted = adapted_model(run, whole=True)
+    if run.config.model.family == "causal":
+        _untie(adapted.get_base_model())
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError) as error:  # a tuner that cannot, or weights that are no numbers
@@ -194,6 +209,14 @@ def write_merged(run: FinishedRun, folder: Path) -> None:
         ) from error
     with quiet():
         _save(merged, run, folder)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give an adapted output layer weights of its own where it shares the embedding's, which the adapter leaves."""
+    output = model.get_output_embeddings()
+    if isinstance(output, BaseTunerLayer) and output.weight is model.get_input_embeddings().weight:
+        output.get_base_layer().weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:

@@ -44,7 +44,8 @@ def merge(
     magnitude_prune keep, zeros of masks among them; dare draws the same ones each time.
 
     Raises PartialLoraError, in one line and before it writes, where there is not one weight for each run, for runs over
-    different base models, a folder that is not empty, and what PEFT does not combine (heads, other kinds of adapters).
+    different base models, or one that has changed, a folder that is not empty, and what PEFT does not combine (heads,
+    other kinds of adapters).
     """
     if len(runs) < 2 or len(weights) != len(runs):
         raise PartialLoraError(
@@ -52,6 +53,7 @@ def merge(
         )
     first, *others = runs
     for run in others:
+        export.refuse_another_model(run)
         for key in ("weights", "architecture", "model_args"):
             expected, value = getattr(first.config.model, key), getattr(run.config.model, key)
             if expected != value:

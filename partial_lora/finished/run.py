@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import mapped
 from partial_lora.launching import directory as results
+from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.versions import load
-from partial_lora.tasks.config import TaskConfig
+from partial_lora.settings.versions import load, plain
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class FinishedRun:
         """Raise PartialLoraError, naming what was asked of it, unless the run is of a causal language model."""
         if (model := self.config.model).family != "causal":
             raise PartialLoraError(f"{asked}: model={model.name} is no causal language model, expected one{instead}")
+
+    def changed(self, group: str) -> str | None:
+        """Return the first key of a group of settings whose file or folder has changed since the run, or None.
+
+        A folder that is gone has changed. Records of 0.2 and before do not say what the files held.
+        Raises FileNotFoundError for a file that is not there.
+        """
+        recorded = self.result.get("digests") or {}
+        before = {key: digest for key, digest in recorded.items() if key.startswith(f"{group}.")}
+        now = digests({group: plain(self.config)[group]}) if before else {}
+        return next((key for key in before if now.get(key) != before[key]), None)
 
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
@@ -87,28 +99,25 @@ def finished_run(directory: Path) -> FinishedRun:
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
-        return FinishedRun(directory, _with_found_files(load(settings), directory), result)
+        return FinishedRun(directory, _with_found_files(load(settings), directory, result.get("digests") or ()), result)
     except (KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
 
 
-def _with_found_files(config: Config, run: Path) -> Config:
-    """Return settings whose files of rows are found from any directory, where they still lie beside the results."""
+def _with_found_files(config: Config, run: Path, named: Container[str]) -> Config:
+    """Return settings whose files and folders are found from any directory, where they still lie beside the results.
+
+    named: keys of files and folders that the run has read; before 0.3 records have none, and rows alone are found.
+    """
     depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
     parents = run.resolve().parents
     if Path(config.results_dir).is_absolute() or len(parents) < depth:
         return config
 
-    def located(files: str | Mapping | None) -> str | dict | None:
-        if files is None:
-            return None
-        if isinstance(files, Mapping):
-            return {split: located(file) for split, file in files.items()}
-        here = parents[depth - 1] / files
-        return files if Path(files).exists() or not here.exists() else str(here)
+    def located(key: str, value: object) -> object:
+        if not isinstance(value, str) or (key not in named and ".data_files" not in key):
+            return value
+        here = parents[depth - 1] / value
+        return value if Path(value).exists() or not here.exists() else str(here)
 
-    def with_files(task: TaskConfig) -> TaskConfig:
-        members = {name: with_files(member) for name, member in (task.members or {}).items()}
-        return replace(task, data_files=located(task.data_files), members=members or task.members)
-
-    return replace(config, task=with_files(config.task))
+    return load(mapped(plain(config), located))

@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import finished_runs
@@ -24,10 +25,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, A
 
 from partial_lora import cli, tasks
 from partial_lora.errors import ProofError
-from partial_lora.finished import export
+from partial_lora.finished import export, merge
+from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.launching import directory as record
 from partial_lora.models.texts import byte_tokenizer
+from partial_lora.settings.identity import digests
+from partial_lora.settings.versions import plain
 
 pytestmark = pytest.mark.usefixtures("same_cache")
 
@@ -180,6 +184,13 @@ def test_a_quantised_base_is_merged_with_the_values_that_its_weights_stand_for(t
     others = (merged, export.adapted_model(choice_run()), export.base_model(run))
     same, *apart = (float((export._logits(model, inputs) - own).abs().max()) for model in others)
     assert same < 1e-5 < 1e-3 < min(apart)
+
+
+def test_an_adapted_output_that_shares_the_embedding_s_weights_is_merged_alone(tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    tied = ("model=tiny_llama", "model.target_modules=[lm_head]", "method=lora", "task=choice_table")
+    run = trained("tied", *tied, *finished_runs.CHOICE, override(finished_runs.question_files()))
+    export.export(run, "merged", tmp_path / "merged", check=True)
 
 
 # Proof
@@ -359,3 +370,19 @@ def test_a_run_that_cannot_be_exported_is_one_line(run, tmp_path, capsys, monkey
     assert line.startswith("partial-lora: ")
     assert all(name in line for name in names)
     assert nothing_left(tmp_path / "out")
+
+
+def test_a_run_goes_over_the_very_files_that_it_was_trained_over(run, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    export._save(export.base_model(run), run, folder)
+    over = changed(run, "model", weights=str(folder))
+    over = replace(over, result=over.result | {"digests": digests({"model": plain(over.config)["model"]})})
+    assert not export.adapted_model(over).training
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    for spoil in (str, shutil.rmtree):  # of the same shapes, then gone
+        spoil(folder)
+        for use in (Predictor, export.adapted_model, lambda run: merge.merge([run, run], [1, 1], tmp_path / "out")):
+            with refusal("model.weights: "):
+                use(over)

@@ -14,6 +14,7 @@ from partial_lora.finished import inputs
 from partial_lora.finished.inputs import Input, read_inputs
 from partial_lora.finished.predict import read_image
 from partial_lora.finished.run import _with_found_files
+from partial_lora.models.config import ModelConfig
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.config import TaskConfig
 
@@ -149,12 +150,15 @@ def test_lines_are_read_one_by_one_and_once() -> None:
 
 def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "out" / "results" / "runs" / "own" / "vit" / "partial-0a1b2c3d" / "seed0"
-    run.mkdir(parents=True)
+    for folder in (run, tmp_path / "base", tmp_path / "rows"):
+        folder.mkdir(parents=True)
     (tmp_path / "rows.csv").write_text("text,label")
     files = {"train": "rows.csv", "test": "gone.csv", "validation": "/dev/null"}
-    config = Config(task=TaskConfig(name="own", data_files=files), results_dir="out/results")
+    task, model = TaskConfig(name="own", path="rows", data_files=files), ModelConfig(weights="base")
+    config, read = Config(task=task, model=model, results_dir="out/results"), {"model.weights": "of a folder"}
     monkeypatch.chdir("/")
-    found = _with_found_files(config, run).task.data_files
-    assert found == files | {"train": str(tmp_path / "rows.csv")}
+    found = _with_found_files(config, run, read)
+    assert found.task.data_files == files | {"train": str(tmp_path / "rows.csv")}
+    assert (found.model.weights, found.task.path) == (str(tmp_path / "base"), "rows")  # a data set's name
     monkeypatch.chdir(tmp_path)
-    assert _with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0")) == config
+    assert _with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0"), read) == config
