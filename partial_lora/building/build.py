@@ -34,6 +34,7 @@ from partial_lora.settings.schema import Config
 from partial_lora.settings.sparsities import tuner_size
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.folders import left_out
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
@@ -63,6 +64,8 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         warnings.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
+    for member in (config.task.members or {"": config.task}).values():
+        warnings += left_out(member.data_files)
     for member in getattr(task, "members", ()) or (task,):
         if shared := tasks.shared_inputs(member.test, member.train):
             warnings.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")

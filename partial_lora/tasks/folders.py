@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,29 @@ def _suffixes() -> frozenset[str]:
 def is_image(file: str | os.PathLike) -> bool:
     """Return whether a file's name ends as that of an image that Pillow reads; films, pages and data are none."""
     return os.path.splitext(file)[1].lower() in _suffixes()
+
+
+def classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Yield every sub-folder with its files, at any depth, in the order of names; nothing that is hidden."""
+    for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
+        paths = (path for path in sorted(label.rglob("*")) if not path.is_dir())
+        yield label.name, [path for path in paths if "/." not in f"/{path.relative_to(label).as_posix()}"]
+
+
+def left_out(data_files: Mapping[str, str] | str | None) -> list[str]:
+    """Return a line about each folder of images with sub-folders or files that are left out."""
+    named = data_files if isinstance(data_files, Mapping) else {"": data_files or ""}
+    lines = []
+    for split, folder in ((split, Path(path)) for split, path in named.items() if Path(path).is_dir()):
+        parts = [folder] if split else split_folders(folder).values() or [folder]
+        found = [(part / label, files) for part in parts for label, files in classes(part)]
+        others = [file for _, files in found for file in files if not is_image(file)]
+        empty = [label for label, files in found if not any(map(is_image, files))]
+        for paths, why in ((empty, "a class without an image"), (others, "a name that does not end as an image's")):
+            if paths:
+                names = shortlist([path.relative_to(folder).as_posix() for path in paths], 3)
+                lines.append(f"task.data_files{split and f'.{split}'}={folder}: left out: {names} ({why})")
+    return lines
 
 
 def split_folders(folder: Path) -> dict[str, Path]:

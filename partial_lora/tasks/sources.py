@@ -6,7 +6,6 @@ import codecs
 import csv
 import functools
 import json
-import logging
 import math
 import os
 import re
@@ -28,12 +27,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import FILES, is_image, split_folders
+from partial_lora.tasks.folders import FILES, classes, is_image, split_folders
 from partial_lora.tasks.kinds import kind_of
 
 Label = str | int | float | bool
 
-logger = logging.getLogger(__name__)
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _OTHER_SEPARATORS = (";", "\t", "|", ",")  # tried where a header lacks its own
@@ -182,23 +180,18 @@ def read_files(
 def _image_folder(key: str, folder: Path, split: str) -> Dataset:
     """Read every image in a sub-folder, at any depth, with the sub-folder's name as its label; in the order of names.
 
-    Hidden files and folders, and files whose name does not end as an image's does, are left out.
+    Hidden files and folders, and files whose name does not end as an image's does, are left out (`folders.left_out`).
     """
     # Not by datasets' imagefolder: it takes a class called test for a split, and labels by the innermost folder.
     images, labels = [], []
-    for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
-        for file in sorted(label.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(label).parts)
-            if hidden or not is_image(file) or file.is_dir():
-                continue
+    for label, paths in classes(folder):
+        for file in filter(is_image, paths):
             if not file.is_file():
                 raise PartialLoraError(
                     f"{key}={folder}: {file.relative_to(folder)} is no file, or a link to one that is not there"
                 )
             images.append(str(file.absolute()))
-            labels.append(label.name)
-        if label.name not in labels[-1:]:
-            logger.warning("%s=%s: no image in %s, which is no class then", key, folder, label.name)
+            labels.append(label)
     if not images:
         raise PartialLoraError(f"{key}={folder}: no image in any sub-folder, expected one sub-folder a class")
     features = Features({"image": Image(), "label": Value("string")})

@@ -424,6 +424,7 @@ class StopOnNonFinite(TrainerCallback):
     """End the run before a step whose gradient is not finite, so that parameters and checkpoints stay good.
 
     In fp16 such a step is routine, and skipped by the gradient scaler; there only a loss that is not finite ends it.
+    What the last step made of the parameters no gradient shows: they are looked at in the end.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -436,6 +437,11 @@ class StopOnNonFinite(TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(whole(nn.utils.get_total_norm(gradients))):
             self._stop(state.global_step + 1, current_rates(optimizer))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        if not torch.isfinite(whole(nn.utils.get_total_norm(trained))):
+            self._stop(state.global_step, {"learning_rate": args.learning_rate})
 
     def _stop(self, step: int, rates: Mapping[str, float]) -> None:
         parts = {part: key for part, key in _KEYS.items() if f"{part}_learning_rate" in rates}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -98,6 +99,17 @@ def test_small_images_that_are_made_much_larger_are_said(name: str, pixels: int,
     chosen["image_size"] = chosen["image_size"] or 98
     found = build._enlarged(ModelConfig(**chosen), SimpleNamespace(modality="image", train=rows))
     assert [line.partition("=")[0] for line in found] == ["model.image_size"] * warned
+
+
+def test_a_training_says_which_files_of_a_folder_are_no_images(tmp_path: Path) -> None:
+    for label in ("dog", "cat"):
+        (tmp_path / label).mkdir()
+        for number in range(9):
+            PIL.Image.new("RGB", (8, 8), (25 * number, len(label), 0)).save(tmp_path / label / f"{number}.png")
+    (tmp_path / "dog" / "9.heic").write_text("an image that Pillow does not read")
+    config = compose.composed("model=tiny_vit", "task=image_folder", f"task.data_files='{tmp_path}'")
+    said = build.warnings_of(config, build.task_of(config))
+    assert [line for line in said if line.startswith("task.data_files=") and "dog/9.heic" in line]
 
 
 def test_a_setting_has_the_shrunk_shares_of_a_calibration_at_its_size() -> None:

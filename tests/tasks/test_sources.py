@@ -16,6 +16,7 @@ from refusals import refusal
 
 from partial_lora import tasks
 from partial_lora.tasks.config import TaskConfig
+from partial_lora.tasks.folders import left_out
 
 TEXTS = [f"text number {number}" for number in range(12)]
 ANIMALS = ["dog", "cat"] * 6
@@ -230,7 +231,7 @@ def test_images_are_read_from_bytes_with_or_without_the_library_s_own_marks(tmp_
 # --- Folders of images.
 
 
-def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> None:
+def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path) -> None:
     whole = Path(images(tmp_path / "whole", "wolf", "fox", count=9))
     for label in ("wolf", "fox"):
         picture(whole / label / "deeper" / "10.png")
@@ -239,10 +240,18 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> No
     (whole / "fox" / ".hidden.png").write_text("not an image")
     picture(whole / "fox" / ".thumbnails" / "0.png")
     (whole / "hare").mkdir()
+    (whole / "hare" / "1.heic").write_text("an image that Pillow does not read")
     task = load(str(whole), "image")
     assert task.labels == ("fox", "wolf")
     assert counts(task) == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 2, 1: 2}]
-    assert "hare" in caplog.text
+    kept_out = left_out({"train": str(whole), "test": "rows.csv"})
+    assert [line.partition(": left out: ")[::2] for line in kept_out] == [
+        (f"task.data_files.train={whole}", "hare (a class without an image)"),
+        (
+            f"task.data_files.train={whole}",
+            "hare/1.heic, wolf/form.pdf, wolf/notes.txt (a name that does not end as an image's)",
+        ),
+    ]
     (whole / "wolf" / "lost.png").symlink_to(tmp_path / "nothing.png")
     refused(f"task.data_files={whole}: ", "wolf/lost.png", of=str(whole), modality="image")
     parts = tmp_path / "parts"
@@ -250,6 +259,8 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, caplog) -> No
         images(parts / split, "wolf", "fox", count=count)
     folders = {"train": str(parts / "train"), "validation": str(parts / "valid"), "test": str(parts / "Test")}
     assert sizes(load(str(parts), "image")) == sizes(load(folders, "image")) == [8, 4, 6]
+    (parts / "valid" / "fox" / "1.heic").write_text("")
+    assert ["valid/fox/1.heic" in line for line in left_out(str(parts))] == [True]
     foxes = str(parts / "Test" / "fox")
     refused(f"task.data_files={foxes}: ", of=foxes, modality="image")
 

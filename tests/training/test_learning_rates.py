@@ -220,6 +220,12 @@ def test_a_loss_that_is_not_finite_names_the_keys_of_the_rates(tmp_path: Path, o
         assert (f"trainer.{key}" in said) is (key in own)
 
 
+def test_a_model_that_its_last_step_broke_is_no_result(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path, max_steps=1, learning_rate=1e38, warmup_ratio=0.0, **HEADS)
+    with pytest.raises(PartialLoraError, match=r"trainer\.learning_rate"):
+        training.train()
+
+
 def test_a_rate_of_nothing_is_refused_by_its_key(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(PartialLoraError, match=r"^trainer\.head_learning_rate"):
