@@ -758,8 +758,13 @@ def merge(arguments: Sequence[str]) -> int:
     base = parsed.runs.pop(0) if is_base else None
     runs = [finished_run(each) for each in parsed.runs]
     for run in runs if base else ():
-        known = (run.config.model.name, run.config.model.weights)
-        require(str(base) in known, "BASE", base, f"{' or '.join(known)}, which {run.directory} was trained over")
+        known = (run.config.model.name, run.config.model.weights.partition("@")[0])
+        require(
+            str(base).partition("@")[0] in known,
+            "BASE",
+            base,
+            f"{' or '.join(known)}, which {run.directory} was trained over",
+        )
     with _libraries():
         from partial_lora.finished import merge
     overlaps = merge.merge(runs, parsed.weights, parsed.out, way=parsed.how, density=parsed.density)

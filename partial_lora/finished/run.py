@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
@@ -99,9 +99,17 @@ def finished_run(directory: Path) -> FinishedRun:
     settings = result.get("config")
     try:
         _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
-        return FinishedRun(directory, _with_found_files(load(settings), directory, result.get("digests") or ()), result)
+        config = _with_found_files(load(settings), directory, result.get("digests") or ())
+        return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
     except (KeyError, TypeError, AttributeError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+
+
+def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:
+    """Return settings whose models of the hub are those that the run was trained over, whatever came later."""
+    places = {key.partition(".")[2]: commit for key, commit in commits.items()}
+    at = {name: f"{getattr(config.model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
+    return replace(config, model=replace(config.model, **at))
 
 
 def _with_found_files(config: Config, run: Path, named: Container[str]) -> Config:

@@ -8,6 +8,7 @@ from typing import Any
 # Imported on first use, so that `partial-lora info` can count without torch.
 _MODULES = {
     "family": ("empty", "enable_gradient_checkpointing", "head_name", "load", "weights_digest"),
+    "fetch": ("commits",),
     "quantization": ("dequantised", "size_of"),
     "texts": ("longest_text", "tokenizer"),
     "weights": ("in_full_precision",),

@@ -28,6 +28,7 @@ from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import FULL, file_sha256
 from partial_lora.models import bundled
+from partial_lora.models.config import ModelConfig
 
 RANDOM = "random"  # weights that are drawn, not loaded
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
@@ -71,6 +72,18 @@ def folder_of(weights: str, name: str, *, text: bool = False, pickles: bool = Tr
     raise PartialLoraError(
         f"model={name}: {weights} was downloaded twice and {broken[0].name} is broken; try again later"
     )
+
+
+def commits(model: ModelConfig) -> dict[str, str]:
+    """Return the commit of each repository of the hub that a model has just been loaded from, by its key."""
+    found = {}
+    for key in ("weights", "text_weights"):
+        place = getattr(model, key) or RANDOM
+        if place != RANDOM and not place.startswith(bundled.PREFIX) and not Path(place).is_dir():
+            repo, _, revision = place.partition("@")
+            folder = snapshot_download(repo, revision=revision or None, allow_patterns=_CONFIGS, local_files_only=True)
+            found[f"model.{key}"] = Path(folder).name
+    return found
 
 
 def config_folder_of(weights: str, name: str, instead: str) -> Path:

@@ -22,8 +22,11 @@ from refusals import refusal
 from safetensors.torch import load_file
 
 from partial_lora import worker_events
+from partial_lora.finished.run import _at_commits
 from partial_lora.models import fetch, tokenizer
+from partial_lora.models.config import ModelConfig
 from partial_lora.models.texts import byte_tokenizer
+from partial_lora.settings.schema import Config
 
 TOKENIZER = {
     "tiny_vit": set(),
@@ -37,14 +40,14 @@ class Hub:
     """A repository as the hub and its client would have it: files by name, and the settings of every download."""
 
     def __init__(self, root: Path, source: Path) -> None:
-        self.source, self.snapshot, self.calls = source, root / "snapshot", []
+        self.source, self.snapshot, self.calls = source, root / "snapshots" / "0a1b", []
 
     def __call__(self, repo: str, *, allow_patterns: list[str], **settings: object) -> str:
         self.calls.append({"repo": repo} | settings)
-        self.snapshot.mkdir(exist_ok=True)
+        self.snapshot.mkdir(parents=True, exist_ok=True)
         for name in filter_repo_objects([file.name for file in self.source.iterdir()], allow_patterns=allow_patterns):
             content = (self.source / name).read_bytes()
-            blob = self.snapshot.parent / "blobs" / hashlib.sha256(content).hexdigest()
+            blob = self.source.parent / "blobs" / hashlib.sha256(content).hexdigest()
             blob.parent.mkdir(exist_ok=True)
             if not (self.snapshot / name).exists():
                 blob.write_bytes(content)
@@ -96,6 +99,18 @@ def test_a_model_and_its_tokenizer_come_of_one_repository_and_bear_its_name(hub,
         read = tokenizer(name="llama", weights="someone/tiny", family="causal")
         assert read.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert served.calls[-1]["revision"] == ("0123456" if name == "tiny_vit" else None)
+
+
+def test_a_finished_run_has_its_model_at_the_commit_that_it_was_trained_over(hub, tmp_path):
+    hub("tiny_bert")
+    of_hub = ModelConfig(family="clip", weights="someone/tiny@main", text_weights="someone/clip")
+    assert fetch.commits(of_hub) == {"model.weights": "0a1b", "model.text_weights": "0a1b"}
+    assert [fetch.commits(ModelConfig(weights=place)) for place in ("random", "bundled:vit_s14", str(tmp_path))] == [
+        {}
+    ] * 3
+    pinned = _at_commits(Config(model=of_hub), fetch.commits(of_hub)).model
+    assert (pinned.weights, pinned.text_weights) == ("someone/tiny@0a1b", "someone/clip@0a1b")
+    assert _at_commits(Config(model=of_hub), {}).model == of_hub
 
 
 @pytest.mark.parametrize("name", TOKENIZER)
