@@ -208,14 +208,15 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
 
 def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
     model = run.config.model
-    kind, base = _CLASSES.get(model.family), model.weights.partition("@")[0]
+    kind, (base, _, revision) = _CLASSES.get(model.family), model.weights.partition("@")
+    revision = (run.result.get("commits") or {}).get("model.weights", revision)
     labels = f", num_labels={len(run.labels()) or 1}" if model.family != "causal" else ""
     lines, hint = [], ""
     if base.startswith(PREFIX):
         lines.append("from partial_lora.models.bundled import fetch_model")
         place = f'fetch_model("{base.removeprefix(PREFIX)}")'
     else:
-        place = f'"{base}"'
+        place = f'"{base}"' + (f', revision="{revision}"' if revision else "")
     if kind is None or not (base.startswith(PREFIX) or is_on_hub(base)):
         hint = "`base` is the model that the adapter was trained over, as partial-lora builds it.\n\n"
         built = None

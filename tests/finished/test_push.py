@@ -143,7 +143,7 @@ def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_t
     )
     code = page.text.partition("```python\n")[2].partition("```")[0]
     compile(code, "page", "exec")
-    assert 'base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B")' in code
+    assert 'base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", revision="main")' in code
     assert 'model = PeftModel.from_pretrained(base, "me/mine")' in code
 
 
