@@ -155,8 +155,11 @@ def test_second_derivatives_by_pefts_own_way(monkeypatch):
     model = adapted(lambda: Perceptron(nn.Tanh))
     twin = dense_twin(model, lambda: Perceptron(nn.Tanh))
     x = torch.randn(4, 12, requires_grad=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="fuses"):
         penalty(model, x)
+    with pytest.raises(RuntimeError, match="fuses"):  # autograd.grad would have left the layer out of the sum
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum() + x.sum(), x)
     monkeypatch.setattr(PartialLinear, "fuses", False)
     for each in (model, twin):
         penalty(each, x)
