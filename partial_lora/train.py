@@ -72,6 +72,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
             logger.warning("beware: %s", warning)
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
+    if stage == "train":
+        build.check_room(config, task, model)
     if config.trainer.packing:
         packing.check(model)
     calibrated = is_calibrated(config) or stage == "calibrate"
