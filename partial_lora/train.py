@@ -73,6 +73,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     set_seed(config.seed)
     model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
     record["commits"] = models.commits(config.model)
+    if stage == "train":
+        build.check_room(config, task, model)
     if config.trainer.packing:
         packing.check(model)
     calibrated = is_calibrated(config) or stage == "calibrate"

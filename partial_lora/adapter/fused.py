@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
@@ -26,7 +26,7 @@ def adapted_linear(
         dropout: the probability of zeroing a feature of x on its way into A; 0 in evaluation.
 
     Returns (..., out) in the dtype of W x. Where the factors have a wider dtype than x, the adapter is computed in it,
-    as PEFT does. Second derivatives are refused by PyTorch.
+    as PEFT does. A backward pass that is to be differentiated again raises RuntimeError.
     """
     tokens = x.reshape(-1, x.shape[-1])
     kept_a, kept_b = a.kept, b.kept
@@ -72,8 +72,9 @@ class _AdaptedLinear(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, wide: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable refuses too late: torch.autograd.grad takes its result for 0
+            raise RuntimeError("create_graph=True: expected False for a fused layer; set PartialLinear.fuses = False")
         saved, zeroed, weight, kept_a, kept_b = ctx.saved_tensors
         a, b = ctx.a, ctx.b
         dropped = _Dropout(zeroed, ctx.dropout)

@@ -36,8 +36,10 @@ from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import left_out
 from partial_lora.tasks.kinds import kind_of
+from partial_lora.tasks.metrics import OF_TEXTS
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
+from partial_lora.training.generation import room_for_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,14 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
             "has"
         )
     return loaded
+
+
+def check_room(config: Config, task: Task, model: PreTrainedModel) -> None:
+    """Raise PartialLoraError where the model has too few positions for the texts that a task's metrics are of."""
+    for member in getattr(task, "members", ()) or (task,):
+        chosen = config.task.members[member.name] if config.task.members else config.task
+        if OF_TEXTS.keys() & set(member.metrics):
+            room_for_prompts(model, chosen.max_new_tokens)
 
 
 # --- Calibration, on few-shot draws of the training rows.

@@ -15,7 +15,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.finished.task import one_task
 from partial_lora.tasks.questions import ASSISTANT
 from partial_lora.tasks.tokens import Message, Prompt
-from partial_lora.training.generation import generation_config
+from partial_lora.training.generation import generation_config, room_for_prompts
 
 
 class Writer:
@@ -45,6 +45,7 @@ class Writer:
         self._transform = build.transform_of(run.config.model, task)
         self._on, self._stop = RunModel(run, device), [*task.stop, *stop]
         tokens = max_new_tokens or task.max_new_tokens
+        self._room = room_for_prompts(self._on.model, tokens)
         self._settings = generation_config(self._on.model, self._transform, tokens, self._stop, temperature)
         if seed is not None:
             set_seed(seed)
@@ -58,7 +59,8 @@ class Writer:
             emit(part)
 
         tokenizer, settings = self._transform.tokenizer, self._settings
-        inputs = {name: tensor.to(self._on.device) for name, tensor in self._transform.encode([prompt]).items()}
+        encoded = self._transform.encode([prompt], self._room)
+        inputs = {name: tensor.to(self._on.device) for name, tensor in encoded.items()}
         streamer = _Words(tokenizer, settings.eos_token_id or [], self._stop, put)
         reader = {"tokenizer": tokenizer} if self._stop else {}
         with torch.inference_mode():

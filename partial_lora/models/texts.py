@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from partial_lora.errors import PartialLoraError, one_line
@@ -114,14 +114,21 @@ def _random(geometry: Geometry, dtype: torch.dtype, options: dict) -> PreTrained
         )
 
 
-def longest_text(model: PreTrainedModel) -> int | None:
+_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "pos_encoding", "wpe")  # of positions
+
+
+def longest_text(model: nn.Module) -> int | None:
     """Return how many tokens a model's table of positions has room for; None for a model without such a table.
 
-    Some models use only the positions after the padding's.
+    Some models use only the positions after the padding's, or after an offset.
     """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    for module in model.modules():
+        for table in (getattr(module, name, None) for name in _TABLES):
+            if isinstance(table, nn.Embedding):
+                before = 0 if table.padding_idx is None else table.padding_idx + 1
+                return table.num_embeddings - before - getattr(table, "offset", 0)
+            if isinstance(table, Tensor) and not isinstance(table, nn.Parameter):  # of sines, which are not trained
+                return len(table)
     return None
 
 

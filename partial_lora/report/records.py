@@ -103,7 +103,4 @@ def _finished(directory: Path) -> dict:
         raise UnfinishedError(INTERRUPTED if result.get("error") == INTERRUPTED else f"{result['status']}{detail}")
     if not result.get("metrics"):
         raise UnfinishedError("calibrated only, nothing was trained")
-    history = result.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ValueError("foreign, its history is no list of steps")
     return versions.upgraded(result)

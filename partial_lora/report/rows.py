@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from partial_lora.methods import called
+from partial_lora.report import shape
 from partial_lora.settings import identity, schema
 from partial_lora.settings.rates import Worth
 from partial_lora.tasks.folders import FILES
@@ -27,6 +28,8 @@ def row(result: Mapping) -> dict:
 
     conditions: eight hex digits, the same for runs that may be compared (`conditions`).
     """
+    if found := shape.fault(result):
+        raise ValueError(f"foreign, {found}")
     try:
         return _row(result)
     except KeyError as error:

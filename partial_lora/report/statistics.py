@@ -311,6 +311,6 @@ def reliability(records: Iterable[Mapping]) -> float:
 
 def _calibrated_itself(record: Mapping) -> bool:
     config, calibration = record["config"], record.get("calibration")
-    if not calibration or not called(config["method"]["name"]).as_calibrated:
+    if not calibration or not record["sparsity"] or not called(config["method"]["name"]).as_calibrated:
         return False
     return config["calibration"].get("file") is None and config["calibration"].get("seed", 0) is None

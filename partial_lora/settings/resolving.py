@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import at_home, plain_name
+from partial_lora.files import at_home, mapped, plain_name
 from partial_lora.masks import PAPER_BUDGET
 from partial_lora.models.config import FROM_FILES
 from partial_lora.models.skeleton import stored_settings
@@ -22,6 +23,7 @@ from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.schema import SECTIONS, Config, conf_dir
 from partial_lora.settings.study import chosen_from
+from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
@@ -61,7 +63,14 @@ def resolve(composed: DictConfig) -> Config:
     if model.image_size is None:
         is_own = task.path == "files" and task.classes is None  # conf/task says how many classes a known set has
         model = replace(model, image_size=_OF_PHOTOGRAPHS if is_own else _OF_SETS)
-    return replace(config, model=model, task=task, calibration=calibration)
+    resolved = replace(config, model=model, task=task, calibration=calibration)
+    mapped(plain(resolved), _finite)
+    return resolved
+
+
+def _finite(key: str, value: object) -> None:
+    """Refuse what JSON has no word for, in settings of any keys: records hold them."""
+    require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
 
 
 def _with_model(composed: DictConfig) -> DictConfig:

@@ -273,11 +273,11 @@ class CausalTransform:
 
     training_batches = batches
 
-    def encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Make one batch of prompts to be continued, padded on the left."""
-        start = self._tokens.start
+    def encode(self, prompts: Sequence[Prompt], room: int | None = None) -> dict[str, Tensor]:
+        """Make one batch of prompts to be continued, padded on the left. room: the most tokens of each."""
+        start, most = self._tokens.start, min(self._max_length, room or self._max_length)
         contexts = [torch.tensor(context) for context in self._tokens.contexts(prompts)]
-        return self._padded([context[_kept(context.tolist(), self._max_length, start)] for context in contexts], "left")
+        return self._padded([context[_kept(context.tolist(), most, start)] for context in contexts], "left")
 
     def _features(self, rows: Dataset) -> Features:
         """Return the columns of prepared rows to train on."""

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from partial_lora.errors import require
+from partial_lora.models import longest_text
 from partial_lora.tasks import CausalTransform
 from partial_lora.tasks.tokens import Prompt
 
@@ -37,6 +39,19 @@ def generation_config(
     )
 
 
+def room_for_prompts(model: nn.Module, max_new_tokens: int) -> int | None:
+    """Return the most tokens of a prompt after which a model has positions for the new ones; None for any number.
+
+    Raises PartialLoraError where it has positions for no prompt.
+    """
+    longest = longest_text(model)
+    if longest is None:
+        return None
+    expected = f"at most {longest}, the positions that the model has for a prompt and what follows it"
+    require(max_new_tokens <= longest, "task.max_new_tokens", max_new_tokens, expected)
+    return longest + 1 - max_new_tokens  # the last token that is written is never read
+
+
 def generate(
     model: nn.Module,
     transform: CausalTransform,
@@ -50,13 +65,14 @@ def generate(
 ) -> list[str]:
     """Return the text that the model generates after each prompt, without space around it.
 
-    A text ends before the first of the strings in `stop`, at the model's end token or after `max_new_tokens`. Prompts
-    of like length share a batch, which changes no text unless two tokens are equally likely. `progress(done, total)` is
-    called after every batch. `together`: processes with a sharded model generate together, each the same number of
-    texts. The model is left in the mode it was in.
+    A text ends before the first of the strings in `stop`, at the model's end token or after `max_new_tokens`. A prompt
+    loses its start where the model has too few positions (`room_for_prompts`). Prompts of like length share a batch,
+    which changes no text unless two tokens are equally likely. `progress(done, total)` is called after every batch.
+    `together`: processes with a sharded model generate together, each the same number of texts. The model is left in
+    the mode it was in.
     """
     tokenizer, greedy = transform.tokenizer, generation_config(model, transform, max_new_tokens, stop)
-    ends = greedy.eos_token_id or []
+    ends, room = greedy.eos_token_id or [], room_for_prompts(model, max_new_tokens)
     longest_first = sorted(range(len(prompts)), key=lambda place: -len(str(prompts[place])))
     texts = [""] * len(prompts)
     training, device = model.training, next(model.parameters()).device
@@ -64,7 +80,7 @@ def generate(
     try:
         for start in range(0, len(prompts), batch_size):
             places = longest_first[start : start + batch_size]
-            encoded = transform.encode([prompts[place] for place in places])
+            encoded = transform.encode([prompts[place] for place in places], room)
             inputs = {name: value.to(device) for name, value in encoded.items()}
             with torch.no_grad():
                 generated = model.generate(

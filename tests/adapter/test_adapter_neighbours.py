@@ -152,11 +152,16 @@ def test_second_derivatives_by_pefts_own_way(monkeypatch):
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         gradient.square().sum().backward()
 
+    def of_a_sum(model, x):  # from which autograd.grad could leave a layer out
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum() + x.sum(), x)
+
     model = adapted(lambda: Perceptron(nn.Tanh))
     twin = dense_twin(model, lambda: Perceptron(nn.Tanh))
     x = torch.randn(4, 12, requires_grad=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        penalty(model, x)
+    for derive in (penalty, of_a_sum):
+        with pytest.raises(RuntimeError, match="fuses"):
+            derive(model, x)
     monkeypatch.setattr(PartialLinear, "fuses", False)
     for each in (model, twin):
         penalty(each, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from configured import inputs, settings
 from refusals import refusal
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from partial_lora import methods
 from partial_lora.building import build
@@ -18,6 +21,7 @@ from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.launching import paths
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
+from partial_lora.models import longest_text
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.targets import target_linears
 from partial_lora.settings import compatibility, compose
@@ -52,6 +56,47 @@ def test_a_model_without_positions_or_modules_for_its_settings_is_refused(name: 
 def test_relative_positions_have_no_longest_text() -> None:
     tokens = torch.randint(3, 250, (1, 256))
     assert model_of("tiny_deberta", max_length=1280)(input_ids=tokens).logits.shape == (1, 2)
+
+
+BLOCKS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
+GPT = {"n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 12, "rotary_dim": 4}
+WITH_TABLES = {  # by type: keys of its config, and how its positions are kept
+    "opt": BLOCKS | {"ffn_dim": 24, "word_embed_proj_dim": 16},  # after an offset
+    "biogpt": BLOCKS | {"intermediate_size": 24},
+    "roberta": BLOCKS | {"intermediate_size": 24, "is_decoder": True, "pad_token_id": 1},  # after the padding's
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "openai-gpt": GPT,
+    "gptj": GPT,  # sines, in a tensor
+    "ctrl": GPT | {"dff": 16},
+}
+
+
+@functools.cache
+def causal(name: str) -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=50, **WITH_TABLES[name])).eval()
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+@torch.no_grad()
+def test_a_model_reads_as_many_tokens_as_its_table_of_positions_has_room_for(name: str) -> None:
+    model = causal(name)
+    tokens = torch.full((1, longest_text(model) + 1), 5)
+    inputs = {"attention_mask": torch.ones_like(tokens)}
+    model(tokens[:, 1:], attention_mask=inputs["attention_mask"][:, 1:])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(tokens, **inputs)
+
+
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_a_task_whose_texts_a_model_has_no_positions_for_is_refused(is_mixture: bool) -> None:
+    chosen, task = TaskConfig("one", max_new_tokens=13), SimpleNamespace(name="one", metrics=("rouge_l",))
+    loaded = SimpleNamespace(members=[task]) if is_mixture else task
+    config = SimpleNamespace(task=SimpleNamespace(members={"one": chosen}) if is_mixture else chosen)
+    with refusal(r"task\.max_new_tokens=13: "):
+        build.check_room(config, loaded, causal("gpt2"))
+    task.metrics = ("perplexity",)  # of no texts
+    build.check_room(config, loaded, causal("gpt2"))
 
 
 @pytest.mark.parametrize(

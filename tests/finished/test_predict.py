@@ -534,7 +534,7 @@ def test_a_turn_of_a_conversation_is_read_with_all_before_it(monkeypatch) -> Non
     tokenizer.chat_template = tiny_causal.CHAT
     writer._transform = CausalTransform(tokenizer, 128, chat=True)
     encode, read = writer._transform.encode, []
-    monkeypatch.setattr(writer._transform, "encode", lambda prompts: read.extend(map(list, prompts)) or encode(prompts))
+    monkeypatch.setattr(writer._transform, "encode", lambda asked, _: read.extend(map(list, asked)) or encode(asked))
     parts: list[str] = []
     first, second = writer.converse(["say red 7", " ", "say blue"], parts.append)
     assert "".join(parts) == first + second

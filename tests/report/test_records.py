@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import choice, comparison, folders, records, summary, tables
+from partial_lora.report import choice, comparison, folders, make, records, summary, tables
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.rows import NONE, conditions, differing, operating_point, point_of, point_order, row
 
@@ -123,6 +124,47 @@ def test_a_record_of_no_finished_run_is_left_out_and_its_field_is_named(tmp_path
     assert problem.why.startswith("interrupted") == (names == "interrupted")
     unfinished = ("missing", "failed: CUDA out of memory", "interrupted", "calibrated only")
     assert problem.is_broken == (names not in unfinished)
+
+
+def _damaged() -> Iterator[tuple[str, dict]]:
+    """Every field of a record, each missing, null, an empty list or a list of null; by the field's key."""
+    history = [{"step": step, "loss": 0.5, "eval_accuracy": 0.5} for step in (10, 20)]
+    settings = {"training": {"learning_rate": 1e-3}, "warnings": ["beware"], "calibration__seed": None}
+    whole = json.dumps(record(seed=3, history=history, **settings))
+
+    def places(value, *path):
+        for key, inside in value.items() if isinstance(value, dict) else ():
+            yield (*path, key)
+            yield from places(inside, *path, key)
+
+    for *parents, last in places(json.loads(whole)):
+        for value in ((), None, [], [None]):
+            result = content = json.loads(whole)
+            for parent in parents:
+                content = content[parent]
+            content[last] = value
+            if value == ():
+                del content[last]
+            yield ".".join((*parents, last)), result
+
+
+def test_a_damaged_field_is_named_or_does_without_and_never_ends_the_report(tmp_path):
+    for method in ("lora", "partial"):
+        leave(tmp_path, method, wrong=5, seed=3, id="whole", calibration__seed=None)
+    damaged = dict(zip(map("{:06x}".format, range(10**6)), _damaged(), strict=False))
+    for id, (_, result) in damaged.items():
+        folder = tmp_path / "runs" / "digits" / "vit" / f"partial-{id}" / "seed3"
+        folder.mkdir(parents=True)
+        (folder / RESULT).write_text(json.dumps(result))
+    make.report(tmp_path, where=[], by=None, spread="std", examples=2, command="", note=lambda line: None)
+    runs, left_out = records.read(tmp_path)
+    assert {run.directory.parent.name for run in runs} >= {"lora-whole", "partial-whole"}
+    why = {problem.path.split("/")[3].removeprefix("partial-"): problem.why for problem in left_out}
+    assert len(runs) + len(why) == len(damaged) + 2
+    named = {damaged[id][0] for id in why}
+    unnamed = [(damaged[id][0], words) for id, words in why.items() if damaged[id][0].split(".")[-1] not in words]
+    assert {key for key, _ in unnamed} <= {"status", "metrics"}, unnamed  # by which a run is known to have finished
+    assert {"history", "sparsity.blocks.0.qkv.rows", "warnings", "seed", "config.task.name", "calibration"} <= named
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

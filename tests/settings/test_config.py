@@ -78,6 +78,12 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["+learning_rate=1"], ["learning_rate"]),
         (["trainer.tuned=tuning.json"], ["trainer.tuned"]),  # of earlier versions
         *(([f"trainer.{key}={10**30}"], [f"trainer.{key}=1"]) for key in ("batch_size", "epochs", "max_steps")),
+        (["trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
+        (["++model.model_args.sizes=[1,{most: -inf}]"], ["model.model_args.sizes.most=-inf"]),
+        (
+            ["method=peft", "method.peft_type=LORA", "method.peft={lora_alpha: inf}"],
+            ["method.peft.lora_alpha=inf"],
+        ),
         (["trainer.num_processes=3"], ["trainer.batch_size=16", "trainer.num_processes=3"]),
         (["calibration=budget", "calibration.repair=true"], ["calibration.repair", "calibration.budget=0.13"]),
         (["calibration.file={file}", "calibration.reliability=true"], ["calibration.reliability", "calibration.file"]),

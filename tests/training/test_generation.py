@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
+from refusals import refusal
 from tiny_causal import bytes_tokenizer, llama, merging_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from partial_lora import tasks
 from partial_lora.training.generation import generate
@@ -66,6 +68,26 @@ def test_a_batch_writes_what_each_prompt_gets_alone(writer) -> None:
         assert texts == expected
         assert seen == [(min(start + size, 5), 5) for start in range(0, 5, size)]
     assert not model.training
+
+
+@pytest.mark.parametrize("most", [3, 12])
+def test_a_prompt_loses_its_start_where_the_model_has_too_few_positions(most: int) -> None:
+    tokenizer = bytes_tokenizer()
+    torch.manual_seed(3)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12, "initializer_range": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=None, **sizes)).eval()
+    narrow = tasks.CausalTransform(tokenizer, 13 - most)
+    expected = []
+    for tokens, mask in zip(*narrow.encode(PROMPTS).values(), strict=True):
+        context = tokens[mask.bool()].tolist()
+        for _ in range(most):
+            context.append(int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax()))
+        ends = [*context[-most:], tokenizer.eos_token_id]
+        expected.append(tokenizer.decode(ends[: ends.index(tokenizer.eos_token_id)], skip_special_tokens=True).strip())
+    wide = tasks.CausalTransform(tokenizer, 64)
+    assert generate(model, wide, PROMPTS, max_new_tokens=most) == expected
+    with refusal(r"task\.max_new_tokens=13: "):
+        generate(model, wide, PROMPTS, max_new_tokens=13)
 
 
 def test_an_end_token_ends_its_own_text_alone(writer, monkeypatch) -> None:
