@@ -65,6 +65,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["data_dir=/nowhere"], ["data_dir"]),
         (["task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}"], ["task.data_files.train"]),
         (["task.data_files=/nowhere"], ["task.data_files"]),
+        *(([f"{key}="], [f"{key}=: "]) for key in ("task.data_files", "results_dir", "data_dir")),
         (["method.name=foo"], ["method.name"]),
         (["method=lokr", "method.name=../elsewhere"], ["method.name"]),
         (["importance.name=foo"], ["importance.name"]),
