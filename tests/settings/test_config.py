@@ -610,6 +610,12 @@ def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_
         ("trainer.lr: 1", "trainer.lr: .*trainer.learning_rate"),
         ("trainer: {epochs: many}", "trainer.epochs=many: "),
         ("model: [tiny_vit]", "model="),
+        ("model:", "model=null: "),
+        ("model: tiny_vit\ntrainer:", "trainer=null: "),
+        ("hydra/launcher:", "hydra/launcher=null: "),
+        ("seed:", "seed: .*null"),
+        ("trainer.epochs: 1\ntrainer: {epochs: 2}", "trainer.epochs: "),
+        ("task.data_files.train: a.csv\ntask.data_files: b.csv", "task.data_files: "),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_name_and_key(tmp_path: Path, text: str, begins: str) -> None:
