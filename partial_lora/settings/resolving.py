@@ -103,12 +103,13 @@ _FIELDS = {key: {field.name for field in dataclasses.fields(kind)} for key, kind
 def _with_budget(config: Config) -> CalibrationConfig:
     """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
 
-    A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
+    A method that only spends a budget ignores `calibration.sparsity`, which becomes null. One with a size of its own
+    spends none.
     """
     calibration = config.calibration
     if config.method.traits.size == "budget":
         calibration = replace(calibration, sparsity=None)
-    elif calibration.sparsity != UNIFORM:
+    elif calibration.sparsity != UNIFORM or config.method.has_own_size:
         return calibration
     return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
 

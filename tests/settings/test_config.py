@@ -231,11 +231,12 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
     spent = {"low_rank": True, "lokr": True, "lorafa": True, "lora": False, "dora": False, "adalora": False}
     for method, is_spent in spent.items():
-        found = composed(f"method={method}", "calibration=fixed").warnings
-        assert [each.startswith("calibration.budget=0.13 ") for each in found] == [True] * (not is_spent)
-    assert composed("method=lora", "calibration=threshold").warnings == []
+        found = composed(f"method={method}", "calibration.budget=0.2").warnings
+        assert [each.startswith("calibration.budget=0.2 ") for each in found] == [True] * (not is_spent)
+        for own in ("fixed", "threshold"):  # which set no budget
+            assert composed(f"method={method}", f"calibration={own}").warnings == []
     for method in ("lora", "dora", "vera"):
-        (warning,) = composed(f"method={method}", "calibration=fixed").warnings
+        (warning,) = composed(f"method={method}", "calibration.budget=0.2").warnings
         advice = warning.partition("; ")[2].removesuffix(" has that size")
         assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
 
