@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError
@@ -63,7 +65,7 @@ def complete(action: str | None, commands: Sequence[str]) -> str:
         raise PartialLoraError(f"--shell-completion {action}: expected {known}")
     if what == "install":
         return _INSTALL[shell]
-    words = candidates(os.environ.get("COMP_LINE", "").split(" ")[1:], commands)
+    words = candidates(_words(os.environ.get("COMP_LINE", ""))[1:], commands)
     is_part = ("=", ".", "/")
     return "\n".join(word if shell == "fish" or word.endswith(is_part) else f"{word} " for word in words)
 
@@ -84,6 +86,15 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     return [candidate for candidate in found if candidate.startswith(word) and _PLAIN.fullmatch(candidate)]
 
 
+def _words(line: str) -> list[str]:
+    """Return the words of a line as a shell reads them; behind a space a new one, which is empty yet, begins."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # in a quotation
+        return line.split(" ")
+    return [*words, *[""] * line.endswith(" ")]
+
+
 def _runs(results: Path) -> Iterator[str]:
     """Yield the names of runs that a command takes: `latest`, and ids, with the seed behind one that has several."""
     if (results / directory.LATEST).is_dir():
@@ -99,7 +110,12 @@ def _settings(before: Sequence[str], word: str) -> list[str]:
     if word.partition("=")[2].startswith((".", "/", "~")):  # a file, which the shell quotes where it has to
         return []
     flags = {"-m", "--multirun"} & {*before}
-    with hydra_of([earlier for earlier in before if "=" in earlier or earlier.endswith((".yaml", ".yml"))]) as known:
+    settings = [
+        earlier
+        for previous, earlier in pairwise(["", *before])
+        if "=" in earlier or earlier.endswith((".yaml", ".yml")) or {"--config-dir", "-cd"} & {previous, earlier}
+    ]
+    with hydra_of(settings) as known:
         hydra, name, overrides, _ = known
         found = BashCompletion(hydra.config_loader)._query(config_name=name, line=" ".join([*flags, *overrides, word]))
     lists = {f"{key}." for key in list_keys()}  # Hydra would complete a list by the places of its items

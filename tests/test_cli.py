@@ -572,6 +572,14 @@ assert [code(each) for each in {right + wrong!r}] == {[0] * len(right) + [2] * l
     assert not heavy & imported(place, script)
 
 
+def test_one_key_is_shown_whatever_its_value_is(tmp_path: Path) -> None:
+    show = ("train", "model=tiny_vit", "seed=3", "--cfg", "job", "-p")
+    assert [here(tmp_path, *show, key).stdout for key in ("seed", "task.data_files")] == ["3\n", "null\n"]
+    refused = here(tmp_path, *show, "data_files")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("partial-lora: data_files: ")
+
+
 def test_a_worker_imports_what_its_run_needs(place: Path) -> None:
     script = """
 from partial_lora.launching.imports import hide_bitsandbytes, importing

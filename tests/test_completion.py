@@ -67,7 +67,17 @@ def test_names_that_a_shell_would_run_are_not_offered(tmp_path, monkeypatch) -> 
     for name in ("films", "films$(touch ran)"):
         (tmp_path / "own" / "task" / f"{name}.yaml").write_text("")
     assert candidates(["predict", ""], list(cli.COMMANDS)) == ["0123abcd/seed0"]
-    assert candidates(["train", "--config-dir=own", "task=film"], list(cli.COMMANDS)) == ["task=films"]
+    for given in (["--config-dir=own"], ["--config-dir", "own"]):
+        assert candidates(["train", *given, "task=film"], list(cli.COMMANDS)) == ["task=films"]
+
+
+@pytest.mark.parametrize("line", ["--config-dir 'my own'", r"--config-dir=my\ own", '-cd "my own"'])
+def test_group_files_are_found_in_a_folder_whose_name_has_a_space(line, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my own" / "task").mkdir(parents=True)
+    (tmp_path / "my own" / "task" / "films.yaml").write_text("")
+    monkeypatch.setenv("COMP_LINE", f"partial-lora train {line} task=film")
+    assert complete("query=bash", list(cli.COMMANDS)) == "task=films "
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")

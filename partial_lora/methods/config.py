@@ -55,6 +55,11 @@ class MethodConfig:
         """The key of methods.METHODS: the method's name, or "peft" for a tuner of PEFT, which goes by any name."""
         return self.name if self.peft_type is None else "peft"
 
+    @property
+    def has_own_size(self) -> bool:
+        """True where its own keys say how many parameters it trains, and no budget does."""
+        return self.function != "peft" and self.traits.size == "own"
+
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
         require(whole or self.rank == AUTO, "method.rank", self.rank, "a whole number, at least 1, or auto")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +34,7 @@ _LENGTH = {"encoder": 128, "causal": 512}  # tokens, where the model has as many
 _NO_GEOMETRY = {"_name_or_path", "attn_implementation", "auto_map", "model_type", "num_labels", "quantization_config"}
 _NO_GEOMETRY |= {"torch_dtype", "transformers_version"}
 _SIDES = {"img_size", "patch_size"}  # of timm's models: one number, or two equal ones
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2"}  # types in which PEFT refuses out_proj, and knows no targets
 _BLOCKS = ("timm_model.blocks", "timm_model.stages", "encoder.layer", "model.layers")
 
 logger = logging.getLogger(__name__)
@@ -154,9 +157,14 @@ def _geometry(config: PretrainedConfig, content: Mapping, model_class: type) -> 
     every, usual = config.to_dict(), PretrainedConfig().to_dict()
     default, differs = type(config)(), config.to_diff_dict()
     keys = [key for key in every if key in content or key in differs]
-    return {
+    args = {
         key: every[key] for key in keys if key not in _NO_GEOMETRY | usual.keys() and takes(default, model_class, key)
     }
+    endless = [key for key, value in args.items() if "Infinity" in json.dumps(value)]  # which no record can hold
+    for key in endless:
+        if args.pop(key) != default.to_dict()[key]:
+            raise ValueError(f"{key} is {every[key]}, expected numbers with an end")
+    return args
 
 
 def _images(config: PretrainedConfig, folder: Path, weights: str) -> dict[str, object]:
@@ -183,13 +191,16 @@ def _images(config: PretrainedConfig, folder: Path, weights: str) -> dict[str, o
 
 def _targets(weights: str, architecture: str, bare: Skeleton, head: str | None, new: list[str]) -> list[str]:
     usual = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
-    for targets in ([usual] if isinstance(usual, list) else []) + [[ALL_LINEAR]]:
-        try:
+    linears = {name.rpartition(".")[2] for name in bare.linears if name != bare.output}
+    every = sorted(linears - {"out_proj"}) if architecture in _MAMBA else [ALL_LINEAR]
+    for targets in ([usual] if isinstance(usual, list) else []) + [every]:
+        with suppress(PartialLoraError):
             bare.targets(targets, head, new)
             return targets
-        except PartialLoraError as error:
-            refused = error
-    raise PartialLoraError(f"model={weights}: {refused}")
+    raise PartialLoraError(
+        f"model={weights}: expected a model with nn.Linear to adapt, {bare.kind} has none but its head or output; take "
+        "another, or adapt its layers in Python (PartialLoraConfig)"
+    )
 
 
 def _new_modules(model: PreTrainedModel, bare: Skeleton, head: str, content: Mapping) -> list[str]:

@@ -8,7 +8,7 @@ import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -226,14 +226,21 @@ def _primary(file: str, content: Mapping, models: Collection[str]) -> dict:
     """
     from omegaconf import OmegaConf
 
-    keys, chosen = OmegaConf.create({}), {}
+    keys, chosen, seen = OmegaConf.create({}), {}, set()
     for key, value in content.items():
         if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+)*", str(key)):
             raise PartialLoraError(f"{file}: {key!r}: expected a key, such as model or trainer.epochs")
         if key in CHOICES or (key in GROUPS and not isinstance(value, Mapping)):
-            require(value is None or isinstance(value, str), f"{file}: {key}", value, "a name, or keys of the group")
-            chosen[key] = own_model(value, models) if key == "model" and value else value
+            is_name = value and isinstance(value, str)
+            is_none = value is None and key in ("preset", "experiment")
+            require(is_name or is_none, f"{file}: {key}", value, "a name, or keys of the group")
+            chosen[key] = own_model(value, models) if key == "model" else value
         else:
+            names = flatten({str(key): value}).keys()
+            for name, other in product(names, seen):
+                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                    raise PartialLoraError(f"{file}: {name}: expected one value, {other} is set already")
+            seen |= names
             OmegaConf.update(keys, str(key), value, force_add=True)  # the key may have dots
     settings = OmegaConf.to_container(keys)
     for group, _, name in (key.partition(".") for key in list_keys()):

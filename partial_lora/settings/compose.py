@@ -271,10 +271,21 @@ def _print_help(arguments: Sequence[str]) -> None:
 
 def _show(arguments: Sequence[str]) -> None:
     """Print what Hydra says of its own options, of what it composes, or of where it looks for files."""
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
     with hydra_of(arguments) as (hydra, name, overrides, flags):
         if flags.hydra_help:
             hydra.hydra_help(name, options(), flags)
         elif flags.cfg:
+            if flags.package not in (None, "_global_"):
+                whole, absent = hydra.compose_config(name, overrides, RunMode.RUN), object()
+                value = OmegaConf.select(hydra.get_sanitized_cfg(whole, flags.cfg), flags.package, default=absent)
+                if value is absent:
+                    raise PartialLoraError(no_such_key(flags.package))
+                if value is None:  # Hydra says that it is not there
+                    print("null")
+                    return
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
         else:
             hydra.show_info(flags.info, name, overrides)
@@ -366,7 +377,8 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
         if mistyped := _MISTYPED.match(reason):
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
-        return f"{place}{key}: {'expected a value, not null' if 'is not Optional' in reason else reason}"
+        is_null = "is not Optional" in reason or reason.startswith("Incompatible value 'None'")
+        return f"{place}{key}: {'expected a value, not null' if is_null else reason}"
     if lines[0].startswith("You must specify"):  # of a file's `model: ???`
         group = lines[0].split("'")[1]
         return f"{group}=???: expected the name of a file in the group"

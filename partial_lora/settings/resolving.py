@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -111,12 +112,13 @@ _FIELDS = {key: {field.name for field in dataclasses.fields(kind)} for key, kind
 def _with_budget(config: Config) -> CalibrationConfig:
     """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
 
-    A method that only spends a budget ignores `calibration.sparsity`, which becomes null.
+    A method that only spends a budget ignores `calibration.sparsity`, which becomes null. One with a size of its own
+    spends none.
     """
     calibration = config.calibration
     if config.method.traits.size == "budget":
         calibration = replace(calibration, sparsity=None)
-    elif calibration.sparsity != UNIFORM:
+    elif calibration.sparsity != UNIFORM or config.method.has_own_size:
         return calibration
     return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
 
@@ -124,6 +126,7 @@ def _with_budget(config: Config) -> CalibrationConfig:
 def _check_surroundings(config: Config) -> None:
     """Raise PartialLoraError, naming the key, for a file, folder or package that a run names and that is not there."""
     trainer, calibration, data_dir = config.trainer, config.calibration.file, config.data_dir
+    require(bool(config.results_dir), "results_dir", "", "a folder; . is the one that you are in")
     exists = calibration is None or Path(calibration).is_file()
     require(exists, "calibration.file", calibration, "an existing calibration.json")
     missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
@@ -131,7 +134,7 @@ def _check_surroundings(config: Config) -> None:
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
     if trainer.accelerate_config is not None:
         accelerate_file(trainer.accelerate_config)  # launching.cluster checks it together with the keys of the trainer
-    exists = data_dir is None or Path(data_dir).is_dir()
+    exists = data_dir is None or os.path.isdir(data_dir)  # Path("") is the working folder
     require(exists, "data_dir", data_dir, "a folder of NAME/{train,validation,test}.parquet")
     check_files(config.task)
 
@@ -145,7 +148,7 @@ def _installed(module: str) -> bool:
 def check_files(task: TaskConfig) -> None:
     """Raise PartialLoraError for a file of a task's rows that is not there; a mixture has its files in its members."""
     for key, path in _files_of(task):
-        require(Path(path).is_file() or Path(path).is_dir(), key, path, "an existing file or folder")
+        require(os.path.isfile(path) or os.path.isdir(path), key, path, "an existing file or folder")
 
 
 def _files_of(task: TaskConfig) -> Iterator[tuple[str, str]]:

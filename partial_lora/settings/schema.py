@@ -64,7 +64,7 @@ class Config:
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")
-        if budget is not None and method.function != "peft" and method.traits.size == "own":
+        if budget is not None and method.has_own_size:
             at_budget = shlex.join(method.traits.at_budget)
             advice = f"; {at_budget} has that size" if at_budget else ""
             sentences.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")

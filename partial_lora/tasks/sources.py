@@ -409,8 +409,9 @@ def select_columns(rows: Dataset, config: TaskConfig, split: str) -> Dataset:
         inputs = dict(zip(("text", "text_pair"), _text_columns(rows, place, config.text_columns, label), strict=False))
     else:
         inputs = {"image": _image_column(rows, place, config.image_column, label)}
-    rows = rows.select_columns([*inputs.values(), label])
-    for column in inputs.values():
+    named = list(inputs.values())
+    rows = rows.select_columns([*named, label])
+    for column in named:
         cells = _arrow_column(rows, column)
         if cells.null_count:
             row = cells.is_null().to_pylist().index(True) + 1
@@ -422,6 +423,10 @@ def select_columns(rows: Dataset, config: TaskConfig, split: str) -> Dataset:
     for column in inputs:
         if rows.features[column].dtype != "string":  # Arrow has two types of texts
             rows = rows.cast_column(column, Value("string"))
+    texts = (_arrow_column(rows, column).to_pylist() for column in inputs)
+    for row, of_row in enumerate(zip(*texts, strict=True), 1):
+        if not any(map(str.strip, of_row)):
+            raise PartialLoraError(f"{row_name(name, split, row)} has no text but spaces (column {', '.join(named)})")
     return rows
 
 
@@ -576,6 +581,11 @@ def encode_labels(splits: dict[str, Dataset], name: str, regression: bool | None
                         f"{row_name(name, split, row)} has the label {label!r}, expected a number, since this is "
                         "regression (task.regression)"
                     )
+        if len(set(labels["train"])) == 1:
+            raise PartialLoraError(
+                f"task={name}: all training rows have the label {labels['train'][0]}, expected several numbers "
+                "(task.label_column)"
+            )
         return {
             split: rows.remove_columns("label").add_column("label", np.asarray(labels[split], np.float32))
             for split, rows in splits.items()

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from refusals import refusal
 
 from partial_lora import models
@@ -26,6 +27,7 @@ WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 TEXT = {**WIDE, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 CAUSAL = {**TEXT, **ENDS, "num_key_value_heads": 1, "head_dim": 8}
+MAMBA = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **ENDS}
 IMAGE = {**WIDE, "image_size": 16, "patch_size": 8}
 STAGES = {"image_size": 32, "num_labels": 3}
 SAVED = {  # {class: the keys of its config}
@@ -43,6 +45,8 @@ SAVED = {  # {class: the keys of its config}
     "Gemma4ForCausalLM": CAUSAL
     | {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 4, "global_head_dim": 16},
     "GPTNeoXForCausalLM": TEXT | ENDS,
+    "MambaForCausalLM": MAMBA,
+    "Mamba2ForCausalLM": MAMBA | {"num_heads": 4, "head_dim": 8, "n_groups": 1},
     "OPTForCausalLM": TEXT | ENDS | {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "BloomForCausalLM": {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2, **ENDS},
     "ViTForImageClassification": IMAGE,
@@ -136,6 +140,14 @@ def test_what_is_adapted_is_as_in_peft_or_every_linear_layer(tmp_path: Path) -> 
     assert targets == {"Qwen2ForCausalLM": ["q_proj", "v_proj"], "DeiTForImageClassification": [ALL_LINEAR]}
 
 
+@pytest.mark.parametrize("name", ["MambaForCausalLM", "Mamba2ForCausalLM"])
+def test_what_is_adapted_in_mamba_is_what_peft_takes_there_and_a_record_can_hold_it(tmp_path: Path, name: str) -> None:
+    settings = settings_of("own", str(saved(tmp_path, name, SAVED[name])))
+    adapted = get_peft_model(loaded(tmp_path, settings, []), LoraConfig(target_modules=settings["target_modules"]))
+    assert any("lora_B" in key for key in adapted.state_dict())
+    json.dumps(settings, allow_nan=False)
+
+
 def test_parts_without_trained_weights_train_whole(tmp_path: Path) -> None:
     new = {
         name: (settings["head"], settings["new_modules"])
@@ -198,7 +210,7 @@ def _changed(change: dict) -> Callable[[Path], None]:
         ("BertForMaskedLM", _changed({"quantization_config": {"quant_method": "gptq"}}), ["quantization_config"]),
         ("BertForMaskedLM", lambda folder: (folder / "config.json").unlink(), ["config.json"]),
         ("BertForMaskedLM", lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
-        ("GPT2LMHeadModel", lambda folder: None, [ALL_LINEAR]),  # its layers are no nn.Linear
+        ("GPT2LMHeadModel", lambda folder: None, ["GPT2LMHeadModel"]),  # its layers are no nn.Linear
         ("CLIPTextModel", lambda folder: None, ["clip_text_model"]),
     ],
 )

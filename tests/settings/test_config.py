@@ -65,6 +65,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["data_dir=/nowhere"], ["data_dir"]),
         (["task.data_files={train: /nowhere.parquet, test: /nowhere.parquet}"], ["task.data_files.train"]),
         (["task.data_files=/nowhere"], ["task.data_files"]),
+        *(([f"{key}="], [f"{key}=: "]) for key in ("task.data_files", "results_dir", "data_dir")),
         (["method.name=foo"], ["method.name"]),
         (["method=lokr", "method.name=../elsewhere"], ["method.name"]),
         (["importance.name=foo"], ["importance.name"]),
@@ -236,11 +237,12 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
     spent = {"low_rank": True, "lokr": True, "lorafa": True, "lora": False, "dora": False, "adalora": False}
     for method, is_spent in spent.items():
-        found = composed(f"method={method}", "calibration=fixed").warnings
-        assert [each.startswith("calibration.budget=0.13 ") for each in found] == [True] * (not is_spent)
-    assert composed("method=lora", "calibration=threshold").warnings == []
+        found = composed(f"method={method}", "calibration.budget=0.2").warnings
+        assert [each.startswith("calibration.budget=0.2 ") for each in found] == [True] * (not is_spent)
+        for own in ("fixed", "threshold"):  # which set no budget
+            assert composed(f"method={method}", f"calibration={own}").warnings == []
     for method in ("lora", "dora", "vera"):
-        (warning,) = composed(f"method={method}", "calibration=fixed").warnings
+        (warning,) = composed(f"method={method}", "calibration.budget=0.2").warnings
         advice = warning.partition("; ")[2].removesuffix(" has that size")
         assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
 
@@ -615,6 +617,12 @@ def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_
         ("trainer.lr: 1", "trainer.lr: .*trainer.learning_rate"),
         ("trainer: {epochs: many}", "trainer.epochs=many: "),
         ("model: [tiny_vit]", "model="),
+        ("model:", "model=null: "),
+        ("model: tiny_vit\ntrainer:", "trainer=null: "),
+        ("hydra/launcher:", "hydra/launcher=null: "),
+        ("seed:", "seed: .*null"),
+        ("trainer.epochs: 1\ntrainer: {epochs: 2}", "trainer.epochs: "),
+        ("task.data_files.train: a.csv\ntask.data_files: b.csv", "task.data_files: "),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_name_and_key(tmp_path: Path, text: str, begins: str) -> None:

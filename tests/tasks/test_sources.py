@@ -207,6 +207,14 @@ def test_a_row_without_a_text_or_an_image_is_named(tmp_path: Path, kind: str) ->
         refused("task=own: row 3 of the train split ", "column text", of=file, modality=modality)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_row_of_spaces_alone_has_no_text_and_a_pair_needs_one(tmp_path: Path, kind: str) -> None:
+    columns = {"text": [*TEXTS[:2], " \t ", *TEXTS[3:]], "label": ANIMALS}
+    refused("task=own: row 3 of the train split ", "column text", of=table(tmp_path, f"texts.{kind}", **columns))
+    pairs = table(tmp_path, f"pairs.{kind}", **columns, second=TEXTS)
+    assert "" in {text.strip() for text in both(pairs, text_columns=["text", "second"]).test["text"][:]}
+
+
 def test_paths_of_images_start_at_the_table_s_own_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = [f"pictures/{number}.png" for number in range(12)]
@@ -305,6 +313,8 @@ def test_fractions_are_regression_unless_they_are_classes_by_name(tmp_path: Path
     assert classes.labels == ("0.5", "2", "3.25")
     refused("task.metrics: ", "pearson, spearman, mse", "f1", of=file, label_column="score", metrics=["f1"])
     refused("task=own: row 1 of the train split ", "'dog'", "task.regression", of=animals(tmp_path), regression=True)
+    alike = table(tmp_path, "alike.csv", text=TEXTS, score=[2.5] * 12)
+    refused("task=own: ", "2.5", "task.label_column", of=alike, label_column="score")
 
 
 def test_numbers_too_large_for_a_class_are_real_all_the_same(tmp_path: Path) -> None:
