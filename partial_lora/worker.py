@@ -67,7 +67,7 @@ def work(place: Path, stage: str) -> int:
         if is_main:
             files.write_json(place / directory.RESULT, record)
         chosen = versions.load(settings)
-        if not imports.may_be_quantised(chosen.model):
+        if not imports.may_need_bitsandbytes(chosen):
             imports.hide_bitsandbytes()
         with imports.importing():  # torch and its kin; the record says, too, where an import fails
             from transformers.utils import logging as transformers_logging

@@ -24,13 +24,13 @@ _OF_ONE_RUN = (worker_events.VARIABLE, directory.VARIABLE)
 def can_fork(config: Config, cluster: Cluster) -> bool:
     """Return whether a run is to be forked, and can be: else it gets a fresh interpreter.
 
-    Several processes have a launcher of their own, a quantised model needs a library that the forking process has
-    hidden, and trackers end in handlers that a forked process does not run.
+    Several processes have a launcher of their own, a quantised model or an optimizer may need a library that the
+    forking process has hidden, and trackers end in handlers that a forked process does not run.
     """
     return (
         config.trainer.start == "fork"
         and "forkserver" in multiprocessing.get_all_start_methods()
-        and not (cluster.is_launched or config.trainer.report_to or imports.may_be_quantised(config.model))
+        and not (cluster.is_launched or config.trainer.report_to or imports.may_need_bitsandbytes(config))
     )
 
 

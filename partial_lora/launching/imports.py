@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from partial_lora.models.config import ModelConfig
+from partial_lora.settings.schema import Config
 
 
 def refuse_hub_code() -> None:
@@ -60,10 +60,11 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def may_be_quantised(model: ModelConfig) -> bool:
-    """Return whether a model may need bitsandbytes: a folder or the hub may have stored it in quantised form."""
+def may_need_bitsandbytes(config: Config) -> bool:
+    """Return whether a run may need it: for an optimizer, or since a folder or the hub may have a quantised model."""
+    model = config.model
     stored = model.modality == "text" and model.weights != "random" and model.weights[:8] != "bundled:"
-    return model.quantization is not None or stored
+    return model.quantization is not None or stored or config.trainer.optimizer is not None
 
 
 def hide_bitsandbytes() -> None:

@@ -27,6 +27,7 @@ from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
+from partial_lora.training import optimizers
 from partial_lora.training.trackers import TRACKERS
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
@@ -129,6 +130,7 @@ def _check_surroundings(config: Config) -> None:
     missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
+    optimizers.check(trainer)
     if trainer.accelerate_config is not None:
         accelerate_file(trainer.accelerate_config)  # launching.cluster checks it together with the keys of the trainer
     exists = data_dir is None or Path(data_dir).is_dir()

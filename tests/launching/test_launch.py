@@ -275,9 +275,10 @@ def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "may_be"),
+    ("overrides", "may_need"),
     [
         (("model=vit_b16",), False),
+        (("model=vit_b16", "trainer.optimizer=sgd"), True),  # transformers takes many of them from there
         (("model=smollm2_135m", "task=arc_easy"), False),
         (("model=tiny_llama", "task=arc_easy"), False),
         (("model=tiny_llama", "task=arc_easy", "model.quantization=nf4"), True),
@@ -285,5 +286,5 @@ def test_the_deepspeed_settings_of_a_file_reach_the_workers(tmp_path: Path) -> N
         (("model=tiny_llama", "task=arc_easy", "model.weights=folder"), True),
     ],
 )
-def test_the_quantiser_is_hidden_from_models_that_cannot_be_quantised(overrides, may_be: bool) -> None:
-    assert imports.may_be_quantised(composed(*overrides).model) == may_be
+def test_bitsandbytes_is_hidden_from_runs_that_cannot_need_it(overrides, may_need: bool) -> None:
+    assert imports.may_need_bitsandbytes(composed(*overrides)) == may_need

@@ -78,6 +78,13 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["+learning_rate=1"], ["learning_rate"]),
         (["trainer.tuned=tuning.json"], ["trainer.tuned"]),  # of earlier versions
         *(([f"trainer.{key}={10**30}"], [f"trainer.{key}=1"]) for key in ("batch_size", "epochs", "max_steps")),
+        (["trainer.optimizer=adamw_torch_npu_fused"], ["trainer.optimizer=adamw_torch_npu_fused"]),
+        (["trainer.optimizer=grokadamw", "trainer.args={optim_args: 'lamb=two'}"], ["trainer.optimizer=grokadamw"]),
+        (["trainer.schedule=cosine_with_min_lr"], ["trainer.schedule=cosine_with_min_lr", "lr_scheduler_kwargs"]),
+        (
+            ["trainer.schedule=linear", "trainer.args={lr_scheduler_kwargs: {least: 1}}"],
+            ["trainer.schedule=linear", "least"],
+        ),
         (["trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
         (["++model.model_args.sizes=[1,{most: -inf}]"], ["model.model_args.sizes.most=-inf"]),
         (
@@ -138,6 +145,14 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
 def test_a_run_that_cannot_be_is_refused_by_its_keys_before_it_starts(overrides: list[str], names: list[str]) -> None:
     with refusal(names[0], *names):
         composed(*(each.format(file=__file__) if "file}" in each else each for each in overrides))
+
+
+def test_a_schedule_with_its_arguments_and_a_record_of_an_optimizer_that_is_missing_here_are_taken() -> None:
+    needs = "trainer.args={lr_scheduler_kwargs: {num_decay_steps: 2}}"
+    chosen = composed("trainer.schedule=warmup_stable_decay", "trainer.optimizer=adafactor", needs)
+    stored = versions.plain(chosen)
+    stored["trainer"]["optimizer"] = "adamw_torch_npu_fused"
+    assert versions.load(stored).trainer.optimizer == "adamw_torch_npu_fused"
 
 
 @pytest.mark.parametrize("text", ["", "study:", "seed: 1"])
