@@ -8,15 +8,18 @@ shows a file that was cut short, changed, lost or added later.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -174,17 +177,41 @@ def at_home(path: Any) -> Any:
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises."""
+    """Yield an empty folder that takes the place of `folder` when the block ends, and is removed when it raises.
+
+    It is locked. Those of killed processes of this machine are removed; another machine's lock may not be seen here.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _replaced(folder)
-    beside = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    start = f".{folder.name}.building-{platform.node()}-"
+    for left in folder.parent.glob(f"{glob.escape(start)}*"):
+        with suppress(FileNotFoundError), _held(left) as is_free:
+            if is_free and time.time() - left.stat().st_mtime > _LOCKED_WITHIN:
+                shutil.rmtree(left, ignore_errors=True)
+    beside = folder.with_name(f"{start}{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()  # a signal may come at once
-        yield beside
-        replace_folder(beside, folder)
+        with _held(beside):
+            yield beside
+            replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+_LOCKED_WITHIN = 60  # seconds after a folder is made
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder; give False where another process holds it, and where folders cannot be locked."""
+    with ExitStack() as stack:
+        is_held = False
+        with suppress(OSError, ImportError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            is_held = lock(descriptor)
+        yield is_held
 
 
 def replace_folder(built: Path, folder: Path) -> None:

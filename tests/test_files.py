@@ -181,6 +181,33 @@ def test_a_folder_that_a_killed_replacement_left_without_its_name_is_brought_bac
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "built"}
 
 
+def test_folders_that_killed_builders_left_are_removed_and_those_of_living_ones_are_not(tmp_path):
+    program = """
+        import os, pathlib, signal, sys
+        from partial_lora.files import building
+        with building(pathlib.Path(sys.argv[1])) as built:
+            (built / "part").write_text("half")
+            print(built, flush=True)
+            sys.stdin.read()
+    """
+    start = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "merged")]
+    builders = [
+        subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in ("dead", "alive")
+    ]
+    dead, alive = (Path(builder.stdout.readline().strip()) for builder in builders)
+    foreign = tmp_path / ".merged.building-another.machine-0a1b2c3d"
+    foreign.mkdir()
+    builders[0].kill()
+    builders[0].wait()
+    for folder in (dead, alive, foreign):
+        os.utime(folder, (0, 0))
+    with building(tmp_path / "merged"):
+        assert [folder.exists() for folder in (dead, alive, foreign)] == [False, True, True]
+    builders[1].communicate("")
+    assert (tmp_path / "merged" / "part").read_text() == "half"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "merged"]
+
+
 def test_killed_build_leaves_no_entry_and_its_remains_are_cleared(tmp_path):
     killed = run(
         """

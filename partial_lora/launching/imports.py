@@ -64,7 +64,7 @@ def may_need_bitsandbytes(config: Config) -> bool:
     """Return whether a run may need it: for an optimizer, or since a folder or the hub may have a quantised model."""
     model = config.model
     stored = model.modality == "text" and model.weights != "random" and model.weights[:8] != "bundled:"
-    return model.quantization is not None or stored
+    return model.quantization is not None or stored or config.trainer.optimizer is not None
 
 
 def hide_bitsandbytes() -> None:
