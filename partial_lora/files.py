@@ -49,6 +49,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # of a full disk Python says no more than that
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -135,6 +135,19 @@ def test_a_folder_has_the_modes_of_the_umask_whatever_made_its_files_and_what_li
     assert [path.stat().st_mode & 0o777 for path in paths] == [0o750, 0o640, 0o600]
 
 
+def test_a_file_for_which_there_is_no_room_is_named_and_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text("before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as refused:
+        files.write_atomic(tmp_path / "record.json", "after")
+    assert refused.value.filename == str(tmp_path / "record.json")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
 def test_two_writers_of_one_file_have_temporary_names_of_their_own(tmp_path, monkeypatch):
     names, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (names.append(source), replace(source, target)))

@@ -69,6 +69,9 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
                     loose[path] = run.directory
                 except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                     left_out.append(records.LeftOut(f"{path}/{PREDICTIONS}", f"broken, {one_line(error)}", True))
+        if not contents:  # a table without a row has no columns, and could not be read
+            why = f"; {left_out[0]}" if left_out else ""
+            raise PartialLoraError(f"{results_dir}: expected at least one finished run to pack{why}")
         tables = ((path, content.predictions) for path, content in sorted(contents.items()))
         predictions = [_rows(path, table) for path, table in tables if table is not None]
         if predictions:

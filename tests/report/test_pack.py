@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -202,6 +203,15 @@ def test_of_a_linked_folder_the_link_is_removed(study: Path, tmp_path_factory: p
     pack(study, remove=True)
     assert (run.is_symlink(), (elsewhere / RESULT).is_file()) == (False, True)
     assert not list(study.glob("runs/*/*/*/*"))
+
+
+def test_a_folder_in_which_nothing_has_finished_gets_no_pack(tmp_path: Path) -> None:
+    place(tmp_path, record(status="running"), id="0f")
+    with refusal(re.escape(f"{tmp_path}: "), "0f"):
+        pack(tmp_path)
+    assert packs.pack_of(tmp_path) is None
+    leave(tmp_path, "lora", wrong=1)
+    assert pack(tmp_path).added == 1
 
 
 def test_the_command_says_what_it_left_out_and_runs_lists_both(study: Path, capsys: pytest.CaptureFixture) -> None:
