@@ -39,7 +39,7 @@ def classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 def left_out(data_files: Mapping[str, str] | str | None) -> list[str]:
     """Return a line about each folder of images with sub-folders or files that are left out."""
-    named = data_files if isinstance(data_files, Mapping) else {"": data_files or ""}
+    named = data_files if isinstance(data_files, Mapping) else {"": data_files} if data_files else {}
     lines = []
     for split, folder in ((split, Path(path)) for split, path in named.items() if Path(path).is_dir()):
         parts = [folder] if split else split_folders(folder).values() or [folder]

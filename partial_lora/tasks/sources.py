@@ -32,7 +32,6 @@ from partial_lora.tasks.kinds import kind_of
 
 Label = str | int | float | bool
 
-
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _OTHER_SEPARATORS = (";", "\t", "|", ",")  # tried where a header lacks its own
 _WORDS, _SHOWN = 4, 60  # spaces that a column's name may have; characters of a line in a message

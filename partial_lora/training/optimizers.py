@@ -17,7 +17,7 @@ def check(trainer: TrainerConfig) -> None:
 
     Raises PartialLoraError, naming the key, where that fails, as it otherwise would after the calibration.
     """
-    if not (trainer.args or trainer.optimizer or trainer.schedule != "cosine"):
+    if not (trainer.args or trainer.optimizer or trainer.schedule != TrainerConfig.schedule):
         return
     from torch import nn, optim
     from transformers import Trainer, TrainingArguments, get_scheduler

@@ -239,7 +239,7 @@ def test_images_are_read_from_bytes_with_or_without_the_library_s_own_marks(tmp_
 # --- Folders of images.
 
 
-def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path) -> None:
+def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Path(images(tmp_path / "whole", "wolf", "fox", count=9))
     for label in ("wolf", "fox"):
         picture(whole / label / "deeper" / "10.png")
@@ -252,6 +252,8 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path) -> None:
     task = load(str(whole), "image")
     assert task.labels == ("fox", "wolf")
     assert counts(task) == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 2, 1: 2}]
+    monkeypatch.chdir(whole)
+    assert left_out(None) == left_out({}) == left_out("rows.csv") == []
     kept_out = left_out({"train": str(whole), "test": "rows.csv"})
     assert [line.partition(": left out: ")[::2] for line in kept_out] == [
         (f"task.data_files.train={whole}", "hare (a class without an image)"),
