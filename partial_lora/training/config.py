@@ -176,7 +176,7 @@ class TrainerConfig:
         positive("trainer.max_grad_norm", self.max_grad_norm)
         require(0 < self.until <= 1, "trainer.until", self.until, "a share above 0 and at most 1")
         require(self.patience is None or self.patience >= 1, "trainer.patience", self.patience, "1 or more, or null")
-        if self.args or self.optimizer or self.schedule != "cosine":
+        if self.chooses_steps:
             self._check_names()
         require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
         one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
@@ -192,6 +192,11 @@ class TrainerConfig:
         require(valid, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
+
+    @property
+    def chooses_steps(self) -> bool:
+        """True where an optimizer, a schedule or arguments of transformers' are chosen; the defaults need no check."""
+        return bool(self.args or self.optimizer or self.schedule != TrainerConfig.schedule)
 
     def _check_names(self) -> None:
         """Refuse names that transformers does not know, and arguments that a run sets itself."""

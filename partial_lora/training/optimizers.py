@@ -13,11 +13,11 @@ from partial_lora.training.config import TrainerConfig
 
 
 def check(trainer: TrainerConfig) -> None:
-    """Make the optimizer and the schedule of a run for a layer that nobody needs; those by default need no check.
+    """Make the optimizer and the schedule of a run for a layer that nobody needs.
 
     Raises PartialLoraError, naming the key, where that fails, as it otherwise would after the calibration.
     """
-    if not (trainer.args or trainer.optimizer or trainer.schedule != TrainerConfig.schedule):
+    if not trainer.chooses_steps:
         return
     from torch import nn, optim
     from transformers import Trainer, TrainingArguments, get_scheduler
