@@ -356,7 +356,7 @@ def compare(arguments: Sequence[str]) -> int:
     for sentences, take in ruling.verdicts:
         print(*sentences, take, sep="\n")
     print(ruling.page)
-    return 0
+    return code
 
 
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.

@@ -88,7 +88,8 @@ class Contest:
     def decide(self, make: compare.Make, say: Say) -> int:
         """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
 
-        Runs that are finished are not made again. After an interruption no further run is made.
+        Runs that are finished are not made again. After an interruption no further run is made. The code is 1 where a run
+        was killed, so that its learning rate was not tried.
         """
         comparison, began = self.comparison, time.monotonic()
         code = compare.search_rates(self.entries, comparison, make, say)
@@ -109,7 +110,7 @@ class Contest:
                 for entry in {entry for entry, trial in new if entry.of_seed(trial.seed) is None}:
                     entry.refused, entry.best = f"a seed failed at its best learning rate, {entry.best:g}", None
                     group.remove(entry)
-        return 0
+        return 1 if any(entry.killed for entry in self.entries) else 0
 
     @property
     def groups(self) -> dict[str, list[Entry]]:
@@ -142,10 +143,15 @@ class Contest:
 
     @property
     def refused(self) -> list[str]:
-        """Lines on the methods that are left out, and on the entries that could not be trained, by reason."""
+        """Lines on the methods that are left out, on entries that could not be trained, and on rates not tried."""
         reasons = grouped((entry for entry in self.entries if entry.refused), lambda entry: entry.refused)
         named = {reason: "; ".join(entry.name for entry in alike) for reason, alike in reasons.items()}
-        return [*self.left_out, *(f"{names}: {reason}" for reason, names in named.items())]
+        untried = [
+            f"{entry.name}: learning rate {rate:g} was not tried, as its run was killed; the same command tries it again"
+            for entry in self.entries
+            for rate in entry.killed
+        ]
+        return [*self.left_out, *(f"{names}: {reason}" for reason, names in named.items()), *untried]
 
     def rule(self, command: str) -> Ruling | None:
         """Write table, page and the files to act with; None where nothing has been trained. command: for the page.

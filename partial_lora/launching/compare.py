@@ -59,7 +59,7 @@ class Entry:
 
     overrides: on the command line of `train`, all but the seed and the learning rate. group: what it has in common with
     the entries that it is compared with. best: the learning rate, once it is found. refused: why it is not compared.
-    overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. tested: rows
+    killed: learning rates that were not tried, as their run was killed. overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. tested: rows
     of test. timed: the record of a run of three steps, or of an earlier run.
     """
 
@@ -74,6 +74,7 @@ class Entry:
     tested: int = 0
     best: float | None = None
     refused: str | None = None
+    killed: list[float] = field(default_factory=list)
     overwrite: bool = False
     done: dict[Path, dict] = field(default_factory=dict)
     timed: dict | None = None
@@ -372,6 +373,7 @@ def search_rates(chosen: Sequence[Entry], comparison: Comparison, make: Make, sa
             return code
         for entry, batch in list(trials.items()):
             records = {trial: recorded(place) for trial, place in places_of(entry, batch).items()}
+            entry.killed += [trial.rate for trial, record in records.items() if _was_killed(record)]
             try:
                 trials[entry] = searches[entry].send({trial: worth(records[trial], trial.until) for trial in batch})
                 continue
@@ -494,7 +496,14 @@ def places_of(entry: Entry, trials: Sequence[Trial]) -> dict[Trial, Path]:
 
 
 def known_rates(entry: Entry, until: float) -> list[float]:
-    """Return the learning rates at which runs of an entry's first seed are recorded, up to a share of their steps."""
+    """Return the learning rates at which runs of an entry's first seed are recorded, up to a share of their steps.
+
+    Those of runs that were killed are among them, to be tried again; a rate that made its run fail is not.
+    """
     records = (recorded(place) for place in at_other_rates(entry.usual))
-    rates = {record["config"]["trainer"]["learning_rate"] for record in records if worth(record, until) is not None}
-    return sorted(rates - {AUTO})
+    tried = (record for record in records if worth(record, until) is not None or _was_killed(record))
+    return sorted({record["config"]["trainer"]["learning_rate"] for record in tried} - {AUTO})
+
+
+def _was_killed(record: Mapping | None) -> bool:
+    return bool(record and record.get(directory.KILLED))

@@ -43,6 +43,7 @@ EXAMPLE = "example.png"  # one of them, as an input for `partial-lora predict`
 LOCK = ".lock"
 LATEST = "latest"  # in a results directory, a link to the run that `train` finished last
 RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
+KILLED = "killed"  # in the record of a run that was ended before it could say why
 REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 PAUSED = "paused"  # the status of a run that has come as far as trainer.until

@@ -357,7 +357,9 @@ def _record_failure(place: Path, failure: failures.Failure | None, cluster: Clus
     recorded = failure is None or (failure.rank == 0 and failure.explained)
     if result["status"] == "running" or (result["status"] == "failed" and not recorded):
         reason = _silent_end(code) if failure is None else failure.text(cluster.processes)
-        files.write_json(place / directory.RESULT, result | {"status": "failed", "error": redacted(reason)})
+        result |= {"status": "failed", "error": redacted(reason)}
+        killed = failure is None or not failure.explained
+        files.write_json(place / directory.RESULT, result | ({directory.KILLED: True} if killed else {}))
 
 
 # --- The launcher between a parent and several workers.

@@ -141,6 +141,29 @@ def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> No
 
 
 @pytest.mark.usefixtures("composed_once")
+def test_a_rate_whose_run_was_killed_is_tried_again_and_one_that_failed_by_itself_is_not(tmp_path) -> None:
+    own, made = (*GIVEN, f"results_dir={tmp_path}"), []
+    (entry,) = compare.entries_of(["low_rank"], [0.3], own)
+    lowest, low, centre = (entry.centre / factor for factor in (4, 2, 1))
+    ended = {centre: {"status": "failed", "killed": True}, lowest: {"status": "failed", "error": "not finite"}}
+
+    def make(runs) -> int:
+        for own_entry, trial in runs:
+            leave_records(own_entry.arguments([trial]), best=centre, **ended.get(trial.rate, {}))
+        made.extend(trial.rate for _, trial in runs)
+        return 0
+
+    assert comparing([entry], make, search="full", seeds=1, rates=2) == 1
+    assert made == [low, centre, lowest]  # low is the best, and at an edge
+    assert entry.killed == [centre]
+    del ended[centre], made[:]
+    (again,) = compare.entries_of(["low_rank"], [0.3], own)
+    assert comparing([again], make, search="full", seeds=1, rates=2) == 0
+    assert made == [centre, centre * 2]
+    assert (again.best, again.killed) == (centre, [])
+
+
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize(("hours", "last"), [(None, [2, 1]), (1e-9, [1, 1])])
 def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_is_open_or_time_is_over(
     tmp_path, hours, last

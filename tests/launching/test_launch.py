@@ -168,6 +168,8 @@ def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tm
     result = directory.read_result(tmp_path)
     assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
     assert result.get("error") == recorded
+    said_why = recorded is None or not recorded.endswith(("SIGKILL", "could say why"))
+    assert (directory.KILLED in result) != said_why  # a comparison tries its learning rate again
 
 
 @pytest.mark.parametrize("measured", [True, False])
