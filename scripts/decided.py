@@ -66,6 +66,7 @@ BESIDE = [
     (PARTIAL, AT_ONE_RATE),
     *((form, other) for form in (CAPS_OFF, MEAN) for other in (PARTIAL, AT_ONE_RATE)),
     (MEAN, UNIFORM),
+    ("shuffled", UNIFORM),
     ("targeted", "lora"),
     ("random_weights", "lora"),
     ("random_weights", "low_rank"),
