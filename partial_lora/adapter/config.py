@@ -493,8 +493,6 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
 
     options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
     """
-    if not isinstance(folder, (str, PathLike)):
-        raise PartialLoraError(f"{folder!r} is no adapter: expected its folder, or OWNER/NAME of the hub.")
     path = Path(folder, subfolder or "", name)
     if Path(folder).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
