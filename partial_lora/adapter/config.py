@@ -371,14 +371,9 @@ class PartialLoraConfig(LoraConfig):
             lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PartialLoraError(f"{file} is broken ({one_line(error)}): copy the adapter's folder again.") from None
-        if type(lora) is not LoraConfig:
-            raise PartialLoraError(
-                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
-                f" and {sidecar.FILE_NAME} beside it."
-            )
-        refuse_options(lora)
         path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
-        saved = sidecar.read(path)
+        saved = sidecar.read(path)  # a folder of another method has none
+        refuse_options(lora)
         modules = saved["modules"]
         check_values(file.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
