@@ -128,12 +128,6 @@ def test_a_table_of_columns_alone_has_no_rows(tmp_path: Path) -> None:
     refused("task.data_files.train=", "no rows", of={"train": table(tmp_path, "own.parquet", text=[], label=[])})
 
 
-def test_a_cache_that_cannot_be_written_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
-    file = table(tmp_path, "own.parquet", text=["a"])
-    refused("task.data_files.train=", "/dev/null", "HF_HOME", of={"train": file})
-
-
 def test_one_file_is_cut_into_three_splits_with_every_class_in_each(tmp_path: Path) -> None:
     file = table(tmp_path, "all.csv", text=[f"text {number}" for number in range(100)], label=["a", "b"] * 50)
     task = load(file)
