@@ -60,13 +60,6 @@ def top(base=vit, granularity="rows_columns", **settings) -> dict:
     return {"selection": "top", "scores": scores, "granularity": granularity, **settings}
 
 
-SETTINGS = {
-    "rows_columns": {},
-    "element": {"granularity": "element"},
-    "bernoulli": {"granularity": "element", "count": "bernoulli"},
-}
-
-
 def state(model, adapter_name="default"):
     return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
@@ -166,7 +159,11 @@ def test_the_header_fits_where_few_modules_share_it(tmp_path, count):
 
 @pytest.mark.parametrize(
     ("base", "settings"),
-    [*((base, {}) for base in KIND_OF), (vit, SETTINGS["element"]), (timm_convnext, SETTINGS["bernoulli"])],
+    [
+        *((base, {}) for base in KIND_OF),
+        (vit, {"granularity": "element"}),
+        (timm_convnext, {"granularity": "element", "count": "bernoulli"}),
+    ],
 )
 def test_loading_gives_every_value_back_bit_for_bit(tmp_path, base, settings):
     model = fill(adapt(base, sparsity=MIXED if base is vit else 0.6, mask_seed=3, **settings))
