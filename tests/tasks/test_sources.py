@@ -272,7 +272,7 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, monkeypatch: 
 def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Path) -> None:
     for name, folders, names in (
         ("tests", ("training", "test"), "only test, training"),
-        ("twice", ("train", "val", "validation"), "val and validation"),
+        ("twice", ("train", "val", "validation"), "train, val, validation"),
         ("beside", ("extra", "train", "test"), "extra, test, train"),
     ):
         for folder in folders:
