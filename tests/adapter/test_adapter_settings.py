@@ -533,8 +533,6 @@ PASSED = [
     (vit, {"target_modules": ["patch_embed.proj", "attn.proj"]}),
     (two_blocks, {"layers_to_transform": 1}),
     (two_blocks, {"layers_to_transform": [0], "layers_pattern": "blocks"}),
-    (vit, {"bias": "all"}),
-    (vit, {"bias": "lora_only"}),
     (vit, {"revision": "abc", "inference_mode": True, "base_model_name_or_path": "some/model"}),
     (vit, {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)}),
     (vit, {"auto_mapping": {"base_model_class": "A", "parent_library": "b"}}),
