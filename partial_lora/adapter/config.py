@@ -61,7 +61,6 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
 
-BIASES = ("none", "all", "lora_only")
 PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
@@ -372,14 +371,9 @@ class PartialLoraConfig(LoraConfig):
             lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PartialLoraError(f"{file} is broken ({one_line(error)}): copy the adapter's folder again.") from None
-        if type(lora) is not LoraConfig:
-            raise PartialLoraError(
-                f"{pretrained_model_name_or_path} holds an adapter of peft_type {lora.peft_type.value}: expected LORA,"
-                f" and {sidecar.FILE_NAME} beside it."
-            )
-        refuse_options(lora)
         path = saved_file(pretrained_model_name_or_path, sidecar.FILE_NAME, subfolder=subfolder, **hub_options)
-        saved = sidecar.read(path)
+        saved = sidecar.read(path)  # a folder of another method has none
+        refuse_options(lora)
         modules = saved["modules"]
         check_values(file.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
         ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
@@ -441,31 +435,16 @@ def refuse_options(config: LoraConfig) -> None:
             " other, so that no part of them can be left out; use True, 'gaussian' or False."
         )
     for name in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, name)
-        try:
-            re.compile(pattern if isinstance(pattern, str) else "")  # a list holds names, a string is a pattern
-        except re.error as error:
-            raise PartialLoraError(
-                f"{name} is {pattern!r}: expected names or a regular expression ({error})."
-            ) from None
-        _check_names(name, () if isinstance(pattern, str) else pattern)
+        names = getattr(config, name)
+        _check_names(name, None if isinstance(names, str) else names)  # a string is a pattern
     _check_names("modules_to_save", config.modules_to_save)
-    if config.bias not in BIASES:
-        raise PartialLoraError(f"bias is {config.bias!r}: expected {' or '.join(map(repr, BIASES))}.")
     rank = (Integral, lambda number: number >= 1, "a whole number, at least 1")
     alpha = (Real, lambda number: number > 0, "a number above 0")
     _check_number("r", config.r, *rank)
     _check_number("lora_alpha", config.lora_alpha, *alpha)
     _check_number("lora_dropout", config.lora_dropout, Real, lambda share: 0 <= share < 1, "a share in [0, 1)")
     for name, expected in (("rank_pattern", rank), ("alpha_pattern", alpha)):
-        patterns = getattr(config, name) or {}
-        if not isinstance(patterns, Mapping):
-            raise PartialLoraError(f"{name} is {patterns!r}: expected {{module: number}}.")
-        for module, value in patterns.items():
-            try:
-                re.compile(module)
-            except (re.error, TypeError) as error:
-                raise PartialLoraError(f"{name} has {module!r}: expected a name or a pattern ({error}).") from None
+        for module, value in (getattr(config, name) or {}).items():
             _check_number(f"{name}[{module!r}]", value, *expected)
 
 
@@ -493,8 +472,6 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
 
     options: of hf_hub_download. Raises PartialLoraError, naming the file, where there is neither.
     """
-    if not isinstance(folder, (str, PathLike)):
-        raise PartialLoraError(f"{folder!r} is no adapter: expected its folder, or OWNER/NAME of the hub.")
     path = Path(folder, subfolder or "", name)
     if Path(folder).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path

@@ -403,23 +403,18 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
     masks = {}
     partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
     for name, layer in adapter_layers(model, adapter_name).items():
-        low, high = _factors(layer, adapter_name)
+        embeds = adapter_name in layer.lora_embedding_A  # of plain LoRA, whose factors are parameters there
+        a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
+        low, high = cast(Any, a[adapter_name]), cast(Any, b[adapter_name])
         if isinstance(low, FactorA) and isinstance(high, FactorB):
             masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
         elif partial:
             raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
         else:
-            embeds = isinstance(low, Tensor)  # rank × rows of W, and columns of W × rank
+            # Of an embedding, rank × rows of W, and columns of W × rank.
             shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
             masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
-
-
-def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Any, Any]:
-    """Return A and B of an adapter: modules, or the parameters of plain LoRA in an embedding."""
-    if adapter_name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return layer.lora_A[adapter_name], layer.lora_B[adapter_name]
 
 
 def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:

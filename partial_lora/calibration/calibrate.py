@@ -129,14 +129,11 @@ def calibrate(
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
-    is_config = config is None or isinstance(config, CalibrationConfig)
-    require(is_config, "config", config, "a CalibrationConfig, or settings as keywords")
     for name in _OF_RUNS:
         require(name not in changes, name, changes.get(name), "nothing: only a run of `partial-lora` reads it")
     config = replace(config or CalibrationConfig(), **changes)
     for name in ("sparsity", "file"):
         require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
-    require(isinstance(model, nn.Module), "model", type(model).__name__, "a module of torch")
     require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
     one_of("granularity", granularity, *budgets.COUNTED)
     chance = getattr(score, "chance", None) if chance is None else chance

@@ -436,8 +436,6 @@ def data_scores(
     loss: `loss(model, batch) -> scalar`, the mean over the batch; by default the model's own, else cross entropy.
     Raises PartialLoraError where there is nothing to score by, and, naming the module, for scores that are not finite.
     """
-    if name not in NEEDS_DATA:
-        raise PartialLoraError(f"importance={name}: expected one of {', '.join(NEEDS_DATA)}, which need data")
     if not batches:
         raise PartialLoraError(f"importance={name}: the fit draw is empty, expected at least 1 example")
     by_module = NEEDS_DATA[name](model, modules, batches, loss=loss or task_loss, seed=seed, **(options or {}))
@@ -468,7 +466,6 @@ def name_of(importance: Importance) -> str:
         return "given"
     if callable(importance):
         return getattr(importance, "__qualname__", type(importance).__qualname__)
-    require(isinstance(importance, str), "importance", importance, "a name, a function or {module: (rows, columns)}")
     if importance in NEEDS_DATA:
         raise PartialLoraError(
             f"importance={importance}: needs examples, which are not at hand here; pass what data_scores returns"

@@ -24,8 +24,6 @@ def full(model: nn.Module, setting: Setting) -> PeftModel:
         raise PartialLoraError(
             "method=full: not applicable: expected float32 weights; set model.dtype=float32 and model.quantization=null"
         )
-    if any(True for _ in model.parameters(recurse=False)):
-        raise PartialLoraError(f"method=full: not applicable: {type(model).__name__} has weights outside its modules")
     parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
     first_name: dict[int, str] = {}
     tied = {}  # {a parameter's name: the first name of the same parameter}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partial_lora import worker_events
@@ -196,43 +196,36 @@ _QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value")
 def timm_state_dict(content: bytes) -> dict[str, np.ndarray]:
     """Read every weight of timm's ViT of the same shape, except its head, by timm's names; float32.
 
-    `content` is a serialised ONNX model of a DINOv2 backbone; whatever follows the backbone is left out. Raises
-    PartialLoraError that names a weight the graph does not have.
+    `content` is a serialised ONNX model of a DINOv2 backbone; whatever follows the backbone is left out.
     """
     import onnx
 
     graph = onnx.load_model_from_string(content).graph
     named = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = named | _linear_weights(graph, named)
-
-    def get(name: str) -> np.ndarray:
-        if name not in weights:
-            raise PartialLoraError(f"ONNX graph: expected a weight {name}, which no initialiser or product holds")
-        return weights[name]
-
     state = {
-        "cls_token": get("backbone.embeddings.cls_token"),
+        "cls_token": weights["backbone.embeddings.cls_token"],
         "pos_embed": _position_embedding(graph, named),
-        "patch_embed.proj.weight": get("backbone.embeddings.patch_embeddings.projection.weight"),
-        "patch_embed.proj.bias": get("backbone.embeddings.patch_embeddings.projection.bias"),
-        "norm.weight": get("backbone.layernorm.weight"),
-        "norm.bias": get("backbone.layernorm.bias"),
+        "patch_embed.proj.weight": weights["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": weights["backbone.embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": weights["backbone.layernorm.weight"],
+        "norm.bias": weights["backbone.layernorm.bias"],
     }
     layers = {int(match[1]) for name in named if (match := _LAYER.match(name))}
     for layer in sorted(layers):
-        block = _block(get, f"backbone.encoder.layer.{layer}.")
+        block = _block(weights, f"backbone.encoder.layer.{layer}.")
         state |= {f"blocks.{layer}.{name}": value for name, value in block.items()}
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in state.items()}
 
 
-def _block(get: Callable[[str], np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def _block(weights: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     block = {}
     for kind in ("weight", "bias"):
         for name, exported in _BLOCK.items():
-            block[f"{name}.{kind}"] = get(f"{prefix}{exported}.{kind}")
-        block[f"attn.qkv.{kind}"] = np.concatenate([get(f"{prefix}{part}.{kind}") for part in _QKV])
+            block[f"{name}.{kind}"] = weights[f"{prefix}{exported}.{kind}"]
+        block[f"attn.qkv.{kind}"] = np.concatenate([weights[f"{prefix}{part}.{kind}"] for part in _QKV])
     for number in (1, 2):
-        block[f"ls{number}.gamma"] = get(f"{prefix}layer_scale{number}.lambda1")
+        block[f"ls{number}.gamma"] = weights[f"{prefix}layer_scale{number}.lambda1"]
     return block
 
 
@@ -260,28 +253,19 @@ def _position_embedding(graph: GraphProto, named: Mapping[str, np.ndarray]) -> n
     The patches' part is the only weight that is reshaped (into a grid that is then resized to the image); the class
     token's part is the only weight that is put before another.
     """
-    patches = [node.input[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] in named]
-    tokens = [node.input[0] for node in graph.node if node.op_type == "Concat" and node.input[0] in named]
-    if len(patches) != 1 or len(tokens) != 1:
-        raise PartialLoraError(
-            f"ONNX graph: expected one position embedding in two parts, found {len(tokens)} + {len(patches)}"
-        )
-    return np.concatenate([named[tokens[0]], named[patches[0]]], axis=1)
+    (patches,) = [node.input[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] in named]
+    (token,) = [node.input[0] for node in graph.node if node.op_type == "Concat" and node.input[0] in named]
+    return np.concatenate([named[token], named[patches]], axis=1)
 
 
 _FILE = "model.gguf"
-# Rules that transformers' reader does not know (llama.cpp's llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM)
-_PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-}
 
 
-def folder_of_gguf(contents: Mapping[str, bytes], folder: Path) -> None:
+def folder_of_smollm(contents: Mapping[str, bytes], folder: Path) -> None:
     """Write the one GGUF file's config, tokenizer with its chat template, and weights in fp32: no bit is lost.
 
-    A quantised weight is a code times a scale of fp16, plus an offset: more digits than bf16 or fp16 have.
+    A quantised weight is a code times a scale of fp16, plus an offset: more digits than bf16 or fp16 have. The rule
+    that texts are split by is SmolLM's (llama.cpp's llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM), whatever the file's.
     """
     (content,) = contents.values()
     source = folder / _FILE
@@ -301,20 +285,12 @@ def folder_of_gguf(contents: Mapping[str, bytes], folder: Path) -> None:
         model.load_state_dict(read.state_dict(), assign=True)
         model.tie_weights()
         model.save_pretrained(folder)
-        _set_pre_tokenizer(tokenizer.backend_tokenizer, source)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # which transformers' reader ignores
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         tokenizer.save_pretrained(folder)
     finally:
         source.unlink()
-
-
-def _set_pre_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
-    """Split texts as llama.cpp does where transformers' reader ignores the file's own rule."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    name = None if field is None else field.contents()
-    if name in _PRE_TOKENIZERS:
-        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[name]()
 
 
 # --- The models, each pinned by the hashes of its files.
@@ -355,6 +331,6 @@ MODELS = {
         size=92_871_040,
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         members=(_SMOLLM,),
-        write=folder_of_gguf,
+        write=folder_of_smollm,
     ),
 }

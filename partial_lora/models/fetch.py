@@ -10,10 +10,9 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
-    CacheNotFound,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 
 from partial_lora import worker_events
 from partial_lora.credentials import redacted
-from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import FULL, file_sha256
 from partial_lora.models import bundled
 from partial_lora.models.config import ModelConfig
@@ -101,15 +100,6 @@ def config_folder_of(weights: str, name: str, instead: str) -> Path:
     return folder
 
 
-def _cached() -> str:
-    """Return the names of the models in the hub's cache, for a message."""
-    try:
-        names = sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
-    except CacheNotFound:
-        names = []
-    return shortlist(names) if names else "no model"
-
-
 def name_after(model: PreTrainedModel, weights: str) -> None:
     """Name a model, and so the base of its saved adapters, as the user does; a folder by its name without the path."""
     folder = Path(weights)
@@ -165,9 +155,9 @@ def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
             ) from error
         reason = "no such repository, or no access to it" if isinstance(error, RepositoryNotFoundError) else first_line
         raise PartialLoraError(
-            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); the hub's "
-            f"cache holds {_cached()}; check the connection and the repository's name, set model.weights to a folder "
-            f"with its files, or use model={instead}, which needs no hub"
+            f"model={name}: cannot download {repo} from the model hub ({reason or type(error).__name__}); check the "
+            "connection and the repository's name (`hf cache ls` lists what is there already), set model.weights to a "
+            f"folder with its files, or use model={instead}, which needs no hub"
         ) from error
 
 

@@ -112,14 +112,8 @@ def empty_timm(*, architecture: str, model_args: dict, num_labels: int) -> TimmW
         raise PartialLoraError(
             f"model.architecture={architecture}: timm has no such model; `timm.list_models()` lists what it has"
         ) from error
-    except TypeError as error:
-        raise PartialLoraError(
-            f"model.model_args={model_args}: {architecture} takes none of that name ({error})"
-        ) from error
-    except (ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
-        raise PartialLoraError(
-            f"model.model_args={model_args}: no geometry of {architecture} ({one_line(error)})"
-        ) from error
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
+        raise PartialLoraError(f"model.model_args={model_args}: not of {architecture} ({one_line(error)})") from error
 
 
 def _check_image_size(model: TimmWrapperForImageClassification, name: str, image_size: int) -> None:

@@ -63,10 +63,6 @@ def split_folders(folder: Path) -> dict[str, Path]:
     of_splits: dict[str, Path] = {}
     for name in names:
         split = _SPLITS.get(name.lower())
-        if split in of_splits:
-            raise PartialLoraError(
-                f"{key}: it has the folders {of_splits[split].name} and {name}, expected one of them"
-            )
         if split:
             of_splits[split] = folder / name
     if of_splits and (len(of_splits) < len(names) or "train" not in of_splits):

@@ -226,8 +226,6 @@ def _read_table(
     except (DatasetGenerationError, ValueError, OSError, RecursionError, pa.ArrowException) as error:
         generated = isinstance(error, DatasetGenerationError)
         cause = first_line(error.__cause__ if generated and error.__cause__ else error)
-        if isinstance(error, OSError) and error.filename not in (None, str(file)):  # perhaps the home folder
-            raise PartialLoraError(f"{key}={file}: {cause}; set HF_HOME to a folder that can be written") from error
         kind = "parquet" if suffix == ".pq" else suffix[1:]
         raise PartialLoraError(f"{key}={file}: expected a {kind} file ({cause})") from error
     raise PartialLoraError(

@@ -91,8 +91,9 @@ class MLflow:
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(uri or run.store.as_uri())
-        if run.tracked_as is not None and self._reopen(run.tracked_as):
+        if run.tracked_as is not None:
             self.run_id = run.tracked_as
+            self._client.update_run(self.run_id, status="RUNNING")
             return
         # Two runs at once would both create the experiment.
         with nullcontext() if uri else one_writer(run.store / "experiments", "add to"):
@@ -110,18 +111,6 @@ class MLflow:
 
     def end(self, succeeded: bool) -> None:
         self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
-
-    def _reopen(self, run_id: str) -> bool:
-        """Set the run of an earlier attempt running again; return False where the store no longer has it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-        return True
 
     def _experiment_id(self, name: str) -> str:
         """Return the id of an experiment, created if need be."""

@@ -127,21 +127,6 @@ def test_masks_do_not_depend_on_rank_global_seed_or_order_of_targets():
     assert module_sparsity(adapt(sparsity=0.7))[name] == {"rows": 1 - 38 / 128, "columns": 1 - 10 / 32}
 
 
-def test_delta_weight_can_be_checked_by_eye():
-    model = adapt(sparsity={"fc1": 0.96}, r=1, lora_alpha=2, target_modules=["blocks.0.mlp.fc1"], **AS_PEFT)
-    name, layer = next(iter(layers(model).items()))
-    masks = module_masks(model)[name]
-    layer.lora_A["default"].kept.data.fill_(3.0)
-    layer.lora_B["default"].kept.data.fill_(5.0)
-    delta = torch.zeros(128, 32)
-    for row in masks.rows.kept:
-        for column in masks.columns.kept:
-            delta[row, column] = 2 * 3 * 5
-    assert len(masks.rows.kept) == 5
-    assert len(masks.columns.kept) == 1
-    assert torch.equal(layer.get_delta_weight("default"), delta)
-
-
 def test_the_dense_view_passes_gradients_to_the_kept_entries():
     layer = layers(adapt(sparsity=0.5))["timm_model.blocks.0.mlp.fc1"]
     layer.lora_A["default"].weight.sum().backward()

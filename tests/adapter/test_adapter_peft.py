@@ -29,7 +29,7 @@ from peft import (
 )
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, MambaConfig, MambaForCausalLM
 
-from partial_lora.adapter import PartialLoraConfig, module_masks, module_sparsity
+from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.factor import FactorA, FactorB
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
@@ -74,12 +74,11 @@ def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
     assert torch.equal(*(each.weight for each in heads))
 
 
-@pytest.mark.parametrize("read", [module_masks, module_sparsity])
-def test_an_adapter_that_is_not_there_is_named(read):
+def test_an_adapter_that_is_not_there_is_named():
     base = torch.nn.Sequential(torch.nn.Linear(8, 8))
     for model in (base, get_peft_model(base, PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5), "other")):
         with pytest.raises(PartialLoraError, match="'default'"):
-            read(model)
+            module_masks(model)
 
 
 def test_an_adapter_with_a_broken_value_is_not_merged():

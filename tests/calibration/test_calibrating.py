@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from sklearn import metrics
 
 from partial_lora import Calibration, tasks, train, worker_events
@@ -17,7 +16,6 @@ from partial_lora.building import build
 from partial_lora.calibration import few_shot
 from partial_lora.calibration import score as scoring
 from partial_lora.calibration.reliability import reliability
-from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as record
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain
@@ -219,9 +217,3 @@ def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monke
     _, entry = place.calibrate("calibration.reliability=true", "calibration.max_sparsity=0.05")
     doubts = [each for each in entry["calibration"]["warnings"] if each.startswith(said or "inconsistent: ")]
     assert bool(doubts) == warned
-
-
-def test_reliability_needs_two_examples(place: Place) -> None:
-    rows, draws = Dataset.from_dict({"label": [0, 1]}), tasks.Draws(fit=[0], scored=[1])
-    with pytest.raises(PartialLoraError, match=r"^split-half: "):
-        few_shot.halves_few_shot(None, rows, draws, seed=0)

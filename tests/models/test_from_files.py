@@ -247,7 +247,7 @@ def test_folders_are_swept_over_beside_names(tmp_path: Path) -> None:
     assert [config.model.weights for _, config in runs] == [str(folders[0]), "random", str(folders[1])]
 
 
-def test_an_id_of_the_hub_is_pinned_and_what_the_cache_holds_is_said(tmp_path: Path, monkeypatch) -> None:
+def test_an_id_of_the_hub_is_pinned_or_refused_with_a_model_that_needs_none(tmp_path: Path, monkeypatch) -> None:
     snapshot = saved(tmp_path / "snapshots" / "0a1b", "BertForMaskedLM", TEXT)
     monkeypatch.setattr(fetch, "_download", lambda repo, *others: snapshot)
     model = composed("model=own/bert@main", "task=text_table", "task.data_files=README.md").model
@@ -255,7 +255,7 @@ def test_an_id_of_the_hub_is_pinned_and_what_the_cache_holds_is_said(tmp_path: P
     monkeypatch.undo()
     monkeypatch.setattr(fetch, "_connection_error", lambda repo: OSError("no network"))
     for kind, instead in {"generation": "smollm2_135m", "label": "minilm_l6", None: "vit_s14"}.items():
-        with refusal("model=", "own/other", "cache", instead):
+        with refusal("model=", "own/other", instead):
             settings_of("other", "own/other", kind)
 
 

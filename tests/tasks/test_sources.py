@@ -128,12 +128,6 @@ def test_a_table_of_columns_alone_has_no_rows(tmp_path: Path) -> None:
     refused("task.data_files.train=", "no rows", of={"train": table(tmp_path, "own.parquet", text=[], label=[])})
 
 
-def test_a_cache_that_cannot_be_written_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
-    file = table(tmp_path, "own.parquet", text=["a"])
-    refused("task.data_files.train=", "/dev/null", "HF_HOME", of={"train": file})
-
-
 def test_one_file_is_cut_into_three_splits_with_every_class_in_each(tmp_path: Path) -> None:
     file = table(tmp_path, "all.csv", text=[f"text {number}" for number in range(100)], label=["a", "b"] * 50)
     task = load(file)
@@ -278,7 +272,7 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, monkeypatch: 
 def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Path) -> None:
     for name, folders, names in (
         ("tests", ("training", "test"), "only test, training"),
-        ("twice", ("train", "val", "validation"), "val and validation"),
+        ("twice", ("train", "val", "validation"), "train, val, validation"),
         ("beside", ("extra", "train", "test"), "extra, test, train"),
     ):
         for folder in folders:

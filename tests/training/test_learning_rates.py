@@ -102,23 +102,6 @@ def test_a_training_is_that_of_a_bare_loop_with_a_group_for_every_parameter(tmp_
         torch.testing.assert_close(found[name], value, atol=2e-6, rtol=1e-5, msg=name)
 
 
-def state_after(directory: Path, **changes: object) -> dict[str, Tensor]:
-    """Return what a training ends with whose adapter changes no output: it is scaled to nothing, and only decays."""
-    model = adapted(method=PartialLoraConfig, sparsity=0.5, lora_alpha=1e-30)
-    trainer(model, directory, max_steps=3, save_steps=3, weight_decay=DECAY, **changes, **HEADS).train()
-    return trained_state(model)
-
-
-def test_the_rate_of_the_head_does_not_move_when_that_of_the_adapter_does(tmp_path: Path) -> None:
-    own = [state_after(tmp_path / str(rate), learning_rate=rate, head_learning_rate=1e-2) for rate in (1e-3, 0.5)]
-    heads, others = ([name for name in own[0] if ("timm_model.head" in name) is of] for of in (True, False))
-    assert heads
-    assert all(torch.equal(own[0][name], own[1][name]) for name in heads)
-    assert any(not torch.equal(own[0][name], own[1][name]) for name in others)  # the adapter's did move
-    following = state_after(tmp_path / "null", learning_rate=0.5)
-    assert all(not torch.equal(own[0][name], following[name]) for name in heads)
-
-
 def optimizer_of(model: PeftModel, directory: Path, **changes: object) -> torch.optim.Optimizer:
     return trainer(model, directory, weight_decay=DECAY, **changes).create_optimizer()
 
@@ -160,16 +143,6 @@ def test_one_rate_leaves_trainers_own_groups_as_earlier_checkpoints_have_them(tm
     training.optimizer = None
     assert own == Trainer.create_optimizer(training).state_dict()
     assert len(own["param_groups"]) == 2
-
-
-def test_a_head_with_the_rate_of_the_adapter_trains_as_without_one_of_its_own(tmp_path: Path) -> None:
-    ends = []
-    for place, own in (("null", {}), ("same", {"head_learning_rate": RATE})):
-        model = masked()
-        few = {"max_steps": 3, "save_steps": 3, "weight_decay": DECAY, "learning_rate": RATE}
-        trainer(model, tmp_path / place, **few, **own, **HEADS).train()
-        ends.append(trained_state(model))
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def logged(training) -> list[dict]:

@@ -124,18 +124,6 @@ def test_a_run_from_the_start_is_another_one(tmp_path: Path) -> None:
     assert in_tensorboard(tmp_path)["test/accuracy"] == in_mlflow(tmp_path)["test/accuracy"] == {4: 0.75}
 
 
-def test_a_store_that_has_lost_the_run_gets_a_new_one(tmp_path: Path) -> None:
-    tracker = tracking(tmp_path, "mlflow")
-    tracker.finish({}, 1)
-    first = stored(tmp_path).info.run_id
-    client_of(tmp_path).delete_run(first)
-    for path in (tmp_path / "mlruns").glob(f"*/{first}"):
-        path.rename(tmp_path / "elsewhere")
-    tracking(tmp_path, "mlflow").finish(MEASURED, 5)
-    assert stored(tmp_path).info.run_id != first
-    assert in_mlflow(tmp_path)["test/accuracy"] == {5: 0.75}
-
-
 class StandIn(ModuleType):
     """A tracker's package whose functions do what a test wants, and are remembered."""
 
