@@ -86,11 +86,6 @@ def test_broken_entry_is_named_and_built_again(tmp_path, caplog, damage, named):
     assert not (entry / "other.bin").exists()
 
 
-def test_file_in_the_place_of_an_entry_is_replaced(tmp_path):
-    (tmp_path / "entry").write_text("not a folder")
-    assert (verified_folder(tmp_path / "entry", build_two_files) / "weights.bin").is_file()
-
-
 def test_failed_build_leaves_no_entry(tmp_path):
     def fail(folder: Path) -> None:
         build_two_files(folder)
