@@ -379,9 +379,6 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
         is_null = "is not Optional" in reason or reason.startswith("Incompatible value 'None'")
         return f"{place}{key}: {'expected a value, not null' if is_null else reason}"
-    if lines[0].startswith("You must specify"):  # of a file's `model: ???`
-        group = lines[0].split("'")[1]
-        return f"{group}=???: expected the name of a file in the group"
     if group := re.search("Could not.*?'(.*?)'.*Available options", str(error), re.DOTALL):
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]

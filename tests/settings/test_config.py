@@ -529,10 +529,6 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
         words = ["-m"] * flag_first + [settings_file(tmp_path, "model: tiny_vit\n")] + ["-m"] * (not flag_first)
         swept = compose.plan([*words, "seed=0,1"])
         assert [(found.model.name, found.seed) for _, found in swept.runs] == [("tiny_vit", 0), ("tiny_vit", 1)]
-    for flags in ([], ["-m"]):
-        words = [*flags, settings_file(tmp_path, "model: ???\n")]
-        with refusal("model=.*"), compose.in_one_line(words):
-            compose.plan(words)
     words = ["seed=0,1", "-m", settings_file(tmp_path, "trainer.epocs: 3\n")]
     with refusal(f"{tmp_path}/own.yaml: trainer.epocs"), compose.in_one_line(words):
         compose.plan(words)
