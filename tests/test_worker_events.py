@@ -157,8 +157,4 @@ def test_a_stage_that_begins_again_has_its_time_anew() -> None:
 
 
 def test_a_log_of_a_stage_without_a_known_end_says_how_far_it_is() -> None:
-    written, seconds = io.StringIO(), iter((0, 20, 40))
-    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
-        for done in (1, 2, 3):
-            bars.update({"stage": "predict", "done": done, "total": None})
-    assert written.getvalue().splitlines() == ["predict …", "predict 3/?"]
+    assert lines(*((20, {"done": done, "total": None}) for done in (1, 2, 3))) == ["calibrate …", "calibrate 3/?"]
