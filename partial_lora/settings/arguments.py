@@ -331,7 +331,7 @@ def refuse(arguments: Sequence[str]) -> None:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a list of group files, which Hydra would merge, and a key of Hydra that no run heeds."""
+    """Raise PartialLoraError for a list of group files, which Hydra would merge, or a key of it that no run heeds."""
     for argument in arguments:
         signed, _, value = argument.partition("=")
         key = signed.lstrip("+~")
