@@ -23,7 +23,6 @@ from partial_lora.launching import directory
 from partial_lora.models import skeleton
 from partial_lora.settings import compose, identity, keys, resolving, schema, study, versions
 from partial_lora.settings.compose import composed
-from partial_lora.settings.loader import Loader
 from partial_lora.settings.schema import Config
 
 OUT_OF_RANGE = yaml.safe_load("""
@@ -205,18 +204,11 @@ def test_a_file_of_a_group_that_was_meant_is_named(wrong: str, meant: str) -> No
         composed(wrong)
 
 
-def test_a_run_is_composed_and_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     configs, resolve = [], resolving.resolve
     monkeypatch.setattr(compose, "resolve", lambda node: configs.append(resolve(node)) or configs[-1])
     assert compose.compose("info", ["-m", "model=tiny_vit", "seed=1,2"], lambda each: each.seed - 1) == 1
     assert [each.seed for each in configs] == [1, 2]
-    made, load = [], Loader.load_configuration
-    monkeypatch.setattr(
-        Loader, "load_configuration", lambda self, *given, **named: made.append(given) or load(self, *given, **named)
-    )
-    for flags in ([], ["-m"]):
-        assert len(compose.plan([*flags, "model=tiny_vit"]).runs) == 1
-    assert len(made) == 2
 
 
 def test_settings_come_back_as_they_were_from_plain_data_even_without_their_files(tmp_path: Path) -> None:
