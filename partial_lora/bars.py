@@ -51,15 +51,12 @@ class _Stage:
 
 
 class Bars:
-    """One bar for each stage; without a terminal, plain lines at a stage's start and end, and every 30 seconds.
+    """One bar for each stage; without a terminal, plain lines at a stage's start and end, and every 30 seconds."""
 
-    clock: gives seconds.
-    """
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self._console, self._clock = console, clock
+        self._console = console
         self._stages: dict[str, _Stage] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -108,7 +105,7 @@ class Bars:
         if "tokens_per_second" in event:
             detail.append(f"{event['tokens_per_second']:,.0f} tokens/s")
         detail += [f"validation {metric} {value:.4f}" for metric, value in event.get("validation", {}).items()]
-        now, is_new = self._clock(), name not in self._stages
+        now, is_new = time.monotonic(), name not in self._stages
         stage = self._stages.setdefault(name, _Stage(now))
         left = stage.left(now, share)
         if self._console.is_terminal:

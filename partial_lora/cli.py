@@ -203,10 +203,7 @@ def _print_outcome(outcome: launch.Outcome, stage: str, config: Config, console:
         print(outcome.elsewhere)
         return
     closing = summary.summary if stage == "train" else summary.calibration_summary
-    try:
-        console.print(closing(packs.recorded(outcome.directory)))
-    except ValueError as error:
-        print(f"partial-lora: {outcome.directory / directory.RESULT}: {error}", file=sys.stderr)
+    console.print(closing(packs.recorded(outcome.directory)))
     print(*_next_steps(outcome.directory, stage, config), sep="\n")
 
 

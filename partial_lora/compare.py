@@ -88,8 +88,8 @@ class Contest:
     def decide(self, make: compare.Make, say: Say) -> int:
         """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
 
-        Runs that are finished are not made again. After an interruption no further run is made. The code is 1 where a run
-        was killed, so that its learning rate was not tried.
+        Runs that are finished are not made again. After an interruption no further run is made. The code is 1 where a
+        run was killed, so that its learning rate was not tried.
         """
         comparison, began = self.comparison, time.monotonic()
         code = compare.search_rates(self.entries, comparison, make, say)
@@ -147,7 +147,7 @@ class Contest:
         reasons = grouped((entry for entry in self.entries if entry.refused), lambda entry: entry.refused)
         named = {reason: "; ".join(entry.name for entry in alike) for reason, alike in reasons.items()}
         untried = [
-            f"{entry.name}: learning rate {rate:g} was not tried, as its run was killed; the same command tries it again"
+            f"{entry.name}: learning rate {rate:g} was not tried, its run was killed; the same command tries it again"
             for entry in self.entries
             for rate in entry.killed
         ]

@@ -387,7 +387,7 @@ def verified_folder(path: Path, build: Callable[[Path], None]) -> Path:
                 if broken is None:
                     return path
                 logger.warning("%s in the cache is broken (%s): it is removed and built again", path, broken)
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                shutil.rmtree(path)
             for abandoned in path.parent.glob(f".{path.name}.building-*"):  # its builder held the lock, so it has ended
                 shutil.rmtree(abandoned)
             with building(path) as folder:

@@ -326,10 +326,7 @@ def _calibrated_sparsity(path: Path) -> float | Sparsity:
         raise PartialLoraError(
             f"sparsity names {path}, which is no calibration.json: expected modules.<name>.rows|columns.sparsity."
         ) from None
-    try:
-        return read_sparsity(sparsity)
-    except PartialLoraError as error:
-        raise PartialLoraError(f"{path}: {error}") from None
+    return read_sparsity(sparsity)
 
 
 def _share(value: object, key: str) -> float:

@@ -7,5 +7,4 @@ from pathlib import Path
 import pytest
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-NEEDED = "needs a checkout"
-needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason=NEEDED)
+needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="needs a checkout")

@@ -6,12 +6,12 @@ import io
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
-from partial_lora import worker_events
-from partial_lora.cli import Bars
+from partial_lora import bars, worker_events
 
 
 @pytest.fixture
@@ -59,14 +59,14 @@ def test_other_ranks_and_a_place_that_is_gone_are_silent(events: Path, monkeypat
 def drawn(terminal: bool) -> str:
     written = io.StringIO()
     console = Console(file=written, force_terminal=terminal, width=120)
-    with Bars(console) as bars:
-        bars.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
-        bars.update({"stage": "calibrate", "done": 0, "total": 96, "share": 0.0})
+    with bars.Bars(console) as drawing:
+        drawing.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
+        drawing.update({"stage": "calibrate", "done": 0, "total": 96, "share": 0.0})
         for done, share in ((1, 0.02), (95, 0.998), (96, 1.0)):
             event = {"stage": "calibrate", "done": done, "total": 96, "share": share, "module": "blocks.0.qkv"}
-            bars.update(event | {"axis": "rows", "sparsity": 0.35})
-        bars.update({"stage": "train", "done": 0, "total": 9, "note": "9 steps"})
-        bars.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25, "validation": {"accuracy": 0.9}})
+            drawing.update(event | {"axis": "rows", "sparsity": 0.35})
+        drawing.update({"stage": "train", "done": 0, "total": 9, "note": "9 steps"})
+        drawing.update({"stage": "train", "done": 1, "total": 9, "loss": 1.25, "validation": {"accuracy": 0.9}})
     return written.getvalue()
 
 
@@ -92,9 +92,10 @@ def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
 def lines(*events: tuple[float, dict]) -> list[str]:
     """The plain lines about events of one stage, which come after so many seconds each."""
     written, seconds = io.StringIO(), itertools.accumulate(took for took, _ in events)
-    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
+    shown = bars.Bars(Console(file=written, width=30))
+    with mock.patch.object(bars, "time", SimpleNamespace(monotonic=lambda: next(seconds))):
         for _, event in events:
-            bars.update({"stage": "calibrate"} | event)
+            shown.update({"stage": "calibrate"} | event)
     return written.getvalue().splitlines()
 
 
@@ -157,8 +158,4 @@ def test_a_stage_that_begins_again_has_its_time_anew() -> None:
 
 
 def test_a_log_of_a_stage_without_a_known_end_says_how_far_it_is() -> None:
-    written, seconds = io.StringIO(), iter((0, 20, 40))
-    with Bars(Console(file=written, width=30), clock=lambda: next(seconds)) as bars:
-        for done in (1, 2, 3):
-            bars.update({"stage": "predict", "done": done, "total": None})
-    assert written.getvalue().splitlines() == ["predict …", "predict 3/?"]
+    assert lines(*((20, {"done": done, "total": None}) for done in (1, 2, 3))) == ["calibrate …", "calibrate 3/?"]

@@ -59,8 +59,9 @@ class Entry:
 
     overrides: on the command line of `train`, all but the seed and the learning rate. group: what it has in common with
     the entries that it is compared with. best: the learning rate, once it is found. refused: why it is not compared.
-    killed: learning rates that were not tried, as their run was killed. overwrite: make finished runs again. done: the records of finished runs by directory. steps: of a run. tested: rows
-    of test. timed: the record of a run of three steps, or of an earlier run.
+    killed: learning rates that were not tried, as their run was killed. overwrite: make finished runs again. done: the
+    records of finished runs by directory. steps: of a run. tested: rows of test. timed: the record of a run of three
+    steps, or of an earlier run.
     """
 
     method: str

@@ -43,11 +43,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
     parser = options()
     parser.error = refuse  # in place of a page
-    parsed = parser.parse_intermixed_args(list(arguments))
-    for name in ("package", "resolve"):
-        if getattr(parsed, name) and not parsed.cfg:
-            refuse(f"--{name}: expected --cfg beside it")
-    return parsed
+    return parser.parse_intermixed_args(list(arguments))
 
 
 def options() -> ArgumentParser:
@@ -335,9 +331,7 @@ def refuse(arguments: Sequence[str]) -> None:
 
 
 def refuse_group_lists(arguments: Sequence[str]) -> None:
-    """Raise PartialLoraError for a list of group files, which Hydra would merge into one, for a plug-in's name with a
-    dot, which it would take for the plug-in's settings, and for a key of Hydra that no run heeds.
-    """
+    """Raise PartialLoraError for a list of group files, which Hydra would merge, or a key of it that no run heeds."""
     for argument in arguments:
         signed, _, value = argument.partition("=")
         key = signed.lstrip("+~")
@@ -348,8 +342,6 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
         if key.startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
             raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
-        if key in ("hydra.launcher", "hydra.sweeper"):
-            raise PartialLoraError(f"{argument}: expected {key.replace('.', '/')}={value}, with a slash")
         heeded = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
         if re.match(r"hydra\b", key) and not heeded and ("=" in argument or argument.startswith("~")):
             expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
@@ -376,8 +368,4 @@ def _refuse_hidden_files(arguments: Sequence[str]) -> None:
     of_package = [file.relative_to(conf_dir()) for file in sorted(conf_dir().rglob("*.yaml"))]
     for name in (*of_package, Path("schema.yaml"), Path(f"{OWN}.yaml"), Path("hydra")):
         if (Path(folder) / name).exists():
-            is_whole = name.parent == Path() and name.suffix
-            other = f"; `partial-lora train {Path(folder) / name}` trains by it" if is_whole else ""
-            raise PartialLoraError(
-                f"--config-dir {folder}: {name} is a name of the package itself; expected another{other}"
-            )
+            raise PartialLoraError(f"--config-dir {folder}: {name} is a name of the package itself; expected another")

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from partial_lora.errors import PartialLoraError, one_of, require
+from partial_lora.errors import one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
-from partial_lora.settings.arguments import is_file, is_record, settings_of
+from partial_lora.settings.arguments import is_file, is_record, parsed, settings_of
 from partial_lora.settings.study import commands
 
 _INSTEAD = {  # of keys of `train` that a comparison sets
@@ -69,14 +67,12 @@ class Comparison:
     def __post_init__(self) -> None:
         named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
         require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
-        self.budgets = [_as_number(budget) for budget in self.budgets]
         numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
         require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
         require(len(self.limit) < 2, "limit", ", ".join(self.limit), "one of them: one limit sizes every method")
         for name, value in self.limit.items():
             self.limit[name] = _quantity(f"limit.{name}", value, LIMITS[name][1])
         one_of("search", self.search, QUICK, FULL)
-        self.margin, self.hours = _as_number(self.margin), _as_number(self.hours)
         require(_is_positive(self.margin), "margin", self.margin, "points, such as 1")
         require(self.hours is None or _is_positive(self.hours), "hours", self.hours, "a number above 0, such as 0.5")
         is_full = self.search == FULL
@@ -99,8 +95,8 @@ def _is_positive(value: object) -> bool:
 
 def _quantity(key: str, value: object, unit: str) -> float:
     """Return a number of bytes or seconds; raises PartialLoraError, naming the key, for anything else."""
-    written = re.fullmatch(r"\s*([\d.e+-]+)\s*([A-Za-z]*)\s*", str(value))
-    number, scale = (_as_number(written[1]), _UNITS[unit].get(written[2].upper())) if written else (None, None)
+    written = re.fullmatch(r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    number, scale = (float(written[1]), _UNITS[unit].get(written[2].upper())) if written else (0.0, None)
     fits = _is_positive(number) and scale is not None
     require(fits, key, value, "bytes, such as 40MB" if unit == "bytes" else "seconds, such as 0.2")
     return number * scale
@@ -147,10 +143,9 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
         if key not in names or key == "limit":
             others.append(setting)
             continue
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise PartialLoraError(f"{key}={value}: expected YAML, such as [a,b]") from error
+        written = parsed(setting)
+        require(written is not None and not written.is_sweep_override(), key, value, "one value, such as [a,b]")
+        values[key] = written.value()
         if key in ("methods", "budgets") and not isinstance(values[key], list):
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values
@@ -165,11 +160,3 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     # Forked workers take some seconds less a run, and the results are the same.
     usual = {"results_dir": "results/compare", "trainer.start": "fork"}
     return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]
-
-
-def _as_number(word: object) -> object:
-    """Return a text that is a number as one: to YAML 1.1, 1e6 and 1e-2 are texts."""
-    try:
-        return float(word) if isinstance(word, str) else word
-    except ValueError:
-        return word

@@ -80,9 +80,8 @@ def plan(arguments: Sequence[str]) -> Plan:
     from omegaconf import OmegaConf
 
     with hydra_of(arguments) as (hydra, name, overrides, flags):
-        master = None if flags.multirun else _single_run(hydra, name, overrides)
-        if master is not None:
-            return _checked([([], master)])
+        if not flags.multirun and hydra.get_mode(name, overrides) != RunMode.MULTIRUN:
+            return _checked([([], hydra.compose_config(name, overrides, run_mode=RunMode.RUN))])
         master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
@@ -103,23 +102,6 @@ def plan(arguments: Sequence[str]) -> Plan:
             swept=swept,
             direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
-
-
-def _single_run(hydra, name: str, overrides: list[str]):
-    """Return what Hydra composes for one run, or None if `hydra.mode` asks for a sweep.
-
-    Hydra itself asks for the mode first, and so composes every run twice.
-    """
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
-
-    try:
-        composed = hydra.compose_config(name, overrides, run_mode=RunMode.RUN)
-    except HydraException:  # several values of a key are an error in one run
-        if hydra.get_mode(name, overrides) == RunMode.MULTIRUN:
-            return None
-        raise
-    return None if composed.hydra.mode == RunMode.MULTIRUN else composed
 
 
 @contextmanager
@@ -379,9 +361,6 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
         is_null = "is not Optional" in reason or reason.startswith("Incompatible value 'None'")
         return f"{place}{key}: {'expected a value, not null' if is_null else reason}"
-    if lines[0].startswith("You must specify"):  # of a file's `model: ???`
-        group = lines[0].split("'")[1]
-        return f"{group}=???: expected the name of a file in the group"
     if group := re.search("Could not.*?'(.*?)'.*Available options", str(error), re.DOTALL):
         start = next(index for index, line in enumerate(lines) if "Available options" in line) + 1
         options = [line for line in lines[start:] if "=" not in line and "search path" not in line]

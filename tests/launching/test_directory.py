@@ -6,8 +6,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,27 +14,7 @@ from refusals import refusal
 from partial_lora import files
 from partial_lora.launching import directory as results
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from partial_lora.launching.directory import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "result.json"
-    files.write_json(path, {"status": "running"})
-    with pytest.raises(ValueError, match="JSON"):  # which has no word for it
-        files.write_json(path, {"loss": math.nan})
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        files.write_json(path, {"status": "finished"})
-    assert json.loads(path.read_text()) == {"status": "running"}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_record_has_none_in_place_of_what_is_no_number() -> None:
@@ -149,11 +127,12 @@ def test_clearing_leaves_the_lock_alone(run: Path) -> None:
         assert [entry.name for entry in run.iterdir()] == [results.LOCK]
 
 
-def test_a_broken_record_is_set_aside_when_a_run_is_done_again_too(run: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_broken_record_is_set_aside_by_name(run: Path, overwrite: bool) -> None:
     (run / results.RESULT).write_text("{")
-    (note,) = results.prepare(run, overwrite=True)
-    (kept,) = (entry for entry in run.iterdir() if entry.name != results.LOCK)
-    assert (kept.read_text(), kept.name in note) == ("{", True)
+    note, *_ = results.prepare(run, overwrite=overwrite)
+    assert (run / "result.json.broken").read_text() == "{"
+    assert "set aside as result.json.broken" in note
 
 
 @pytest.mark.parametrize("damaged", [results.PREDICTIONS, results.RESULT])
@@ -170,19 +149,6 @@ def test_weights_of_a_run_in_doubt_are_set_aside_until_all_is_overwritten(run: P
     assert (aside.read_text(), weights.exists(), results.ASIDE in notes[-1]) == ("second", False, True)
     results.prepare(run, overwrite=True)
     assert not aside.exists()
-
-
-def test_a_held_directory_names_its_holder_and_a_dead_holder_lets_go(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with refusal("", tmp_path, f" pid {holder.pid} "), results.locked(tmp_path):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-    with results.locked(tmp_path):
-        assert str(os.getpid()) in (tmp_path / results.LOCK).read_text()
 
 
 def test_a_lock_that_is_only_looked_at_is_waited_for_and_a_system_without_locks_is_named(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import operator
@@ -13,18 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas
 import pytest
-import torch
 from commands import begun, here, until
 
-from partial_lora import files
-from partial_lora.calibration import calibrate as calibration
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
 from partial_lora.finished.run import finished_run
@@ -218,60 +213,3 @@ def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path,
     note, of_weights = results.prepare(run, overwrite=False)
     assert note.startswith(f"{run}: {file} ")
     assert results.ASIDE in of_weights
-
-
-def test_a_broken_record_is_set_aside_by_name_and_the_run_done_again(unbroken: Path, tmp_path: Path) -> None:
-    for folder in ("cache", "results"):
-        shutil.copytree(unbroken / folder, tmp_path / folder)
-    record = run_of(tmp_path) / "result.json"
-    os.truncate(record, 100)
-    done = train(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "set aside as result.json.broken" in done.stdout
-    aside = run_of(tmp_path) / "result.json.broken"
-    assert aside.stat().st_size == 100
-    aside.unlink()
-    shutil.rmtree(run_of(tmp_path) / results.ASIDE)
-    ends_as(unbroken, tmp_path)
-
-
-def test_two_calibrations_of_the_same_pay_once(tmp_path: Path, monkeypatch) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
-    begun, asked, outcomes = threading.Event(), threading.Event(), []
-
-    class Slow:
-        """A score that holds the first calibration until the second has asked."""
-
-        def __init__(self) -> None:
-            self.calls = 0
-
-        def __call__(self, model) -> float:
-            self.calls += 1
-            begun.set()
-            asked.wait(30)
-            return float(model(torch.ones(1, 8)).sum().abs())
-
-    def lock(descriptor: int, *, wait: bool = False) -> bool:
-        if wait:
-            asked.set()
-        return locked(descriptor, wait=wait)
-
-    locked = files.lock
-    monkeypatch.setattr(files, "lock", lock)
-    first, second = Slow(), Slow()
-
-    def calibrate(score: Slow) -> None:
-        own = copy.deepcopy(model)
-        outcomes.append(calibration.calibrate(own, score, target_modules=["0"], store=tmp_path / "curves.json"))
-
-    threads = [threading.Thread(target=calibrate, args=(score,)) for score in (first, second)]
-    threads[0].start()
-    assert begun.wait(30)
-    threads[1].start()
-    for thread in threads:
-        thread.join(60)
-    assert asked.is_set()
-    assert first.calls > 2
-    assert second.calls == 0
-    assert outcomes[0].sparsity == outcomes[1].sparsity

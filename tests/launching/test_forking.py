@@ -106,7 +106,6 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_sweep(place: Path, run) -
         ((FORK, "trainer.num_processes=2"), False),
         ((FORK, "trainer.report_to=tensorboard"), False),
         ((FORK, "model=tiny_llama", "task=arc_easy", "model.quantization=nf4"), False),
-        ((FORK, "model=bert_base", "task=sst2"), False),  # out of the hub, where it may be stored quantised
     ],
 )
 def test_what_cannot_be_forked_gets_a_fresh_interpreter(overrides: tuple, expected: bool) -> None:

@@ -416,21 +416,12 @@ def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
     assert len({named(), named("--splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
 
 
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        (["cost", "analysis.split=3"], "analysis"),
-        (["cost", "calibration.threshold=2"], "calibration.threshold=2"),
-        (["cost", "calibration.file=some.json"], "calibration.file"),
-    ],
-)
-def test_wrong_words_are_refused_in_one_line(capsys, monkeypatch, tmp_path: Path, arguments: list, key: str) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("word", ["analysis.split=3", "calibration.sparsity=0.5"])
+def test_a_wrong_word_is_refused_in_one_line(capsys, monkeypatch, word: str) -> None:
     monkeypatch.setattr(analyses.directory, "locked", None)  # whatever is not refused fails at once
-    assert analyses.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert key in error
-    assert error.count("\n") == 1
+    assert analyses.main(["cost", word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word.partition("=")[0] in line
 
 
 def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure() -> None:

@@ -138,11 +138,6 @@ def test_shares_by_gradient_stand_beside_those_of_the_search(tmp_path) -> None:
     assert alike["gradients, two draws"] == ["-1.00", "-1.00", "0.53", "1"]
 
 
-def test_a_folder_without_runs_is_refused_by_name(tmp_path, capsys) -> None:
-    assert decided.main([str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
-
-
 def test_lora_on_fewer_modules_is_a_form_of_its_own(tmp_path) -> None:
     for seed in SEEDS:
         run(tmp_path, "lora", 20, task="gtsrb", seed=seed, model__target_modules=["attn.qkv", "mlp.fc1"])

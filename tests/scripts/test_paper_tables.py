@@ -176,9 +176,7 @@ def test_files_have_their_command_and_numbers_and_claims_all_verdicts(place: Pat
     assert all(claim in claims for table in made.values() for each in table.verdicts for claim in each["claim"])
 
 
-def test_a_folder_without_runs_or_without_the_decided_claims_is_refused(tmp_path: Path) -> None:
-    with refusal(str(tmp_path)):
-        gather(tmp_path)
+def test_a_folder_without_the_decided_claims_is_refused(tmp_path: Path) -> None:
     leave(tmp_path)
     with refusal("--results", "decided.csv"):
         gather(tmp_path)

@@ -16,6 +16,7 @@ from partial_lora.finished.predict import RunModel
 from partial_lora.report import records
 
 MODULE = "timm_model.blocks.1.mlp.fc1"
+SEARCHED = {"calibration__search": "bisect", "calibration__shrink": 0.0, "calibration__max_sparsity": 0.95}
 
 
 def test_a_module_is_worth_its_change_and_the_loss_without_it_per_number(monkeypatch) -> None:
@@ -44,14 +45,12 @@ def test_a_module_is_worth_its_change_and_the_loss_without_it_per_number(monkeyp
 def test_shares_are_of_calibrated_runs_at_the_size_and_correlate_with_what_orders_modules_alike(tmp_path, monkeypatch):
     sparsity = {name: {"rows": kept, "columns": kept} for name, kept in zip("abcd", (0.9, 0.8, 0.6, 0.7), strict=True)}
     shapes = {name: [8, 4] for name in sparsity}
-    usual = {"search": "bisect", "shrink": 0.0, "max_sparsity": 0.95}
-    searched = {f"calibration__{key}": value for key, value in usual.items()}
     for seed in (0, 1):
         for budget, wrong in ((0.13, 0.0), (0.5, 0.05)):
             moved = {name: {axis: share - wrong for axis, share in of.items()} for name, of in sparsity.items()}
             of_modules = {"sparsity": moved, "shapes": shapes}
-            leave(tmp_path, "partial", 0.9, budget=budget, seed=seed, id=f"{budget}", **of_modules, **searched)
-        other = searched | {"calibration__max_sparsity": 0.99}  # another calibration, whatever comes last
+            leave(tmp_path, "partial", 0.9, budget=budget, seed=seed, id=f"{budget}", **of_modules, **SEARCHED)
+        other = SEARCHED | {"calibration__max_sparsity": 0.99}  # another calibration, whatever comes last
         leave(tmp_path, "partial", 0.9, budget=0.13, seed=seed, id="zz", sparsity=moved, shapes=shapes, **other)
     monkeypatch.setattr(shares, "RUNS", tmp_path)
     task = "digits"
@@ -68,8 +67,7 @@ def test_shares_are_of_calibrated_runs_at_the_size_and_correlate_with_what_order
 
 def test_mean_shares_are_those_of_all_draws_and_keep_as_many_parameters(tmp_path, monkeypatch) -> None:
     draws = [{"a": (0.95, 0.5), "b": (0.75, 0.9)}, {"a": (0.85, 0.7), "b": (0.85, 0.5)}]
-    usual = {"search": "bisect", "shrink": 0.0, "max_sparsity": 0.95}
-    told = {f"calibration__{key}": value for key, value in usual.items()} | {"shapes": {"a": [40, 20], "b": [40, 20]}}
+    told = SEARCHED | {"shapes": {"a": [40, 20], "b": [40, 20]}}
     for seed, draw in enumerate(draws):
         sparsity = {name: dict(zip(("rows", "columns"), axes, strict=True)) for name, axes in draw.items()}
         of_draw = {"baseline": 0.5 + seed, "joint": 0.25, "threshold": 0.75, "budget": 0.13, "search": "bisect"}

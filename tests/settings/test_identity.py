@@ -44,6 +44,8 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
         "data_dir=.",
     )
     assert identity.run_id(composed(*where)) == usual
+    packed = [composed("model=tiny_llama", "task=text_generation", f"trainer.packing={each}") for each in (True, False)]
+    assert identity.run_id(packed[0]) == identity.run_id(packed[1])
     what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
     what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
     what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
@@ -195,12 +197,6 @@ def test_settings_for_others_name_no_folder_of_this_machine(form) -> None:
             "results_dir": Path.cwd().name,
         }
     )
-
-
-def test_packing_changes_no_id() -> None:
-    given = ("model=tiny_llama", "task=text_generation")
-    packed = composed(*given, "trainer.packing=true")
-    assert identity.run_id(packed) == identity.run_id(composed(*given))
 
 
 def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
