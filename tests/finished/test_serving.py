@@ -196,14 +196,6 @@ def test_several_chat_templates_go_along_to_servers(tmp_path):
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "{}", "null"])
-def test_settings_of_an_adapter_that_cannot_be_read_are_named(tmp_path, content):
-    path = shutil.copytree(choice_run().directory, tmp_path / "run") / "adapter" / "adapter_config.json"
-    path.write_text(content)
-    with refusal(f"{path}: "):
-        export.export(finished_run(tmp_path / "run"), "serve", tmp_path / "out")
-
-
 SPOILT = {
     "zeroed": lambda folder: with_other_values(choice_run(), folder, b=0.0),
     "of another scaling": lambda folder: with_other_values(choice_run(), folder, alpha=1.1),
