@@ -102,8 +102,6 @@ class Predictor:
         max_new_tokens: int | None = None,
         member: str | None = None,
     ) -> None:
-        require(isinstance(run, (FinishedRun, Path, str)), "run", run, "a finished run, or its path")
-        _at_least_one("max_new_tokens", max_new_tokens)
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         chosen = one_task(run, member)
         self.labels = chosen.labels
@@ -119,9 +117,8 @@ class Predictor:
             inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
             batch_size: None takes the batch size of the run's own evaluation.
 
-        Raises PartialLoraError that names the first input that cannot be read, or a batch size below one.
+        Raises PartialLoraError that names the first input that cannot be read.
         """
-        _at_least_one("batch_size", batch_size)
         listed = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
         require(listed, "inputs", type(inputs).__name__, "a list of inputs")
         inputs = list(inputs)
@@ -265,11 +262,6 @@ class OfQuestions(_Predicted):
 
 
 PREDICTED = {"image": OfImages, "text": OfTexts, "prompt": OfPrompts, "question": OfQuestions}  # by what a kind reads
-
-
-def _at_least_one(key: str, number: object) -> None:
-    fits = number is None or (type(number) is int and number > 0)
-    require(fits, key, number, "a whole number of at least 1, or None")
 
 
 def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:

@@ -63,9 +63,6 @@ class FinishedRun:
         return list(labels)
 
 
-_MAPPINGS = ("metrics", "versions", "parameters", "seconds")  # of a record
-
-
 def finished_run(directory: Path) -> FinishedRun:
     """Return the finished run that its directory, `latest` or the start of its id names (`directory.find`).
 
@@ -88,21 +85,13 @@ def finished_run(directory: Path) -> FinishedRun:
         raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
     if not result.get("metrics"):
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
-    broken = [key for key in _MAPPINGS if not isinstance(result.get(key, {}), Mapping)]
-    if broken:
-        raise PartialLoraError(f"{directory / results.RESULT}: a broken record of a run, {broken[0]} is no mapping")
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(
             f"{directory}: {missing}; the same `partial-lora train` with overwrite=true does the run again"
         )
-    settings = result.get("config")
-    try:
-        _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
-        config = _with_found_files(load(settings), directory, result.get("digests") or ())
-        return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+    config = _with_found_files(load(result["config"]), directory, result.get("digests") or ())
+    return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
 
 
 def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:

@@ -351,7 +351,6 @@ def with_another_seed(directory: Path) -> None:
         (recorded(status="failed", error="out of memory"), ["failed", "out of memory"]),
         (recorded(status="running"), ["running"]),
         (recorded(metrics={}), ["calibrated"]),
-        (recorded(config={}), ["result.json"]),
         (removed("adapter/adapter_model.safetensors"), ["adapter/adapter_model.safetensors"]),
         (truncated("adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
         (truncated("adapter/adapter_config.json"), ["adapter_config.json"]),

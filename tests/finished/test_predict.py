@@ -221,18 +221,6 @@ def test_inputs_that_are_no_list_are_refused(predictor, inputs) -> None:
         predictor.predict(inputs)
 
 
-@pytest.mark.parametrize(("key", "value"), [("device", "tpu"), ("max_new_tokens", 0), ("max_new_tokens", "many")])
-def test_a_setting_of_no_meaning_is_refused_by_name(run, key, value) -> None:
-    with refusal(key):
-        Predictor(run, **{key: value})
-
-
-@pytest.mark.parametrize("size", [0, -1, 1.5, "all", True])
-def test_a_batch_has_a_whole_number_of_inputs(predictor, photos, size) -> None:
-    with refusal("batch_size"):
-        predictor.predict(photos, batch_size=size)
-
-
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
     predictor, photos, monkeypatch
 ) -> None:
@@ -389,8 +377,8 @@ def test_a_run_or_a_device_that_is_not_there_is_refused(run, photos, monkeypatch
         cli.predict([str(tmp_path / "none"), "a text"])
     with refusal(str(tmp_path)):
         Predictor(tmp_path)
-    with refusal("run"):
-        Predictor(None)
+    with refusal("device"):
+        Predictor(run, device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refusal("device=cuda: "):
         cli.predict([str(run.directory), photos[0], "--device", "cuda"])
