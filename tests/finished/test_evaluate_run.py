@@ -205,7 +205,8 @@ def test_a_task_of_other_labels_inputs_or_answers_is_refused_by_both(run) -> Non
 def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> None:
     folder = Path(evaluate()["folder"])
     monkeypatch.setattr(evaluate_run, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
-    refused(run, str(folder))
+    with pytest.raises(OSError, match="disk full"):
+        cli.evaluate([str(run.directory)])
     assert not (folder / "evaluation.json").exists()
 
 
