@@ -171,16 +171,6 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     assert [drawn.count(f"<!-- {form} -->") for form in "abcde"] == [1, 0, 2, 1, 2]
 
 
-def test_a_front_reaches_no_further_than_its_metric(tmp_path, monkeypatch) -> None:
-    figures = []
-    monkeypatch.setattr(ranking, "save_both", lambda figure, *_: figures.append(figure))
-    row = {"form": "a", "test": 0.9, "parameters": 10, "task": "digits", "size": "0.13", "metric": "accuracy"}
-    ranking.draw_front(
-        pd.DataFrame([row | {"half": 0.6, "seeds": 2, "learning_rate": 1e-3}]), "parameters", tmp_path, "f"
-    )
-    assert figures[0].axes[0].get_ylim()[1] <= 1.021
-
-
 def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexity_selects() -> None:
     def result(rate: float, perplexity: float, exact: float) -> dict:
         made = record("lora", seed=0, trainer__learning_rate=rate)
