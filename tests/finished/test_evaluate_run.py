@@ -23,8 +23,6 @@ from partial_lora.finished.task import evaluation_settings
 from partial_lora.launching import directory as results
 from partial_lora.settings import identity, versions
 
-pytestmark = pytest.mark.usefixtures("same_cache")
-
 
 @pytest.fixture(scope="module")
 def run() -> FinishedRun:

@@ -33,8 +33,6 @@ from partial_lora.models.texts import byte_tokenizer
 from partial_lora.settings.identity import digests
 from partial_lora.settings.versions import plain
 
-pytestmark = pytest.mark.usefixtures("same_cache")
-
 B = "base_model.model.timm_model.blocks.2.mlp.fc2.lora_B.weight"
 
 

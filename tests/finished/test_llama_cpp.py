@@ -17,17 +17,10 @@ from transformers import PreTrainedModel
 
 from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.serving import _ARCHITECTURES
 from partial_lora.models import bundled
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")
-pytestmark = pytest.mark.usefixtures("same_cache")
-
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 
 
 def causal(name: str, *given: str) -> FinishedRun:

@@ -25,8 +25,6 @@ from partial_lora.adapter import module_masks
 from partial_lora.finished import export, merge
 from partial_lora.finished.run import FinishedRun, finished_run
 
-pytestmark = pytest.mark.usefixtures("same_cache")
-
 _PLACES = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
