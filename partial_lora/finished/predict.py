@@ -119,8 +119,7 @@ class Predictor:
 
         Raises PartialLoraError that names the first input that cannot be read.
         """
-        listed = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
-        require(listed, "inputs", type(inputs).__name__, "a list of inputs")
+        require(not isinstance(inputs, str), "inputs", inputs, "a list of inputs")  # of a text, letters are none
         inputs = list(inputs)
         size = self.window(batch_size)
         predictions = []

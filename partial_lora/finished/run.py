@@ -75,11 +75,11 @@ def finished_run(directory: Path) -> FinishedRun:
             f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
             "its id; `partial-lora runs` lists them"
         )
-    if not (directory / results.RESULT).is_file():
-        raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
     result = results.read_result(directory)
     if result is None:
-        raise PartialLoraError(f"{directory / results.RESULT}: no record of a run, or a broken one")
+        raise PartialLoraError(
+            f"{directory}: expected the directory of a run, with its record {results.RESULT} in it"
+        )
     if result["status"] != "finished":
         error = f" ({result['error']})" if result.get("error") else ""
         raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")

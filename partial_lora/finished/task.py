@@ -50,7 +50,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
         return OneTask(None, run.config, run.labels(), None)
     if member is None and of_another and not kind_of(task).has_head:
         return OneTask(None, run.config, [], None)
-    listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
+    listed = " or ".join(members)
     if member is None:
         raise PartialLoraError(f"{run.directory}: the run has several tasks; name one: --member {listed}")
     if member not in members:

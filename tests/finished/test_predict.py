@@ -214,11 +214,10 @@ def test_what_is_no_input_is_named_and_the_others_go_on(photos, of, given, names
         predictor.predict([fine, given])
 
 
-@pytest.mark.parametrize("inputs", [None, "photo.png", b"photo.png", 3])
-def test_inputs_that_are_no_list_are_refused(predictor, inputs) -> None:
+def test_inputs_that_are_no_list_are_refused(predictor) -> None:
     """Each letter of a text would be an input."""
     with refusal("inputs"):
-        predictor.predict(inputs)
+        predictor.predict("photo.png")
 
 
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
@@ -538,7 +537,6 @@ def test_a_turn_of_a_conversation_is_read_with_all_before_it(monkeypatch) -> Non
         (finished_runs.generation_run, [HALF], "PROMPT"),
         (finished_runs.generation_run, ["a prompt", "--stop", ""], "--stop"),
         (finished_runs.generation_run, ["a prompt", "--member", "one"], "--member one"),
-        (finished_runs.generation_run, ["a prompt", "--temperature", "-1"], "--temperature"),
         (finished_runs.generation_run, ["a prompt", "--temperature", "nan"], "--temperature"),
         (finished_runs.generation_run, ["a prompt", "--temperature", "1e-320"], "--temperature"),
     ],
