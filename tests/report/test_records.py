@@ -61,11 +61,8 @@ def test_a_finished_run_is_a_row(tmp_path):
         ({"train": "photos/Train", "test": "photos/test"}, "files", "own (photos)"),
         ({"test": "others/later.csv", "train": "rows/questions.csv"}, "files", "own (questions.csv)"),
         ("photos/own", "files", "own"),
-        ("rows/own.csv", "files", "own"),
         ("train.csv", "files", "own"),
-        ({"train": "data/own/train.parquet"}, "files", "own"),
         ({"train": "data/elsewhere/train.parquet"}, "someone/own", "own"),  # a set of the hub, out of a folder
-        (None, "files", "own"),
     ],
 )
 def test_a_user_s_own_rows_go_by_their_file_or_folder_too(tmp_path, files, path, name) -> None:
