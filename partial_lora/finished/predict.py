@@ -286,8 +286,6 @@ def read_image(image: object) -> Image.Image:
     try:
         content = with_an_end(image).read_bytes()  # here: `datasets` would take some paths for addresses on the web
         return datasets.Image().decode_example({"path": None, "bytes": content})
-    except FileNotFoundError as error:
-        raise PartialLoraError(f"{image}: no such image file") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
         raise PartialLoraError(f"{image}: not an image that can be read ({_reason(error)})") from error
 

@@ -57,10 +57,7 @@ class FinishedRun:
 
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
-        labels = self.result.get("labels")  # none in the record of a run made before records had them
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise PartialLoraError(f"{self.directory / results.RESULT}: no labels in it, train the run again")
-        return list(labels)
+        return list(self.result["labels"])
 
 
 def finished_run(directory: Path) -> FinishedRun:
@@ -77,9 +74,7 @@ def finished_run(directory: Path) -> FinishedRun:
         )
     result = results.read_result(directory)
     if result is None:
-        raise PartialLoraError(
-            f"{directory}: expected the directory of a run, with its record {results.RESULT} in it"
-        )
+        raise PartialLoraError(f"{directory}: expected the directory of a run, with its record {results.RESULT} in it")
     if result["status"] != "finished":
         error = f" ({result['error']})" if result.get("error") else ""
         raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")

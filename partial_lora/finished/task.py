@@ -121,9 +121,6 @@ def evaluation_settings(
     with in_one_line(overrides):
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose("evaluated", overrides)
-        for group in ("task", "trainer"):
-            if missing := sorted(OmegaConf.missing_keys(composed[group])):
-                raise PartialLoraError(f"{group}.{missing[0]}: expected a value, its group file sets none")
         task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
         folder = composed.data_dir if of_another else None
         if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):

@@ -120,9 +120,6 @@ def test_a_member_of_a_mixture_has_to_be_named(member) -> None:
 def test_a_run_of_one_task_has_no_members() -> None:
     run = mixed_runs.text_mixture()
     films = run.config.task.members["films"]
-    without = dataclasses.replace(run, result={key: value for key, value in run.result.items() if key != "labels"})
-    with refusal("", "result.json: "):
-        one_task(without, "films")
     single = dataclasses.replace(run, config=dataclasses.replace(run.config, task=films))
     assert one_task(single).member is None
     with refusal("--member films: "):

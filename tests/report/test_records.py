@@ -369,7 +369,6 @@ def test_conditions_are_met_together_and_values_by_what_they_are(runs, condition
         (choice.where, ["taks=digits"], ".*taks.*task"),
         (choice.where, ["task=rte"], "--where task=rte"),
         (choice.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
-        (choice.keys, ",", "--by ,"),
     ],
 )
 def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, names):
