@@ -330,6 +330,7 @@ def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
         place(tmp_path, record(seed=seed, mixed_precision=precision))
     table = folders.group(rows_of(tmp_path), by)
     assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
+    assert dict(zip(table["precision"], table["differs"], strict=True)) == {"fp32": "–", "bf16": "mixed_precision=bf16"}
     assert set(tables.readable(table, by=by)["precision"]) == {"fp32", "bf16"}
 
 
