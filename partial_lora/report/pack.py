@@ -160,7 +160,7 @@ def _remove(loose: Mapping[str, Path], results_dir: Path) -> None:
         with directory.locked(place):
             if not _alike(_loose(place), _packed(stored, path)):
                 raise PartialLoraError(f"{place}: the pack does not hold what is there; nothing more is removed")
-            shutil.rmtree(place)
+            place.unlink() if place.is_symlink() else shutil.rmtree(place)  # what a link leads to is not the results'
         with suppress(OSError):  # not empty
             for parent in list(place.parents)[:4]:
                 parent.rmdir()

@@ -189,6 +189,15 @@ def test_a_folder_is_removed_only_if_the_pack_holds_what_is_there(study: Path, m
     assert len(list(study.glob("runs/*/*/*/*/result.json"))) == 8
 
 
+def test_of_a_linked_folder_the_link_is_removed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = next(study.glob("runs/*/*/*/seed*"))
+    elsewhere = run.rename(tmp_path_factory.mktemp("disk") / run.name)
+    run.symlink_to(elsewhere)
+    pack(study, remove=True)
+    assert (run.is_symlink(), (elsewhere / RESULT).is_file()) == (False, True)
+    assert not list(study.glob("runs/*/*/*/*"))
+
+
 def test_a_folder_in_which_nothing_has_finished_gets_no_pack(tmp_path: Path) -> None:
     place(tmp_path, record(status="running"), id="0f")
     with refusal(re.escape(f"{tmp_path}: "), "0f"):
