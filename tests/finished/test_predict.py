@@ -28,7 +28,6 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
-from partial_lora.errors import PartialLoraError
 from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
@@ -171,17 +170,6 @@ def test_a_question_is_read_as_the_rows_of_its_task_are() -> None:
         assert predicting.rows_of(transform, layout, prompt, padded) == expected.to_list()
     problem = predicting.rows_of(transform, "winogrande", "no place for a name", ["cup", "box"])
     assert "_" in str(problem)
-
-
-def test_a_broken_image_is_named_and_the_others_of_its_batch_go_on(predictor, photos, tmp_path) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(Path(photos[2]).read_bytes()[:-100])
-    first, error, second = predictor.outcomes([photos[0], str(broken), photos[1]])
-    assert isinstance(error, PartialLoraError)
-    assert str(error).startswith(f"{broken}: ")
-    assert [first, second] == predictor.predict(photos[:2])
-    with refusal(str(broken)):
-        predictor.predict([photos[0], broken])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +327,7 @@ def test_texts_pairs_questions_and_prompts_on_a_command_line(predict, monkeypatc
 
 
 def test_an_input_that_cannot_be_read_is_named_and_the_others_are_predicted(photos, predict, tmp_path) -> None:
-    (tmp_path / "1.png").write_bytes(b"no image")
+    (tmp_path / "1.png").write_bytes(Path(photos[2]).read_bytes()[:-100])
     (tmp_path / "list.txt").write_text(f"{photos[0]}\n\n{tmp_path}/2.png\n{photos[1]}\n")
     code, lines, err = predict("--json", str(tmp_path / "1.png"), f"@{tmp_path}/list.txt", photos[2])
     assert code == 1
