@@ -57,7 +57,6 @@ def step_memory(config: Config) -> StepMemory:
 
     Raises PartialLoraError for a quantised model, whose layers cannot be counted.
     """
-    _refuse_quantised(config)
     model = adapted(config)
     layers = [base_name(name) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     floor, whole = _kept(config, _frozen(config, layers)), _kept(config, model)
@@ -70,13 +69,7 @@ def step_memory(config: Config) -> StepMemory:
 
 def kept_by_step(config: Config) -> int:
     """Return the bytes that a step of these settings keeps, with one share everywhere; raises as `step_memory` does."""
-    _refuse_quantised(config)
     return _kept(config, adapted(config))
-
-
-def _refuse_quantised(config: Config) -> None:
-    quantization = config.model.quantization
-    require(quantization is None, "model.quantization", quantization, "null: what its layers keep cannot be counted")
 
 
 def within(config: Config) -> Config:
@@ -88,7 +81,6 @@ def within(config: Config) -> Config:
     most = config.calibration.kept
     if most is None:
         return config
-    _refuse_quantised(config)
     sizes: dict[float, int] = {}
     refused: list[PartialLoraError] = []
 
@@ -162,6 +154,8 @@ def _frozen(config: Config, adapted: Iterable[str]) -> nn.Module:
 def _kept(config: Config, model: nn.Module, *, checkpointed: bool = False) -> int:
     """Return the bytes that a forward pass of a model on the meta device keeps."""
     size, rows = config.model, config.trainer.local_batch_size
+    quantization = size.quantization
+    require(quantization is None, "model.quantization", quantization, "null: what its layers keep cannot be counted")
     if checkpointed or size.gradient_checkpointing:
         with quiet():
             models.enable_gradient_checkpointing(model)

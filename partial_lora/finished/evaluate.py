@@ -182,11 +182,8 @@ def write(folder: Path, record: dict, predictions: pandas.DataFrame) -> None:
 
     There are no predictions of texts that were judged by their likelihood alone.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / EVALUATION).unlink(missing_ok=True)
-        if len(predictions):
-            write_atomic(folder / directory.PREDICTIONS, predictions.to_parquet(index=False))
-        write_json(folder / EVALUATION, record)
-    except OSError as error:
-        raise PartialLoraError(f"{folder} cannot be written ({error.strerror or error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EVALUATION).unlink(missing_ok=True)
+    if len(predictions):
+        write_atomic(folder / directory.PREDICTIONS, predictions.to_parquet(index=False))
+    write_json(folder / EVALUATION, record)

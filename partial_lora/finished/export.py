@@ -78,22 +78,17 @@ def export(
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not directory.tensor_files(folder):
         raise foreign
-    try:
-        with building(folder) as built:
-            WRITE[to](run, built)
-            describe(run, built)
-            try:
-                proof = PROVE[to](run, built) if check else None
-            except ProofError as error:  # it names the folder as it is called while it is built
-                raise ProofError(str(error).replace(str(built), str(folder))) from error
-            existed = _is_same(built, folder)
-            if occupied and not existed:
-                raise foreign
-            size = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
-    except OSError as error:
-        raise PartialLoraError(
-            f"{folder} cannot be written ({error.strerror or error}): choose another --out"
-        ) from error
+    with building(folder) as built:
+        WRITE[to](run, built)
+        describe(run, built)
+        try:
+            proof = PROVE[to](run, built) if check else None
+        except ProofError as error:  # it names the folder as it is called while it is built
+            raise ProofError(str(error).replace(str(built), str(folder))) from error
+        existed = _is_same(built, folder)
+        if occupied and not existed:
+            raise foreign
+        size = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
     return Exported(folder, size, existed, proof)
 
 

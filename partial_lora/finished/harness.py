@@ -35,7 +35,8 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
             "`pip install '.[lm-eval]'`"
         ) from error
     start, files = time.perf_counter(), [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    names = [task for task in tasks if Path(task) not in files] + [_name_in(file) for file in files]
+    names = [task for task in tasks if Path(task) not in files]
+    names += [read_yaml(file, f"--lm-eval {file}")["task"] for file in files]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise PartialLoraError(f"--lm-eval: {unknown[0]} is no task of lm-eval; `lm-eval ls tasks` lists them")
@@ -57,14 +58,6 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     folder = run.directory / FOLDER / f"lm-eval-{'-'.join(names)}"
     write(folder, record, pandas.DataFrame())
     return folder, record
-
-
-def _name_in(file: Path) -> str:
-    """Return the name of the task in a YAML file of the harness."""
-    content = read_yaml(file, f"--lm-eval {file}")
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-        raise PartialLoraError(f"--lm-eval {file}: expected a task of lm-eval, with a key task")
-    return content["task"]
 
 
 def _measured(values: Mapping[str, object]) -> dict[str, dict[str, float | None]]:

@@ -81,12 +81,9 @@ def merge(
             adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise PartialLoraError(f"--how {way}: PEFT does not combine these ({one_line(error)})") from error
-    try:
-        with building(folder.resolve()) as built:
-            adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
-            export.describe(adapted.get_base_model(), first, built)
-    except OSError as error:
-        raise PartialLoraError(f"--out {folder} cannot be written ({error.strerror or error})") from error
+    with building(folder.resolve()) as built:
+        adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
+        export.describe(adapted.get_base_model(), first, built)
     pairs = combinations(range(len(runs)), 2)
     return [_overlap(left, right, kept[names[left]], kept[names[right]]) for left, right in pairs]
 

@@ -102,8 +102,6 @@ class Predictor:
         max_new_tokens: int | None = None,
         member: str | None = None,
     ) -> None:
-        require(isinstance(run, (FinishedRun, Path, str)), "run", run, "a finished run, or its path")
-        _at_least_one("max_new_tokens", max_new_tokens)
         run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
         chosen = one_task(run, member)
         self.labels = chosen.labels
@@ -119,11 +117,9 @@ class Predictor:
             inputs: paths of images or PIL images; texts or pairs of texts; prompts; or (prompt, options) of a choice.
             batch_size: None takes the batch size of the run's own evaluation.
 
-        Raises PartialLoraError that names the first input that cannot be read, or a batch size below one.
+        Raises PartialLoraError that names the first input that cannot be read.
         """
-        _at_least_one("batch_size", batch_size)
-        listed = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
-        require(listed, "inputs", type(inputs).__name__, "a list of inputs")
+        require(not isinstance(inputs, str), "inputs", inputs, "a list of inputs")  # of a text, letters are none
         inputs = list(inputs)
         size = self.window(batch_size)
         predictions = []
@@ -267,11 +263,6 @@ class OfQuestions(_Predicted):
 PREDICTED = {"image": OfImages, "text": OfTexts, "prompt": OfPrompts, "question": OfQuestions}  # by what a kind reads
 
 
-def _at_least_one(key: str, number: object) -> None:
-    fits = number is None or (type(number) is int and number > 0)
-    require(fits, key, number, "a whole number of at least 1, or None")
-
-
 def _outcome(words: str, logits: np.ndarray, labels: Sequence[str]) -> Prediction | PartialLoraError:
     if not np.isfinite(logits).all():
         return PartialLoraError(f"{words}: the model's output is not a finite number")
@@ -294,13 +285,9 @@ def read_image(image: object) -> Image.Image:
         raise _unlike(image, "the path of an image, or a PIL image")
     try:
         content = with_an_end(image).read_bytes()  # here: `datasets` would take some paths for addresses on the web
-        if content:
-            return datasets.Image().decode_example({"path": None, "bytes": content})
-    except FileNotFoundError as error:
-        raise PartialLoraError(f"{image}: no such image file") from error
+        return datasets.Image().decode_example({"path": None, "bytes": content})
     except Exception as error:  # Pillow's decoders raise whatever a broken file drives them into
         raise PartialLoraError(f"{image}: not an image that can be read ({_reason(error)})") from error
-    raise PartialLoraError(f"{image}: not an image that can be read (an empty file)")
 
 
 def _reason(error: Exception) -> str:

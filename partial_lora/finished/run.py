@@ -57,13 +57,7 @@ class FinishedRun:
 
     def labels(self) -> list[str]:
         """Return the names of the classes, in the order of the logits; empty for a regression."""
-        labels = self.result.get("labels")  # none in the record of a run made before records had them
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise PartialLoraError(f"{self.directory / results.RESULT}: no labels in it, train the run again")
-        return list(labels)
-
-
-_MAPPINGS = ("metrics", "versions", "parameters", "seconds")  # of a record
+        return list(self.result["labels"])
 
 
 def finished_run(directory: Path) -> FinishedRun:
@@ -78,31 +72,21 @@ def finished_run(directory: Path) -> FinishedRun:
             f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
             "its id; `partial-lora runs` lists them"
         )
-    if not (directory / results.RESULT).is_file():
-        raise PartialLoraError(f"{directory}: expected the directory of a run, with a {results.RESULT} in it")
     result = results.read_result(directory)
     if result is None:
-        raise PartialLoraError(f"{directory / results.RESULT}: no record of a run, or a broken one")
+        raise PartialLoraError(f"{directory}: expected the directory of a run, with its record {results.RESULT} in it")
     if result["status"] != "finished":
         error = f" ({result['error']})" if result.get("error") else ""
         raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
     if not result.get("metrics"):
         raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
-    broken = [key for key in _MAPPINGS if not isinstance(result.get(key, {}), Mapping)]
-    if broken:
-        raise PartialLoraError(f"{directory / results.RESULT}: a broken record of a run, {broken[0]} is no mapping")
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(
             f"{directory}: {missing}; the same `partial-lora train` with overwrite=true does the run again"
         )
-    settings = result.get("config")
-    try:
-        _ = settings["model"]["architecture"], settings["method"]["name"], settings["seed"]
-        config = _with_found_files(load(settings), directory, result.get("digests") or ())
-        return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PartialLoraError(f"{directory / results.RESULT}: no settings of a run in it") from error
+    config = _with_found_files(load(result["config"]), directory, result.get("digests") or ())
+    return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
 
 
 def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:

@@ -13,7 +13,6 @@ from pathlib import Path
 import gguf
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -21,7 +20,7 @@ from transformers import PretrainedConfig
 
 from partial_lora import models
 from partial_lora.adapter.config import scaling_of
-from partial_lora.errors import PartialLoraError, ProofError, one_line
+from partial_lora.errors import PartialLoraError, ProofError
 from partial_lora.files import read_json
 from partial_lora.finished.run import FinishedRun
 
@@ -46,8 +45,8 @@ class Served:
 def read(run: FinishedRun, to: str) -> Served:
     """Return the adapter of a finished run.
 
-    Raises PartialLoraError, in one line, where the run is of no causal language model, its adapter is more than a LoRA,
-    or its files are broken.
+    Raises PartialLoraError, in one line, where the run is of no causal language model, or its adapter is more than a
+    LoRA on linear layers.
     """
     run.check_causal(run.directory, f" for --to {to}; export it with --to merged")
     settings, model = _settings(run, to), models.empty(**run.config.model.geometry)
@@ -56,14 +55,10 @@ def read(run: FinishedRun, to: str) -> Served:
 
 
 def _settings(run: FinishedRun, to: str) -> LoraConfig:
-    path = run.adapter / _CONFIG
-    try:
-        content = read_json(path)
-        more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if content.get(key)]
-        if content["peft_type"] == "LORA" and not more:
-            return LoraConfig.from_pretrained(str(run.adapter))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PartialLoraError(f"{path}: cannot be read ({one_line(error)})") from error
+    content = read_json(run.adapter / _CONFIG)
+    more = [key for key in ("modules_to_save", "use_dora", "lora_bias", "target_parameters") if content.get(key)]
+    if content["peft_type"] == "LORA" and not more:
+        return LoraConfig.from_pretrained(str(run.adapter))
     kind = f"an adapter with {more[0]}" if more else f"PEFT's {content['peft_type']}"
     raise PartialLoraError(
         f"{run.directory}: method={run.method} is {kind}, expected a LoRA alone for --to {to}; export it with"
@@ -72,10 +67,7 @@ def _settings(run: FinishedRun, to: str) -> LoraConfig:
 
 
 def _factors(path: Path, settings: LoraConfig, linear: Mapping[str, nn.Linear]) -> dict[str, tuple[Tensor, Tensor]]:
-    try:
-        tensors = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise PartialLoraError(f"{path}: cannot be loaded ({one_line(error)})") from error
+    tensors = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in load_file(path).items()}
     factors = {}
     for module in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
         a, b = (tensors.get(f"{module}.lora_{factor}.weight") for factor in "AB")

@@ -50,7 +50,7 @@ def one_task(run: FinishedRun, member: str | None = None, *, of_another: bool = 
         return OneTask(None, run.config, run.labels(), None)
     if member is None and of_another and not kind_of(task).has_head:
         return OneTask(None, run.config, [], None)
-    listed = " or ".join(filter(None, [", ".join(list(members)[:-1]), list(members)[-1]]))
+    listed = " or ".join(members)
     if member is None:
         raise PartialLoraError(f"{run.directory}: the run has several tasks; name one: --member {listed}")
     if member not in members:
@@ -121,9 +121,6 @@ def evaluation_settings(
     with in_one_line(overrides):
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose("evaluated", overrides)
-        for group in ("task", "trainer"):
-            if missing := sorted(OmegaConf.missing_keys(composed[group])):
-                raise PartialLoraError(f"{group}.{missing[0]}: expected a value, its group file sets none")
         task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
         folder = composed.data_dir if of_another else None
         if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):

@@ -253,7 +253,6 @@ def notes(compared: Differences) -> list[str]:
     """Return what a reader of a table of differences has to know, a sentence or two each."""
     rows = compared.rows
     pairs = rows["pairs"].dropna()
-    of_reference = rows["reference"].map(rows.set_index("group")["n"].groupby(level=0).first())
     below = {
         f"Differences are from {REFERENCE} at the same operating point and under the same conditions, over the test "
         "examples and seeds of both, with 95 % intervals over both from variance components (of shares in points; "
@@ -265,17 +264,11 @@ def notes(compared: Differences) -> list[str]:
         "n counts seeds: 1 of 3 is a difference over the one that both have, beside a score over all three.": (
             pairs < rows.loc[pairs.index, "n"]
         ).any(),
-        "Where the reference has more seeds than a row, its score is over more than the difference is.": (
-            pairs < of_reference[pairs.index]
-        ).any(),
         "A difference over one seed has an interval over examples alone: how much seeds vary is not in it.": (
             pairs < 2
         ).any(),
         "Against: what the reference differs in, of which there are several at that operating point; – is the one with "
         "the usual settings.": (rows.groupby([*PLACE, "operating_point"])["reference"].nunique() > 1).any(),
-        "Where the tuning differs, part of a difference may be how well the learning rate suits.": (
-            rows.groupby("reference")["tuning"].nunique() > 1
-        ).any(),
     }
     return [*(note for note, applies in below.items() if applies), *(f"{remark}." for remark in compared.remarks)]
 

@@ -62,7 +62,6 @@ _MOST_IMAGES, _ACROSS, _MOST_WRONG = 24, 8, 8
 _FAR = 3  # times the usual distance from zero: a row that lies wholly beyond is a number at the end of the axis
 
 _VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
-_NO_VERDICT = ("D", False)
 _CURVES = {  # rows are darker than columns, and their larger marker shows behind the other
     "rows": ({"color": BLUE, "linestyle": "-"}, None, {"color": BLUE, "marker": "o", "markersize": 7}),
     "columns": (
@@ -75,7 +74,6 @@ _CHOSEN = {"linestyle": "", "markeredgecolor": "black", "zorder": 3, "clip_on": 
 _INTACT = {"color": "0.5", "linewidth": 0.8, "linestyle": "-."}
 _HELD = {"color": "0.25", "linewidth": 0.8, "linestyle": ":"}
 _AXES = {"rows": "rows of B", "columns": "columns of A"}
-_METHOD = ["method", "operating_point"]
 _AT_POINT = [*PLACE, "operating_point", "metric"]
 
 History = Sequence[Mapping]
@@ -281,7 +279,7 @@ def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
         ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
         if ticks:
             axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
-        for key, of_method in part.groupby(_METHOD, sort=False):
+        for key, of_method in part.groupby(["method", "operating_point"], sort=False):
             its_look = look(*key)
             style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
             axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
@@ -315,7 +313,7 @@ def differences(compared: pd.DataFrame) -> Drawing | None:
         if metric not in LOWER_IS_BETTER:  # where nothing matches
             axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
         for height, row in enumerate(part.itertuples()):
-            marker, filled = _VERDICTS.get(row.verdict, _NO_VERDICT)
+            marker, filled = _VERDICTS[row.verdict]
             color = look(row.method, row.operating_point).color
             ends = [[row.difference - row.low], [row.high - row.difference]]
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}

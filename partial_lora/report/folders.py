@@ -41,11 +41,6 @@ class Folder:
         return self.name, self.row["precision"]
 
     @property
-    def id(self) -> str:
-        """The end of the folder's name, by which a run is found."""
-        return self.name.rpartition("-")[2]
-
-    @property
     def seeds(self) -> list[int]:
         return [run.row["seed"] for run in self.runs]
 
@@ -149,7 +144,8 @@ def _with_rates(folders: Iterable[Folder], words: Mapping[Folder, str]) -> dict[
         rates = grouped(twins, lambda folder: f"learning_rate={folder.row['learning_rate']:g}")
         for rate, of_rate in rates.items():
             for folder in of_rate:
-                more = [rate] * (len(rates) > 1) + [folder.id] * (len(of_rate) > 1)
+                id = folder.name.rpartition("-")[2]
+                more = [rate] * (len(rates) > 1) + [id] * (len(of_rate) > 1)
                 differs[folder.key] = ", ".join(filter(None, [words[folder], *more])) or rows.NONE
     return differs
 

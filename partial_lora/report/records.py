@@ -92,9 +92,7 @@ def _finished(directory: Path) -> dict:
         result = packs.packed(directory)
         if result is None:
             raise UnfinishedError("missing, the run never started or was interrupted") from error
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError("broken, not JSON") from error
     if not isinstance(result, dict) or "status" not in result:
         raise ValueError("foreign, no record of a run")

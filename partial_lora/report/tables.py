@@ -295,15 +295,6 @@ def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, st
 
 def signed(metric: str, difference: float, low: float, high: float) -> str:
     """Return a difference with its interval, if it has one: of shares in points, of other metrics as it is."""
-    scale, form = _in_units(metric)
-    return f"{scale * difference:{form}} {ends(metric, low, high)}".rstrip()
-
-
-def ends(metric: str, low: float, high: float) -> str:
-    """Return an interval in the units of `signed`; nothing where there is none."""
-    scale, form = _in_units(metric)
-    return "" if math.isnan(low) else f"[{scale * low:{form}}, {scale * high:{form}}]"
-
-
-def _in_units(metric: str) -> tuple[float, str]:
-    return (100, "+.2f") if metric in SHARES else (1, "+.4f")
+    scale, form = (100, "+.2f") if metric in SHARES else (1, "+.4f")
+    interval = "" if math.isnan(low) else f" [{scale * low:{form}}, {scale * high:{form}}]"
+    return f"{scale * difference:{form}}{interval}"

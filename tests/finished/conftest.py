@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def same_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     import finished_runs
 

@@ -23,8 +23,6 @@ from partial_lora.finished.task import evaluation_settings
 from partial_lora.launching import directory as results
 from partial_lora.settings import identity, versions
 
-pytestmark = pytest.mark.usefixtures("same_cache")
-
 
 @pytest.fixture(scope="module")
 def run() -> FinishedRun:
@@ -205,7 +203,8 @@ def test_a_task_of_other_labels_inputs_or_answers_is_refused_by_both(run) -> Non
 def test_an_unfinished_evaluation_has_no_record(run, evaluate, monkeypatch) -> None:
     folder = Path(evaluate()["folder"])
     monkeypatch.setattr(evaluate_run, "write_json", lambda path, content: (_ for _ in ()).throw(OSError("disk full")))
-    refused(run, str(folder))
+    with pytest.raises(OSError, match="disk full"):
+        cli.evaluate([str(run.directory)])
     assert not (folder / "evaluation.json").exists()
 
 

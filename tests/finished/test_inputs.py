@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 from pathlib import Path
 
@@ -84,6 +83,8 @@ def test_texts_are_arguments_and_lines(tmp_path: Path) -> None:
     assert contents("one\ttwo") == ["one\ttwo"]  # of no pair a tab is a part
     assert contents("one\ttwo", "-", kind="generation", stdin=b"three\n") == ["one\ttwo", "three"]
     assert contents("-") == []
+    with refusal("-: "):  # which is read once
+        read("-", "@-")
 
 
 def test_lines_that_are_nothing_are_named_and_the_others_go_on() -> None:
@@ -128,24 +129,6 @@ def test_what_is_no_input_is_refused_by_name(photos, argument: str, how: dict, b
     with refusal(begins):
         read(argument, **how)
     assert contents("photos") == ["photos"]  # a word that is also a folder is a text
-
-
-def test_lines_are_read_one_by_one_and_once() -> None:
-    class Endless(io.RawIOBase):
-        """A stream without an end."""
-
-        lines = 0
-
-        def readline(self, size: int = -1) -> bytes:
-            self.lines += 1
-            return b"again\n"
-
-    endless = Endless()
-    stream, _ = read_inputs(["first", "-"], TaskConfig("own", "files", modality="text"), endless)
-    assert [each.content for each in itertools.islice(stream, 4)] == ["first", "again", "again", "again"]
-    assert endless.lines == 3
-    with refusal("-: "):
-        read("-", "@-")
 
 
 def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,17 +17,10 @@ from transformers import PreTrainedModel
 
 from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.serving import _ARCHITECTURES
 from partial_lora.models import bundled
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")
-pytestmark = pytest.mark.usefixtures("same_cache")
-
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 
 
 def causal(name: str, *given: str) -> FinishedRun:
@@ -134,6 +127,7 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
     without.
     """
     run, prompts = smollm_run(), ["What is the capital of France?", "Name three colours."]
+    transform = export._transform(run)
     (content,) = bundled.fetch(bundled.MODELS["smollm2_135m"], tmp_path).values()
     (tmp_path / "q4.gguf").write_bytes(content)
     adapter = adapter_of(run, tmp_path / "adapter")
@@ -141,7 +135,7 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
     bases = {"f32": written(ours[None], tmp_path / "f32.gguf"), "q4": tmp_path / "q4.gguf"}
     apart = {}
     for prompt in prompts:
-        tokens = export._transform(run).encode([prompt])["input_ids"][0].tolist()
+        tokens = transform.encode([prompt])["input_ids"][0].tolist()
         expected = {which: of_ours(model, tokens, 12) for which, model in ours.items()}
         before, after = (logits for logits, _ in expected.values())
         moved = share(after, before)
@@ -152,7 +146,7 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
             for which in ours:
                 apart[prompt, kind, which is adapter] = share(found[which][0], expected[which][0])
                 assert kind == "q4" or found[which][1] == expected[which][1]
-                says = model_text(run, found[which][1])
+                says = transform.tokenizer.decode(found[which][1])
                 print(f"{prompt} llama.cpp over {kind}, {'with' if which else 'without'} the adapter: {says!r}")
     for (prompt, kind, with_it), value in apart.items():
         print(f"{prompt} {kind}, {'with' if with_it else 'without'} the adapter: {value:.1e} of their norm apart")
@@ -160,11 +154,6 @@ def test_the_bundled_model_s_own_file_takes_the_adapter_of_a_run_over_it(tmp_pat
     nothing = adapter_of(with_other_values(run, tmp_path / "zero", b=0.0), tmp_path / "nothing")
     plain, changed = (in_llama_cpp(bases["q4"], each, tokens)[0] for each in (None, nothing))
     assert torch.equal(changed, plain)
-
-
-def model_text(run: FinishedRun, tokens: list[int]) -> str:
-    """The words of tokens."""
-    return export._transform(run).tokenizer.decode(tokens)
 
 
 def share(logits: Tensor, others: Tensor) -> float:

@@ -23,8 +23,6 @@ from partial_lora import cli, load_compact
 from partial_lora.finished import export, push
 from partial_lora.report import card
 
-pytestmark = pytest.mark.usefixtures("same_cache")
-
 TOKEN = "hf_" + "AbCd1234" * 4
 
 

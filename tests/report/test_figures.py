@@ -377,14 +377,3 @@ def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, runs):
         assert [file.suffix for file in each.files] == [".png", ".svg"]
         assert min(imread(each.files[0]).shape[:2]) > 200
         assert each.files[1].read_text(encoding="utf-8").rstrip().endswith("</svg>")
-
-
-def test_seeds_in_another_precision_leave_the_name_of_the_others_alone(tmp_path):
-    for seed, changes in enumerate([{}, {}, {"mixed_precision": "bf16"}]):
-        place(tmp_path, record(seed=seed, test=0.9 - seed / 10, **changes), id="aaaa1111")
-    place(tmp_path, record("lora"))
-    frame = folders.table(records.read(tmp_path)[0])
-    told = frame[frame["method"] == "partial"].set_index("seed")["differs"]
-    assert told.to_list() == ["–", "–", "mixed_precision=bf16"]
-    (axes,) = [axes for axes in figures.methods(folders.group(frame), frame).figure.axes if axes.get_visible()]
-    assert [x for line in axes.lines if line.get_markersize() == 9 for x in line.get_xdata()] == [0.9, 0.8]

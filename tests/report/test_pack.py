@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -152,12 +151,6 @@ def test_a_pack_that_somebody_else_has_written_is_read_as_data(study: Path, colu
     (study / "runs").rename(study / "gone")
     with refusal(f"{file}: "):
         [packs.recorded(place) for place in packs.directories(study)]
-
-
-def test_a_pipe_is_no_pack(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / packs.RUNS_TABLE)
-    with refusal(f"{tmp_path / packs.RUNS_TABLE}: "):
-        packs.directories(tmp_path)
 
 
 @pytest.mark.parametrize("name", [packs.RUNS_TABLE, packs.PREDICTIONS_TABLE])

@@ -171,27 +171,6 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     assert [drawn.count(f"<!-- {form} -->") for form in "abcde"] == [1, 0, 2, 1, 2]
 
 
-def test_a_front_reaches_no_further_than_its_metric(tmp_path, monkeypatch) -> None:
-    figures = []
-    monkeypatch.setattr(ranking, "save_both", lambda figure, *_: figures.append(figure))
-    row = {"form": "a", "test": 0.9, "parameters": 10, "task": "digits", "size": "0.13", "metric": "accuracy"}
-    ranking.draw_front(
-        pd.DataFrame([row | {"half": 0.6, "seeds": 2, "learning_rate": 1e-3}]), "parameters", tmp_path, "f"
-    )
-    assert figures[0].axes[0].get_ylim()[1] <= 1.021
-
-
-def test_a_generation_is_ranked_by_its_test_metric_at_the_rate_that_its_perplexity_selects() -> None:
-    def result(rate: float, perplexity: float, exact: float) -> dict:
-        made = record("lora", seed=0, trainer__learning_rate=rate)
-        validation = {"primary": "perplexity", "perplexity": perplexity, "loss": 1.0}
-        return made | {"metrics": {"validation": validation, "test": {"primary": "exact_match", "exact_match": exact}}}
-
-    chosen = ranking.at_best_rates(rows_of([result(1e-3, 9.0, 0.9), result(2e-3, 3.0, 0.2), result(4e-3, 5.0, 0.4)]))
-    row = ranking.compared(chosen, "lora").iloc[0]
-    assert (row["learning_rate"], row["metric"], row["test"]) == (2e-3, "exact_match", 0.2)
-
-
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     """Budgets of 100,000 and 104,000 parameters, of 0.131 and 0.133."""
     budgets = (0.131, 0.133, 100_000, 104_000)

@@ -61,11 +61,8 @@ def test_a_finished_run_is_a_row(tmp_path):
         ({"train": "photos/Train", "test": "photos/test"}, "files", "own (photos)"),
         ({"test": "others/later.csv", "train": "rows/questions.csv"}, "files", "own (questions.csv)"),
         ("photos/own", "files", "own"),
-        ("rows/own.csv", "files", "own"),
         ("train.csv", "files", "own"),
-        ({"train": "data/own/train.parquet"}, "files", "own"),
         ({"train": "data/elsewhere/train.parquet"}, "someone/own", "own"),  # a set of the hub, out of a folder
-        (None, "files", "own"),
     ],
 )
 def test_a_user_s_own_rows_go_by_their_file_or_folder_too(tmp_path, files, path, name) -> None:
@@ -83,26 +80,14 @@ def test_a_file_of_sparsities_need_not_say_its_point() -> None:
         assert operating_point(of_file | {"calibration": {"threshold": point, "budget": None}}) == name
 
 
-def _without(group, name):
-    result = record(seed=3)
-    del result[group][name]
-    return result
-
-
 @pytest.mark.parametrize(
     ("content", "names"),
     [
         (None, "missing"),
         (b"\xff\xfe\x00", "not JSON"),
-        (b"[" * 10**5, "not JSON"),
         ([1, 2], "foreign"),
-        ({"status": "finished", "metrics": {"test": 1}}, "config"),
-        (_without("seconds", "train"), "train"),
-        (_without("parameters", "head"), "head"),
-        (record(seed=3, parameters=[1]), "foreign"),
         (record(seed=3, cost={"adapter_bytes": "4 KB"}), "4 KB"),
         (record(test=math.nan, seed=3), "accuracy is nan"),
-        (record(test=None, seed=3), "accuracy is None"),
         (record(seed=3, status="failed", error="CUDA out of memory"), "failed: CUDA out of memory"),
         (record(seed=3, status="failed", error="interrupted"), "interrupted"),
         (record(seed=3, metrics={}), "calibrated only"),
@@ -345,6 +330,7 @@ def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
         place(tmp_path, record(seed=seed, mixed_precision=precision))
     table = folders.group(rows_of(tmp_path), by)
     assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
+    assert dict(zip(table["precision"], table["differs"], strict=True)) == {"fp32": "–", "bf16": "mixed_precision=bf16"}
     assert set(tables.readable(table, by=by)["precision"]) == {"fp32", "bf16"}
 
 
@@ -364,13 +350,9 @@ def runs(tmp_path_factory):
     [
         (["task=digits"], 7),
         (["task=digits", "seed=1,2"], 2),
-        (["learning_rate=1e-3"], 8),
         (["trainer.learning_rate=0.0010"], 8),
-        (["method=lora,partial"], 8),
         (["method=lora, partial"], 8),
-        (["operating_point=budget 0.13"], 1),
         (["operating_point=budget 120,000"], 1),
-        (["calibration.budget=120000"], 1),
         (["calibration.budget=1200001"], 1),  # met to the last parameter
         (["calibration.budget=120000,1200001"], 2),
         (["calibration.budget=null"], 4),
@@ -388,7 +370,6 @@ def test_conditions_are_met_together_and_values_by_what_they_are(runs, condition
         (choice.where, ["taks=digits"], ".*taks.*task"),
         (choice.where, ["task=rte"], "--where task=rte"),
         (choice.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
-        (choice.keys, ",", "--by ,"),
     ],
 )
 def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, names):

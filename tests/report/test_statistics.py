@@ -49,19 +49,6 @@ def compare(first: dict, second: dict, metric: str) -> Difference:
     return between(Pair(side(first), side(second), metric))
 
 
-def test_the_difference_is_that_of_the_metrics_over_the_seeds_both_have() -> None:
-    label = [0, 1, 2, 1]
-    first = {0: frame(label, [0, 1, 2, 1]), 1: frame(label, [0, 1, 2, 0]), 5: frame(label, [2, 2, 0, 0])}
-    second = {0: frame(label, [0, 1, 0, 0]), 1: frame(label, [0, 1, 2, 0]), 7: frame(label, label)}
-    comparison = compare(first, second, "accuracy")
-    assert comparison.difference == pytest.approx((1 + 3 / 4) / 2 - (2 / 4 + 3 / 4) / 2)
-    assert (comparison.seeds, comparison.examples, comparison.reason) == (2, 4, None)
-    assert comparison == compare(first, second, "accuracy")
-    assert compare(second, first, "accuracy").difference == -comparison.difference
-    same = compare(first, first, "accuracy")
-    assert (same.difference, same.low, same.high, same.verdict) == (0, 0, 0, "matches")
-
-
 def literal_components(d: np.ndarray) -> float:
     """Variance of a mean over seeds and examples, entry by entry."""
     seeds, examples = d.shape

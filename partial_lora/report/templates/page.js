@@ -31,23 +31,6 @@ for (const box of all("input[data-rows]")) {
   });
 }
 
-// A command is copied by its button; where that is not allowed it is selected.
-for (const command of all("pre.copy")) {
-  const button = document.createElement("button");
-  const text = command.textContent;
-  button.type = "button";
-  button.textContent = "Copy";
-  button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(text);
-      button.textContent = "Copied";
-    } catch {
-      getSelection().selectAllChildren(command);
-    }
-  });
-  command.before(button);
-}
-
 // What a link leads to is unfolded, and its tab is marked.
 const arrive = () => {
   const target = document.getElementById(location.hash.slice(1));
