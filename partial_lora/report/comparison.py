@@ -269,6 +269,9 @@ def notes(compared: Differences) -> list[str]:
         ).any(),
         "Against: what the reference differs in, of which there are several at that operating point; – is the one with "
         "the usual settings.": (rows.groupby([*PLACE, "operating_point"])["reference"].nunique() > 1).any(),
+        "Where the tuning differs, part of a difference may be how well the learning rate suits.": (
+            rows.groupby("reference")["tuning"].nunique() > 1
+        ).any(),
     }
     return [*(note for note, applies in below.items() if applies), *(f"{remark}." for remark in compared.remarks)]
 

@@ -43,7 +43,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
     parser = options()
     parser.error = refuse  # in place of a page
-    return parser.parse_intermixed_args(list(arguments))
+    parsed = parser.parse_intermixed_args(list(arguments))
+    for name in ("package", "resolve"):
+        if getattr(parsed, name) and not parsed.cfg:
+            refuse(f"--{name}: expected --cfg beside it")
+    return parsed
 
 
 def options() -> ArgumentParser:
