@@ -164,7 +164,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     )
     shape = checkpoints.shape_of(adapted)
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
-    record["resumed_from_step"] = checkpoint and checkpoints.step_of(checkpoint)
+    record["resumed_from_step"] = step = checkpoint and checkpoints.step_of(checkpoint)
+    if step:
+        worker_events.emit("train", 0, 0, note=f"goes on after step {step}")
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
@@ -193,7 +195,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     # Records.
     if world.is_main:
         files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
-    _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
+    with checkpoints.named_on_error(directory / results.ADAPTER):
+        _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
     final = {split: outcome.metrics for split, outcome in judged.items()} | {"parameters": record["parameters"]}

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 import transformers
 from datasets import Dataset
 from joblib import cpu_count
-from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, get_worker_info
@@ -248,7 +246,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._checkpoint_parent = final.with_name(".saving")
         try:
-            with _checkpoint_named_on_error(final):
+            with checkpoints.named_on_error(final):
                 super()._save_checkpoint(model, trial)
                 self._seal(self._checkpoint_parent / final.name, final)
         finally:
@@ -294,22 +292,6 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             self._earlier_seconds = before.seconds
             self._name_best()
         return done
-
-
-@contextmanager
-def _checkpoint_named_on_error(checkpoint: Path) -> Iterator[None]:
-    """End the run in one line that names a checkpoint which cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch_save = ("PytorchStreamWriter", "inline_container", "basic_ios")  # a RuntimeError without errno
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in of_torch_save):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise PartialLoraError(
-            f"{checkpoint} cannot be written ({reason}): make room there and run the command again; it goes on from "
-            "the last checkpoint"
-        ) from error
 
 
 class LengthSampler(LengthGroupedSampler):

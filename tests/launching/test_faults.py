@@ -20,6 +20,7 @@ import pandas
 import pytest
 from commands import begun, here, until
 
+from partial_lora import train as train_module
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
 from partial_lora.finished.run import finished_run
@@ -183,6 +184,17 @@ def test_a_run_whose_command_is_killed_ends_after_its_step_and_is_gone_on_from(u
     assert (own["resumed_from_step"], own["metrics"]) == (3, expected["metrics"])
 
 
+def full_at_the_adapter() -> None:
+    """Have this process write small files alone from the moment on that it saves the adapter."""
+    saved = train_module._save_adapter
+
+    def full(*arguments) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        saved(*arguments)
+
+    train_module._save_adapter = full
+
+
 def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken / "cache", tmp_path / "cache")
 
@@ -195,8 +207,13 @@ def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_pat
     assert "checkpoint-2 cannot be written" in done.stderr
     assert record_of(tmp_path)["status"] == "failed"
     assert not list((run_of(tmp_path) / results.CHECKPOINTS).iterdir())
+    done = train(tmp_path, first=full_at_the_adapter)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{run_of(tmp_path) / results.ADAPTER} cannot be written" in done.stderr
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "goes on after step 6" in done.stdout + done.stderr
     ends_as(unbroken, tmp_path)
 
 
