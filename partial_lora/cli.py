@@ -426,7 +426,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     member = parsed.member
     if parsed.lm_eval:  # which asks the model, whatever task it was trained on
         member = member or next(iter(run.config.task.members or ()), None)
-    task, trainer = evaluation_settings(run, parsed.overrides, member)
+    task, trainer = evaluation_settings(run, parsed.overrides, member, reads_rows=not parsed.lm_eval)
     means = {"device": trainer.device, "batch_size": trainer.eval_batch_size}
     if parsed.lm_eval:
         if parsed.split != "test" or any(not each.startswith("trainer.") for each in parsed.overrides):

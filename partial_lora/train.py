@@ -192,10 +192,10 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["metrics"] |= {split: finite(outcome.metrics) for split, outcome in judged.items()}
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
-    # Records.
-    if world.is_main:
-        files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
-    with checkpoints.named_on_error(directory / results.ADAPTER):
+    # Records. What fails here is told to the trackers, too.
+    with tracking, checkpoints.named_on_error(directory / results.ADAPTER):
+        if world.is_main:
+            files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
         _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()

@@ -72,13 +72,13 @@ CUTS = (*CUT_FIRST, "validation_share", "train_samples")
 
 
 def evaluation_settings(
-    run: FinishedRun, overrides: Sequence[str], member: str | None = None
+    run: FinishedRun, overrides: Sequence[str], member: str | None = None, *, reads_rows: bool = True
 ) -> tuple[TaskConfig, TrainerConfig]:
     """Return the task and the trainer of a finished run's settings, changed by Hydra overrides.
 
     `task=NAME` takes that group file in place of the run's own task, and its files out of `data_dir`, or of the run's
-    where that has them. member: as `one_task` takes it. Raises PartialLoraError, in one line, for any other key, and as
-    `resolving.resolve` does.
+    where that has them. member: as `one_task` takes it. reads_rows: the task's files have to be there. Raises
+    PartialLoraError, in one line, for any other key, and as `resolving.resolve` does.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -125,7 +125,8 @@ def evaluation_settings(
         folder = composed.data_dir if of_another else None
         if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):
             task = with_files(task, Path(folder))
-        check_files(task)
+        if reads_rows:
+            check_files(task)
     if not of_another:
         _refuse_another_cut(recorded.data_files, task.data_files)
     return task, trainer

@@ -72,7 +72,9 @@ def without_searches(every: Iterable[Folder]) -> list[Folder]:
     """Return folders without searches: of those that differ in their learning rate alone, the best on validation."""
     kept = []
     for rivals in grouped(every, _but_for_its_rate).values():
-        worth = rows.worth_by_rate(run.row for folder in rivals for run in folder.runs)
+        # A rate that is set as auto may come to another one for each seed; a folder goes by its first.
+        rated = ((folder.row["learning_rate"], run.row) for folder in rivals for run in folder.runs)
+        worth = rows.worth_by_rate(row | {"learning_rate": rate} for rate, row in rated)
         best = ranked(worth)[:1] or list(worth)
         kept += [folder for folder in rivals if folder.row["learning_rate"] in best]
     return kept
@@ -176,7 +178,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 # Runs averaged: over their seeds, or over all that share what the reader names.
 
 _SAME = (
-    *("task", "model", "method", "operating_point", "metric", "learning_rate", "tuning"),
+    *("task", "model", "method", "operating_point", "metric", "tuning"),
     *("conditions", "differs", "usual", "precision", "group"),
 )
 _WHOLE = ("adapter_dense", "head_parameters")
@@ -205,6 +207,7 @@ def group(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             test_mean=("test", "mean"),
             test_std=("test", "std"),
             validation_mean=("validation", "mean"),
+            **({} if "learning_rate" in columns else {"learning_rate": ("learning_rate", _shared if by else "median")}),
             **{name: (name, "mean") for name in _AVERAGED},
             **{name: (name, _shared) for name in rest},
             calibrations_reused=("calibration_reused", "sum"),

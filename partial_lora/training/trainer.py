@@ -125,7 +125,8 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         A sharded model predicts whole batches: all of its processes have to compute equally often.
         """
         if self._reduce is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return loss, logits[0] if isinstance(logits, tuple) else logits, labels  # an encoder's states come after
         outputs, labels = [], []
         for part in [inputs] if is_sharded_model(self.model) else predictions.in_parts(inputs):
             _, logits, of_part = super().prediction_step(model, part, False, ignore_keys)

@@ -144,6 +144,14 @@ def test_another_task_has_its_files_out_of_a_folder_of_tasks(run, tmp_path) -> N
         evaluation_settings(run, ["task=cifar10", f"data_dir={tmp_path}"])
 
 
+def test_a_harness_with_rows_of_its_own_needs_none_of_the_runs_files(run, tmp_path) -> None:
+    task = dataclasses.replace(run.config.task, data_files={"train": f"{tmp_path}/gone.parquet"})
+    elsewhere = dataclasses.replace(run, config=dataclasses.replace(run.config, task=task))
+    with refusal("task.data_files.train=", "gone.parquet"):
+        evaluation_settings(elsewhere, [])
+    evaluation_settings(elsewhere, [], reads_rows=False)
+
+
 def test_a_causal_run_answers_other_questions_and_writes_texts(evaluate) -> None:
     own = finished_runs.choice_run()
     rows = [

@@ -324,6 +324,18 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
     assert table[["adapter_parameters", "adapter_dense"]].to_numpy()[0].tolist() == [pytest.approx(700 + 1 / 3), 1000]
 
 
+def test_seeds_whose_learning_rates_came_out_unlike_are_a_folder_still(tmp_path):
+    for seed, (rate, loss) in enumerate(((1.1e-3, 0.3), (1e-3, 0.1), (1.2e-3, 0.2))):
+        of_seed = record(seed=seed, training={"learning_rate": rate}, trainer__learning_rate="auto")
+        of_seed["metrics"]["validation"]["loss"] = loss
+        place(tmp_path, of_seed)
+    (kept,) = folders.without_searches(folders.folders(records.read(tmp_path)[0]))
+    assert kept.seeds == [0, 1, 2]
+    table = folders.group(rows_of(tmp_path))
+    assert (table["n"].tolist(), table["learning_rate"].tolist()) == ([3], [1.1e-3])
+    assert table["differs"].tolist() == ["–"]
+
+
 @pytest.mark.parametrize("by", [(), ("task", "method")])
 def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
     for seed, precision in enumerate(("no", "no", "bf16")):

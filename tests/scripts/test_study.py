@@ -190,3 +190,8 @@ def test_a_choice_by_a_key_that_no_entry_names_is_refused(name: str, capsys) -> 
     assert study.main([name, "--only", "preset=cpu", "stgae=first", "--list"]) == 2
     assert "stgae" in capsys.readouterr().err
     assert {"task", "methods"} <= studies.keys(name)
+
+
+def test_a_preset_that_a_study_does_not_have_is_refused(capsys) -> None:
+    assert study.main(["race", "--only", "preset=paper", "--list"]) == 2
+    assert "preset=paper" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from refusals import refusal
 from tiny_trainer import BATCH, adapted, rows, trained_state, trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.modeling_outputs import ModelOutput
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
@@ -40,6 +41,19 @@ from partial_lora.training.trainer import (
     mixed_precision,
     still_rising,
 )
+
+
+def test_the_states_that_an_encoder_gives_beside_its_logits_change_no_score(tmp_path: Path) -> None:
+    training = trainer(adapted(), tmp_path)
+    expected = training.evaluate()["eval_accuracy"]
+    forward = training.model.forward
+
+    def with_states(**inputs: torch.Tensor) -> ModelOutput:
+        outputs = forward(**inputs)
+        return ModelOutput(logits=outputs.logits, encoder_last_hidden_state=torch.zeros(len(outputs.logits), 3, 2))
+
+    training.model.forward = with_states
+    assert training.evaluate()["eval_accuracy"] == expected
 
 
 def test_what_is_overridden_of_the_trainer_is_looked_for_before_it_is_relied_on() -> None:
