@@ -133,8 +133,9 @@ class Contest:
     def asks(self, group: Sequence[Entry], say: Say) -> dict[Entry, int]:
         """Return the seeds that the entries of a group need next, and say what is decided so far."""
         least = self.comparison.seeds or 1
-        if any(entry.of_seed(seed) is None for entry in group for seed in range(least)):
-            return dict.fromkeys(group, least)
+        for seeds in (min(2, least), least) if self.comparison.hours else (least,):  # two in any case
+            if any(entry.of_seed(seed) is None for entry in group for seed in range(seeds)):
+                return dict.fromkeys(group, seeds)
         found, sentences = verdict.judged(group, self.comparison)
         if found.standings and found.asks:
             for sentence in sentences:

@@ -33,10 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the commands alone")
     options = parser.parse_args(arguments)
     only = {key: set(values.split(",")) for key, _, values in (word.partition("=") for word in options.only)}
-    named = keys(options.name)
-    if "preset" not in named:  # a study of one preset need not name it
-        preset = ",".join(only.pop("preset", {"cpu"}))
-        require(preset == "cpu", "--only", f"preset={preset}", f"preset=cpu: {options.name} has no other")
+    named = {"preset", *keys(options.name)}
     for key in only:
         require(key in named, "--only", key, f"a key that the study names: {', '.join(sorted(named))}")
     failed = 0

@@ -95,9 +95,10 @@ def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, 
     best = entries[leader]
     if len(group) == 1:
         return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
+    unjudged = entries.keys() - outcome.standings.keys() - {leader}  # seeds are missing
     lines = [
         f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
-        if not by_verdict[OPEN]
+        if not by_verdict[OPEN] and not unjudged
         else f"{short[leader]} leads (learning rate {best.best:g}), and not all is decided."
     ]
     for name, standing in by_verdict[WORSE]:
@@ -112,6 +113,7 @@ def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, 
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
         then = _wanted(standing, entries, name, outcome.asks.get(name), jobs)
         lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
+    lines += [f"{short[name]}: not decided, it has no {outcome.asks[name]} seeds." for name in sorted(unjudged)]
     return lines
 
 

@@ -112,6 +112,7 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     chosen = ("experiment", "task", "data_dir", "preset")
     more = [setting for setting in settings if setting.partition("=")[0] not in chosen]
     data = Path(named.get("data_dir", "data"))
+    require("data_dir" not in named or data.is_dir(), "data_dir", data, "an existing folder")
     study = [[*words[1:], *more] for words in commands(named["experiment"], data, only) if words[0] == "compare"]
     if any(key.startswith("limit.") for key in named):  # which sizes methods in place of the study's budgets
         study = [[word for word in words if not word.startswith("budgets=")] for words in study]

@@ -29,6 +29,9 @@ def commands(name: str, data: Path, only: Mapping[str, Set[str]] = {}) -> Iterat
     data: the folder of sets; those without files there are left out, but for those of preset=paper, which come from the
     hub. only: the values that a key may have where a command names it.
     """
+    if "preset" not in keys(name):  # a study of one preset need not name it
+        preset = ",".join(only.get("preset", {"cpu"}))
+        require(preset == "cpu", "preset", preset, f"cpu, as {name} has no other")
     found = list(_commands(name, data, only))
     yield from (words for at, words in enumerate(found) if words not in found[at + 1 :])
 

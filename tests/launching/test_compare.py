@@ -177,6 +177,16 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
     assert {trial.until for _, trial in made if not trial.seed} == {search.QUARTER}  # whole records answer for the rest
 
 
+@pytest.mark.usefixtures("composed_once")
+@pytest.mark.parametrize(("hours", "first"), [(None, 8), (1e-9, 2)])
+def test_where_time_may_be_over_two_seeds_are_asked_for_before_all(tmp_path, hours, first) -> None:
+    entries = compare.entries_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    for entry in entries:
+        entry.best = entry.centre
+    own = comparison.Comparison(methods=["low_rank", "uniform"], seeds=8, hours=hours)
+    assert Contest(own, entries, []).asks(entries, lambda line: None) == dict.fromkeys(entries, first)
+
+
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
     entries = compare.entries_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list = []

@@ -39,6 +39,14 @@ def test_a_leader_is_not_among_those_that_are_open_while_looks_go_on() -> None:
     assert "3 seeds" in line
 
 
+def test_a_method_that_lacks_seeds_is_not_decided() -> None:
+    found = Referee("lori, 0.13", {}, dict.fromkeys(("lori, 0.13", "oft, 0.13"), 8))
+    first, other = verdict.words(group("lori", "oft"), found, "accuracy", 0.01, 1)
+    assert first.startswith("lori leads")
+    assert other.startswith("oft: ")
+    assert "8 seeds" in other
+
+
 def test_what_is_decided_is_said_of_each_method_and_the_rest_has_the_margin_that_it_meets() -> None:
     of = {
         "lori": Standing(LEADS, "lori, 0.13", seeds=5),

@@ -91,7 +91,7 @@ def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
     assert last == ["python", "scripts/decided.py", "results/decided"]
 
 
-def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
+def test_compare_of_an_experiment_alone_is_its_study(data: Path, tmp_path: Path) -> None:
     whole = [words[1:] for words in commands("race", data) if words[0] == "compare"]
     assert len(whole) == 3
     assert comparison.of_study(["experiment=race", f"data_dir={data}"]) == whole
@@ -103,7 +103,10 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path) -> None:
     assert comparison.of_study(own) == [own]
     for other in ("demo", "leaders"):  # no study, and one without its sets
         with pytest.raises(PartialLoraError, match="experiment"):
-            comparison.of_study([f"experiment={other}", f"data_dir={data / 'nowhere'}"])
+            comparison.of_study([f"experiment={other}", f"data_dir={tmp_path}"])
+    for unknown in (f"data_dir={data / 'nowhere'}", "preset=paper"):
+        with pytest.raises(PartialLoraError, match=unknown):
+            comparison.of_study(["experiment=race", unknown])
 
 
 def test_an_entry_without_words_is_what_the_file_sweeps_by_itself(tmp_path: Path, monkeypatch) -> None:
