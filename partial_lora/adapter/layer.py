@@ -219,8 +219,8 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_traced() -> bool:
-    """Return True under a compiler (it fuses by itself), hooks of all modules, functorch transforms or forward AD."""
-    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():
+    """Return True under a compiler (it fuses by itself), a tracer, global hooks, functorch transforms or forward AD."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

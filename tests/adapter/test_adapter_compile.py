@@ -134,9 +134,10 @@ def test_exported_for_any_batch():
     torch.testing.assert_close(exported.module()(few), model(few), rtol=1e-5, atol=1e-5)
 
 
-def test_traced_for_torchscript():
+def test_traced_for_torchscript(tmp_path):
     model = fill(adapt(timm_vit, sparsity=MIXED)).eval()
-    traced = torch.jit.trace(model.get_base_model(), timm_images(1)["x"], check_trace=False)
+    torch.jit.trace(model.get_base_model(), timm_images(1)["x"], check_trace=False).save(tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
     torch.testing.assert_close(traced(timm_images(2)["x"]), model(timm_images(2)["x"]))
 
 
