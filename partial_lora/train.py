@@ -193,10 +193,11 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["peak_memory_bytes"] = world.peak_memory_bytes()
 
     # Records. What fails here is told to the trackers, too.
-    with tracking, checkpoints.named_on_error(directory / results.ADAPTER):
+    with tracking:
         if world.is_main:
             files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
-        _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
+        with checkpoints.named_on_error(directory / results.ADAPTER):
+            _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
     if world.is_main:
         record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
     final = {split: outcome.metrics for split, outcome in judged.items()} | {"parameters": record["parameters"]}
