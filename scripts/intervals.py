@@ -332,8 +332,8 @@ def coverage_page(
         "have the lowest and the highest set's share. Counted are races in which a form is called better or worse that "
         "is as good as the reference; forms that differ are far better, so that Holm's steps get past them. Components "
         "with Holm is the rule of rankings, each side by Holm that of claims. Degrees of freedom of Satterthwaite take "
-        "seeds that happen to agree for seeds that do not differ. Only looks of compare use them, with spreads "
-        "that are pooled over methods.",
+        "seeds that happen to agree for seeds that do not differ. Only `compare` uses them, where all "
+        "methods together say how far seeds spread.",
         by_seeds(shares, columns).to_markdown(index=False),
     ]
     return "\n\n".join(parts) + "\n"

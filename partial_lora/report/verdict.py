@@ -113,7 +113,7 @@ def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, 
         apart = f"{_apart(standing, metric)} below {short[standing.against]}"
         then = _wanted(standing, entries, name, outcome.asks.get(name), jobs)
         lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
-    lines += [f"{short[name]}: not decided, it has no {outcome.asks[name]} seeds." for name in sorted(unjudged)]
+    lines += [f"{short[name]}: not decided, it lacks some of {outcome.asks[name]} seeds." for name in sorted(unjudged)]
     return lines
 
 
