@@ -313,7 +313,7 @@ def compare(arguments: Sequence[str]) -> int:
         "is known or the time is over. It ends with a verdict in words, a table, a page, and the files to act with. "
         "Finished runs are not run again.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
-        "methods=[low_rank,partial,entries] margin=2 hours=1",
+        "methods=[lora,partial,entries] margin=2 hours=1",
     )
     parser.add_argument(
         "settings",
@@ -325,7 +325,7 @@ def compare(arguments: Sequence[str]) -> int:
         "as good; hours=N: that it may take; jobs=N: runs side by side (as many as cores and memory allow); "
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
-        "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
+        "(lora, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "alone is the study that its file lists",
     )
     from partial_lora.settings.comparison import of_one, of_study, read

@@ -155,13 +155,12 @@ def entries_of(methods: Sequence[str], budgets: Sequence[float], overrides: Sequ
         if traits is None:  # a file that gives a method another name
             _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
             traits = config.method.traits
-        for budget in [None] if traits.size == "own" and not traits.tuner else dict.fromkeys(budgets):
+        for budget in [None] if traits.size == "own" else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
-            if budget is not None:
-                chosen = list(traits.at_budget) or chosen
-                if traits.size_alone and not own_calibration:
-                    chosen.append("calibration=fixed")
-                chosen.append(f"calibration.budget={budget}")
+            if budget is not None and traits.size_alone and not own_calibration:
+                chosen.append("calibration=fixed")
+            if traits.size != "own":
+                chosen.append(f"calibration.budget={'null' if budget is None else budget}")
             size = "own size" if budget is None else str(budget)
             entry = Entry(method, size, (*overrides, *chosen))
             planned = checked(["-m", *entry.overrides])
@@ -250,7 +249,7 @@ def _is_served(method: str, overrides: Sequence[str]) -> bool:
     (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
     chosen, traits = config.method, config.method.traits
     of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
-    return traits.product and (of_peft or (chosen.peft_type is None and not traits.tuner))
+    return traits.product and (of_peft or chosen.peft_type is None)
 
 
 def fitting(entries: Sequence[Entry], limit: Mapping[str, float]) -> list[Entry]:

@@ -32,11 +32,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LOOKS: dict[str, tuple[str, object]] = {  # a marker each, so that colour is never what tells two apart
     "partial": ("blue", "o"),
     "targeted": ("vermillion", "^"),
-    "lora": ("black", "s"),
+    "dense": ("black", "s"),
     "uniform": ("green", "D"),
     "shuffled": ("orange", "<"),
     "inverted": ("sky", ">"),
-    "low_rank": ("purple", "v"),
+    "lora": ("purple", "v"),
     "flow": ("green", "p"),
     "random_weights": ("sky", "P"),
     "dora": ("vermillion", "d"),

@@ -28,11 +28,11 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms, and how
+# What `methods=auto` tries, in the order of the mean difference from lora in results/race and forms, and how
 # many of them it takes.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
-    *("low_rank", "lori", "gralora", "partial", "lorafa"),
+    *("lora", "lori", "gralora", "partial", "lorafa"),
 )
 TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
@@ -43,17 +43,16 @@ _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": 
 class Comparison:
     """Methods that are compared, and how.
 
-    budgets: shares of dense LoRA's parameters, or numbers of parameters. limit: one of LIMITS, by name, in place of
-    budgets. serve: leave out what servers cannot load. margin: points within which a method is as good as another.
-    hours: that it may take; None: as many as it needs. jobs: runs side by side; None: one
+    budgets: shares of dense LoRA's parameters, or numbers of parameters; null: as without a budget. limit: one of
+    LIMITS, by name, in place of budgets. serve: leave out what servers cannot load. margin: points within which a
+    method is as good as another. hours: that it may take; None: as many as it needs. jobs: runs side by side; None: one
     on an accelerator, else as many as cores and memory allow. search: "quick" drops learning rates at a quarter of
     their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they decide. rates:
-    with which a search begins. reference: the method that others are compared with; by default low_rank, else the
-    first.
+    with which a search begins. reference: the method that others are compared with; by default lora, else the first.
     """
 
     methods: list[str]
-    budgets: list[float] = field(default_factory=lambda: [0.13])
+    budgets: list[float | None] = field(default_factory=lambda: [0.13])
     limit: dict[str, float] = field(default_factory=dict)
     serve: bool = False
     margin: float = 1.0
@@ -66,9 +65,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
-        require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
-        numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
-        require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
+        require(named, "methods", self.methods, "some of conf/method, such as [partial,lora,lokr], or auto")
+        numbers = self.budgets == [None] or (bool(self.budgets) and all(map(_is_positive, self.budgets)))
+        require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02], or null")
         require(len(self.limit) < 2, "limit", ", ".join(self.limit), "one of them: one limit sizes every method")
         for name, value in self.limit.items():
             self.limit[name] = _quantity(f"limit.{name}", value, LIMITS[name][1])

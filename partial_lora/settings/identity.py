@@ -128,13 +128,12 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
+    Where no sparsities say what is kept, a budget may set the size, and mask.seed draws ranks and what is frozen.
     """
-    traits, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
-    if traits.is_sparse:
+    traits = methods.called(method["name"])
+    if traits.is_sparse or (traits.size == "rank" and key in ("mask.seed", "calibration.budget")):
         return True
-    used = {"mask.seed": is_tuner or traits.draws, "calibration.budget": is_tuner}
-    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
+    return not key.startswith(("calibration.", "importance.", "mask."))
 
 
 def digests(settings: Mapping) -> dict[str, str]:

@@ -8,7 +8,6 @@ older settings mean.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -64,9 +63,8 @@ class Config:
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")
-        if budget is not None and method.has_own_size:
-            at_budget = shlex.join(method.traits.at_budget)
-            advice = f"; {at_budget} has that size" if at_budget else ""
+        if budget is not None and method.traits.size == "own":
+            advice = "; method=lora has that size" * method.traits.dense
             sentences.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
         return sentences
 

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "low_rank-1f330000/seed0")
+    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "lora-1f330000/seed0")
     first, second, other = runs = [Path("results/runs/digits/vit", name) for name in names]
     for run in runs:
         run.mkdir(parents=True)
@@ -44,17 +44,17 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
     for ambiguous in ("1f", "1f0e"):
         with refusal(f"{ambiguous}: ", first, second):
             results.find(ambiguous)
-    for name in ("low_rank", "seed0", "f" * 300):  # no id; whoever needs a run says so
+    for name in ("lora", "seed0", "f" * 300):  # no id; whoever needs a run says so
         assert results.find(name) == Path(name)
     Path("results").rename("other")
     assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [
-        "other/runs/digits/vit/low_rank-1f330000/seed0",  # which it names, also after another run has ended
-        "other/runs/digits/vit/low_rank-1f330000/seed0",
+        "other/runs/digits/vit/lora-1f330000/seed0",  # which it names, also after another run has ended
+        "other/runs/digits/vit/lora-1f330000/seed0",
     ]
     assert results.find("latest") == Path("latest")
     Path("results/latest").mkdir(parents=True)  # copied, with what the link led to
     assert results.find("latest") == Path("results/latest")
-    results.link_latest("results", Path("results/runs/digits/vit/low_rank-1f330000/seed0"))
+    results.link_latest("results", Path("results/runs/digits/vit/lora-1f330000/seed0"))
     assert [each.name for each in Path("results").iterdir()] == ["latest"]
 
 

@@ -30,7 +30,7 @@ calibration: {threshold: 1.01, budget: 1.5, max_sparsity: 1.0, shots: 0, share: 
   max_samples: 0, search: binary, axes: both, scope: backward, chance: "0.1", score: precision}
 importance: {k: 0, energy: 1.5, rounds: 0, fraction: 1.0, steps: -1, learning_rate: 0.0}
 mask: {granularity: block, count: bernoulli}  # the latter of single entries alone
-method: {rank: 0, alpha: 0.0, dropout: 1.0, projections: 0}
+method: {rank: 0, alpha: 0.0, dropout: 1.0}
 model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1, 1], max_length: 1, head: null,
   family: diffusion, dtype: int8, prompts: [a photo], text_weights: random, quantization: nf4, interpolation: lanczos,
   attn_implementation: hub/kernel, text_args: {hidden_size: 24}}
@@ -236,16 +236,15 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
-    spent = {"low_rank": True, "lokr": True, "lorafa": True, "lora": False, "dora": False, "adalora": False}
+    spent = {"lora": True, "lokr": True, "lorafa": True, "dora": True, "dense": False, "adalora": False}
     for method, is_spent in spent.items():
         found = composed(f"method={method}", "calibration.budget=0.2").warnings
         assert [each.startswith("calibration.budget=0.2 ") for each in found] == [True] * (not is_spent)
         for own in ("fixed", "threshold"):  # which set no budget
             assert composed(f"method={method}", f"calibration={own}").warnings == []
-    for method in ("lora", "dora", "vera"):
-        (warning,) = composed(f"method={method}", "calibration.budget=0.2").warnings
-        advice = warning.partition("; ")[2].removesuffix(" has that size")
-        assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
+    (warning,) = composed("method=dense", "calibration.budget=0.2").warnings
+    advice = warning.partition("; ")[2].removesuffix(" has that size")
+    assert composed(*shlex.split(advice), "calibration.budget=0.2").warnings == []
 
 
 @pytest.mark.parametrize(("task", "family"), [("sst2", "encoder"), ("stsb", "encoder"), ("piqa", "causal")])
