@@ -44,11 +44,16 @@ def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_pa
     dense = by_name["dense, own size"].parameters
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("lora", "dora", "hira")}
-    assert centres == {"lora": 2e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
+    assert centres == {"lora": 4e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
     (written_out,) = compare.entries_of(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
     (counted,) = compare.entries_of(["lora", "lora"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
+    asked, _ = comparison.read(["methods=[lora]", "budgets=null"])
+    (as_in_peft,) = compare.entries_of(asked.methods, asked.budgets, (*overrides, "calibration=fixed"))
+    assert (as_in_peft.size, as_in_peft.parameters) == ("own size", dense)
+    with refusal("method=low_rank: expected lora"):
+        compare.entries_of(["low_rank"], [0.3], overrides)
 
 
 @pytest.mark.parametrize(("named", "metrics"), [([], ["perplexity"]), (["task.metrics=[rouge_l]"], ["rouge_l"])])
