@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from partial_lora import credentials
 from partial_lora.bars import Bars, bar
@@ -76,7 +76,7 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno is None:  # of a library
             raise
-        place = escaped(str(error.filename or "a file"))
+        place = escaped(str(error.filename or ("a file")))
         print(f"partial-lora: {place}: {error.strerror}; check its name, rights and disk", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
@@ -127,6 +127,9 @@ def _overview(arguments: list[str]) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others are, in place of a page."""
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        print(message, end="", file=file)  # argparse would say nothing of a disk that is full
 
     def error(self, message: str) -> NoReturn:
         raise PartialLoraError(f"{message}; `{self.prog} --help` says more")

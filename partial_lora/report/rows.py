@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from partial_lora.launching import shape
 from partial_lora.methods import called
-from partial_lora.report import shape
 from partial_lora.settings import identity, schema
 from partial_lora.settings.rates import Worth
 from partial_lora.tasks.folders import FILES

@@ -77,10 +77,15 @@ def upgraded_settings(settings: Mapping) -> dict:
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
         kept = {key: value for key, value in method.items() if key != "ranks"}
         current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
-    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in (settings.get("mask") or {}):
+    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in _group(settings, "mask"):
         # Before 0.5.0: dense LoRA with A frozen, trained on the gradient that LoRA-FA projects.
         current["method"] = {**current["method"], "name": "lorafa_projected", "peft_type": "LORA"}
     return current
+
+
+def _group(settings: Mapping, name: str) -> Mapping:
+    group = settings.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 # --- Settings as plain data: config.yaml, and `config` in result.json.

@@ -70,7 +70,7 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
         assert not results.is_finished(run), name
         (run / "elsewhere").rename(run / name)
     (run / "adapter" / "README.md").write_text("a model card")
-    files.write_json(run / "result.json", {"status": "finished", "files": results.file_sizes(run)})
+    files.write_json(run / "result.json", {"status": "finished", "files": results.entries(run)})
     (run / "adapter" / "README.md").write_text("a model card, and its licence")
     assert results.is_finished(run)  # what people write there is none of ours
     files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
