@@ -18,14 +18,15 @@ from partial_lora.report import folders, records
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
 UNCALIBRATED = ("lora", "dora", "probe", "entries")
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them now
+KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them
 _CONFIG = {
     "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
     "model": {"name": "vit", "image_size": 56, "target_modules": ["qkv"]},
     "method": {"name": "partial", "rank": 16, "alpha": 16.0},
     "importance": {"name": "svd"},
     "calibration": {"threshold": 0.9, "budget": None, "seed": None, "search": "scan", "repair": False},
-    "mask": {"granularity": "rows_columns", "count": "exact", "seed": None},
+    "mask": {"granularity": "rows_columns", "count": "exact", "seed": None, "rows": "masked", "columns": "masked"}
+    | {"fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0},
     "trainer": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
 }
 
@@ -63,12 +64,14 @@ def record(
     parameters = {"base": 22_000_000, "adapter_dense": dense, "adapter_trainable": trainable, "head": 3850}
     parameters["adapter_sparsity"] = 1 - trainable / dense if dense else None
     return {
+        "format": files.FORMAT,
         "status": "finished",
         "seed": seed,
         "config": config,
         "versions": {"partial-lora": "0.1.0"},
         "git_commit": "0123456789abcdef",
         "device": "cpu",
+        "mixed_precision": "no",
         "preset": "cpu",
         "tuning": "tuned",
         "started": "2026-01-01T00:00:00+00:00",
@@ -80,6 +83,7 @@ def record(
         else None,
         "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,
         "metrics": {"validation": scores, "test": scores},
+        "training": {"steps": 10, "learning_rate": config["trainer"]["learning_rate"]},
         "history": [],
         "cost": {
             "adapter_bytes": 4000,

@@ -12,15 +12,12 @@ from typing import Any
 
 from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError, kind_and_line
-from partial_lora.files import read_json
+from partial_lora.files import FORMAT, other_format, read_json
 from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
 
 FILE_NAME = "partial_lora.json"
-VERSION = 1
 LARGEST = 2**30  # bytes: masks over entries with 87 % sparsity at rank 64 in all modules of a model of 70B
-_KEYS = {"version", "granularity", "selection", "mask_seed", "modules"}
-# Versions 0.1 and 0.2 left out what is so, and "rows" is left out still.
-_BEFORE = {"count": "exact", "rows": "masked", "columns": "masked", "fan_in": "dense"}
+_SETTINGS = ("granularity", "selection", "mask_seed", "count", "rows", "columns", "fan_in", "sparsity")
 
 
 def describe(
@@ -28,16 +25,13 @@ def describe(
 ) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, rows
-    where they are not masked, and modules. A module has: rows, columns (the measured sparsity; the requested one for
+    Its keys: format, granularity, selection, mask_seed, count, rows, columns, fan_in and sparsity as in the config, and
+    modules. A module has: rows, columns (the measured sparsity; the requested one for
     "bernoulli", whose number is random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the
     dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and
     indices {rows, columns} where the selection is not random.
     """
-    keys = ["granularity", "selection", "mask_seed", *_BEFORE, "sparsity"]
-    if settings["rows"] == _BEFORE["rows"]:  # earlier versions can read it
-        keys.remove("rows")
-    content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in keys}, "modules": {}}
+    content: dict[str, Any] = {"format": FORMAT, **{key: settings[key] for key in _SETTINGS}, "modules": {}}
     requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
@@ -69,13 +63,13 @@ def read(path: Path) -> dict:
     """Return the sidecar at ``path``, as `describe` made it, with every key that it should have and no other.
 
     Values are checked later: by the config made of `settings`, and by `verify`. Raises PartialLoraError, naming the
-    file, if it is missing, broken or of another version.
+    file, if it is missing, broken or of another format.
     """
     try:
         content = read_json(path, LARGEST)
-        version = content["version"]
-        if version == VERSION:
-            _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
+        other = other_format(content.get("format")) if "modules" in content else None
+        if other is None:
+            _check_keys(content, "it", {"format", *_SETTINGS, "modules"})
             if content["granularity"] not in GRANULARITIES:
                 raise ValueError(f"granularity is {content['granularity']!r}")
             needed = {*AXES, "shape", "sha256"}
@@ -84,7 +78,7 @@ def read(path: Path) -> dict:
             for module, entry in content["modules"].items():
                 _check_keys(entry, f"modules[{module!r}]", needed, {"rank"})
                 _check_keys(entry["sha256"], f"modules[{module!r}]['sha256']", set(AXES))
-            if isinstance(content.get("sparsity"), str):
+            if isinstance(content["sparsity"], str):
                 raise ValueError("sparsity is no number, or one for each module")
     except OSError as error:
         raise PartialLoraError(
@@ -94,8 +88,8 @@ def read(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = kind_and_line(error)
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None
-    if version != VERSION:
-        raise PartialLoraError(f"{path} has version {version!r}: expected {VERSION}, upgrade partial-lora.")
+    if other:
+        raise PartialLoraError(f"{path}: {other}.")
     return content
 
 
@@ -109,12 +103,7 @@ def _check_keys(content: Mapping, name: str, needed: set[str], optional: Collect
 
 def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
-    modules = content["modules"]
-    keys = ("granularity", "selection", "mask_seed", *_BEFORE)
-    options = _BEFORE | {key: content[key] for key in keys if key in content}
-    # Older files have the measured sparsity alone, which keeps as many again.
-    measured = {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()}
-    options["sparsity"] = content.get("sparsity", measured)
+    options, modules = {key: content[key] for key in _SETTINGS}, content["modules"]
     if content["selection"] == "top":
         options["indices"] = {module: entry["indices"] for module, entry in modules.items()}
     return options

@@ -34,7 +34,6 @@ from partial_lora.launching.search import (
     full,
     quick,
     runs_at_least,
-    steps_of,
     worth,
 )
 from partial_lora.methods import METHODS
@@ -123,7 +122,7 @@ class Entry:
             return fmean(sum(record["seconds"].values()) for record in self.done.values())
         if not self.timed:
             return 0.0
-        seconds, steps = self.timed["seconds"], steps_of(self.timed)
+        seconds, steps = self.timed["seconds"], self.timed["training"]["steps"]
         step = self.step_seconds or 0.0
         apart = sum(seconds.values()) - min(steps * step, seconds["train"])
         return apart + _START + self.steps * step * (1 + _VALIDATION)

@@ -42,7 +42,6 @@ _LOOKS: dict[str, tuple[str, object]] = {  # a marker each, so that colour is ne
     "dora": ("vermillion", "d"),
     "vera": ("purple", "h"),
     "adalora": ("black", "8"),
-    "lorafa_projected": ("grey", "H"),
     "full": ("orange", "*"),
     "probe": ("grey", "X"),
     "entries": ("green", (5, 0, 180)),

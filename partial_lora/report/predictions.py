@@ -104,8 +104,6 @@ def losses_of(table: pa.Table) -> np.ndarray:
         lengths = np.diff(np.append(starts, len(values)))
         shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
         return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[at_label]  # minus the logarithm of softmax
-    if "rouge_l" in columns:  # of a version that kept no loss of responses beside the texts
-        return 1 - table["rouge_l"].to_numpy().astype(float)
     if pa.types.is_floating(table.schema.field("label").type):
         return (table["prediction"].to_numpy().astype(float) - table["label"].to_numpy().astype(float)) ** 2
     pairs = zip(table["prediction"].to_pylist(), table["label"].to_pylist(), strict=True)

@@ -172,7 +172,7 @@ def point_order(point: str) -> tuple[int, float]:
 
 def precision(result: Mapping) -> str:
     """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
-    computed_in = result.get("mixed_precision") or "no"  # runs whose records are older than the field used fp32
+    computed_in = result["mixed_precision"]
     return "fp32" if computed_in == "no" else computed_in
 
 
@@ -199,8 +199,8 @@ def conditions(result: Mapping) -> dict[str, object]:
     """Return the settings that may not differ between runs that are compared, by full key, where they are no defaults.
 
     Left out are what defines a method (its own group, importance, calibration, mask and LoRA+), its learning rate, the
-    seed, and what changes no result. Keys that are newer than a record have the schema's defaults. The precision is the
-    one that the run used: `trainer.mixed_precision=auto` depends on the device.
+    seed, and what changes no result. The precision is the one that the run used: `trainer.mixed_precision=auto` depends on
+    the device.
     """
     shared = {
         key: value

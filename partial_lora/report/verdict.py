@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
@@ -20,6 +19,7 @@ from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
 from partial_lora.report.statistics import per_example
 from partial_lora.settings.comparison import Comparison
+from partial_lora.settings.versions import as_yaml
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
@@ -191,7 +191,7 @@ def write_take(entry: Entry, folder: Path) -> Path:
     # To train anew, and to the end: its first quarter may have been a trial.
     settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
     settings["trainer"] = config["trainer"] | {"until": 1.0}
-    write_atomic(folder / directory.CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    write_atomic(folder / directory.CONFIG, as_yaml(settings))
     adapter, copied = place / directory.ADAPTER, folder / "adapter_config.json"
     copied.unlink(missing_ok=True)  # of an earlier winner
     if (adapter / copied.name).is_file() and not (adapter / "partial_lora.json").is_file():  # alone it is dense LoRA

@@ -11,11 +11,11 @@ from typing import Any
 from partial_lora import methods
 from partial_lora.files import flatten, sha256_once, walk
 from partial_lora.settings.schema import Config, defaults
-from partial_lora.settings.versions import OF_TUNING, plain
+from partial_lora.settings.versions import plain
 from partial_lora.training.config import AUTO
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
-# its settings, what memory it may use, how its learning rate was found, and the device, launch, worker and tracker
+# its settings, what memory it may use, and the device, launch, worker and tracker
 # keys.
 NOT_SETTINGS = {
     "seed",
@@ -29,7 +29,6 @@ NOT_SETTINGS = {
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
-    *(f"trainer.{name}" for name in OF_TUNING),
     "trainer.device",
     "trainer.start",
     "trainer.until",

@@ -1,8 +1,7 @@
 """The settings of a run: every key, its type, its default and its range.
 
 The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
-of range are refused by name before anything expensive starts. A default may change: `versions.CHANGES` says what
-older settings mean.
+of range are refused by name before anything expensive starts. A default may change, since stored settings are whole.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    files.write_json(tmp_path / "result.json", {"status": "finished"})
+    files.write_json(tmp_path / "result.json", {"format": 1, "status": "finished"})
     return tmp_path
 
 
@@ -61,7 +61,7 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
 def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
     assert results.is_finished(run)
     whole = (run / "result.json").read_text()
-    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"status": "running"})):
+    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"format": 1, "status": "running"})):
         (run / "result.json").write_text(broken)
         assert not results.is_finished(run), broken
     (run / "result.json").write_text(whole)
@@ -70,10 +70,10 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
         assert not results.is_finished(run), name
         (run / "elsewhere").rename(run / name)
     (run / "adapter" / "README.md").write_text("a model card")
-    files.write_json(run / "result.json", {"status": "finished", "files": results.entries(run)})
+    files.write_json(run / "result.json", {"format": 1, "status": "finished", "files": results.entries(run)})
     (run / "adapter" / "README.md").write_text("a model card, and its licence")
     assert results.is_finished(run)  # what people write there is none of ours
-    files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    files.write_json(run / "result.json", {"format": 1, "status": "finished", "calibration": {"threshold": 0.9}})
     assert not results.is_finished(run)  # it promises a calibration.json
     (run / "calibration.json").write_text("{}")
     assert results.is_finished(run)
@@ -81,7 +81,12 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
 
 def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
     (tmp_path / "predictions.parquet").write_text("rows")
-    record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
+    record = {
+        "format": 1,
+        "status": "finished",
+        "metrics": {"test": {}},
+        "files": {"predictions.parquet": 4, "config.yaml": 9},
+    }
     changes = ({}, {"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
     recorded = []
     for change in changes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -35,18 +34,6 @@ def test_the_best_rate_has_the_best_mean_over_the_seeds_of_all_that_compete() ->
     assert ranked() == [2e-3, 1e-3]
     assert rates.ranked({1e-3: {0: (0.1, 0.0), 1: (0.9, 0.0)}, 2e-3: {1: (0.5, 0.0), 2: (0.5, 0.0)}}) == [1e-3, 2e-3]
     assert rates.ranked({1e-3: {0: None}}) == []
-
-
-def test_a_run_that_took_its_rate_from_a_file_keeps_the_rate(tmp_path: Path) -> None:
-    chosen = composed("model=tiny_vit", "trainer.learning_rate=3e-3")
-    record = versions.plain(chosen)
-    record["trainer"] |= {"tuned": "nowhere.json", "tuned_on": "digits", "tuned_elsewhere": "tuned on digits"}
-    assert versions.load(record) == chosen
-    assert identity.short_digest(identity.computed(record, {})) == identity.run_id(chosen)
-    own = tmp_path / "config.yaml"
-    own.write_text(yaml.safe_dump(record))
-    assert composed(str(own)) == chosen
-    assert composed(str(own), "importance=random").trainer == chosen.trainer
 
 
 # A learning rate to try first
