@@ -240,8 +240,9 @@ def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
     for method, is_spent in spent.items():
         found = composed(f"method={method}", "calibration.budget=0.2").warnings
         assert [each.startswith("calibration.budget=0.2 ") for each in found] == [True] * (not is_spent)
-        for own in ("fixed", "threshold"):  # which set no budget
-            assert composed(f"method={method}", f"calibration={own}").warnings == []
+        assert composed(f"method={method}", "calibration=threshold").warnings == []
+        said = composed(f"method={method}", "calibration=fixed").warnings  # which has no budget
+        assert [each.split()[0] for each in said] == ["calibration.sparsity=uniform"] * (method in ("lora", "lokr", "dora"))
     (warning,) = composed("method=dense", "calibration.budget=0.2").warnings
     advice = warning.partition("; ")[2].removesuffix(" has that size")
     assert composed(*shlex.split(advice), "calibration.budget=0.2").warnings == []
