@@ -1,7 +1,6 @@
-"""Benchmarks behind `make bench`: steps and bytes of adapters, many adapters on one base, whole runs.
+"""Benchmarks behind `make bench`: steps and bytes of adapters, whole runs.
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
-    python scripts/bench.py serving        # the products of 1 to 64 adapters of one layer, masked and dense
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
@@ -46,7 +45,6 @@ from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
@@ -57,7 +55,6 @@ from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
 from partial_lora.models.targets import target_linears
-from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
@@ -580,160 +577,9 @@ def _method(result: Mapping) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-# --- Serving: many adapters on one base. Each adds its product for its share of the batch; another takes its place.
-
-RANK, LOW_RANK = 16, 2
-FORMS = ("dense 16", "dense 2", "masked 16")
-LAYERS = {"q of 2048": (2048, 2048), "up of 2048": (2048, 8192)}  # in, out: of a Llama of a thousand million weights
-TOKENS = {"decode": 64, "prefill": 1024}  # in the whole batch
-COUNTS = (1, 4, 16, 64)
-
-
-@dataclass
-class Adapters:
-    """Adapters of one layer side by side, as a server holds them.
-
-    a: (adapters, rank, kept columns). b: (adapters, kept rows, rank). columns, rows: (adapters, kept), which these are;
-    None of a dense one, which has all of them.
-    """
-
-    a: Tensor
-    b: Tensor
-    columns: Tensor | None = None
-    rows: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [each for each in (self.a, self.b, self.columns, self.rows) if each is not None]
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add every adapter's product to its part of the batch: x (adapters, tokens, in), y (adapters, tokens, out)."""
-        if self.columns is None:
-            return y.baddbmm_(x @ self.a.mT, self.b.mT)
-        tokens = x.shape[1]
-        low = x.gather(2, self.columns[:, None].expand(-1, tokens, -1)) @ self.a.mT
-        return y.scatter_add_(2, self.rows[:, None].expand(-1, tokens, -1), low @ self.b.mT)
-
-
-def adapters(form: str, count: int, wide: int, high: int) -> Adapters:
-    """Adapters of one form with random values and masks."""
-    rank = LOW_RANK if form == "dense 2" else RANK
-    if form != "masked 16":
-        return Adapters(torch.randn(count, rank, wide), torch.randn(count, high, rank))
-    columns, rows = (torch.stack([_kept(size, seed) for seed in range(count)]) for size in (wide, high))
-    return Adapters(torch.randn(count, rank, columns.shape[1]), torch.randn(count, rows.shape[1], rank), columns, rows)
-
-
-def _kept(size: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: round((1 - SPARSITY) * size)].sort()[0]
-
-
-def serving(options: argparse.Namespace) -> dict:
-    """Measure every layer, batch and number of adapters, and what an adapter of a layer takes in bytes."""
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    random.seed(SEED)
-    layers = {"q of 64": (64, 64)} if options.quick else LAYERS
-    cases = [
-        {"layer": name, "batch": batch, "tokens": tokens, "adapters": count}
-        | in_every_form(layer, tokens, count, options.repeats)
-        for (name, layer), (batch, tokens), count in product(layers.items(), TOKENS.items(), COUNTS)
-    ]
-    how = f"Medians of {options.repeats} repetitions on one thread of a CPU in float32, torch {torch.__version__};"
-    sizes = {name: {form: size(form, layer) for form in FORMS} for name, layer in layers.items()}
-    return {"made": {"how": f"{how} the forms take turns in random order."}, "bytes": sizes, "cases": cases}
-
-
-def in_every_form(layer: tuple[int, int], tokens: int, count: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every form, {"add" | "switch": {form: [each repetition]}}, the forms taking turns in random order."""
-    wide, high = layer
-    held = {form: adapters(form, count, wide, high) for form in FORMS}
-    others = {form: [each[0].clone() for each in adapters(form, 1, wide, high).tensors()] for form in FORMS}
-    x, y = torch.randn(count, tokens // count, wide), torch.randn(count, tokens // count, high)
-
-    def switch(form: str) -> None:
-        for place, value in zip(held[form].tensors(), others[form], strict=True):
-            place[-1].copy_(value)
-
-    doing: Mapping[str, Callable[[str], object]] = {"add": lambda form: held[form].add_to(y, x), "switch": switch}
-    seconds: dict = {what: {form: [] for form in FORMS} for what in doing}
-    for _, (what, do) in product(range(repeats), doing.items()):
-        for form in random.sample(FORMS, len(FORMS)):
-            y.zero_()  # what was added before does not grow without end, and lies in the cache for all of them
-            timer = Timer("do(form)", globals={"do": do, "form": form}, timer=process_time)
-            seconds[what][form].append(timer.timeit(1).mean)  # after two that are not counted
-    return seconds
-
-
-def size(form: str, layer: tuple[int, int]) -> dict[str, int]:
-    """Bytes of one adapter of a layer: its values in float32, and its indices at 4 bytes (a seed makes them again)."""
-    one = adapters(form, 1, *layer)
-    indices = sum(each.numel() for each in (one.columns, one.rows) if each is not None)
-    return {"values": 4 * (one.a.numel() + one.b.numel()), "indices": 4 * indices}
-
-
-def serving_page(record: Mapping) -> str:
-    """The tables, and where the masked form is the cheapest."""
-    cases, rows, switches = record["cases"], [], []
-    wins = dict.fromkeys(("dense 16", "dense 2"), 0)
-    for case in cases:
-        medians = {form: statistics.median(case["add"][form]) for form in FORMS}
-        shares = {other: medians["masked 16"] / medians[other] for other in wins}
-        wins = {other: wins[other] + (share < 1) for other, share in shares.items()}
-        cells = [case["layer"], f"{case['batch']}, {case['tokens']} tokens", str(case["adapters"])]
-        cells += [f"{1000 * medians[form]:.3f}" for form in FORMS]
-        rows.append(cells + [f"{share:.2f}" for share in shares.values()])
-    for layer, of_forms in record["bytes"].items():
-        own = [case["switch"] for case in cases if case["layer"] == layer]
-        times = {form: statistics.median(each for switch in own for each in switch[form]) for form in FORMS}
-        for form, held in of_forms.items():
-            taken = [f"{1000 * times[form]:.4f}", f"{times[form] / times['dense 16']:.2f}"]
-            switches.append([layer, form, f"{held['values']:,}", f"{held['indices']:,}", *taken])
-    heads = ["layer", "batch", "adapters", *(f"{form}, ms" for form in FORMS), "masked / dense 16", "masked / dense 2"]
-    of_switches = ["layer", "form", "bytes, values", "bytes, indices", "switch, ms", "of dense 16"]
-    parts = [
-        "# Many adapters on one base model",
-        "Made by `python scripts/bench.py serving`; every repetition is in serving.json. " + record["made"]["how"],
-        "An adapter's product is added to the output of one layer, for each adapter's share of the batch. Dense of rank"
-        f" {LOW_RANK} holds as many numbers as rank {RANK} masked at {1 - SPARSITY:.0%}.",
-        table(heads, rows),
-        "Putting another adapter in the place of one, and what an adapter of the layer takes:",
-        table(of_switches, switches),
-        "\n".join(f"Masked takes less time than {other} in {n} of {len(cases)} cases." for other, n in wins.items()),
-        "![time and memory against the number of adapters](serving.svg)",
-    ]
-    return "\n\n".join(parts)
-
-
-def draw_serving(record: Mapping, out: Path) -> None:
-    """Draw time against the number of adapters, a panel for a layer and batch, and the memory that they take."""
-    cases, sizes = record["cases"], record["bytes"]
-    looks = {
-        form: {"label": form, "color": COLOURS[at], "marker": MARKERS[at], "markersize": 5}
-        for at, form in enumerate(FORMS)
-    }
-    kinds = list(dict.fromkeys((case["layer"], case["batch"]) for case in cases))
-    figure, axes = panels(len(kinds) + len(sizes), wide=3.6, high=2.9)
-    for panel, (layer, batch) in zip(axes, kinds, strict=False):
-        own = [case for case in cases if (case["layer"], case["batch"]) == (layer, batch)]
-        for form in FORMS:
-            times = [1000 * statistics.median(case["add"][form]) for case in own]
-            panel.plot([case["adapters"] for case in own], times, **looks[form])
-        panel.set(title=f"{layer}, {batch}", ylabel="ms", ylim=(0, None))
-    for panel, (layer, of_forms) in zip(axes[len(kinds) :], sizes.items(), strict=True):
-        for form, held in of_forms.items():
-            panel.plot(COUNTS, [count * sum(held.values()) / 1e6 for count in COUNTS], **looks[form])
-        panel.set(title=f"{layer}, memory", ylabel="MB", yscale="log")
-    for panel in axes:
-        panel.set(xscale="log", xlabel="adapters")
-        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
-        panel.minorticks_off()
-        plain(panel)
-    legend_below(figure, axes[0].get_lines())
-    save(figure, out / "serving.svg")
-
-
 # --- Whole runs, each in a process of its own.
 
+RANK, LOW_RANK = 16, 2  # of an adapter on a long text
 RUNS = 24  # of a sweep
 SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
 COMMAND = [sys.executable, "-m", "partial_lora"]
@@ -1099,8 +945,8 @@ def runs_page(record: Mapping) -> str:
 
 # --- The command.
 
-PAGES = {"adapter": adapter_page, "serving": serving_page, "runs": runs_page}  # by the name of the files
-WHOLE = {"adapter": (adapter, 28), "serving": (serving, 60)}  # and usual repetitions
+PAGES = {"adapter": adapter_page, "runs": runs_page}  # by the name of the files
+WHOLE = {"adapter": (adapter, 28)}  # and usual repetitions
 
 
 @cli.script
@@ -1112,7 +958,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
-    parser.add_argument("--repeats", type=int, help="adapter 28, serving 60, others 5")
+    parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
@@ -1137,8 +983,6 @@ def main(words: Sequence[str] | None = None) -> None:
         record[what] = {"made": made, "found": measure(options)}
     write_json(file, record)
     write_atomic(options.out / f"{name}.md", f"{PAGES[name](record).rstrip()}\n")
-    if name == "serving":
-        draw_serving(record, options.out)
     print(f"wrote {options.out / name}.md")
 
 

@@ -192,28 +192,6 @@ def test_the_records_here_have_the_page_that_is_beside_them(name) -> None:
 # Serving
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("form", bench.FORMS)
-def test_each_form_adds_what_its_adapters_with_their_zeros_add(form, count) -> None:
-    torch.manual_seed(0)
-    own = bench.adapters(form, count, 24, 40)
-    x, y = torch.randn(count, 5, 24), torch.randn(count, 5, 40)
-    a, b = own.a, own.b
-    if own.columns is not None:  # with their zeros
-        a = torch.zeros(count, a.shape[1], 24).scatter_(2, own.columns[:, None].expand_as(a), a)
-        b = torch.zeros(count, 40, b.shape[2]).scatter_(1, own.rows[:, :, None].expand_as(b), b)
-    expected = torch.stack([y[each] + x[each] @ (b[each] @ a[each]).T for each in range(count)])
-    torch.testing.assert_close(own.add_to(y.clone(), x), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_the_page_has_every_case(tmp_path) -> None:
-    bench.main(["serving", "--quick", "--repeats", "1", "--out", str(tmp_path)])
-    cases = json.loads((tmp_path / "serving.json").read_text())["cases"]
-    page = (tmp_path / "serving.md").read_text()
-    assert len(cases) == len(bench.TOKENS) * len(bench.COUNTS)
-    assert sum(line.startswith("| q of 64 | decode") for line in page.splitlines()) == len(bench.COUNTS)
-
-
 # Whole runs
 
 
