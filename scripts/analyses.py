@@ -6,15 +6,13 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log and table.md. Each
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Each
 part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one the table is made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import shlex
@@ -48,11 +46,11 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import SEARCHES, sparsity_levels
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import compose, identity, versions
+from partial_lora.settings import compose, versions
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -487,7 +485,6 @@ def markdown(analysis: Mapping) -> str:
 
 # From a command line to files
 
-VERSION = [1, few_shot.VERSION]  # of what a part holds; parts of another version are done again
 DEFAULTS = {
     "measures": ["svd", "snip", "imp", "magnitude", "activation"],  # of agreement and cost
     "calibrated": True,  # agreement: also at the sparsities that importance.name is calibrated to
@@ -511,34 +508,18 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
     return known.what, {key: getattr(known, key) for key in DEFAULTS}, rest
 
 
+def folder_of(settings: Mapping, what: str) -> Path:
+    """Return where an analysis leaves its files: one of a model on a task."""
+    return Path(settings["results_dir"], "analyses", what, settings["task"]["name"], settings["model"]["name"])
+
+
 _DECIDES = ("model", "task", "method", "importance", "calibration")  # groups of settings; no analysis trains
 
 
-def folder_of(settings: Mapping, what: str) -> Path:
-    """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
-
-    It is where an analysis with the same settings and options has left them, if there is one.
-    """
-    parent = Path(settings["results_dir"]).joinpath("analyses", what, settings["task"]["name"])
-    name = settings["model"]["name"]
-    for file in sorted(parent.glob(f"{name}-*/analysis.json")):
-        earlier = load(file, what)
-        contents = earlier and earlier.get("digests")
-        if earlier and _asked(earlier["config"], contents or {}) == _asked(settings, contents and _digests(settings)):
-            return file.parent
-    digest = hashlib.sha256(json.dumps(_asked(settings, _digests(settings)), sort_keys=True).encode()).hexdigest()[:8]
-    return parent / f"{name}-{digest}"
-
-
-def _asked(settings: Mapping, contents: Mapping | None) -> list:
-    """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
+def asked(settings: Mapping) -> list[dict]:
+    """Return what an analysis depends on, settings in today's terms."""
     current = versions.plain(versions.load({name: settings[name] for name in _DECIDES}))
-    options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
-    return [identity.computed(current, contents or {}, unused=True), options]
-
-
-def _digests(settings: Mapping) -> dict[str, str]:
-    return identity.digests({name: settings[name] for name in _DECIDES})
+    return [{name: current[name] for name in _DECIDES}, settings["analysis"]]
 
 
 def analyse(what: str, settings: dict, command: str) -> int:
@@ -555,13 +536,14 @@ def analyse(what: str, settings: dict, command: str) -> int:
     path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
     print(f"analyse {what} {folder}")
     with directory.locked(folder), logged(folder / "analysis.log"):
-        analysis = None if settings["overwrite"] else load(path, what)
-        if analysis is None:
-            origin = directory.new(settings, digests=_digests(settings))
-            analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
-            analysis |= {key: origin[key] for key in ("config", "digests", "versions", "git_commit", "started")} | {
-                "parts": {}
-            }
+        if settings["overwrite"] or not path.is_file():
+            origin = directory.new(settings)
+            analysis = {"what": what, "status": "running", "command": command, "device": None, "parts": {}}
+            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")}
+        else:
+            analysis = files.read_json(path)
+            same = asked(analysis["config"]) == asked(settings)
+            require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
         parts = ANALYSES[what].parts(settings)
         if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
             print("finished before, not run again (overwrite=true runs it again)")
@@ -579,17 +561,6 @@ def analyse(what: str, settings: dict, command: str) -> int:
         files.write_atomic(folder / "table.md", markdown(analysis))
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
-
-
-def load(path: Path, what: str) -> dict | None:
-    """Return an earlier analysis; None where there is none, or none that this code would make the same way."""
-    try:
-        analysis = json.loads(path.read_text(encoding="utf-8"))
-        same = (analysis["what"], analysis["version"]) == (what, VERSION) and isinstance(analysis["parts"], dict)
-        whole = analysis["status"] == "running" or "summary" in analysis
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return analysis if same and whole else None
 
 
 @contextmanager

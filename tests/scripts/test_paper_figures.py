@@ -135,7 +135,7 @@ def agreement(place: Path, jaccard: float) -> None:
     """A finished analysis of two measures."""
     line = {"first": "svd", "second": "snip", "jaccard": jaccard, "chance": 0.4, "beyond_chance": 1 / 6}
     config = {"task": {"name": "digits"}, "model": {"name": "vit"}}
-    folder = place / "analyses" / "agreement" / "digits" / "vit-0"
+    folder = place / "analyses" / "agreement" / "digits" / "vit"
     folder.mkdir(parents=True)
     content = {"status": "finished", "config": config, "summary": {"calibrated": [line]}}
     (folder / "analysis.json").write_text(json.dumps(content))
