@@ -103,25 +103,16 @@ def markdown(rows: Sequence[Mapping]) -> str:
 SPARSITY, EVERY = 0.87, 3  # EVERY: repetitions for one of SELDOM
 NAMES = {
     "floor": "frozen floor",
-    "short_floor": "short floor",
     "lora": "dense LoRA (PEFT)",
     "rows_columns": "ours, rows and columns",
     "element": "ours, element",
     "shira": "SHiRA (PEFT)",
 }
-REFERENCES = ("lora", "floor", "short_floor")  # what ratios are taken against
+REFERENCES = ("lora", "floor")  # what ratios are taken against
 PARTIAL = ("rows_columns", "element")
 SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
 STAGES = ("forward", "backward", "optimizer")
 Batch = Mapping[str, Tensor]
-# (aim, variant, ratio, at most, ranks it is judged at)
-AIMS = (
-    ("adapter overhead above the floor", "rows_columns", "overhead", 0.30, (16, 64)),
-    ("saved activations above the floor", "rows_columns", "saved", 0.20, (16, 64)),
-    ("trainable state, bytes / (12 × kept entries)", "rows_columns", "state", 1, (8, 16, 64)),
-    ("trainable state, bytes / (12 × kept entries)", "element", "state", 1, (8, 16, 64)),
-    ("step time against dense LoRA", "element", "step", 1.05, (8, 16, 64)),
-)
 
 
 @dataclass(frozen=True)
@@ -130,8 +121,7 @@ class Model:
 
     title: what it is and what a step works on. build: gives the model, with random weights. batch: the arguments of a
     forward pass. unit: what a user counts, `units` of them a step. targets: the modules that get an adapter.
-    first_block: the module whose input the frozen floor's backward pass reaches. first_targets: the first modules with
-    an adapter; an adapter's own backward pass goes no further than they.
+    first_block: the module whose input the frozen floor's backward pass reaches.
     """
 
     title: str
@@ -141,7 +131,6 @@ class Model:
     units: int
     targets: tuple[str, ...]
     first_block: str
-    first_targets: tuple[str, ...]
 
 
 def _vit(title: str, *, labels: int, images: int, **size) -> Model:
@@ -161,7 +150,7 @@ def _vit(title: str, *, labels: int, images: int, **size) -> Model:
     targets = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # "proj" alone would also be the patch embedding's
     first = "timm_model.blocks.0"
     title = f"{title}, {images} images of {pixels} px a step"
-    return Model(title, build, batch, "images", images, targets, first, (f"{first}.attn.qkv",))
+    return Model(title, build, batch, "images", images, targets, first)
 
 
 def _llama(title: str, *, tokens: int, **size) -> Model:
@@ -177,8 +166,7 @@ def _llama(title: str, *, tokens: int, **size) -> Model:
     first = "model.layers.0"
     title = f"{title}, one text of {tokens} tokens a step"
     build = partial(LlamaForCausalLM, copy.deepcopy(config))
-    firsts = tuple(f"{first}.self_attn.{name}_proj" for name in "qkv")
-    return Model(title, build, batch, "tokens", tokens, targets, first, firsts)
+    return Model(title, build, batch, "tokens", tokens, targets, first)
 
 
 _WIDE = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8}
@@ -204,21 +192,6 @@ def floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
         args[0].requires_grad_(True)  # what comes before is frozen, so this is a leaf
 
     base.get_submodule(model.first_block).register_forward_pre_hook(from_here)
-    return base
-
-
-def short_floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
-    """No adapter; the backward pass stops where that of an adapter does, at the output of the first adapted modules.
-
-    An adapter in the first block needs no gradient of that block's input, so `floor` does a little more than the frozen
-    part of an adapted model; this does exactly that part.
-    """
-
-    def from_here(module: nn.Module, args: tuple, output: Tensor) -> None:
-        output.requires_grad_(True)
-
-    for name in model.first_targets:
-        base.get_submodule(name).register_forward_hook(from_here)
     return base
 
 
@@ -253,7 +226,6 @@ def shira(base: nn.Module, model: Model, rank: int) -> nn.Module:
 
 VARIANTS: dict[str, Callable[[nn.Module, Model, int], nn.Module]] = {
     "floor": floor,
-    "short_floor": short_floor,
     "lora": lora,
     **{name: partial(masked, name) for name in PARTIAL},
     "shira": shira,
@@ -376,7 +348,7 @@ def adapter(options: argparse.Namespace) -> dict:
         cells.append(cell_of(name, (QUICK_MODELS if options.quick else MODELS)[name](), rank, options.repeats))
         print(f"{name} rank {rank}: {cells[-1]['wall_seconds']:.0f} s", flush=True)
     settings = {"sparsity": SPARSITY, "repeats": options.repeats, "every": EVERY, "quick": options.quick}
-    return {"command": options.command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
+    return {"command": options.command, "machine": of, "settings": settings, "cells": cells}
 
 
 def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
@@ -450,8 +422,8 @@ def ratio(values: np.ndarray, dense: np.ndarray, floor: np.ndarray) -> dict[str,
 def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     """Every variant against dense LoRA: {variant: {name: {ratio, low, high}}}.
 
-    step: t / t_lora. overhead: (t - floor) / (t_lora - floor); overhead_short has the short floor for the floor. saved:
-    (b - floor) / (b_lora - floor) of the bytes saved for the backward pass. state, of a variant with masks: bytes of
+    step: t / t_lora. overhead: (t - floor) / (t_lora - floor). saved: (b - floor) / (b_lora - floor) of the bytes saved
+    for the backward pass. state, of a variant with masks: bytes of
     gradients and Adam for each kept entry, over the 12 it takes (Adam's 4 for the number of steps of a tensor left
     out). Bytes are the same every time.
     """
@@ -459,11 +431,10 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
     against = {}
     for name, variant in variants.items():
-        dense, floor, short = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
+        dense, floor = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
         against[name] = {
             "step": ratio(seconds[name], dense, np.zeros_like(dense)),
             "overhead": ratio(seconds[name], dense, floor),
-            "overhead_short": ratio(seconds[name], dense, short),
             "saved": _exact((saved[name] - saved["floor"]) / (saved["lora"] - saved["floor"])),
         }
         if name in PARTIAL:
@@ -476,35 +447,9 @@ def _exact(value: float) -> dict[str, float]:
     return {"ratio": value, "low": value, "high": value}
 
 
-def judged(cells: Sequence[Mapping]) -> list[dict]:
-    """The aims beside what was measured, and whether the whole interval is on the right side of the limit."""
-    verdicts = []
-    for (aim, variant, name, limit, ranks), cell in product(AIMS, cells):
-        if cell["rank"] in ranks:
-            measured = cell["ratios"][variant][name]
-            at = {"aim": aim, "variant": variant, "model": cell["model"], "rank": cell["rank"], "limit": limit}
-            verdicts.append({**at, **measured, "verdict": verdict(measured, limit)})
-    return verdicts
-
-
-def verdict(measured: Mapping, limit: float) -> str:
-    """ "met" or "not met" where the interval says so; "open" where the limit is inside it or there is none."""
-    if measured["low"] is None:
-        return "open: too few repetitions"
-    if measured["high"] <= limit:
-        return "met"
-    return "not met" if measured["low"] > limit else "open: the limit is inside the interval"
-
-
 def adapter_page(result: Mapping) -> str:
-    aims = [
-        {"aim": aim["aim"], "variant": NAMES[aim["variant"]], "model": aim["model"], "rank": aim["rank"]}
-        | {"at most": aim["limit"], "measured": _interval(aim), "verdict": aim["verdict"]}
-        for aim in result["aims"]
-    ]
     made = f"Made by `{result['command']}`; every number of every repetition is in adapter.json."
     parts = ["# The adapter against dense LoRA", made]
-    parts += ["## Aims", markdown(aims)]
     for model in dict.fromkeys(cell["model"] for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if cell["model"] == model]
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
@@ -540,7 +485,6 @@ def _times(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
         **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
         "step / LoRA": _interval(own["step"]),
         "overhead": _interval(own["overhead"]),
-        "overhead, short floor": _interval(own["overhead_short"]),
     }
 
 
@@ -569,7 +513,7 @@ def _method(result: Mapping) -> str:
         f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']}; freed memory is kept.",
         'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor): quotients of'
         " two interquartile means of differences within a repetition, with a bootstrap over repetitions. The frozen"
-        " floor's backward pass goes down to the input of the first block; the short floor stops where adapters' does.",
+        " floor's backward pass goes down to the input of the first block.",
         "Saved: memory that one forward pass keeps for its backward pass. Lasting: what a variant holds from step to"
         " step beyond the frozen model, its parameters, gradients and Adam. File: what save_pretrained writes. Compact:"
         " the whole folder of kept values. SHiRA has as many entries in every module as rows and columns keep there.",
