@@ -328,10 +328,12 @@ def compare(arguments: Sequence[str]) -> int:
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "alone is the study that its file lists",
     )
-    from partial_lora.settings.comparison import of_one, of_study, read
+    from partial_lora.settings.comparison import check, of_one, of_study, read
 
     parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
     comparison = of_one([chosen for chosen, _ in parts])
+    for part in parts:
+        check(*part)
     with _libraries():
         from partial_lora.compare import Contest
     from rich.console import Console

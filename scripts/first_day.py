@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import building, write_atomic
-from partial_lora.launching.compare import checked
+from partial_lora.settings.compose import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
 from partial_lora.launching.paths import run_directory
 from partial_lora.methods import called
