@@ -124,7 +124,7 @@ class Contest:
     def _side_by_side(self, runs: Sequence[tuple[Entry, Trial]], least: float, watch: Watch, note: Say) -> int:
         """Make runs side by side; return the exit code. least: how many runs there will be, or more.
 
-        `watch` takes the share of the work that is done. It never falls where more turns up, at an edge or after a look:
+        `watch` takes the share of the work that is done. It never falls where more turns up (at an edge, after a look):
         every run takes its part of what was left before it, and a run is always thought to come.
         """
         coming = {(entry, *trial[:2]): trial.until for entry, trial in runs}

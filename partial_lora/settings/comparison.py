@@ -131,7 +131,7 @@ def of_one(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def check(comparison: Comparison, overrides: Sequence[str]) -> None:
-    """Raise PartialLoraError for a key or a method of a comparison that `train` does not know, or several values of one.
+    """Raise PartialLoraError for a key or a method that `train` does not know, or for several values of a key.
 
     It is known in a second, before the libraries that count and train are imported.
     """
