@@ -20,13 +20,7 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import grouped, is_locked
-from partial_lora.launching import directory, launch
-from partial_lora.launching.cluster import visible
-from partial_lora.launching.packs import recorded
-from partial_lora.launching.paths import at_other_rates, run_directory
-from partial_lora.launching.search import (
+from partial_lora.compare.halving import (
     FINALISTS,
     QUARTER,
     Search,
@@ -37,9 +31,15 @@ from partial_lora.launching.search import (
     steps_of,
     worth,
 )
+from partial_lora.compare.options import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
+from partial_lora.errors import PartialLoraError, require
+from partial_lora.files import grouped, is_locked
+from partial_lora.launching import directory, launch
+from partial_lora.launching.cluster import visible
+from partial_lora.launching.packs import recorded
+from partial_lora.launching.paths import at_other_rates, run_directory
 from partial_lora.methods import METHODS
 from partial_lora.settings import rates as learning_rates
-from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
 from partial_lora.settings.compatibility import has_accelerator
 from partial_lora.settings.compose import checked
 from partial_lora.settings.schema import Config

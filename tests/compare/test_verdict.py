@@ -13,11 +13,12 @@ from recorded_runs import leave, record
 from torch import nn
 
 from partial_lora import PartialLoraConfig
+from partial_lora.compare import verdict
+from partial_lora.compare.candidates import Entry
+from partial_lora.compare.options import Comparison
 from partial_lora.files import read_json
-from partial_lora.launching.compare import Entry
-from partial_lora.report import sequential, verdict
+from partial_lora.report import sequential
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
-from partial_lora.settings.comparison import Comparison
 
 SPARSE = PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.console import Group
 
+from partial_lora.compare import candidates as compare
+from partial_lora.compare import verdict
+from partial_lora.compare.candidates import Entry
+from partial_lora.compare.halving import Trial
+from partial_lora.compare.options import FULL, QUICK, Comparison
 from partial_lora.files import grouped
-from partial_lora.launching import compare
-from partial_lora.launching.compare import Entry
 from partial_lora.launching.launch import Outcome
-from partial_lora.launching.search import Trial
-from partial_lora.report import ranking, records, verdict
-from partial_lora.settings.comparison import FULL, QUICK, Comparison
+from partial_lora.report import ranking, records
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update

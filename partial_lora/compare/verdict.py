@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from partial_lora.compare.candidates import Entry, in_time, runs_of_each
+from partial_lora.compare.options import Comparison
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
-from partial_lora.launching.compare import Entry, in_time, runs_of_each
 from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
 from partial_lora.report.statistics import estimate, per_example
-from partial_lora.settings.comparison import Comparison
 from partial_lora.tasks.metrics import GUESSES, LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point

@@ -17,11 +17,14 @@ from recorded_runs import record
 from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.compare import Contest
+from partial_lora.compare import candidates as compare
+from partial_lora.compare import halving as search
+from partial_lora.compare import options as comparison
+from partial_lora.compare.comparison import Contest
 from partial_lora.files import write_json
-from partial_lora.launching import compare, directory, launch, search
+from partial_lora.launching import directory, launch
 from partial_lora.launching.paths import run_directory
-from partial_lora.settings import comparison, schema
+from partial_lora.settings import schema
 
 GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
 
