@@ -331,12 +331,14 @@ def compare(arguments: Sequence[str]) -> int:
         "(lora, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "stage=methods alone is that stage of the study that its file lists",
     )
-    from partial_lora.settings.comparison import of_one, of_study, read
+    from partial_lora.compare.options import check, of_one, of_study, read
 
     parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
     comparison = of_one([chosen for chosen, _ in parts])
+    for part in parts:
+        check(*part)
     with _libraries():
-        from partial_lora.compare import Contest
+        from partial_lora.compare.comparison import Contest
     from rich.console import Console
 
     say = functools.partial(print, flush=True)

@@ -31,8 +31,8 @@ import pandas as pd
 import protocol
 
 from partial_lora import cli
+from partial_lora.compare.halving import QUARTER, Search, Trial, quick, worth
 from partial_lora.files import write_atomic
-from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
 from partial_lora.report import ranking, records, sequential
 from partial_lora.settings import rates
 

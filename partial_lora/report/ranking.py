@@ -354,7 +354,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         if cost == "parameters":
             sized(axes, of_task[cost])
         else:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * of_task[cost].max() / unit)  # the last point is no point of the frame
         plain(axes)
         name_beside(axes, ahead)
     return save_both(figure, out, stem), inline(figure, names, stem=stem)

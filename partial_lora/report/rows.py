@@ -199,8 +199,8 @@ def conditions(result: Mapping) -> dict[str, object]:
     """Return the settings that may not differ between runs that are compared, by full key, where they are no defaults.
 
     Left out are what defines a method (its own group, importance, calibration, mask and LoRA+), its learning rate, the
-    seed, and what changes no result. The precision is the one that the run used: `trainer.mixed_precision=auto` depends on
-    the device.
+    seed, and what changes no result. The precision is the one that the run used: `trainer.mixed_precision=auto` depends
+    on the device.
     """
     shared = {
         key: value

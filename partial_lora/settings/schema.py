@@ -63,7 +63,7 @@ class Config:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")
         if method.traits.size == "rank" and budget is None and calibration.sparsity == UNIFORM:
-            sentences.append(f"calibration.sparsity=uniform has no effect on method={method.name}: set calibration.budget")
+            sentences.append(f"calibration.sparsity=uniform has no effect on method={method.name}, a budget has")
         if budget is not None and method.traits.size == "own":
             advice = "; method=lora has that size" * method.traits.dense
             sentences.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")

@@ -12,8 +12,9 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from partial_lora.compare import options as comparison
 from partial_lora.errors import PartialLoraError
-from partial_lora.settings import comparison, compose, schema
+from partial_lora.settings import compose, schema
 from partial_lora.settings import study as studies
 
 ROOT = schema.conf_dir().parent

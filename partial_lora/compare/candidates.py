@@ -20,13 +20,7 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.errors import PartialLoraError, require
-from partial_lora.files import grouped, is_locked
-from partial_lora.launching import directory, launch
-from partial_lora.launching.cluster import visible
-from partial_lora.launching.packs import recorded
-from partial_lora.launching.paths import at_other_rates, run_directory
-from partial_lora.launching.search import (
+from partial_lora.compare.halving import (
     FINALISTS,
     QUARTER,
     Search,
@@ -36,11 +30,17 @@ from partial_lora.launching.search import (
     runs_at_least,
     worth,
 )
+from partial_lora.compare.options import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
+from partial_lora.errors import PartialLoraError, require
+from partial_lora.files import grouped, is_locked
+from partial_lora.launching import directory, launch
+from partial_lora.launching.cluster import visible
+from partial_lora.launching.packs import recorded
+from partial_lora.launching.paths import at_other_rates, run_directory
 from partial_lora.methods import METHODS
 from partial_lora.settings import rates as learning_rates
-from partial_lora.settings.comparison import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Comparison
 from partial_lora.settings.compatibility import has_accelerator
-from partial_lora.settings.compose import Plan, in_one_line, plan
+from partial_lora.settings.compose import checked
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.kinds import kind_of
@@ -162,11 +162,7 @@ def entries_of(methods: Sequence[str], budgets: Sequence[float], overrides: Sequ
                 chosen.append(f"calibration.budget={'null' if budget is None else budget}")
             size = "own size" if budget is None else str(budget)
             entry = Entry(method, size, (*overrides, *chosen))
-            planned = checked(["-m", *entry.overrides])
-            if planned.swept:
-                keys = ", ".join(sorted(planned.swept))
-                raise PartialLoraError(f"{keys}: expected one value; compare sweeps learning rates and seeds by itself")
-            ((_, config),) = planned.runs
+            ((_, config),) = checked(["-m", *entry.overrides]).runs
             if not result:
                 # All runs read these rows: what is wrong with them is said once, now.
                 task = task_of(config, mixtures=True)
@@ -192,15 +188,6 @@ def _measure(entry: Entry, config: Config, trained: int, tested: int) -> None:
     entry.centre = dense * 2.0 ** round(math.log2(suited / usual))
     entry.parameters, entry.served = run.counts["adapter_trainable"], run.counts["adapter_bytes"]
     entry.steps, entry.tested = config.trainer.steps(trained), tested
-
-
-def checked(arguments: Sequence[str]) -> Plan:
-    """Return the runs of a sweep; raises PartialLoraError where one is refused."""
-    with in_one_line(arguments):
-        planned = plan(arguments)
-    for reason in planned.refused:
-        raise PartialLoraError(reason)
-    return planned
 
 
 Make = Callable[[Sequence[tuple[Entry, Trial]]], int]  # makes runs, returns an exit code

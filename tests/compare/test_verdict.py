@@ -13,11 +13,12 @@ from recorded_runs import leave, record
 from torch import nn
 
 from partial_lora import PartialLoraConfig
+from partial_lora.compare import verdict
+from partial_lora.compare.candidates import Entry
+from partial_lora.compare.options import Comparison
 from partial_lora.files import read_json
-from partial_lora.launching.compare import Entry
-from partial_lora.report import sequential, verdict
+from partial_lora.report import sequential
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Referee, Standing
-from partial_lora.settings.comparison import Comparison
 
 SPARSE = PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5)
 
@@ -68,15 +69,35 @@ def test_seeds_that_would_decide_take_the_time_of_runs_side_by_side_and_interval
     for entry in entries:
         seconds = {"train": 3600.0}
         entry.timed = {"seconds": seconds, "cost": {"step_seconds": 0.0}, "training": {"steps": 1}, "history": []}
-    standings = {
-        "lori, 0.13": Standing(LEADS, "lori, 0.13", seeds=2),
-        "oft, 0.13": Standing(OPEN, "lori, 0.13", 0.01, -1.97, 1.99, 2, wants=4),
-    }
-    outcome = Referee("lori, 0.13", standings, {})
-    (_, alone), (_, beside) = (verdict.words(entries, outcome, "accuracy", 1.0, jobs) for jobs in (1, 2))
-    assert "4.0 hours" in alone
-    assert "2.0 hours" in beside
-    assert "[−100.0, 100.0]" in alone
+
+    def line(seeds: int, jobs: int) -> str:
+        standings = {
+            "lori, 0.13": Standing(LEADS, "lori, 0.13", seeds=seeds),
+            "oft, 0.13": Standing(OPEN, "lori, 0.13", 0.01, -1.97, 1.99, seeds, wants=seeds + 2),
+        }
+        return verdict.words(entries, Referee("lori, 0.13", standings, {}), "accuracy", 1.0, jobs)[1]
+
+    assert "4.0 hours" in line(3, 1)
+    assert "2.0 hours" in line(3, 2)
+    assert "[−100.0, 100.0]" in line(3, 1)
+    assert "[" not in line(2, 1)  # of two seeds it is no news
+
+
+@pytest.mark.parametrize(("wrong", "learnt"), [(20, True), (140, False)])
+def test_a_leader_that_test_rows_do_not_tell_from_guessing_is_not_to_be_taken(
+    wrong: int, learnt: bool, tmp_path
+) -> None:
+    """Of four classes of one size; nor do more seeds go to what has learnt nothing."""
+    entries = group("lori", "oft")
+    for entry in entries:
+        for seed in range(2):
+            place = leave(tmp_path, entry.method, wrong=wrong + seed, seed=seed, trainer__learning_rate=1e-3)
+            entry.done[place] = read_json(place / "result.json")
+    found, (first, *others) = verdict.judged(entries, Comparison(methods=["lori", "oft"], margin=0.1, rates=3, jobs=1))
+    assert ("guessing" in first, bool(others), bool(found.asks)) == (not learnt, learnt, learnt)
+    at = pd.DataFrame({"label": [1.0, 2.0, 6.0], "prediction": [1.0, 2.0, 6.0]})
+    assert verdict.guessing(at, "mse").mean() == pytest.approx(at["label"].var(ddof=0))
+    assert verdict.guessing(at, "spearman").mean() == pytest.approx(0)
 
 
 def test_gaps_are_foretold_in_points_for_two_methods_and_not_of_responses() -> None:
@@ -111,7 +132,7 @@ def test_perplexities_are_compared_by_the_loss_of_every_response(tmp_path) -> No
             told.to_parquet(place / "predictions.parquet")
             entry.done[place] = run
         entries.append(entry)
-    outputs, metric = verdict.outputs_of(entries, tmp_path)
+    outputs, metric, _ = verdict.outputs_of(entries, tmp_path)
     assert metric == "perplexity"
     for (method, seed), loss in written.items():
         assert outputs[f"{method}, 0.13"][seed].shape == (2,)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.console import Group
 
+from partial_lora.compare import candidates as compare
+from partial_lora.compare import verdict
+from partial_lora.compare.candidates import Entry
+from partial_lora.compare.halving import Trial
+from partial_lora.compare.options import FULL, QUICK, Comparison
 from partial_lora.files import grouped
-from partial_lora.launching import compare
-from partial_lora.launching.compare import Entry
 from partial_lora.launching.launch import Outcome
-from partial_lora.launching.search import Trial
-from partial_lora.report import ranking, records, verdict
-from partial_lora.settings.comparison import FULL, QUICK, Comparison
+from partial_lora.report import ranking, records
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
@@ -36,13 +37,14 @@ class Contest:
     """Entries that are compared under the same settings.
 
     left_out: a line on each method that is not among them. reached: the share of its steps that each run has made, by
-    entry, learning rate and seed.
+    entry, learning rate and seed. share: of all work that is known of, which is done.
     """
 
     comparison: Comparison
     entries: list[Entry]
     left_out: list[str]
     reached: dict[tuple[Entry, float, int], float] = field(default_factory=dict)
+    share: float = 0.0
 
     @classmethod
     def of(cls, comparison: Comparison, parts: Sequence[tuple[Comparison, Sequence[str]]]) -> Contest:
@@ -83,7 +85,10 @@ class Contest:
             alive = sum(entry.refused is None for entry in self.entries)
             least = alive * compare.runs_of_each(self.comparison, self.comparison.seeds or 2)
             make = partial(self._side_by_side, least=least, watch=watch, note=note)
-        return self.decide(make, say)
+        code = self.decide(make, say)
+        if code < 2 and self.reached:
+            watch({"stage": "runs", "done": 1, "total": 1})
+        return code
 
     def decide(self, make: compare.Make, say: Say) -> int:
         """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
@@ -118,13 +123,20 @@ class Contest:
         return grouped((entry for entry in self.entries if entry.best is not None), lambda entry: entry.group)
 
     def _side_by_side(self, runs: Sequence[tuple[Entry, Trial]], least: float, watch: Watch, note: Say) -> int:
-        """Make runs side by side; return the exit code. least: of how many runs `watch` takes the share, or of more."""
+        """Make runs side by side; return the exit code. least: how many runs there will be, or more.
+
+        `watch` takes the share of the work that is done. It never falls where more turns up (at an edge, after a look):
+        every run takes its part of what was left before it, and a run is always thought to come.
+        """
         coming = {(entry, *trial[:2]): trial.until for entry, trial in runs}
         total = max(least, sum((self.reached | coming).values()))
 
         def ended(entry: Entry, trial: Trial, outcome: Outcome) -> None:
+            left = 1 + total - sum(self.reached.values())
+            made = trial.until - self.reached.get((entry, *trial[:2]), 0.0)
             self.reached[(entry, *trial[:2])] = trial.until
-            watch({"stage": "runs", "done": 0, "total": 1, "share": sum(self.reached.values()) / total})
+            self.share += (1 - self.share) * made / left
+            watch({"stage": "runs", "done": 0, "total": 1, "share": self.share})
             if outcome.exit_code:
                 note(f"{entry.name}, learning rate {trial.rate:g}, seed {trial.seed}: {outcome.reason}")
 

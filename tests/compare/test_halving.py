@@ -7,8 +7,8 @@ import math
 import pytest
 from recorded_runs import record
 
-from partial_lora.launching import search
-from partial_lora.launching.search import QUARTER, Trial
+from partial_lora.compare import halving as search
+from partial_lora.compare.halving import QUARTER, Trial
 
 
 def searched(score, *, searching=None, centre=1.0, count=5, seeds=3, known=()):

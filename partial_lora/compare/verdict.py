@@ -7,20 +7,22 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from partial_lora.compare.candidates import Entry, in_time, runs_of_each
+from partial_lora.compare.options import Comparison
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
-from partial_lora.launching.compare import Entry, in_time, runs_of_each
 from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
-from partial_lora.report.statistics import per_example
-from partial_lora.settings.comparison import Comparison
+from partial_lora.report.statistics import estimate, per_example
 from partial_lora.settings.versions import as_yaml
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+from partial_lora.tasks.metrics import GUESSES, LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
 TAKE = "take"  # folder of the files to act with
@@ -33,9 +35,12 @@ def results_of(places: Iterable[Path]) -> Path:
     return next(iter(places)).parents[4]
 
 
-def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
-    """Return what each test row adds to a score (sequential.Outputs), and the metric; whole scores without rows."""
-    stored, by_row, whole, metric = predictions.Predictions(out), {}, {}, ""
+def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str, np.ndarray | None]:
+    """Return what each test row adds to a score (sequential.Outputs), the metric, and what it adds to that of guessing.
+
+    Without rows: whole scores, and None; None, too, for a metric of texts.
+    """
+    stored, by_row, whole, metric, guess = predictions.Predictions(out), {}, {}, "", None
     for entry in group:
         by_row[entry.name], whole[entry.name] = {}, {}
         for place, record in entry.done.items():
@@ -47,20 +52,47 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
             whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
             try:
                 of_rows = "loss" if metric == PERPLEXITY else metric
-                by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), of_rows)
+                frame = stored.of(row["group"], seed, metric)
+                by_row[entry.name][seed] = sign * per_example(frame, of_rows)
+                guess = sign * guessing(frame, metric) if guess is None and metric in GUESSES else guess
             except (PartialLoraError, KeyError, ValueError) as error:  # not kept, not of this metric, or broken
                 if isinstance(error, ValueError):
                     _warn_once("%s; methods are compared by their scores alone", str(error))
                 by_row[entry.name][seed] = np.array([])
     rows = {len(values) for seeds in by_row.values() for values in seeds.values()}
-    return (by_row if len(rows) == 1 and rows != {0} else whole), metric
+    return (by_row, metric, guess) if len(rows) == 1 and rows != {0} else (whole, metric, None)
 
 
 def judged(group: Sequence[Entry], comparison: Comparison) -> tuple[Referee, list[str]]:
     """Return what the runs of a group decide so far, and that in words."""
-    outputs, metric = outputs_of(group, results_of(group[0].done))
+    outputs, metric, guess = outputs_of(group, results_of(group[0].done))
     found = referee(outputs, comparison.margin / 100, LOOKS if comparison.seeds is None else (comparison.seeds,))
+    leader = outputs[found.leader]
+    if guess is not None and found.standings and not beats(leader, guess):
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        score, guessed = (_number(sign * float(np.mean(outputs)), metric) for outputs in ([*leader.values()], guess))
+        unit = " %" if metric in SHARES else f" of {metric}"
+        best = next(entry for entry in group if entry.name == found.leader)
+        line = (
+            f"No method has learnt anything that {len(guess):,} test rows would show: {best.method} leads with "
+            f"{score}{unit}, and guessing {GUESSES[metric]} for each has {guessed}{unit}. Train longer "
+            "(trainer.epochs, trainer.max_steps) or take another model; more seeds would not help."
+        )
+        return replace(found, asks={}), [line]
     return found, words(group, found, metric, comparison.margin, comparison.jobs)
+
+
+def guessing(frame: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return what every test row adds (rows,) to the score of the best guess that is the same for all of them."""
+    labels = frame["label"]
+    guess = labels.mean() if GUESSES[metric] == "the mean" else labels.mode()[0]
+    return per_example(frame.assign(prediction=guess, prediction_norm=guess), metric)
+
+
+def beats(by_seed: Mapping[int, np.ndarray], guess: np.ndarray) -> bool:
+    """Return whether scores lie above guessing by more than test rows are likely to bring about (95 %)."""
+    d = np.mean(list(by_seed.values()), axis=0) - guess
+    return estimate(d[None]).interval()[0] > 0
 
 
 def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
@@ -110,9 +142,12 @@ def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, 
         apart = f"as good as {short[standing.against]} within {_points(margin / 100, metric)}"
         lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
     for name, standing in by_verdict[OPEN]:
-        apart = f"{_apart(standing, metric)} below {short[standing.against]}"
+        few = standing.seeds <= _TOO_FEW
+        apart = _points(standing.difference, metric) if few else _apart(standing, metric)
+        after = f"{_seeds(standing)} tell{'s' * (standing.seeds == 1)} nothing yet" if few else ""
+        after = after or f"not decided after {_seeds(standing)}"
         then = _wanted(standing, entries, name, outcome.asks.get(name), jobs)
-        lines.append(f"{short[name]}: not decided after {_seeds(standing)}, {apart}; {then}")
+        lines.append(f"{short[name]}: {after}, {apart} below {short[standing.against]}; {then}")
     lines += [f"{short[name]}: not decided, it lacks some of {outcome.asks[name]} seeds." for name in sorted(unjudged)]
     return lines
 
@@ -125,10 +160,13 @@ def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str, next_lo
         pair = (entries[name], entries[standing.against])
         seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds) / jobs
         return f"some {standing.wants} seeds would decide ({in_time(seconds)} more)."
-    if math.isnan(standing.high):
-        return "one seed decides nothing."
+    if standing.seeds <= _TOO_FEW:
+        return "more seeds or test rows would."
     margin = f"margin={100 * standing.high + 0.05:.1f} is met"
     return f"no number of seeds would be likely to decide, more test rows might; {margin}."
+
+
+_TOO_FEW = 2  # seeds: their interval may be as wide as the metric
 
 
 def _seeds(standing: Standing) -> str:

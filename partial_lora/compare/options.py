@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from partial_lora.errors import one_of, require
+from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, parsed, settings_of
+from partial_lora.settings.compose import checked
 from partial_lora.settings.study import commands
 
 _INSTEAD = {  # of keys of `train` that a comparison sets
@@ -64,7 +65,7 @@ class Comparison:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
+        named = bool(self.methods) and all(isinstance(method, str) and method for method in self.methods)
         require(named, "methods", self.methods, "some of conf/method, such as [partial,lora,lokr], or auto")
         numbers = self.budgets == [None] or (bool(self.budgets) and all(map(_is_positive, self.budgets)))
         require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02], or null")
@@ -128,6 +129,17 @@ def of_one(comparisons: Sequence[Comparison]) -> Comparison:
     return first
 
 
+def check(comparison: Comparison, overrides: Sequence[str]) -> None:
+    """Raise PartialLoraError for a key or a method that `train` does not know, or for several values of a key.
+
+    It is known in a second, before the libraries that count and train are imported.
+    """
+    methods = [CANDIDATES[0]] if comparison.methods == [EVERY] else comparison.methods
+    planned = checked(["-m", *overrides, f"method={','.join(dict.fromkeys(methods))}"])
+    if swept := ", ".join(sorted(planned.swept - {"method"})):
+        raise PartialLoraError(f"{swept}: expected one value; compare sweeps learning rates and seeds by itself")
+
+
 def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
     names = {field.name for field in fields(Comparison)}
@@ -146,17 +158,25 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
         written = parsed(setting)
         require(written is not None and not written.is_sweep_override(), key, value, "one value, such as [a,b]")
         values[key] = written.value()
-        if key in ("methods", "budgets") and not isinstance(values[key], list):
+        if key == "budgets" and values[key] is None:
+            values[key] = [None]
+        if key in ("methods", "budgets") and not isinstance(values[key], (list, type(None))):
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values
     require(not is_sized, "budgets", values.get("budgets"), "no budgets beside a limit, which sizes every method")
+    given: dict[str, object] = {}
     for setting in others:
-        key, _, value = setting.lstrip("+~").partition("=")
-        require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
+        if not is_file(setting):
+            key, _, value = setting.lstrip("+~").partition("=")
+            require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
+            given[key] = value
+        elif not is_record(content := settings_of(setting)):  # a record has all keys, those that are replaced, too
+            for key, value in flatten(content).items():
+                typed = _INSTEAD.get(key.removesuffix(".name"))
+                is_own = key.partition(".")[0] in names
+                require(not typed and not is_own, f"{setting}: {key}", value, typed or f"{key}=… on the command line")
+                given[key] = value
     comparison = Comparison(**values)
-    contents = [settings_of(setting) for setting in others if is_file(setting)]
-    given = {key for content in contents if not is_record(content) for key in flatten(content)}
-    given |= {setting.lstrip("+~").partition("=")[0] for setting in others}
     # Forked workers take some seconds less a run, and the results are the same.
     usual = {"results_dir": "results/compare", "trainer.start": "fork"}
     return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]
