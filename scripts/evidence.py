@@ -24,9 +24,9 @@ from partial_lora.report.rows import NONE
 
 NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark, on one set or on all
     "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38)}),
-    "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
-    "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
-    "low_rank": ("low_rank", "plain LoRA", (26, -12)),
+    "lora on attn.qkv": ("dense", "LoRA on q, k, v", (8, -15)),
+    "lora on query, value": ("dense", "LoRA on q, v", (10, -29)),
+    "lora": ("lora", "plain LoRA", (26, -12)),
     "entries": ("entries", "single entries", (26, 3)),
     "random_weights": ("random_weights", "entries of W", (8, -4)),
     "lori": ("lori", "LoRI", (5, 15)),
@@ -37,8 +37,8 @@ NAMED = {  # the method of a form, in ordinary words, and how far its label is f
 }
 NEAR = {  # the labels of those that keep little and of what they are compared with, in the figure of them alone
     "partial": (7, 4),
-    "lora": (7, 7),
-    "low_rank": (7, -11),
+    "dense": (7, 7),
+    "lora": (7, -11),
     "entries": (7, 3),
     "lori": (7, 5),
     "lorafa": (-52, 2),
@@ -50,10 +50,10 @@ LIGHT |= {"sky": "#1a7fa8"}
 DARK = {"black": "#e6edf3", "faint": "#3d444d", "grey": "#9198a1", "page": "#0d1117"}
 DARK |= {"blue": "#58a6ff", "vermillion": "#ff8a4c", "green": "#3fd0a0", "purple": "#d2a8ff", "orange": "#e3b341"}
 DARK |= {"sky": "#8ad8ff"}
-OURS = ("partial", "low_rank", "entries", "random_weights", "lora", "lori", "lorafa", "paca", "rows", "ticket")
+OURS = ("partial", "lora", "entries", "random_weights", "dense", "lori", "lorafa", "paca", "rows", "ticket")
 SETS = {"gtsrb": "gtsrb, traffic signs", "trec": "trec, questions", "signdigits": "signdigits"}
 CLAIMS = {  # the method that rows and columns are set against, and what the paper says of it
-    "lora": "As good as dense LoRA",
+    "dense": "As good as dense LoRA",
     "targeted": "As good as the most important rows",
     UNIFORM: "Calibrated shares beat equal shares",
 }
@@ -93,7 +93,7 @@ def raced(results: Path) -> pd.DataFrame:
     at = cells["form"].where(cells["size"] == "own", cells["form"] + " at " + cells["size"])
     dense = dense.set_index(["task", "form"])
     found = dense.reindex(pd.MultiIndex.from_arrays([cells["task"], at]))
-    whole = cells["task"].map(cells[cells["form"] == "lora"].set_index("task")["parameters"])
+    whole = cells["task"].map(cells[cells["form"] == "dense"].set_index("task")["parameters"])
     return cells.assign(
         share=cells["parameters"] / whole,
         lead=100 * found["difference"].to_numpy(),
@@ -147,7 +147,7 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
     """
     floor = floor_of(cells)
     cells = cells.assign(above=(cells["saved_bytes"] - floor) / 1e6)
-    dense = cells.loc[cells["form"] == "lora", "above"].iloc[0]
+    dense = cells.loc[cells["form"] == "dense", "above"].iloc[0]
     own = ~cells["form"].str.contains(" ") & (cells["size"] == size)
     if size == "0.13":  # of which LoRA on some modules has about as many parameters
         own |= cells["form"].str.startswith("lora on")
@@ -202,12 +202,12 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
     cells = raced(results)
     figure = Figure(figsize=(WIDTH, 7), layout="constrained")
     drawn = figure.subplot_mosaic([["gtsrb"] * 2, ["trec", "signdigits"]], height_ratios=(5, 3))
-    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
+    beside = {"partial": (2, (8, -12)), "lora": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
     for task, axes in drawn.items():
         of_task = cells[cells["task"] == task]
-        dense = of_task[of_task["form"] == "lora"].iloc[0]
+        dense = of_task[of_task["form"] == "dense"].iloc[0]
         axes.axhspan(*(100 * (dense["test"] + sign * dense["half"]) for sign in (-1, 1)), color=colours["faint"])
-        lines = {form: of_task[of_task["form"] == form] for form in ("low_rank", "entries", "partial")}
+        lines = {form: of_task[of_task["form"] == form] for form in ("lora", "entries", "partial")}
         lines["oft"] = best_of_others(of_task, results)
         for form, line in lines.items():
             method, name, _ = NAMED[form]

@@ -28,7 +28,7 @@ from partial_lora.launching.paths import run_directory
 from partial_lora.methods import called
 from partial_lora.settings.compose import checked
 
-METHODS = ("partial", "lora", "low_rank", "entries")
+METHODS = ("partial", "dense", "lora", "entries")
 FACTORS = (0.5, 2.0)
 
 

@@ -211,9 +211,9 @@ def responses(size: str) -> list[dict[str, str]]:
     """
     folder = RESULTS / "language"
     cells = pd.read_csv(folder / "language.csv", dtype={"size": str}).set_index("form")
-    dense = cells[cells["size"] == "own"].loc["lora"]
+    dense = cells[cells["size"] == "own"].loc["dense"]
     cells = cells[cells["size"] == size].sort_values("test")
-    plain = dense if size == "own" else cells.loc["low_rank"]
+    plain = dense if size == "own" else cells.loc["lora"]
     from_dense = pd.read_csv(folder / "from_dense.csv").set_index("form")
     lines = []
     for form, row in cells.iterrows():
