@@ -17,7 +17,7 @@ from partial_lora.report import folders, records
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
-UNCALIBRATED = ("lora", "dora", "probe", "entries")
+UNCALIBRATED = ("lora", "dense", "dora", "probe", "entries")
 KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them
 _CONFIG = {
     "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
@@ -57,7 +57,9 @@ def record(
         config[group][name] = value
     calibrated = method not in UNCALIBRATED
     dense = 0 if method == "probe" else 1000 * nominal_rank(config["method"]["rank"]) // 16
-    trainable = round(dense * (share or budget or 0.7)) if calibrated else dense
+    is_sized = method == "lora" and budget is not None
+    changes |= {"fixed": {"budget": budget}} if is_sized and "fixed" not in changes else {}
+    trainable = round(dense * (share or budget or 0.7)) if calibrated or is_sized else dense
     scores = {"primary": "accuracy", "accuracy": test, "loss": 0.1}
     chosen = {"baseline": 0.8, "joint": 0.1, "chance": 0.1, "threshold": threshold, "budget": budget, "search": "scan"}
     chosen |= {"evaluations": 1234, "cached": False, "reliability": {"spearman_brown": 0.75, "pearson": 0.6}}
