@@ -78,17 +78,17 @@ def finished_run(directory: Path) -> FinishedRun:
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(
-            f"{directory}: {missing}; restore it, or the same `partial-lora train` with overwrite=true does the run again"
+            f"{directory}: {missing}; restore it, or do the run again: the same `partial-lora train`, overwrite=true"
         )
     try:
         config = _with_found_files(load(result["config"]), directory, result)
-        return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
+        return FinishedRun(directory, at_commits(config, result.get("commits") or {}), result)
     except (TypeError, ValueError, KeyError, AttributeError, PartialLoraError) as error:
         raise PartialLoraError(f"{directory / results.RESULT}: foreign, its config: {one_line(error)}") from error
 
 
 def _record_of(directory: Path) -> dict:
-    """Return the record of the finished run in a directory; raises PartialLoraError that says what is there instead."""
+    """Return the record of the finished run in a directory; raises PartialLoraError that says what is there else."""
     record = directory / results.RESULT
     try:
         result = results.finished(read_json(record))
@@ -106,7 +106,7 @@ def _record_of(directory: Path) -> dict:
         raise PartialLoraError(f"{record}: {error}{hint}") from error
 
 
-def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:
+def at_commits(config: Config, commits: Mapping[str, str]) -> Config:
     """Return settings whose models of the hub are those that the run was trained over, whatever came later."""
     places = {key.partition(".")[2]: commit for key, commit in commits.items()}
     at = {name: f"{getattr(config.model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
@@ -122,12 +122,13 @@ def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:
     named, places = record.get("digests") or (), record.get("places") or {}
     depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
     parents = run.resolve().parents
-    is_beside = not Path(config.results_dir).is_absolute() and len(parents) >= depth
+    is_movable = not Path(config.results_dir).is_absolute() and len(parents) >= depth
+    beside = [parents[depth - 1]] if is_movable else []
 
     def located(key: str, value: object) -> object:
         if not isinstance(value, str) or (key not in named and ".data_files" not in key):
             return value
-        candidates = [places.get(key, value), value, *[str(parents[depth - 1] / value)] * is_beside]
+        candidates = [places.get(key, value), value, *(str(folder / value) for folder in beside)]
         return next((place for place in candidates if Path(place).exists()), value)
 
     return load(mapped(plain(config), located))

@@ -9,7 +9,12 @@ _MAYBE = (*_NUMBER, None)
 _NAMED = {"name": str}
 _FILES = ({"*": (int, {"size": int, "sha256": str}, None)}, None)  # of a finished run; earlier records have sizes alone
 
-HEAD = {"status": str, "files?": _FILES, "seconds?": {"*": _NUMBER}}  # of any record, finished or not
+HEAD = {
+    "status": str,
+    "files?": _FILES,
+    "seconds?": {"*": _NUMBER},
+    "commits?": ({"*": str}, None),
+}  # of any record, finished or not
 
 # A type; None, for null; (one shape, or another); [of every item]; {key: of its value}, where `key?` may be missing and
 # `*` is every key.

@@ -12,6 +12,7 @@ from partial_lora.launching import shape
 from partial_lora.methods import called
 from partial_lora.settings import identity, schema
 from partial_lora.settings.rates import Worth
+from partial_lora.settings.versions import wherever
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
@@ -244,4 +245,4 @@ def _settings(config: Mapping) -> Iterator[tuple[str, str, object]]:
     names = list(config["task"].get("members") or ())
     for key, value in identity.computed_from(config).items():
         plain = identity.task_key(key, names)
-        yield key, plain, identity.wherever(plain, value)
+        yield key, plain, wherever(plain, value)

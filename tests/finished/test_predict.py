@@ -28,6 +28,7 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
+from partial_lora.errors import in_yaml
 from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
@@ -204,8 +205,19 @@ def test_what_is_no_input_is_named_and_the_others_go_on(photos, of, given, names
 
 def test_inputs_that_are_no_list_are_refused(predictor) -> None:
     """Each letter of a text would be an input."""
-    with refusal("inputs"):
-        predictor.predict("photo.png")
+    for inputs in ("photo.png", None, 3):
+        with refusal(f"inputs={in_yaml(inputs)}: "):
+            predictor.predict(inputs)
+    with refusal("batch_size=0: "):
+        predictor.predict([], batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("run", None), ("run", 3), ("member", 3), ("max_new_tokens", "many"), ("device", None)]
+)
+def test_a_predictor_names_the_argument_that_is_none(run, name, value) -> None:
+    with refusal(f"{name}={in_yaml(value)}: expected "):
+        Predictor(**({"run": run, "device": "cpu"} | {name: value}))
 
 
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
