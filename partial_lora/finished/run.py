@@ -11,6 +11,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import mapped, read_json
 from partial_lora.launching import directory as results
 from partial_lora.launching import shape
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import load, plain
@@ -82,9 +83,21 @@ def finished_run(directory: Path) -> FinishedRun:
         )
     try:
         config = _with_found_files(load(result["config"]), directory, result)
+        check_modality(config.model, config.task)
+        _check_labels(directory, result["labels"])
         return FinishedRun(directory, at_commits(config, result.get("commits") or {}), result)
     except (TypeError, ValueError, KeyError, AttributeError, PartialLoraError) as error:
-        raise PartialLoraError(f"{directory / results.RESULT}: foreign, its config: {one_line(error)}") from error
+        raise PartialLoraError(f"{directory / results.RESULT}: foreign, {one_line(error)}") from error
+
+
+def _check_labels(directory: Path, labels: list[str]) -> None:
+    """Raise ValueError where a record has other labels than its adapter's config.json, or one of them twice."""
+    described = directory / results.ADAPTER / "config.json"
+    model = read_json(described) if labels and described.is_file() else {}
+    by_place = model.get("id2label") or {}
+    named = model.get("label_names") or [by_place[str(place)] for place in range(len(by_place))]  # of timm, or not
+    if named and named != labels:
+        raise ValueError(f"its labels are {labels!r:.60}, and {described} has others")
 
 
 def _record_of(directory: Path) -> dict:

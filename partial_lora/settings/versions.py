@@ -144,7 +144,8 @@ def _is_place(key: str, value: object) -> bool:
     if not isinstance(value, str):
         return False
     if _WEIGHTS_OR_ROWS.fullmatch(key):  # OWNER/NAME@REVISION is none, unless there is such a folder
-        return Path(value).is_absolute() or Path(value).is_dir() or value.partition("@")[0].count("/") > 1
+        is_path = Path(value).is_absolute() or value.startswith((".", "~")) or value.partition("@")[0].count("/") > 1
+        return is_path or Path(value).is_dir()
     return Path(value).is_absolute() or _FILES.fullmatch(key) is not None
 
 

@@ -362,6 +362,7 @@ def with_another_seed(directory: Path) -> None:
         (recorded(metrics={}), ["calibrated"]),
         *((recorded(**{key: value}), ["result.json", f"{key} is"]) for key, value in WRONG),
         (recorded(config={"task": {"name": "t"}}), ["result.json", "config.model"]),
+        (recorded(labels=["green", "red", "blue"]), ["result.json", "labels"]),
         (removed("adapter/adapter_model.safetensors"), ["adapter/adapter_model.safetensors"]),
         (truncated("adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
         (truncated("adapter/adapter_config.json"), ["adapter_config.json"]),
