@@ -384,6 +384,15 @@ def test_a_run_or_a_device_that_is_not_there_is_refused(run, photos, monkeypatch
     assert RunModel(run, "auto").device == "cpu"
 
 
+def test_the_latest_run_says_which_it_is(run, photos, predict, tmp_path, capsys) -> None:
+    os.symlink(run.directory, tmp_path / "latest")
+    assert cli.predict([str(tmp_path / "latest"), photos[0], "--device", "cpu"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    test = run.result["metrics"]["test"]
+    for said in (run.config.task.name, run.config.model.name, run.config.method.name, f"{test[test['primary']]:.4f}"):
+        assert said in line
+
+
 @pytest.mark.parametrize("option", [["--top-k", "0"], ["--batch-size", "-1"], ["--batch-size", "many"]])
 def test_a_number_out_of_range_is_refused_by_name(run, option) -> None:
     with refusal(f"argument {option[0]}: "):
