@@ -237,7 +237,8 @@ def written(path: Path, remedy: str) -> Iterator[None]:
 def _why_unwritten(error: BaseException, path: Path) -> str | None:
     """Return why something was not written, in the system's words where the error has them; None for other errors.
 
-    safetensors hides an OSError in a text, and torch.save says no more than where in its own source it stopped.
+    safetensors hides an OSError in a text, numpy counts what was written, and torch.save says no more than where in its
+    own source it stopped.
     """
     if isinstance(error, OSError) and error.strerror:
         is_there = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
@@ -245,10 +246,9 @@ def _why_unwritten(error: BaseException, path: Path) -> str | None:
     hidden = re.search(r"(?:I/O error: )?([^:]+) \(os error \d+\)", str(error))
     if hidden and type(error).__name__ == "SafetensorError":
         return hidden[1].strip()
-    of_torch_save = ("PytorchStreamWriter", "inline_container", "basic_ios")  # a RuntimeError without errno
-    if isinstance(error, RuntimeError) and any(name in str(error) for name in of_torch_save):
-        return "the disk took a part of it alone"
-    return None
+    in_part = r"PytorchStreamWriter|inline_container|basic_ios|\d+ requested and \d+ written"
+    is_in_part = isinstance(error, (RuntimeError, OSError)) and re.search(in_part, str(error))
+    return "the disk took a part of it alone" if is_in_part else None
 
 
 _LOCKED_WITHIN = 60  # seconds after a folder is made

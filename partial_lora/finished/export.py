@@ -225,9 +225,9 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
     """Give a folder for what a check writes, and remove it in the end."""
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as place:
-        with written(Path(place), "make room there, or set TMPDIR to a folder on another disk"):
-            yield Path(place)
+    remedy = "make room there, or set TMPDIR to a folder on another disk"
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as place, written(Path(place), remedy):
+        yield Path(place)
 
 
 def prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> str:

@@ -159,7 +159,7 @@ class Predictor:
         return outcomes
 
 
-def _whole_or_none(key: str, value: object) -> None:
+def _whole_or_none(key: str, value: int | None) -> None:
     """Raise PartialLoraError, naming the argument, for what is neither None nor a whole number of at least 1."""
     of_type(key, value, int | None)
     require(value is None or value >= 1, key, value, "a whole number of at least 1, or None")

@@ -11,6 +11,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import mapped, read_json
 from partial_lora.launching import directory as results
 from partial_lora.launching import shape
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import load, plain
@@ -74,17 +75,29 @@ def finished_run(directory: Path) -> FinishedRun:
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(
-            f"{directory}: {missing}; restore it, or the same `partial-lora train` with overwrite=true does the run again"
+            f"{directory}: {missing}; restore it, or do the run again: the same `partial-lora train`, overwrite=true"
         )
     try:
         config = _with_found_files(load(result["config"]), directory, result)
-        return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
+        check_modality(config.model, config.task)
+        _check_labels(directory, result["labels"])
+        return FinishedRun(directory, at_commits(config, result.get("commits") or {}), result)
     except (TypeError, ValueError, KeyError, AttributeError, PartialLoraError) as error:
-        raise PartialLoraError(f"{directory / results.RESULT}: foreign, its config: {one_line(error)}") from error
+        raise PartialLoraError(f"{directory / results.RESULT}: foreign, {one_line(error)}") from error
+
+
+def _check_labels(directory: Path, labels: list[str]) -> None:
+    """Raise ValueError where a record has other labels than its adapter's config.json, or one of them twice."""
+    described = directory / results.ADAPTER / "config.json"
+    model = read_json(described) if labels and described.is_file() else {}
+    by_place = model.get("id2label") or {}
+    named = model.get("label_names") or [by_place[str(place)] for place in range(len(by_place))]  # of timm, or not
+    if named and named != labels:
+        raise ValueError(f"its labels are {labels!r:.60}, and {described} has others")
 
 
 def _record_of(directory: Path) -> dict:
-    """Return the record of the finished run in a directory; raises PartialLoraError that says what is there instead."""
+    """Return the record of the finished run in a directory; raises PartialLoraError that says what is there else."""
     record = directory / results.RESULT
     try:
         result = results.finished(read_json(record))
@@ -102,7 +115,7 @@ def _record_of(directory: Path) -> dict:
         raise PartialLoraError(f"{record}: {error}{hint}") from error
 
 
-def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:
+def at_commits(config: Config, commits: Mapping[str, str]) -> Config:
     """Return settings whose models of the hub are those that the run was trained over, whatever came later."""
     places = {key.partition(".")[2]: commit for key, commit in commits.items()}
     at = {name: f"{getattr(config.model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
@@ -116,12 +129,13 @@ def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:
     named, places = record.get("digests") or (), record.get("places") or {}
     depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
     parents = run.resolve().parents
-    is_beside = not Path(config.results_dir).is_absolute() and len(parents) >= depth
+    is_movable = not Path(config.results_dir).is_absolute() and len(parents) >= depth
+    beside = [parents[depth - 1]] if is_movable else []
 
     def located(key: str, value: object) -> object:
         if not isinstance(value, str) or key not in named:
             return value
-        candidates = [places.get(key, value), value, *[str(parents[depth - 1] / value)] * is_beside]
+        candidates = [places.get(key, value), value, *(str(folder / value) for folder in beside)]
         return next((place for place in candidates if Path(place).exists()), value)
 
     return load(mapped(plain(config), located))

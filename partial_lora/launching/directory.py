@@ -222,13 +222,13 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")
     stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
     stays |= set() if asked else {ASIDE}
-    for entry in directory.iterdir():
-        if entry.name in stays:
+    for path in directory.iterdir():
+        if path.name in stays:
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            entry.unlink()
+            path.unlink()
     return notes
 
 
@@ -342,6 +342,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         record |= {"started": earlier.get("started", record["started"]), "attempts": earlier.get("attempts", 1) + 1}
         spent = earlier.get("seconds", {})  # a checkpoint knows those of training
         record["seconds"] |= {stage: spent[stage] for stage in ("calibrate", "reliability") if stage in spent}
+        record["commits"] = earlier.get("commits") or {}  # of the models that it left its calibration and steps over
     return record
 
 

@@ -10,7 +10,13 @@ _NAMED = {"name": str}
 _FILES = ({"*": (int, {"size": int, "sha256": str}, None)}, None)  # of a finished run; earlier records have sizes alone
 
 # Of any record, finished or not.
-HEAD = {"status": str, "files?": _FILES, "seconds?": {"*": _NUMBER}, "versions?": {"*": str}}
+HEAD = {
+    "status": str,
+    "files?": _FILES,
+    "seconds?": {"*": _NUMBER},
+    "versions?": {"*": str},
+    "commits?": ({"*": str}, None),
+}
 
 # A type; None, for null; (one shape, or another); [of every item]; {key: of its value}, where `key?` may be missing and
 # `*` is every key.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from partial_lora import methods
 from partial_lora.files import flatten, sha256_once, walk
 from partial_lora.settings.schema import Config, defaults
-from partial_lora.settings.versions import plain
+from partial_lora.settings.versions import plain, wherever
 from partial_lora.training.config import AUTO
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
@@ -68,16 +68,6 @@ def task_key(key: str, members: Sequence[str]) -> str:
         return key
     member = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
     return "task." + key.removeprefix(f"task.members.{member}.")
-
-
-def wherever(key: str, value: Any) -> Any:
-    """Return the value of one of the schema's keys; for a task's file, its folder and name in place of its path.
-
-    A record has paths, not the content of files. A data set stays the same in another place, so the names of folder and
-    file stand for it.
-    """
-    named = key.startswith("task.data_files") and isinstance(value, str)
-    return "/".join(PurePath(value).parts[-2:]) if named else value
 
 
 # --- The id: a digest of these settings, and of the content of files.
