@@ -158,7 +158,7 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
             ink, marker = look_of(method, colours)
             axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
             if across:
-                place = NEAR[row.form.partition(" on ")[0]]
+                place = NEAR[method]
             else:
                 place = places[row.task] if isinstance(places, dict) else places
             label(axes, name, at, place, ink)
