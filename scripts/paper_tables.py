@@ -193,8 +193,7 @@ def origin_of(runs: pd.DataFrame) -> str:
     """Preset, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
     if runs.empty:
         return ""
-    known = runs.assign(tuning=NONE)  # the rates are searched
-    known = known.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
+    known = runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
     return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 

@@ -75,7 +75,6 @@ def record(
         "device": "cpu",
         "mixed_precision": "no",
         "preset": "cpu",
-        "tuning": "tuned",
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": {"calibrate": 60.0 if calibrated else 0.0, "train": 100.0, "evaluate": 2.5},
         "peak_memory_bytes": 1 << 30,

@@ -53,7 +53,6 @@ RECORD = {
     "warnings?": [str],
     "versions": {"*": str},
     **dict.fromkeys(("git_commit?", "device?", "preset?", "mixed_precision?", "started?"), (str, None)),
-    "tuning?": str,
     "labels?": [str],
     "files?": _FILES,
     **dict.fromkeys(("digests?", "commits?", "places?"), ({"*": str}, None)),

@@ -220,7 +220,7 @@ def _row(folder: Folder, base: Folder, differs: Mapping[tuple[str, str], str]) -
         "test_std": runs["test"].std(),
         **runs[list(averaged)].mean().to_dict(),
         "reliability": reliability(run.record for run in folder.runs),
-        **{name: folder.row[name] for name in ("learning_rate", "tuning")},
+        "learning_rate": folder.row["learning_rate"],
         "group": folder.name,
         "reference": base.name,
         "reference_differs": differs[base.key],
@@ -269,9 +269,6 @@ def notes(compared: Differences) -> list[str]:
         ).any(),
         "Against: what the reference differs in, of which there are several at that operating point; – is the one with "
         "the usual settings.": (rows.groupby([*PLACE, "operating_point"])["reference"].nunique() > 1).any(),
-        "Where the tuning differs, part of a difference may be how well the learning rate suits.": (
-            rows.groupby("reference")["tuning"].nunique() > 1
-        ).any(),
     }
     return [*(note for note, applies in below.items() if applies), *(f"{remark}." for remark in compared.remarks)]
 
@@ -300,7 +297,6 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
         "step (ms)": cells_of(rows["step_seconds"] * 1e3, ",.0f"),
         "activations (MB)": cells_of(rows["saved_activation_bytes"] / 1e6, ",.1f"),
         "learning rate": cells_of(rows["learning_rate"], "g"),
-        "tuning": rows["tuning"],
         "reliability": cells_of(rows["reliability"], ".2f"),
         "id": rows["group"].str.rpartition("-")[2] if some_differ else None,
     }

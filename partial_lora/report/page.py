@@ -197,7 +197,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "matrix": classes if classes and len(classes.names) <= MOST else None,
         "section": section,
         "figures": [(*figure, _uri(curves))] if curves.is_file() else [],
-        "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
+        "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}.",
     }
     return _written(run.directory / PAGE, "run.html", content)
 

@@ -21,7 +21,6 @@ NONE = "–"  # for what does not apply
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows that share these compete for the best
-UNTUNED = "untuned"  # unless an earlier record says that its learning rate came out of a file of rates
 _ROWS_COLUMNS = "rows_columns"  # the granularity of masks that a method's name leaves out
 
 
@@ -81,7 +80,6 @@ def _row(result: Mapping) -> dict:
         "evaluate_seconds": number(seconds["evaluate"]),
         "seconds": sum(seconds.values()),
         "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
-        "tuning": result.get("tuning", UNTUNED),
         "conditions": identity.short_digest(conditions(result)),
         "preset": result.get("preset") or NONE,
         # What computed it: the commit of a checkout, else the version of the installed package.
