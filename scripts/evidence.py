@@ -157,10 +157,8 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
             method, name, places = NAMED[row.form]
             ink, marker = look_of(method, colours)
             axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-            if across:
-                place = NEAR[method]
-            else:
-                place = places[row.task] if isinstance(places, dict) else places
+            places = NEAR[method] if across else places
+            place = places[row.task] if isinstance(places, dict) else places
             label(axes, name, at, place, ink)
         mark(axes, at, marker, ink, row.lead_seeds, colours)
     axes.axhline(0, color=colours["grey"], linewidth=1)
