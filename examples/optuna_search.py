@@ -25,7 +25,7 @@ trials = int(os.environ.get("TRIALS", "4"))
 
 
 def validated(rate: float, rank: int) -> float | None:
-    """Train, and return the primary metric on validation; None where the run failed. A finished run is not run again."""
+    """Train, unless that is done, and return the primary metric on validation; None where the run failed."""
     settings = [f"model={model}", "task=digits", "calibration=fixed", "trainer.max_steps=60", f"results_dir={out}"]
     chosen = [f"trainer.learning_rate={rate}", f"method.rank={rank}"]
     command = [sys.executable, "-m", "partial_lora", "train", *settings, *chosen, *sys.argv[1:]]

@@ -32,7 +32,7 @@ from partial_lora.settings.arguments import (
 )
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.resolving import resolve
-from partial_lora.settings.schema import GROUPS, Config, conf_dir
+from partial_lora.settings.schema import GROUPS, Config, conf_dir, defaults
 
 USAGE_ERROR = 2
 
@@ -189,6 +189,8 @@ def compose(
             _show(arguments)
             return 0
         planned = plan(arguments)
+    for line in _set_twice(arguments):
+        print(f"partial-lora: beware: {line}", file=sys.stderr)
     refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
     if sweep is not None:
         refused += [_unfit(config, planned.launcher) for _, config in planned.runs]
@@ -210,6 +212,17 @@ def compose(
         if code > USAGE_ERROR:
             break
     return code
+
+
+def _set_twice(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield a line about each key that the command line sets to two values: as in Hydra, the last one counts."""
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and not is_file(argument):
+            if values.get(key, value) != value:
+                yield f"{key}={values[key]} has no effect, since {key}={value} comes after it"
+            values[key] = value
 
 
 def _print_help(arguments: Sequence[str]) -> None:
@@ -319,7 +332,7 @@ _EXPECTED = {"Float": TYPES[float], "Integer": TYPES[int], None: TYPES[bool]}
 
 def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
-    from omegaconf.errors import ConfigKeyError
+    from omegaconf.errors import ConfigKeyError, GrammarParseError, InterpolationResolutionError
 
     overrides = parse(arguments).overrides
     files = [argument for argument in overrides if is_file(argument)]
@@ -329,12 +342,20 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
         return no_such_key(lines[0].split("'")[1])
+    if absent := re.match(r"Could not delete from config\. '(.*)' does not exist", lines[0]):
+        key = absent[1]
+        return f"~{key}: no file sets it; expected {key}=VALUE" if key in defaults() else no_such_key(key)
     if cause := _of_key(error):
         key = cause.full_key
         place = f"{files[0]}: " if f"In '{OWN}'" in lines[0] else ""
         if isinstance(cause, ConfigKeyError):
             return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        if isinstance(cause, GrammarParseError):
+            return f"{place}{key}: {_written(key, overrides)}: expected ${{KEY}} or ${{oc.env:NAME}}, with both braces"
+        if isinstance(cause, InterpolationResolutionError):
+            missing = f"{_written(key, overrides)} refers to what is not there ({reason.rpartition(': ')[2]})"
+            return f"{place}{key}: {missing}; `partial-lora train --cfg job` lists the keys there are"
         if mistyped := _MISTYPED.match(reason):
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
         is_null = "is not Optional" in reason or reason.startswith("Incompatible value 'None'")
@@ -356,6 +377,12 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
                 several = "--cfg shows one run" if {"-m", "--multirun"} & {*arguments} else "for a run of each add -m"
                 return f"{argument}: several values; {several}; one text is {as_text(argument)}"
     return " ".join(lines)
+
+
+def _written(key: str, overrides: Sequence[str]) -> str:
+    """Return the value of a key as it was written; of one that a file sets, a word for it."""
+    written = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    return written.get(key, "its value")
 
 
 def _misread(argument: str) -> str | None:

@@ -61,6 +61,8 @@ class Config:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
             unused, beside = ("threshold", "budget", "kept", "repair"), "beside calibration.file"
+        elif budget is not None:
+            unused, beside = ("threshold",), f"beside calibration.budget={budget:g}, which chooses it"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")

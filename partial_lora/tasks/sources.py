@@ -242,6 +242,9 @@ def _delimited(
         header = next(lines, "")
     if separator not in header:
         separator = max((separator, *_OTHER_SEPARATORS), key=header.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"its header has the column {twice} twice; rename one of them")
     _check_quotes(file, encoding, separator)
     # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
     frame = pd.read_csv(
@@ -289,6 +292,10 @@ def _encoding(file: Path) -> str:
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    if b"\0" in content:
+        raise ValueError(
+            "it holds NUL bytes, as UTF-16 without a byte order mark does; `iconv -f UTF-16LE -t UTF-8` converts that"
+        )
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -310,10 +317,10 @@ def _is_row(frame: pd.DataFrame) -> bool:
 def _objects(file: Path) -> pa.Table:
     """Read a json file that is one list of objects, or a file with one object a line."""
     # Not by datasets' json builder: texts that look like dates become dates, and it accepts columns of mixed types.
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding=_encoding(file))
 
     def parse(part: str) -> object:
-        return json.loads(part, parse_constant=lambda _: None)  # NaN is no value
+        return json.loads(part, parse_constant=lambda _: None, object_pairs_hook=_object)  # NaN is no value
 
     if text.lstrip().startswith("["):
         rows = parse(text)
@@ -322,8 +329,10 @@ def _objects(file: Path) -> pa.Table:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [parse(line)] if line.strip() else []
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is no JSON object") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object with named columns")
     columns = {}
@@ -333,6 +342,13 @@ def _objects(file: Path) -> pa.Table:
         except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"column {name} has values of several types, or numbers of more than 64 bits") from error
     return pa.table(columns)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"an object has the name {twice} twice")
+    return dict(pairs)
 
 
 # --- Labels of a csv file, where everything is a text. Types inferred by pandas or pyarrow will not do: to them 007 and
@@ -594,6 +610,36 @@ def encode_labels(splits: dict[str, Dataset], name: str, regression: bool | None
             "images, one sub-folder a class)"
         )
     return {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
+
+
+_AS_MISSING = {"nan", "none", "null", "na", "n/a", "#n/a"}  # what tables hold in place of a value
+
+
+def label_warnings(labels: Sequence[str], config: TaskConfig) -> list[str]:
+    """Return a line about classes that may be one, about one that may be none, and about numbers that are no classes.
+
+    labels: the names of the classes; none for real numbers.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in labels:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    warnings = [
+        f"task={config.name}: classes that differ in case or spaces alone: {shortlist(list(map(repr, names)))}; each "
+        "is learned as a class of its own"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if missing := [name for name in labels if name.strip().casefold() in _AS_MISSING]:
+        warnings.append(
+            f"task={config.name}: {shortlist(list(map(repr, missing)))} is learned as a class; leave out rows "
+            "without a label"
+        )
+    if not labels and config.data_files and config.regression is None and kind_of(config).has_head:
+        warnings.append(
+            f"task={config.name}: its labels are numbers, some with fractions, so that numbers are learned, and no "
+            "classes; task.regression=false makes classes of them, true ends this warning"
+        )
+    return warnings
 
 
 def label_name(label: Label) -> str:
