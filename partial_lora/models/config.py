@@ -139,8 +139,11 @@ class ModelConfig:
 
 def check_place(key: str, place: str | None) -> None:
     """Refuse a folder of weights that is not there: it can be no repository of the hub by its name."""
-    is_path = place is not None and (place.startswith((".", "/", "~")) or place.partition("@")[0].count("/") > 1)
-    require(not is_path or Path(place).is_dir(), key, place, "a folder with a config.json and weights; none is there")
+    if place is None or Path(place).is_dir():
+        return
+    is_path = place.startswith((".", "/", "~")) or place.partition("@")[0].count("/") > 1
+    is_file = place != "random" and Path(place).exists()
+    require(not (is_path or is_file), key, place, "a folder with a config.json and weights; none is there")
 
 
 def value_in(config: Any, key: str) -> Any:

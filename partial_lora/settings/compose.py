@@ -344,17 +344,19 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
         return no_such_key(lines[0].split("'")[1])
     if absent := re.match(r"Could not delete from config\. '(.*)' does not exist", lines[0]):
         key = absent[1]
-        return f"~{key}: no file sets it; expected {key}=VALUE" if key in defaults() else no_such_key(key)
+        return _undeletable(key) if key in defaults() else no_such_key(key)
     if cause := _of_key(error):
         key = cause.full_key
         place = f"{files[0]}: " if f"In '{OWN}'" in lines[0] else ""
         if isinstance(cause, ConfigKeyError):
             return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        if "does not support deletion" in reason:
+            return _undeletable(key)
         if isinstance(cause, GrammarParseError):
             return f"{place}{key}: {_written(key, overrides)}: expected ${{KEY}} or ${{oc.env:NAME}}, with both braces"
         if isinstance(cause, InterpolationResolutionError):
-            missing = f"{_written(key, overrides)} refers to what is not there ({reason.rpartition(': ')[2]})"
+            missing = f"{_written(key, overrides)} cannot be resolved ({reason.rpartition(': ')[2]})"
             return f"{place}{key}: {missing}; `partial-lora train --cfg job` lists the keys there are"
         if mistyped := _MISTYPED.match(reason):
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
@@ -377,6 +379,10 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
                 several = "--cfg shows one run" if {"-m", "--multirun"} & {*arguments} else "for a run of each add -m"
                 return f"{argument}: several values; {several}; one text is {as_text(argument)}"
     return " ".join(lines)
+
+
+def _undeletable(key: str) -> str:
+    return f"~{key}: a key cannot be taken away; expected {key}=VALUE"
 
 
 def _written(key: str, overrides: Sequence[str]) -> str:

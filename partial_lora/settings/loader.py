@@ -125,7 +125,7 @@ class Loader(ConfigLoaderImpl):
 class _Own(CachingConfigRepository):
     """The package's own files and Hydra's, each read once."""
 
-    def __init__(self, files: CachingConfigRepository) -> None:
+    def __init__(self, files: object) -> None:
         self.delegate, self.cache = files, _READ
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -220,8 +221,10 @@ def _read_table(
         if suffix in (".json", ".jsonl"):
             return Dataset(_objects(file), split=NamedSplit(split))
         if suffix in (".parquet", ".pq"):
-            if not pq.read_metadata(file).num_rows:  # of which datasets says nothing that helps
+            metadata = pq.read_metadata(file)
+            if not metadata.num_rows:  # of which datasets says nothing that helps
                 raise PartialLoraError(f"{key}={file}: the file has no rows")
+            _refuse_twice(metadata.schema.to_arrow_schema().names)
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
     except (DatasetGenerationError, ValueError, OSError, RecursionError, pa.ArrowException) as error:
         generated = isinstance(error, DatasetGenerationError)
@@ -242,9 +245,7 @@ def _delimited(
         header = next(lines, "")
     if separator not in header:
         separator = max((separator, *_OTHER_SEPARATORS), key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"its header has the column {twice} twice; rename one of them")
+    _refuse_twice([name.strip() for name in next(csv.reader([header], delimiter=separator), [])])
     _check_quotes(file, encoding, separator)
     # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
     frame = pd.read_csv(
@@ -290,11 +291,12 @@ def _check_quotes(file: Path, encoding: str, separator: str) -> None:
 def _encoding(file: Path) -> str:
     """Return the encoding of a file of text: UTF-8, or what its first bytes say; raises ValueError for any other."""
     content = file.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_wide and not content.startswith(codecs.BOM_UTF32_LE):
         return "utf-16"
     if b"\0" in content:
         raise ValueError(
-            "it holds NUL bytes, as UTF-16 without a byte order mark does; `iconv -f UTF-16LE -t UTF-8` converts that"
+            "it is no text, or UTF-32, or UTF-16 without a byte order mark, which `iconv -f UTF-16LE -t UTF-8` converts"
         )
     try:
         content.decode("utf-8")
@@ -345,10 +347,14 @@ def _objects(file: Path) -> pa.Table:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"an object has the name {twice} twice")
+    _refuse_twice([name for name, _ in pairs])
     return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    """Raise ValueError for two columns of one name, of which a reader would rename or drop one without a word."""
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"it has the column {twice} twice; rename one of them")
 
 
 # --- Labels of a csv file, where everything is a text. Types inferred by pandas or pyarrow will not do: to them 007 and
@@ -622,10 +628,11 @@ def label_warnings(labels: Sequence[str], config: TaskConfig) -> list[str]:
     """
     alike: dict[str, list[str]] = {}
     for name in labels:
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
+        seen = (char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+        alike.setdefault("".join("".join(seen).casefold().split()), []).append(name)
     warnings = [
-        f"task={config.name}: classes that differ in case or spaces alone: {shortlist(list(map(repr, names)))}; each "
-        "is learned as a class of its own"
+        f"task={config.name}: classes that look alike, but for case or spaces: {shortlist(list(map(ascii, names)))}; "
+        "each is learned as a class of its own"
         for names in alike.values()
         if len(names) > 1
     ]

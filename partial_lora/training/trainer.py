@@ -543,16 +543,23 @@ def data_workers(requested: int | None, device: str, processes: int) -> int:
 
 
 def check_arguments(config: TrainerConfig, world: World) -> None:
-    """Raise PartialLoraError for `trainer.args` that transformers refuses in combination."""
+    """Raise PartialLoraError for `trainer.args` that transformers refuses in combination, or lacks a package for."""
+    if not config.args:
+        return
+    precision = mixed_precision(config.mixed_precision, world.device)
     try:
-        TrainingArguments(
+        arguments = TrainingArguments(
             output_dir="",
             use_cpu=world.device == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
             report_to=[],
             dataloader_num_workers=_data_workers_of(config, world),
             **({"optim": config.optimizer} if config.optimizer else {}),
-            **(config.args or {}),
+            **config.args,
         )
+        if config.strategy == "ddp":  # a Trainer of anything else changes how all later ones share a model out
+            Trainer(model=nn.Linear(1, 1), args=arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise PartialLoraError(
             f"trainer.args={config.args}: expected what transformers takes together: {one_line(error)}"

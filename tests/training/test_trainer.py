@@ -173,8 +173,9 @@ def test_a_name_that_is_none_and_an_argument_that_a_run_sets_are_refused(setting
 def test_arguments_that_transformers_refuses_together_are_found_before_anything_is_computed() -> None:
     world = join("cpu")
     check_arguments(TrainerConfig(args={"dataloader_prefetch_factor": 2}, num_workers=1), world)
-    with refusal("trainer.args=", "dataloader_prefetch_factor"):
-        check_arguments(TrainerConfig(args={"dataloader_prefetch_factor": 2}), world)
+    for name, value in (("dataloader_prefetch_factor", 2), ("torch_compile_backend", "nothing")):
+        with refusal("trainer.args=", name, "expected"):
+            check_arguments(TrainerConfig(args={name: value}), world)
 
 
 def test_every_argument_that_a_run_sets_is_refused(tmp_path: Path, monkeypatch) -> None:
