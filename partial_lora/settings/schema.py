@@ -97,6 +97,10 @@ class Config:
             self._check_budgeted()
         packs = self.trainer.packing and self.model.family != "causal"
         require(not packs, "trainer.packing", True, "false unless model.family=causal")
+        noise = (self.trainer.args or {}).get("neftune_noise_alpha")
+        expected = "null for a model of images: the noise is added to the embeddings of tokens"
+        fits = noise is None or self.model.modality == "text"
+        require(fits, "trainer.args.neftune_noise_alpha", noise, expected)
         self._check_rates()
 
     def _check_budgeted(self) -> None:

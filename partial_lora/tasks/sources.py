@@ -126,6 +126,8 @@ def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> 
 
     Raises PartialLoraError, within seconds where the hub cannot be reached, and names tasks that need no hub.
     """
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise PartialLoraError(f"task.path={path}: expected a folder laid out as on the hub; none is there")
     *owner, repository = path.split("/")
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
     try:
@@ -618,6 +620,7 @@ def encode_labels(splits: dict[str, Dataset], name: str, regression: bool | None
     return {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
 
 
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _AS_MISSING = {"nan", "none", "null", "na", "n/a", "#n/a"}  # what tables hold in place of a value
 
 
@@ -640,6 +643,11 @@ def label_warnings(labels: Sequence[str], config: TaskConfig) -> list[str]:
         warnings.append(
             f"task={config.name}: {shortlist(list(map(repr, missing)))} is learned as a class; leave out rows "
             "without a label"
+        )
+    if labels and all(map(_DECIMAL_COMMA.fullmatch, labels)):
+        warnings.append(
+            f"task={config.name}: its labels, such as {labels[0]}, are numbers with a comma, and are learned as "
+            "classes; with points they are numbers"
         )
     if not labels and config.data_files and config.regression is None and kind_of(config).has_head:
         warnings.append(

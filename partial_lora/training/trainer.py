@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import is_liger_kernel_available
 
 from partial_lora import worker_events
 from partial_lora.adapter.factor import whole
@@ -548,18 +550,21 @@ def check_arguments(config: TrainerConfig, world: World) -> None:
         return
     precision = mixed_precision(config.mixed_precision, world.device)
     try:
-        arguments = TrainingArguments(
-            output_dir="",
-            use_cpu=world.device == "cpu",
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            report_to=[],
-            dataloader_num_workers=_data_workers_of(config, world),
-            **({"optim": config.optimizer} if config.optimizer else {}),
-            **config.args,
-        )
-        if config.strategy == "ddp":  # a Trainer of anything else changes how all later ones share a model out
-            Trainer(model=nn.Linear(1, 1), args=arguments)
+        with tempfile.TemporaryDirectory() as folder:  # which a Trainer makes
+            arguments = TrainingArguments(
+                output_dir=folder,
+                use_cpu=world.device == "cpu",
+                bf16=precision == "bf16",
+                fp16=precision == "fp16",
+                report_to=[],
+                dataloader_num_workers=_data_workers_of(config, world),
+                **({"optim": config.optimizer} if config.optimizer else {}),
+                **config.args,
+            )
+            if arguments.use_liger_kernel and not is_liger_kernel_available():
+                raise ImportError("use_liger_kernel needs `pip install liger-kernel`")
+            if config.strategy == "ddp":  # a Trainer of anything else changes how all later ones share a model out
+                Trainer(model=nn.Linear(1, 1), args=arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise PartialLoraError(
             f"trainer.args={config.args}: expected what transformers takes together: {one_line(error)}"

@@ -82,7 +82,8 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
             ["trainer.schedule=linear", "trainer.args={lr_scheduler_kwargs: {least: 1}}"],
             ["trainer.schedule=linear", "least"],
         ),
-        (["trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
+        (["trainer.args={neftune_noise_alpha: 5}"], ["trainer.args.neftune_noise_alpha=5"]),  # images have no tokens
+        ([*CAUSAL, "trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
         (["++model.model_args.sizes=[1,{most: -inf}]"], ["model.model_args.sizes.most=-inf"]),
         (
             ["method=peft", "method.peft_type=LORA", "method.peft={lora_alpha: inf}"],

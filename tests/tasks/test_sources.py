@@ -405,6 +405,7 @@ def test_a_label_of_a_csv_file_is_a_number_where_that_loses_nothing(
         (["New York", "new  york", "NewYork"], {}, ["'New York', 'NewYork', 'new  york'"]),
         (["caf\u00e9", "cafe\u0301", "x", "x\u200b"], {}, ["'cafe\\u0301', 'caf\\xe9'", "'x', 'x\\u200b'"]),
         (["NaN", "fine"], {}, ["'NaN'"]),
+        (['"0,5"', '"1,5"'], {}, ["0,5"]),
         (["0.5", "1.5"], {}, ["task.regression=false"]),
         (["0.5", "1.5"], {"regression": True}, []),
         (["0.5", "1.5"], {"regression": False}, []),
