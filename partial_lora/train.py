@@ -23,7 +23,7 @@ from partial_lora.budget import dense_parameters
 from partial_lora.building import build, memory
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.errors import shortlist
-from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
 from partial_lora.methods import tuners
@@ -61,7 +61,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
-    config = memory.within(config)
+    config = at_commits(memory.within(config), record.get("commits") or {})  # an attempt goes on over the same models
     method = build.method_of(config.method)
     sharded = fsdp.ask(config.trainer.strategy)
     world = join(config.trainer.device)

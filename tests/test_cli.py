@@ -341,6 +341,18 @@ def test_a_command_leaves_its_blocks_when_it_is_terminated_and_says_so_when_its_
     assert cli.guarded(unread) == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize("arguments", [["runs", "--help"], ["-sc", "query=fish"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_an_output_on_a_full_disk_is_one_line(monkeypatch, capsys, arguments) -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # which it says once more as it is closed
+        monkeypatch.setattr(sys, "stdout", full)
+        code = cli.main(arguments)
+        monkeypatch.undo()
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("partial-lora: ")
+
+
 def test_a_weight_of_merge_is_a_finite_number(capsys) -> None:
     for weight in ("nan", "inf", "much"):
         assert cli.main(["merge", "one", "other", "--weights", weight, "1", "--out", "merged"]) == 2

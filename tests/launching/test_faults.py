@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas
 import pytest
 from commands import begun, here, until
+from refusals import refusal
 
 from partial_lora import train as train_module
-from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
 from partial_lora.finished.run import finished_run
 from partial_lora.launching import directory as results
@@ -217,16 +217,25 @@ def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_pat
     ends_as(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "predictions.parquet", "calibration.json"])
-def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path, tmp_path: Path, file: str) -> None:
+def flipped(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], flipped], ids=["cut", "flipped"])
+@pytest.mark.parametrize(
+    "file",
+    [f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "partial_lora.json")]
+    + ["predictions.parquet", "calibration.json"],
+)
+def test_a_finished_run_with_a_damaged_file_is_not_finished(unbroken: Path, tmp_path: Path, file: str, damage) -> None:
     run = tmp_path / "seed0"
     shutil.copytree(run_of(unbroken), run)
     assert results.is_finished(run)
-    size = (run / file).stat().st_size
-    os.truncate(run / file, size // 2)
+    (run / file).write_bytes(damage((run / file).read_bytes()))
     assert not results.is_finished(run)
-    with pytest.raises(PartialLoraError, match=rf"seed0: {file} .*{size // 2} .*{size}"):
+    with refusal(f"{run}: ", file, "overwrite=true"):
         finished_run(run)
     note, of_weights = results.prepare(run, overwrite=False)
-    assert note.startswith(f"{run}: {file} ")
+    assert note.startswith(f"{run}: ")
+    assert file in note
     assert results.ASIDE in of_weights
