@@ -28,7 +28,7 @@ from partial_lora.launching import directory as results
 from partial_lora.training import trainer
 
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
-TINY += ("task.train_samples=100", "task.test_samples=60")
+TINY += ("task.train_samples=100", "task.test_samples=60", "calibration.search=scan")  # many steps to be killed in
 SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")
 
 
