@@ -331,30 +331,30 @@ def compare(arguments: Sequence[str]) -> int:
     from partial_lora.compare.options import check, of_one, of_study, read
 
     parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    comparison = of_one([chosen for chosen, _ in parts])
+    options = of_one([chosen for chosen, _ in parts])
     for part in parts:
         check(*part)
     with _libraries():
-        from partial_lora.compare.comparison import Contest
+        from partial_lora.compare.comparison import Comparison
     from rich.console import Console
 
     say = functools.partial(print, flush=True)
-    contest = Contest.of(comparison, parts)
-    contest.measure(say)
+    comparison = Comparison.of(options, parts)
+    comparison.measure(say)
     with Bars(Console()) as bars:
-        code = contest.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
+        code = comparison.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
-    for line in contest.refused:
+    for line in comparison.remarks:
         print(f"partial-lora: {line}", file=sys.stderr)
-    ruling = contest.rule(shlex.join(["partial-lora", "compare", *arguments]))
-    if ruling is None:
+    conclusion = comparison.conclude(shlex.join(["partial-lora", "compare", *arguments]))
+    if conclusion is None:
         return 1
-    Console().print(ruling.table)
-    for sentences, take in ruling.verdicts:
+    Console().print(conclusion.table)
+    for sentences, take in conclusion.verdicts:
         print(*sentences, take, sep="\n")
-    print(ruling.page)
+    print(conclusion.page)
     return code
 
 

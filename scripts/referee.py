@@ -221,12 +221,12 @@ def drawn(
     return {str(method): dict(enumerate(own)) for method, own in enumerate(scores)}
 
 
-def is_false(judged: sequential.Referee, truth: Sequence[float], margin: float) -> bool:
+def is_false(judged: sequential.Decisions, truth: Sequence[float], margin: float) -> bool:
     """Return whether a study says something that is not so."""
-    for name, standing in judged.standings.items():
-        behind = (truth[int(standing.against)] - truth[int(name)]) / 100
-        if (standing.verdict == sequential.WORSE and behind <= 0) or (
-            standing.verdict == sequential.AS_GOOD and behind > margin
+    for name, decision in judged.by_method.items():
+        behind = (truth[int(decision.against)] - truth[int(name)]) / 100
+        if (decision.verdict == sequential.WORSE and behind <= 0) or (
+            decision.verdict == sequential.AS_GOOD and behind > margin
         ):
             return True
     return False
@@ -243,12 +243,12 @@ def simulate(parts: dict[str, tuple[float, float, float, int]], repetitions: int
         for plan in PLANS.items()
     ):
         generator = np.random.default_rng(list(parts).index(task))  # the same studies for every plan
-        studies = [sequential.referee(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
+        studies = [sequential.decide(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
         settled = [
-            fmean(each.standings[name].verdict != sequential.OPEN for name in each.standings if name != each.leader)
+            fmean(each.by_method[name].verdict != sequential.OPEN for name in each.by_method if name != each.leader)
             for each in studies
         ]
-        seeds = [sum(standing.seeds for standing in each.standings.values()) / len(truth) for each in studies]
+        seeds = [sum(decision.seeds for decision in each.by_method.values()) / len(truth) for each in studies]
         row = {"truth": title, "seeds are": kind, "set": task, "plan": plan, "seeds a method": fmean(seeds)}
         false = fmean(is_false(each, truth, MARGIN) for each in studies)
         rows.append(row | {"false studies": false, "decided": fmean(settled)})

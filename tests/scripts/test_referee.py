@@ -38,9 +38,9 @@ def test_forms_of_the_one_protocol_are_searches_of_their_own(tmp_path, monkeypat
 
 
 def test_a_study_is_false_that_calls_an_equal_method_worse_or_a_distant_one_as_good() -> None:
-    def judged(verdict: str) -> sequential.Referee:
-        standings = {"0": sequential.Standing("leads", "0"), "1": sequential.Standing(verdict, "0")}
-        return sequential.Referee("0", standings, {})
+    def judged(verdict: str) -> sequential.Decisions:
+        decisions = {"0": sequential.Decision("leads", "0"), "1": sequential.Decision(verdict, "0")}
+        return sequential.Decisions("0", decisions, {})
 
     assert referee.is_false(judged(sequential.WORSE), (0, 0), 0.01)
     assert not referee.is_false(judged(sequential.WORSE), (0, -1), 0.01)
