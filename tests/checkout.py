@@ -1,4 +1,4 @@
-"""The committed results alone: what runs, reports and comparisons have left in a checkout since is no test's business."""
+"""The committed results alone: what runs, reports and comparisons have left in a checkout is no test's business."""
 
 from __future__ import annotations
 
