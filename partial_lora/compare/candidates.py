@@ -16,8 +16,8 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.compare.halving import Search, Trial, full, quick, steps_of, worth
-from partial_lora.compare.options import CANDIDATES, EVERY, FULL, LIMITS, TAKEN, Options
+from partial_lora.compare.halving import SURVIVORS, Trial, steps_of, worth
+from partial_lora.compare.options import CANDIDATES, EVERY, LIMITS, Options
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped
 from partial_lora.launching import directory, pool
@@ -108,11 +108,29 @@ class Candidate:
 _START, _VALIDATION = 5.0, 0.1  # seconds in which a run starts; time of validations, as a share of that of steps
 
 
+@dataclass(frozen=True)
+class Half:
+    """What a method came to after half a run. loss: on validation; last: that of the last that went on by its place."""
+
+    rate: float
+    loss: float
+    place: int
+    methods: int
+    last: float
+
+    @property
+    def reason(self) -> str:
+        """Why it went no further."""
+        stood = f"after half a run at {self.rate:g} it had a validation loss of {self.loss:.4g}, place {self.place}"
+        return f"dropped: {stood} of {self.methods}; place {SURVIVORS} had {self.last:.4g}"
+
+
 @dataclass(eq=False)
 class Progress:
     """What has become of a candidate so far; `comparison` alone changes it.
 
-    best: the learning rate, once it is found. failed: why it could not be trained. killed: learning rates that were not
+    best: the learning rate, once it is found. failed: why it could not be trained. dropped: what it came to after half
+    a run, if it went no further. killed: learning rates that were not
     tried, as their run was killed. records: of finished runs, by directory. made: rates and seeds of the runs that this
     comparison has made: where finished runs are overwritten, these are not.
     """
@@ -120,6 +138,7 @@ class Progress:
     candidate: Candidate
     best: float | None = None
     failed: str | None = None
+    dropped: Half | None = None
     killed: list[float] = field(default_factory=list)
     records: dict[Path, dict] = field(default_factory=dict)
     made: set[tuple[float, int]] = field(default_factory=set)
@@ -131,7 +150,7 @@ class Progress:
     @property
     def refused(self) -> str | None:
         """Why it is not among those that are compared, or is no more."""
-        return self.candidate.unfit or self.failed
+        return self.candidate.unfit or self.failed or (self.dropped and self.dropped.reason)
 
     @property
     def seconds(self) -> float:
@@ -227,7 +246,7 @@ def _sized(candidate: Candidate, config: Config, trained: int, tested: int) -> C
 def prepared(options: Options, overrides: Sequence[str]) -> tuple[list[Candidate], list[str]]:
     """Return the candidates of a comparison, each at its size, and a line on each method that is left out.
 
-    `methods=auto` takes the first candidates that have such a size, and the reference.
+    `methods=auto` takes all candidates that have such a size.
     """
     is_auto = options.methods == [EVERY]
     methods, lines = list(CANDIDATES) if is_auto else options.methods, []
@@ -240,12 +259,9 @@ def prepared(options: Options, overrides: Sequence[str]) -> tuple[list[Candidate
     if options.limit:
         chosen = fitting(chosen, options.limit)
     if is_auto:
-        fit = list(dict.fromkeys(candidate.method for candidate in chosen if candidate.unfit is None))
+        fit = {candidate.method for candidate in chosen if candidate.unfit is None}
         lines += [f"{each.name}: left out, {each.unfit}" for each in chosen if each.method not in fit]
-        taken = [method for place, method in enumerate(fit) if place < TAKEN or method == options.reference]
-        if later := ", ".join(method for method in fit if method not in taken):
-            lines.append(f"{later}: left out, behind the others in the records (results/race); methods=[…] takes them")
-        chosen = [candidate for candidate in chosen if candidate.method in taken]
+        chosen = [candidate for candidate in chosen if candidate.method in fit]
     return chosen, lines
 
 
@@ -366,19 +382,14 @@ def jobs_at_once(candidates: Iterable[Candidate]) -> int:
     return max(1, min(cpu_count(), room))
 
 
-def search_of(candidate: Candidate, options: Options) -> Search:
-    """Return the search for a candidate's learning rate, which goes on where an earlier one has come to."""
-    earlier = [] if candidate.overwrite else known_rates(candidate, options.until)
-    if options.search == FULL:
-        return full(candidate.centre, options.rates, options.seeds, earlier)
-    return quick(candidate.centre, options.rates, earlier)
-
-
 def known_rates(candidate: Candidate, until: float) -> list[float]:
     """Return the learning rates at which runs of a candidate's first seed are recorded, up to a share of their steps.
 
-    Those of runs that were killed are among them, to be tried again; a rate that made its run fail is not.
+    Those of runs that were killed are among them, to be tried again; a rate that made its run fail is not. Where
+    finished runs are made again there are none.
     """
+    if candidate.overwrite:
+        return []
     records = (recorded(place) for place in at_other_rates(candidate.usual))
     tried = (record for record in records if worth(record, until) is not None or was_killed(record))
     return sorted({record["config"]["trainer"]["learning_rate"] for record in tried} - {AUTO})

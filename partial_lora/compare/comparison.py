@@ -9,32 +9,41 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Group
+from rich.styled import Styled
 
-from partial_lora.compare import take, verdict
+from partial_lora.compare import halving, take, verdict
 from partial_lora.compare.candidates import (
+    Half,
     Progress,
     is_made,
     jobs_at_once,
+    known_rates,
     limit_text,
     prepared,
     refuse_twins,
-    search_of,
     timed,
     was_killed,
 )
-from partial_lora.compare.halving import Trial, worth
+from partial_lora.compare.halving import FINALISTS, HALF, SURVIVORS, Asked, Search, Trial, full, worth
 from partial_lora.compare.options import FULL, QUICK, Options
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, pool
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.packs import recorded
-from partial_lora.report import ranking, records
+from partial_lora.report import ranking, records, tables
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
 Run = tuple[Progress, Trial]
 Make = Callable[[Sequence[Run]], int]  # makes runs, returns an exit code
+
+
+class StoppedError(Exception):
+    """Runs were asked to stop. code: the exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 @dataclass
@@ -113,7 +122,8 @@ class Comparison:
         if any(override.startswith("hydra/launcher=") for override in settings):
             make = partial(by_sweeps, sweep=sweep)
         else:
-            least = len(self.alive) * self.options.runs_of_a_method(self.options.seeds or 2)
+            groups = grouped(self.alive, lambda one: one.candidate.group).values()
+            least = sum(self.options.runs_of(len(group), self.options.seeds or 2) for group in groups)
             make = partial(self._side_by_side, least=least, watch=watch, note=note)
         code = self.decide(make, say)
         if code < 2 and self.reached:
@@ -127,9 +137,10 @@ class Comparison:
         run was killed, so that its learning rate was not tried.
         """
         began = time.monotonic()
-        code = self.search(make, say)
-        if code > 2:
-            return code
+        try:
+            self.search(make, say)
+        except StoppedError as stopped:
+            return stopped.code
         for group in self.groups.values():
             while group:
                 seeds, sentences = self.next_look(group)
@@ -144,39 +155,78 @@ class Comparison:
                 if hours and max(seeds.values()) > 2 and needed > 3600 * hours:
                     say(f"hours={hours:g} are over: {len(new)} runs more would take {verdict.in_time(left)}")
                     break
-                code = self.make_missing(runs, make)
-                if code > 2:
-                    return code
+                if sentences:
+                    say(f"{len(new)} runs more: {verdict.in_time(left)}")
+                try:
+                    self.make_missing(runs, make)
+                except StoppedError as stopped:
+                    return stopped.code
                 for one in {one for one, trial in new if one.of_seed(trial.seed) is None}:
                     one.failed, one.best = f"a seed failed at its best learning rate, {one.best:g}", None
                     group.remove(one)
         return 1 if any(one.killed for one in self.progress) else 0
 
-    def search(self, make: Make, say: Say) -> int:
-        """Find the learning rate of every candidate that is not refused, side by side; return the exit code."""
-        searches = {one: search_of(one.candidate, self.options) for one in self.alive}
+    def search(self, make: Make, say: Say) -> None:
+        """Find the learning rate of every candidate that is not refused, all of them side by side.
+
+        A quick search of more methods than three is a race: it drops those that are behind after half a run.
+        """
+        rates, seeds, until = self.options.rates, self.options.seeds, self.options.until
+        starts = [(one, one.candidate.centre, known_rates(one.candidate, until)) for one in self.alive]
+        if self.options.search == FULL:
+            found = self._ask({one: full(centre, rates, seeds, known) for one, centre, known in starts}, make)
+        else:
+            early = self._ask({one: halving.early(centre, rates, known) for one, centre, known in starts}, make)
+            self._race({one: by_loss[0] for one, by_loss in early.items() if by_loss}, make)
+            left = {one: by_loss[:FINALISTS] for one, by_loss in early.items() if by_loss and one.dropped is None}
+            finals = self._ask({one: halving.final(rates) for one, rates in left.items()}, make)
+            found = dict.fromkeys(early) | {one: by_score[0] for one, by_score in finals.items() if by_score}
+        for one, best in found.items():
+            one.best = best
+            say(f"{one.name}: " + (one.refused or f"learning rate {best:g}"))
+
+    def _ask(self, searches: Mapping[Progress, Search | Asked], make: Make) -> dict:
+        """Make the trials that searches ask for, and return what each ends with; with nothing it has failed."""
         trials = {one: next(search) for one, search in searches.items()}
+        found = {}
         while trials:
-            code = self.make_missing([(one, trial) for one, batch in trials.items() for trial in batch], make)
-            if code > 2:
-                return code
+            self.make_missing([(one, trial) for one, batch in trials.items() for trial in batch], make)
             for one, batch in list(trials.items()):
-                found = {trial: recorded(place) for trial, place in one.places(batch).items()}
-                one.killed += [trial.rate for trial, record in found.items() if was_killed(record)]
+                runs = {trial: recorded(place) for trial, place in one.places(batch).items()}
+                one.killed += [trial.rate for trial, record in runs.items() if was_killed(record)]
                 try:
-                    trials[one] = searches[one].send({trial: worth(found[trial], trial.until) for trial in batch})
+                    trials[one] = searches[one].send({trial: worth(runs[trial], trial.until) for trial in batch})
                     continue
                 except StopIteration as end:
-                    one.best = end.value
+                    found[one] = end.value
                 del trials[one]
-                if one.best is None:
-                    errors = [record["error"] for record in found.values() if record and record.get("error")]
+                if not found[one]:
+                    errors = [record["error"] for record in runs.values() if record and record.get("error")]
                     one.failed = errors[0] if errors else "no run of it finished"
-                say(f"{one.name}: " + (one.failed or f"learning rate {one.best:g}"))
-        return 0
+        return found
 
-    def make_missing(self, runs: Sequence[Run], make: Make) -> int:
-        """Make those of the runs that are not recorded, and keep the records of all; return the exit code."""
+    def _race(self, rates: Mapping[Progress, float], make: Make) -> None:
+        """Train the methods of each group for half a run at the best of their rates, and drop those that are behind.
+
+        Three go on, those of the least loss on validation, and all that its rows do not tell from the third of them. A
+        method whose run fails there has its other rate to try, and goes on.
+        """
+        groups = grouped(rates, lambda one: one.candidate.group).values()
+        raced = [group for group in groups if len(group) > SURVIVORS]
+        self.make_missing([(one, Trial(rates[one], 0, HALF)) for group in raced for one in group], make)
+        for group in raced:
+            places = {one: one.places([trial := Trial(rates[one], 0, HALF)])[trial] for one in group}
+            worths = {one: worth(recorded(place), HALF) for one, place in places.items()}
+            losses = sorted((-worth[1], place, one) for place, (one, worth) in enumerate(worths.items()) if worth)
+            if len(losses) <= SURVIVORS:
+                continue
+            last, _, third = losses[SURVIVORS - 1]
+            for place, (loss, _, one) in enumerate(losses[SURVIVORS:], SURVIVORS + 1):
+                if verdict.tells_apart(places[one], places[third]):
+                    one.dropped = Half(rates[one], loss, place, len(group), last)
+
+    def make_missing(self, runs: Sequence[Run], make: Make) -> None:
+        """Make those of the runs that are not recorded, and keep the records of all; raises StoppedError."""
         places = {
             (one, trial): place for one, trials in by_candidate(runs) for trial, place in one.places(trials).items()
         }
@@ -189,14 +239,13 @@ class Comparison:
         for one, trial in new:
             one.made.add(trial[:2])
         if code > 2:
-            return code
+            raise StoppedError(code)
         if held := [str(places[run]) for run in new if is_locked(places[run] / directory.LOCK)]:
             raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
         for (one, _), place in places.items():
             record = recorded(place)
             if worth(record) is not None:
                 one.records[place] = record
-        return code
 
     def _side_by_side(self, runs: Sequence[Run], least: float, watch: Watch, note: Say) -> int:
         """Make runs side by side; return the exit code. least: how many runs there will be, or more.
@@ -275,10 +324,12 @@ class Comparison:
                 folder, named = folder / title.replace(", ", "-"), f"{title}: "
             verdicts.append((sentences, take.write(best, folder)))
             lines += [f"{named}{sentences[0]}", *sentences[1:]]
+        dropped = verdict.dropped(self.progress)
         page = ranking.write_page(
-            numbers, out, reference=reference, command=command, refused=self.remarks, verdict=lines
+            numbers, out, reference=reference, command=command, refused=self.remarks, verdict=lines, dropped=dropped
         )
-        return Conclusion(ranking.on_screen(numbers, reference), verdicts, page)
+        greyed = [Styled(tables.drawn("dropped after half a run", dropped), "dim")] if len(dropped) else []
+        return Conclusion(Group(ranking.on_screen(numbers, reference), *greyed), verdicts, page)
 
 
 def by_candidate(runs: Sequence[Run]) -> list[tuple[Progress, list[Trial]]]:

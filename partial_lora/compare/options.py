@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from partial_lora.compare.halving import FINALISTS, QUARTER, runs_at_least
+from partial_lora.compare.halving import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
 from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
@@ -30,13 +30,11 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms, and how
-# many of them it takes.
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
     *("low_rank", "lori", "gralora", "partial", "lorafa"),
 )
-TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
 _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": {"": 1, "S": 1}}
 
@@ -95,11 +93,16 @@ class Options:
         """The share of its steps after which a search looks at a run."""
         return 1.0 if self.search == FULL else QUARTER
 
-    def runs_of_a_method(self, seeds: int) -> float:
-        """Return how many whole runs a method takes, search included, if so many seeds decide; more at edges."""
+    def runs_of(self, methods: int, seeds: int) -> float:
+        """Return how many whole runs so many methods take, searches included, if so many seeds decide.
+
+        They are more at edges, and where validation tells few methods apart.
+        """
         if self.search == FULL:
-            return runs_at_least(self.rates, seeds)
-        return self.rates * QUARTER + FINALISTS * (1 - QUARTER) + seeds - 1
+            return methods * runs_at_least(self.rates, seeds)
+        raced, left = (HALF - QUARTER, SURVIVORS) if methods > SURVIVORS else (0.0, methods)
+        to_the_end = FINALISTS * (1 - QUARTER) - raced + seeds - 1
+        return methods * (self.rates * QUARTER + raced) + left * to_the_end
 
 
 def _is_positive(value: object) -> bool:

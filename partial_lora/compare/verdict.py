@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,8 @@ import pandas as pd
 from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.compare.options import Options
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import grouped
+from partial_lora.launching import directory
 from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Decision, Decisions, Outputs, decide, shows
 from partial_lora.report.statistics import estimate, per_example
@@ -96,14 +98,47 @@ def beats(by_seed: Mapping[int, np.ndarray], guess: np.ndarray) -> bool:
     return estimate(d[None]).interval()[0] > 0
 
 
+def tells_apart(later: Path, earlier: Path) -> bool:
+    """Return whether validation tells two paused runs apart: the loss of the later one is more by more than chance.
+
+    By the losses of the same rows (95 %). Runs whose rows were not kept are told apart by their mean losses alone.
+    """
+    try:
+        tables = [predictions.read(place / directory.VALIDATION) for place in (later, earlier)]
+        d = predictions.losses_of(tables[0]) - predictions.losses_of(tables[1])
+    except (OSError, ValueError, LookupError):  # none, broken, or of other rows
+        return True
+    return estimate(d[None]).interval()[0] > 0
+
+
+def dropped(progress: Sequence[Progress]) -> pd.DataFrame:
+    """Return a row for each method that went no further than half a run."""
+    halves = [(one.name, one.dropped) for one in progress if one.dropped]
+    return pd.DataFrame(
+        [
+            {
+                "method": name,
+                "best rate": f"{half.rate:g}",
+                "validation loss": f"{half.loss:.4g}",
+                "place": f"{half.place} of {half.methods}",
+            }
+            for name, half in halves
+        ]
+    )
+
+
 def prospects(candidates: Sequence[Candidate], options: Options) -> list[str]:
     """Return lines on what a comparison takes, and what each of its looks would tell apart on those test rows."""
     looks = looks_of(options)
-    once = sum(candidate.seconds for candidate in candidates) / options.jobs
-    times = [in_time(once * options.runs_of_a_method(seeds)) for seeds in looks]
+    groups = grouped(candidates, lambda candidate: candidate.group).values()
+    means = [(len(group), fmean(candidate.seconds for candidate in group)) for group in groups]
+    times = [
+        in_time(sum(mean * options.runs_of(methods, seeds) for methods, mean in means) / options.jobs)
+        for seeds in looks
+    ]
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={options.jobs}, margin={options.margin:g}"]
-    methods = max(Counter(candidate.group for candidate in candidates).values())
+    methods = max(methods for methods, _ in means)
     metric = next((each.timed["metrics"]["test"]["primary"] for each in candidates if each.timed), None)
     if methods > 1 and metric in SHARES:
         rows = min(candidate.tested for candidate in candidates)

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import yaml
 from commands import here
@@ -23,7 +24,7 @@ from partial_lora.compare import candidates, comparison, halving, options
 from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.compare.comparison import Comparison
 from partial_lora.compare.options import Options
-from partial_lora.files import write_json
+from partial_lora.files import read_json, write_json
 from partial_lora.launching import directory, launch, pool
 from partial_lora.launching.paths import run_directory
 from partial_lora.settings import compose, schema
@@ -425,18 +426,56 @@ def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None
     assert candidates.prepared(Options(["oft"], serve=True), own)[0] == []
 
 
-def test_auto_takes_the_first_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
+def test_auto_takes_all_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    monkeypatch.setattr(candidates, "CANDIDATES", ("entries", "partial", "lori", "low_rank"))
-    monkeypatch.setattr(candidates, "TAKEN", 2)
+    monkeypatch.setattr(candidates, "CANDIDATES", ("entries", "partial", "low_rank"))
     every, lines = candidates.prepared(Options(["auto"]), own)
-    assert [entry.method for entry in every] == ["entries", "partial", "low_rank"]  # the last is the reference
-    assert lines[0].startswith("lori: ")
+    assert ([entry.method for entry in every], lines) == (["entries", "partial", "low_rank"], [])
     few = {"served": 1.1 * min(entry.served for entry in every)}  # no single entries, whose file is the dense adapter's
     found, lines = candidates.prepared(Options(["auto"], limit=few), own)
-    assert "entries" not in [entry.method for entry in found]
-    assert found[0].method == "low_rank"
-    assert any(line.startswith("entries, ") for line in lines)
+    assert [entry.method for entry in found] == ["low_rank"]
+    assert [line.partition(",")[0] for line in lines] == ["entries", "partial"]
+
+
+LOSSES = {"low_rank": 0.1, "partial": 0.2, "entries": 0.3, "uniform": 0.31, "random_weights": 0.9}  # after half a run
+
+
+@pytest.mark.usefixtures("composed_once")
+@pytest.mark.parametrize(("kept", "gone"), [(True, ["random_weights"]), (False, ["uniform", "random_weights"])])
+def test_a_race_lets_three_go_on_and_those_whose_rows_do_not_tell_them_from_the_third(
+    kept: bool, gone: list[str], tmp_path, rng
+) -> None:
+    """Without their rows, by means alone; what is recorded answers for a second look."""
+    noise, made = rng.normal(size=(len(LOSSES), 200)), []
+
+    def make(runs) -> int:
+        made.extend(runs)
+        for one, trial in runs:
+            loss = LOSSES[one.candidate.method]
+            config = config_of(one, trial)
+            leave_records([config], best=2e-3)
+            record = read_json(run_directory(config) / "result.json")
+            record["history"] = [{"step": step, "eval_loss": loss} for step in range(1, 1 + round(8 * trial.until))]
+            record |= {"training": {"steps": 8}} | ({"status": "paused"} if trial.until < 1 else {})
+            write_json(run_directory(config) / "result.json", record)
+            if kept:
+                losses = loss + noise[list(LOSSES).index(one.candidate.method)] / 4
+                told = pd.DataFrame({"label": 0, "prediction": 0, "loss": losses - losses.mean() + loss})
+                told.to_parquet(run_directory(config) / directory.VALIDATION)
+        return 0
+
+    own = candidates.candidates_of([*LOSSES], [0.3], (*GIVEN, "calibration=fixed", f"results_dir={tmp_path}"))
+    code, progress = comparing(own, make, margin=1)
+    dropped = [one.candidate.method for one in progress if one.dropped]
+    assert (code, dropped) == (0, gone)
+    assert all((one.best is None) == (one.candidate.method in gone) for one in progress)
+    assert not [one for one, trial in made if trial.until == 1 and one.candidate.method in gone]
+    assert {trial.until for _, trial in made} == {halving.QUARTER, halving.HALF, 1.0}
+    before = len(made)
+    _, again = comparing(own, make, margin=1)
+    assert (len(made), [one.dropped for one in again]) == (before, [one.dropped for one in progress])
+    named = [line for line in Comparison(Options(["low_rank"]), progress, []).remarks if "place 5 of 5" in line]
+    assert [line.partition(",")[0] for line in named] == ["random_weights"]
 
 
 @pytest.mark.usefixtures("composed_once")
