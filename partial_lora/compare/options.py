@@ -30,7 +30,7 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms.
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
     *("low_rank", "lori", "gralora", "partial", "lorafa"),
@@ -124,8 +124,8 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     if "methods" in named or "experiment" not in named:
         return [list(settings)]
     only = {"preset": {named.get("preset", "cpu")}}
-    only |= {"task": set(named["task"].split(","))} if "task" in named else {}
-    chosen = ("experiment", "task", "data_dir", "preset")
+    only |= {key: set(named[key].split(",")) for key in ("task", "stage") if key in named}
+    chosen = ("experiment", "task", "stage", "data_dir", "preset")
     more = [setting for setting in settings if setting.partition("=")[0] not in chosen]
     data = Path(named.get("data_dir", "data"))
     require("data_dir" not in named or data.is_dir(), "data_dir", data, "an existing folder")
