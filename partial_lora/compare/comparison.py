@@ -169,7 +169,7 @@ class Comparison:
     def search(self, make: Make, say: Say) -> None:
         """Find the learning rate of every candidate that is not refused, all of them side by side.
 
-        A quick search of more methods than three is a race: it drops those that are behind after half a run.
+        A race drops the methods that are behind after half a run.
         """
         rates, seeds, until = self.options.rates, self.options.seeds, self.options.until
         starts = [(one, one.candidate.centre, known_rates(one.candidate, until)) for one in self.alive]
@@ -212,7 +212,7 @@ class Comparison:
         method whose run fails there has its other rate to try, and goes on.
         """
         groups = grouped(rates, lambda one: one.candidate.group).values()
-        raced = [group for group in groups if len(group) > SURVIVORS]
+        raced = [group for group in groups if self.options.is_race(len(group))]
         self.make_missing([(one, Trial(rates[one], 0, HALF)) for group in raced for one in group], make)
         for group in raced:
             places = {one: one.places([trial := Trial(rates[one], 0, HALF)])[trial] for one in group}

@@ -93,6 +93,10 @@ class Options:
         """The share of its steps after which a search looks at a run."""
         return 1.0 if self.search == FULL else QUARTER
 
+    def is_race(self, methods: int) -> bool:
+        """Return whether some of so many methods are dropped after half a run: not where all have as many seeds."""
+        return self.search == QUICK and self.seeds is None and methods > SURVIVORS
+
     def runs_of(self, methods: int, seeds: int) -> float:
         """Return how many whole runs so many methods take, searches included, if so many seeds decide.
 
@@ -100,7 +104,7 @@ class Options:
         """
         if self.search == FULL:
             return methods * runs_at_least(self.rates, seeds)
-        raced, left = (HALF - QUARTER, SURVIVORS) if methods > SURVIVORS else (0.0, methods)
+        raced, left = (HALF - QUARTER, SURVIVORS) if self.is_race(methods) else (0.0, methods)
         to_the_end = FINALISTS * (1 - QUARTER) - raced + seeds - 1
         return methods * (self.rates * QUARTER + raced) + left * to_the_end
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.halving import SURVIVORS
 from partial_lora.compare.options import Options
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped
@@ -138,7 +139,7 @@ def prospects(candidates: Sequence[Candidate], options: Options) -> list[str]:
     ]
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
     lines = [f"expected: {between}; jobs={options.jobs}, margin={options.margin:g}"]
-    methods = max(methods for methods, _ in means)
+    methods = max(SURVIVORS if options.is_race(methods) else methods for methods, _ in means)
     metric = next((each.timed["metrics"]["test"]["primary"] for each in candidates if each.timed), None)
     if methods > 1 and metric in SHARES:
         rows = min(candidate.tested for candidate in candidates)
