@@ -158,6 +158,12 @@ class Progress:
         done = [sum(record["seconds"].values()) for record in self.records.values()]
         return fmean(done) if done else self.candidate.seconds
 
+    @property
+    def seeds(self) -> int:
+        """How many seeds are done at the best rate."""
+        rates = [record["config"]["trainer"]["learning_rate"] for record in self.records.values()]
+        return rates.count(self.best)
+
     def of_seed(self, seed: int) -> dict | None:
         """Return the record of a seed at the best rate."""
         records = (

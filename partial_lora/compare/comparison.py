@@ -60,13 +60,15 @@ class Comparison:
     """Candidates that are compared under the same settings, and how far each has come.
 
     left_out: a line on each method that is not among them. reached: the share of its steps that each run has made, by
-    candidate, learning rate and seed. share: of all work that is known of, which is done.
+    candidate, learning rate and seed. total: whole runs that there are if all looks are made at what is not decided.
+    share: of them, which is done.
     """
 
     options: Options
     progress: list[Progress]
     left_out: list[str]
     reached: dict[tuple[Progress, float, int], float] = field(default_factory=dict)
+    total: float = 0.0
     share: float = 0.0
 
     @classmethod
@@ -123,8 +125,9 @@ class Comparison:
             make = partial(by_sweeps, sweep=sweep)
         else:
             groups = grouped(self.alive, lambda one: one.candidate.group).values()
-            least = sum(self.options.runs_of(len(group), self.options.seeds or 2) for group in groups)
-            make = partial(self._side_by_side, least=least, watch=watch, note=note)
+            last = verdict.looks_of(self.options)[-1]
+            self.total = sum(self.options.runs_of(len(group), last) for group in groups)
+            make = partial(self._side_by_side, watch=watch, note=note)
         code = self.decide(make, say)
         if code < 2 and self.reached:
             watch({"stage": "runs", "done": 1, "total": 1})
@@ -141,9 +144,13 @@ class Comparison:
             self.search(make, say)
         except StoppedError as stopped:
             return stopped.code
+        last, decided = verdict.looks_of(self.options)[-1], set()
         for group in self.groups.values():
             while group:
                 seeds, sentences = self.next_look(group)
+                for one in {*group} - seeds.keys() - decided:
+                    decided.add(one)
+                    self.total -= last - one.seeds
                 for sentence in sentences:
                     say(sentence)
                 if not seeds:
@@ -247,20 +254,20 @@ class Comparison:
             if worth(record) is not None:
                 one.records[place] = record
 
-    def _side_by_side(self, runs: Sequence[Run], least: float, watch: Watch, note: Say) -> int:
-        """Make runs side by side; return the exit code. least: how many runs there will be, or more.
+    def _side_by_side(self, runs: Sequence[Run], watch: Watch, note: Say) -> int:
+        """Make runs side by side; return the exit code.
 
-        `watch` takes the share of the work that is done. It never falls where more turns up (at an edge, after a look):
-        every run takes its part of what was left before it, and a run is always thought to come.
+        `watch` takes the share of the work that is done. It never falls where more turns up, such as at an edge: every
+        run takes its part of what was left before it, and one is always thought to come.
         """
         runs = [(one, trial) for one, trials in by_candidate(runs) for trial in trials]
         configs = [config for one, trials in by_candidate(runs) for config in one.configs(trials).values()]
         coming = {(one, *trial[:2]): trial.until for one, trial in runs}
-        total = max(least, sum((self.reached | coming).values()))
+        self.total = max(self.total, sum((self.reached | coming).values()))
 
         def advance(place: int, outcome: Outcome) -> None:
             one, trial = runs[place]
-            left = 1 + total - sum(self.reached.values())
+            left = 1 + self.total - sum(self.reached.values())
             made = trial.until - self.reached.get((one, *trial[:2]), 0.0)
             self.reached[(one, *trial[:2])] = trial.until
             self.share += (1 - self.share) * made / left
