@@ -66,11 +66,13 @@ class Candidate:
     def name(self) -> str:
         return f"{self.method}, {self.size}"
 
-    def arguments(self, trials: Sequence[Trial]) -> list[str]:
-        """Return the arguments of a sweep over trials of one seed and share."""
+    def arguments(self, trials: Sequence[Trial], *more: str) -> list[str]:
+        """Return the arguments of a sweep over trials of one seed and share; more: settings of them all."""
         rates = ",".join(f"{trial.rate!r}" for trial in trials)
         until = [] if trials[0].until == 1 else [f"trainer.until={trials[0].until:g}"]
-        return ["-m", *self.overrides, f"seed={trials[0].seed}", f"trainer.learning_rate={rates}", *until]
+        last = [f"seed={trials[0].seed}", f"trainer.learning_rate={rates}", *until, *more]
+        keys = {setting.partition("=")[0] for setting in last}  # which would have no effect before these
+        return ["-m", *(one for one in self.overrides if one.lstrip("+").partition("=")[0] not in keys), *last]
 
     def configs(self, trials: Sequence[Trial]) -> dict[Trial, Config]:
         """Return the settings of trials of one seed, each composed once, since that takes its time."""
@@ -181,7 +183,7 @@ class Progress:
     def arguments(self, trials: Sequence[Trial]) -> list[str]:
         """Return the arguments of a sweep over trials of one seed and share."""
         goes_on = self.candidate.overwrite and all(trial[:2] in self.made for trial in trials)
-        return [*self.candidate.arguments(trials), *(["overwrite=false"] if goes_on else [])]
+        return self.candidate.arguments(trials, *(["overwrite=false"] if goes_on else []))
 
     def places(self, trials: Sequence[Trial]) -> dict[Trial, Path]:
         """Return the directory of every trial of one seed."""
