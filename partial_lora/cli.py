@@ -309,9 +309,9 @@ def compare(arguments: Sequence[str]) -> int:
     parser = _parser(
         "compare",
         "Find out which method is best on your task at one size or under one limit. Every method searches "
-        "for its learning rate; of more than three, those that are behind after half a run go no further. The others are "
-        "trained with two seeds. From there seeds go to what is undecided, until the best "
-        "is known or the time is over. It ends with a verdict in words, a table, a page, and the files to act with. "
+        "for its learning rate; of more than three, those that are behind after half a run go no further. The others "
+        "are trained with two seeds. From there seeds go to what is undecided, until the best is known or the time is "
+        "over. It ends with a verdict in words, a table, a page, and the files to act with. "
         "Finished runs are not run again.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
         "methods=[low_rank,partial,entries] margin=2 hours=1",
