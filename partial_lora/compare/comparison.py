@@ -224,13 +224,13 @@ class Comparison:
         for group in raced:
             places = {one: one.places([trial := Trial(rates[one], 0, HALF)])[trial] for one in group}
             worths = {one: worth(recorded(place), HALF) for one, place in places.items()}
-            losses = sorted((-worth[1], place, one) for place, (one, worth) in enumerate(worths.items()) if worth)
-            if len(losses) <= SURVIVORS:
-                continue
-            last, _, third = losses[SURVIVORS - 1]
-            for place, (loss, _, one) in enumerate(losses[SURVIVORS:], SURVIVORS + 1):
-                if verdict.tells_apart(places[one], places[third]):
-                    one.dropped = Half(rates[one], loss, place, len(group), last)
+            losses = {one: -found[1] for one, found in worths.items() if found is not None}
+            by_loss = sorted(losses, key=losses.__getitem__)
+            for place, one in enumerate(by_loss[SURVIVORS:], SURVIVORS + 1):
+                third = by_loss[SURVIVORS - 1]
+                is_whole = worth(recorded(places[one])) is not None  # it has gone on before; a pack keeps no such rows
+                if not is_whole and verdict.tells_apart(places[one], places[third]):
+                    one.dropped = Half(rates[one], losses[one], place, len(group), losses[third])
 
     def make_missing(self, runs: Sequence[Run], make: Make) -> None:
         """Make those of the runs that are not recorded, and keep the records of all; raises StoppedError."""
