@@ -188,6 +188,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     if pause.is_over:
         record["status"] = results.PAUSED
+        paused = judge.judged(objectives.predicts(trainer), trainer.model, "validation")
+        if world.is_main:  # by which rows a comparison tells apart runs that have not ended
+            files.write_atomic(directory / results.VALIDATION, paused.predictions.to_parquet(index=False))
         return
     record["training"]["selected"] = trainer.state.best_global_step
     if unreached.names:
