@@ -346,8 +346,9 @@ def compare(arguments: Sequence[str]) -> int:
     parser = _parser(
         "compare",
         "Find out which method is best on your task at one size or under one limit. Every method searches "
-        "for its learning rate and is trained with two seeds. From there seeds go to what is undecided, until the best "
-        "is known or the time is over. It ends with a verdict in words, a table, a page, and the files to act with. "
+        "for its learning rate; of more than three, those that are behind after half a run go no further. The others "
+        "are trained with two seeds. From there seeds go to what is undecided, until the best is known or the time is "
+        "over. It ends with a verdict in words, a table, a page, and the files to act with. "
         "Finished runs are not run again.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
         "methods=[lora,partial,entries] margin=2 hours=1",
@@ -368,30 +369,30 @@ def compare(arguments: Sequence[str]) -> int:
     from partial_lora.compare.options import check, of_one, of_study, read
 
     parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    comparison = of_one([chosen for chosen, _ in parts])
+    options = of_one([chosen for chosen, _ in parts])
     for part in parts:
         check(*part)
     with _libraries():
-        from partial_lora.compare.comparison import Contest
+        from partial_lora.compare.comparison import Comparison
     from rich.console import Console
 
     say = functools.partial(print, flush=True)
-    contest = Contest.of(comparison, parts)
-    contest.measure(say)
+    comparison = Comparison.of(options, parts)
+    comparison.measure(say)
     with Bars(Console()) as bars:
-        code = contest.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
+        code = comparison.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
-    for line in contest.refused:
+    for line in comparison.remarks:
         print(f"partial-lora: {line}", file=sys.stderr)
-    ruling = contest.rule(shlex.join(["partial-lora", "compare", *arguments]))
-    if ruling is None:
+    conclusion = comparison.conclude(shlex.join(["partial-lora", "compare", *arguments]))
+    if conclusion is None:
         return 1
-    Console().print(ruling.table)
-    for sentences, take in ruling.verdicts:
+    Console().print(conclusion.table)
+    for sentences, take in conclusion.verdicts:
         print(*sentences, take, sep="\n")
-    print(ruling.page)
+    print(conclusion.page)
     return code
 
 

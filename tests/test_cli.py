@@ -154,6 +154,7 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
     (run,) = (path.parent for path in place.glob("told/calibrations/*/*/*/result.json"))
     result = json.loads((run / "result.json").read_text())
     lines = done.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines[:3]].count("calibrate") == 1  # what it will take
     for module, axes in result["sparsity"].items():
         (line,) = (line for line in lines if line.startswith(f" {module} "))
         assert f" {axes['rows']:.3f} " in line
@@ -431,18 +432,19 @@ def test_rows_and_settings_to_beware_of_are_said_and_recorded(place: Path) -> No
     for name in ("rows.csv", "same.csv"):
         (place / name).write_text("text,label\n" + rows)
     files = "task.data_files={train: rows.csv, test: same.csv}"
-    own = ("model=tiny_bert", "task=text_table", files, "method=lora", "trainer.max_steps=1", "trainer.device=cpu")
-    own += ("trainer.batch_size=32",)
+    own = ("model=tiny_bert", "task=text_table", files, "calibration=fixed", "method.rank=1000")
+    own += ("trainer.batch_size=32", "trainer.max_steps=1", "trainer.device=cpu")
     done = here(place, "train", *own, "trainer.learning_rate=2", "results_dir=beware", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     (file,) = place.glob("beware/runs/*/*/*/*/result.json")
-    warnings = json.loads(file.read_text())["warnings"]
+    *warnings, of_adapter = json.loads(file.read_text())["warnings"]
+    assert re.match(r"(\d+) of \1 modules ", of_adapter)  # which train more numbers than they can change
     keys = ["trainer.learning_rate", "trainer.batch_size=32", "task=text_table"]
     assert [warning.partition(": ")[0] for warning in warnings] == keys
     assert "16 of 18" in warnings[2]  # two are of the validation that is cut from them
     assert all(f"{key}: " in done.stdout.partition("beware ")[2] for key in keys)
     log = file.with_name("train.log").read_text()
-    assert all(warning in log for warning in warnings)
+    assert all(warning in log for warning in (*warnings, of_adapter))
     assert "beware: trainer.learning_rate" in done.stdout  # before anything is trained
 
 

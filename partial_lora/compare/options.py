@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from partial_lora.compare.halving import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
 from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
@@ -29,19 +30,17 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from lora in results/race, and how
-# many of them it takes.
+# What `methods=auto` tries, in the order of the mean difference from lora in results/race.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
     *("lora", "lori", "gralora", "partial", "lorafa"),
 )
-TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
 _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": {"": 1, "S": 1}}
 
 
 @dataclass
-class Comparison:
+class Options:
     """Methods that are compared, and how.
 
     budgets: shares of dense LoRA's parameters, or numbers of parameters; null: as without a budget. limit: one of
@@ -88,6 +87,26 @@ class Comparison:
         self.reference = self.reference or next(usual, methods[0])
         require(self.reference in methods, "reference", self.reference, f"one of {', '.join(methods)}")
 
+    @property
+    def until(self) -> float:
+        """The share of its steps after which a search looks at a run."""
+        return 1.0 if self.search == FULL else QUARTER
+
+    def is_race(self, methods: int) -> bool:
+        """Return whether some of so many methods are dropped after half a run: not where all have as many seeds."""
+        return self.search == QUICK and self.seeds is None and methods > SURVIVORS
+
+    def runs_of(self, methods: int, seeds: int) -> float:
+        """Return how many whole runs so many methods take, searches included, if so many seeds decide.
+
+        They are more at edges, and where validation tells few methods apart.
+        """
+        if self.search == FULL:
+            return methods * runs_at_least(self.rates, seeds)
+        raced, left = (HALF - QUARTER, SURVIVORS) if self.is_race(methods) else (0.0, methods)
+        to_the_end = FINALISTS * (1 - QUARTER) - raced + seeds - 1
+        return methods * (self.rates * QUARTER + raced) + left * to_the_end
+
 
 def _is_positive(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
@@ -120,29 +139,29 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     return study
 
 
-def of_one(comparisons: Sequence[Comparison]) -> Comparison:
+def of_one(parts: Sequence[Options]) -> Options:
     """Return the settings of comparisons that are made as one; raises PartialLoraError where they are not the same."""
-    first = comparisons[0]
-    for key in (option.name for option in fields(Comparison) if option.name not in ("methods", "budgets", "reference")):
-        values = list(dict.fromkeys(str(getattr(comparison, key)) for comparison in comparisons))
+    first = parts[0]
+    for key in (option.name for option in fields(Options) if option.name not in ("methods", "budgets", "reference")):
+        values = list(dict.fromkeys(str(getattr(part, key)) for part in parts))
         require(len(values) == 1, key, " and ".join(values), "one value for a whole study")
     return first
 
 
-def check(comparison: Comparison, overrides: Sequence[str]) -> None:
+def check(options: Options, overrides: Sequence[str]) -> None:
     """Raise PartialLoraError for a key or a method that `train` does not know, or for several values of a key.
 
     It is known in a second, before the libraries that count and train are imported.
     """
-    methods = [CANDIDATES[0]] if comparison.methods == [EVERY] else comparison.methods
+    methods = [CANDIDATES[0]] if options.methods == [EVERY] else options.methods
     planned = checked(["-m", *overrides, f"method={','.join(dict.fromkeys(methods))}"])
     if swept := ", ".join(sorted(planned.swept - {"method"})):
         raise PartialLoraError(f"{swept}: expected one value; compare sweeps learning rates and seeds by itself")
 
 
-def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
+def read(settings: Sequence[str]) -> tuple[Options, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
-    names = {field.name for field in fields(Comparison)}
+    names = {field.name for field in fields(Options)}
     values: dict[str, Any] = {"methods": []}
     others = []
     for setting in settings:
@@ -176,7 +195,7 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
                 is_own = key.partition(".")[0] in names
                 require(not typed and not is_own, f"{setting}: {key}", value, typed or f"{key}=… on the command line")
                 given[key] = value
-    comparison = Comparison(**values)
+    options = Options(**values)
     # Forked workers take some seconds less a run, and the results are the same.
     usual = {"results_dir": "results/compare", "trainer.start": "fork"}
-    return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]
+    return options, others + [f"{key}={value}" for key, value in usual.items() if key not in given]

@@ -1,31 +1,30 @@
-"""Outcome of a comparison: its verdict in words, and the files to act with."""
+"""Verdict of a comparison in sentences, and what it may be before the first run."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
 
-from partial_lora.compare.candidates import Entry, in_time, runs_of_each
-from partial_lora.compare.options import Comparison
+from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.halving import SURVIVORS
+from partial_lora.compare.options import Options
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import read_json, write_atomic, write_json
+from partial_lora.files import grouped
 from partial_lora.launching import directory
 from partial_lora.report import predictions, records
-from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
+from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Decision, Decisions, Outputs, decide, shows
 from partial_lora.report.statistics import estimate, per_example
-from partial_lora.settings.versions import as_yaml
 from partial_lora.tasks.metrics import GUESSES, LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
-TAKE = "take"  # folder of the files to act with
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)  # a comparison looks several times
 
@@ -35,51 +34,56 @@ def results_of(places: Iterable[Path]) -> Path:
     return next(iter(places)).parents[4]
 
 
-def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str, np.ndarray | None]:
+def outputs_of(group: Sequence[Progress], out: Path) -> tuple[Outputs, str, np.ndarray | None]:
     """Return what each test row adds to a score (sequential.Outputs), the metric, and what it adds to that of guessing.
 
     Without rows: whole scores, and None; None, too, for a metric of texts.
     """
     stored, by_row, whole, metric, guess = predictions.Predictions(out), {}, {}, "", None
-    for entry in group:
-        by_row[entry.name], whole[entry.name] = {}, {}
-        for place, record in entry.done.items():
-            if record["config"]["trainer"]["learning_rate"] != entry.best:
+    for one in group:
+        by_row[one.name], whole[one.name] = {}, {}
+        for place, record in one.records.items():
+            if record["config"]["trainer"]["learning_rate"] != one.best:
                 continue
             row = records.run_of(record, place).row
             metric = row["metric"]
             sign, seed = -1 if metric in LOWER_IS_BETTER else 1, record["seed"]
-            whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
+            whole[one.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
             try:
                 of_rows = "loss" if metric == PERPLEXITY else metric
                 frame = stored.of(row["group"], seed, metric)
-                by_row[entry.name][seed] = sign * per_example(frame, of_rows)
+                by_row[one.name][seed] = sign * per_example(frame, of_rows)
                 guess = sign * guessing(frame, metric) if guess is None and metric in GUESSES else guess
             except (PartialLoraError, KeyError, ValueError) as error:  # not kept, not of this metric, or broken
                 if isinstance(error, ValueError):
                     _warn_once("%s; methods are compared by their scores alone", str(error))
-                by_row[entry.name][seed] = np.array([])
+                by_row[one.name][seed] = np.array([])
     rows = {len(values) for seeds in by_row.values() for values in seeds.values()}
     return (by_row, metric, guess) if len(rows) == 1 and rows != {0} else (whole, metric, None)
 
 
-def judged(group: Sequence[Entry], comparison: Comparison) -> tuple[Referee, list[str]]:
-    """Return what the runs of a group decide so far, and that in words."""
-    outputs, metric, guess = outputs_of(group, results_of(group[0].done))
-    found = referee(outputs, comparison.margin / 100, LOOKS if comparison.seeds is None else (comparison.seeds,))
+def judged(group: Sequence[Progress], options: Options) -> tuple[Decisions, list[str]]:
+    """Return what the runs of a group decide so far, and that in sentences."""
+    outputs, metric, guess = outputs_of(group, results_of(group[0].records))
+    found = decide(outputs, options.margin / 100, looks_of(options))
     leader = outputs[found.leader]
-    if guess is not None and found.standings and not beats(leader, guess):
+    if guess is not None and found.by_method and not beats(leader, guess):
         sign = -1 if metric in LOWER_IS_BETTER else 1
         score, guessed = (_number(sign * float(np.mean(outputs)), metric) for outputs in ([*leader.values()], guess))
         unit = " %" if metric in SHARES else f" of {metric}"
-        best = next(entry for entry in group if entry.name == found.leader)
+        best = next(one.candidate for one in group if one.name == found.leader)
         line = (
             f"No method has learnt anything that {len(guess):,} test rows would show: {best.method} leads with "
             f"{score}{unit}, and guessing {GUESSES[metric]} for each has {guessed}{unit}. Train longer "
             "(trainer.epochs, trainer.max_steps) or take another model; more seeds would not help."
         )
-        return replace(found, asks={}), [line]
-    return found, words(group, found, metric, comparison.margin, comparison.jobs)
+        return replace(found, next_seeds={}), [line]
+    return found, sentences_on(group, found, metric, options.margin, options.jobs)
+
+
+def looks_of(options: Options) -> Sequence[int]:
+    """Return the numbers of seeds at which a comparison looks at its runs."""
+    return LOOKS if options.seeds is None else (options.seeds,)
 
 
 def guessing(frame: pd.DataFrame, metric: str) -> np.ndarray:
@@ -95,90 +99,129 @@ def beats(by_seed: Mapping[int, np.ndarray], guess: np.ndarray) -> bool:
     return estimate(d[None]).interval()[0] > 0
 
 
-def prospects(entries: Sequence[Entry], comparison: Comparison) -> list[str]:
+def tells_apart(later: Path, earlier: Path) -> bool:
+    """Return whether validation tells two paused runs apart: the loss of the later one is more by more than chance.
+
+    By the losses of the same rows (95 %). Runs whose rows were not kept are told apart by their mean losses alone.
+    """
+    try:
+        tables = [predictions.read(place / directory.VALIDATION) for place in (later, earlier)]
+        d = predictions.losses_of(tables[0]) - predictions.losses_of(tables[1])
+    except (OSError, ValueError, LookupError):  # none, broken, or of other rows
+        return True
+    return estimate(d[None]).interval()[0] > 0
+
+
+def dropped(progress: Sequence[Progress]) -> pd.DataFrame:
+    """Return a row for each method that went no further than half a run."""
+    halves = [(one.name, one.dropped) for one in progress if one.dropped]
+    return pd.DataFrame(
+        [
+            {
+                "method": name,
+                "best rate": f"{half.rate:g}",
+                "validation loss": f"{half.loss:.4g}",
+                "place": f"{half.place} of {half.methods}",
+            }
+            for name, half in halves
+        ]
+    )
+
+
+def prospects(candidates: Sequence[Candidate], options: Options) -> list[str]:
     """Return lines on what a comparison takes, and what each of its looks would tell apart on those test rows."""
-    alive = [entry for entry in entries if entry.refused is None]
-    looks = LOOKS if comparison.seeds is None else (comparison.seeds,)
-    once = sum(entry.seconds for entry in alive) / comparison.jobs
-    times = [in_time(once * runs_of_each(comparison, seeds)) for seeds in looks]
+    looks = looks_of(options)
+    groups = grouped(candidates, lambda candidate: candidate.group).values()
+    means = [(len(group), fmean(candidate.seconds for candidate in group)) for group in groups]
+    times = [
+        in_time(sum(mean * options.runs_of(methods, seeds) for methods, mean in means) / options.jobs)
+        for seeds in looks
+    ]
     between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
-    lines = [f"expected: {between}; jobs={comparison.jobs}, margin={comparison.margin:g}"]
-    methods = max(Counter(entry.group for entry in alive).values())
-    metric = next((entry.timed["metrics"]["test"]["primary"] for entry in alive if entry.timed), None)
+    lines = [f"expected: {between}; jobs={options.jobs}, margin={options.margin:g}"]
+    methods = max(SURVIVORS if options.is_race(methods) else methods for methods, _ in means)
+    metric = next((each.timed["metrics"]["test"]["primary"] for each in candidates if each.timed), None)
     if methods > 1 and metric in SHARES:
-        rows = min(entry.tested for entry in alive)
+        rows = min(candidate.tested for candidate in candidates)
         gaps = ", ".join(
             f"{100 * shows(methods, rows, seeds, looks):.1f} points by {seeds} seeds ({time})"
             for seeds, time in zip(looks, times, strict=True)
-            if seeds > 2  # of two it is wide
+            if seeds > _TOO_FEW
         )
         lines += [f"gaps that would be told apart on {rows:,} test rows: {gaps}"] if gaps else []
     return lines
 
 
-def words(group: Sequence[Entry], outcome: Referee, metric: str, margin: float, jobs: int) -> list[str]:
-    """Return the verdict on a group, a sentence or two a line. margin: in points. jobs: runs that are made at once."""
-    entries = {entry.name: entry for entry in group}
-    short = {name: entry.method for name, entry in entries.items()}
-    leader, by_verdict = outcome.leader, {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
-    for name, standing in outcome.standings.items():
-        if name != leader:
-            by_verdict[standing.verdict].append((name, standing))
-    best = entries[leader]
-    if len(group) == 1:
-        return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
-    unjudged = entries.keys() - outcome.standings.keys() - {leader}  # seeds are missing
-    lines = [
-        f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
-        if not by_verdict[OPEN] and not unjudged
-        else f"{short[leader]} leads (learning rate {best.best:g}), and not all is decided."
-    ]
-    for name, standing in by_verdict[WORSE]:
-        dropped = "" if standing.seeds == max(other.seeds for other in outcome.standings.values()) else "dropped"
-        seeds = f"{dropped} after {_seeds(standing)}".strip()
-        lines.append(f"{short[name]} is worse than {short[standing.against]} by {_apart(standing, metric)}, {seeds}.")
-    for name, standing in by_verdict[AS_GOOD]:
-        cheaper = _cheaper(entries[name], entries[standing.against])
-        apart = f"as good as {short[standing.against]} within {_points(margin / 100, metric)}"
-        lines.append(f"{short[name]} is {apart} ({_apart(standing, metric)} below){cheaper}.")
-    for name, standing in by_verdict[OPEN]:
-        few = standing.seeds <= _TOO_FEW
-        apart = _points(standing.difference, metric) if few else _apart(standing, metric)
-        after = f"{_seeds(standing)} tell{'s' * (standing.seeds == 1)} nothing yet" if few else ""
-        after = after or f"not decided after {_seeds(standing)}"
-        then = _wanted(standing, entries, name, outcome.asks.get(name), jobs)
-        lines.append(f"{short[name]}: {after}, {apart} below {short[standing.against]}; {then}")
-    lines += [f"{short[name]}: not decided, it lacks some of {outcome.asks[name]} seeds." for name in sorted(unjudged)]
-    return lines
-
-
-def _wanted(standing: Standing, entries: Mapping[str, Entry], name: str, next_look: int | None, jobs: int) -> str:
-    """Return what would decide what is open: seeds and their time, or a wider margin. next_look: its seeds, if any."""
-    if next_look is not None and (standing.wants or 0) <= next_look:
-        return f"it goes on to {next_look} seeds."
-    if standing.wants is not None and standing.wants > standing.seeds:
-        pair = (entries[name], entries[standing.against])
-        seconds = sum(entry.seconds for entry in pair) * (standing.wants - standing.seeds) / jobs
-        return f"some {standing.wants} seeds would decide ({in_time(seconds)} more)."
-    if standing.seeds <= _TOO_FEW:
-        return "more seeds or test rows would."
-    margin = f"margin={100 * standing.high + 0.05:.1f} is met"
-    return f"no number of seeds would be likely to decide, more test rows might; {margin}."
+def in_time(seconds: float) -> str:
+    """Return a time with its unit."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 _TOO_FEW = 2  # seeds: their interval may be as wide as the metric
 
 
-def _seeds(standing: Standing) -> str:
-    return "1 seed" if standing.seeds == 1 else f"{standing.seeds} seeds"
+def sentences_on(group: Sequence[Progress], found: Decisions, metric: str, margin: float, jobs: int) -> list[str]:
+    """Return the verdict on a group, a sentence or two a line. margin: in points. jobs: runs that are made at once."""
+    by_name = {one.name: one for one in group}
+    short = {one.name: one.candidate.method for one in group}
+    leader, best = found.leader, by_name[found.leader]
+    by_verdict = {verdict: [] for verdict in (WORSE, AS_GOOD, OPEN)}
+    for name, decision in found.by_method.items():
+        if name != leader:
+            by_verdict[decision.verdict].append((name, decision))
+    if len(group) == 1:
+        return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
+    unjudged = by_name.keys() - found.by_method.keys() - {leader}  # seeds are missing
+    lines = [
+        f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
+        if not by_verdict[OPEN] and not unjudged
+        else f"{short[leader]} leads (learning rate {best.best:g}), and not all is decided."
+    ]
+    most = max((decision.seeds for decision in found.by_method.values()), default=0)
+    for name, decision in by_verdict[WORSE]:
+        dropped = "dropped " if decision.seeds < most else ""
+        apart = f"{short[decision.against]} by {_apart(decision, metric)}"
+        lines.append(f"{short[name]} is worse than {apart}, {dropped}after {_seeds(decision)}.")
+    for name, decision in by_verdict[AS_GOOD]:
+        cheaper = _cheaper(by_name[name].candidate, by_name[decision.against].candidate)
+        alike = f"as good as {short[decision.against]} within {_points(margin / 100, metric)}"
+        lines.append(f"{short[name]} is {alike} ({_apart(decision, metric)} below){cheaper}.")
+    for name, decision in by_verdict[OPEN]:
+        then = _what_decides(decision, by_name[name], by_name[decision.against], found.next_seeds.get(name), jobs)
+        if decision.seeds <= _TOO_FEW:
+            tell = f"{_seeds(decision)} tell{'s' * (decision.seeds == 1)} nothing yet"
+            apart = _points(decision.difference, metric)
+        else:
+            tell, apart = f"not decided after {_seeds(decision)}", _apart(decision, metric)
+        lines.append(f"{short[name]}: {tell}, {apart} below {short[decision.against]}; {then}")
+    missing = found.next_seeds
+    lines += [f"{short[name]}: not decided, it lacks some of {missing[name]} seeds." for name in sorted(unjudged)]
+    return lines
 
 
-def _apart(standing: Standing, metric: str) -> str:
-    points = _points(standing.difference, metric)
-    if math.isnan(standing.low):
+def _what_decides(decision: Decision, one: Progress, other: Progress, next_look: int | None, jobs: int) -> str:
+    """Return what would decide what is open: seeds and their time, or a wider margin. next_look: its seeds, if any."""
+    if next_look is not None and (decision.wants or 0) <= next_look:
+        return f"it goes on to {next_look} seeds."
+    if decision.wants is not None and decision.wants > decision.seeds:
+        seconds = (one.seconds + other.seconds) * (decision.wants - decision.seeds) / jobs
+        return f"some {decision.wants} seeds would decide ({in_time(seconds)} more)."
+    if decision.seeds <= _TOO_FEW:
+        return "more seeds or test rows would."
+    margin = f"margin={100 * decision.high + 0.05:.1f} is met"
+    return f"no number of seeds would be likely to decide, more test rows might; {margin}."
+
+
+def _seeds(decision: Decision) -> str:
+    return "1 seed" if decision.seeds == 1 else f"{decision.seeds} seeds"
+
+
+def _apart(decision: Decision, metric: str) -> str:
+    points = _points(decision.difference, metric)
+    if math.isnan(decision.low):
         return points
     most = 1 if metric in SHARES else math.inf
-    low, high = (_number(min(max(end, -most), most), metric) for end in (standing.low, standing.high))
+    low, high = (_number(min(max(end, -most), most), metric) for end in (decision.low, decision.high))
     return f"{points} [{low}, {high}]"
 
 
@@ -194,83 +237,11 @@ def _points(value: float, metric: str) -> str:
     return f"{number} % of perplexity" if metric == PERPLEXITY else f"{number} of {metric}"
 
 
-def _cheaper(entry: Entry, leader: Entry) -> str:
-    """Return what an entry that is as good takes less of than the leader."""
+def _cheaper(candidate: Candidate, leader: Candidate) -> str:
+    """Return what a candidate that is as good takes less of than the leader."""
     less = {
-        "a smaller file": (entry.served, leader.served),
-        "a faster step": (entry.step_seconds or 0, leader.step_seconds or 0),
+        "a smaller file": (candidate.served, leader.served),
+        "a faster step": (candidate.step_seconds or 0, leader.step_seconds or 0),
     }
     names = [name for name, (cost, other) in less.items() if 0 < cost < 0.9 * other]
     return f", with {' and '.join(names)}" if names else ""
-
-
-# --- Files to act with.
-
-
-_ARGUMENTS = {  # of transformers, by which key of `trainer` each is set
-    "learning_rate": "learning_rate",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warmup_ratio",  # below 1, a share of the steps
-    "per_device_train_batch_size": "batch_size",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-}
-
-
-def write_take(entry: Entry, folder: Path) -> Path:
-    """Write into a folder what the best run was made with, for `partial-lora train` and for plain PEFT; return it.
-
-    config.yaml; adapter_config.json, unless the adapter is masked, and training_arguments.json, for transformers'
-    Trainer or TRL; and a record like those of PEFT's method_comparison.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    place, record = next((place, record) for place, record in entry.done.items() if record is entry.of_seed(0))
-    config, trained = record["config"], record.get("training") or {}
-    # To train anew, and to the end: its first quarter may have been a trial.
-    settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
-    settings["trainer"] = config["trainer"] | {"until": 1.0}
-    write_atomic(folder / directory.CONFIG, as_yaml(settings))
-    adapter, copied = place / directory.ADAPTER, folder / "adapter_config.json"
-    copied.unlink(missing_ok=True)  # of an earlier winner
-    if (adapter / copied.name).is_file() and not (adapter / "partial_lora.json").is_file():  # alone it is dense LoRA
-        write_json(copied, read_json(adapter / copied.name) | {"inference_mode": False})  # else PEFT freezes it
-    trainer = config["trainer"]
-    arguments = {name: trainer[key] for name, key in _ARGUMENTS.items() if key in trainer}
-    arguments |= {"max_steps": trained.get("steps") or trainer.get("max_steps"), "seed": record["seed"]}
-    write_json(folder / "training_arguments.json", arguments)
-    write_json(folder / "method_comparison.json", _of_peft(record, entry, arguments))
-    return folder
-
-
-def _of_peft(record: dict, entry: Entry, arguments: dict) -> dict:
-    """Return a record of a run with the keys that PEFT's method_comparison reads; what was not measured is None."""
-    metrics, parameters, cost = record["metrics"], record["parameters"], record.get("cost") or {}
-    test = {f"test {name}": value for name, value in metrics["test"].items() if name != "primary"}
-    seen = {"step": arguments["max_steps"], "train loss": metrics.get("train", {}).get("loss")}
-    if arguments["max_steps"]:
-        seen["train samples"] = arguments["max_steps"] * arguments["per_device_train_batch_size"]
-    return {
-        "run_info": {
-            "created_at": record["started"],
-            "total_time": sum(record["seconds"].values()),
-            "experiment_name": f"{entry.method}/{entry.size}",
-            "peft_branch": "main",
-            "train_config": {"model_id": record["config"]["model"]["name"], **arguments},
-            "peft_config": {"peft_type": record["config"]["method"].get("peft_type") or "LORA"},
-            "error_msg": "",
-        },
-        "train_info": {
-            **dict.fromkeys(("accelerator_memory_reserved_avg", "accelerator_memory_reserved_99th")),
-            "accelerator_memory_max": record["peak_memory_bytes"],
-            "train_time": record["seconds"]["train"],
-            "file_size": cost.get("adapter_bytes"),
-            "num_trainable_params": parameters["adapter_trainable"] + parameters["head"],
-            "num_total_params": parameters["base"] + parameters["adapter_trainable"] + parameters["head"],
-            "status": "success",
-            "metrics": [seen | test],
-        },
-        "meta_info": {
-            "package_info": {f"{name}-version": version for name, version in record["versions"].items()},
-            "system_info": {},
-        },
-    }

@@ -31,6 +31,7 @@ RESULT = "result.json"
 CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
+VALIDATION = "validation.parquet"  # as PREDICTIONS, of validation, where the run was last paused
 ADAPTER = "adapter"
 ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
@@ -220,7 +221,9 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         shutil.rmtree(directory / ASIDE, ignore_errors=True)
         os.replace(directory / ADAPTER, directory / ASIDE)
         notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")
-    stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
+    stays = {LOCK, _BROKEN} | (
+        set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, VALIDATION, *_OF_TRACKERS}
+    )
     stays |= set() if asked else {ASIDE}
     for path in directory.iterdir():
         if path.name in stays:

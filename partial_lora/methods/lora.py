@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from itertools import product
 
@@ -19,8 +18,6 @@ from partial_lora.budget import FARTHEST, TOLERANCE, Shapes
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Training
-
-logger = logging.getLogger(__name__)
 
 
 def lora(model: nn.Module, setting: Setting) -> PeftModel:
@@ -77,7 +74,8 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
                 f"calibration.budget: not applicable: no ranks give about {budget:,} trainable parameters; rank 1 on "
                 f"one module takes at least {min(groups):,}"
             )
-        logger.warning("calibration.budget: ranks come no nearer to it than %.1f %%", 100 * missed(chosen) / budget)
+        off = 100 * missed(chosen) / budget
+        warnings.warn(f"calibration.budget: ranks come no nearer to it than {off:.1f} %", stacklevel=2)
     ranks = {}
     for group, count in zip(groups.values(), nearest[chosen][1], strict=True):
         keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +123,9 @@ def few_shot_draws(
 
     With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
     in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
-    class. `max_samples` bounds each set, by going round the classes until it is full.
+    class. `max_samples` bounds each set, by going round the classes until it is full, and once at least.
 
-    Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
+    Raises PartialLoraError where one of the sets would be empty, or the rows are too few for one of each class.
     """
     labels = np.asarray(labels)
     has_classes = not np.issubdtype(labels.dtype, np.floating)
@@ -154,14 +154,13 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
 
     size: rows of each set. key: the setting it comes from, for messages.
     """
-    size = size if max_samples is None else min(size, max_samples)
-    count = min(size, len(labels) // 2)
     classes = _shuffled(labels, np.random.default_rng(seed))
+    size = max(size if max_samples is None else min(size, max_samples), len(classes))
+    count = min(size, len(labels) // 2)
     if count < len(classes):
-        bound = "calibration.max_samples" if count == max_samples else "calibration.share"
         raise PartialLoraError(
             f"{key}: {count} rows for each of the two draws, expected at least one for each of {len(classes)} classes; "
-            + ("add rows" if len(labels) // 2 < len(classes) else f"raise {bound}")
+            "add rows"
         )
     fit, scored = (_in_turn([rows[start::2] for rows in classes]) for start in (0, 1))
     warnings = []
@@ -175,10 +174,7 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
 
 def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -> Draws:
     classes = np.unique(labels)
-    if max_samples is not None and max_samples < len(classes):
-        raise PartialLoraError(
-            f"calibration.max_samples={max_samples}: expected at least one for each of {len(classes)} classes"
-        )
+    most = None if max_samples is None else max(max_samples, len(classes))
     fit, scored, small, single = [], [], [], []
     for label, rows in zip(classes, _shuffled(labels, np.random.default_rng(seed)), strict=True):
         count = min(shots, (len(rows) + 1) // 2) if len(rows) > 1 else 0
@@ -201,7 +197,7 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
             f"calibration.shots={shots}: a single training example, fitted on and never scored: "
             f"class {shortlist(single)}"
         )
-    return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
+    return Draws(_round_robin(fit, most), _round_robin(scored, most), tuple(warnings))
 
 
 def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:
@@ -244,22 +240,33 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     """Count the rows whose image, texts or prompt occurs in `others`, to the byte; 0 where there are too many rows."""
     if len(rows) + len(others) > _MANY:
         return 0
-    if "image" in rows.column_names:
-        images, other_images = _stored(rows), _stored(others)
-        sizes = {size for size, _ in images} & {size for size, _ in other_images}  # other sizes need not be read
-        digests = {_digest(image) for size, image in other_images if size in sizes}
-        return sum(size in sizes and _digest(image) in digests for size, image in images)
-    names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
-    inputs, other_inputs = (map(str, table.select_columns(names)) for table in (rows, others))
-    other_inputs = set(other_inputs)
-    return sum(text in other_inputs for text in inputs)
+    if "image" not in rows.column_names:
+        names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
+        inputs, other_inputs = (map(str, table.select_columns(names)) for table in (rows, others))
+        other_inputs = set(other_inputs)
+        return sum(text in other_inputs for text in inputs)
+    sizes, other_sizes = (list(map(_size, _stored(table))) for table in (rows, others))
+    common = {*sizes} & {*other_sizes}  # images of other sizes need not be read
+
+    def digests(table: Dataset, sizes: Sequence[int]) -> Iterator[bytes]:
+        same_size = np.flatnonzero([size in common for size in sizes])
+        return map(_digest, _stored(table.select(same_size)))
+
+    other_digests = set(digests(others, other_sizes))
+    return sum(digest in other_digests for digest in digests(rows, sizes))
 
 
-def _stored(rows: Dataset) -> list[tuple[int, bytes | Path]]:
-    """Return the size of each image as it is stored, and its bytes or its file."""
-    images = rows.select_columns("image").cast_column("image", Image(decode=False))["image"]
-    files = (Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in images)
-    return [(file.stat().st_size if isinstance(file, Path) else len(file), file) for file in files]
+_AT_ONCE = 16  # images in memory: those that a table embeds may be larger than it, all together
+
+
+def _stored(rows: Dataset) -> Iterator[bytes | Path]:
+    """Yield each image as it is stored: its bytes, or its file."""
+    for batch in rows.select_columns("image").cast_column("image", Image(decode=False)).iter(_AT_ONCE):
+        yield from (Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in batch["image"])
+
+
+def _size(image: bytes | Path) -> int:
+    return image.stat().st_size if isinstance(image, Path) else len(image)
 
 
 def _digest(image: bytes | Path) -> bytes:

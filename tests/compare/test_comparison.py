@@ -9,7 +9,10 @@ import os
 import re
 import threading
 import types
+from collections.abc import Iterable
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import yaml
 from commands import here
@@ -17,47 +20,48 @@ from recorded_runs import record
 from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.compare import candidates as compare
-from partial_lora.compare import halving as search
-from partial_lora.compare import options as comparison
-from partial_lora.compare.comparison import Contest
-from partial_lora.files import write_json
-from partial_lora.launching import directory, launch
+from partial_lora.compare import candidates, comparison, halving, options
+from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.comparison import Comparison
+from partial_lora.compare.options import Options
+from partial_lora.files import read_json, write_json
+from partial_lora.launching import directory, launch, pool
 from partial_lora.launching.paths import run_directory
-from partial_lora.settings import schema
+from partial_lora.settings import compose, schema
+from partial_lora.settings.schema import Config
 
 GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
 
 
 @pytest.fixture
-def entry(tmp_path) -> compare.Entry:
+def entry(tmp_path) -> Candidate:
     """A method at one size."""
-    (found,) = compare.entries_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (found,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     return found
 
 
 def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries_of(["dense", "lora", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
+    entries = candidates.candidates_of(["dense", "lora", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
     assert [entry.name for entry in entries] == [
         "dense, own size",
         *(f"{name}, {budget}" for name in ("lora", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
     ]
     by_name = {entry.name: entry for entry in entries}
-    assert "not applicable" in by_name["lokr, 0.3"].refused  # on a model as small as this
+    assert "not applicable" in by_name["lokr, 0.3"].unfit  # on a model as small as this
     dense = by_name["dense, own size"].parameters
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
     centres = {name: by_name[f"{name}, 0.3"].centre for name in ("lora", "dora", "hira")}
     assert centres == {"lora": 4e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
-    (written_out,) = compare.entries_of(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
+    (written_out,) = candidates.candidates_of(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = compare.entries_of(["lora", "lora"], [1234567, 1234567], overrides)
+    (counted,) = candidates.candidates_of(["lora", "lora"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
-    asked, _ = comparison.read(["methods=[lora]", "budgets=null"])
-    (as_in_peft,) = compare.entries_of(asked.methods, asked.budgets, (*overrides, "calibration=fixed"))
+    asked, _ = options.read(["methods=[lora]", "budgets=null"])
+    (as_in_peft,) = candidates.candidates_of(asked.methods, asked.budgets, (*overrides, "calibration=fixed"))
     assert (as_in_peft.size, as_in_peft.parameters) == ("own size", dense)
-    with refusal("method=lora: expected lora"):
-        compare.entries_of(["lora"], [0.3], overrides)
+    with refusal("method=low_rank: expected lora"):
+        candidates.candidates_of(["low_rank"], [0.3], overrides)
 
 
 @pytest.mark.parametrize(("named", "metrics"), [([], ["perplexity"]), (["task.metrics=[rouge_l]"], ["rouge_l"])])
@@ -65,43 +69,43 @@ def test_responses_count_by_perplexity_unless_a_metric_is_named(named: list[str]
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "one", "response": "two"}\n' * 20, encoding="utf-8")
     given = ("task=text_generation", f"task.data_files={file}", "model=tiny_llama", f"results_dir={tmp_path}", *named)
-    (entry,) = compare.entries_of(["lora"], [0.13], given)
+    (entry,) = candidates.candidates_of(["lora"], [0.13], given)
     assert entry.usual.task.metrics == metrics
 
 
 def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
     chosen = ["methods=[lora]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
-    assert not [each for each in comparison.read(chosen)[1] if each.startswith("results_dir=")]
+    assert not [each for each in options.read(chosen)[1] if each.startswith("results_dir=")]
     record = "".join(f"{group}: {{}}\n" for group in schema.SECTIONS) + "results_dir: there\n"
     for content in ("task: digits\n", record):  # a run's config.yaml has the folder of that run, for other results
         (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
-        assert "results_dir=results/compare" in comparison.read(chosen)[1]
+        assert "results_dir=results/compare" in options.read(chosen)[1]
 
 
 @pytest.mark.parametrize(
-    "given", ["seed: 4", "method: lora", "method: {name: lora}", "calibration.budget: 0.02", "margin: 2"]
+    "given", ["seed: 4", "method: dense", "method: {name: dense}", "calibration.budget: 0.02", "margin: 2"]
 )
 def test_a_file_may_not_set_what_a_comparison_replaces_or_is_told_by_itself(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"task: digits\n{given}\n", encoding="utf-8")
     with refusal(str(tmp_path / "own.yaml"), given.partition(":")[0]):
-        comparison.read(["methods=[lora]", str(tmp_path / "own.yaml")])
+        options.read(["methods=[lora]", str(tmp_path / "own.yaml")])
 
 
 def test_a_limit_may_have_its_unit_and_a_file_says_how_workers_start(tmp_path) -> None:
-    asked, others = comparison.read(["methods=[lora]", "limit.seconds=0.2 s"])
+    asked, others = options.read(["methods=[lora]", "limit.seconds=0.2 s"])
     assert asked.limit == {"seconds": 0.2}
     assert "trainer.start=fork" in others
     (tmp_path / "own.yaml").write_text("trainer: {start: fresh}\n", encoding="utf-8")
-    assert "trainer.start=fork" not in comparison.read(["methods=[lora]", str(tmp_path / "own.yaml")])[1]
+    assert "trainer.start=fork" not in options.read(["methods=[lora]", str(tmp_path / "own.yaml")])[1]
 
 
-def leave_records(arguments: list[str], best: float = 1e-3, failing: str = "", **changes: object) -> int:
-    """Only write the records of a sweep's runs, better the nearer their rate is to the best. changes: of records."""
-    for _, config in compare.checked(arguments).runs:  # whole ones, whatever share is asked for
+def leave_records(configs: Iterable[Config], best: float = 1e-3, failing: str = "", **changes: object) -> int:
+    """Only write the records of runs, better the nearer their rate is to the best. changes: of records."""
+    for config in configs:  # whole ones, whatever share is asked for
         score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
-        left["config"]["trainer"] |= {"learning_rate": config.trainer.learning_rate, "until": search.QUARTER}
+        left["config"]["trainer"] |= {"learning_rate": config.trainer.learning_rate, "until": halving.QUARTER}
         left["history"] = [{"step": 10, "eval_loss": 1 - score}]
         left["metrics"]["train"] = {"primary": "loss", "loss": 0.1}
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
@@ -115,11 +119,24 @@ def decided(*_) -> dict:
     return {}
 
 
-def comparing(chosen: list[compare.Entry], make, *, asks=decided, **settings) -> int:
-    settings = {"methods": [entry.method for entry in chosen], "rates": 3, "jobs": 1} | settings
-    contest = Contest(comparison.Comparison(**settings), chosen, [])
-    contest.asks = lambda group, say: asks(group)
-    return contest.decide(make, lambda line: None)
+def begun(chosen: Iterable[Candidate], *, seeds_of=decided, **settings) -> Comparison:
+    """A comparison of candidates. seeds_of: the seeds that its members need, in place of a look at their runs."""
+    progress = list(map(Progress, chosen))
+    settings = {"methods": [one.candidate.method for one in progress], "rates": 3, "jobs": 1} | settings
+    made = Comparison(Options(**settings), progress, [])
+    made.next_look = lambda group: (seeds_of(group), [])
+    return made
+
+
+def comparing(chosen: Iterable[Candidate], make, **settings) -> tuple[int, list[Progress]]:
+    """The exit code of a comparison of candidates, and what becomes of them. settings: as `begun` takes them."""
+    made = begun(chosen, **settings)
+    return made.decide(make, lambda line: None), made.progress
+
+
+def config_of(one: Progress, trial: halving.Trial) -> Config:
+    (config,) = one.configs([trial]).values()
+    return config
 
 
 def leaving(made: list, **changes: object):
@@ -127,9 +144,7 @@ def leaving(made: list, **changes: object):
 
     def make(runs) -> int:
         made.extend(runs)
-        for entry, trials in compare._by_entry(runs):
-            leave_records(entry.arguments(trials), **changes)
-        return 0
+        return leave_records((config_of(*run) for run in runs), **changes)
 
     return make
 
@@ -137,47 +152,46 @@ def leaving(made: list, **changes: object):
 @pytest.mark.usefixtures("composed_once")
 def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> None:
     """With records in place of runs: nothing twice."""
-    own = (*GIVEN, f"results_dir={tmp_path}")
-    entries = compare.entries_of(["lora"], [0.3], own)
+
+    def compared(make, *more: str) -> tuple[int, Progress]:
+        own = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}", *more))
+        code, (one,) = comparing(own, make, search="full", seeds=2)
+        return code, one
+
     made: list = []
-    assert comparing(entries, leaving(made, best=2e-3), search="full", seeds=2) == 0
-    assert {entry.best for entry in entries} == {2e-3}
-    assert sum(len(entry.done) for entry in entries) == len(made) == len(set(made))
-    assert len(made) >= search.runs_at_least(3, 2)
-    again = compare.entries_of(["lora"], [0.3], own)
-    assert comparing(again, leaving([], best=2e-3), search="full", seeds=2) == 0  # all of it is there
-    assert [entry.done for entry in again] == [entry.done for entry in entries]
-    makes: list = []
-    again = compare.entries_of(["lora"], [0.3], own)
-    comparing(again, leaving(makes), search="full", seeds=2)
-    assert makes == []  # records suffice: there are no weights here
-    again = compare.entries_of(["lora"], [0.3], (*own, "overwrite=true"))
-    comparing(again, leaving(makes, best=2e-3), search="full", seeds=2)
-    assert len(makes) == len(made)
-    assert not any(entry.composed[trial[:2]].overwrite for entry, trial in makes)  # a paused one goes on where it is
+    code, one = compared(leaving(made, best=2e-3))
+    assert (code, one.best) == (0, 2e-3)
+    assert len(one.records) == len(made) == len(set(made))
+    assert len(made) >= halving.runs_at_least(3, 2)
+    again: list = []
+    code, other = compared(leaving(again))
+    assert (code, again, other.records) == (0, [], one.records)  # records suffice: there are no weights here
+    _, other = compared(leaving(again, best=2e-3), "overwrite=true")
+    assert len(again) == len(made)
+    assert not any(config_of(*run).overwrite for run in again)  # a paused one goes on where it is
+    assert [word for word in other.arguments([again[0][1]]) if word.startswith("overwrite")] == ["overwrite=false"]
 
 
 @pytest.mark.usefixtures("composed_once")
 def test_a_rate_whose_run_was_killed_is_tried_again_and_one_that_failed_by_itself_is_not(tmp_path) -> None:
-    own, made = (*GIVEN, f"results_dir={tmp_path}"), []
-    (entry,) = compare.entries_of(["lora"], [0.3], own)
-    lowest, low, centre = (entry.centre / factor for factor in (4, 2, 1))
+    made: list = []
+    (candidate,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    lowest, low, centre = (candidate.centre / factor for factor in (4, 2, 1))
     ended = {centre: {"status": "failed", "killed": True}, lowest: {"status": "failed", "error": "not finite"}}
 
     def make(runs) -> int:
-        for own_entry, trial in runs:
-            leave_records(own_entry.arguments([trial]), best=centre, **ended.get(trial.rate, {}))
+        for one, trial in runs:
+            leave_records([config_of(one, trial)], best=centre, **ended.get(trial.rate, {}))
         made.extend(trial.rate for _, trial in runs)
         return 0
 
-    assert comparing([entry], make, search="full", seeds=1, rates=2) == 1
+    code, (one,) = comparing([candidate], make, search="full", seeds=1, rates=2)
     assert made == [low, centre, lowest]  # low is the best, and at an edge
-    assert entry.killed == [centre]
+    assert (code, one.killed) == (1, [centre])
     del ended[centre], made[:]
-    (again,) = compare.entries_of(["lora"], [0.3], own)
-    assert comparing([again], make, search="full", seeds=1, rates=2) == 0
+    code, (one,) = comparing([candidate], make, search="full", seeds=1, rates=2)
     assert made == [centre, centre * 2]
-    assert (again.best, again.killed) == (centre, [])
+    assert (code, one.best, one.killed) == (0, centre, [])
 
 
 @pytest.mark.usefixtures("composed_once")
@@ -186,77 +200,73 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
     tmp_path, hours, last
 ) -> None:
     """But the first two always are begun."""
-    entries = compare.entries_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    own = candidates.candidates_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     made: list = []
-    looks = iter([dict.fromkeys(entries, 2), {entries[0]: 3}, {}])
-    assert comparing(entries, leaving(made, best=2e-3), asks=lambda group: next(looks), hours=hours) == 0
-    assert all(trial.rate == entry.best for entry, trial in made if trial.seed)
-    assert [max(trial.seed for own, trial in made if own is entry) for entry in entries] == last
-    assert {trial.until for _, trial in made if not trial.seed} == {search.QUARTER}  # whole records answer for the rest
+    looks = iter([lambda group: dict.fromkeys(group, 2), lambda group: {group[0]: 3}, decided])
+    code, progress = comparing(own, leaving(made, best=2e-3), seeds_of=lambda group: next(looks)(group), hours=hours)
+    assert code == 0
+    assert all(trial.rate == one.best for one, trial in made if trial.seed)
+    assert [max(trial.seed for other, trial in made if other is one) for one in progress] == last
+    # Whole records answer for the rest of the first seed.
+    assert {trial.until for _, trial in made if not trial.seed} == {halving.QUARTER}
 
 
-@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize(("hours", "first"), [(None, 8), (1e-9, 2)])
-def test_where_time_may_be_over_two_seeds_are_asked_for_before_all(tmp_path, hours, first) -> None:
-    entries = compare.entries_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
-    for entry in entries:
-        entry.best = entry.centre
-    own = comparison.Comparison(methods=["lora", "uniform"], seeds=8, hours=hours)
-    assert Contest(own, entries, []).asks(entries, lambda line: None) == dict.fromkeys(entries, first)
+def test_where_time_may_be_over_two_seeds_are_asked_for_before_all(hours, first) -> None:
+    group = [Progress(Candidate(method, "0.3", ()), best=1e-3) for method in ("lora", "uniform")]
+    own = Options(methods=["lora", "uniform"], seeds=8, hours=hours)
+    assert Comparison(own, group, []).next_look(group) == (dict.fromkeys(group, first), [])
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
-    entries = compare.entries_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    own = candidates.candidates_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list = []
-    assert comparing(entries, lambda runs: launched.append(runs) or 130) == 130
+    assert comparing(own, lambda runs: launched.append(runs) or 130)[0] == 130
     assert len(launched) == 1
 
 
-def test_a_run_that_another_process_holds_ends_a_comparison(tmp_path, entry) -> None:
+def test_a_run_that_another_process_holds_ends_a_comparison(entry) -> None:
     """Else its rate would pass for one that failed."""
-    held = next(iter(compare.places_of(entry, [search.Trial(entry.centre, 0)]).values()))
-    with directory.locked(held), refusal("", held):
+    with directory.locked(run_directory(entry.usual)), refusal("", run_directory(entry.usual)):
         comparing([entry], lambda runs: 2)
 
 
-@pytest.mark.usefixtures("composed_once")
-def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(tmp_path, monkeypatch, entry) -> None:
-    trial = search.Trial(entry.centre, 0, search.QUARTER)
-    ((place),) = compare.places_of(entry, [trial]).values()
-    monkeypatch.setattr(compare.launch, "launch", lambda *_, **__: pytest.fail("made twice"))
+def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(monkeypatch, entry) -> None:
+    monkeypatch.setattr(pool.launch, "launch", lambda *_, **__: pytest.fail("made twice"))
+    (config,) = entry.configs([halving.Trial(entry.centre, 0, halving.QUARTER)]).values()
     outcomes: list[str] = []
     with contextlib.ExitStack() as other:
-        other.enter_context(directory.locked(place))
+        other.enter_context(directory.locked(run_directory(config)))
 
         def the_other_ends(seconds: float) -> None:
-            leave_records(entry.arguments([trial]))
+            leave_records([config])
             other.close()
 
-        monkeypatch.setattr(compare, "time", types.SimpleNamespace(sleep=the_other_ends))
-        compare.side_by_side([(entry, trial)], 1, lambda *each: outcomes.append(each[-1].status))
+        monkeypatch.setattr(pool, "time", types.SimpleNamespace(sleep=the_other_ends))
+        pool.side_by_side([config], 1, candidates.is_made, lambda _, outcome: outcomes.append(outcome.status))
     assert outcomes == ["skipped"]
 
 
-@pytest.mark.usefixtures("composed_once")
-def test_runs_side_by_side_have_different_slots(tmp_path, monkeypatch, entry) -> None:
-    slots, both = [], threading.Barrier(2, timeout=60)
+def test_runs_side_by_side_have_different_slots_and_each_is_told_by_its_place(tmp_path, monkeypatch, entry) -> None:
+    slots, ended, both = [], [], threading.Barrier(2, timeout=60)
 
-    def launched(*_, slot: int, **__) -> launch.Outcome:
+    def launched(config: Config, *_, slot: int, **__) -> launch.Outcome:
         both.wait()
         slots.append(slot)
-        return launch.Outcome(tmp_path, "finished")
+        return launch.Outcome(run_directory(config), "finished")
 
-    monkeypatch.setattr(compare.launch, "launch", launched)
-    trials = [search.Trial(entry.centre * factor, 0) for factor in (1, 2, 3, 4)]
-    compare.side_by_side([(entry, trial) for trial in trials], 2, lambda *each: None)
+    monkeypatch.setattr(pool.launch, "launch", launched)
+    configs = list(entry.configs([halving.Trial(entry.centre * factor, 0) for factor in (1, 2, 3, 4)]).values())
+    pool.side_by_side(configs, 2, candidates.is_made, lambda *end: ended.append(end))
     assert sorted(slots) == [0, 0, 1, 1]
+    assert {place: outcome.directory for place, outcome in ended} == dict(enumerate(map(run_directory, configs)))
 
 
 @pytest.mark.parametrize("given", ["trainer: {learning_rate: 3e-5}", "trainer.learning_rate: 3e-5"])
 def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"model: tiny_vit\n{given}\n", encoding="utf-8")
     own = (str(tmp_path / "own.yaml"), f"results_dir={tmp_path}")
-    assert [each.centre for each in compare.entries_of(["dense", "lora"], [0.13], own)] == [3e-5, 6e-5]
+    assert [each.centre for each in candidates.candidates_of(["dense", "lora"], [0.13], own)] == [3e-5, 6e-5]
 
 
 @pytest.mark.parametrize(
@@ -299,36 +309,35 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
 
 def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    (one,) = compare.entries_of(["lora"], [0.3], overrides)
-    (twin,) = compare.entries_of(["lora"], [0.3], (*overrides, "method.alpha=4"))
-    (elsewhere,) = compare.entries_of(["dense"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
+    (one,) = candidates.candidates_of(["lora"], [0.3], overrides)
+    (twin,) = candidates.candidates_of(["lora"], [0.3], (*overrides, "method.alpha=4"))
+    (elsewhere,) = candidates.candidates_of(["dense"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
     with refusal("methods: lora, 0.3"):
-        compare.refuse_twins([one, twin])
+        candidates.refuse_twins([one, twin])
     with refusal("results_dir", tmp_path / "other"):
-        compare.refuse_twins([one, elsewhere])
-    compare.refuse_twins([one])
+        candidates.refuse_twins([one, elsewhere])
+    candidates.refuse_twins([one])
 
 
 def test_a_recorded_rate_of_many_digits_is_the_rate_of_its_seeds() -> None:
     rate = 0.0012345678
-    entry = compare.Entry("dense", "own size", ("model=tiny_vit", "task=digits", "method=dense"), best=rate)
-    (config,) = entry.configs([search.Trial(rate, 1)]).values()
+    entry = Candidate("dense", "own size", ("model=tiny_vit", "task=digits", "method=dense"))
+    (config,) = entry.configs([halving.Trial(rate, 1)]).values()
     assert config.trainer.learning_rate == rate
 
 
 def test_a_results_directory_is_taken_however_it_is_set_and_a_limit_has_no_budgets_beside_it() -> None:
     for given in ("results_dir=there", "+results_dir=there", "++results_dir=there"):
-        _, others = comparison.read(["methods=[dense]", given])
+        _, others = options.read(["methods=[dense]", given])
         assert [each for each in others if "results_dir" in each] == [given]
     with refusal("budgets="):
-        comparison.read(["methods=[dense]", "budgets=[0.02]", "limit.served=40MB"])
+        options.read(["methods=[dense]", "budgets=[0.02]", "limit.served=40MB"])
 
 
 def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
-    entry = compare.Entry("dense", "own size", (), best=1e-3)
-    entry.done = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
-    contest = Contest(comparison.Comparison(methods=["dense"], seeds=3), [entry], [])
-    assert contest.asks([entry], pytest.fail) == {entry: 3}
+    one = Progress(Candidate("dense", "own size", ()), best=1e-3)
+    one.records = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
+    assert Comparison(Options(methods=["dense"], seeds=3), [one], []).next_look([one]) == ({one: 3}, [])
 
 
 def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:
@@ -344,98 +353,134 @@ def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) 
 @pytest.fixture
 def composed_once(monkeypatch) -> None:
     """A test and the comparison that it looks at compose the same runs: each is composed at its first mention."""
-    checked = functools.cache(lambda *arguments: compare_checked(arguments))
-    monkeypatch.setattr(compare, "checked", lambda arguments: checked(*arguments))
-
-
-compare_checked = compare.checked
+    checked = functools.cache(lambda *arguments: compose.checked(arguments))
+    monkeypatch.setattr(candidates, "checked", lambda arguments: checked(*arguments))
 
 
 def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_one_that_has_none(tmp_path) -> None:
     """By the file that is served, which for masks of single entries is the dense adapter's."""
     own = (*GIVEN, f"results_dir={tmp_path}")
-    found = compare.entries_of(["lora", "entries"], [0.5, 0.25], own)
+    found = candidates.candidates_of(["lora", "entries"], [0.5, 0.25], own)
     dense = max(entry.served for entry in found)
-    kept = compare.fitting(found, {"served": 0.4 * dense})
-    assert [(entry.method, entry.size) for entry in kept if entry.refused is None] == [("lora", "0.25")]
-    assert "limit.served" in kept[-1].refused
+    kept = candidates.fitting(found, {"served": 0.4 * dense})
+    assert [(entry.method, entry.size) for entry in kept if entry.unfit is None] == [("lora", "0.25")]
+    assert "limit.served" in kept[-1].unfit
     assert len({entry.group for entry in kept}) == 1
-    own = compare.entries_of(["lora"], [0.5, 0.25], own)
-    sizes = [compare.cost_of(entry, "kept") for entry in own]  # counted, not measured
+    own = candidates.candidates_of(["lora"], [0.5, 0.25], own)
+    sizes = [candidates.cost_of(entry, "kept") for entry in own]  # counted, not measured
     assert sizes[0] > sizes[1]
-    (within,) = compare.fitting(own, {"kept": sizes[1]})
-    assert within is own[1]
+    (within,) = candidates.fitting(own, {"kept": sizes[1]})
+    assert within.overrides == own[1].overrides
 
 
 def test_methods_under_a_limit_are_compared_within_one_task_and_model(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    of_tasks = [compare.entries_of(["lora"], [0.25], (*overrides, f"task.name={name}")) for name in ("one", "two")]
-    kept = [entry for entries in of_tasks for entry in compare.fitting(entries, {"served": 1e9})]
-    compare.refuse_twins(kept)
+    of_tasks = [
+        candidates.candidates_of(["lora"], [0.25], (*overrides, f"task.name={name}")) for name in ("one", "two")
+    ]
+    kept = [entry for entries in of_tasks for entry in candidates.fitting(entries, {"served": 1e9})]
+    candidates.refuse_twins(kept)
     assert [entry.group.split(", ")[0] for entry in kept] == ["one", "two"]
-    assert all(entry.group.endswith(compare.in_words({"served": 1e9})) for entry in kept)
+    assert all(entry.group.endswith(candidates.limit_text({"served": 1e9})) for entry in kept)
 
 
 def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_accelerator(
     tmp_path, monkeypatch, entry
 ) -> None:
-    monkeypatch.setattr(compare, "cpu_count", lambda: 4)
-    monkeypatch.setattr(compare, "has_accelerator", lambda: False)
-    monkeypatch.setattr(compare.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=30))
-    assert compare.jobs_at_once([entry]) == 4
-    entry.timed = {"peak_memory_bytes": 12}
-    assert compare.jobs_at_once([entry]) == 2
-    entry.timed = {"peak_memory_bytes": 50}
-    assert compare.jobs_at_once([entry]) == 1
-    entry.timed = None
-    monkeypatch.setattr(compare, "has_accelerator", lambda: True)
+    monkeypatch.setattr(candidates, "cpu_count", lambda: 4)
+    monkeypatch.setattr(candidates, "has_accelerator", lambda: False)
+    monkeypatch.setattr(candidates.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=30))
+    assert candidates.jobs_at_once([entry]) == 4
+    for peak, jobs in ((12, 2), (50, 1)):
+        assert candidates.jobs_at_once([replace(entry, timed={"peak_memory_bytes": peak})]) == jobs
+    monkeypatch.setattr(candidates, "has_accelerator", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert compare.jobs_at_once([entry]) == 1
-    (entry,) = compare.entries_of(["lora"], [0.3], (*GIVEN, "trainer.num_processes=1", f"results_dir={tmp_path}"))
-    assert compare.jobs_at_once([entry]) == 3
+    assert candidates.jobs_at_once([entry]) == 1
+    (entry,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, "trainer.num_processes=1", f"results_dir={tmp_path}"))
+    assert candidates.jobs_at_once([entry]) == 3
 
 
 def test_runs_side_by_side_share_the_cores_unless_the_user_has_set_their_threads(monkeypatch) -> None:
-    monkeypatch.setattr(compare, "cpu_count", lambda: 4)
-    monkeypatch.setattr(compare, "_SHARED", {})
+    monkeypatch.setattr(pool, "cpu_count", lambda: 4)
+    monkeypatch.setattr(pool, "_SHARED", {})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that what the test leaves is undone
     monkeypatch.delenv("OMP_NUM_THREADS")
     for jobs, threads in ((1, None), (4, "1"), (2, "2"), (1, "4")):
-        compare.share_threads(jobs)
+        pool.share_threads(jobs)
         assert os.environ.get("OMP_NUM_THREADS") == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    compare.share_threads(4)
+    pool.share_threads(4)
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_request_to_stop_while_runs_are_timed_ends_the_comparison(tmp_path, monkeypatch, entry) -> None:
     stopped = launch.Outcome(tmp_path, "interrupted", signal="SIGTERM")
-    monkeypatch.setattr(compare.launch, "launch", lambda *arguments, **named: stopped)
+    monkeypatch.setattr(pool.launch, "launch", lambda *arguments, **named: stopped)
     with pytest.raises(SystemExit) as ended:
-        compare.time_entry(entry)
+        candidates.timed(entry)
     assert ended.value.code == 128 + 15
 
 
 def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    found, lines = compare.prepared(comparison.Comparison(["oft", "dora", "lora"], serve=True), own)
+    found, lines = candidates.prepared(Options(["oft", "dora", "lora"], serve=True), own)
     assert [entry.method for entry in found] == ["lora"]
     assert [line.partition(":")[0] for line in lines] == ["oft", "dora"]
-    assert compare.prepared(comparison.Comparison(["oft"], serve=True), own)[0] == []
+    assert candidates.prepared(Options(["oft"], serve=True), own)[0] == []
 
 
-def test_auto_takes_the_first_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
+def test_auto_takes_all_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    monkeypatch.setattr(compare, "CANDIDATES", ("entries", "partial", "lori", "lora"))
-    monkeypatch.setattr(compare, "TAKEN", 2)
-    every, lines = compare.prepared(comparison.Comparison(["auto"]), own)
-    assert [entry.method for entry in every] == ["entries", "partial", "lora"]  # the last is the reference
-    assert lines[0].startswith("lori: ")
+    monkeypatch.setattr(candidates, "CANDIDATES", ("entries", "partial", "lora"))
+    every, lines = candidates.prepared(Options(["auto"]), own)
+    assert ([entry.method for entry in every], lines) == (["entries", "partial", "lora"], [])
     few = {"served": 1.1 * min(entry.served for entry in every)}  # no single entries, whose file is the dense adapter's
-    found, lines = compare.prepared(comparison.Comparison(["auto"], limit=few), own)
-    assert "entries" not in [entry.method for entry in found]
-    assert found[0].method == "lora"
-    assert any(line.startswith("entries, ") for line in lines)
+    found, lines = candidates.prepared(Options(["auto"], limit=few), own)
+    assert [entry.method for entry in found] == ["lora"]
+    assert [line.partition(",")[0] for line in lines] == ["entries", "partial"]
+
+
+LOSSES = {"lora": 0.1, "partial": 0.2, "entries": 0.3, "uniform": 0.31, "random_weights": 0.9}  # after half a run
+
+
+@pytest.mark.usefixtures("composed_once")
+@pytest.mark.parametrize(("kept", "gone"), [(True, ["random_weights"]), (False, ["uniform", "random_weights"])])
+def test_a_race_lets_three_go_on_and_those_whose_rows_do_not_tell_them_from_the_third(
+    kept: bool, gone: list[str], tmp_path, rng
+) -> None:
+    """Without their rows, by means alone; what is recorded answers for a second look."""
+    noise, made = rng.normal(size=(len(LOSSES), 200)), []
+
+    def make(runs) -> int:
+        made.extend(runs)
+        for one, trial in runs:
+            loss = LOSSES[one.candidate.method]
+            config = config_of(one, trial)
+            leave_records([config], best=2e-3)
+            record = read_json(run_directory(config) / "result.json")
+            record["history"] = [{"step": step, "eval_loss": loss} for step in range(1, 1 + round(8 * trial.until))]
+            record |= {"training": {"steps": 8}} | ({"status": "paused"} if trial.until < 1 else {})
+            write_json(run_directory(config) / "result.json", record)
+            if kept:
+                losses = loss + noise[list(LOSSES).index(one.candidate.method)] / 4
+                told = pd.DataFrame({"label": 0, "prediction": 0, "loss": losses - losses.mean() + loss})
+                told.to_parquet(run_directory(config) / directory.VALIDATION)
+        return 0
+
+    own = candidates.candidates_of([*LOSSES], [0.3], (*GIVEN, "calibration=fixed", f"results_dir={tmp_path}"))
+    code, progress = comparing(own, make, margin=1)
+    dropped = [one.candidate.method for one in progress if one.dropped]
+    assert (code, dropped) == (0, gone)
+    assert all((one.best is None) == (one.candidate.method in gone) for one in progress)
+    assert not [one for one, trial in made if trial.until == 1 and one.candidate.method in gone]
+    assert {trial.until for _, trial in made} == {halving.QUARTER, halving.HALF, 1.0}
+    before = len(made)
+    for rows in tmp_path.rglob(directory.VALIDATION):  # as packed runs are without them
+        rows.unlink()
+    _, again = comparing(own, make, margin=1)
+    assert (len(made), [one.dropped for one in again]) == (before, [one.dropped for one in progress])
+    named = [line for line in Comparison(Options(["lora"]), progress, []).remarks if "place 5 of 5" in line]
+    assert [line.partition(",")[0] for line in named] == ["random_weights"]
 
 
 @pytest.mark.usefixtures("composed_once")
@@ -443,13 +488,12 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
     tmp_path, monkeypatch
 ) -> None:
     """Two methods are equally good, and the runs of a third fail."""
-    leave = functools.partial(leave_records, failing="unilora", mask__fan_in="kept")
 
-    def make(runs, jobs: int, ended) -> int:
-        return max(leave(entry.arguments(trials)) for entry, trials in compare._by_entry(runs))
+    def make(configs, *_) -> int:
+        return leave_records(configs, failing="unilora", mask__fan_in="kept")
 
-    monkeypatch.setattr(compare, "side_by_side", make)
-    monkeypatch.setattr(compare, "time_entry", lambda entry: None)
+    monkeypatch.setattr(pool, "side_by_side", make)
+    monkeypatch.setattr(comparison, "timed", lambda candidate: candidate)
     methods = ("methods=[partial,lora,unilora]", "reference=partial", "calibration=fixed")
     short = ("budgets=0.3", "seeds=2", "results_dir=out")
     done = here(tmp_path, "compare", *GIVEN, *methods, *short)
@@ -470,31 +514,30 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
 
 @pytest.mark.usefixtures("composed_once")
 def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tmp_path, monkeypatch, capsys) -> None:
-    def make(runs, jobs: int, ended) -> int:
-        for entry, trials in compare._by_entry(runs):
-            leave_records(entry.arguments(trials), best=8e-3)  # at an edge
-        for entry, trial in runs:
-            failed = entry.method == "uniform" and trial.rate == entry.centre
-            ended(entry, trial, launch.Outcome(tmp_path, "failed" if failed else "finished", error="of chance"))
+    def make(configs, jobs, is_made, then) -> int:
+        leave_records(configs, best=8e-3)  # at an edge
+        for place, config in enumerate(configs):
+            failed = config.method.name == "uniform" and config.trainer.learning_rate == 2e-3
+            then(place, launch.Outcome(tmp_path, "failed" if failed else "finished", error="of chance"))
         return 0
 
-    monkeypatch.setattr(compare, "side_by_side", make)
-    monkeypatch.setattr(compare, "time_entry", lambda entry: None)
+    monkeypatch.setattr(pool, "side_by_side", make)
+    monkeypatch.setattr(comparison, "timed", lambda candidate: candidate)
     settings = (*GIVEN, "methods=[lora,uniform]", "budgets=0.3", "seeds=2", "jobs=1", f"results_dir={tmp_path}")
-    parts = [comparison.read(settings)]
-    contest = Contest.of(parts[0][0], parts)
+    parts = [options.read(settings)]
+    whole = Comparison.of(parts[0][0], parts)
     said, events, notes = [], [], []
-    contest.measure(said.append)
-    assert contest.run(said.append, watch=events.append, note=notes.append, sweep=pytest.fail) == 0
-    ruling = contest.rule("a command")
+    whole.measure(said.append)
+    assert whole.run(said.append, watch=events.append, note=notes.append, sweep=pytest.fail) == 0
+    conclusion = whole.conclude("a command")
     assert capsys.readouterr() == ("", "")
-    assert [entry.best for entry in contest.entries] == [8e-3, 8e-3]
+    assert [one.best for one in whole.progress] == [8e-3, 8e-3]
     assert {"lora, 0.3: learning rate 0.008", "uniform, 0.3: learning rate 0.008"} <= {*said}
     shares = [event.get("share", event["done"] / event["total"]) for event in events]
     assert shares == sorted(shares)
     assert (max(shares[:-1]) < 1, shares[-1]) == (True, 1)  # whatever more there was to do
     assert all(note.startswith("uniform, 0.3, ") for note in notes)
-    ((sentences, take),) = ruling.verdicts
+    ((sentences, take),) = conclusion.verdicts
     assert "lora" in " ".join(sentences)
     assert (take / "config.yaml").is_file()
-    assert ruling.page.is_file()
+    assert conclusion.page.is_file()
