@@ -339,7 +339,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
 def places_of(settings: Mapping, keys: Iterable[str]) -> dict[str, str]:
     """Return where files and folders that settings name lie, by key: for this machine alone, so no pack has it."""
     named = flatten(settings)
-    return {key: os.path.abspath(named[key]) for key in keys if key in named}
+    return {key: redacted(os.path.abspath(named[key])) for key in keys if key in named}
 
 
 def finite(value: object) -> object:
