@@ -373,7 +373,7 @@ def _judge(judging: Judging, where: Sequence[str], command: str, as_json: bool) 
     with _libraries():
         from partial_lora.report import judge, scores
     found = scores.read(judging.places, where=where, metric=judging.metric, lower=judging.lower, rows=judging.rows)
-    judgements = [judge.judged(one, judging.margin, judging.reference) for one in found.sets]
+    judgements = judge.every(found, judging.margin, judging.reference)
     files = judge.write(judgements, found, Path(judging.results_dir), command=command)
     if as_json:
         print(json.dumps(judge.as_json(judgements, found), allow_nan=False))

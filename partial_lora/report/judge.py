@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from partial_lora.errors import one_of, shortlist
+from partial_lora.errors import require, shortlist
 from partial_lora.files import grouped, write_atomic, write_json
 from partial_lora.report import figures, page, tables
 from partial_lora.report.drawing import save_both
@@ -110,14 +110,20 @@ class Judgement:
         return sum(line.correlation is None or line.correlation > most for line in self.others if line.basis == BOUND)
 
 
-def judged(scores: Scores, margin: float, reference: str | None = None) -> Judgement:
-    """Return what scores decide about their methods. margin: in points. reference: a method in place of the leader.
+def every(found: Found, margin: float, reference: str | None = None) -> list[Judgement]:
+    """Return what is judged of all sets, of a reference those that have it.
 
-    Raises PartialLoraError for a reference that is no method of the set.
+    Raises PartialLoraError for a reference that no set has.
     """
+    sets = [one for one in found.sets if reference is None or reference in one.by_row]
+    known = sorted({name for one in found.sets for name in one.by_row})
+    require(bool(sets), "reference", reference, f"one of the methods: {shortlist(known, between='; ')}")
+    return [judged(one, margin, reference) for one in sets]
+
+
+def judged(scores: Scores, margin: float, reference: str | None = None) -> Judgement:
+    """Return what scores decide about their methods. margin: in points. reference: a method in place of the leader."""
     outputs = scores.upward
-    if reference is not None:
-        one_of(f"{scores.title}: reference", reference, *sorted(outputs))
     means = {name: float(np.mean([one.mean() for one in seeds.values()])) for name, seeds in outputs.items()}
     several = [name for name in outputs if len(outputs[name]) > 1]
     first = reference or max(several or outputs, key=means.__getitem__)
@@ -131,6 +137,8 @@ def judged(scores: Scores, margin: float, reference: str | None = None) -> Judge
     ]
     if len(outputs[first]) > 1:  # beside the seeds of others a single one decides nothing
         lines = [replace(one, verdict=OPEN, seeds_wanted=2) if one.seeds == 1 else one for one in lines]
+    if reference:
+        lines[0] = replace(lines[0], verdict=REFERENCE)
     return Judgement(scores, margin, comparisons, lines, reference is None)
 
 
@@ -275,7 +283,7 @@ def sentences(judgement: Judgement) -> list[str]:
                 line.method + (f" ({would_decide(line)} would decide)" if verdict == OPEN and len(of_one) < 4 else "")
                 for line in of_one
             ]
-            lines.append(f"{words}: {len(of_one)}: {shortlist(names, _MOST_NAMED)}.")
+            lines.append(f"{words} ({len(of_one)}): {shortlist(names, _MOST_NAMED, '; ')}.")
     bases = {line.basis for line in judgement.others}
     lines += [words for basis, words in _ABOUT.items() if basis in bases]
     if BOUND in bases:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from partial_lora.errors import PartialLoraError, one_line, require, shortlist
+from partial_lora.errors import PartialLoraError, one_line, shortlist
 from partial_lora.files import grouped, read_json
 from partial_lora.launching.directory import RESULT, RUNS
 from partial_lora.launching.packs import PREDICTIONS_TABLE, RUNS_TABLE
@@ -284,8 +284,9 @@ def _of_tables(files: Sequence[Path], *, where: Sequence[str], metric: str | Non
         if metric is not None:
             columns["score"] = lower.get(metric.lower())
         for key in ("method", "score"):
-            expected = f"a column {metric or _NAMES[key][0]}; it has {', '.join(map(str, table.columns))}"
-            require(columns[key] is not None, str(file), key, expected)
+            if columns[key] is None:
+                has = ", ".join(map(str, table.columns))
+                raise PartialLoraError(f"{file}: expected a column {metric or _NAMES[key][0]}; it has {has}")
         scores += _of_table(file, table, columns)
     left_out: list[str] = []
     return _sets_of(scores, left_out), left_out
@@ -308,7 +309,8 @@ def _of_table(file: Path, table: pd.DataFrame, columns: Mapping[str, str | None]
         counts = int(lines["rows"].iloc[0]) if "rows" in lines and not lines["rows"].isna().any() else None
         if "row" in lines:
             of_rows = dict(zip(lines["row"], lines["score"].astype(float), strict=True))
-            require(len(of_rows) == len(lines), str(file), f"{method}, seed {seed}", "each row once")
+            if len(of_rows) < len(lines):
+                raise PartialLoraError(f"{file}: {method}, seed {seed}: expected each row once")
             yield Score(task, name, method, int(seed), of_rows)
         else:
             for score in lines["score"].astype(float):

@@ -164,11 +164,11 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
     falling = table.assign(**shared | {"task": "texts", "metric": "perplexity", "test": table["test"] + 1})
     both = pd.concat([table.assign(**shared), falling], ignore_index=True)
-    (_, svg), _ = ranking.draw_front(both, "parameters", tmp_path, "front")
+    _, svg = ranking.draw_front(both, "parameters", tmp_path, "front")
     drawn = svg.read_text()
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "#bfbfbf" in mark] == [1, 5, 6, 8]
-    assert [drawn.count(f"<!-- {form} -->") for form in "abcde"] == [1, 0, 2, 1, 2]
+    assert [drawn.count(f">{form}</text>") for form in "abcde"] == [1, 0, 2, 1, 2]
 
 
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
