@@ -14,7 +14,7 @@ common, and each method with the correlation from which on it would be told apar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ CORRELATIONS = (0.0, 0.25, 0.5, 0.75)  # of right answers on the same rows, for 
 _MOST_NAMED = 8
 _ABOUT = {
     BOTH: "Intervals are over seeds and test rows.",
-    SEEDS: "Intervals are over seeds alone: there are no scores by test row.",
+    SEEDS: "Intervals are over seeds alone where there are no scores by test row.",
     ROWS: "There is one seed. Intervals are over test rows alone: they are of these trained models. Another seed may "
     "move a method by more.",
 }
@@ -115,10 +115,21 @@ def every(found: Found, margin: float, reference: str | None = None) -> list[Jud
 
     Raises PartialLoraError for a reference that no set has.
     """
-    sets = [one for one in found.sets if reference is None or reference in one.by_row]
-    known = sorted({name for one in found.sets for name in one.by_row})
-    require(bool(sets), "reference", reference, f"one of the methods: {shortlist(known, between='; ')}")
-    return [judged(one, margin, reference) for one in sets]
+    if reference is None:
+        return [judged(one, margin) for one in found.sets]
+    named = [(one, _named(one.by_row, reference)) for one in found.sets]
+    known = shortlist(sorted({name for one in found.sets for name in one.by_row}), between="; ")
+    require(any(name for _, name in named), "reference", reference, f"one of the methods: {known}")
+    for one, name in named:
+        if name is None:
+            found.left_out.append(f"{one.title}: no {reference} among {shortlist(sorted(one.by_row), between='; ')}")
+    return [judged(one, margin, name) for one, name in named if name]
+
+
+def _named(methods: Collection[str], reference: str) -> str | None:
+    """Return the method of a name: "lora" also of the only one that is called "lora, SOMETHING"; None without one."""
+    alike = [name for name in methods if name.partition(", ")[0] == reference]
+    return reference if reference in methods else alike[0] if len(alike) == 1 else None
 
 
 def judged(scores: Scores, margin: float, reference: str | None = None) -> Judgement:
@@ -163,15 +174,20 @@ def _line(
 ) -> Line:
     """Return what is judged of one method. margin: in units of the score."""
     score = -mean if scores.lower_is_better else mean
-    rows = len(next(iter(outputs[name].values()))) if scores.has_rows else scores.rows.get(name) or 0
+    rows = max(map(len, outputs[name].values()))
+    rows = rows if rows > 1 else scores.rows.get(name) or 0
     known = {"method": name, "score": score, "seeds": len(outputs[name]), "rows": rows}
     if name == first:
         return Line(**known, verdict=LEADS, basis=NONE)
     seeds = sorted(outputs[first].keys() & outputs[name].keys())
-    d = np.stack([outputs[first][seed] - outputs[name][seed] for seed in seeds])
-    if len(seeds) == 1 and d.shape[1] == 1:
-        return _bound(known, float(outputs[first][seeds[0]][0]), mean, level, margin)
-    basis = (BOTH if scores.has_rows else SEEDS) if len(seeds) > 1 else ROWS
+    pairs = [(outputs[first][seed], outputs[name][seed]) for seed in seeds]
+    if len({len(side) for pair in pairs for side in pair}) > 1:  # not all have rows, or not the same
+        pairs = [tuple(side.mean(keepdims=True) for side in pair) for pair in pairs]
+    d = np.stack([one - other for one, other in pairs])
+    has_rows = d.shape[1] > 1
+    if len(seeds) == 1 and not has_rows:
+        return _bound(known, *(float(side[0]) for side in pairs[0]), level, margin)
+    basis = (BOTH if has_rows else SEEDS) if len(seeds) > 1 else ROWS
     if len(seeds) > 1:
         pair, freedom = Spread.of(d, moved[0]), moved[1] or len(seeds) - 1.0
     else:
@@ -183,8 +199,8 @@ def _line(
     if verdict == OPEN and estimate.error > NOTHING:
         needed = _error_needed(estimate, high - estimate.difference, margin)
         left = needed**2 - pair.of_seed / len(seeds)  # what rows may still add to the variance
-        if scores.has_rows and left > 0:
-            wanted["rows_wanted"] = _two_digits(rows * pair.of_rows / left)
+        if has_rows and left > 0:
+            wanted["rows_wanted"] = _two_digits(d.shape[1] * pair.of_rows / left)
         if len(seeds) > 1:
             wanted["seeds_wanted"] = seeds_wanted(pair, freedom / (len(seeds) - 1), level, margin)
     return _turned(known, verdict, basis, estimate.difference, low, high, **wanted)

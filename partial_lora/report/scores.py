@@ -62,10 +62,6 @@ class Scores:
         return {name: {seed: sign * one for seed, one in seeds.items()} for name, seeds in self.by_row.items()}
 
     @property
-    def has_rows(self) -> bool:
-        return all(len(one) > 1 for seeds in self.by_row.values() for one in seeds.values())
-
-    @property
     def point(self) -> float:
         """A point in units of the score: a hundredth of a share, or of a loss whose exponential is measured; else 1."""
         if self.metric in SHARES or self.metric == PERPLEXITY:
@@ -255,17 +251,15 @@ def _of_runs(places: Sequence[Path], *, where: Sequence[str], metric: str | None
                 left_out.append(f"{task}, {model}: measured by {name}")
                 continue
             other = f" ({conditions})" if several.count((task, model, name)) > 1 else ""
-            by_row, whole = {}, {}
+            by_row = {}
             for one in of_set:
                 words = [word for word in (one.row["operating_point"], differs[one.key]) if word != NONE]
-                method = ", ".join([one.row["method"], *words])
                 read = {run.row["seed"]: of_run(run.row, stored) for run in one.runs}
-                whole[method] = {seed: score for seed, (score, *_) in read.items()}
-                by_row[method] = {seed: values for seed, (_, values, _) in read.items()}
+                by_row[", ".join([one.row["method"], *words])] = {
+                    seed: whole if rows is None else rows for seed, (whole, rows, _) in read.items()
+                }
                 left_out += [why for *_, why in read.values() if why]
-            lengths = {NONE if one is None else len(one) for seeds in by_row.values() for one in seeds.values()}
-            kept = len(lengths) == 1 and lengths != {NONE}
-            sets.append(Scores(f"{task}, {model}{other}", name, by_row if kept else whole))
+            sets.append(Scores(f"{task}, {model}{other}", name, by_row))
     return sets, left_out
 
 

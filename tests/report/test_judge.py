@@ -70,6 +70,9 @@ def test_beside_a_reference_a_method_may_be_better_and_there_are_fewer_compariso
     other = Scores("other", "accuracy", {name: outputs[name] for name in "ab"})
     sets = scores.Found([of(outputs), other], [])
     assert [one.scores.title for one in judge.every(sets, 1.0, "c")] == ["digits"]
+    assert any(line.startswith("other: no c") for line in sets.left_out)
+    assert judge._named(["a, budget 0.13", "a, threshold 0.9", "b, budget 0.13"], "b") == "b, budget 0.13"
+    assert judge._named(["a, budget 0.13", "a, threshold 0.9"], "a") is None
     with refusal("reference", "nobody"):
         judge.every(sets, 1.0, "nobody")
 
@@ -218,7 +221,8 @@ def test_runs_under_other_conditions_or_without_rows_are_no_rows_of_a_set(tmp_pa
     place(tmp_path, record("probe", seed=3, task="cifar10"))
     found = scores.read([tmp_path])
     (one,) = found.sets
-    assert {line.basis for line in judge.judged(one, 1.0).others} == {"seeds"}
+    bases = {line.method.partition(",")[0]: line.basis for line in judge.judged(one, 1.0, "lora").others}
+    assert bases == {"partial": "seeds and rows", "dora": "seeds"}
     assert len(found.left_out) == 2  # alone in their sets
 
 
@@ -230,7 +234,7 @@ def test_samples_of_lm_eval_are_rows_of_one_seed(tmp_path):
     samples(tmp_path, "base", right["base"], "other")
     found = scores.read([tmp_path])
     (one,) = found.sets
-    assert (one.title, one.metric, one.has_rows) == ("digits", "exact_match", True)
+    assert (one.title, one.metric) == ("digits", "exact_match")
     for model, rows in right.items():
         assert one.by_row[model][0].mean() == rows.mean()
     assert judge.judged(one, 1.0).others[0].verdict == "worse"
