@@ -26,6 +26,7 @@ from partial_lora.errors import require, shortlist
 from partial_lora.files import grouped, write_atomic, write_json
 from partial_lora.report import figures, page, tables
 from partial_lora.report.drawing import save_both
+from partial_lora.report.examples import shortened
 from partial_lora.report.rows import NONE
 from partial_lora.report.scores import PERPLEXITY, Found, Scores
 from partial_lora.report.sequential import (
@@ -49,7 +50,7 @@ CORRELATIONS = (0.0, 0.25, 0.5, 0.75)  # of right answers on the same rows, for 
 _MOST_NAMED = 8
 _ABOUT = {
     BOTH: "Intervals are over seeds and test rows.",
-    SEEDS: "Intervals are over seeds alone where there are no scores by test row.",
+    SEEDS: "Without scores by test row intervals are over seeds alone.",
     ROWS: "There is one seed. Intervals are over test rows alone: they are of these trained models. Another seed may "
     "move a method by more.",
 }
@@ -267,7 +268,7 @@ def _apart(scores: Scores, line: Line) -> str:
 
 
 def would_decide(line: Line) -> str:
-    """Return what would decide a line: seeds, rows, or rows that are right together; a dash where it is decided."""
+    """Return what would decide a line: seeds or rows; a dash where it is decided."""
     if line.verdict != OPEN:
         return NONE
     ways = []
@@ -275,8 +276,6 @@ def would_decide(line: Line) -> str:
         ways.append(f"{line.seeds_wanted} seeds")
     if line.rows_wanted:
         ways.append(f"{line.rows_wanted:,} rows")
-    if line.correlation is not None:
-        ways.append(f"rows correlated by {line.correlation:.2f}")
     return " or ".join(ways) or ("the number of test rows" if line.basis == NOTHING_KNOWN else "nothing likely")
 
 
@@ -284,7 +283,7 @@ def sentences(judgement: Judgement) -> list[str]:
     """Return the judgement in a few sentences: who is first, who is told apart from it, and what is open."""
     scores, first = judgement.scores, judgement.first
     by_verdict = grouped(judgement.others, lambda line: line.verdict)
-    unit = "points" if scores.point != 1 else f"of {scores.metric}"
+    unit = f"of {scores.metric}" if scores.point == 1 else "point" if judgement.margin == 1 else "points"
     seeds = f"{first.seeds} seed{'s' * (first.seeds > 1)}"
     about = f"{first.method} ({score_in_words(scores, first.score)} {scores.metric}, {seeds})"
     lines = [f"{'First' if judgement.is_led else 'Beside'}: {about}, and {len(judgement.others)} others."]
@@ -328,13 +327,16 @@ def table(judgement: Judgement) -> pd.DataFrame:
         "verdict": [line.verdict for line in lines],
         "would decide": [would_decide(line) for line in lines],
     }
+    if any(line.basis == BOUND for line in lines):
+        told = [NONE if line.correlation is None else f"{line.correlation:.2f}" for line in lines]
+        columns["told apart from a correlation of rows on"] = told
     return pd.DataFrame(columns)
 
 
 def on_screen(judgement: Judgement) -> Table:
     """Return the table for a terminal of 80 columns; rows and what would decide are in files and page."""
-    view = table(judgement).drop(columns=["rows", "would decide"])
-    return tables.drawn(_title(judgement), view.rename(columns={view.columns[3]: "from the first"}))
+    view = table(judgement).iloc[:, [0, 1, 2, 4, 5]]
+    return tables.drawn(_title(judgement), view.rename(columns={view.columns[3]: "difference"}))
 
 
 def _title(judgement: Judgement) -> str:
@@ -381,7 +383,7 @@ def intervals(judgement: Judgement) -> figures.Intervals:
         if math.isfinite(line.low)
     ]
     frame = pd.DataFrame(rows, columns=["method", "verdict", "difference", "low", "high"])
-    return figures.Intervals(_title(judgement), f"{unit} from {first.method}", judgement.margin, frame)
+    return figures.Intervals(_title(judgement), f"{unit} from {shortened(first.method, 40)}", judgement.margin, frame)
 
 
 def write(judgements: Sequence[Judgement], found: Found, out: Path, *, command: str) -> list[Path]:
