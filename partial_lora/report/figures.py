@@ -81,14 +81,14 @@ Band = list[tuple[int, float, float, float]]  # step, mean, lowest, highest
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, and how many it draws of the places, calibrations or models (`what`) that there are.
+    """A figure, and how many it draws of the places, sets or calibrations (`what`) that there are.
 
     names: what its elements show under the pointer, by id.
     """
 
     figure: Figure
-    drawn: int
-    whole: int
+    drawn: int = 1
+    whole: int = 1
     what: str = "places"
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -234,76 +234,67 @@ def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[floa
     return best
 
 
-def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
+def pareto(of_place: pd.DataFrame) -> Drawing:
     """Draw test score against trainable parameters, adapter and head together; the line joins what nothing beats.
 
     Rows under other conditions than most are small grey dots, and the axis of scores does not reach out for them.
 
-    table: of `folders.group`. least: the figure's width in inches at least.
+    of_place: of `folders.group`, the rows of a task, model and metric.
     """
-    whole = tables.places(table)
-    parts = whole[:MOST]
-    figure, drawn = panels(len(parts), wide=3.9, high=2.9, least=least)
-    used: list[tuple[str, str]] = []
-    names = {}
-    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
-        of_place = of_place.assign(size=of_place["adapter_parameters"] + of_place["head_parameters"])
-        part, others = of_place[of_place["usual"]], of_place[~of_place["usual"]]
-        best = front(zip(part["size"], part["test_mean"], strict=True), metric)
-        ends = [*best, (float(of_place["size"].max()) * 1.4, best[-1][1])]
-        axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
-        axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
-        for row in part.itertuples():
-            used.append((row.method, row.operating_point))
-            its_look = look(*used[-1])
-            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7}
-            mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style, **its_look.markers)
-            mark.set_gid(f"row-{row.Index}")
-            score = measured(row.metric, row.test_mean, row.test_std)
-            names[f"row-{row.Index}"] = (
-                f"{words_of(row)}: {score} (n={row.n}), {row.adapter_parameters:,.0f} parameters"
-            )
-        spread = part["test_std"].fillna(0)
-        sized(axes, of_place["size"])
-        fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)])
-        scored(axes, metric)
-        _titled(axes, f"{task}, {model}")
-        plain(axes)
-    legend_of_methods(figure, used, lines=False)
-    return Drawing(figure, len(parts), len(whole), names=names)
+    of_place = of_place.assign(size=of_place["adapter_parameters"] + of_place["head_parameters"])
+    part, others = of_place[of_place["usual"]], of_place[~of_place["usual"]]
+    figure, (axes,) = panels(1, wide=3.9, high=2.9, least=4.4)
+    metric, names = part["metric"].iloc[0], {}
+    best = front(zip(part["size"], part["test_mean"], strict=True), metric)
+    ends = [*best, (float(of_place["size"].max()) * 1.4, best[-1][1])]
+    axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
+    axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
+    for row in part.itertuples():
+        its_look = look(row.method, row.operating_point)
+        style = {"color": its_look.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7}
+        mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style, **its_look.markers)
+        mark.set_gid(f"row-{row.Index}")
+        score, size = measured(metric, row.test_mean, row.test_std), f"{row.adapter_parameters:,.0f} parameters"
+        names[f"row-{row.Index}"] = f"{words_of(row)}: {score} (n={row.n}), {size}"
+    spread = part["test_std"].fillna(0)
+    sized(axes, of_place["size"])
+    fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)])
+    scored(axes, metric)
+    _titled(axes, ", ".join(part[["task", "model"]].iloc[0]))
+    plain(axes)
+    legend_of_methods(figure, list(zip(part["method"], part["operating_point"], strict=True)), lines=False)
+    return Drawing(figure, names=names)
 
 
-def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
+def methods(of_place: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """Draw every method's mean test score with its 95 % interval over seeds, and the seeds as ticks.
 
     Rows under other conditions than most are left out. The axis reaches as far as the seeds do, and half as far again
     for the intervals.
 
-    table: of `folders.group`; frame: the runs.
+    of_place: as of `pareto`; frame: the runs.
     """
-    whole = tables.places(table[table["usual"]])
-    parts = whole[:MOST]
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
+    usual = of_place[of_place["usual"]]
+    part = usual.head(_MOST_ROWS)
+    part = part.assign(place=range(len(part)))
+    figure, (axes,) = lists([len(part)])
     seeds = {key: runs["test"].tolist() for key, runs in frame.groupby(["group", "precision"])}
-    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
-        part = of_place.head(_MOST_ROWS)
-        part = part.assign(place=range(len(part)))
-        rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
-        ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
-        if ticks:
-            axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
-        for key, of_method in part.groupby(["method", "operating_point"], sort=False):
-            its_look = look(*key)
-            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
-            axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
-        tests = np.array([score for _, scores in rows for score in scores])
-        half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
-        low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
-        fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
-        _listed(axes, [shortened(words_of(row), _MOST_LETTERS) for row in part.itertuples()])
-        scored(axes, metric, axis="x")
-        _titled(axes, f"{task}, {model}", part, of_place)
-    return Drawing(figure, len(parts), len(whole))
+    rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
+    ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
+    if ticks:
+        axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
+    for key, of_method in part.groupby(["method", "operating_point"], sort=False):
+        its_look = look(*key)
+        style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
+        axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
+    tests = np.array([score for _, scores in rows for score in scores])
+    half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
+    low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
+    fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
+    _listed(axes, [shortened(words_of(row), _MOST_LETTERS) for row in part.itertuples()])
+    scored(axes, part["metric"].iloc[0], axis="x")
+    _titled(axes, ", ".join(part[["task", "model"]].iloc[0]), part, usual)
+    return Drawing(figure)
 
 
 @dataclass(frozen=True)
@@ -649,7 +640,7 @@ def draw_gallery(every: Sequence[Run], results_dir: Path) -> list[Shown]:
     drawings: dict[str, tuple] = {}
     for number, (place, part) in enumerate(tables.places(table), start=1):
         drawings[f"pareto-{number}"] = (
-            pareto(part, least=4.4),
+            pareto(part),
             f"Test {place[2]} against trainable parameters",
             f"{FRONT} Grey dots were trained under other conditions.{searched}",
             place,

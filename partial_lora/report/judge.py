@@ -137,9 +137,9 @@ def judged(scores: Scores, margin: float, reference: str | None = None) -> Judge
     """Return what scores decide about their methods. margin: in points. reference: a method in place of the leader."""
     outputs = scores.upward
     means = {name: float(np.mean([one.mean() for one in seeds.values()])) for name, seeds in outputs.items()}
-    several = [name for name in outputs if len(outputs[name]) > 1]
-    first = reference or max(several or outputs, key=means.__getitem__)
+    first = reference or max([name for name in outputs if len(outputs[name]) > 1] or outputs, key=means.__getitem__)
     outputs = _in_common(outputs, first)
+    several = [name for name in outputs if len(outputs[name].keys() & outputs[first].keys()) > 1]
     comparisons = len(outputs) - 1 if reference else math.comb(len(outputs), 2)
     level = 1 - (1 - LEVEL) / comparisons
     moved = spread_of_seeds({name: outputs[name] for name in several}) if len(several) > 1 else (0.0, 0.0)
@@ -187,7 +187,8 @@ def _line(
     d = np.stack([one - other for one, other in pairs])
     has_rows = d.shape[1] > 1
     if len(seeds) == 1 and not has_rows:
-        return _bound(known, *(float(side[0]) for side in pairs[0]), level, margin)
+        errs = float(scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
+        return _bound(known, *(errs + float(side[0]) for side in pairs[0]), level, margin)
     basis = (BOTH if has_rows else SEEDS) if len(seeds) > 1 else ROWS
     if len(seeds) > 1:
         pair, freedom = Spread.of(d, moved[0]), moved[1] or len(seeds) - 1.0

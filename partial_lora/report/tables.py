@@ -264,10 +264,3 @@ def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, st
     except (PartialLoraError, ValueError):
         return None
     return None if ends is None else (*ends, "examples")
-
-
-def signed(metric: str, difference: float, low: float, high: float) -> str:
-    """Return a difference with its interval, if it has one: of shares in points, of other metrics as it is."""
-    scale, form = (100, "+.2f") if metric in SHARES else (1, "+.4f")
-    interval = "" if math.isnan(low) else f" [{scale * low:{form}}, {scale * high:{form}}]"
-    return f"{scale * difference:{form}}{interval}"

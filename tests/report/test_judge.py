@@ -135,6 +135,11 @@ def test_of_one_seed_without_rows_a_bound_holds_whatever_rows_the_scores_are_of(
         verdict, correlation = of_rows("c", shared)
         if abs(correlation - lines["c"].correlation) > 0.03:
             assert (verdict == "worse") == (correlation > lines["c"].correlation), shared
+    wrong = {name: {0: 1 - one[0]} for name, one in whole.by_row.items()}
+    turned = judge.judged(of(wrong, rows=whole.rows, lower_is_better=True), 1.0)
+    assert [(line.method, line.verdict, line.rows_wanted) for line in turned.others] == [
+        (line.method, line.verdict, line.rows_wanted) for line in found.others
+    ]
     unknown = judge.judged(of(whole.by_row), 1.0)
     assert {(line.verdict, line.basis) for line in unknown.others} == {("open", "nothing")}
 
