@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from partial_lora.building.info import Outline
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
-    from partial_lora.settings.comparison import Judging
+    from partial_lora.settings.judging import Judging
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 
@@ -336,7 +336,8 @@ def compare(arguments: Sequence[str]) -> int:
     _add_where(parser)
     parser.add_argument("--json", action="store_true", help="of finished scores: print one JSON object")
     parsed = parser.parse_intermixed_args(list(arguments))
-    from partial_lora.settings.comparison import Judging, of_one, of_study, read
+    from partial_lora.settings.comparison import of_one, of_study, read
+    from partial_lora.settings.judging import Judging
 
     if judging := Judging.of(parsed.settings):
         return _judge(judging, parsed.where, shlex.join(["partial-lora", "compare", *arguments]), parsed.json)

@@ -106,6 +106,8 @@ def read(
     """
     found, left_out = [], []
     for kind, files in grouped(_files(places), lambda item: item[0]).items():
+        if where and kind is not _of_runs:
+            raise PartialLoraError(f"--where {' '.join(where)}: expected finished runs; {files[0][1]} has none")
         sets, lines = kind([file for _, file in files], where=where, metric=metric)
         found += sets
         left_out += lines

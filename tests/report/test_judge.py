@@ -15,7 +15,7 @@ from partial_lora import cli
 from partial_lora.files import read_json
 from partial_lora.report import judge, pack, scores, sequential
 from partial_lora.report.scores import Scores
-from partial_lora.settings.comparison import Judging
+from partial_lora.settings.judging import Judging
 
 
 def drawn(chances: dict[str, float], seeds: int, rows: int, spread: float = 0.02) -> dict[str, dict[int, np.ndarray]]:
@@ -287,6 +287,12 @@ def test_a_table_that_says_too_little_is_refused_by_name(tmp_path, text, named):
         scores.read([tmp_path / "scores.csv"])
 
 
+def test_conditions_are_of_runs(tmp_path):
+    (tmp_path / "scores.csv").write_text("method,score\na,1\nb,0\n")
+    with refusal("--where seed=0", "scores.csv"):
+        scores.read([tmp_path / "scores.csv"], where=["seed=0"])
+
+
 def test_files_that_hold_no_scores_are_refused_by_name(tmp_path):
     for name, content in (("a.json", "{}"), ("samples_x.jsonl", "{}\n"), ("b.txt", "")):
         (tmp_path / name).write_text(content)
@@ -337,7 +343,7 @@ def test_the_command_writes_what_it_says_and_its_exit_code_says_whether_all_is_d
 
 @pytest.mark.parametrize(
     ("setting", "key"),
-    [("margin=0", "margin"), ("rows=1", "rows"), ("lower=2", "lower"), ("trainer.epochs=3", "trainer.epochs")],
+    [("margin=0", "margin"), ("margin=x", "margin"), ("rows=1", "rows"), ("lower=2", "lower"), ("seeds=3", "seeds")],
 )
 def test_settings_of_training_are_none_of_a_judge(tmp_path, setting, key):
     with refusal(key):
