@@ -335,10 +335,13 @@ def compare(arguments: Sequence[str]) -> int:
     )
     _add_where(parser)
     parser.add_argument("--json", action="store_true", help="of finished scores: print one JSON object")
+    parser.add_argument("--verify", action="store_true", help="derive the verdict of take/verdict.json again")
     parsed = parser.parse_intermixed_args(list(arguments))
     from partial_lora.settings.comparison import of_one, of_study, read
     from partial_lora.settings.judging import Judging
 
+    if parsed.verify:
+        return _verify(parsed.settings)
     if judging := Judging.of(parsed.settings):
         return _judge(judging, parsed.where, shlex.join(["partial-lora", "compare", *arguments]), parsed.json)
     if parsed.where or parsed.json:
@@ -388,6 +391,19 @@ def _judge(judging: Judging, where: Sequence[str], command: str, as_json: bool) 
             print(*judge.sentences(judgement), "", sep="\n")
         print(*files, sep="\n")
     return int(not all(judgement.is_decided for judgement in judgements))
+
+
+def _verify(places: Sequence[str]) -> int:
+    """Derive the verdict of a certificate again; return 0 where it holds, else 1."""
+    require(len(places) == 1, "--verify", " ".join(places), "one take/verdict.json of a comparison")
+    from partial_lora.report import certificate
+
+    wrong = certificate.found_wrong(Path(places[0]))
+    for line in wrong:
+        print(f"partial-lora: {places[0]}: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"{places[0]}: the scores beside it say the same")
+    return int(bool(wrong))
 
 
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.

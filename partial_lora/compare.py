@@ -15,7 +15,8 @@ from partial_lora.launching import compare
 from partial_lora.launching.compare import Entry
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.search import Trial
-from partial_lora.report import ranking, records, verdict
+from partial_lora.report import certificate, ranking, records, verdict
+from partial_lora.report.sequential import LOOKS
 from partial_lora.settings.comparison import FULL, QUICK, Comparison
 
 Say = Callable[[str], None]
@@ -183,6 +184,17 @@ class Contest:
             if len(self.groups) > 1:
                 take, named = take / title.replace(", ", "-"), f"{title}: "
             verdicts.append((sentences, verdict.write_take(best, take)))
+            outputs, metric, *_ = verdict.outputs_of(group, out)
+            certificate.write(
+                take,
+                outputs,
+                found,
+                metric=metric,
+                margin=self.comparison.margin / 100,
+                looks=LOOKS if self.comparison.seeds is None else (self.comparison.seeds,),
+                settings={entry.name: entry.of_seed(0)["config"] for entry in group if entry.of_seed(0)},
+                verdict=sentences,
+            )
             lines += [f"{named}{sentences[0]}", *sentences[1:]]
         page = ranking.write_page(
             numbers, out, reference=reference, command=command, refused=self.refused, verdict=lines

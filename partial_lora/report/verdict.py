@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.launching.compare import Entry, in_time, runs_of_each
-from partial_lora.report import records
-from partial_lora.report.predictions import Predictions
-from partial_lora.report.scores import PERPLEXITY, of_run
+from partial_lora.report import predictions, records
 from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Outputs, Referee, Standing, referee, shows
+from partial_lora.report.statistics import per_example
 from partial_lora.settings.comparison import Comparison
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
+PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
 TAKE = "take"  # folder of the files to act with
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)  # a comparison looks several times
@@ -34,7 +35,7 @@ def results_of(places: Iterable[Path]) -> Path:
 
 def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
     """Return what each test row adds to a score (sequential.Outputs), and the metric; whole scores without rows."""
-    stored, by_row, whole, metric = Predictions(out), {}, {}, ""
+    stored, by_row, whole, metric = predictions.Predictions(out), {}, {}, ""
     for entry in group:
         by_row[entry.name], whole[entry.name] = {}, {}
         for place, record in entry.done.items():
@@ -43,11 +44,14 @@ def outputs_of(group: Sequence[Entry], out: Path) -> tuple[Outputs, str]:
             row = records.run_of(record, place).row
             metric = row["metric"]
             sign, seed = -1 if metric in LOWER_IS_BETTER else 1, record["seed"]
-            score, of_rows, why = of_run(row, stored)
-            whole[entry.name][seed] = sign * score
-            by_row[entry.name][seed] = np.array([]) if of_rows is None else sign * of_rows
-            if why:
-                _warn_once("%s; methods are compared by their scores alone", why)
+            whole[entry.name][seed] = sign * np.array([math.log(row["test"]) if metric == PERPLEXITY else row["test"]])
+            try:
+                of_rows = "loss" if metric == PERPLEXITY else metric
+                by_row[entry.name][seed] = sign * per_example(stored.of(row["group"], seed, metric), of_rows)
+            except (PartialLoraError, KeyError, ValueError) as error:  # not kept, not of this metric, or broken
+                if isinstance(error, ValueError):
+                    _warn_once("%s; methods are compared by their scores alone", str(error))
+                by_row[entry.name][seed] = np.array([])
     rows = {len(values) for seeds in by_row.values() for values in seeds.values()}
     return (by_row if len(rows) == 1 and rows != {0} else whole), metric
 

@@ -20,6 +20,7 @@ from partial_lora.compare import Contest
 from partial_lora.files import write_json
 from partial_lora.launching import compare, directory, launch, search
 from partial_lora.launching.paths import run_directory
+from partial_lora.report import certificate
 from partial_lora.settings import comparison, schema
 
 GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
@@ -475,4 +476,5 @@ def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tm
     ((sentences, take),) = ruling.verdicts
     assert "low_rank" in " ".join(sentences)
     assert (take / "config.yaml").is_file()
+    assert certificate.found_wrong(take / "verdict.json") == []
     assert ruling.page.is_file()
