@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -139,18 +140,12 @@ def judged(scores: Scores, margin: float, reference: str | None = None) -> Judge
     means = {name: float(np.mean([one.mean() for one in seeds.values()])) for name, seeds in outputs.items()}
     first = reference or max([name for name in outputs if len(outputs[name]) > 1] or outputs, key=means.__getitem__)
     outputs = _in_common(outputs, first)
-    several = [name for name in outputs if len(outputs[name].keys() & outputs[first].keys()) > 1]
     comparisons = len(outputs) - 1 if reference else math.comb(len(outputs), 2)
-    level = 1 - (1 - LEVEL) / comparisons
-    moved = spread_of_seeds({name: outputs[name] for name in several}) if len(several) > 1 else (0.0, 0.0)
-    lines = [
-        _line(scores, name, means[name], outputs, first, moved, level, margin * scores.point)
-        for name in sorted(outputs, key=lambda name: (name != first, -means[name]))
-    ]
+    look = _Look(scores, outputs, first, 1 - (1 - LEVEL) / comparisons, margin * scores.point)
+    others = [look.line(name) for name in sorted(outputs, key=means.__getitem__, reverse=True) if name != first]
     if len(outputs[first]) > 1:  # beside the seeds of others a single one decides nothing
-        lines = [replace(one, verdict=OPEN, seeds_wanted=2) if one.seeds == 1 else one for one in lines]
-    if reference:
-        lines[0] = replace(lines[0], verdict=REFERENCE)
+        others = [replace(one, verdict=OPEN, seeds_wanted=2) if one.seeds == 1 else one for one in others]
+    lines = [Line(**look.known(first), verdict=REFERENCE if reference else LEADS, basis=NONE), *others]
     return Judgement(scores, margin, comparisons, lines, reference is None)
 
 
@@ -163,49 +158,58 @@ def _in_common(outputs: Outputs, first: str) -> Outputs:
     return {name: dict(enumerate(seeds[seed] for seed in sorted(seeds))) for name, seeds in outputs.items()}
 
 
-def _line(
-    scores: Scores,
-    name: str,
-    mean: float,
-    outputs: Outputs,
-    first: str,
-    moved: tuple[float, float],
-    level: float,
-    margin: float,
-) -> Line:
-    """Return what is judged of one method. margin: in units of the score."""
-    score = -mean if scores.lower_is_better else mean
-    rows = max(map(len, outputs[name].values()))
-    rows = rows if rows > 1 else scores.rows.get(name) or 0
-    known = {"method": name, "score": score, "seeds": len(outputs[name]), "rows": rows}
-    if name == first:
-        return Line(**known, verdict=LEADS, basis=NONE)
-    seeds = sorted(outputs[first].keys() & outputs[name].keys())
-    pairs = [(outputs[first][seed], outputs[name][seed]) for seed in seeds]
-    if len({len(side) for pair in pairs for side in pair}) > 1:  # not all have rows, or not the same
-        pairs = [tuple(side.mean(keepdims=True) for side in pair) for pair in pairs]
-    d = np.stack([one - other for one, other in pairs])
-    has_rows = d.shape[1] > 1
-    if len(seeds) == 1 and not has_rows:
-        errs = float(scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
-        return _bound(known, *(errs + float(side[0]) for side in pairs[0]), level, margin)
-    basis = (BOTH if has_rows else SEEDS) if len(seeds) > 1 else ROWS
-    if len(seeds) > 1:
-        pair, freedom = Spread.of(d, moved[0]), moved[1] or len(seeds) - 1.0
-    else:
-        pair, freedom = Spread(float(d.mean()), 0.0, float(d.var(ddof=1)) / d.size, d.size), 1.0
-    estimate = pair.estimate(len(seeds), freedom)
-    low, high = estimate.interval(level)
-    verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
-    wanted = {}
-    if verdict == OPEN and estimate.error > NOTHING:
-        needed = _error_needed(estimate, high - estimate.difference, margin)
-        left = needed**2 - pair.of_seed / len(seeds)  # what rows may still add to the variance
-        if has_rows and left > 0:
-            wanted["rows_wanted"] = _two_digits(d.shape[1] * pair.of_rows / left)
-        if len(seeds) > 1:
-            wanted["seeds_wanted"] = seeds_wanted(pair, freedom / (len(seeds) - 1), level, margin)
-    return _turned(known, verdict, basis, estimate.difference, low, high, **wanted)
+@dataclass(frozen=True)
+class _Look:
+    """A look at all methods of a set beside the first. level: of each interval; margin: in units of a score."""
+
+    scores: Scores
+    outputs: Outputs
+    first: str
+    level: float
+    margin: float
+
+    @cached_property
+    def moved(self) -> tuple[float, float]:
+        """By how much seeds move a difference, over all methods with several, and its degrees of freedom."""
+        own = self.outputs[self.first]
+        several = {name: seeds for name, seeds in self.outputs.items() if len(seeds.keys() & own.keys()) > 1}
+        return spread_of_seeds(several)
+
+    def known(self, name: str) -> dict:
+        """Return what is known of a method before it is judged."""
+        seeds, sign = self.outputs[name], -1 if self.scores.lower_is_better else 1
+        rows = max(map(len, seeds.values()))
+        score = sign * float(np.mean([one.mean() for one in seeds.values()]))
+        rows = rows if rows > 1 else self.scores.rows.get(name) or 0
+        return {"method": name, "score": score, "seeds": len(seeds), "rows": rows}
+
+    def line(self, name: str) -> Line:
+        """Return what is judged of a method beside the first."""
+        own, others = self.outputs[self.first], self.outputs[name]
+        pairs = [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
+        if len({len(side) for pair in pairs for side in pair}) > 1:  # not all have rows, or not the same
+            pairs = [tuple(side.mean(keepdims=True) for side in pair) for pair in pairs]
+        d = np.stack([one - other for one, other in pairs])
+        seeds, rows = d.shape
+        if d.size == 1:
+            errs = float(self.scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
+            return _bound(self.known(name), *(errs + float(side[0]) for side in pairs[0]), self.level, self.margin)
+        if seeds > 1:
+            pair, freedom = Spread.of(d, self.moved[0]), self.moved[1]
+        else:
+            pair, freedom = Spread(float(d.mean()), 0.0, float(d.var(ddof=1)) / rows, rows), 1.0
+        estimate = pair.estimate(seeds, freedom)
+        low, high = estimate.interval(self.level)
+        wanted, verdict = {}, verdict_of(low, high, self.margin) if estimate.error > NOTHING else OPEN
+        if verdict == OPEN and estimate.error > NOTHING:
+            needed = _error_needed(estimate, high - estimate.difference, self.margin)
+            left = needed**2 - pair.of_seed / seeds  # what rows may still add to the variance
+            if rows > 1 and left > 0:
+                wanted["rows_wanted"] = _two_digits(rows * pair.of_rows / left)
+            if seeds > 1:
+                wanted["seeds_wanted"] = seeds_wanted(pair, freedom / (seeds - 1), self.level, self.margin)
+        basis = ROWS if seeds == 1 else BOTH if rows > 1 else SEEDS
+        return _turned(self.known(name), verdict, basis, estimate.difference, low, high, **wanted)
 
 
 def _error_needed(estimate: Estimate, half: float, margin: float) -> float:
