@@ -244,8 +244,7 @@ def test_samples_of_lm_eval_are_rows_of_one_seed(tmp_path):
         assert one.by_row[model][0].mean() == rows.mean()
     assert judge.judged(one, 1.0).others[0].verdict == "worse"
     assert sum("flexible" in line for line in found.left_out) == 3
-    longer = np.append(right["small"], True)
-    samples(tmp_path, "small", longer)
+    samples(tmp_path, "base", np.append(right["base"], True))
     (again,) = scores.read([tmp_path]).sets
     assert len(again.by_row["small"][0]) == 80
     assert any("1 rows" in line for line in scores.read([tmp_path]).left_out)
