@@ -329,9 +329,9 @@ def compare(arguments: Sequence[str]) -> int:
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
-        "alone is the study that its file lists. Beside FILE or FOLDER: margin=1; reference=NAME: judge by it in "
-        "place of the best; rows=N: test rows behind each score; metric=NAME; lower=true: less is better; "
-        "results_dir=verdict",
+        "stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
+        "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
+        "lower=true: less is better; results_dir=verdict",
     )
     _add_where(parser)
     parser.add_argument("--json", action="store_true", help="of finished scores: print one JSON object")

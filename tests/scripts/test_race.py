@@ -1,9 +1,9 @@
 """The best learning rates of forms, by size."""
 
 import claims
-import forms
 import pandas as pd
 import pytest
+import race
 from recorded_runs import leave
 from scipy.stats import ttest_rel
 
@@ -21,7 +21,7 @@ def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
         ("trec", "0.13", "partial", 2e-3),  # no dense LoRA there
     ]
     numbers = pd.DataFrame(rates, columns=["task", "size", "form", "learning_rate"])
-    lines = forms.best_rates(numbers).splitlines()
+    lines = race.best_rates(numbers).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["task", "form", "100 %", "13 %", "2 %"]
     assert cells[2:] == [
@@ -29,7 +29,7 @@ def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
         ["digits", "lora", "0.001", "–", "–"],
         ["digits", "partial", "–", "0.001", "0.0005 (-1)"],
     ]
-    assert forms.best_rates(numbers[numbers["form"] != "lora"]) is None
+    assert race.best_rates(numbers[numbers["form"] != "lora"]) is None
 
 
 def test_every_form_stands_in_the_column_of_its_verdict() -> None:

@@ -1,6 +1,6 @@
-"""Table of the forms of mask at equal size: the best learning rate of each on validation, and its test score.
+"""Table of methods and forms of mask at equal size: the best learning rate of each on validation, and its test score.
 
-    python scripts/forms.py results/forms
+    python scripts/race.py results/race
 
 The rate is chosen by the mean score on validation, of those with most seeds; of equals, the lower loss. A difference to
 the reference is of runs of the same seeds (`ranking.compared`). Where dense LoRA was trained, too, a table says how far
@@ -32,12 +32,12 @@ REFERENCE, FROM_DENSE, LOSS = "low_rank", "from_dense.csv", "loss.csv"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--stem", default="forms", help="name of the files")
+    parser.add_argument("--stem", default="race", help="name of the files")
     parser.add_argument("--page", action="store_true", help="write report/index.html, too")
     options = parser.parse_args(arguments)
     runs, skipped = records.read(options.results)
     if not runs:
-        raise PartialLoraError(f"{options.results}: no finished runs there: `make forms` makes them")
+        raise PartialLoraError(f"{options.results}: no finished runs there: `make race` makes them")
     text, numbers = ranking.write(runs, options.results, options.stem, REFERENCE)
     origin, _, ranked = text.partition("\n\n")
     table = ranking.rows_of(runs, predictions.Predictions(options.results))
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line, file=sys.stderr)
     write_atomic(options.results / FROM_DENSE, from_dense(chosen).to_csv(index=False, float_format="%.6g"))
     if options.page:
-        command = " ".join(["python scripts/forms.py", *map(str, arguments or sys.argv[1:])])
+        command = " ".join(["python scripts/race.py", *map(str, arguments or sys.argv[1:])])
         settings = {"reference": REFERENCE, "command": command, "refused": skipped}
         print(ranking.write_page(numbers, options.results, **settings))
 
