@@ -60,7 +60,7 @@ def report(
         frame[key] = [choice.value_of(run, key) for run in runs]
     table = folders.group(frame)
     files = tables.write(frame, place, command=command, left_out=left_out, by=keys)
-    drawn = figures.draw_gallery(runs, place)
+    drawn = figures.draw_gallery(runs, place, bool(where))
     whole = page.write(
         place,
         runs=runs,
