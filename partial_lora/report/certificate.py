@@ -88,7 +88,8 @@ def found_wrong(file: Path) -> list[str]:
         for name in sorted({*standings, *outcome.standings}):
             derived, said = outcome.standings.get(name), standings.get(name)
             if derived is None or said is None or not _alike(asdict(derived), said):
-                lines.append(f"{name}: its scores give another standing, {derived and asdict(derived)}")
+                apart = f"{derived.verdict}, {derived.difference:.6g} below {derived.against}" if derived else "none"
+                lines.append(f"{name}: its scores give another standing: {apart}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"expected the certificate of a comparison, with {SCORES} beside it ({one_line(error)})"
         raise PartialLoraError(f"{file}: {what}") from error

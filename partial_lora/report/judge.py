@@ -291,7 +291,9 @@ def sentences(judgement: Judgement) -> list[str]:
     unit = f"of {scores.metric}" if scores.point == 1 else "point" if judgement.margin == 1 else "points"
     seeds = f"{first.seeds} seed{'s' * (first.seeds > 1)}"
     about = f"{first.method} ({score_in_words(scores, first.score)} {scores.metric}, {seeds})"
-    lines = [f"{'First' if judgement.is_led else 'Beside'}: {about}, and {len(judgement.others)} others."]
+    lines = [
+        f"{'First' if judgement.is_led else 'Beside'}: {about}, and {len(judgement.others)} other{'s' * (len(judgement.others) > 1)}."
+    ]
     for verdict, words in (
         (BETTER, "Better than it"),
         (WORSE, "Told apart from it, worse"),
@@ -316,6 +318,8 @@ def sentences(judgement: Judgement) -> list[str]:
         )
     if NOTHING_KNOWN in bases:
         lines.append("Of a single score nothing else is known; rows=N, the number of test rows, gives a bound.")
+    if judgement.comparisons == 1:
+        return [*lines, "The interval errs in 5 %."]
     many = f"all {judgement.comparisons:,} pairs" if judgement.is_led else f"{judgement.comparisons} comparisons"
     return [*lines, f"Together the intervals of {many} err in 5 %."]
 
