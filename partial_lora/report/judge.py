@@ -289,11 +289,9 @@ def sentences(judgement: Judgement) -> list[str]:
     scores, first = judgement.scores, judgement.first
     by_verdict = grouped(judgement.others, lambda line: line.verdict)
     unit = f"of {scores.metric}" if scores.point == 1 else "point" if judgement.margin == 1 else "points"
-    seeds = f"{first.seeds} seed{'s' * (first.seeds > 1)}"
-    about = f"{first.method} ({score_in_words(scores, first.score)} {scores.metric}, {seeds})"
-    lines = [
-        f"{'First' if judgement.is_led else 'Beside'}: {about}, and {len(judgement.others)} other{'s' * (len(judgement.others) > 1)}."
-    ]
+    about = f"{first.method} ({score_in_words(scores, first.score)} {scores.metric}, {_counted(first.seeds, 'seed')})"
+    others = _counted(len(judgement.others), "other")
+    lines = [f"{'First' if judgement.is_led else 'Beside'}: {about}, and {others}."]
     for verdict, words in (
         (BETTER, "Better than it"),
         (WORSE, "Told apart from it, worse"),
@@ -322,6 +320,10 @@ def sentences(judgement: Judgement) -> list[str]:
         return [*lines, "The interval errs in 5 %."]
     many = f"all {judgement.comparisons:,} pairs" if judgement.is_led else f"{judgement.comparisons} comparisons"
     return [*lines, f"Together the intervals of {many} err in 5 %."]
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + "s" * (count != 1)
 
 
 def table(judgement: Judgement) -> pd.DataFrame:
