@@ -20,7 +20,7 @@ import pandas as pd
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_json, write_atomic, write_json
-from partial_lora.report.sequential import Outputs, Referee, referee
+from partial_lora.report.sequential import Decisions, Outputs, decide
 from partial_lora.report.statistics import LEVEL
 from partial_lora.settings.identity import computed_from
 
@@ -32,7 +32,7 @@ _EXACT = 1e-9  # of a difference that is derived again, by another version of a 
 def write(
     folder: Path,
     outputs: Outputs,
-    outcome: Referee,
+    outcome: Decisions,
     *,
     metric: str,
     margin: float,
@@ -42,7 +42,7 @@ def write(
 ) -> Path:
     """Write a certificate into a folder; return its file.
 
-    outputs: what `sequential.referee` decided by. margin: in units of a score. settings: of the first run of each
+    outputs: what `sequential.decide` decided by. margin: in units of a score. settings: of the first run of each
     method. verdict: in words.
     """
     rows = [(name, seed, values) for name, seeds in outputs.items() for seed, values in sorted(seeds.items())]
@@ -57,7 +57,7 @@ def write(
         "error": 1 - LEVEL,
         "looks": list(looks),
         "leader": outcome.leader,
-        "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
+        "decisions": {name: asdict(one) for name, one in outcome.by_method.items()},
         "rows": {name: {seed: len(one) for seed, one in seeds.items()} for name, seeds in outputs.items()},
         "scores": digest_of_scores(outputs),
         "settings": {name: digest_of_settings(one) for name, one in settings.items()},
@@ -80,16 +80,16 @@ def found_wrong(file: Path) -> list[str]:
         for name, seed, values in table[["method", "seed", "values"]].itertuples(index=False):
             outputs.setdefault(name, {})[int(seed)] = np.asarray(values, float)
         sealed = {key: value for key, value in content.items() if key != "digest"}
-        outcome = referee(outputs, content["margin"], content["looks"])
-        standings, scores = content["standings"], content["scores"]
+        outcome = decide(outputs, content["margin"], content["looks"])
+        decisions, scores = content["decisions"], content["scores"]
         lines = [] if content["digest"] == _digest(sealed) else [f"{file.name} was changed after it was written"]
         lines += [] if scores == digest_of_scores(outputs) else [f"{SCORES} has other scores than were decided by"]
         lines += [] if outcome.leader == content["leader"] else [f"{outcome.leader} leads, not {content['leader']}"]
-        for name in sorted({*standings, *outcome.standings}):
-            derived, said = outcome.standings.get(name), standings.get(name)
+        for name in sorted({*decisions, *outcome.by_method}):
+            derived, said = outcome.by_method.get(name), decisions.get(name)
             if derived is None or said is None or not _alike(asdict(derived), said):
                 apart = f"{derived.verdict}, {derived.difference:.6g} below {derived.against}" if derived else "none"
-                lines.append(f"{name}: its scores give another standing: {apart}")
+                lines.append(f"{name}: its scores give another decision: {apart}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"expected the certificate of a comparison, with {SCORES} beside it ({one_line(error)})"
         raise PartialLoraError(f"{file}: {what}") from error
@@ -127,7 +127,7 @@ def _digest(content: Mapping) -> str:
 
 
 def _alike(derived: Mapping, said: Mapping) -> bool:
-    """Return whether a standing is as it was said: words and counts the same, numbers but for rounding."""
+    """Return whether a decision is as it was said: words and counts the same, numbers but for rounding."""
     for key, value in derived.items():
         if isinstance(value, float):
             number = np.nan if said[key] is None else said[key]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 _OF_RUN = {  # of a run's own figures: the file, its title and what it shows
     TRAINING: ("Loss and validation score during training", "By optimizer step."),
     SPARSITY: ("What calibration removed", "The share of rows and columns that each module goes without, in percent."),
-    CURVES: ("Calibration curves", "The few-shot score as each module's rows or columns are zeroed."),
+    CURVES: ("Calibration curves", None),  # its words have the calibration's scores
 }
 _FEW = 8  # rows that need no filter
 _SCORES = ("precision (%)", "recall (%)", "F1 (%)")
@@ -180,6 +181,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         caption += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
     (section,) = sections([[run]], examples, rows)
     drawn = {file.name for file in run.directory.glob("*.svg")}
+    curves = _curves_of(run.record["calibration"] or {})
     place, example = _place_of(run.directory), run.directory / EXAMPLE
     classes = None if predicted is None else counted(predicted)
     content = {
@@ -195,10 +197,28 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "classes": _of_classes(classes) if classes else None,
         "matrix": classes if classes and len(classes.names) <= MOST else None,
         "section": section,
-        "figures": [(*words, _uri(run.directory / name)) for name, words in _OF_RUN.items() if name in drawn],
+        "figures": [
+            (title, words or curves, _uri(run.directory / name))
+            for name, (title, words) in _OF_RUN.items()
+            if name in drawn
+        ],
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
     }
     return _written(run.directory / PAGE, "run.html", content)
+
+
+def _curves_of(calibration: Mapping) -> str:
+    """Return what a calibration's curves show, and its scores."""
+    words = "The few-shot score of the frozen model as each module's rows or columns are zeroed"
+    intact, joint = (number(calibration.get(key)) for key in ("baseline", "joint"))
+    if not math.isnan(intact):
+        words += f", from {intact:.4f} with none"
+    if not math.isnan(joint):
+        words += (
+            f". With all sparsities at once it is {joint:.4f}: that says how much modules depend on each other, and "
+        )
+        words += "nothing of the adapter, which leaves the frozen weights whole"
+    return f"{words}."
 
 
 def draw_run(directory: Path, settings: Mapping) -> None:
@@ -469,11 +489,6 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     }
     if row["adapter_bytes"].notna().any():
         facts["adapter on disk"] = f"{row['adapter_bytes'].mean() / 1e3:,.0f} KB" + _mean_of(row["adapter_bytes"])
-    calibrations = [run.record["calibration"] or {} for run in runs]
-    intact, joint = (pd.Series([number(content.get(key)) for content in calibrations]) for key in ("baseline", "joint"))
-    if intact.notna().any():
-        left = f", {joint.mean():.4f} with all sparsities at once" if joint.notna().any() else ""
-        facts["few-shot score"] = f"{intact.mean():.4f} intact{left}" + (_mean_of(intact) or _mean_of(joint))
     return facts
 
 

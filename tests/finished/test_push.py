@@ -23,7 +23,7 @@ from refusals import refusal
 from partial_lora import cli, load_compact
 from partial_lora.finished import export, push
 from partial_lora.report import card, certificate
-from partial_lora.report.sequential import referee
+from partial_lora.report.sequential import decide
 
 TOKEN = "hf_" + "AbCd1234" * 4
 
@@ -131,7 +131,7 @@ def test_the_page_of_a_run_that_has_won_a_comparison_has_the_verdict_and_its_com
     decided = {"metric": "accuracy", "margin": 0.01, "looks": (2,), "verdict": ["Take a: nothing is better."]}
     settings = {"a": run.result["config"]}
     (tmp_path / "take").mkdir()
-    certificate.write(tmp_path / "take", outputs, referee(outputs, 0.01, (2,)), settings=settings, **decided)
+    certificate.write(tmp_path / "take", outputs, decide(outputs, 0.01, (2,)), settings=settings, **decided)
     won = dataclasses.replace(run, directory=tmp_path / "runs" / "task" / "model" / "method-id" / "seed0")
     page, other = (card.card(each, "me/mine", run.adapter).text for each in (won, run))
     assert "Take a: nothing is better." in page

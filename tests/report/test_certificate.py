@@ -11,7 +11,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.files import read_json, write_json
 from partial_lora.report import certificate
-from partial_lora.report.sequential import referee
+from partial_lora.report.sequential import decide
 
 CHANCES = {"a": 0.9, "b": 0.88, "c": 0.5}
 
@@ -28,7 +28,7 @@ def take(tmp_path):
     certificate.write(
         folder,
         outputs,
-        referee(outputs, 0.02, (2, 3, 5, 8)),
+        decide(outputs, 0.02, (2, 3, 5, 8)),
         metric="accuracy",
         margin=0.02,
         looks=(2, 3, 5, 8),
@@ -69,14 +69,14 @@ def test_a_changed_word_or_number_is_found(take, key):
 
 def test_a_verdict_that_its_scores_do_not_give_is_found_whoever_sealed_it(take):
     content = read_json(take / "verdict.json")
-    standings = content["standings"]
-    worse = next(name for name, standing in standings.items() if standing["verdict"] == "worse")
+    decisions = content["decisions"]
+    worse = next(name for name, decision in decisions.items() if decision["verdict"] == "worse")
     for changes in (
-        {"standings": standings | {worse: standings[worse] | {"difference": 0.1}}},
-        {"standings": standings | {worse: standings[worse] | {"verdict": "as good"}}},
+        {"decisions": decisions | {worse: decisions[worse] | {"difference": 0.1}}},
+        {"decisions": decisions | {worse: decisions[worse] | {"verdict": "as good"}}},
         {"leader": worse},
     ):
-        rewrite(take, **{"standings": standings, "leader": content["leader"]} | changes)
+        rewrite(take, **{"decisions": decisions, "leader": content["leader"]} | changes)
         assert len(certificate.found_wrong(take / "verdict.json")) == 1, changes
 
 

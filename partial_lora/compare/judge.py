@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
+from partial_lora.compare.scores import PERPLEXITY, Found, Scores
 from partial_lora.errors import require, shortlist
 from partial_lora.files import grouped, write_atomic, write_json
 from partial_lora.report import figures, page, tables
 from partial_lora.report.drawing import save_both
 from partial_lora.report.examples import shortened
 from partial_lora.report.rows import NONE
-from partial_lora.report.scores import PERPLEXITY, Found, Scores
 from partial_lora.report.sequential import (
     AS_GOOD,
     LEADS,

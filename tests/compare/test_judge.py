@@ -12,10 +12,11 @@ from recorded_runs import LABEL, leave, place, record
 from refusals import refusal
 
 from partial_lora import cli
+from partial_lora.compare import judge, scores
+from partial_lora.compare.judging import Judging
+from partial_lora.compare.scores import Scores
 from partial_lora.files import read_json
-from partial_lora.report import judge, pack, scores, sequential
-from partial_lora.report.scores import Scores
-from partial_lora.settings.judging import Judging
+from partial_lora.report import pack, sequential
 
 
 def drawn(chances: dict[str, float], seeds: int, rows: int, spread: float = 0.02) -> dict[str, dict[int, np.ndarray]]:
@@ -48,11 +49,11 @@ def test_seeds_are_judged_as_a_comparison_that_looks_once_judges_them(rows):
     if rows == 1:
         for seeds in outputs.values():
             seeds |= {seed: one.mean(keepdims=True) for seed, one in seeds.items()}
-    found, expected = judge.judged(of(outputs), 3.0), sequential.referee(outputs, 0.03, (5,))
+    found, expected = judge.judged(of(outputs), 3.0), sequential.decide(outputs, 0.03, (5,))
     assert found.first.method == expected.leader
     assert {line.verdict for line in found.others} > {sequential.WORSE}
     for line in found.others:
-        standing = expected.standings[line.method]
+        standing = expected.by_method[line.method]
         assert (line.verdict, line.seeds_wanted or None) == (standing.verdict, standing.wants)
         ends = (-standing.difference, -standing.high, -standing.low)
         assert (line.difference, line.low, line.high) == pytest.approx(ends)
