@@ -32,7 +32,6 @@ from partial_lora.launching import directory, pool
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.packs import recorded
 from partial_lora.report import certificate, ranking, records, tables
-from partial_lora.report.sequential import LOOKS
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
@@ -338,7 +337,7 @@ class Comparison:
                 found,
                 metric=metric,
                 margin=self.options.margin / 100,
-                looks=LOOKS if self.options.seeds is None else (self.options.seeds,),
+                looks=verdict.looks_of(self.options),
                 settings={one.name: one.of_seed(0)["config"] for one in group if one.of_seed(0)},
                 verdict=sentences,
             )

@@ -176,7 +176,7 @@ def test_no_point_lies_on_the_frame_however_little_costs_differ(tmp_path) -> Non
     rows = [("a", 0.9, 0.066), ("b", 1.0, 0.07)]
     table = pd.DataFrame(rows, columns=["form", "test", "step_seconds"])
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.0, "seeds": 3, "learning_rate": 1e-3}
-    (_, svg), _ = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
+    _, svg = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
     drawn = svg.read_text()
     left, bottom, right, _, _, top = map(float, re.search(PANEL, drawn).groups())
     for index in table.index:
