@@ -116,9 +116,12 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    Where no sparsities say what is kept, a budget may set the size, and mask.seed draws ranks and what is frozen.
+    Where no sparsities say what is kept, a budget may set the size, and mask.seed draws ranks and what is frozen. A
+    method that only spends a budget draws no examples and searches nothing, unless it ranks rows and columns.
     """
     traits = methods.called(method["name"])
+    if traits.size == "budget" and not traits.ranked and key.startswith("calibration."):
+        return key in ("calibration.budget", "calibration.kept")
     if traits.is_sparse or (traits.size == "rank" and key in ("mask.seed", "calibration.budget")):
         return True
     return not key.startswith(("calibration.", "importance.", "mask."))

@@ -60,9 +60,9 @@ def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_densi
 @needs_results
 def test_the_best_rates_of_rows_and_columns_are_near_the_one_to_try_first() -> None:
     cells = raced(RESULTS)
-    dense = cells[cells["form"] == "lora"].set_index("task")["learning_rate"]
+    dense = cells[cells["form"] == "dense"].set_index("task")["learning_rate"]
     masked = cells[cells["form"] == "partial"]
-    assert len(masked) > 15
+    assert len(masked) >= 15
     for cell in masked.itertuples():
         expected = rates.starting_rate(dense[cell.task], float(cell.size), fan_in="kept", row_exponent=1.0)
         assert expected / 2.5 < cell.learning_rate < expected * 2.5
