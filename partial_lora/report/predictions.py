@@ -81,7 +81,7 @@ def read(file: Path, columns: Collection[str] | None = None) -> pa.Table:
 def losses_of(table: pa.Table) -> np.ndarray:
     """Return the loss of every example (N,); of a mixture by member, each with the columns that are its own."""
     columns = table.column_names
-    if "loss" in columns:  # of a packed run, or of responses
+    if "loss" in columns and not table["loss"].null_count:  # of a packed run, or of responses
         return table["loss"].to_numpy().astype(float)
     if "member" in columns:
         losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())

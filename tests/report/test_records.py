@@ -147,7 +147,9 @@ def test_a_damaged_field_is_named_or_does_without_and_never_ends_the_report(tmp_
     assert len(runs) + len(why) == len(damaged) + 2
     named = {damaged[id][0] for id in why}
     unnamed = [(damaged[id][0], words) for id, words in why.items() if damaged[id][0].split(".")[-1] not in words]
-    assert {key for key, _ in unnamed} <= {"status", "metrics"}, unnamed  # by which a run is known to have finished
+    assert {key for key, _ in unnamed} <= {"status", "metrics", "format"}, (
+        unnamed
+    )  # by which a run is known to have finished
     assert {"history", "sparsity.blocks.0.qkv.rows", "warnings", "seed", "config.task.name", "calibration"} <= named
 
 

@@ -25,8 +25,8 @@ def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["task", "form", "100 %", "13 %", "2 %"]
     assert cells[2:] == [
-        ["digits", "entries", "–", "0.004 (+2)", "–"],
         ["digits", "dense", "0.001", "–", "–"],
+        ["digits", "entries", "–", "0.004 (+2)", "–"],
         ["digits", "partial", "–", "0.001", "0.0005 (-1)"],
     ]
     assert race.best_rates(numbers[numbers["form"] != "dense"]) is None
