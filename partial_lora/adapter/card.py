@@ -32,18 +32,13 @@ config = PartialLoraConfig.from_pretrained({adapter})
 model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_trainable=True)
 ```
 """
-ALPHAS = """
-Modules have alphas of their own (`alpha_pattern`). PEFT applies them. Servers that read `lora_alpha` alone, such as
-vLLM, would scale the adapter wrongly: give them the weights of `model.merge_and_unload()`.
-"""
 
 
-def complete_card(folder: Path, *, alphas: bool) -> None:
+def complete_card(folder: Path) -> None:
     """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
 
     The card of a named adapter lies in the folder above. What is there already is not added again, and all else in the
-    card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written. alphas: True
-    where modules have alphas of their own.
+    card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written.
     """
     path, adapter = folder / CARD, '"path/or/hub-id"'
     if not path.is_file():
@@ -56,7 +51,6 @@ def complete_card(folder: Path, *, alphas: bool) -> None:
     card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
     lines = card.text.splitlines()
     section = "" if HEADING in lines else USAGE.format(heading=HEADING, adapter=adapter)
-    section += ALPHAS if alphas and ALPHAS not in card.text else ""
     at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
     card.text = "\n".join([*lines[:at], *section.splitlines(), *[""] * bool(section), *lines[at:]])
     card.save(path)

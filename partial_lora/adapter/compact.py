@@ -42,7 +42,7 @@ from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import with_an_end, write_atomic
 from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
 
-VERSION = 1
+VERSION = 2
 
 _HEADER = "partial_lora."
 _INDICES = "#indices"  # a name that no module has
@@ -290,7 +290,7 @@ def decode(content: bytes, path: Path) -> Compact:
         ) from None
     if version != str(VERSION):
         raise PartialLoraError(
-            f"{path} has version {version!r}: this partial-lora reads version {VERSION}, upgrade it."
+            f"{path} has version {version!r}: expected {VERSION}; read it with the partial-lora that wrote it."
         )
     try:
         return _decoded(header, tensors)

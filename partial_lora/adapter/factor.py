@@ -38,6 +38,7 @@ class MaskedFactor(nn.Module):
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
+        multiple: what ``kept`` is multiplied by in the whole factor, a power of two, which rounds nothing.
 
     Where the mask keeps everything (``full``), this is plain LoRA's factor and is computed as in PEFT.
     """
@@ -45,9 +46,9 @@ class MaskedFactor(nn.Module):
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
 
-    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
+    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()
-        self.mask, self.entries = mask, entries
+        self.mask, self.entries, self.multiple = mask, entries, multiple
         self.full = len(mask.kept) == mask.size
         self.shape = dense.weight.shape
         self.is_convolution = not isinstance(dense, nn.Linear)
@@ -117,7 +118,7 @@ class MaskedFactor(nn.Module):
         return dense.index_select(self.axis, index)
 
     def fill(self, kept: Tensor) -> Tensor:
-        """Return the dense factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
+        """Return a factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
         if self.full:
             return kept.view(self.shape)
         index = self._index("kept", kept.device)
@@ -128,6 +129,10 @@ class MaskedFactor(nn.Module):
     def nearest(self, dense: Tensor) -> Tensor:
         """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
+
+    def dense(self, kept: Tensor) -> Tensor:
+        """Return the dense factor as other code sees it."""
+        return self.fill(kept) if self.multiple == 1 else self.fill(kept * self.multiple)
 
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
@@ -152,9 +157,9 @@ class MaskedFactor(nn.Module):
         Writing into it raises. Assigning a dense factor with other values makes ``kept`` a new parameter with what the
         mask keeps. All processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
-        dense = self.fill(whole(self.kept))
+        dense = self.dense(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full else _read_only(dense)
+        return dense if self.full and self.multiple == 1 else _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -173,7 +178,7 @@ class MaskedFactor(nn.Module):
             super().register_parameter(name, param)
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor; refuse one with values elsewhere, which was trained under another mask."""
+        """Return ``kept`` of a factor; refuse one with values elsewhere, which was trained under another mask."""
         kept = self.keep(dense)
         if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
             raise PartialLoraError(
@@ -181,7 +186,7 @@ class MaskedFactor(nn.Module):
                 " with PartialLoraConfig.from_pretrained of its own folder, or remove a partial_lora.json that another"
                 " adapter has left there."
             )
-        return kept
+        return kept / self.multiple
 
     def operand(self, kept: Tensor) -> Tensor:
         """Return the matrix of a product: the factor's part for the gathered features, or the dense factor."""
@@ -212,7 +217,7 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        return self._apply_weight(x, self.fill(self.kept))
+        return self._apply_weight(x, self.dense(self.kept))
 
     def gather(self, x: Tensor) -> Tensor:
         """Return an activation's features that meet `operand`: those that have kept entries."""
@@ -234,7 +239,7 @@ class MaskedFactor(nn.Module):
         if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 looks parameters up by their names
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        dense = entry_like(self.kept, self.fill(whole(self.kept)))
+        dense = entry_like(self.kept, self.dense(whole(self.kept)))
         destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
@@ -283,10 +288,10 @@ class FactorB(MaskedFactor):
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
-        low = low * scaling  # narrower than the result
+        low = low * (scaling * self.multiple)  # narrower than the result
         if self.scatters:
             return self._with(result, self.times(low, self.kept))
-        return result + self(low)
+        return result + self._apply_weight(low, self.fill(self.kept))
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
         """Return result with a change of those features that `gather` takes."""
@@ -360,13 +365,20 @@ class FrozenA(_Frozen, FactorA):
 
 
 class _OneHot(_Frozen):
-    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features."""
+    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features.
+
+    All of them have one length, which need not be 1.
+    """
 
     gathers = scatters = True
 
+    def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
+        super().__init__(dense, mask, drawn, beside, entries=entries)
+        self._length = float(drawn[0, 0])
+
     def times(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return x: the operand is the identity."""
-        return x
+        """Return x times the length: the operand is a multiple of the identity."""
+        return x if self._length == 1 else x * self._length
 
     transposed = times
 
@@ -430,14 +442,14 @@ class _Tied:
         return x.index_select(axis, self._index(places, x.device)) * of_each
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor; refuse one that is not tied in the same groups."""
+        """Return ``kept`` of a factor; refuse one that is not tied in the same groups."""
         kept = self.keep(dense)
         if not dense.is_meta and not torch.equal(self.fill(kept), dense):
             raise PartialLoraError(
                 f"{name} is not tied in this adapter's groups: it was trained under others or none, load it with"
                 " PartialLoraConfig.from_pretrained of its own folder."
             )
-        return kept
+        return kept / self.multiple
 
 
 class TiedA(_Tied, FactorA):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig, saved_file
+from partial_lora.adapter.config import PEFT_TYPE, REFUSED, Drawn, PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
@@ -37,6 +38,8 @@ class PartialLoraModel(LoraModel):
     Raises PartialLoraError, before anything is built, for targets that cannot be masked.
     """
 
+    _drawn: Drawn | None = None  # while an adapter is put in
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
         """Put an adapter into ``model``, as PEFT does."""
         if state_dict is not None and isinstance(self.peft_config[adapter_name], PartialLoraConfig):
@@ -46,12 +49,12 @@ class PartialLoraModel(LoraModel):
                 f"the model already has an adapter {adapter_name!r}: load the base model again, unload() its PeftModel,"
                 " or choose another name."
             )
-        config = self.peft_config[adapter_name]
-        if config.task_type in _HEADS_LATER and config.modules_to_save is None:
-            config.modules_to_save = []  # PEFT adds the head's name after this, to the list that the copy shares
-        # A copy: the config remembers the masks of one model, and the caller may use or change it for another.
-        self.peft_config[adapter_name] = copy.copy(config)
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self._drawn = None
+        if isinstance(config := self.peft_config[adapter_name], PartialLoraConfig):
+            _save_with(config, model, adapter_name)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         # PEFT calls this last before it replaces the first module: the model is still unchanged.
@@ -67,8 +70,9 @@ class PartialLoraModel(LoraModel):
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
             _check_experts(peft_config, model, named)
             _check_tying(peft_config, model)
-            peft_config.choose_masks(self._geometries(peft_config, model))
-            _warn_of_saturation(peft_config)
+            geometries = self._geometries(peft_config, model)
+            self._drawn = peft_config.choose_masks(geometries), geometries
+            _warn_of_saturation(peft_config, *self._drawn)
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
         """Return the modules that PEFT is about to adapt, {name: geometry}; refuse those that cannot be masked."""
@@ -123,7 +127,6 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is a {type(base).__name__}:"
                     f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
                 )
-        peft_config.compiled = {loaded_name(name): name for name in targets if loaded_name(name) != name}
         ranks = {name: peft_config.rank_of(loaded_name(name)) for name in targets}
         return {loaded_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
 
@@ -140,10 +143,15 @@ class PartialLoraModel(LoraModel):
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
             layer, name = parent.get_submodule(target_name), loaded_name(current_key)
-            options = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
-            mask_layer(layer, adapter_name, lora_config.masks[name], frozen=lora_config.frozen(name), **options)
-            layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
-            layer.set_scale(adapter_name, 1)
+            masks, geometries = cast(Drawn, self._drawn)
+            options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
+            options["frozen"] = lora_config.frozen(name, geometries[name])
+            _, rest = lora_config.own_scaling(name)
+            options["factor"] = lora_config.density_factor(masks[name]) * rest
+            mask_layer(layer, adapter_name, masks[name], **options)
+            if rest != 1:
+                layer.lora_alpha[adapter_name] = lora_config.scaled_alpha(name)
+                layer.set_scale(adapter_name, 1)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs
@@ -159,7 +167,11 @@ class PartialLoraModel(LoraModel):
                     f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors, which"
                     " must have one rank; take 'cat' or a type that ends in 'svd'."
                 )
-        dense = {name: config.as_lora() for name, config in configs.items() if isinstance(config, PartialLoraConfig)}
+        dense = {
+            name: config.as_lora(saved_rank(self.model, name))
+            for name, config in configs.items()
+            if isinstance(config, PartialLoraConfig)
+        }
         for config in dense.values():
             config.use_rslora = False  # scales go into the factors
         self.peft_config.update(dense)  # PEFT copies the new config from the first of these
@@ -181,21 +193,29 @@ class PartialLoraModel(LoraModel):
         return base
 
     @classmethod
-    def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
-        """Return the adapter's part of a state dict, every factor dense and padded to the rank on disk.
+    def _get_adapter_state_dict(
+        cls, *, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict, **kwargs
+    ) -> dict:
+        """Return the adapter's part of a state dict as it is on disk: every factor dense, all of one rank and alpha.
 
         A masked factor writes itself dense. ZeRO's stage 3 instead gathers a state dict by the names of parameters, so
         there it has the kept entries under ``kept``.
         """
-        state = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        options: dict[str, Any] = {"model": model, "config": config, "adapter_name": adapter_name}
+        state = super()._get_adapter_state_dict(state_dict=state_dict, **options, **kwargs)
+        if not isinstance(config, PartialLoraConfig):
+            return state
+        _save_with(config, model, adapter_name)  # which is saved next
+        rank = saved_rank(model, adapter_name)
         for key in [key for key in state if key.endswith((".kept", ".weight"))]:
             path, _, name = key.rpartition(".")
             factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
                 layer, part, adapter = path.rsplit(".", 2)
                 value = state.pop(key)
-                dense = factor.fill(value) if name == "kept" else value
-                dense = factor.padded(dense, model.peft_config[adapter].saved_rank)
+                dense = factor.padded(factor.dense(value) if name == "kept" else value, rank)
+                if part == "lora_B" and (power := config.own_scaling(base_name(layer))[0]) != 1:
+                    dense = dense * power
                 if isinstance(model.get_submodule(layer), PartialEmbedding):
                     state[f"{layer}.{EMBEDDED[part]}.{adapter}"] = dense.T.contiguous()
                 else:
@@ -203,8 +223,14 @@ class PartialLoraModel(LoraModel):
         return state
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict, **kwargs) -> dict:
-        return super()._remap_adapter_state_dict_for_load(state_dict=as_factors(state_dict), **kwargs)
+    def _remap_adapter_state_dict_for_load(cls, *, config: LoraConfig, state_dict: dict, **kwargs) -> dict:
+        factors = as_factors(state_dict)
+        if isinstance(config, PartialLoraConfig) and (config.rank_pattern or config.alpha_pattern):
+            for key in factors:
+                module, is_b, _ = key.partition(".lora_B.")
+                if is_b:
+                    factors[key] = factors[key] / config.own_scaling(base_name(module))[0]
+        return super()._remap_adapter_state_dict_for_load(config=config, state_dict=factors, **kwargs)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -214,7 +240,6 @@ class PartialLoraModel(LoraModel):
 
 
 _HEADS = ("classifier", "score")  # that PEFT adds for these tasks, whichever of them the model has
-_HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")  # of which PEFT names the head once the adapter is in the model
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
@@ -242,9 +267,10 @@ def _check_experts(config: PartialLoraConfig, model: nn.Module, named: object) -
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
     """Raise PartialLoraError for tied embeddings as targets, whose adapter PEFT would tie by copying its tensors."""
     is_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if not config.ensure_weight_tying or not is_tied or not hasattr(model, "get_input_embeddings"):
+    if not config.ensure_weight_tying or not is_tied:
         return
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    ends = [embeddings for get in getters if get and (embeddings := get()) is not None]
     for name, module in model.named_modules():
         if any(module is end for end in ends) and check_target_module_exists(config, name):
             raise PartialLoraError(
@@ -258,7 +284,7 @@ def register() -> None:
 
     Raises AttributeError where PEFT lacks a method that PartialLoraModel overrides: the override would never be called.
     """
-    for name in vars(PartialLoraModel).keys() - {"_geometries"}:
+    for name in vars(PartialLoraModel).keys() - {"_geometries", "_drawn", "__annotations__"}:
         getattr(LoraModel, name)
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
@@ -320,7 +346,7 @@ def _with_its_masks(load_adapter: Callable) -> Callable:
             if is_trainable:
                 model.set_requires_grad(adapter_name)
         elif has_masks and isinstance(config, PartialLoraConfig):
-            sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
+            sidecar.verify(*drawn(model, adapter_name), sidecar.read(path)["modules"])
         elif is_trainable and Path(model_id, of_hub.get("subfolder") or "", sidecar.FILE_NAME).is_file():
             warnings.warn(
                 f"{model_id} has masks, and trains as dense LoRA without them: expected "
@@ -377,19 +403,21 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     return configs[adapter_name]
 
 
-def _warn_of_saturation(config: PartialLoraConfig) -> None:
+def _warn_of_saturation(
+    config: PartialLoraConfig, drawn: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]
+) -> None:
     """Warn of modules that are to train no fewer numbers than there are entries of W that they can change."""
     if config.inference_mode or config.granularity != "rows_columns" or config.frozen_axis is not None:
         return
     saturated = []
-    for module, masks in config.masks.items():
-        rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), config.rank_of(module)
-        if len(config.geometries[module].a) == 2 and rank * (rows + columns) >= rows * columns > 0:
+    for module, masks in drawn.items():
+        rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), geometries[module].rank
+        if len(geometries[module].a) == 2 and rank * (rows + columns) >= rows * columns > 0:
             saturated.append((module, rank * (rows + columns), rows * columns))
     if saturated:
         module, numbers, entries = saturated[0]
         warnings.warn(
-            f"{len(saturated)} of {len(config.masks)} modules train no fewer numbers than there are entries of W that "
+            f"{len(saturated)} of {len(drawn)} modules train no fewer numbers than there are entries of W that "
             f"they can change (as {module}: {numbers:,} for {entries:,}): a lower r, or a lower sparsity, reaches more",
             stacklevel=2,
         )
@@ -415,6 +443,31 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
             shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
             masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
+
+
+def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
+    """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
+    layers = adapter_layers(model, adapter_name)
+    ranks = {name: cast(MaskedFactor, layer.lora_A[adapter_name]).rank for name, layer in layers.items()}
+    return module_masks(model, adapter_name), {name: geometry(name, layers[name], ranks[name]) for name in layers}
+
+
+def saved_rank(model: nn.Module, adapter_name: str) -> int:
+    """Return the rank of every module of a masked adapter on disk: the highest."""
+    layers = adapter_layers(model, adapter_name).values()
+    return max(cast(MaskedFactor, layer.lora_A[adapter_name]).rank for layer in layers)
+
+
+def _save_with(config: PartialLoraConfig, model: nn.Module, adapter_name: str) -> None:
+    """Have a config save the masks of an adapter of this model, which it does not keep alive."""
+    reference = weakref.ref(model)
+
+    def masks() -> Drawn:
+        if (alive := reference()) is None:
+            raise PartialLoraError("the model of this PartialLoraConfig is gone, and its masks: save the model.")
+        return drawn(alive, adapter_name)
+
+    config.drawn = masks
 
 
 def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:

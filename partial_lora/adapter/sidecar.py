@@ -6,45 +6,37 @@ their digests, which the masks made again must match.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from partial_lora.adapter.selection import Geometry, ModuleMasks
 from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.files import read_json
-from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
+from partial_lora.masks import AXES, CHOICES, GRANULARITIES, assign_sparsity
 
 FILE_NAME = "partial_lora.json"
-VERSION = 1
+VERSION = 2
 LARGEST = 2**30  # bytes: masks over entries with 87 % sparsity at rank 64 in all modules of a model of 70B
-_KEYS = {"version", "granularity", "selection", "mask_seed", "modules"}
-# Versions 0.1 and 0.2 left out what is so, and "rows" is left out still.
-_BEFORE = {"count": "exact", "rows": "masked", "columns": "masked", "fan_in": "dense"}
+SETTINGS = ("mask_seed", "sparsity", *CHOICES, "row_exponent", "column_exponent")
+SETTINGS += ("r", "rank_pattern", "alpha_pattern")  # adapter_config.json has one rank and one alpha
+"""Names of the config's settings that the file holds."""
 
 
-def describe(
-    masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], settings: Mapping[str, Any], *, rank: int
-) -> dict:
+def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], settings: Mapping[str, Any]) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: version, granularity, selection, mask_seed, count, columns, fan_in and sparsity as in the config, rows
-    where they are not masked, and modules. A module has: rows, columns (the measured sparsity; the requested one for
-    "bernoulli", whose number is random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the
-    dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and
-    indices {rows, columns} where the selection is not random.
+    Its keys: version, the `SETTINGS` as in the config, and modules. A module has: rows, columns (the measured sparsity;
+    the requested one for "bernoulli", whose number is random), shape [out, in], a, b (the shapes of the dense factors,
+    for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows,
+    columns} where the selection is not random.
     """
-    keys = ["granularity", "selection", "mask_seed", *_BEFORE, "sparsity"]
-    if settings["rows"] == _BEFORE["rows"]:  # earlier versions can read it
-        keys.remove("rows")
-    content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in keys}, "modules": {}}
+    content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in SETTINGS}, "modules": {}}
     requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
         entry = {axis: requested[module][axis] if requested else mask.sparsity for axis, mask in both.items()}
         entry["shape"] = list(of_module.shape)
-        if geometries[module].a[0] != rank:
-            entry["rank"] = geometries[module].a[0]
         if GRANULARITIES[settings["granularity"]].over_entries:
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
@@ -75,16 +67,16 @@ def read(path: Path) -> dict:
         content = read_json(path, LARGEST)
         version = content["version"]
         if version == VERSION:
-            _check_keys(content, "it", _KEYS, {"sparsity", *_BEFORE})
+            _check_keys(content, "it", {"version", *SETTINGS, "modules"})
             if content["granularity"] not in GRANULARITIES:
                 raise ValueError(f"granularity is {content['granularity']!r}")
             needed = {*AXES, "shape", "sha256"}
             needed |= {"a", "b"} if GRANULARITIES[content["granularity"]].over_entries else set()
             needed |= {"indices"} if content["selection"] == "top" else set()
             for module, entry in content["modules"].items():
-                _check_keys(entry, f"modules[{module!r}]", needed, {"rank"})
+                _check_keys(entry, f"modules[{module!r}]", needed)
                 _check_keys(entry["sha256"], f"modules[{module!r}]['sha256']", set(AXES))
-            if isinstance(content.get("sparsity"), str):
+            if isinstance(content["sparsity"], str):
                 raise ValueError("sparsity is no number, or one for each module")
     except OSError as error:
         raise PartialLoraError(
@@ -95,28 +87,25 @@ def read(path: Path) -> dict:
         reason = kind_and_line(error)
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None
     if version != VERSION:
-        raise PartialLoraError(f"{path} has version {version!r}: expected {VERSION}, upgrade partial-lora.")
+        raise PartialLoraError(
+            f"{path} has version {version!r}: expected {VERSION}; read it with the partial-lora that wrote it."
+        )
     return content
 
 
-def _check_keys(content: Mapping, name: str, needed: set[str], optional: Collection[str] = ()) -> None:
+def _check_keys(content: Mapping, name: str, needed: set[str]) -> None:
     """Raise ValueError unless a mapping has all keys that it needs and none that is unknown, as of a later version."""
     if missing := sorted(needed - content.keys()):
         raise ValueError(f"{name} has no {missing[0]}")
-    if unknown := sorted(content.keys() - needed - set(optional)):
+    if unknown := sorted(content.keys() - needed):
         raise ValueError(f"{name} has {unknown[0]}, which is unknown")
 
 
 def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
-    modules = content["modules"]
-    keys = ("granularity", "selection", "mask_seed", *_BEFORE)
-    options = _BEFORE | {key: content[key] for key in keys if key in content}
-    # Older files have the measured sparsity alone, which keeps as many again.
-    measured = {module: {axis: entry[axis] for axis in AXES} for module, entry in modules.items()}
-    options["sparsity"] = content.get("sparsity", measured)
+    options = {key: content[key] for key in SETTINGS}
     if content["selection"] == "top":
-        options["indices"] = {module: entry["indices"] for module, entry in modules.items()}
+        options["indices"] = {module: entry["indices"] for module, entry in content["modules"].items()}
     return options
 
 

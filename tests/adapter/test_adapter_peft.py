@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -60,14 +61,15 @@ def gradients(model, batch, seed=3):
 def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
     shape = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     settings = {"r": 4, "target_modules": ["query", "value"], "task_type": task}
-    partial = get_peft_model(kind(shape), PartialLoraConfig(**settings, sparsity=0.6))
+    config = PartialLoraConfig(**settings, sparsity=0.6)
+    partial = copy.deepcopy(get_peft_model(kind(shape), config))
     dense = get_peft_model(kind(shape), LoraConfig(**settings))
 
     def whole(model):
         return {name for name, each in model.named_parameters() if each.requires_grad and ".lora_" not in name}
 
     assert whole(partial) == whole(dense)
-    assert head in partial.peft_config["default"].modules_to_save
+    assert head in config.modules_to_save
     partial.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(kind(shape), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
     heads = (each.get_base_model().get_submodule(head).modules_to_save["default"] for each in (partial, again))

@@ -33,7 +33,7 @@ from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, get_peft_
 from peft.tuners.lora import LoraLayer, LoraModel
 from refusals import refusal
 from torch import nn
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PretrainedConfig
 
 from partial_lora import Calibration
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_masks, module_sparsity
@@ -526,7 +526,7 @@ def facts(model):
 DECODER = {"target_modules": ["q_proj", "v_proj"]}
 
 PASSED = [
-    (vit, {"r": 3, "lora_alpha": 12, "alpha_pattern": {"blocks.0.attn.qkv": 2, "fc1": 32}, "lora_dropout": 0.25}),
+    (vit, {"r": 3, "lora_alpha": 12, "alpha_pattern": {"blocks.0.attn.qkv": 3, "fc1": 24}, "lora_dropout": 0.25}),
     (vit, {"use_rslora": True, "modules_to_save": [HEAD]}),
     (vit, {"target_modules": "all-linear", "exclude_modules": ["blocks.0.attn.qkv"]}),
     (two_blocks, {"target_modules": r".*\.(attn\.proj|mlp\.fc2)", "exclude_modules": r".*\.1\.mlp.*"}),
@@ -572,3 +572,11 @@ def test_an_option_does_what_it_does_in_plain_lora(tmp_path, base, settings):
 
 def logits_of(model, batch):
     return logits(model.get_base_model() if type(model).__name__ == "PeftModelForFeatureExtraction" else model, batch)
+
+
+def test_tying_is_asked_for_where_there_is_nothing_to_tie():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.config = PretrainedConfig(tie_word_embeddings=True)
+    model.get_input_embeddings = lambda: nn.Embedding(4, 8)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        get_peft_model(model, PartialLoraConfig(target_modules=["0"], sparsity=0.5, r=2, ensure_weight_tying=True))
