@@ -8,13 +8,16 @@ import evidence
 import pages
 import pyarrow.parquet as pq
 import pytest
-from checkout import needs_results
+from checkout import RESULTS, ROOT, needs_results
 from refusals import refusal
 
-from partial_lora.settings import schema
-
-ROOT = schema.conf_dir().parent
 pytestmark = needs_results
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of the committed results."""
+    monkeypatch.setattr(pages, "RESULTS", RESULTS)
 
 
 def test_a_number_is_of_one_row_of_its_table() -> None:
@@ -38,7 +41,7 @@ def test_pages_are_those_that_the_tables_make() -> None:
 @pytest.mark.parametrize("task", ["gtsrb", "trec", "digits", "signdigits"])
 def test_plain_lora_of_a_lower_rank_has_one_best_rate(task: str) -> None:
     """The table of what to take says so to those who are short of time to tune."""
-    rates = evidence.raced(ROOT / "results").set_index(["task", "form", "size"])["learning_rate"]
+    rates = evidence.raced(RESULTS).set_index(["task", "form", "size"])["learning_rate"]
     assert rates[task, "low_rank", "0.13"] == 4e-3
 
 
@@ -50,7 +53,7 @@ def test_a_difference_of_two_forms_is_of_their_runs_at_the_best_rates() -> None:
 
 def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Path) -> None:
     for study in ("race", "forms", "decided"):
-        (tmp_path / study).symlink_to(ROOT / "results" / study)
+        (tmp_path / study).symlink_to(RESULTS / study)
     evidence.figures(tmp_path)
     drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
     names = ("memory", "memory-more", "size", "claims")
@@ -64,6 +67,6 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
 @pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])
 def test_every_column_of_a_committed_pack_is_described(table: str) -> None:
     _, _, described = (ROOT / "docs" / "reference" / "packs.md").read_text("utf-8").partition(f"## {table}\n")
-    columns = {name for pack in (ROOT / "results").glob(f"*/{table}") for name in pq.read_schema(pack).names}
+    columns = {name for pack in RESULTS.glob(f"*/{table}") for name in pq.read_schema(pack).names}
     assert columns
     assert [name for name in sorted(columns) if f"`{name}`" not in described.partition("\n## ")[0]] == []

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
-import data_sets
 import datasets
 import pyarrow.parquet as pq
 import pytest
+from checkout import ROOT
 from omegaconf import OmegaConf
 from refusals import refusal
 
@@ -19,7 +20,7 @@ from partial_lora import tasks
 from partial_lora.settings import schema
 from partial_lora.tasks.config import TaskConfig
 
-DATA = data_sets.folder()
+DATA = Path(os.environ.get("DATA", ROOT.parent / "shared" / "data")).absolute()
 FOLDER = schema.conf_dir() / "task"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "mixture")  # which has no rows of its own
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
@@ -46,7 +47,7 @@ def refused(key: str, name: str, **changes: object) -> None:
 
 def files(name: str) -> dict[str, str]:
     if not (DATA / name).is_dir():
-        pytest.skip(f"the rows of {name} are not in {DATA.name}/ (`make data SETS={name}`, where the hub has them)")
+        pytest.skip(f"no rows of {name} (`make data SETS={name}`, where the hub has them, then `DATA=data make test`)")
     return {file.stem: str(file) for file in sorted((DATA / name).glob("*.parquet"))}
 
 
