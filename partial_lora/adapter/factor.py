@@ -62,19 +62,54 @@ class MaskedFactor(nn.Module):
         else:
             self._apply_weight = F.linear
             self.out_features, self.in_features = self.shape  # as of the layer that it replaces
-        self._places = {"kept": mask.kept}
-        if entries:
-            self._places |= _within_features(mask.kept, self.shape, self.axis)
-        if isinstance(mask, TiedMask):
-            self._places |= _groups(mask)
-        # Not in the forward pass: a compiler that reads them off the arrays there warns that these are read-only.
-        self.touched = len(self._places["features" if entries else "kept"])
-        self.density = self.touched / self.shape[self.axis]
         # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
         # them.
         self._indices: dict[str, Tensor] = {}
+        self._find_places()
         self._move_indices(dense.weight.device)
         self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
+
+    def _find_places(self) -> None:
+        """Find what the mask keeps, in the forms in which products need it."""
+        self._places = {"kept": self.mask.kept}
+        if self.entries:
+            self._places |= _within_features(self.mask.kept, self.shape, self.axis)
+        if isinstance(self.mask, TiedMask):
+            self._places |= _groups(self.mask)
+        # Not in the forward pass: a compiler that reads them off the arrays there warns that these are read-only.
+        self.touched = len(self._places["features" if self.entries else "kept"])
+        self.density = self.touched / self.shape[self.axis]
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over another factor, of a mask that keeps as many, into the same tensors as far as their sizes agree.
+
+        dense: the other factor, of this rank or padded to it. drawn: its values where it does not train.
+        """
+        self.mask = mask
+        self._find_places()
+        for name, index in self._indices.items():
+            places = torch.tensor(self._places[name], device=index.device)
+            self._indices[name] = index.copy_(places) if index.shape == places.shape else places
+        dense = self.padded(self._unpadded(dense), self.rank).to(self.kept)
+        self.kept.data.copy_(self._checked(dense, f"lora_{'BA'[self.axis]}"))
+
+    @property
+    def widens(self) -> bool:
+        """True where units of zeros can be added to the rank."""
+        return not (self.entries or self.in_groups)
+
+    def widen(self, rank: int) -> MaskedFactor:
+        """Add units of zeros to the factor, up to ``rank``, and return it."""
+        if rank == self.rank:
+            return self
+        if rank < self.rank or not self.widens:
+            raise PartialLoraError(f"target_rank={rank}: {self} cannot be padded to it; expected {self.rank}.")
+        self.kept = nn.Parameter(self.padded(self.kept.data, rank), requires_grad=self.kept.requires_grad)
+        self.rank, unit = rank, 1 - self.axis
+        self.shape = torch.Size([rank if axis == unit else size for axis, size in enumerate(self.shape)])
+        if not self.is_convolution:
+            self.out_features, self.in_features = self.shape
+        return self
 
     @property
     def gathers(self) -> bool:
@@ -136,8 +171,8 @@ class MaskedFactor(nn.Module):
 
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
-        missing = rank - self.rank
-        if missing <= 0:
+        missing = rank - dense.shape[1 - self.axis]
+        if missing <= 0 or self.in_groups:  # whose rank is that of all modules
             return dense
         zeros = dense.new_zeros([missing if axis == 1 - self.axis else size for axis, size in enumerate(dense.shape)])
         return torch.cat([dense, zeros], dim=1 - self.axis)
@@ -321,6 +356,18 @@ class _Frozen:
         self._drawn = self._cast = torch.from_numpy(drawn.copy())
         self._beside = (beside,)  # in a tuple: it is a module of the layer, not of this one
 
+    widens = False
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over another frozen factor, of other values or features."""
+        self.mask = mask
+        self._find_places()
+        for name, index in self._indices.items():
+            index.copy_(torch.tensor(self._places[name]))
+        self._drawn.copy_(torch.from_numpy(drawn))
+        if self._cast is not self._drawn:
+            self._cast.copy_(self._drawn)
+
     @property
     def kept(self) -> Tensor:
         """The values."""
@@ -374,6 +421,11 @@ class _OneHot(_Frozen):
 
     def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
         super().__init__(dense, mask, drawn, beside, entries=entries)
+        self._length = float(drawn[0, 0])
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over unit vectors of other features, in another length."""
+        super().swap(mask, dense, drawn)
         self._length = float(drawn[0, 0])
 
     def times(self, x: Tensor, kept: Tensor) -> Tensor:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
-import peft.mapping
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
 
-from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PEFT_TYPE, REFUSED, Drawn, PartialLoraConfig, saved_file
+from partial_lora.adapter.config import Drawn, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
@@ -39,6 +33,7 @@ class PartialLoraModel(LoraModel):
     """
 
     _drawn: Drawn | None = None  # while an adapter is put in
+    OWN = frozenset({"OWN", "_drawn", "_geometries", "__annotations__"})  # what LoraModel does not have
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
         """Put an adapter into ``model``, as PEFT does."""
@@ -277,85 +272,6 @@ def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
                 f"ensure_weight_tying: the masked adapter of {name} cannot be tied; leave {name} out of target_modules,"
                 " or set ensure_weight_tying=False."
             )
-
-
-def register() -> None:
-    """Register the method with PEFT, whose own register_peft_method takes only names that PEFT lists.
-
-    Raises AttributeError where PEFT lacks a method that PartialLoraModel overrides: the override would never be called.
-    """
-    for name in vars(PartialLoraModel).keys() - {"_geometries", "_drawn", "__annotations__"}:
-        getattr(LoraModel, name)
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
-    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
-    PeftModel.add_adapter = _beside_others(PeftModel.add_adapter)
-    PeftModel.load_adapter = _with_its_masks(PeftModel.load_adapter)
-
-
-def _beside_others(add_adapter: Callable) -> Callable:
-    """Return PEFT's add_adapter, made to put plain LoRA and masked adapters into one model.
-
-    PEFT keeps one type of adapter in a model. PartialLoraModel is a LoraModel that leaves plain LoRA alone, so it does
-    for both.
-    """
-
-    @functools.wraps(add_adapter)
-    def add(model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args, **kwargs) -> None:
-        if {model.peft_type, peft_config.peft_type} != {PeftType.LORA, PEFT_TYPE}:
-            return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-        if any(config.target_parameters for config in (*model.peft_config.values(), peft_config)):
-            raise PartialLoraError(f"target_parameters does not go with Partial-LoRA: {REFUSED['target_parameters']}.")
-        kind, name = type(model.base_model), model.peft_type
-        model.base_model.__class__ = PartialLoraModel
-        model.peft_type = peft_config.peft_type  # which PEFT compares
-        try:
-            add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-            kind, name = PartialLoraModel, PEFT_TYPE
-        finally:
-            model.base_model.__class__, model.peft_type = kind, name
-
-    return add
-
-
-def _with_its_masks(load_adapter: Callable) -> Callable:
-    """Return PEFT's load_adapter, made to load a folder or repository of ours with its masks: to train, or beside
-    masked adapters.
-
-    Else it is plain LoRA, as for PEFT alone. Values of other masks than the adapter's are refused. Those of a smaller
-    mask would fit a larger one, but its scaling would be another, and the optimizer's state beside them, in a Trainer's
-    checkpoint, would not fit, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not
-    their folder.
-    """
-
-    @functools.wraps(load_adapter)
-    def load(
-        model: PeftModel, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *args, **kwargs
-    ) -> Any:
-        config, (of_hub, _) = model.peft_config.get(adapter_name), model._split_kwargs(kwargs)
-        is_new, has_masks = config is None and (is_trainable or model.peft_type == PEFT_TYPE), False
-        if is_new or isinstance(config, PartialLoraConfig):
-            with suppress(PartialLoraError):  # a repository without masks, or out of reach, which PEFT then says
-                path = saved_file(model_id, sidecar.FILE_NAME, **of_hub)
-                has_masks = path.is_file()
-        if has_masks and is_new:
-            config = PartialLoraConfig.from_pretrained(str(model_id), **of_hub)
-            config.inference_mode = not is_trainable
-            options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}
-            model.add_adapter(adapter_name, config, **options)
-            if is_trainable:
-                model.set_requires_grad(adapter_name)
-        elif has_masks and isinstance(config, PartialLoraConfig):
-            sidecar.verify(*drawn(model, adapter_name), sidecar.read(path)["modules"])
-        elif is_trainable and Path(model_id, of_hub.get("subfolder") or "", sidecar.FILE_NAME).is_file():
-            warnings.warn(
-                f"{model_id} has masks, and trains as dense LoRA without them: expected "
-                "config=PartialLoraConfig.from_pretrained(...) of this folder in PeftModel.from_pretrained",
-                stacklevel=3,
-            )
-        return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-
-    return load
 
 
 def loaded_name(name: str) -> str:

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ from torch import nn
 
 import partial_lora
 from partial_lora.adapter import PEFT, PartialLoraConfig, load_compact, module_masks, warm_start
+from partial_lora.adapter.registration import REACHES, check_peft
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
@@ -197,6 +199,14 @@ def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
     assert imported[0] == [("UnfitPackageError", True, True)] * 2
     project = (Path(partial_lora.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{PEFT}"' in project
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_what_peft_has_to_offer_is_asked_for_by_its_name(monkeypatch, reach):
+    holder, _, name = reach.rpartition(".")
+    monkeypatch.delattr(operator.attrgetter(holder)(peft), name)
+    with pytest.raises(AttributeError, match=name):
+        check_peft()
 
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "partial_lora.json", "README.md"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from adapter_models import (
     adapt,
     dense_twin,
     fill,
+    images,
     layers,
     logits,
     loss_of,
@@ -28,6 +28,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.tuners.lora import LoraModel
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, MambaConfig, MambaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
@@ -272,16 +273,16 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
 
 
-def test_a_masked_adapter_that_is_to_train_as_dense_lora_is_warned_of(tmp_path):
-    adapt(sparsity=0.6).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=rf"{tmp_path}.*PartialLoraConfig\.from_pretrained"):
-        PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        PeftModel.from_pretrained(vit(), tmp_path)
-        config = PartialLoraConfig.from_pretrained(tmp_path)
-        PeftModel.from_pretrained(vit(), tmp_path, config=config, is_trainable=True)
-    assert not [each for each in caught if "PartialLoraConfig" in str(each.message)]
+def test_what_is_loaded_to_train_is_masked_unless_a_dense_config_is_asked_for(tmp_path):
+    model = fill(adapt(sparsity=0.6))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
+    assert module_masks(again) == module_masks(model)
+    assert trainable_parameters(again) == trainable_parameters(model)
+    for options in ({}, {"is_trainable": True, "config": LoraConfig.from_pretrained(tmp_path)}):
+        dense = PeftModel.from_pretrained(vit(), tmp_path, **options)
+        assert type(dense.base_model) is LoraModel
+        torch.testing.assert_close(logits(dense, images()), logits(model, images()), atol=1e-5, rtol=1e-5)
 
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():
@@ -314,7 +315,7 @@ def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto):
     folder = str(tmp_path / "adapter")
     model.save_pretrained(folder)
     plain = auto.from_pretrained(folder)
-    masked = auto.from_pretrained(folder, config=PartialLoraConfig.from_pretrained(folder), is_trainable=True)
+    masked = auto.from_pretrained(folder, is_trainable=True)
     assert type(plain.get_base_model()) is type(masked.get_base_model()) is type(base)
     torch.testing.assert_close(logits(plain, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(masked, kind.batch(0)), logits(model, kind.batch(0)))
