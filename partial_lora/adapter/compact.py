@@ -31,13 +31,15 @@ from partial_lora.adapter.config import PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
+    adapter_layers,
     adapter_tensors,
     base_modules,
     check_unmerged,
     config_of,
+    drawn,
     module_masks,
 )
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry
 from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import with_an_end, write_atomic
 from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
@@ -72,10 +74,14 @@ def write_compact(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise PartialLoraError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16, or None (as trained).")
     config = _writable_config(model, adapter_name)
-    base, modules, masks = model.get_base_model(), base_modules(model), module_masks(model, adapter_name)
+    base, layers, (masks, geometries) = (
+        model.get_base_model(),
+        adapter_layers(model, adapter_name),
+        drawn(model, adapter_name),
+    )
     kept = {
         name: {
-            factor: getattr(modules[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
+            factor: getattr(layers[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
             for factor in _trained_factors(config.rows, config.columns)
         }
         for name in masks
@@ -83,8 +89,8 @@ def write_compact(
     whole = _whole_tensors(model, adapter_name, masks)
     compact = Compact(
         config=config,
-        geometries={name: geometry(name, modules[name], config.rank_of(name)) for name in masks},
-        masks=masks,
+        geometries=dict(geometries),
+        masks=dict(masks),
         kept=kept,
         whole=whole,
         base=fingerprint(base, exclude=_trained_whole(base, config, whole)),
@@ -165,7 +171,9 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
 
 def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the tensors that train whole beside the masked factors, by names in the base model; no copies."""
-    factors = {f"{name}.lora_{factor}.weight" for name in masked for factor in "AB"}
+    layers = adapter_layers(model, adapter_name)
+    paths = {id(module): path for path, module in base_modules(model).items()}
+    factors = {f"{paths[id(layers[name])]}.lora_{factor}.weight" for name in masked for factor in "AB"}
     return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
 
 
@@ -182,10 +190,10 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
             raise PartialLoraError(
                 f"{name} is {list(here[name].shape)} in this model, but {list(value.shape)} in the file."
             )
-    modules = base_modules(adapted)
+    modules, layers = base_modules(adapted), adapter_layers(adapted, adapter_name)
     for name, factors in compact.kept.items():
         for factor, value in factors.items():
-            parameter = getattr(modules[name], f"lora_{factor}")[adapter_name].kept
+            parameter = getattr(layers[name], f"lora_{factor}")[adapter_name].kept
             dtype = parameter.dtype if compact.rounded else value.dtype
             parameter.data = value.to(parameter.device, dtype).reshape(parameter.shape)
     for name, module in modules.items():
@@ -250,6 +258,8 @@ def encode(compact: Compact) -> bytes:
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
+    if experts := {name: each.experts for name, each in compact.geometries.items() if each.experts is not None}:
+        header["experts"] = experts
     tensors = {
         name: torch.cat([value.flatten() for value in both.values()]).contiguous()
         for name, both in compact.kept.items()
@@ -266,7 +276,7 @@ def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) 
     default = LoraConfig().to_dict() | _ABSENT
     changed = {k: value for k, value in config.to_dict().items() if k not in _LEFT_OUT and value != default.get(k)}
     targets = changed.get("target_modules")
-    if not isinstance(targets, str) and set(targets or ()) == set(modules):
+    if not isinstance(targets, str) and targets and set(targets) == set(modules):
         del changed["target_modules"]  # the names are in the file already
     return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
 
@@ -307,7 +317,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     granularity = settings["granularity"]
     geometries, counts, kept = {}, {}, {}
     for name, (b, a, rows, columns, *_) in modules.items():
-        geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b))
+        geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b), experts=header.get("experts", {}).get(name))
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
@@ -330,7 +340,8 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
             name: {axis: max(0.0, 1 - counts[name][axis] / size) for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
-    options: dict[str, Any] = {"target_modules": list(modules)} | settings
+    linears = [name for name, each in geometries.items() if each.experts is None]
+    options: dict[str, Any] = {"target_modules": linears} | settings
     config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)
     for name, entry in modules.items():
@@ -350,7 +361,7 @@ def _factors(
 ) -> dict[str, Tensor]:
     """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
-    if not GRANULARITIES[granularity].over_entries:
+    if geometry.experts is None and not GRANULARITIES[granularity].over_entries:
         shapes = {"A": [geometry.rank, counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
     shapes = {factor: shapes[factor] for factor in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
@@ -382,9 +393,16 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
     """Raise PartialLoraError where the base lacks a module, or differs in a shape or (``values``) the fingerprint."""
     modules = base_modules(base)
     for name, expected in compact.geometries.items():
-        if name not in modules:
+        owner, _, parameter = name.rpartition(".")
+        owner, rank = name if expected.experts is None else owner, compact.config.rank_of(name)
+        if owner not in modules or (owner != name and not hasattr(modules[owner], parameter)):
             raise PartialLoraError(f"{path}: this model has no module {name}, which the adapter is for.")
-        here = geometry(name, modules[name], compact.config.rank_of(name))
+        if owner == name:
+            here = geometry(name, modules[name], rank)
+        else:
+            module = modules[owner]
+            base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            here = parameter_geometry(base_layer, parameter, rank)
         if here != expected:
             raise PartialLoraError(
                 f"{path}: {name} is {here.shape[0]} x {here.shape[1]} in this model (A {here.a}, B {here.b}), but"

@@ -67,7 +67,7 @@ Drawn = tuple[Mapping[str, ModuleMasks], Mapping[str, Geometry]]
 PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
         # How each adapter is sized, scaled, drawn and run.
         *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
@@ -81,7 +81,6 @@ PASSED = frozenset(
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
     "lora_bias": "it would train entries that no mask covers",
-    "target_parameters": "PEFT nests a module's parameters in each other, and each mask needs a name of its own",
     "layer_replication": "two modules would share one name and its masks",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
@@ -112,7 +111,9 @@ class PartialLoraConfig(LoraConfig):
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
     keeps columns of A; masks of single entries have the shapes of B and A. Only what is kept exists as a parameter. In
     a convolution, rows are output channels and columns input channels; in an embedding (tokens × dimensions), rows are
-    tokens and columns dimensions. One of the two factors may be frozen (``columns``, ``rows``).
+    tokens and columns dimensions. In fused experts (``target_parameters``) each expert has rows and columns of its own,
+    drawn by its own name, "….experts.gate_up_proj.7"; their shares are those of the parameter or, by these names, of
+    each expert. One of the two factors may be frozen (``columns``, ``rows``).
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
     ΔW is p^-row_exponent · q^-column_exponent times what alpha / rank gives, so that dense LoRA's learning rate suits
@@ -251,8 +252,14 @@ class PartialLoraConfig(LoraConfig):
         for module, geometry in geometries.items():
             if geometry.rank != highest and geometry.rank != geometry.b[1]:
                 raise PartialLoraError(
-                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.rank}, which"
-                    f" cannot be padded on disk: give it the highest rank, {highest}."
+                    f"rank_pattern: {module} is a grouped convolution or has several experts, and its rank"
+                    f" {geometry.rank} cannot be padded on disk: give it the highest rank, {highest}."
+                )
+            fits = self.selection == "random" and "one_hot" not in (self.rows, self.columns)
+            if geometry.experts is not None and (not fits or GRANULARITIES[self.granularity].tied):
+                raise PartialLoraError(
+                    f"target_parameters: {module} takes random masks of whole rows and columns, of units or of single"
+                    " entries: expected no selection='top', granularity='groups' nor 'one_hot' beside it."
                 )
         factors = {"rows": self.rows, "columns": self.columns}
         options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed}
@@ -472,7 +479,7 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
         ) from None
 
 
-def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> None:
+def check_values(folder: Path, modules: Mapping[str, Mapping], *, is_here: bool) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
     PEFT only warns of a missing factor, and refuses a truncated file after it has changed the model. Only the file's
@@ -489,7 +496,9 @@ def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> No
             keys = {key.replace("_orig_mod.", "").removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise PartialLoraError(f"{path} is broken or truncated ({error}): copy it again.") from None
-    for module in modules:
+    inside = {re.sub(r"(\.base_layer)*\.lora_", ".lora_", key) for key in keys}  # PEFT nests the parameters of a module
+    for module, entry in modules.items():
+        owner, names = (module.rpartition(".")[0], inside) if "experts" in entry else (module, keys)
         for factor in ("lora_A", "lora_B"):
-            if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
+            if not {f"{owner}.{factor}.weight", f"{owner}.{EMBEDDED[factor]}"} & names:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which has masks: copy it again.")

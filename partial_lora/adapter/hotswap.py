@@ -21,7 +21,7 @@ from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 
-_ALIKE = ("use_rslora", "lora_dropout", "granularity", "rows", "columns", "bias")
+_ALIKE = ("target_parameters", "use_rslora", "lora_dropout", "granularity", "rows", "columns", "bias")
 
 
 def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, new: PartialLoraConfig) -> None:
@@ -41,6 +41,8 @@ def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: s
         if here != there:
             raise PartialLoraError(f"{key} is {there!r}: expected {here!r}, as of {adapter_name!r}, for a hot swap.")
     check_unmerged(model)
+    if config.target_parameters:
+        raise PartialLoraError("target_parameters: expected modules alone for a hot swap of masked adapters.")
     layers = adapter_layers(model, adapter_name)
     geometries = {name: geometry(name, layer, new.rank_of(name)) for name, layer in layers.items()}
     masks = new.choose_masks(geometries)

@@ -271,4 +271,5 @@ def mask_layer(
         if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
             a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
-    layer.lora_variant[adapter_name] = PartialLoraVariant()
+    if not isinstance(layer, lora.layer.ParamWrapper):  # which adds B A to its parameter, and reads both whole
+        layer.lora_variant[adapter_name] = PartialLoraVariant()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
@@ -18,7 +19,7 @@ from partial_lora.adapter.config import Drawn, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.masks import AXES, Mask
 
@@ -63,7 +64,7 @@ class PartialLoraModel(LoraModel):
                 # PEFT lists parts of its wrappers, too: a head in there trains whole already.
                 listed = cast("set[str]", peft_config.target_modules)
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
-            _check_experts(peft_config, model, named)
+            _name_experts(peft_config, model)
             _check_tying(peft_config, model)
             geometries = self._geometries(peft_config, model)
             self._drawn = peft_config.choose_masks(geometries), geometries
@@ -77,9 +78,10 @@ class PartialLoraModel(LoraModel):
         inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         names = [name for name in modules if name and not name.startswith(inside)]
         targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
-        patterns = peft_config.target_modules
+        patterns = peft_config.target_modules or []
+        ends = set() if isinstance(patterns, str) else {end for name in names for end in _ends(name)}
         for target in [] if isinstance(patterns, str) else sorted(patterns):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in ends:
                 kinds = dict.fromkeys(name.rpartition(".")[2] for name in names if hasattr(modules[name], "weight"))
                 raise PartialLoraError(
                     f"target_modules names {target!r}, which matches no module; there are {shortlist(list(kinds))}."
@@ -88,7 +90,8 @@ class PartialLoraModel(LoraModel):
         for part in peft_config.modules_to_save or ():
             if part not in usual and not any(name.endswith(part) for name in modules):  # as PEFT finds them
                 raise PartialLoraError(f"modules_to_save names {part!r}, which matches no module.")
-        if not targets:
+        parameters = _target_parameters(peft_config, model)
+        if not targets and not parameters:
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             options = {key: getattr(peft_config, key) for key in keys}
             listed = ", ".join(f"{key}={value!r}" for key, value in options.items() if value not in (None, []))
@@ -122,8 +125,12 @@ class PartialLoraModel(LoraModel):
                     f"target module {name} is a {type(base).__name__}:"
                     f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
                 )
-        ranks = {name: peft_config.rank_of(loaded_name(name)) for name in targets}
-        return {loaded_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
+        geometries = {
+            loaded_name(name): geometry(name, modules[name], peft_config.rank_of(loaded_name(name))) for name in targets
+        }
+        for name, (module, parameter) in parameters.items():
+            geometries[name] = parameter_geometry(module, parameter, peft_config.rank_of(name))
+        return geometries
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown that of LoRA.
@@ -138,6 +145,8 @@ class PartialLoraModel(LoraModel):
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
             layer, name = parent.get_submodule(target_name), loaded_name(current_key)
+            while isinstance(layer, ParamWrapper) and layer.parameter_name != kwargs["parameter_name"]:
+                layer = layer.base_layer
             masks, geometries = cast(Drawn, self._drawn)
             options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
             options["frozen"] = lora_config.frozen(name, geometries[name])
@@ -201,31 +210,36 @@ class PartialLoraModel(LoraModel):
         if not isinstance(config, PartialLoraConfig):
             return state
         _save_with(config, model, adapter_name)  # which is saved next
-        rank = saved_rank(model, adapter_name)
+        rank, names = saved_rank(model, adapter_name), _layer_names(model)
         for key in [key for key in state if key.endswith((".kept", ".weight"))]:
             path, _, name = key.rpartition(".")
             factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
-                layer, part, adapter = path.rsplit(".", 2)
+                layer, part, _ = path.rsplit(".", 2)
                 value = state.pop(key)
-                dense = factor.padded(factor.dense(value) if name == "kept" else value, rank)
-                if part == "lora_B" and (power := config.own_scaling(base_name(layer))[0]) != 1:
+                dense = factor.dense(value) if name == "kept" else value
+                if not isinstance(model.get_submodule(layer), ParamWrapper):
+                    dense = factor.padded(dense, rank)
+                if part == "lora_B" and (power := config.own_scaling(names[layer])[0]) != 1:
                     dense = dense * power
                 if isinstance(model.get_submodule(layer), PartialEmbedding):
-                    state[f"{layer}.{EMBEDDED[part]}.{adapter}"] = dense.T.contiguous()
+                    state[f"{layer}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
                 else:
                     state[f"{path}.weight"] = dense
         return state
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *, config: LoraConfig, state_dict: dict, **kwargs) -> dict:
+    def _remap_adapter_state_dict_for_load(
+        cls, *, model: nn.Module, config: LoraConfig, state_dict: dict, **kwargs
+    ) -> dict:
         factors = as_factors(state_dict)
         if isinstance(config, PartialLoraConfig) and (config.rank_pattern or config.alpha_pattern):
+            names = {base_name(path): name for path, name in _layer_names(model).items()}
             for key in factors:
-                module, is_b, _ = key.partition(".lora_B.")
-                if is_b:
-                    factors[key] = factors[key] / config.own_scaling(base_name(module))[0]
-        return super()._remap_adapter_state_dict_for_load(config=config, state_dict=factors, **kwargs)
+                path, is_b, _ = key.partition(".lora_B.")
+                if is_b and base_name(path) in names:
+                    factors[key] = factors[key] / config.own_scaling(names[base_name(path)])[0]
+        return super()._remap_adapter_state_dict_for_load(model=model, config=config, state_dict=factors, **kwargs)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -238,25 +252,23 @@ _HEADS = ("classifier", "score")  # that PEFT adds for these tasks, whichever of
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
-def _check_experts(config: PartialLoraConfig, model: nn.Module, named: object) -> None:
-    """Raise PartialLoraError where plain PEFT would take targets for parts of fused experts, and so load them wrongly.
+def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
+    """Name fused experts by their parameters, where target_modules names their parts as a class had them before.
 
-    An adapter that was saved with masks loads as it is.
+    PEFT does so for its own LoRA, in the config, and so again when it reads the saved one. Raises PartialLoraError for
+    a part without the one that it is fused with.
     """
     if config.expected is not None or not hasattr(getattr(model, "config", None), "model_type"):
         return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    plain, where = config.as_lora(), f"target_modules={named!r}"
+    plain = config.as_lora()
     try:
         convert_peft_config_for_transformers(plain, model, None)
     except ValueError as error:
-        raise PartialLoraError(f"{where}: {error}") from None
-    if plain.target_parameters:
-        raise PartialLoraError(
-            f"{where}: PEFT takes some of them for fused experts ({', '.join(sorted(plain.target_parameters))}), which "
-            "cannot be masked: name other modules, such as those of attention."
-        )
+        raise PartialLoraError(f"target_modules={config.target_modules!r}: {error}") from None
+    if plain.target_parameters and plain.target_parameters != config.target_parameters:
+        config.target_modules, config.target_parameters = plain.target_modules, plain.target_parameters
 
 
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
@@ -292,8 +304,47 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of a LoRA or Partial-LoRA model that hold the adapter, by their names in the base model."""
-    layers = {name: layer for name, layer in base_modules(model).items() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}}
+    return {
+        _layer_name(name, layer): layer
+        for name, layer in base_modules(model).items()
+        if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
+    }
+
+
+def _layer_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of layers with adapters in the base model, by their names in this model."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {path: _layer_name(base_name(path), layer) for path, layer in layers.items()}
+
+
+def _layer_name(name: str, layer: LoraLayer) -> str:
+    """Return the name of the weight that a layer adapts: its own, or its parameter's, of which PEFT nests several."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name and what follows each of its dots."""
+    while name:
+        yield name
+        _, _, name = name.partition(".")
+
+
+def _target_parameters(config: PartialLoraConfig, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return the parameters that PEFT is about to adapt, by name: the module that has one, and its name there."""
+    wanted, found, matched = set(config.target_parameters or ()), {}, set()
+    for path, module in model.named_modules() if wanted else ():
+        for name, _ in module.named_parameters(recurse=False):
+            full = ".".join(part for part in loaded_name(f"{path}.{name}").split(".") if part != "base_layer")
+            if ends := wanted.intersection(_ends(full)):
+                found[full] = module, name
+                matched |= ends
+    if missing := sorted(wanted - matched):
+        raise PartialLoraError(f"target_parameters names {missing[0]!r}, which matches no parameter.")
+    return found
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -328,7 +379,11 @@ def _warn_of_saturation(
     saturated = []
     for module, masks in drawn.items():
         rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), geometries[module].rank
-        if len(geometries[module].a) == 2 and rank * (rows + columns) >= rows * columns > 0:
+        if (
+            geometries[module].experts is None
+            and len(geometries[module].a) == 2
+            and rank * (rows + columns) >= rows * columns > 0
+        ):
             saturated.append((module, rank * (rows + columns), rows * columns))
     if saturated:
         module, numbers, entries = saturated[0]
@@ -364,14 +419,18 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
     """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
     layers = adapter_layers(model, adapter_name)
-    ranks = {name: cast(MaskedFactor, layer.lora_A[adapter_name]).rank for name, layer in layers.items()}
+    ranks = {name: _rank(layer, adapter_name) for name, layer in layers.items()}
     return module_masks(model, adapter_name), {name: geometry(name, layers[name], ranks[name]) for name in layers}
 
 
 def saved_rank(model: nn.Module, adapter_name: str) -> int:
     """Return the rank of every module of a masked adapter on disk: the highest."""
-    layers = adapter_layers(model, adapter_name).values()
-    return max(cast(MaskedFactor, layer.lora_A[adapter_name]).rank for layer in layers)
+    return max(_rank(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values())
+
+
+def _rank(layer: LoraLayer, adapter_name: str) -> int:
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    return cast(MaskedFactor, layer.lora_A[adapter_name]).rank // experts
 
 
 def _save_with(config: PartialLoraConfig, model: nn.Module, adapter_name: str) -> None:

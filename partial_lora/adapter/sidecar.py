@@ -27,9 +27,9 @@ def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry
     """Return the content of the sidecar of an adapter with these ``masks``.
 
     Its keys: version, the `SETTINGS` as in the config, and modules. A module has: rows, columns (the measured sparsity;
-    the requested one for "bernoulli", whose number is random), shape [out, in], a, b (the shapes of the dense factors,
-    for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and indices {rows,
-    columns} where the selection is not random.
+    the requested one for "bernoulli", whose number is random), shape [out, in], experts (of a parameter), a, b (the
+    shapes of the dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as
+    little-endian int64, and indices {rows, columns} where the selection is not random.
     """
     content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in SETTINGS}, "modules": {}}
     requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
@@ -37,7 +37,9 @@ def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry
         both = {axis: getattr(of_module, axis) for axis in AXES}
         entry = {axis: requested[module][axis] if requested else mask.sparsity for axis, mask in both.items()}
         entry["shape"] = list(of_module.shape)
-        if GRANULARITIES[settings["granularity"]].over_entries:
+        if geometries[module].experts is not None:
+            entry["experts"] = geometries[module].experts
+        if geometries[module].experts is not None or GRANULARITIES[settings["granularity"]].over_entries:
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
         if settings["selection"] != "random":
@@ -74,7 +76,8 @@ def read(path: Path) -> dict:
             needed |= {"a", "b"} if GRANULARITIES[content["granularity"]].over_entries else set()
             needed |= {"indices"} if content["selection"] == "top" else set()
             for module, entry in content["modules"].items():
-                _check_keys(entry, f"modules[{module!r}]", needed)
+                of_parameter = {"experts", "a", "b"} if "experts" in entry else set()
+                _check_keys(entry, f"modules[{module!r}]", needed | of_parameter)
                 _check_keys(entry["sha256"], f"modules[{module!r}]['sha256']", set(AXES))
             if isinstance(content["sparsity"], str):
                 raise ValueError("sparsity is no number, or one for each module")

@@ -69,7 +69,7 @@ def warm_start(
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
         raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
-    for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {})):
+    for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {}), ("target_parameters", None)):
         if getattr(config, name) != usual:
             raise PartialLoraError(
                 f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"
