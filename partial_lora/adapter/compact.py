@@ -39,10 +39,10 @@ from partial_lora.adapter.model import (
     drawn,
     module_masks,
 )
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import with_an_end, write_atomic
-from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
+from partial_lora.masks import AXES, GRANULARITIES, MASKED
 
 VERSION = 2
 
@@ -253,13 +253,16 @@ def encode(compact: Compact) -> bytes:
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
-        for name, shares in assign_sparsity(config.shares, list(masks)).items():
+        linears = {name: each for name, each in compact.geometries.items() if each.experts is None}
+        for name, shares in shares_of(linears, config.shares).items():
             modules[name] += [shares[axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
     if experts := {name: each.experts for name, each in compact.geometries.items() if each.experts is not None}:
         header["experts"] = experts
+        shares = shares_of(compact.geometries, config.shares)
+        header["shares"] = {name: shares[name] for name in shares if name not in masks or name in experts}
     tensors = {
         name: torch.cat([value.flatten() for value in both.values()]).contiguous()
         for name, both in compact.kept.items()
@@ -334,13 +337,15 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         parts = iter(every.split(sizes))
         masks_of["indices"] = {name: {axis: next(parts).numpy() for axis in AXES} for name in counts}
     elif settings["count"] == "bernoulli":
-        masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
+        masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=False)) for name, entry in modules.items()}
     else:
         masks_of["sparsity"] = {  # the measured sparsity keeps as many again; that of a frozen factor says nothing
             name: {axis: max(0.0, 1 - counts[name][axis] / size) for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
     linears = [name for name, each in geometries.items() if each.experts is None]
+    if "sparsity" in masks_of:
+        masks_of["sparsity"] = {name: masks_of["sparsity"][name] for name in linears} | header.get("shares", {})
     options: dict[str, Any] = {"target_modules": linears} | settings
     config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)

@@ -87,8 +87,7 @@ def random_masks(
     mask_seed: int,
 ) -> dict[str, ModuleMasks]:
     """Draw the masks of modules with these ``geometries`` {module: geometry}: the selection "random"."""
-    names = [name for module, each in geometries.items() for name in _masked_names(module, each, sparsity)]
-    shares = assign_sparsity(sparsity, names)
+    shares = shares_of(geometries, sparsity)
     form = GRANULARITIES[granularity]
 
     def choose(module: str, axis: str, size: int) -> Mask:
@@ -120,6 +119,12 @@ def random_masks(
         return Mask(size, np.flatnonzero(masks))
 
     return _masks(geometries, granularity, factors, choose, mask_seed=mask_seed)
+
+
+def shares_of(geometries: Mapping[str, Geometry], sparsity: float | Sparsity) -> Sparsity:
+    """Return one {"rows": s, "columns": s} for each module, or for each expert of a parameter where these are named."""
+    names = [name for module, each in geometries.items() for name in _masked_names(module, each, sparsity)]
+    return assign_sparsity(sparsity, names)
 
 
 def _masked_names(module: str, geometry: Geometry, sparsity: float | Sparsity) -> list[str]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from partial_lora.adapter.selection import Geometry, ModuleMasks
+from partial_lora.adapter.selection import Geometry, ModuleMasks, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.files import read_json
-from partial_lora.masks import AXES, CHOICES, GRANULARITIES, assign_sparsity
+from partial_lora.masks import AXES, CHOICES, GRANULARITIES
 
 FILE_NAME = "partial_lora.json"
 VERSION = 2
@@ -32,10 +32,11 @@ def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry
     little-endian int64, and indices {rows, columns} where the selection is not random.
     """
     content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in SETTINGS}, "modules": {}}
-    requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
+    requested = shares_of(geometries, settings["sparsity"]) if settings["count"] == "bernoulli" else {}
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
-        entry = {axis: requested[module][axis] if requested else mask.sparsity for axis, mask in both.items()}
+        measured = {axis: mask.sparsity for axis, mask in both.items()}
+        entry: dict[str, Any] = {**requested.get(module, measured)}
         entry["shape"] = list(of_module.shape)
         if geometries[module].experts is not None:
             entry["experts"] = geometries[module].experts
