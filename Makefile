@@ -9,7 +9,7 @@
 # make docs-commands   every command of README.md and docs/ that needs no hub, GPU or files of yours
 # make browser, clean   Chromium for the tests of the page; what make has installed and built goes
 # make data    data sets of the hub in data/, for the evidence and for the tests that read real rows (SETS=… for some)
-# make causal … calibration-analyses, reproduce   the evidence: every table, figure and benchmark of results/ (reproduce.mk)
+# make race … calibration-analyses, reproduce   the evidence: every table, figure and benchmark of results/ (reproduce.mk)
 
 PYTHON ?= python3
 VENV ?= .venv

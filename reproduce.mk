@@ -1,12 +1,12 @@
 # The evidence: what results/ holds comes out of these targets, density/ and theory/ apart (results/folders.md).
 #
-# make causal, forms, race, decided, reach, leaders, language, shares
+# make race, decided, language
 #                         a study: what `study` in conf/experiment/NAME.yaml lists, runs and tables
 # make reproduce-table1 … table7, fig1 … fig7   the runs of a table or figure, which are of `decided`, and it
 # make reproduce          all of them, and what they say of each claim
 # make data               data sets of the hub as files in data/, each with its licence and checksums
 # make reports            tables, figures and an HTML page of every packed study, in its report/; of race the ranking
-# make bench              time and memory of adapters, serving and whole runs (results/bench), in two hours
+# make bench              time and memory of adapters and of whole runs (results/bench), in two hours
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
 # make coverage           how often intervals hold the truth, from the records
@@ -19,7 +19,7 @@
 # WITH='hydra/launcher=joblib hydra.launcher.n_jobs=2' (the extra `sweeps`) and OMP_NUM_THREADS=1: two runs at once.
 # Finished runs are skipped and interrupted ones go on, whichever table asked for them first; most of those of the tables
 # are finished in a fresh checkout. A run that failed is missing in its table, and the rest goes on. conf/experiment/NAME.yaml
-# says what each costs and what it is to show.
+# says what each costs, docs/evidence/plan.md what it is to show.
 
 # The folder of the data sets, NAME/{train,validation,test}.parquet: `make data` fills data/.
 DATA ?= $(or $(firstword $(wildcard data ../shared/data)),data)
@@ -30,7 +30,7 @@ RESULTS = results/$(if $(filter cpu,$(PRESET)),decided,$(PRESET))
 # Settings of the analyses with the paper's preset.
 ANALYSES ?= $(if $(filter paper,$(PRESET)),preset=paper task=cifar10)
 
-STUDIES = causal forms race decided reach leaders language shares
+STUDIES = race decided language
 TABLES = table1 table2 table3 table4 table5 table6 table7
 FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stability
@@ -66,7 +66,7 @@ reproduce: $(VIEWS)
 # 1 says that a page leaves out some runs.
 reports:
 	for pack in $(filter-out results/race/%,$(wildcard results/*/runs.parquet)); do $(BIN)/partial-lora report $${pack%/*} || test $$? = 1 || exit 1; done
-	$(SCRIPT)/forms.py results/race --stem race --page
+	$(SCRIPT)/race.py results/race --page
 
 referee:
 	$(SCRIPT)/referee.py
@@ -91,7 +91,7 @@ first-day:
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter serving starts steps methods family long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
+	for part in adapter starts steps methods family long threads; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

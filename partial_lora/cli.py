@@ -326,7 +326,7 @@ def compare(arguments: Sequence[str]) -> int:
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
-        "alone is the study that its file lists",
+        "stage=methods alone is that stage of the study that its file lists",
     )
     from partial_lora.settings.comparison import of_one, of_study, read
 

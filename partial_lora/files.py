@@ -89,12 +89,13 @@ def mapped(content: object, change: Callable[[str, object], object], key: str = 
     return change(key, content)
 
 
+def leads_back(link: Path) -> bool:
+    """Return whether a path is a link to a folder above it."""
+    return link.is_symlink() and link.resolve() in {part.resolve() for part in link.absolute().parents}
+
+
 def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield as os.walk does, in order, without hidden folders, and through links, but none to a folder above."""
-
-    def leads_back(link: Path) -> bool:
-        return link.is_symlink() and link.resolve() in {part.resolve() for part in link.parents}
-
     for parent, folders, names in os.walk(folder, followlinks=True):
         visible = (name for name in sorted(folders) if not name.startswith("."))
         folders[:] = [name for name in visible if not leads_back(Path(parent, name))]
@@ -137,7 +138,7 @@ def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
     too large by its aliases, or refers to more than keys: `${oc.env:…}` would put a token into an address.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     try:
         text = read_text(path)
@@ -147,6 +148,9 @@ def read_yaml(path: str | os.PathLike, name: str | None = None) -> Any:
         if _values(root, {}) > _MOST:
             raise ValueError(f"more than {_MOST:,} values, with those that aliases repeat")
         content = OmegaConf.to_container(OmegaConf.create(text))
+    except GrammarParseError as error:
+        reason = f"{error.full_key}: expected a value, or a reference to a key with both braces: ${{seed}}"
+        raise PartialLoraError(f"{name or path}: {reason}") from error
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = error.strerror if isinstance(error, OSError) else f"no YAML ({one_line(error)})"
         raise PartialLoraError(f"{name or path}: cannot be read: {reason}") from error
@@ -321,7 +325,9 @@ def _files(folder: Path) -> list[str]:
 def lock(descriptor: int, *, wait: bool = False) -> bool:
     """Lock an open file and return True; return False, or wait, where another process holds it.
 
-    The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks no one.
+    The kernel frees the lock when the last process that inherited the descriptor ends, so a dead holder blocks no one,
+    and a worker holds on what its killed parent held. The package filelock gives no descriptor to inherit, locks no
+    folder, and where a disk has no such locks it makes files that stay after a kill.
     """
     import fcntl  # a system without it can still load and save adapters
 

@@ -230,7 +230,7 @@ class Form:
         random: draws the mask of one module and axis, (size, sparsity, *, mask_seed, module, axis); where units are
             `apart` also (shape), that of the dense factor.
         draw: how A is drawn and the adapter scaled where nothing is set (docs/concepts/learning-rates.md). Single
-            entries keep PEFT's draw: with the other they scored less (results/forms/forms.md).
+            entries keep PEFT's draw: with the other they scored less (results/race/race.md).
         over_entries: masks are over the entries of B and A, and not over rows and columns of W.
         single: a budget counts single entries; else rows of B and columns of A.
         ranked: scores or indices may choose what is kept.

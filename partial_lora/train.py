@@ -40,7 +40,14 @@ from partial_lora.training import checkpoints, fsdp, objectives, packing
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
 from partial_lora.training.distributed import join
 from partial_lora.training.tracking import Tracking
-from partial_lora.training.trainer import Computation, Pause, build_trainer, mixed_precision, still_rising
+from partial_lora.training.trainer import (
+    Computation,
+    Pause,
+    build_trainer,
+    check_arguments,
+    mixed_precision,
+    still_rising,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +72,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     transform = build.transform_of(config.model, config.task, task)
     record["labels"] = list(task.labels)
     judge = build.judge_of(config, task, transform, world)
-    if stage == "train":  # rows that cannot be read end the run before anything is computed
+    if stage == "train":  # what cannot be read, or does not go together, ends the run before anything is computed
+        check_arguments(config.trainer, world)
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
         record["warnings"] = [*build.warnings_of(config, task), *transform.warnings]
         for warning in record["warnings"]:

@@ -6,15 +6,13 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL-ID: analysis.json, analysis.log and table.md. Each
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Each
 part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one the table is made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import shlex
@@ -48,11 +46,11 @@ from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
 from partial_lora.calibration.search import SEARCHES, sparsity_levels
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, require
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
 from partial_lora.models.targets import target_linears
-from partial_lora.settings import compose, identity, versions
+from partial_lora.settings import compose, versions
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.splits import with_label_noise
 from partial_lora.training.distributed import join
@@ -144,11 +142,10 @@ class Subject:
 
 
 class Analysis(NamedTuple):
-    """The parts, by name, from settings; what they come to, from settings and parts; and how a whole one is shown."""
+    """The parts, by name, from settings; and what they come to, from settings and parts."""
 
     parts: Callable[[Mapping], dict[str, Callable[[Subject], dict]]]
     summary: Callable[[Mapping, Mapping[str, dict]], dict]
-    tables: Callable[[Mapping], dict[str, pd.DataFrame | str]]
 
 
 # Agreement: do measures choose the same rows and columns?
@@ -226,15 +223,6 @@ def agreement_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     return summary
 
 
-def agreement_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    rows = [{"sparsity": point} | line for point, lines in analysis["summary"].items() for line in lines]
-    return {
-        "Agreement of the chosen rows and columns": pd.DataFrame(rows),
-        "n": "rows and columns of modules that are compared; whole: left out, since both measures keep everything.",
-        "beyond_chance": "agreement above chance as a share of the room above chance (1: the same choice, 0: chance).",
-    }
-
-
 # Reliability: do two halves of the scored draw give the same sparsities?
 
 
@@ -266,27 +254,6 @@ def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     reasons = [f"{name}: {part['reliability']['said']}" for name, part in parts.items() if part["reliability"]["said"]]
     verdict = reliability.verdict(summary["spearman_brown"]["mean"])
     return summary | {"splits": len(parts), "said": reasons + ([verdict] if verdict else [])}
-
-
-def reliability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    summary, keys = analysis["summary"], ("pearson", "spearman", "spearman_brown")
-    rows = [
-        {"": name}
-        | {key: part["reliability"][key] for key in keys}
-        | {f"pearson, {axis}": part[axis]["pearson"] for axis in AXES}
-        | {
-            f"{key}, {half}": values[key]
-            for key in ("examples", "density")
-            for half, values in enumerate(part["halves"], 1)
-        }
-        for name, part in analysis["parts"].items()
-    ]
-    for moment in ("mean", "deviation"):
-        row = {"": moment} | {key: summary[key][moment] for key in keys}
-        rows.append(row | {f"pearson, {axis}": summary[axis][moment] for axis in AXES})
-    notes = {"spearman_brown": "corrected, for the whole draw."}
-    notes |= {f"{number}.": text for number, text in enumerate(summary["said"], 1)}
-    return {"Split-half reliability of the sparsities": pd.DataFrame(rows)} | notes
 
 
 # Stability: what do the draw, its size and wrong labels change?
@@ -345,27 +312,6 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
         for (shots, noise), own in sorted(by_condition.items())
     ]
     return {"reference": {"shots": usual[0], "noise": 0.0}, "conditions": lines}
-
-
-def stability_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    """Return a row for each condition; the reference is not compared with itself."""
-    summary = analysis["summary"]
-    frame = pd.json_normalize(summary["conditions"], sep=", ")
-    of_reference = (frame["shots"] == summary["reference"]["shots"]) & (frame["noise"] == 0)
-    frame.loc[of_reference, [name for name in frame if name.startswith("to_reference")]] = None
-    keys = [f"{of}, {key}" for of in ("between_seeds", "to_reference") for key in ("pearson", "mean_absolute")]
-    keys += ["density, mean", "density, deviation", "baseline, mean", "evaluations, mean", "seconds, mean"]
-    notes = {
-        "between_seeds": f"every two of {summary['conditions'][0]['seeds']} seeds.",
-        "to_reference": f"with the same seed at {summary['reference']['shots']} shots without noise.",
-        "mean_absolute": "mean absolute difference of the sparsities.",
-        "baseline": "score of the frozen model. evaluations, seconds: of what was not in the cache.",
-    }
-    for line in summary["conditions"]:
-        for key in ("between_seeds", "to_reference"):
-            if line[key]["said"]:
-                notes[f"{line['shots']} shots, {line['noise']:.0%} wrong, {key}"] = line[key]["said"]
-    return {"Stability of the sparsities": frame[["shots", "noise", *keys]]} | notes
 
 
 # Cost: what does a calibration take, and what each measure of importance?
@@ -433,27 +379,11 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
     }
 
 
-def cost_tables(analysis: Mapping) -> dict[str, pd.DataFrame | str]:
-    summary = analysis["summary"]
-    rows = [{"search": name} | cost for name, cost in summary["searches"].items() if cost]
-    searches = pd.DataFrame(rows)
-    searches["times fewer"] = searches["sample_blocks"].iloc[0] / searches["sample_blocks"]
-    return {
-        "Cost of the search": searches,
-        "literal": "every level upward to the first failure as a full pass; counted, not run.",
-        "Sparsities beside those of scan": pd.DataFrame(
-            [{"search": search} | {key: of[key] for key in _AGREEMENT} for search, of in summary["from_scan"].items()]
-        ),
-        "differ": "share of the sparsities that are not scan's; mean_absolute: mean absolute difference from them.",
-        "Cost of the importance": pd.DataFrame(summary["importance"].items(), columns=["measure", "seconds"]),
-    }
-
-
 ANALYSES = {
-    "agreement": Analysis(agreement_parts, agreement_summary, agreement_tables),
-    "reliability": Analysis(reliability_parts, reliability_summary, reliability_tables),
-    "stability": Analysis(stability_parts, stability_summary, stability_tables),
-    "cost": Analysis(cost_parts, cost_summary, cost_tables),
+    "agreement": Analysis(agreement_parts, agreement_summary),
+    "reliability": Analysis(reliability_parts, reliability_summary),
+    "stability": Analysis(stability_parts, stability_summary),
+    "cost": Analysis(cost_parts, cost_summary),
 }
 
 
@@ -473,21 +403,30 @@ def moments(values: Iterable[float | None]) -> dict:
 
 
 def markdown(analysis: Mapping) -> str:
-    """Return the tables of a finished analysis, below its command and where its numbers come from."""
+    """Return what a finished analysis comes to, below its command: a table for what has rows, one of the numbers."""
     command, commit = " ".join(analysis["command"].split()), (analysis["git_commit"] or "–")[:12]
-    blocks = [f"    {command}", f"Commit: {commit}. Device: {analysis['device']}."]
-    for name, content in ANALYSES[analysis["what"]].tables(analysis).items():
-        if isinstance(content, str):
+    blocks, numbers = [f"    {command}", f"Commit: {commit}. Device: {analysis['device']}."], []
+    for name, content in analysis["summary"].items():
+        if isinstance(content, Mapping) and any(isinstance(of, Mapping) for of in content.values()):
+            content = [{"": key} | of for key, of in content.items() if of]
+        if isinstance(content, Mapping):
+            numbers.append({"": name} | content)
+        elif isinstance(content, list) and content and isinstance(content[0], Mapping):
+            blocks += [f"**{name}**", _table(content)]
+        elif content:
             blocks.append(f"{name}: {content}")
-        else:
-            table = content.convert_dtypes().astype(object).where(content.notna(), None)
-            blocks += [f"**{name}**", table.to_markdown(index=False, floatfmt=",.2f", intfmt=",", missingval="–")]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, *map(_table, [numbers] if numbers else [])]) + "\n"
+
+
+def _table(rows: Sequence[Mapping]) -> str:
+    table = pd.json_normalize(rows, sep=", ")
+    table = table.loc[:, [any(value not in (None, "") for value in table[column]) for column in table]]
+    table = table.convert_dtypes().astype(object).where(table.notna(), None)
+    return table.to_markdown(index=False, floatfmt=",.2f", intfmt=",", missingval="–")
 
 
 # From a command line to files
 
-VERSION = [1, few_shot.VERSION]  # of what a part holds; parts of another version are done again
 DEFAULTS = {
     "measures": ["svd", "snip", "imp", "magnitude", "activation"],  # of agreement and cost
     "calibrated": True,  # agreement: also at the sparsities that importance.name is calibrated to
@@ -511,34 +450,18 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
     return known.what, {key: getattr(known, key) for key in DEFAULTS}, rest
 
 
+def folder_of(settings: Mapping, what: str) -> Path:
+    """Return where an analysis leaves its files: one of a model on a task."""
+    return Path(settings["results_dir"], "analyses", what, settings["task"]["name"], settings["model"]["name"])
+
+
 _DECIDES = ("model", "task", "method", "importance", "calibration")  # groups of settings; no analysis trains
 
 
-def folder_of(settings: Mapping, what: str) -> Path:
-    """Return where an analysis leaves its files: results_dir/analyses/what/task/model-id.
-
-    It is where an analysis with the same settings and options has left them, if there is one.
-    """
-    parent = Path(settings["results_dir"]).joinpath("analyses", what, settings["task"]["name"])
-    name = settings["model"]["name"]
-    for file in sorted(parent.glob(f"{name}-*/analysis.json")):
-        earlier = load(file, what)
-        contents = earlier and earlier.get("digests")
-        if earlier and _asked(earlier["config"], contents or {}) == _asked(settings, contents and _digests(settings)):
-            return file.parent
-    digest = hashlib.sha256(json.dumps(_asked(settings, _digests(settings)), sort_keys=True).encode()).hexdigest()[:8]
-    return parent / f"{name}-{digest}"
-
-
-def _asked(settings: Mapping, contents: Mapping | None) -> list:
-    """Return what an analysis depends on: settings in today's terms, files by their digests, and options."""
+def asked(settings: Mapping) -> list[dict]:
+    """Return what an analysis depends on, settings in today's terms."""
     current = versions.plain(versions.load({name: settings[name] for name in _DECIDES}))
-    options = {key: value for key, value in settings["analysis"].items() if value != DEFAULTS[key]}
-    return [identity.computed(current, contents or {}, unused=True), options]
-
-
-def _digests(settings: Mapping) -> dict[str, str]:
-    return identity.digests({name: settings[name] for name in _DECIDES})
+    return [{name: current[name] for name in _DECIDES}, settings["analysis"]]
 
 
 def analyse(what: str, settings: dict, command: str) -> int:
@@ -555,13 +478,14 @@ def analyse(what: str, settings: dict, command: str) -> int:
     path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
     print(f"analyse {what} {folder}")
     with directory.locked(folder), logged(folder / "analysis.log"):
-        analysis = None if settings["overwrite"] else load(path, what)
-        if analysis is None:
-            origin = directory.new(settings, digests=_digests(settings))
-            analysis = {"what": what, "status": "running", "version": VERSION, "command": command, "device": None}
-            analysis |= {key: origin[key] for key in ("config", "digests", "versions", "git_commit", "started")} | {
-                "parts": {}
-            }
+        if settings["overwrite"] or not path.is_file():
+            origin = directory.new(settings)
+            analysis = {"what": what, "status": "running", "command": command, "device": None, "parts": {}}
+            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")}
+        else:
+            analysis = files.read_json(path)
+            same = asked(analysis["config"]) == asked(settings)
+            require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
         parts = ANALYSES[what].parts(settings)
         if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
             print("finished before, not run again (overwrite=true runs it again)")
@@ -579,17 +503,6 @@ def analyse(what: str, settings: dict, command: str) -> int:
         files.write_atomic(folder / "table.md", markdown(analysis))
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0
-
-
-def load(path: Path, what: str) -> dict | None:
-    """Return an earlier analysis; None where there is none, or none that this code would make the same way."""
-    try:
-        analysis = json.loads(path.read_text(encoding="utf-8"))
-        same = (analysis["what"], analysis["version"]) == (what, VERSION) and isinstance(analysis["parts"], dict)
-        whole = analysis["status"] == "running" or "summary" in analysis
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return analysis if same and whole else None
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Benchmarks behind `make bench`: steps and bytes of adapters, many adapters on one base, whole runs.
+"""Benchmarks behind `make bench`: steps and bytes of adapters, whole runs.
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
-    python scripts/bench.py serving        # the products of 1 to 64 adapters of one layer, masked and dense
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
@@ -46,7 +45,6 @@ from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
@@ -57,7 +55,6 @@ from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
 from partial_lora.models.targets import target_linears
-from partial_lora.report.drawing import COLOURS, MARKERS, legend_below, panels, plain, save
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
@@ -106,25 +103,16 @@ def markdown(rows: Sequence[Mapping]) -> str:
 SPARSITY, EVERY = 0.87, 3  # EVERY: repetitions for one of SELDOM
 NAMES = {
     "floor": "frozen floor",
-    "short_floor": "short floor",
     "lora": "dense LoRA (PEFT)",
     "rows_columns": "ours, rows and columns",
     "element": "ours, element",
     "shira": "SHiRA (PEFT)",
 }
-REFERENCES = ("lora", "floor", "short_floor")  # what ratios are taken against
+REFERENCES = ("lora", "floor")  # what ratios are taken against
 PARTIAL = ("rows_columns", "element")
 SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
 STAGES = ("forward", "backward", "optimizer")
 Batch = Mapping[str, Tensor]
-# (aim, variant, ratio, at most, ranks it is judged at)
-AIMS = (
-    ("adapter overhead above the floor", "rows_columns", "overhead", 0.30, (16, 64)),
-    ("saved activations above the floor", "rows_columns", "saved", 0.20, (16, 64)),
-    ("trainable state, bytes / (12 × kept entries)", "rows_columns", "state", 1, (8, 16, 64)),
-    ("trainable state, bytes / (12 × kept entries)", "element", "state", 1, (8, 16, 64)),
-    ("step time against dense LoRA", "element", "step", 1.05, (8, 16, 64)),
-)
 
 
 @dataclass(frozen=True)
@@ -133,8 +121,7 @@ class Model:
 
     title: what it is and what a step works on. build: gives the model, with random weights. batch: the arguments of a
     forward pass. unit: what a user counts, `units` of them a step. targets: the modules that get an adapter.
-    first_block: the module whose input the frozen floor's backward pass reaches. first_targets: the first modules with
-    an adapter; an adapter's own backward pass goes no further than they.
+    first_block: the module whose input the frozen floor's backward pass reaches.
     """
 
     title: str
@@ -144,7 +131,6 @@ class Model:
     units: int
     targets: tuple[str, ...]
     first_block: str
-    first_targets: tuple[str, ...]
 
 
 def _vit(title: str, *, labels: int, images: int, **size) -> Model:
@@ -164,7 +150,7 @@ def _vit(title: str, *, labels: int, images: int, **size) -> Model:
     targets = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # "proj" alone would also be the patch embedding's
     first = "timm_model.blocks.0"
     title = f"{title}, {images} images of {pixels} px a step"
-    return Model(title, build, batch, "images", images, targets, first, (f"{first}.attn.qkv",))
+    return Model(title, build, batch, "images", images, targets, first)
 
 
 def _llama(title: str, *, tokens: int, **size) -> Model:
@@ -180,8 +166,7 @@ def _llama(title: str, *, tokens: int, **size) -> Model:
     first = "model.layers.0"
     title = f"{title}, one text of {tokens} tokens a step"
     build = partial(LlamaForCausalLM, copy.deepcopy(config))
-    firsts = tuple(f"{first}.self_attn.{name}_proj" for name in "qkv")
-    return Model(title, build, batch, "tokens", tokens, targets, first, firsts)
+    return Model(title, build, batch, "tokens", tokens, targets, first)
 
 
 _WIDE = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8}
@@ -207,21 +192,6 @@ def floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
         args[0].requires_grad_(True)  # what comes before is frozen, so this is a leaf
 
     base.get_submodule(model.first_block).register_forward_pre_hook(from_here)
-    return base
-
-
-def short_floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
-    """No adapter; the backward pass stops where that of an adapter does, at the output of the first adapted modules.
-
-    An adapter in the first block needs no gradient of that block's input, so `floor` does a little more than the frozen
-    part of an adapted model; this does exactly that part.
-    """
-
-    def from_here(module: nn.Module, args: tuple, output: Tensor) -> None:
-        output.requires_grad_(True)
-
-    for name in model.first_targets:
-        base.get_submodule(name).register_forward_hook(from_here)
     return base
 
 
@@ -256,7 +226,6 @@ def shira(base: nn.Module, model: Model, rank: int) -> nn.Module:
 
 VARIANTS: dict[str, Callable[[nn.Module, Model, int], nn.Module]] = {
     "floor": floor,
-    "short_floor": short_floor,
     "lora": lora,
     **{name: partial(masked, name) for name in PARTIAL},
     "shira": shira,
@@ -379,7 +348,7 @@ def adapter(options: argparse.Namespace) -> dict:
         cells.append(cell_of(name, (QUICK_MODELS if options.quick else MODELS)[name](), rank, options.repeats))
         print(f"{name} rank {rank}: {cells[-1]['wall_seconds']:.0f} s", flush=True)
     settings = {"sparsity": SPARSITY, "repeats": options.repeats, "every": EVERY, "quick": options.quick}
-    return {"command": options.command, "machine": of, "settings": settings, "cells": cells, "aims": judged(cells)}
+    return {"command": options.command, "machine": of, "settings": settings, "cells": cells}
 
 
 def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
@@ -453,8 +422,8 @@ def ratio(values: np.ndarray, dense: np.ndarray, floor: np.ndarray) -> dict[str,
 def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     """Every variant against dense LoRA: {variant: {name: {ratio, low, high}}}.
 
-    step: t / t_lora. overhead: (t - floor) / (t_lora - floor); overhead_short has the short floor for the floor. saved:
-    (b - floor) / (b_lora - floor) of the bytes saved for the backward pass. state, of a variant with masks: bytes of
+    step: t / t_lora. overhead: (t - floor) / (t_lora - floor). saved: (b - floor) / (b_lora - floor) of the bytes saved
+    for the backward pass. state, of a variant with masks: bytes of
     gradients and Adam for each kept entry, over the 12 it takes (Adam's 4 for the number of steps of a tensor left
     out). Bytes are the same every time.
     """
@@ -462,11 +431,10 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
     against = {}
     for name, variant in variants.items():
-        dense, floor, short = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
+        dense, floor = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
         against[name] = {
             "step": ratio(seconds[name], dense, np.zeros_like(dense)),
             "overhead": ratio(seconds[name], dense, floor),
-            "overhead_short": ratio(seconds[name], dense, short),
             "saved": _exact((saved[name] - saved["floor"]) / (saved["lora"] - saved["floor"])),
         }
         if name in PARTIAL:
@@ -479,35 +447,9 @@ def _exact(value: float) -> dict[str, float]:
     return {"ratio": value, "low": value, "high": value}
 
 
-def judged(cells: Sequence[Mapping]) -> list[dict]:
-    """The aims beside what was measured, and whether the whole interval is on the right side of the limit."""
-    verdicts = []
-    for (aim, variant, name, limit, ranks), cell in product(AIMS, cells):
-        if cell["rank"] in ranks:
-            measured = cell["ratios"][variant][name]
-            at = {"aim": aim, "variant": variant, "model": cell["model"], "rank": cell["rank"], "limit": limit}
-            verdicts.append({**at, **measured, "verdict": verdict(measured, limit)})
-    return verdicts
-
-
-def verdict(measured: Mapping, limit: float) -> str:
-    """ "met" or "not met" where the interval says so; "open" where the limit is inside it or there is none."""
-    if measured["low"] is None:
-        return "open: too few repetitions"
-    if measured["high"] <= limit:
-        return "met"
-    return "not met" if measured["low"] > limit else "open: the limit is inside the interval"
-
-
 def adapter_page(result: Mapping) -> str:
-    aims = [
-        {"aim": aim["aim"], "variant": NAMES[aim["variant"]], "model": aim["model"], "rank": aim["rank"]}
-        | {"at most": aim["limit"], "measured": _interval(aim), "verdict": aim["verdict"]}
-        for aim in result["aims"]
-    ]
     made = f"Made by `{result['command']}`; every number of every repetition is in adapter.json."
     parts = ["# The adapter against dense LoRA", made]
-    parts += ["## Aims", markdown(aims)]
     for model in dict.fromkeys(cell["model"] for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if cell["model"] == model]
         title = f"## {cells[0]['title']}, {cells[0]['modules']} adapted modules"
@@ -543,7 +485,6 @@ def _times(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
         **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
         "step / LoRA": _interval(own["step"]),
         "overhead": _interval(own["overhead"]),
-        "overhead, short floor": _interval(own["overhead_short"]),
     }
 
 
@@ -572,7 +513,7 @@ def _method(result: Mapping) -> str:
         f" {' and '.join(NAMES[name] for name in SELDOM)} in one of {settings['every']}; freed memory is kept.",
         'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor): quotients of'
         " two interquartile means of differences within a repetition, with a bootstrap over repetitions. The frozen"
-        " floor's backward pass goes down to the input of the first block; the short floor stops where adapters' does.",
+        " floor's backward pass goes down to the input of the first block.",
         "Saved: memory that one forward pass keeps for its backward pass. Lasting: what a variant holds from step to"
         " step beyond the frozen model, its parameters, gradients and Adam. File: what save_pretrained writes. Compact:"
         " the whole folder of kept values. SHiRA has as many entries in every module as rows and columns keep there.",
@@ -580,160 +521,9 @@ def _method(result: Mapping) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-# --- Serving: many adapters on one base. Each adds its product for its share of the batch; another takes its place.
-
-RANK, LOW_RANK = 16, 2
-FORMS = ("dense 16", "dense 2", "masked 16")
-LAYERS = {"q of 2048": (2048, 2048), "up of 2048": (2048, 8192)}  # in, out: of a Llama of a thousand million weights
-TOKENS = {"decode": 64, "prefill": 1024}  # in the whole batch
-COUNTS = (1, 4, 16, 64)
-
-
-@dataclass
-class Adapters:
-    """Adapters of one layer side by side, as a server holds them.
-
-    a: (adapters, rank, kept columns). b: (adapters, kept rows, rank). columns, rows: (adapters, kept), which these are;
-    None of a dense one, which has all of them.
-    """
-
-    a: Tensor
-    b: Tensor
-    columns: Tensor | None = None
-    rows: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [each for each in (self.a, self.b, self.columns, self.rows) if each is not None]
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add every adapter's product to its part of the batch: x (adapters, tokens, in), y (adapters, tokens, out)."""
-        if self.columns is None:
-            return y.baddbmm_(x @ self.a.mT, self.b.mT)
-        tokens = x.shape[1]
-        low = x.gather(2, self.columns[:, None].expand(-1, tokens, -1)) @ self.a.mT
-        return y.scatter_add_(2, self.rows[:, None].expand(-1, tokens, -1), low @ self.b.mT)
-
-
-def adapters(form: str, count: int, wide: int, high: int) -> Adapters:
-    """Adapters of one form with random values and masks."""
-    rank = LOW_RANK if form == "dense 2" else RANK
-    if form != "masked 16":
-        return Adapters(torch.randn(count, rank, wide), torch.randn(count, high, rank))
-    columns, rows = (torch.stack([_kept(size, seed) for seed in range(count)]) for size in (wide, high))
-    return Adapters(torch.randn(count, rank, columns.shape[1]), torch.randn(count, rows.shape[1], rank), columns, rows)
-
-
-def _kept(size: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: round((1 - SPARSITY) * size)].sort()[0]
-
-
-def serving(options: argparse.Namespace) -> dict:
-    """Measure every layer, batch and number of adapters, and what an adapter of a layer takes in bytes."""
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    random.seed(SEED)
-    layers = {"q of 64": (64, 64)} if options.quick else LAYERS
-    cases = [
-        {"layer": name, "batch": batch, "tokens": tokens, "adapters": count}
-        | in_every_form(layer, tokens, count, options.repeats)
-        for (name, layer), (batch, tokens), count in product(layers.items(), TOKENS.items(), COUNTS)
-    ]
-    how = f"Medians of {options.repeats} repetitions on one thread of a CPU in float32, torch {torch.__version__};"
-    sizes = {name: {form: size(form, layer) for form in FORMS} for name, layer in layers.items()}
-    return {"made": {"how": f"{how} the forms take turns in random order."}, "bytes": sizes, "cases": cases}
-
-
-def in_every_form(layer: tuple[int, int], tokens: int, count: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every form, {"add" | "switch": {form: [each repetition]}}, the forms taking turns in random order."""
-    wide, high = layer
-    held = {form: adapters(form, count, wide, high) for form in FORMS}
-    others = {form: [each[0].clone() for each in adapters(form, 1, wide, high).tensors()] for form in FORMS}
-    x, y = torch.randn(count, tokens // count, wide), torch.randn(count, tokens // count, high)
-
-    def switch(form: str) -> None:
-        for place, value in zip(held[form].tensors(), others[form], strict=True):
-            place[-1].copy_(value)
-
-    doing: Mapping[str, Callable[[str], object]] = {"add": lambda form: held[form].add_to(y, x), "switch": switch}
-    seconds: dict = {what: {form: [] for form in FORMS} for what in doing}
-    for _, (what, do) in product(range(repeats), doing.items()):
-        for form in random.sample(FORMS, len(FORMS)):
-            y.zero_()  # what was added before does not grow without end, and lies in the cache for all of them
-            timer = Timer("do(form)", globals={"do": do, "form": form}, timer=process_time)
-            seconds[what][form].append(timer.timeit(1).mean)  # after two that are not counted
-    return seconds
-
-
-def size(form: str, layer: tuple[int, int]) -> dict[str, int]:
-    """Bytes of one adapter of a layer: its values in float32, and its indices at 4 bytes (a seed makes them again)."""
-    one = adapters(form, 1, *layer)
-    indices = sum(each.numel() for each in (one.columns, one.rows) if each is not None)
-    return {"values": 4 * (one.a.numel() + one.b.numel()), "indices": 4 * indices}
-
-
-def serving_page(record: Mapping) -> str:
-    """The tables, and where the masked form is the cheapest."""
-    cases, rows, switches = record["cases"], [], []
-    wins = dict.fromkeys(("dense 16", "dense 2"), 0)
-    for case in cases:
-        medians = {form: statistics.median(case["add"][form]) for form in FORMS}
-        shares = {other: medians["masked 16"] / medians[other] for other in wins}
-        wins = {other: wins[other] + (share < 1) for other, share in shares.items()}
-        cells = [case["layer"], f"{case['batch']}, {case['tokens']} tokens", str(case["adapters"])]
-        cells += [f"{1000 * medians[form]:.3f}" for form in FORMS]
-        rows.append(cells + [f"{share:.2f}" for share in shares.values()])
-    for layer, of_forms in record["bytes"].items():
-        own = [case["switch"] for case in cases if case["layer"] == layer]
-        times = {form: statistics.median(each for switch in own for each in switch[form]) for form in FORMS}
-        for form, held in of_forms.items():
-            taken = [f"{1000 * times[form]:.4f}", f"{times[form] / times['dense 16']:.2f}"]
-            switches.append([layer, form, f"{held['values']:,}", f"{held['indices']:,}", *taken])
-    heads = ["layer", "batch", "adapters", *(f"{form}, ms" for form in FORMS), "masked / dense 16", "masked / dense 2"]
-    of_switches = ["layer", "form", "bytes, values", "bytes, indices", "switch, ms", "of dense 16"]
-    parts = [
-        "# Many adapters on one base model",
-        "Made by `python scripts/bench.py serving`; every repetition is in serving.json. " + record["made"]["how"],
-        "An adapter's product is added to the output of one layer, for each adapter's share of the batch. Dense of rank"
-        f" {LOW_RANK} holds as many numbers as rank {RANK} masked at {1 - SPARSITY:.0%}.",
-        table(heads, rows),
-        "Putting another adapter in the place of one, and what an adapter of the layer takes:",
-        table(of_switches, switches),
-        "\n".join(f"Masked takes less time than {other} in {n} of {len(cases)} cases." for other, n in wins.items()),
-        "![time and memory against the number of adapters](serving.svg)",
-    ]
-    return "\n\n".join(parts)
-
-
-def draw_serving(record: Mapping, out: Path) -> None:
-    """Draw time against the number of adapters, a panel for a layer and batch, and the memory that they take."""
-    cases, sizes = record["cases"], record["bytes"]
-    looks = {
-        form: {"label": form, "color": COLOURS[at], "marker": MARKERS[at], "markersize": 5}
-        for at, form in enumerate(FORMS)
-    }
-    kinds = list(dict.fromkeys((case["layer"], case["batch"]) for case in cases))
-    figure, axes = panels(len(kinds) + len(sizes), wide=3.6, high=2.9)
-    for panel, (layer, batch) in zip(axes, kinds, strict=False):
-        own = [case for case in cases if (case["layer"], case["batch"]) == (layer, batch)]
-        for form in FORMS:
-            times = [1000 * statistics.median(case["add"][form]) for case in own]
-            panel.plot([case["adapters"] for case in own], times, **looks[form])
-        panel.set(title=f"{layer}, {batch}", ylabel="ms", ylim=(0, None))
-    for panel, (layer, of_forms) in zip(axes[len(kinds) :], sizes.items(), strict=True):
-        for form, held in of_forms.items():
-            panel.plot(COUNTS, [count * sum(held.values()) / 1e6 for count in COUNTS], **looks[form])
-        panel.set(title=f"{layer}, memory", ylabel="MB", yscale="log")
-    for panel in axes:
-        panel.set(xscale="log", xlabel="adapters")
-        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
-        panel.minorticks_off()
-        plain(panel)
-    legend_below(figure, axes[0].get_lines())
-    save(figure, out / "serving.svg")
-
-
 # --- Whole runs, each in a process of its own.
 
+RANK, LOW_RANK = 16, 2  # of an adapter on a long text
 RUNS = 24  # of a sweep
 SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
 COMMAND = [sys.executable, "-m", "partial_lora"]
@@ -1099,8 +889,8 @@ def runs_page(record: Mapping) -> str:
 
 # --- The command.
 
-PAGES = {"adapter": adapter_page, "serving": serving_page, "runs": runs_page}  # by the name of the files
-WHOLE = {"adapter": (adapter, 28), "serving": (serving, 60)}  # and usual repetitions
+PAGES = {"adapter": adapter_page, "runs": runs_page}  # by the name of the files
+WHOLE = {"adapter": (adapter, 28)}  # and usual repetitions
 
 
 @cli.script
@@ -1112,7 +902,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
-    parser.add_argument("--repeats", type=int, help="adapter 28, serving 60, others 5")
+    parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
@@ -1137,8 +927,6 @@ def main(words: Sequence[str] | None = None) -> None:
         record[what] = {"made": made, "found": measure(options)}
     write_json(file, record)
     write_atomic(options.out / f"{name}.md", f"{PAGES[name](record).rstrip()}\n")
-    if name == "serving":
-        draw_serving(record, options.out)
     print(f"wrote {options.out / name}.md")
 
 

@@ -2,13 +2,13 @@
 
     python scripts/intervals.py    # or `make coverage`; some minutes of one core
 
-Coverage is of 95 % intervals by components, by a bootstrap and by Student's t over the seeds alone, with 2 to 8 seeds.
+Coverage is of 95 % intervals by components and by Student's t over the seeds alone, with 2 to 8 seeds.
 Two kinds of experiments whose truth is known. *Resampled*: predictions of two forms with eight seeds are all there is;
 an experiment draws seeds and test examples of them, and the truth is their mean difference. *Fitted*: the components of
 variance of a set's runs of the one protocol (protocol.py; medians over its pairs of forms), with seeds that are normal,
 or heavy-tailed as where a run collapses (Student's t with three degrees of freedom, of the same variance). Then five
-sets (OF_FIVE) with these components, of which the truth is the mean of all such sets: the interval of random effects
-beside a bootstrap of the five at hand, as sets differ by 0, 1 and 3 points. *Races*: twelve forms beside one reference,
+sets (OF_FIVE) with these components, of which the truth is the mean of all such sets: the interval of random effects,
+as sets differ by 0, 1 and 3 points. *Races*: twelve forms beside one reference,
 which all comparisons share, with the same components; counted are the races in which anything is decided of forms that
 are as good as the reference. Writes OUT/coverage.{md,csv,svg} and OUT/races.csv.
 """
@@ -40,8 +40,7 @@ from partial_lora.report.statistics import LEVEL, by_sides, estimate, mean_squar
 
 SEEDS = (2, 3, 4, 5, 6, 7, 8)
 FEWEST = 3  # seeds of a pair that components are taken from
-DRAWS = 300
-COMPONENTS, BOOTSTRAP, ALONE = "components", "bootstrap", "seeds alone"
+COMPONENTS, ALONE = "components", "seeds alone"
 FIVE, OF_FIVE = "five sets", ("digits", "gtsrb", "signdigits", "sst2", "trec")  # those of them that are there
 FORMS, FAR, RACES = 12, 0.2, 2000  # beside the reference; how far those are that differ; races of each kind
 RULES = (
@@ -116,44 +115,16 @@ def of_one_set(draw: Experiment, seeds: int, repetitions: int) -> Held:
     """Return how often intervals held the truth 0 of repeated experiments, and their mean width."""
     generator = np.random.default_rng(seeds)
     each = [draw(generator, seeds) for _ in range(repetitions)]
-    again = Again(generator, [each[0].shape])
     return _held(
-        {
-            COMPONENTS: estimate(d).interval(),
-            BOOTSTRAP: again.interval([d]),
-            ALONE: estimate(d.mean(axis=1, keepdims=True)).interval(),
-        }
-        for d in each
+        {COMPONENTS: estimate(d).interval(), ALONE: estimate(d.mean(axis=1, keepdims=True)).interval()} for d in each
     )
 
 
 def of_all_sets(draws: list[Experiment], seeds: int, repetitions: int) -> Held:
-    """Return the same of the mean of sets: by random effects, and by a bootstrap of the sets at hand."""
+    """Return the same of the mean of sets, by random effects."""
     generator = np.random.default_rng(seeds)
     each = [[draw(generator, seeds) for draw in draws] for _ in range(repetitions)]
-    again = Again(generator, [d.shape for d in each[0]])
-    return _held(
-        {
-            COMPONENTS: over_sets([estimate(d) for d in sets]).interval(),
-            BOOTSTRAP: again.interval(sets),
-        }
-        for sets in each
-    )
-
-
-class Again:
-    """The bootstrap's draws of seeds and examples, the same for all experiments of a kind: drawing takes the time."""
-
-    def __init__(self, generator: np.random.Generator, shapes: Iterable[tuple[int, int]]) -> None:
-        self._draws = [[generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in shape] for shape in shapes]
-
-    def means(self, sets: Iterable[np.ndarray]) -> np.ndarray:
-        """Return the mean difference over sets d (seeds, examples) in every draw."""
-        drawn = zip(self._draws, sets, strict=True)
-        return np.mean([(of_seeds @ d * of_examples).sum(axis=1) for (of_seeds, of_examples), d in drawn], axis=0)
-
-    def interval(self, sets: Iterable[np.ndarray]) -> tuple[float, float]:
-        return tuple(np.quantile(self.means(sets), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return _held({COMPONENTS: over_sets([estimate(d) for d in sets]).interval()} for sets in each)
 
 
 def _held(ends: Iterable[Mapping[str, tuple[float, float]]]) -> Held:
@@ -293,7 +264,7 @@ def draw(numbers: pd.DataFrame, out: Path) -> Path:
     five = numbers["set"] == FIVE
     panels = [*numbers[~five].groupby("experiments", sort=False), (FIVE, numbers[five])]
     figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
-    looks = {COMPONENTS: ("C0", "o"), BOOTSTRAP: ("C1", "s"), ALONE: ("C2", "^")}
+    looks = {COMPONENTS: ("C0", "o"), ALONE: ("C2", "^")}
     for axes, (title, part) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         axes.axhline(0.95, color="0.4", linestyle=":", linewidth=1)
         for (name, *_), own in part.groupby(["interval", "experiments", "set"], sort=False):
@@ -303,7 +274,7 @@ def draw(numbers: pd.DataFrame, out: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("share of intervals that hold the truth")
     handles = [figure.axes[0].plot([], [], color=color, marker=mark)[0] for color, mark in looks.values()]
-    figure.legend(handles, list(looks), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, list(looks), loc="outside lower center", ncols=2, frameon=False)
     return save(figure, out / "coverage.svg")
 
 

@@ -161,7 +161,7 @@ def _cells(table: str) -> pd.DataFrame:
 
 @cache
 def _chosen() -> pd.DataFrame:
-    return at_best_rates(rows_of(read(RESULTS / "forms")[0]))
+    return at_best_rates(rows_of(read(RESULTS / "race")[0]))
 
 
 def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
@@ -175,8 +175,7 @@ def cell(task: str, form: str, size: str = "0.13") -> dict[str, str]:
         "from_dense": around(row["lead"], row["lead_half"]),
         "less": around(mean, mean_half) if row["paired"] else "–",
         "after": verdict if row["paired"] else "–",
-        "loss": loss(task, form, size, f"{row['study']}/loss"),
-        "study": row["study"],
+        "loss": loss(task, form, size, "race/loss"),
         "test": f"{test:.1f} ± {half:.1f}",
         "share": f"{100 * row['share']:.1f}",
         "rate": re.sub("e-0", "e-", f"{row['learning_rate']:.1e}".replace(".0e", "e")),
@@ -197,7 +196,7 @@ def loss(task: str, form: str, size: str = "0.13", table: str = "decided/tables/
 
 
 def apart(task: str, first: str, second: str) -> str:
-    """Return a form less another at 13 % (`make forms`), with its interval over the seeds of both."""
+    """Return a form less another at 13 % (`make race`), with its interval over the seeds of both."""
     runs = _chosen()
     runs = runs[(runs["task"] == task) & runs["size"].isin(("0.13", "own"))]  # on some modules it has a size of its own
     scores = 100 * runs.pivot(index="seed", columns="form", values="test")

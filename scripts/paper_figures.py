@@ -3,7 +3,7 @@
     python scripts/paper_figures.py fig1 fig4 --results results/decided
     python scripts/paper_figures.py fig3 --results results/decided --runs    # whose dynamics it shows (dynamics.py)
 
-Writes RESULTS/figures/NAME.svg and .csv, the numbers. Figure 6 is of the study beside, RESULTS/../forms (`make forms`).
+Writes RESULTS/figures/NAME.svg and .csv, the numbers. Figure 6 is of the study beside, RESULTS/../race (`make race`).
 """
 
 from __future__ import annotations
@@ -486,11 +486,11 @@ _PAST = (PARTIAL, LOW_RANK, "random_weights", "entries")
 
 
 def fig6(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
-    """Return means of every form and size of the study forms, of the tasks on which partial has less than 13 %.
+    """Return means of every form and size of the study race, of the tasks on which partial has less than 13 %.
 
     budget: the share of dense LoRA's parameters that was asked for, 1 of dense LoRA.
     """
-    folder = results_dir.parent / "forms"
+    folder = results_dir.parent / "race"
     if not folder.is_dir():
         return pd.DataFrame()
     chosen = ranking.at_best_rates(ranking.rows_of(records.read(folder)[0]))
@@ -617,7 +617,7 @@ FIGURES = {
     "fig3": Spec(fig3, draw_fig3, "a task with runs of both lora and uniform"),
     "fig4": Spec(fig4, draw_fig4, "runs of partial or uniform at several ranks, with as many parameters"),
     "fig5": Spec(fig5, draw_fig5, "an analysis of agreement (scripts/analyses.py), or runs by two measures"),
-    "fig6": Spec(fig6, draw_fig6, "runs of partial below 13 % in the folder forms beside it (make forms)"),
+    "fig6": Spec(fig6, draw_fig6, "runs of partial below 13 % in the folder race beside it (make race)"),
     "fig7": Spec(fig7, draw_fig7, "runs of uniform with wrong labels, fewer rows or more"),
 }
 MEASURED = {"fig3": of_fig3, "fig7": of_fig7}

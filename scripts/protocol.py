@@ -157,16 +157,13 @@ def draw_of(record: Mapping) -> int:
 def analyses(results_dir: Path, what: str) -> tuple[list[tuple[dict, str]], list[Path]]:
     """Return the finished analyses of a kind, each with its model, and the files of those that are not finished.
 
-    They lie in the results directory or in the one that holds it; of one that is in both the first. The model has its
-    id, as in analyses/WHAT/TASK/MODEL-ID, where several are of one model and task.
+    They lie in analyses/WHAT/TASK/MODEL of the results directory or of the one that holds it; of one that is in both
+    the first.
     """
-    files: dict[tuple[str, ...], Path] = {}  # by task and MODEL-ID
+    found: dict[tuple[str, ...], Path] = {}  # by task and model
     for place in (results_dir, results_dir.parent):
         for file in sorted(place.glob(f"analyses/{what}/*/*/analysis.json")):
-            files.setdefault(file.parts[-3:-1], file)
-    read = {place: read_json(file) for place, file in files.items()}
-    finished = {place: content for place, content in read.items() if content["status"] == "finished"}
-    names = [(task, of_model.rpartition("-")[0]) for task, of_model in finished]
-    models = [place[1] if names.count(name) > 1 else name[1] for place, name in zip(finished, names, strict=True)]
-    unfinished = [file for place, file in files.items() if place not in finished]
-    return list(zip(finished.values(), models, strict=True)), unfinished
+            found.setdefault(file.parts[-3:-1], file)
+    read = {file: read_json(file) for file in found.values()}
+    finished = [(content, file.parent.name) for file, content in read.items() if content["status"] == "finished"]
+    return finished, [file for file, content in read.items() if content["status"] != "finished"]

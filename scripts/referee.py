@@ -2,7 +2,7 @@
 
     python scripts/referee.py    # or `make referee`; a minute of one core, from committed records alone
 
-*Search*: the recorded searches of race, forms and decided answer the search of `compare` in place of runs: what a run
+*Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: what a run
 was worth after a quarter of its steps is in its history. Counted are the cells (a set, a method, a size) in which it
 ends with the full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
 best score on test loses. A rate that the full search did not try counts as one that fails. Rates that are predicted
@@ -37,7 +37,7 @@ from partial_lora.report import ranking, records, sequential
 from partial_lora.settings import rates
 
 RESULTS = Path("results")
-SEARCHED = ("race", "forms", "decided")
+SEARCHED = ("race", "decided")
 LEAST_RATES = 3  # of a cell that was searched
 COUNT = 3  # rates that a search begins with
 

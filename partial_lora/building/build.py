@@ -37,6 +37,7 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import left_out
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import OF_TEXTS
+from partial_lora.tasks.sources import label_warnings
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
 from partial_lora.training.generation import room_for_prompts
@@ -66,9 +67,10 @@ def warnings_of(config: Config, task: Task) -> list[str]:
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         warnings.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
-    for member in (config.task.members or {"": config.task}).values():
-        warnings += left_out(member.data_files)
-    for member in getattr(task, "members", ()) or (task,):
+    settings = (config.task.members or {"": config.task}).values()
+    for chosen, member in zip(settings, getattr(task, "members", ()) or (task,), strict=True):
+        warnings += left_out(chosen.data_files)
+        warnings += label_warnings(member.labels, chosen)
         if shared := tasks.shared_inputs(member.test, member.train):
             warnings.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
         warnings += _enlarged(config.model, member)
@@ -100,7 +102,7 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
         members = [transform_of(model, member) for member in chosen.members.values()]
         return tasks.MixtureTransform(members, task)
     if model.modality == "image":
-        inputs = {name: getattr(model, name) for name in ("image_size", "mean", "std", "interpolation")}
+        inputs = {name: getattr(model, name) for name in ("image_size", "mean", "std", "channels", "interpolation")}
     else:
         tokenizer = models.tokenizer(name=model.name, weights=model.weights, family=model.family)
         inputs = {"tokenizer": tokenizer, "max_length": model.max_length}
@@ -306,8 +308,10 @@ def describe(model: PreTrainedModel, config: ModelConfig, transform: Transform, 
 
 def _processor(config: ModelConfig) -> dict[str, Any]:
     """Return an image processor's settings in transformers' format, of the class that resizes and crops as here."""
+    flips = config.channels != "RGB"
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "MobileViTImageProcessor" if flips else "CLIPImageProcessor",
+        **({"do_flip_channel_order": True} if flips else {}),
         "do_convert_rgb": True,
         "size": {"shortest_edge": config.image_size},
         "crop_size": {"height": config.image_size, "width": config.image_size},

@@ -31,10 +31,7 @@ from partial_lora import credentials, files
 from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.launching import directory, imports, launch, packs
 from partial_lora.settings.compose import Plan
-from partial_lora.settings.resolving import resolve
 from partial_lora.settings.schema import Config
-from partial_lora.tasks.kinds import kind_of
-from partial_lora.tasks.metrics import LOWER_IS_BETTER
 from partial_lora.worker_events import STOPPING, handling
 
 _LOOK = 0.3  # seconds between two looks at the jobs
@@ -52,17 +49,14 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
         run: runs a stage with settings, as `cli.run` does; jobs in other processes import it by its name.
         hydra: sweeps with the job that it is given.
 
-    Raises PartialLoraError where a sampler has nothing to go by.
     """
-    _check_sampler(plan, stage)
-    configs = [] if plan.is_sampled else [config for _, config in plan.runs]
+    configs = [config for _, config in plan.runs]
     # This module reports failed jobs in place of the plug-ins, and Python handles signals in place of Ray.
     logging.getLogger("hydra_plugins").addHandler(logging.NullHandler())
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # Ray's would end this process, not its workers
-    begun = time.time()
     ledger = Ledger.new(plan.sweep_dir)
     with ledger.held():
-        job = Job(stage, run, configs, ledger, this_process(), plan.is_sampled)
+        job = Job(stage, run, configs, ledger, this_process())
         if plan.launcher == "joblib":
             _end_processes_of_joblib(ledger)
         with _reporting(ledger, plan):
@@ -70,9 +64,7 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
             with suppress(SystemExit), _stopping(ledger):  # once more: launchers set handlers of their own
                 _settle(ledger)
         entries, stops = ledger.entries(), ledger.stops()
-    names = {number: plan.name(entry["overrides"]) for number, entry in entries.items()}
-    if not plan.is_sampled:
-        names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
+    names = {number: plan.name(overrides) for number, (overrides, _) in enumerate(plan.runs)}
     runs = rows(entries, names, stops)
     if {row["status"] for row in runs} == {"skipped"}:
         number = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
@@ -81,25 +73,10 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
     else:
         Console().print(table(runs))
         print(counts(runs))
-    if plan.is_sampled:
-        _print_best(plan, begun)
     if trouble:
         print(f"partial-lora: {trouble}", file=sys.stderr)
     stopped = 128 + stops[0] if stops else 0
     return max([stopped, 1 if trouble else 0, *(row["code"] for row in runs)])
-
-
-def _check_sampler(plan: Plan, stage: str) -> None:
-    if not plan.is_sampled:
-        return
-    if stage == "calibrate":
-        raise PartialLoraError(f"hydra/sweeper={plan.sweeper}: calibrate has no validation metric; use it with train")
-    task = plan.runs[0][1].task
-    metric = kind_of(task).selects or (task.metrics or ["accuracy"])[0]
-    better = "minimize" if metric in LOWER_IS_BETTER else "maximize"
-    if not task.members and plan.direction not in (None, better):
-        warning = f"hydra.sweeper.direction={plan.direction} seeks the worst {metric}; expected {better}"
-        print(f"partial-lora: beware: {warning}", file=sys.stderr)
 
 
 def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
@@ -107,9 +84,6 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     try:
         with _stopping(ledger):
             hydra()
-    except JobFailedError:
-        at = " (hydra.sweeper.max_failure_rate says how many may)" if plan.sweeper == "optuna" else ""
-        return f"hydra/sweeper={plan.sweeper} ended the sweep since a run failed{at}"
     except KeyboardInterrupt:  # from the launcher's handler, or from a run in this process, as is SystemExit
         if not ledger.stops():
             ledger.stop(signal.SIGINT)
@@ -120,7 +94,7 @@ def _sweep(plan: Plan, ledger: Ledger, hydra: Callable[[], None]) -> str | None:
     except PartialLoraError as error:  # out of Hydra
         return str(error)
     except Exception as error:  # out of a plug-in
-        return f"hydra/launcher={plan.launcher} hydra/sweeper={plan.sweeper}: {kind_and_line(error)}"
+        return f"hydra/launcher={plan.launcher}: {kind_and_line(error)}"
     return None
 
 
@@ -186,21 +160,7 @@ def _in_words(entry: Mapping) -> str:
     return f"{entry['status']}: {entry['reason']}" if entry.get("reason") else entry["status"]
 
 
-def _print_best(plan: Plan, begun: float) -> None:
-    """Print the best run of a sampler, if it wrote that down."""
-    file = plan.sweep_dir / "optimization_results.yaml"
-    if file.is_file() and file.stat().st_mtime >= begun:
-        results = files.read_yaml(file)
-        params = " ".join(f"{key}={value}" for key, value in (results.get("best_params") or {}).items())
-        if params:
-            print(f"best on validation: {results['best_value']:.4f} with {params}")
-
-
 # --- One job of a sweep: what Hydra's launchers call, in this process or, pickled, in another one.
-
-
-class JobFailedError(PartialLoraError):
-    """A run that did not finish, as a sampler is told of it."""
 
 
 def this_process() -> tuple[str, int]:
@@ -210,16 +170,14 @@ def this_process() -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Job:
-    """Runs a stage with a composed config, and leaves an entry about it in the sweep's ledger.
+    """Runs a stage with the settings of one run, and leaves an entry about it in the sweep's ledger.
 
     Args:
         stage: "train" or "calibrate".
         run: as `sweep` takes it.
-        configs: the settings of every job, by its number; none where a sampler chooses them.
+        configs: the settings of every job, by its number.
         ledger: of the sweep.
         parent: the process of the sweep (`this_process`); jobs elsewhere are silent.
-        sampled: a sampler chooses the jobs. It is given the validation metric, or an exception for a run that failed,
-            and decides what follows; a sweep over given combinations goes on after a failure.
     """
 
     stage: str
@@ -227,14 +185,13 @@ class Job:
     configs: Sequence[Config]
     ledger: Ledger
     parent: tuple[str, int]
-    sampled: bool
 
-    def __call__(self, composed) -> float | None:
-        """Return the primary metric on validation, or None where nothing was trained."""
+    def __call__(self, composed: object) -> None:
+        """Run the job whose number Hydra has set; what it has composed is in `configs`."""
         with _at_work:
-            return self._run(composed)
+            self._run()
 
-    def _run(self, composed) -> float | None:
+    def _run(self) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         hydra, here = HydraConfig.get(), self.parent == this_process()
@@ -249,9 +206,9 @@ class Job:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # others may start beside it, on the same cores
         number, entry = hydra.job.num, {"overrides": list(hydra.overrides.task), "begun": time.time()}
         if self.ledger.stops():
-            return None
+            return
         try:
-            config = self.configs[number] if self.configs else resolve(composed)
+            config = self.configs[number]
             place = launch.directory_of(config, self.stage)
             entry |= {"directory": str(place.resolve()), "is_new": not launch.is_done(config, self.stage, place)}
             end = self._end(number, config, entry, here)
@@ -263,13 +220,10 @@ class Job:
             traceback.print_exc()
             end = {"status": "failed", "code": 1, "reason": kind_and_line(error)}
         if end is None:
-            return None
+            return
         self.ledger.write(number, **entry, **end, seconds=time.time() - entry["begun"])
         if here and end["status"] == "interrupted":
             raise SystemExit(end["code"])
-        if self.sampled and end["code"]:
-            raise JobFailedError(end["reason"])
-        return end.get("validation")
 
     def _end(self, number: int, config: Config, entry: dict, here: bool) -> dict | None:
         """Return how the run ended, and its metrics; None where it did not start, since the sweep is stopping."""
@@ -291,13 +245,8 @@ class Job:
             return end
         if not result["metrics"]:
             return end | {"metric": "joint score", "test": (result["calibration"] or {}).get("joint")}
-        test, validation = result["metrics"]["test"], result["metrics"]["validation"]
-        primary = test["primary"]
-        return end | {
-            "metric": f"test {primary}",
-            "test": test[primary],
-            "validation": validation[validation["primary"]],
-        }
+        test = result["metrics"]["test"]
+        return end | {"metric": f"test {test['primary']}", "test": test[test["primary"]]}
 
 
 # --- What becomes of a sweep's jobs, through files: jobs run in other processes, perhaps on other machines. Hydra's

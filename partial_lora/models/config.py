@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import MISSING
@@ -17,10 +18,12 @@ _OF_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "
 _OF_WEIGHTS |= {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "trust_remote_code"}
 
 
+CHANNELS = ("RGB", "BGR")
+
 # The keys that a model's own files decide, and what stands for a value that they are to give: one that nobody can set.
 # Where a group file has no architecture, its family, model_args and new_modules are theirs, too.
 FROM_FILES: Mapping[str, Any] = {
-    **dict.fromkeys(("family", "architecture", "dtype", "interpolation", "head", "blocks"), "auto"),
+    **dict.fromkeys(("family", "architecture", "dtype", "channels", "interpolation", "head", "blocks"), "auto"),
     **dict.fromkeys(("image_size", "max_length"), 0),
     **{key: [] for key in ("mean", "std", "target_modules")},
 }
@@ -50,6 +53,7 @@ class ModelConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     # standard deviation of each colour channel, to normalise images
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    channels: str = "RGB"  # the order in which colours enter: RGB or BGR
     interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
     max_length: int = 128  # longest text in tokens; the rest is cut
     # clip: where the weights of the text tower are; it makes a head out of the names of the classes
@@ -97,6 +101,9 @@ class ModelConfig:
             require(
                 len(getattr(self, key)) == 3, f"model.{key}", getattr(self, key), "three numbers, one for each channel"
             )
+        one_of("model.channels", self.channels, "RGB", *["BGR"] * (self.family == "image"))
+        is_plain = self.channels == "RGB" or (set(self.mean), set(self.std)) == ({0.0}, {1.0})
+        require(is_plain, "model.channels", self.channels, "RGB, unless model.mean=[0,0,0] and model.std=[1,1,1]")
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
         size, elsewhere = self.image_size, sorted(_OF_WEIGHTS & self.model_args.keys())
         require(size is None or size >= 1, "model.image_size", size, "at least 1 pixel, or null")
@@ -128,6 +135,15 @@ class ModelConfig:
         )
         alone = "none, since only model.text_weights=random has a geometry to set; take model=clip_vit_b16"
         require(not self.text_args or self.text_weights == "random", "model.text_args", self.text_args, alone)
+
+
+def check_place(key: str, place: str | None) -> None:
+    """Refuse a folder of weights that is not there: it can be no repository of the hub by its name."""
+    if place is None or Path(place).is_dir():
+        return
+    is_path = place.startswith((".", "/", "~")) or place.partition("@")[0].count("/") > 1
+    is_file = place != "random" and Path(place).exists()
+    require(not (is_path or is_file), key, place, "a folder with a config.json and weights; none is there")
 
 
 def value_in(config: Any, key: str) -> Any:

@@ -27,7 +27,7 @@ from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import FULL, file_sha256
 from partial_lora.models import bundled
-from partial_lora.models.config import ModelConfig
+from partial_lora.models.config import ModelConfig, check_place
 
 RANDOM = "random"  # weights that are drawn, not loaded
 # The names that transformers reads: a repository may hold the same weights for other libraries beside them.
@@ -127,6 +127,7 @@ def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str)
 
 
 def _download(repo: str, name: str, files: list[str], instead: str) -> Path:
+    check_place("model.weights", repo)
     repo, _, revision = repo.partition("@")
     unreachable = None
     try:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_json
-from partial_lora.models.config import FROM_FILES, ModelConfig
+from partial_lora.models.config import CHANNELS, FROM_FILES, ModelConfig
 from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
@@ -168,25 +170,51 @@ def _geometry(config: PretrainedConfig, content: Mapping, model_class: type) -> 
 
 
 def _images(config: PretrainedConfig, folder: Path, weights: str) -> dict[str, object]:
-    """Return how images enter a model: as its image processor says, or at its config's size with ImageNet's colours."""
+    """Return how images enter a model: as its image processor makes them, or at its config's size as ImageNet's do.
+
+    The processor is given images of one colour, since much of what it does is a default of its class.
+    """
     size = getattr(config, "image_size", None) or 224
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    side = size[0] if isinstance(size, (list, tuple)) else size
+    if not (folder / "preprocessor_config.json").is_file():
         logger.warning("model=%s: no preprocessor_config.json, so that colours are normalised as ImageNet's", weights)
-        return {"image_size": size[0] if isinstance(size, (list, tuple)) else size}
-    inputs = read_json(file)
-    sides = inputs.get("crop_size") if inputs.get("do_center_crop") else None
-    sides = sides or inputs.get("size") or size
-    if isinstance(sides, Mapping):
-        sides = sides.get("height") or sides.get("shortest_edge")
-    names = {number: name for name, number in RESAMPLING.items()}
-    settings = {
-        "image_size": sides[0] if isinstance(sides, list) else sides,
-        "mean": inputs.get("image_mean"),
-        "std": inputs.get("image_std"),
-        "interpolation": names.get(inputs.get("resample")),
-    }
-    return {key: value for key, value in settings.items() if value is not None}
+        return {"image_size": side}
+    try:
+        with quiet():
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise PartialLoraError(
+            f"model={weights}: its preprocessor_config.json is of no image processor that transformers has "
+            f"({one_line(error, 100)}); without that file model.{{image_size,mean,std}} say how images enter"
+        ) from error
+    colours = np.concatenate([np.zeros((1, 3)), 255 * np.eye(3)]).astype(np.uint8)  # black, red, green and blue
+    images = [PIL.Image.new("RGB", (side, side), tuple(colour)) for colour in colours.tolist()]
+    inputs = torch.as_tensor(np.asarray(processor(images)["pixel_values"])).double()
+    if inputs.ndim != 4 or inputs.shape[1] != 3 or inputs.shape[2] != inputs.shape[3]:
+        raise PartialLoraError(
+            f"model={weights}: {type(processor).__name__} gives inputs of shape {[*inputs.shape[1:]]}, expected "
+            "squares of 3 channels; take another model"
+        )
+    black, *lit = inputs[:, :, inputs.shape[2] // 2, inputs.shape[3] // 2]
+    gain = torch.stack(lit, 1) - black[:, None]  # (channel, colour)
+    order = gain.abs().argmax(1).tolist()
+    channels, gain = "".join("RGB"[colour] for colour in order), gain[range(3), order]
+    if channels not in CHANNELS or (torch.stack(lit, 1) != black[:, None]).sum() > 3:
+        expected = f"expected {' or '.join(CHANNELS)}; take another model"
+        raise PartialLoraError(f"model={weights}: {type(processor).__name__} mixes the colours, {expected}")
+    found = {"mean": (-black / gain).tolist(), "std": (1 / gain).tolist()}
+    return {
+        "image_size": inputs.shape[2],
+        "channels": channels,
+        "interpolation": {number: name for name, number in RESAMPLING.items()}.get(processor.resample, "bicubic"),
+    } | {key: _as_stated(getattr(processor, f"image_{key}"), values) for key, values in found.items()}
+
+
+def _as_stated(stated: object, found: list[float]) -> list[float]:
+    """Return the numbers of the channels as they are stated, where these are what was found; else what was found."""
+    numbers = stated if isinstance(stated, (list, tuple)) else [stated or 0.0] * 3
+    same = len(numbers) == 3 and np.allclose(numbers, found, rtol=0, atol=1e-5)
+    return [float(number) for number in numbers] if same else [float(f"{value:.6g}") + 0.0 for value in found]
 
 
 def _targets(weights: str, architecture: str, bare: Skeleton, head: str | None, new: list[str]) -> list[str]:

@@ -526,16 +526,17 @@ def _held(calibration: Mapping) -> float:
     return held if math.isfinite(held) else baseline
 
 
-def calibrations(runs: Sequence[Run], results_dir: Path) -> dict[str, dict]:
+def calibrations(runs: Sequence[Run], results_dir: Path | None) -> dict[str, dict]:
     """Return {baseline, curves} of calibration.json files by "task, model, importance": runs', then those without runs.
 
+    results_dir: where those without runs are; None for runs' alone.
     curves: `kind_curves`. One of each is read, whatever the operating point: they share their curves. A file that
     cannot be read is skipped.
     """
     places = [
         (", ".join(_calibration(run)[:3]), run.directory) for run in runs if run.record["calibration"] is not None
     ]
-    for file in sorted(results_dir.glob(f"calibrations/*/*/*/{CALIBRATION}")):
+    for file in sorted(results_dir.glob(f"calibrations/*/*/*/{CALIBRATION}")) if results_dir else ():
         task, model, measure = file.parts[-4:-1]
         places.append((f"{task}, {model}, {measure.rpartition('-')[0]}", file.parent))
     contents: dict[str, dict] = {}
@@ -623,10 +624,13 @@ class Shown:
     inline: str = ""
 
 
-def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path) -> list[Shown]:
+def draw_gallery(
+    every: Sequence[Run], compared: pd.DataFrame, results_dir: Path, is_choice: bool = False
+) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that runs have something for, without searches for a rate.
 
-    compared: the rows of `comparison.differences`.
+    compared: the rows of `comparison.differences`. is_choice: runs are some of the folder's, so that calibrations
+    without runs are not drawn.
     """
     runs = [run for best in folders.without_searches(folders.folders(every)) for run in best.runs]
     frame = folders.table(runs)
@@ -658,7 +662,7 @@ def draw_gallery(every: Sequence[Run], compared: pd.DataFrame, results_dir: Path
             "The share of rows and columns that each module goes without, in percent, by kind of module and depth.",
         ),
         "calibration": (
-            curve_lines(calibrations(runs, Path(results_dir))),
+            curve_lines(calibrations(runs, None if is_choice else Path(results_dir))),
             "Calibration curves",
             "The few-shot score when the least important rows or columns of a module are zeroed: medians over depth. "
             "The band shows the bounds where an evaluation stopped early.",

@@ -66,7 +66,7 @@ def report(
     files = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
     compared = comparison.differences(runs, predictions)
     files += comparison.write(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, compared.rows, place)
+    drawn = figures.draw_gallery(runs, compared.rows, place, bool(where))
     whole = page.write(
         place,
         runs=runs,

@@ -291,11 +291,10 @@ def _primary_of_record(content: Mapping, overrides: Sequence[str]) -> dict:
 
 # --- What of Hydra itself can be set.
 
-# The launchers and sweepers that a file may choose, and a sampler.
+# The launchers that a file may choose, and the only sweeper.
 CHOICES = {
     "hydra/launcher": ("basic", "joblib", "submitit_local", "submitit_slurm", "ray"),
-    "hydra/sweeper": ("basic", "optuna"),
-    "hydra/sweeper/sampler": ("tpe",),
+    "hydra/sweeper": ("basic",),
 }
 _FIELDS = ("hydra.launcher.", "hydra.sweeper.")
 
@@ -304,13 +303,11 @@ def refused_of_files(key: str, value: object) -> str | None:
     """Return why a file may not set a key of `hydra`, or choose in one of its groups; None where it may.
 
     Files are data. Most keys of Hydra name what it is to run, read or write, and a launcher's texts are part of shell
-    scripts. So what a file says of a launcher or sweeper is a name out of a list, or a number.
+    scripts. So what a file says of a launcher is a name out of a list, or a number.
     """
     if key in CHOICES:
         expected = f"one of {', '.join(CHOICES[key])}"
         fits = value in CHOICES[key]
-    elif key == "hydra.sweeper.direction":
-        expected, fits = "minimize or maximize", value in ("minimize", "maximize")
     elif key == "hydra.mode" or key.startswith("hydra.sweeper.params."):
         is_of_run = "._" not in key and ".hydra" not in key.replace("+", "")
         expected, fits = "values of a run's keys", isinstance(value, (str, int, float, list)) and is_of_run
@@ -344,11 +341,13 @@ def refuse_group_lists(arguments: Sequence[str]) -> None:
             raise PartialLoraError(f"{argument}: expected one name{none}")
         if key in GROUPS and value.startswith("["):
             raise PartialLoraError(f"{argument}: expected one name; for a run of each use -m {key}={value.strip('[]')}")
+        if key.startswith("hydra/sweeper") and argument not in ("hydra/sweeper=basic", "~hydra/sweeper"):
+            raise PartialLoraError(f"{argument}: expected hydra/sweeper=basic; examples/optuna_search.py is a search")
         if key.startswith("hydra.sweeper.params"):  # Hydra reads these from files alone
             raise PartialLoraError(f"{argument}: expected -m KEY=A,B, or the key in a FILE.yaml")
         heeded = key in CHOICES or key == "hydra.mode" or key.startswith(_FIELDS)
         if re.match(r"hydra\b", key) and not heeded and ("=" in argument or argument.startswith("~")):
-            expected = "expected hydra/launcher, hydra/sweeper or a key of theirs; files go to results_dir"
+            expected = "expected hydra/launcher or a key of it; files go to results_dir"
             raise PartialLoraError(f"{argument}: no key of a run or a sweep; {expected}")
 
 

@@ -28,7 +28,7 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race and forms, and how
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how
 # many of them it takes.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
@@ -108,8 +108,8 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     if "methods" in named or "experiment" not in named:
         return [list(settings)]
     only = {"preset": {named.get("preset", "cpu")}}
-    only |= {"task": set(named["task"].split(","))} if "task" in named else {}
-    chosen = ("experiment", "task", "data_dir", "preset")
+    only |= {key: set(named[key].split(",")) for key in ("task", "stage") if key in named}
+    chosen = ("experiment", "task", "stage", "data_dir", "preset")
     more = [setting for setting in settings if setting.partition("=")[0] not in chosen]
     data = Path(named.get("data_dir", "data"))
     require("data_dir" not in named or data.is_dir(), "data_dir", data, "an existing folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from partial_lora.errors import TYPES, PartialLoraError
+from partial_lora.errors import TYPES, PartialLoraError, require
 from partial_lora.settings.arguments import (
     CHOICES,
     CONFIG_NAME,
@@ -33,7 +32,7 @@ from partial_lora.settings.arguments import (
 )
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.resolving import resolve
-from partial_lora.settings.schema import GROUPS, Config, conf_dir
+from partial_lora.settings.schema import GROUPS, Config, conf_dir, defaults
 
 USAGE_ERROR = 2
 
@@ -43,27 +42,18 @@ class Plan:
     """One run, or the runs of a sweep, composed and checked before any of them starts.
 
     Attributes:
-        runs: the overrides and the settings of every run. A sampler chooses its own: one example stands for them, with
-            the first or the middle of the values that each key may get.
+        runs: the overrides and the settings of every run.
         refused: why runs are refused, a line each.
-        is_sweep: Hydra's multirun; launcher, sweeper: their names; sweep_dir: the folder that Hydra writes to.
+        is_sweep: Hydra's multirun; launcher: its name; sweep_dir: the folder that Hydra writes to.
         swept: the keys in which its runs differ.
-        direction: of a sampler, where it has such a key.
     """
 
     runs: list[tuple[list[str], Config]]
     refused: list[str]
     is_sweep: bool = False
     launcher: str = "basic"
-    sweeper: str = "basic"
     sweep_dir: Path = Path()
     swept: frozenset[str] = frozenset()
-    direction: str | None = None
-
-    @property
-    def is_sampled(self) -> bool:
-        """True where the sweeper chooses each run by the results of others."""
-        return self.sweeper != "basic"
 
     def name(self, overrides: Sequence[str]) -> str:
         """Return the overrides of swept keys, which tell a run from the others."""
@@ -85,22 +75,19 @@ def plan(arguments: Sequence[str]) -> Plan:
         master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
         choices, sweeper = master.hydra.runtime.choices, master.hydra.sweeper
         parsed = _sweep_overrides(master, hydra.config_loader)
-        combinations = _combinations(parsed, sampled=choices["hydra/sweeper"] != "basic")
+        combinations = _combinations(parsed)
         swept = frozenset(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override())
         if swept or sweeper.get("params") or OmegaConf.missing_keys(choices):  # refused in a run alone
             load = hydra.config_loader.load_sweep_config
             runs = ((overrides, load(master, list(overrides))) for overrides in combinations)
         else:
             runs = [(combinations[0], master)]
-        direction = getattr(sweeper.get("direction"), "name", sweeper.get("direction"))
         return _checked(
             runs,
             is_sweep=True,
             launcher=choices["hydra/launcher"],
-            sweeper=choices["hydra/sweeper"],
             sweep_dir=Path(master.hydra.sweep.dir),
             swept=swept,
-            direction=direction if isinstance(direction, str) else None,  # with several goals there is no one direction
         )
 
 
@@ -156,30 +143,22 @@ def _sweep_overrides(master, config_loader) -> list:
     return parser.parse_overrides([*swept, *master.hydra.overrides.task])
 
 
-def _combinations(overrides: list, *, sampled: bool = False) -> list[list[str]]:
-    """Return the runs of a sweep, in the order of Hydra's own sweeper; if `sampled`, one that a sampler may choose."""
+def _combinations(overrides: list) -> list[list[str]]:
+    """Return the runs of a sweep, in the order of Hydra's own sweeper."""
     values = {}
     for override in overrides:
         key = override.get_key_element()
         if not override.is_sweep_override():
             values[key] = [override.get_value_element_as_str()]
-        elif not override.is_interval_sweep():
-            values[key] = list(override.sweep_string_iterator())[: 1 if sampled else None]
-        elif sampled:
-            values[key] = [str(_middle(override.value()))]
-        else:
-            expected = "list some, or take a sampler: hydra/sweeper=optuna"
+        elif override.is_interval_sweep():
+            expected = "list some, or search by Optuna (examples/optuna_search.py)"
             raise PartialLoraError(f"{override.input_line}: an interval has infinitely many values; {expected}")
+        else:
+            values[key] = list(override.sweep_string_iterator())
         if not values[key]:
             raise PartialLoraError(f"{override.input_line}: no value, expected one or more")
     chosen = itertools.product(*values.values())
     return [[f"{key}={value}" for key, value in zip(values, some, strict=True)] for some in chosen]
-
-
-def _middle(interval) -> float | int:
-    start, end = interval.start, interval.end
-    middle = math.sqrt(start * end) if "log" in interval.tags and start > 0 else (start + end) / 2
-    return int(middle) if isinstance(start, int) and isinstance(end, int) else middle
 
 
 # Flags by which Hydra prints something and runs nothing.
@@ -210,6 +189,8 @@ def compose(
             _show(arguments)
             return 0
         planned = plan(arguments)
+    for line in _set_twice(arguments):
+        print(f"partial-lora: beware: {line}", file=sys.stderr)
     refused = [*planned.refused, *(_uncalibrated(config) for _, config in planned.runs if command == "calibrate")]
     if sweep is not None:
         refused += [_unfit(config, planned.launcher) for _, config in planned.runs]
@@ -219,9 +200,8 @@ def compose(
         return USAGE_ERROR
     if planned.is_sweep and sweep is not None:
         return sweep(planned, partial(_sweep, arguments))
-    for key, name in (("launcher", planned.launcher), ("sweeper", planned.sweeper)):
-        if planned.is_sweep and name != "basic":
-            raise PartialLoraError(f"hydra/{key}={name}: expected basic; {command} has no runs to be launched")
+    expected = f"basic; {command} has no runs to be launched"
+    require(not planned.is_sweep or planned.launcher == "basic", "hydra/launcher", planned.launcher, expected)
     code = 0
     for _, config in planned.runs:
         try:
@@ -232,6 +212,17 @@ def compose(
         if code > USAGE_ERROR:
             break
     return code
+
+
+def _set_twice(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield a line about each key that the command line sets to two values: as in Hydra, the last one counts."""
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if equals and not is_file(argument):
+            if values.get(key, value) != value:
+                yield f"{key}={values[key]} has no effect, since {key}={value} comes after it"
+            values[key] = value
 
 
 def _print_help(arguments: Sequence[str]) -> None:
@@ -341,7 +332,7 @@ _EXPECTED = {"Float": TYPES[float], "Integer": TYPES[int], None: TYPES[bool]}
 
 def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     """Return one line that names the key or the argument, out of Hydra's and OmegaConf's messages of several lines."""
-    from omegaconf.errors import ConfigKeyError
+    from omegaconf.errors import ConfigKeyError, GrammarParseError, InterpolationResolutionError
 
     overrides = parse(arguments).overrides
     files = [argument for argument in overrides if is_file(argument)]
@@ -351,12 +342,22 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith("Could not override"):
         return no_such_key(lines[0].split("'")[1])
+    if absent := re.match(r"Could not delete from config\. '(.*)' does not exist", lines[0]):
+        key = absent[1]
+        return _undeletable(key) if key in defaults() else no_such_key(key)
     if cause := _of_key(error):
         key = cause.full_key
         place = f"{files[0]}: " if f"In '{OWN}'" in lines[0] else ""
         if isinstance(cause, ConfigKeyError):
             return place + no_such_key(key)
         reason = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+        if "does not support deletion" in reason:
+            return _undeletable(key)
+        if isinstance(cause, GrammarParseError):
+            return f"{place}{key}: {_written(key, overrides)}: expected ${{KEY}} or ${{oc.env:NAME}}, with both braces"
+        if isinstance(cause, InterpolationResolutionError):
+            missing = f"{_written(key, overrides)} cannot be resolved ({reason.rpartition(': ')[2]})"
+            return f"{place}{key}: {missing}; `partial-lora train --cfg job` lists the keys there are"
         if mistyped := _MISTYPED.match(reason):
             return f"{place}{key}={mistyped[1]}: expected {_EXPECTED[mistyped[2]]}"
         is_null = "is not Optional" in reason or reason.startswith("Incompatible value 'None'")
@@ -378,6 +379,16 @@ def _composition_error(error: BaseException, arguments: Sequence[str]) -> str:
                 several = "--cfg shows one run" if {"-m", "--multirun"} & {*arguments} else "for a run of each add -m"
                 return f"{argument}: several values; {several}; one text is {as_text(argument)}"
     return " ".join(lines)
+
+
+def _undeletable(key: str) -> str:
+    return f"~{key}: a key cannot be taken away; expected {key}=VALUE"
+
+
+def _written(key: str, overrides: Sequence[str]) -> str:
+    """Return the value of a key as it was written; of one that a file sets, a word for it."""
+    written = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    return written.get(key, "its value")
 
 
 def _misread(argument: str) -> str | None:

@@ -1,6 +1,7 @@
 """Hydra's loader of settings, for files that are data: of Hydra itself they set no more than how runs are launched.
 
-Hydra has no public class to be told what a file may set, or how a folder is read, so both extend internal ones.
+Hydra has no public class to be told what a file may set, or how a folder is read, so both extend internal ones
+(docs/developing/house.md says why none of its plug-ins does that).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.default_element import ResultDefault
@@ -124,7 +125,7 @@ class Loader(ConfigLoaderImpl):
 class _Own(CachingConfigRepository):
     """The package's own files and Hydra's, each read once."""
 
-    def __init__(self, files: ConfigRepository) -> None:
+    def __init__(self, files: object) -> None:
         self.delegate, self.cache = files, _READ
 
 

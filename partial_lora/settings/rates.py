@@ -36,7 +36,7 @@ def ranked(tried: Mapping[float, Mapping[int, Worth]]) -> list[float]:
 
 # --- The learning rate of a run that has none, `trainer.learning_rate=auto`: by what it trains, and for how long.
 
-_DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/forms/forms.md)
+_DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/race/race.md)
 
 # Keys of `mask` that decide how far a step moves the outputs.
 _OF_MASKS = ("granularity", "rows", "columns", "fan_in", "row_exponent", "column_exponent")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from partial_lora.calibration.config import UNIFORM, CalibrationConfig
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import at_home, mapped, plain_name
 from partial_lora.masks import PAPER_BUDGET
-from partial_lora.models.config import FROM_FILES
+from partial_lora.models.config import FROM_FILES, check_place
 from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.keys import no_such_key
@@ -46,6 +47,7 @@ def resolve(composed: DictConfig) -> Config:
         raise PartialLoraError(f"experiment: expected {other}, to train: this one only chooses among its runs")
     if unknown := next(_unknown(composed), None):
         raise PartialLoraError(no_such_key(unknown))
+    _refuse_truths(composed)
     composed = _with_model(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
@@ -75,9 +77,25 @@ def _finite(key: str, value: object) -> None:
     require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
 
 
+def _refuse_truths(composed: DictConfig) -> None:
+    """Refuse a text that was a truth value: YAML reads no, off, yes and on so, and OmegaConf makes a text of it.
+
+    A column of such a name may be: it is looked for in the rows.
+    """
+
+    def check(key: str, value: object) -> None:
+        written = value in ("True", "False") and not re.search(r"_columns?\b", key)
+        expected = 'a text; in YAML no, off, yes and on are none unless they are quoted: "no"'
+        require(not written, key, value == "True", expected)
+
+    mapped({key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}, check)
+
+
 def _with_model(composed: DictConfig) -> DictConfig:
     """Return settings in which the files of a model say what is left to them (`FROM_FILES`)."""
     chosen, task = OmegaConf.to_container(composed.model), composed.task
+    for key in ("weights", "text_weights"):
+        check_place(f"model.{key}", at_home(chosen[key]))
     left = [key for key, nothing in FROM_FILES.items() if chosen[key] in (MISSING, nothing)]
     if "architecture" not in left or MISSING in (chosen["name"], chosen["weights"]):
         return OmegaConf.unsafe_merge(composed, {"model": {"blocks": None}}) if "blocks" in left else composed

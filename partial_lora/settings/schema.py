@@ -61,6 +61,8 @@ class Config:
             unused, beside = ("sparsity", "file"), f"on method={method.name}"
         elif calibration.file:
             unused, beside = ("threshold", "budget", "kept", "repair"), "beside calibration.file"
+        elif budget is not None:
+            unused, beside = ("threshold",), f"beside calibration.budget={budget:g}, which chooses it"
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")
@@ -95,6 +97,10 @@ class Config:
             self._check_budgeted()
         packs = self.trainer.packing and self.model.family != "causal"
         require(not packs, "trainer.packing", True, "false unless model.family=causal")
+        noise = (self.trainer.args or {}).get("neftune_noise_alpha")
+        expected = "null for a model of images: the noise is added to the embeddings of tokens"
+        fits = noise is None or self.model.modality == "text"
+        require(fits, "trainer.args.neftune_noise_alpha", noise, expected)
         self._check_rates()
 
     def _check_budgeted(self) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.files import leads_back
 
 FILES = "files"  # the path of a task that has only the user's files
 
@@ -31,10 +32,19 @@ def is_image(file: str | os.PathLike) -> bool:
 
 
 def classes(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """Yield every sub-folder with its files, at any depth, in the order of names; nothing that is hidden."""
+    """Yield every sub-folder with its files, at any depth, in the order of names; nothing that is hidden.
+
+    Raises PartialLoraError for a link to a folder above it: all that is there would be images of a class.
+    """
     for label in sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith(".")):
-        paths = (path for path in sorted(label.rglob("*")) if not path.is_dir())
-        yield label.name, [path for path in paths if "/." not in f"/{path.relative_to(label).as_posix()}"]
+        paths = []
+        for parent, folders, names in os.walk(label, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for part in (Path(parent), *(Path(parent, name) for name in folders)):
+                if leads_back(part):
+                    raise PartialLoraError(f"{part}: a link to {part.resolve()}, a folder above it; remove the link")
+            paths += [Path(parent, name) for name in names if not name.startswith(".")]
+        yield label.name, sorted(paths)
 
 
 def left_out(data_files: Mapping[str, str] | str | None) -> list[str]:

@@ -36,6 +36,8 @@ _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes and resizes outside the
 class ImageTransform:
     """Converts rows to the inputs of a model: pixel_values (N, 3, S, S) float32, normalised, and labels (N,).
 
+    channels: the order of the colours in them.
+
     The shorter side is resized to `image_size` pixels and the middle square kept, so a square image is only resized.
     Grey of 16 bits loses its lower 8, grey floats within 0 and 1 become 0 to 255, and other floats are refused.
     `prepare` decodes, resizes and crops, to uint8. `collate` normalises: that is quick, and normalised images would
@@ -44,8 +46,17 @@ class ImageTransform:
 
     lengths = False  # rows are all of one size
 
-    def __init__(self, *, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+        channels: str = "RGB",
+    ) -> None:
         self._size, self._interpolation = image_size, interpolation
+        self._order = ["RGB".index(channel) for channel in channels]
         self._mean, self._std = list(mean), list(std)
         self._sides: list[int] = []  # shorter sides of some images, in pixels
         self._square = v2.Compose(
@@ -99,6 +110,7 @@ class ImageTransform:
         pixels = np.stack([np.frombuffer(row["pixels"], dtype=np.uint8) for row in rows])
         pixels = torch.from_numpy(pixels.reshape(-1, 3, self._size, self._size))
         pixels = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+        pixels = pixels if self._order == [0, 1, 2] else pixels[:, self._order]
         batch = {"pixel_values": v2.functional.normalize(pixels, self._mean, self._std)}
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])

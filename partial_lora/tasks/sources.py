@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,8 @@ def read_hub(name: str, path: str, subset: str | None, revision: str | None) -> 
 
     Raises PartialLoraError, within seconds where the hub cannot be reached, and names tasks that need no hub.
     """
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise PartialLoraError(f"task.path={path}: expected a folder laid out as on the hub; none is there")
     *owner, repository = path.split("/")
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(repository)])
     try:
@@ -220,8 +223,10 @@ def _read_table(
         if suffix in (".json", ".jsonl"):
             return Dataset(_objects(file), split=NamedSplit(split))
         if suffix in (".parquet", ".pq"):
-            if not pq.read_metadata(file).num_rows:  # of which datasets says nothing that helps
+            metadata = pq.read_metadata(file)
+            if not metadata.num_rows:  # of which datasets says nothing that helps
                 raise PartialLoraError(f"{key}={file}: the file has no rows")
+            _refuse_twice(metadata.schema.to_arrow_schema().names)
             return Dataset.from_parquet(str(file), split=NamedSplit(split))
     except (DatasetGenerationError, ValueError, OSError, RecursionError, pa.ArrowException) as error:
         generated = isinstance(error, DatasetGenerationError)
@@ -242,6 +247,7 @@ def _delimited(
         header = next(lines, "")
     if separator not in header:
         separator = max((separator, *_OTHER_SEPARATORS), key=header.count)
+    _refuse_twice([name.strip() for name in next(csv.reader([header], delimiter=separator), [])])
     _check_quotes(file, encoding, separator)
     # Not by datasets' csv builder: it infers types from 10,000 rows at a time, and fails where later ones differ.
     frame = pd.read_csv(
@@ -287,8 +293,13 @@ def _check_quotes(file: Path, encoding: str, separator: str) -> None:
 def _encoding(file: Path) -> str:
     """Return the encoding of a file of text: UTF-8, or what its first bytes say; raises ValueError for any other."""
     content = file.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_wide and not content.startswith(codecs.BOM_UTF32_LE):
         return "utf-16"
+    if b"\0" in content:
+        raise ValueError(
+            "it is no text, or UTF-32, or UTF-16 without a byte order mark, which `iconv -f UTF-16LE -t UTF-8` converts"
+        )
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -310,10 +321,10 @@ def _is_row(frame: pd.DataFrame) -> bool:
 def _objects(file: Path) -> pa.Table:
     """Read a json file that is one list of objects, or a file with one object a line."""
     # Not by datasets' json builder: texts that look like dates become dates, and it accepts columns of mixed types.
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding=_encoding(file))
 
     def parse(part: str) -> object:
-        return json.loads(part, parse_constant=lambda _: None)  # NaN is no value
+        return json.loads(part, parse_constant=lambda _: None, object_pairs_hook=_object)  # NaN is no value
 
     if text.lstrip().startswith("["):
         rows = parse(text)
@@ -322,8 +333,10 @@ def _objects(file: Path) -> pa.Table:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [parse(line)] if line.strip() else []
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is no JSON object") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object with named columns")
     columns = {}
@@ -333,6 +346,17 @@ def _objects(file: Path) -> pa.Table:
         except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"column {name} has values of several types, or numbers of more than 64 bits") from error
     return pa.table(columns)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    """Raise ValueError for two columns of one name, of which a reader would rename or drop one without a word."""
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"it has the column {twice} twice; rename one of them")
 
 
 # --- Labels of a csv file, where everything is a text. Types inferred by pandas or pyarrow will not do: to them 007 and
@@ -594,6 +618,43 @@ def encode_labels(splits: dict[str, Dataset], name: str, regression: bool | None
             "images, one sub-folder a class)"
         )
     return {split: _numbered(rows, labels[split], names, name, split) for split, rows in splits.items()}
+
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_AS_MISSING = {"nan", "none", "null", "na", "n/a", "#n/a"}  # what tables hold in place of a value
+
+
+def label_warnings(labels: Sequence[str], config: TaskConfig) -> list[str]:
+    """Return a line about classes that may be one, about one that may be none, and about numbers that are no classes.
+
+    labels: the names of the classes; none for real numbers.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in labels:
+        seen = (char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+        alike.setdefault("".join("".join(seen).casefold().split()), []).append(name)
+    warnings = [
+        f"task={config.name}: classes that look alike, but for case or spaces: {shortlist(list(map(ascii, names)))}; "
+        "each is learned as a class of its own"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    if missing := [name for name in labels if name.strip().casefold() in _AS_MISSING]:
+        warnings.append(
+            f"task={config.name}: {shortlist(list(map(repr, missing)))} is learned as a class; leave out rows "
+            "without a label"
+        )
+    if labels and all(map(_DECIMAL_COMMA.fullmatch, labels)):
+        warnings.append(
+            f"task={config.name}: its labels, such as {labels[0]}, are numbers with a comma, and are learned as "
+            "classes; with points they are numbers"
+        )
+    if not labels and config.data_files and config.regression is None and kind_of(config).has_head:
+        warnings.append(
+            f"task={config.name}: its labels are numbers, some with fractions, so that numbers are learned, and no "
+            "classes; task.regression=false makes classes of them, true ends this warning"
+        )
+    return warnings
 
 
 def label_name(label: Label) -> str:

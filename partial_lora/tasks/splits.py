@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,22 +244,33 @@ def shared_inputs(rows: Dataset, others: Dataset) -> int:
     """Count the rows whose image, texts or prompt occurs in `others`, to the byte; 0 where there are too many rows."""
     if len(rows) + len(others) > _MANY:
         return 0
-    if "image" in rows.column_names:
-        images, other_images = _stored(rows), _stored(others)
-        sizes = {size for size, _ in images} & {size for size, _ in other_images}  # other sizes need not be read
-        digests = {_digest(image) for size, image in other_images if size in sizes}
-        return sum(size in sizes and _digest(image) in digests for size, image in images)
-    names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
-    inputs, other_inputs = (map(str, table.select_columns(names)) for table in (rows, others))
-    other_inputs = set(other_inputs)
-    return sum(text in other_inputs for text in inputs)
+    if "image" not in rows.column_names:
+        names = [name for name in rows.column_names if name not in ("label", "response", "messages")]
+        inputs, other_inputs = (map(str, table.select_columns(names)) for table in (rows, others))
+        other_inputs = set(other_inputs)
+        return sum(text in other_inputs for text in inputs)
+    sizes, other_sizes = (list(map(_size, _stored(table))) for table in (rows, others))
+    common = {*sizes} & {*other_sizes}  # images of other sizes need not be read
+
+    def digests(table: Dataset, sizes: Sequence[int]) -> Iterator[bytes]:
+        same_size = np.flatnonzero([size in common for size in sizes])
+        return map(_digest, _stored(table.select(same_size)))
+
+    other_digests = set(digests(others, other_sizes))
+    return sum(digest in other_digests for digest in digests(rows, sizes))
 
 
-def _stored(rows: Dataset) -> list[tuple[int, bytes | Path]]:
-    """Return the size of each image as it is stored, and its bytes or its file."""
-    images = rows.select_columns("image").cast_column("image", Image(decode=False))["image"]
-    files = (Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in images)
-    return [(file.stat().st_size if isinstance(file, Path) else len(file), file) for file in files]
+_AT_ONCE = 16  # images in memory: those that a table embeds may be larger than it, all together
+
+
+def _stored(rows: Dataset) -> Iterator[bytes | Path]:
+    """Yield each image as it is stored: its bytes, or its file."""
+    for batch in rows.select_columns("image").cast_column("image", Image(decode=False)).iter(_AT_ONCE):
+        yield from (Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in batch["image"])
+
+
+def _size(image: bytes | Path) -> int:
+    return image.stat().st_size if isinstance(image, Path) else len(image)
 
 
 def _digest(image: bytes | Path) -> bytes:

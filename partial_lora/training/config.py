@@ -144,7 +144,10 @@ class TrainerConfig:
         keys = {"adapter": "learning_rate", "B": "loraplus_ratio", "head": "head_learning_rate"}
         rates = self.learning_rates.items()
         large = {keys[part]: rate for part, rate in rates if rate != AUTO and rate > _LARGEST_RATE}
-        return [
+        unused = []
+        if self.epochs is not None and self.max_steps is not None:
+            unused = [f"trainer.epochs={self.epochs:g} has no effect beside trainer.max_steps={self.max_steps}"]
+        return unused + [
             f"trainer.{key}: a rate of {rate:g}; AdamW moves every number by about as much in each step"
             for key, rate in large.items()
         ]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +30,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import is_liger_kernel_available
 
 from partial_lora import worker_events
 from partial_lora.adapter.factor import whole
-from partial_lora.errors import PartialLoraError, UnfitPackageError
+from partial_lora.errors import PartialLoraError, UnfitPackageError, one_line
 from partial_lora.files import seal
 from partial_lora.methods.setting import Training
 from partial_lora.models.modes import keep_statistics
@@ -528,6 +530,10 @@ def mixed_precision(requested: str, device: str) -> str:
     return "bf16" if native else "no"
 
 
+def _data_workers_of(config: TrainerConfig, world: World) -> int:
+    return data_workers(config.num_workers, world.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def data_workers(requested: int | None, device: str, processes: int) -> int:
     """Return the number of processes that load data for this one, of so many that share a machine's cores.
 
@@ -536,6 +542,33 @@ def data_workers(requested: int | None, device: str, processes: int) -> int:
     if requested is not None:
         return requested
     return 0 if device == "cpu" else min(_MOST_WORKERS, max(1, cpu_count() // processes - 1))
+
+
+def check_arguments(config: TrainerConfig, world: World) -> None:
+    """Raise PartialLoraError for `trainer.args` that transformers refuses in combination, or lacks a package for."""
+    if not config.args:
+        return
+    precision = mixed_precision(config.mixed_precision, world.device)
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # which a Trainer makes
+            arguments = TrainingArguments(
+                output_dir=folder,
+                use_cpu=world.device == "cpu",
+                bf16=precision == "bf16",
+                fp16=precision == "fp16",
+                report_to=[],
+                dataloader_num_workers=_data_workers_of(config, world),
+                **({"optim": config.optimizer} if config.optimizer else {}),
+                **config.args,
+            )
+            if arguments.use_liger_kernel and not is_liger_kernel_available():
+                raise ImportError("use_liger_kernel needs `pip install liger-kernel`")
+            if config.strategy == "ddp":  # a Trainer of anything else changes how all later ones share a model out
+                Trainer(model=nn.Linear(1, 1), args=arguments)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise PartialLoraError(
+            f"trainer.args={config.args}: expected what transformers takes together: {one_line(error)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -620,9 +653,7 @@ def build_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=data_workers(
-            config.num_workers, world.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        ),
+        dataloader_num_workers=_data_workers_of(config, world),
         dataloader_pin_memory=world.device == "cuda",
         ddp_find_unused_parameters=False,
         restore_callback_states_from_checkpoint=config.patience is not None,  # of a resumed run: its patience so far

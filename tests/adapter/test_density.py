@@ -329,7 +329,7 @@ def change_of_outputs(density, *, convolution, steps, **settings):
     [("rows_columns", False), ("element", False), ("units", False), ("rows_columns", True)],
 )
 def test_a_step_moves_the_outputs_as_far_at_every_density(granularity, convolution):
-    """The coordinate check of scripts/first_steps.py: one learning rate for every size, but not as PEFT draws A."""
+    """The coordinate check of scripts/density.py: one learning rate for every size, but not as PEFT draws A."""
     densities = [1.0, 0.25, 0.0625]
 
     def slope(steps, **settings):

@@ -8,20 +8,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from refusals import refusal
 
 from partial_lora import models
+from partial_lora.building import build
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import fetch
+from partial_lora.models import fetch, from_files
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import settings_of
 from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
 from partial_lora.settings.compose import composed, plan
+from partial_lora.tasks.config import TaskConfig
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**WIDE, "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -169,17 +173,62 @@ def test_a_language_model_tells_labels_where_the_task_has_them(tmp_path: Path) -
     assert padded.logits.shape == (2, 2)
 
 
-def test_images_enter_as_the_image_processor_says(tmp_path: Path) -> None:
+PLAIN = {"do_normalize": False}
+MOBILE = {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [4, 4, 4, 4, 4, 4, 4], "num_attention_heads": 1}
+PROCESSORS = {  # {what it does: (class of the model, its config, the processor's file)}
+    "one colour scale": (
+        "ViTForImageClassification",
+        IMAGE,
+        {"size": {"height": 16, "width": 16}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2},
+    ),
+    "defaults": ("ViTForImageClassification", IMAGE, {"feature_extractor_type": "ViTFeatureExtractor", "size": 16}),
+    "no scale": ("ViTForImageClassification", IMAGE, {"size": {"height": 16, "width": 16}, **PLAIN}),
+    "no scale at all": ("ViTForImageClassification", IMAGE, {"size": 16, "do_rescale": False, **PLAIN}),
+    "flipped": (
+        "MobileViTForImageClassification",
+        {"image_size": 64, **MOBILE},
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
+    ),
+    "scaled twice": (
+        "EfficientNetForImageClassification",
+        {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 64},
+        {"size": {"height": 32, "width": 32}, "image_std": [0.47853944, 0.4732864, 0.47434163]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_enter_as_the_image_processor_makes_them(tmp_path: Path, name: str) -> None:
+    kind, keys, file = PROCESSORS[name]
+    config = getattr(transformers, kind).config_class(**keys)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
+    found = from_files._images(config, tmp_path, "own")
+    model = ModelConfig("own", "image", "own", "own", target_modules=["all-linear"], head="classifier", **found)
+    side = found["image_size"]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    transform = build.transform_of(model, TaskConfig(name="own", path="files"))
+
+    def processed() -> torch.Tensor:
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        return torch.as_tensor(np.asarray(processor([image]).pixel_values)).float()
+
+    expected = processed()
+    torch.testing.assert_close(transform.encode([image])["pixel_values"], expected, rtol=1e-3, atol=1e-5)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(build._processor(model)))  # as a saved model has it
+    torch.testing.assert_close(processed(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor", ["Nothing", "Siglip2ImageProcessor"])
+def test_an_image_processor_that_is_unknown_or_gives_no_image_is_refused(tmp_path: Path, processor: str) -> None:
     saved(tmp_path, "ViTForImageClassification", IMAGE)
-    processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 2}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    settings = settings_of("own", str(tmp_path))
-    assert [settings[key] for key in ("image_size", "mean", "std", "interpolation")] == [
-        16,
-        [0.1] * 3,
-        [0.2] * 3,
-        "bilinear",
-    ]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": processor}))
+    with refusal("model=.*processor", tmp_path):
+        settings_of("own", str(tmp_path))
+
+
+def test_an_image_of_a_size_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    settings = settings_of("own", str(saved(tmp_path, "ViTForImageClassification", IMAGE)))
     with refusal("model.image_size=24", "own"):
         loaded(tmp_path, settings | {"image_size": 24}, ["a", "b"])
 

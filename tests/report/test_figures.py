@@ -210,9 +210,11 @@ def test_one_calibration_of_each_kind_is_read(tmp_path):
         folder = tmp_path / "calibrations" / task / "minilm" / "svd-1"
         folder.mkdir(parents=True)
         (folder / "calibration.json").write_text(f'{{"baseline": 0.6, "modules": {modules}}}')
-    contents = figures.calibrations(records.read(tmp_path)[0], tmp_path)
+    runs = records.read(tmp_path)[0]
+    contents = figures.calibrations(runs, tmp_path)
     baselines = {title: content["baseline"] for title, content in contents.items()}
     assert baselines == {"digits, vit, svd": 0.5, "rte, minilm, svd": 0.6}
+    assert figures.calibrations(runs, None).keys() == {"digits, vit, svd"}
 
 
 # Figures over many runs

@@ -380,40 +380,16 @@ def test_a_stopped_analysis_goes_on_with_the_next_part(tmp_path: Path, capsys) -
     assert {name: after["parts"][name] for name in before["parts"]} == before["parts"]
 
 
-@pytest.mark.parametrize("change", ["overwrite", "version", "broken"])
-def test_parts_that_cannot_be_trusted_are_done_again(finished, tmp_path: Path, monkeypatch, change: str) -> None:
+def test_an_analysis_with_other_settings_is_refused_and_done_again_where_that_is_said(finished, tmp_path: Path) -> None:
     folder = finished("reliability")
     shutil.copytree(folder.parents[3], tmp_path, dirs_exist_ok=True)
     path = tmp_path / folder.relative_to(folder.parents[3]) / "analysis.json"
-    if change == "version":
-        monkeypatch.setattr(analyses, "VERSION", [2, 1])
-    elif change == "broken":
-        path.write_text(path.read_text()[:-100])
-    words = ["reliability", *TINY, *FEW["reliability"], f"results_dir={tmp_path}"]
-    words += [f"overwrite={str(change == 'overwrite').lower()}"]
-    assert analyses.main(words) == 0
-    analysis = json.loads(path.read_text())
-    assert analysis["status"] == "finished"
-    assert analysis["command"].endswith(words[-1])
-
-
-def test_an_analysis_is_found_by_what_it_was_asked_whatever_its_folder_is_called(tmp_path: Path) -> None:
-    asked = settings("importance=random", f"results_dir={tmp_path}")
-    folder = tmp_path / "analyses" / "cost" / asked["task"]["name"] / "tiny_vit-00000000"
-    folder.mkdir(parents=True)
-    older = {key: value for key, value in asked["calibration"].items() if key != "score"}
-    content = {"what": "cost", "version": analyses.VERSION, "parts": {}, "status": "running"}
-    (folder / "analysis.json").write_text(json.dumps(content | {"config": asked | {"calibration": older}}))
-    assert analyses.folder_of(asked, "cost") == folder
-    assert analyses.folder_of(settings("importance=svd", f"results_dir={tmp_path}"), "cost") != folder
-
-
-def test_ids_depend_on_the_settings_and_not_on_where_files_go() -> None:
-    def named(*overrides: str) -> str:
-        return analyses.folder_of(settings(*overrides), "cost").name
-
-    assert named() == named("--splits=5") == named("results_dir=elsewhere", "overwrite=true")
-    assert len({named(), named("--splits=6"), named("calibration.shots=5"), named("importance=snip")}) == 4
+    before, words = path.read_bytes(), ["reliability", *TINY, *FEW["reliability"], f"results_dir={tmp_path}"]
+    for other in ("--splits=2", "importance=magnitude"):
+        assert analyses.main([*words, other]) == 2
+        assert path.read_bytes() == before
+    assert analyses.main([*words, "importance=magnitude", "overwrite=true"]) == 0
+    assert json.loads(path.read_text())["config"]["importance"]["name"] == "magnitude"
 
 
 @pytest.mark.parametrize("word", ["analysis.split=3", "calibration.sparsity=0.5"])

@@ -135,7 +135,7 @@ def agreement(place: Path, jaccard: float) -> None:
     """A finished analysis of two measures."""
     line = {"first": "svd", "second": "snip", "jaccard": jaccard, "chance": 0.4, "beyond_chance": 1 / 6}
     config = {"task": {"name": "digits"}, "model": {"name": "vit"}}
-    folder = place / "analyses" / "agreement" / "digits" / "vit-0"
+    folder = place / "analyses" / "agreement" / "digits" / "vit"
     folder.mkdir(parents=True)
     content = {"status": "finished", "config": config, "summary": {"calibrated": [line]}}
     (folder / "analysis.json").write_text(json.dumps(content))
@@ -162,7 +162,7 @@ def test_fig5_has_agreement_and_what_measures_lead_to_on_any_task_with_two(tmp_p
 
 
 def test_fig6_is_of_the_study_beside_and_of_tasks_with_small_budgets(tmp_path: Path) -> None:
-    place, forms = tmp_path / "decided", tmp_path / "forms"
+    place, forms = tmp_path / "decided", tmp_path / "race"
     run(place, "partial", 0.1, budget=0.01)
     assert numbers("fig6", place).empty
     run(forms, "partial", 0.90)
@@ -268,7 +268,7 @@ def test_each_figure_is_drawn_with_its_numbers_and_goes_when_there_is_nothing(na
     run(place, "partial", 0.8, budget=0.26, method__rank=8)
     run(place, "partial", 0.8, importance__name="snip")
     for method in ("partial", "lora"):
-        run(tmp_path / "forms", method, 0.7, budget=0.01)
+        run(tmp_path / "race", method, 0.7, budget=0.01)
     for changes in ({}, NOISY):
         run(place, "lora", 0.9, task="trec", **changes)
         run(place, "uniform", 0.9, task="trec", **changes)

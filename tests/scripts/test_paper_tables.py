@@ -191,7 +191,7 @@ def test_a_table_of_sets_that_are_not_there_says_what_is_missing(name: str, tmp_
 
 
 def test_an_analysis_that_has_not_ended_is_named_and_stops_no_table(tmp_path: Path) -> None:
-    file = tmp_path / "analyses" / "cost" / "digits" / "vit-0" / "analysis.json"
+    file = tmp_path / "analyses" / "cost" / "digits" / "vit" / "analysis.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"status": "running"}))
     leave(tmp_path, **KEPT)

@@ -80,7 +80,7 @@ def test_one_gpu_trains_a_model_in_four_bits(called, tmp_path: Path, monkeypatch
     assert cluster.cluster_of(replace(config.trainer, num_processes=1), "nf4").kind == "ddp"
 
 
-@pytest.mark.parametrize("script", ["analyses", "first_steps"])
+@pytest.mark.parametrize("script", ["analyses", "density"])
 def test_threads_are_counted_before_torch_is_there(script: str) -> None:
     counted = "cluster.openmp = lambda: sys.exit(str('torch' in sys.modules))"
     paths = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}

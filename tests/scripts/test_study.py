@@ -73,7 +73,8 @@ def test_sets_that_are_not_there_are_left_out_one_by_one_but_those_of_the_hub_ar
     def tasks(name: str, **only: str) -> set[str]:
         return {word for words in commands(name, tmp_path, **only) for word in words if word.startswith("task=")}
 
-    assert tasks("forms") == tasks("decided", preset="cpu") == tasks("reach") == {"task=digits", "task=trec"}
+    assert tasks("decided", preset="cpu") == {"task=digits", "task=trec"}
+    assert tasks("race") == {"task=trec"}
     assert tasks("table3", preset="cpu") == {"task=trec"}
     assert tasks("decided", stage="mixture", preset="cpu") == set()  # of trec and sst2
     assert tasks("decided", stage="mixture", preset="paper") == {"task=mixture"}
@@ -92,16 +93,17 @@ def test_what_is_chosen_leaves_out_other_values_alone(data: Path) -> None:
 
 
 def test_compare_of_an_experiment_alone_is_its_study(data: Path, tmp_path: Path) -> None:
-    whole = [words[1:] for words in commands("race", data) if words[0] == "compare"]
-    assert len(whole) == 3
-    assert comparison.of_study(["experiment=race", f"data_dir={data}"]) == whole
-    (trec,) = comparison.of_study(["experiment=race", f"data_dir={data}", "task=trec", "seeds=8"])
+    stage = ["experiment=race", "stage=methods", f"data_dir={data}"]
+    whole = [words[1:] for words in commands("race", data, stage="methods") if words[0] == "compare"]
+    assert len(whole) == 2
+    assert comparison.of_study(stage) == whole
+    (trec,) = comparison.of_study([*stage, "task=trec", "seeds=8"])
     assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
-    limited = comparison.of_study(["experiment=race", f"data_dir={data}", "limit.served=40MB"])
-    assert [comparison.read(each)[0].limit for each in limited] == [{"served": 40e6}] * 3
+    limited = comparison.of_study([*stage, "limit.served=40MB"])
+    assert [comparison.read(each)[0].limit for each in limited] == [{"served": 40e6}] * 2
     own = ["experiment=race", "methods=[partial]"]
     assert comparison.of_study(own) == [own]
-    for other in ("demo", "leaders"):  # no study, and one without its sets
+    for other in ("demo", "race"):  # no study, and one without its sets
         with pytest.raises(PartialLoraError, match="experiment"):
             comparison.of_study([f"experiment={other}", f"data_dir={tmp_path}"])
     for unknown in (f"data_dir={data / 'nowhere'}", "preset=paper"):
@@ -119,10 +121,10 @@ def test_an_entry_without_words_is_what_the_file_sweeps_by_itself(tmp_path: Path
 
 
 def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
-    chosen = [comparison.read(each)[0] for each in comparison.of_study(["experiment=race", f"data_dir={data}"])]
-    assert comparison.of_one(chosen) is chosen[0]
-    chosen[1].seeds = 5
-    with pytest.raises(PartialLoraError, match="seeds=3 and 5"):
+    found = comparison.of_study(["experiment=race", "stage=methods,leaders", f"data_dir={data}"])
+    chosen = [comparison.read(each)[0] for each in found]
+    assert comparison.of_one(chosen[:2]) is chosen[0]
+    with pytest.raises(PartialLoraError, match="seeds=3 and 8"):
         comparison.of_one(chosen)
 
 
@@ -130,7 +132,7 @@ def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
     ("of_runs", "of_script", "ends"), [(2, 0, 2), (-9, 0, 137), (1, 0, 0), (0, 1, 1), (1, 1, 1), (0, 0, 0)]
 )
 def test_what_is_refused_or_killed_ends_a_study_and_of_what_failed_a_script_alone_is_told(
-    of_runs: int, of_script: int, ends: int, monkeypatch
+    of_runs: int, of_script: int, ends: int, monkeypatch, data: Path
 ) -> None:
     calls = []
 
@@ -141,9 +143,10 @@ def test_what_is_refused_or_killed_ends_a_study_and_of_what_failed_a_script_alon
         return subprocess.CompletedProcess(command, of_script if is_script else of_runs)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert study.main(["race", "--data", "nowhere", "--with", "trainer.epochs=1"]) == ends
+    chosen = ["--only", "stage=methods", "task=trec", "--with", "trainer.epochs=1"]
+    assert study.main(["race", "--data", str(data), *chosen]) == ends
     assert calls[0][-1] == "trainer.epochs=1"
-    assert len(calls) == 1 if ends > 1 else calls[1][1:3] == ["scripts/forms.py", "results/race"]
+    assert len(calls) == 1 if ends > 1 else calls[1][1:3] == ["scripts/race.py", "results/race"]
 
 
 def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once(data: Path) -> None:
@@ -151,12 +154,12 @@ def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once
         every = commands(name, data, preset="cpu")
         return [tuple(word for word in words if not word.startswith("method")) for words in every]
 
-    whole = {name: set(without_methods(name)) for name in ("decided", "forms")}
+    whole = {name: set(without_methods(name)) for name in ("decided", "race")}
     views = [name for name in STUDIES if name.startswith(("table", "fig"))]
     assert len(views) == 14
     for name in views:
         own = without_methods(name)
-        assert set(own) <= whole["forms" if name == "fig6" else "decided"]
+        assert set(own) <= whole["race" if name == "fig6" else "decided"]
         assert own.count(("python", "scripts/decided.py", "results/decided")) == (name != "fig6")
         assert own[-1][0] == "python"  # after all runs
     assert "methods=[lora,partial,targeted]" in commands("table3", data, task="sst2")[0]

@@ -71,7 +71,7 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         ([*CAUSAL, "model.quantization=fp4"], ["model.quantization=fp4"]),
         *(([f"calibration.budget={each}"], [f"calibration.budget={each}"]) for each in ("nan", "inf", "0.0")),
         (["model=tiny_clip", "model.prompts=[]"], ["model.prompts"]),
-        (["model=tiny_clip", "model.text_weights=/tower"], ["model.text_args="]),
+        (["model=tiny_clip", "model.text_weights=."], ["model.text_args="]),
         (["+trainer.lr=1"], ["trainer.lr"]),
         (["+learning_rate=1"], ["learning_rate"]),
         *(([f"trainer.{key}={10**30}"], [f"trainer.{key}=1"]) for key in ("batch_size", "epochs", "max_steps")),
@@ -82,7 +82,8 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
             ["trainer.schedule=linear", "trainer.args={lr_scheduler_kwargs: {least: 1}}"],
             ["trainer.schedule=linear", "least"],
         ),
-        (["trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
+        (["trainer.args={neftune_noise_alpha: 5}"], ["trainer.args.neftune_noise_alpha=5"]),  # images have no tokens
+        ([*CAUSAL, "trainer.args={neftune_noise_alpha: nan}"], ["trainer.args.neftune_noise_alpha=nan"]),
         (["++model.model_args.sizes=[1,{most: -inf}]"], ["model.model_args.sizes.most=-inf"]),
         (
             ["method=peft", "method.peft_type=LORA", "method.peft={lora_alpha: inf}"],
@@ -132,6 +133,14 @@ CAUSAL = ("model=tiny_llama", "task=arc_easy")
         (["experiment=nope"], ["experiment=nope: "]),
         (["method.rank=many"], ["method.rank=many: "]),
         (["calibration.threshold"], ["'calibration.threshold': "]),
+        (["~trainer.max_steps"], ["~trainer.max_steps: ", "trainer.max_steps=VALUE"]),
+        (["~trainer.max_stepz"], ["trainer.max_stepz: ", "trainer.max_steps?"]),
+        (["results_dir=${oc.env:HOME"], ["results_dir: ", "${oc.env:HOME: ", "braces"]),
+        (["results_dir=${nowhere}"], ["results_dir: ", "nowhere"]),
+        (["model.weights=./nope"], ["model.weights=./nope: ", "folder"]),
+        (["model=vit_b16", "model.weights=a/b/c"], ["model.weights=a/b/c: ", "folder"]),
+        (["task.name=false"], ["task.name=false: ", "quoted"]),
+        (["task=text_generation", "task.stop=[yes,true]"], ["task.stop=true: ", "quoted"]),
         (["=3"], ["'=3': "]),
         ([""], ["'': "]),
     ],
@@ -231,6 +240,9 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
     for key in ("calibration.budget", "calibration.kept"):
         found = composed(f"calibration.file={tmp_path / 'c.json'}", f"{key}=2e6", "calibration.shrink=0.5")
         assert [each.split("=")[0] for each in found.warnings] == [key]
+    for beside in (["calibration=budget", "calibration.threshold=0.8"], ["trainer.epochs=0.5", "trainer.max_steps=1"]):
+        (said,) = composed("model=tiny_vit", *beside).warnings
+        assert said.split("=")[0] == beside[-1].split("=")[0].replace("max_steps", "epochs")
     with refusal("hydra.sweeper.params.seed=0"):
         compose.refuse(["-m", "hydra.sweeper.params.seed=0"])
 
@@ -398,7 +410,7 @@ def test_a_path_below_the_home_is_found_there_by_every_key(tmp_path: Path, monke
         "calibration.file": "~/c.json",
         "trainer.accelerate_config": "~/a.yaml",
         "model.weights": "~/weights",
-        "model.text_weights": "~/tower",
+        "model.text_weights": "~/weights",
         "task.data_files": "~/rows.csv",
     }
     found = files.flatten(
@@ -619,6 +631,23 @@ def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_
 def test_a_wrong_file_is_refused_by_its_name_and_key(tmp_path: Path, text: str, begins: str) -> None:
     with refusal(f".*/own.yaml: {begins}"):
         composed(settings_file(tmp_path, text))
+
+
+def test_a_text_that_yaml_reads_as_a_truth_value_is_refused_unless_it_is_quoted(tmp_path: Path) -> None:
+    for key, word in (("task.name", "no"), ("trainer.mixed_precision", "no"), ("model.name", "on")):
+        with refusal(f"{key}={'true' if word == 'on' else 'false'}: ", "quoted"):
+            composed(settings_file(tmp_path, f"model: tiny_vit\ntask: digits\n{key}: {word}\n"))
+    quoted = "task: digits\ntask.name: 'no'\ntrainer.mixed_precision: 'no'\n"
+    assert composed(settings_file(tmp_path, quoted)).task.name == "no"
+    with refusal(".*/own.yaml: results_dir: ", "braces"):
+        composed(settings_file(tmp_path, "results_dir: ${seed\n"))
+
+
+def test_of_two_values_of_a_key_the_one_that_does_not_count_is_named(capsys) -> None:
+    rates = [f"trainer.learning_rate={rate}" for rate in ("0.1", "0.2", "0.2")]
+    assert compose.compose("info", ["model=tiny_vit", *rates], lambda config: 0) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("partial-lora: beware: trainer.learning_rate=0.1 ")
 
 
 def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:

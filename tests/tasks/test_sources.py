@@ -15,6 +15,7 @@ from PIL import Image
 from refusals import refusal
 
 from partial_lora import tasks
+from partial_lora.tasks import sources
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import left_out
 
@@ -105,6 +106,12 @@ def test_a_table_of_any_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> N
         ("empty.csv", b"", ""),
         ("ragged.csv", b"text,label\na,b\nc,d,e,f\n", ""),
         ("latin.csv", b"text,label\ncaf\xe9,b\n", "line 2 is not UTF-8"),
+        ("wide.csv", "text,label\na,b\n".encode("utf-16-le"), "UTF-16"),
+        ("wider.csv", "text,label\na,b\n".encode("utf-32"), "UTF-32"),
+        ("wide.jsonl", '{"text": "a", "label": 1}'.encode("utf-16-be"), "UTF-16"),
+        ("twice.csv", b"text,label,text\na,b,c\n", "column text twice"),
+        ("twice.jsonl", b'{"text": "a", "label": 1, "text": "b"}\n', "line 1: it has the column text twice"),
+        ("twice.json", b'[{"text": "a", "label": 1, "text": "b"}]', "column text twice"),
         ("nameless.csv", b"a cat,cat\na dog,dog\nanother cat,cat\n", "first line"),
         ("numbers.csv", b"so much,3\nmore,4\n", "first line"),
         ("wide.csv", b"text,label\nHello, Bob,dog\nHi, Al,cat\n", "more cells than its header"),
@@ -269,6 +276,17 @@ def test_a_folder_gives_its_sub_folders_as_classes(tmp_path: Path, monkeypatch: 
     refused(f"task.data_files={foxes}: ", of=foxes, modality="image")
 
 
+def test_a_link_inside_a_folder_of_images_is_followed_unless_it_leads_above_it(tmp_path: Path) -> None:
+    elsewhere = images(tmp_path / "elsewhere", "brown", count=3)
+    whole = Path(images(tmp_path / "whole", "wolf", "bear", count=9))
+    (whole / "bear" / "more").symlink_to(elsewhere)
+    assert counts(load({"train": str(whole), "test": str(whole)}, "image"))[2] == {0: 12, 1: 9}
+    for place, above in (("loop", ".."), ("wolf/loop", "../..")):
+        (whole / place).symlink_to(above)
+        refused(f"{whole / place}: ", of=str(whole), modality="image")
+        (whole / place).unlink()
+
+
 def test_a_folder_of_splits_without_train_is_not_taken_for_classes(tmp_path: Path) -> None:
     for name, folders, names in (
         ("tests", ("training", "test"), "only test, training"),
@@ -377,6 +395,28 @@ def test_a_label_of_a_csv_file_is_a_number_where_that_loses_nothing(
     written = [label.strip() for label in labels]
     if all(label in names for label in written):
         assert [names[number] for number in task.test["label"]] == written * 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "names"),
+    [
+        (["good", "bad"], {}, []),
+        (["good", "GOOD", "bad"], {}, ["'GOOD', 'good'"]),
+        (["New York", "new  york", "NewYork"], {}, ["'New York', 'NewYork', 'new  york'"]),
+        (["caf\u00e9", "cafe\u0301", "x", "x\u200b"], {}, ["'cafe\\u0301', 'caf\\xe9'", "'x', 'x\\u200b'"]),
+        (["NaN", "fine"], {}, ["'NaN'"]),
+        (['"0,5"', '"1,5"'], {}, ["0,5"]),
+        (["0.5", "1.5"], {}, ["task.regression=false"]),
+        (["0.5", "1.5"], {"regression": True}, []),
+        (["0.5", "1.5"], {"regression": False}, []),
+        (["1", "2"], {}, []),
+    ],
+)
+def test_classes_that_may_be_a_mistake_are_named(tmp_path: Path, labels: list, settings: dict, names: list) -> None:
+    config = TaskConfig(name="own", path="files", modality="text", data_files=csv(tmp_path, labels * 20), **settings)
+    found = sources.label_warnings(tasks.load(config).labels, config)
+    assert len(found) == len(names)
+    assert all(name in line and line.startswith("task=own: ") for name, line in zip(names, found, strict=True))
 
 
 @pytest.mark.parametrize("missing", ["", "nan", "NaN", "inf"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -178,6 +179,12 @@ def test_rows_that_two_splits_share_are_those_of_the_same_bytes(tmp_path: Path) 
     assert shared_inputs(images(paths[:2]), others) == 0
     stored = images([{"path": None, "bytes": (tmp_path / "again.bmp").read_bytes()}])  # as a table has them
     assert shared_inputs(stored, others) == 1
+    big = [{"path": None, "bytes": number.to_bytes(1, "big") * 2**16} for number in range(200)]
+    table, other = images(big), images(big[100:])
+    tracemalloc.start()
+    assert shared_inputs(table, other) == 100
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**16  # bytes: of less than half of the images
+    tracemalloc.stop()
     pairs = [{"text": "a", "text_pair": "b", "label": 0}, {"text": "b", "text_pair": "a", "label": 1}]
     pairs = datasets.Dataset.from_list(pairs)
     assert shared_inputs(pairs, pairs.select([0])) == 1  # whatever the label

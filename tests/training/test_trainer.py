@@ -27,7 +27,7 @@ from partial_lora.tasks.metrics import standard_error
 from partial_lora.training import checkpoints, objectives, predictions
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
-from partial_lora.training.distributed import World
+from partial_lora.training.distributed import World, join
 from partial_lora.training.fsdp import ShardedTrainer
 from partial_lora.training.trainer import (
     OVERRIDDEN,
@@ -37,6 +37,7 @@ from partial_lora.training.trainer import (
     ResumableTrainer,
     UninterruptedCollate,
     build_trainer,
+    check_arguments,
     data_workers,
     mixed_precision,
     still_rising,
@@ -167,6 +168,14 @@ def test_optimizer_schedule_and_further_arguments_are_transformers_own(tmp_path:
 def test_a_name_that_is_none_and_an_argument_that_a_run_sets_are_refused(settings: dict, key: str) -> None:
     with refusal(key):
         TrainerConfig(**settings)
+
+
+def test_arguments_that_transformers_refuses_together_are_found_before_anything_is_computed() -> None:
+    world = join("cpu")
+    check_arguments(TrainerConfig(args={"dataloader_prefetch_factor": 2}, num_workers=1), world)
+    for name, value in (("dataloader_prefetch_factor", 2), ("torch_compile_backend", "nothing")):
+        with refusal("trainer.args=", name, "expected"):
+            check_arguments(TrainerConfig(args={name: value}), world)
 
 
 def test_every_argument_that_a_run_sets_is_refused(tmp_path: Path, monkeypatch) -> None:
