@@ -36,6 +36,7 @@ from partial_lora.masks import (
     Count,
     FanIn,
     Granularity,
+    Mask,
     Rows,
     Selection,
     Sparsity,
@@ -68,7 +69,7 @@ PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
         *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
+        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying", "layer_replication"),
         # How each adapter is sized, scaled, drawn and run.
         *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
         *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config"),
@@ -81,7 +82,6 @@ PASSED = frozenset(
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
     "lora_bias": "it would train entries that no mask covers",
-    "layer_replication": "two modules would share one name and its masks",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
     "use_bdlora": "its factors are block diagonal",
@@ -358,7 +358,18 @@ class PartialLoraConfig(LoraConfig):
         # Without spaces: it may have millions of indices.
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         write_atomic(Path(save_directory, sidecar.FILE_NAME), text + "\n")
-        complete_card(Path(save_directory))
+        complete_card(Path(save_directory), size=self._size(masks, geometries))
+
+    def _size(self, masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]) -> str:
+        """Return a sentence on how many numbers train of those of plain LoRA."""
+        trained = whole = 0
+        for module, shapes in geometries.items():
+            for axis, factor in zip(AXES, (shapes.b, shapes.a), strict=True):
+                mask: Mask = getattr(masks[module], axis)
+                whole += math.prod(factor)
+                trained += 0 if axis == self.frozen_axis else round(math.prod(factor) * len(mask.kept) / mask.size)
+        share = 1 - trained / whole
+        return f"Of the {whole:,} numbers in the low-rank factors {trained:,} were trained (sparsity {share:.3f})."
 
     def __getstate__(self) -> dict:
         """Leave out the model: a copy is not yet in one, and a file of the config does not hold it."""

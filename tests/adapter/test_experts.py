@@ -101,7 +101,7 @@ def test_experts_are_saved_loaded_merged_and_trained_as_in_lora(tmp_path, kind, 
     factors = {name: each for name, each in model.named_modules() if isinstance(each, MaskedFactor)}
     for name, module in twin.named_modules():
         if name in factors:
-            trains = any(factors[name].parameters())
+            trains = bool([*factors[name].parameters()])
             exists = factors[name].fill(torch.ones_like(factors[name].kept)).detach() * trains
             module.weight.register_hook(lambda gradient, exists=exists: gradient * exists)
     for each in (model.train(), twin.train()):
