@@ -16,7 +16,7 @@ from partial_lora.adapter import sidecar
 from partial_lora.adapter.config import PartialLoraConfig, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
-from partial_lora.adapter.model import adapter_layers, base_name, check_unmerged, config_of
+from partial_lora.adapter.model import adapter_layers, base_name, config_of
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
@@ -40,10 +40,12 @@ def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: s
         here, there = getattr(config, key), getattr(new, key)
         if here != there:
             raise PartialLoraError(f"{key} is {there!r}: expected {here!r}, as of {adapter_name!r}, for a hot swap.")
-    check_unmerged(model)
     if config.target_parameters:
         raise PartialLoraError("target_parameters: expected modules alone for a hot swap of masked adapters.")
     layers = adapter_layers(model, adapter_name)
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise PartialLoraError(f"{name} has {adapter_name!r} merged into it: call unmerge_adapter() first.")
     geometries = {name: geometry(name, layer, new.rank_of(name)) for name, layer in layers.items()}
     masks = new.choose_masks(geometries)
     values = as_factors({base_name(key): value for key, value in tensors.items()})

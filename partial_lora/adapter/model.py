@@ -144,9 +144,9 @@ class PartialLoraModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
-            layer, name = parent.get_submodule(target_name), loaded_name(current_key)
-            while isinstance(layer, ParamWrapper) and layer.parameter_name != kwargs["parameter_name"]:
-                layer = layer.base_layer
+            name, parameter = loaded_name(current_key), kwargs.get("parameter_name")
+            is_wrapped = isinstance(target, ParamWrapper) and target.parameter_name == parameter
+            layer = target if is_wrapped else parent.get_submodule(target_name)  # wrapped before, or now
             masks, geometries = cast(Drawn, self._drawn)
             options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
             options["frozen"] = lora_config.frozen(name, geometries[name])

@@ -122,8 +122,10 @@ def test_experts_may_have_shares_of_their_own_and_stand_beside_plain_lora(tmp_pa
     assert kept.tolist() == [12, 10, 7, 5]
     write_compact(model, tmp_path)
     assert torch.equal(logits(load_compact(base("qwen3"), tmp_path)), expected)
-    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
+    for second, config in (("plain", LoraConfig), ("masked", PartialLoraConfig)):
+        model.add_adapter(second, config(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
     assert torch.equal(logits(model), expected)
+    assert module_masks(model, "masked")[name] != module_masks(model)[name]
 
 
 def test_the_names_that_a_class_had_before_stand_for_its_fused_experts():
