@@ -23,19 +23,29 @@ _ENOUGH = 0.05  # of a stage's work, or a minute of it, is done before it says h
 class _Stage:
     """A stage under way: its bar and lines, and the share of its work that was done at each time.
 
-    bar: the number of its bar, on a terminal. printed: when the last line about it was.
+    bar: the number of its bar, on a terminal. printed: when the last line about it was. expected: when and how many
+    seconds the stage was said to take, before its own pace showed.
     """
 
     printed: float
     bar: TaskID | None = None
     ended: bool = False
+    expected: tuple[float, float] | None = None
     began: tuple[float, float] | None = None  # seconds and share at the first unit: what came before was no work of it
     lately: deque[tuple[float, float]] = field(default_factory=deque)
 
     def left(self, now: float, share: float | None) -> str:
-        """Return the time that is left, as the last half of the time that has passed would have it; "" if not known."""
-        if share is None:
-            return ""
+        """Return the time that is left, as the last half of the time that has passed would have it.
+
+        Before that shows, it is what the stage was said to take; "" if nothing is known.
+        """
+        seconds = None if share is None else self._by_its_pace(now, share)
+        if seconds is None and self.expected:
+            at, whole = self.expected
+            seconds = whole - (now - at)
+        return "" if seconds is None or seconds < 0 else f"{timedelta(seconds=round(seconds))} left"
+
+    def _by_its_pace(self, now: float, share: float) -> float | None:
         if self.began is None or share < self.lately[-1][1]:  # it begins, or does so again
             self.began = now, share
             self.lately.clear()
@@ -46,8 +56,8 @@ class _Stage:
             self.lately.popleft()
         since, before = self.lately[0]
         if share == before or not (share - at >= _ENOUGH or passed >= 2 * _EVERY):
-            return ""
-        return f"{timedelta(seconds=round((now - since) / (share - before) * (1 - share)))} left"
+            return None
+        return (now - since) / (share - before) * (1 - share)
 
 
 class Bars:
@@ -85,7 +95,8 @@ class Bars:
     def update(self, event: Mapping) -> None:
         """Draw one event of a worker: how many units of a stage are done, and of how many (None: not known).
 
-        Units that take unlike time come with the `share` of the stage's work that is done, or None if it is not known.
+        Units that take unlike time come with the `share` of the stage's work that is done, which then says when it has
+        ended. `left`: the seconds that the stage is expected to take from now on.
         """
         name, done, total = event["stage"], event["done"], event["total"]
         if "note" in event:
@@ -107,6 +118,8 @@ class Bars:
         detail += [f"validation {metric} {value:.4f}" for metric, value in event.get("validation", {}).items()]
         now, is_new = time.monotonic(), name not in self._stages
         stage = self._stages.setdefault(name, _Stage(now))
+        if "left" in event:
+            stage.expected = now, event["left"]
         left = stage.left(now, share)
         if self._console.is_terminal:
             if is_new:
@@ -118,7 +131,7 @@ class Bars:
             self.note(f"{name} …")
         if stage.ended:  # validation begins again after every epoch
             return
-        if share is not None and done >= total:
+        if share is not None and share >= 1:
             stage.ended = True
             self.note(f"{name} done")
         elif now - stage.printed >= _EVERY:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from partial_lora import credentials
 from partial_lora.bars import Bars, bar
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from partial_lora.building.info import Outline
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
+    from partial_lora.finished.run import FinishedRun
 
 _RUN = "a finished run: its path, `latest`, or the start of its id (`partial-lora runs` lists them)"
 
@@ -76,7 +77,7 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno is None:  # of a library
             raise
-        place = escaped(str(error.filename or "a file"))
+        place = escaped(str(error.filename or ("a file")))
         print(f"partial-lora: {place}: {error.strerror}; check its name, rights and disk", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
@@ -104,8 +105,22 @@ def _complete(arguments: list[str]) -> int:
     """Print the shell's completion script, or the words that may come next; return the exit code."""
     from partial_lora.completion import complete
 
-    print(complete(arguments[-1], list(COMMANDS)))
+    print(complete(arguments[-1], list(COMMANDS), parser_of))
     return 0
+
+
+def parser_of(command: str) -> argparse.ArgumentParser | None:
+    """Return the parser of a command, caught before it reads a word; None for a command whose words Hydra reads."""
+    if command in ("train", "calibrate", "info"):
+        return None
+    _Parser.is_wanted = True
+    try:
+        COMMANDS[command][0]([])
+    except _WantedError as wanted:
+        return wanted.args[0]
+    finally:
+        _Parser.is_wanted = False
+    return None
 
 
 def _overview(arguments: list[str]) -> int:
@@ -125,8 +140,30 @@ def _overview(arguments: list[str]) -> int:
     parser.error("expected a command first")
 
 
+class _WantedError(Exception):
+    """A parser that was asked for, on its way to who asked."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are, in place of a page."""
+    """A parser whose errors are one line, as all others are, in place of a page.
+
+    is_wanted: a parser that is about to read words is raised instead, for completion.
+    """
+
+    is_wanted = False
+
+    def parse_known_args(self, *arguments, **settings):
+        if _Parser.is_wanted:
+            raise _WantedError(self)
+        return super().parse_known_args(*arguments, **settings)
+
+    def parse_known_intermixed_args(self, *arguments, **settings):
+        if _Parser.is_wanted:
+            raise _WantedError(self)
+        return super().parse_known_intermixed_args(*arguments, **settings)
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        print(message, end="", file=file)  # argparse would say nothing of a disk that is full
 
     def error(self, message: str) -> NoReturn:
         raise PartialLoraError(f"{message}; `{self.prog} --help` says more")
@@ -309,8 +346,9 @@ def compare(arguments: Sequence[str]) -> int:
     parser = _parser(
         "compare",
         "Find out which method is best on your task at one size or under one limit. Every method searches "
-        "for its learning rate and is trained with two seeds. From there seeds go to what is undecided, until the best "
-        "is known or the time is over. It ends with a verdict in words, a table, a page, and the files to act with. "
+        "for its learning rate; of more than three, those that are behind after half a run go no further. The others "
+        "are trained with two seeds. From there seeds go to what is undecided, until the best is known or the time is "
+        "over. It ends with a verdict in words, a table, a page, and the files to act with. "
         "Finished runs are not run again.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
         "methods=[low_rank,partial,entries] margin=2 hours=1",
@@ -328,31 +366,33 @@ def compare(arguments: Sequence[str]) -> int:
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "stage=methods alone is that stage of the study that its file lists",
     )
-    from partial_lora.settings.comparison import of_one, of_study, read
+    from partial_lora.compare.options import check, of_one, of_study, read
 
     parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
-    comparison = of_one([chosen for chosen, _ in parts])
+    options = of_one([chosen for chosen, _ in parts])
+    for part in parts:
+        check(*part)
     with _libraries():
-        from partial_lora.compare import Contest
+        from partial_lora.compare.comparison import Comparison
     from rich.console import Console
 
     say = functools.partial(print, flush=True)
-    contest = Contest.of(comparison, parts)
-    contest.measure(say)
+    comparison = Comparison.of(options, parts)
+    comparison.measure(say)
     with Bars(Console()) as bars:
-        code = contest.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
+        code = comparison.run(say, watch=bars.update, note=bars.note, sweep=functools.partial(_stage, "train"))
     if code > 2:
         print("the same command goes on from here", file=sys.stderr)
         return code
-    for line in contest.refused:
+    for line in comparison.remarks:
         print(f"partial-lora: {line}", file=sys.stderr)
-    ruling = contest.rule(shlex.join(["partial-lora", "compare", *arguments]))
-    if ruling is None:
+    conclusion = comparison.conclude(shlex.join(["partial-lora", "compare", *arguments]))
+    if conclusion is None:
         return 1
-    Console().print(ruling.table)
-    for sentences, take in ruling.verdicts:
+    Console().print(conclusion.table)
+    for sentences, take in conclusion.verdicts:
         print(*sentences, take, sep="\n")
-    print(ruling.page)
+    print(conclusion.page)
     return code
 
 
@@ -494,7 +534,7 @@ def predict(arguments: Sequence[str]) -> int:
     PartialLoraError for a run or an argument that is none.
     """
     parsed = _predict_parser().parse_intermixed_args(list(arguments))
-    run = finished_run(parsed.run)
+    run = _answering(parsed.run)
     task = one_task(run, parsed.member).config.task
     if parsed.max_new_tokens and kind_of(task).answers != "text":
         raise PartialLoraError(f"--max-new-tokens: task={task.name} generates no texts; leave it out")
@@ -524,6 +564,18 @@ def predict(arguments: Sequence[str]) -> int:
             done += len(inputs)
             advance(done, total)
     return code
+
+
+def _answering(place: Path) -> FinishedRun:
+    """Return the finished run that a user names; of `latest`, say on stderr which one it is."""
+    run = finished_run(place)
+    if place.name == directory.LATEST:
+        test, config = run.result["metrics"]["test"], run.config
+        score = test.get(test["primary"])
+        shown = f"{score:.4f}" if isinstance(score, (int, float)) else "no number"
+        of = f"{config.task.name}, {config.model.name}, {config.method.name}, test {test['primary']} {shown}"
+        print(escaped(f"{place}: {of} ({run.directory})"), file=sys.stderr)
+    return run
 
 
 def _forget_stdout() -> None:
@@ -652,7 +704,7 @@ def generate(arguments: Sequence[str]) -> int:
     _add_member(parser)
     _add_device(parser)
     parsed = parser.parse_args(list(arguments))
-    run = finished_run(parsed.run)
+    run = _answering(parsed.run)
     run.check_causal(run.directory)
     one_task(run, parsed.member)
     prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""

@@ -1,11 +1,12 @@
-"""Completion of a command line by the shell: commands, Hydra's groups and keys, and runs; files are the shell's own."""
+"""Completion of a command line by the shell: commands, options, groups and keys, and runs; files are the shell's."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,7 +55,14 @@ _PLAIN = re.compile(r"[\w.,:=/+@%~-]*")  # a shell takes such a word as it is; a
 _COMPOSED = ("train", "calibrate", "info", "compare")  # commands that take groups and keys; others take a run
 
 
-def complete(action: str | None, commands: Sequence[str]) -> str:
+ParserOf = Callable[[str], ArgumentParser | None]  # of a command's options; None for one that Hydra reads
+
+
+def _none(command: str) -> None:
+    """Return no parser."""
+
+
+def complete(action: str | None, commands: Sequence[str], parser_of: ParserOf = _none) -> str:
     """Return what `-sc ACTION` prints: the script that a shell is to run, or the words that its line may go on with.
 
     Raises PartialLoraError for an action that is none.
@@ -65,25 +73,53 @@ def complete(action: str | None, commands: Sequence[str]) -> str:
         raise PartialLoraError(f"--shell-completion {action}: expected {known}")
     if what == "install":
         return _INSTALL[shell]
-    words = candidates(_words(os.environ.get("COMP_LINE", ""))[1:], commands)
+    words = candidates(_words(os.environ.get("COMP_LINE", ""))[1:], commands, parser_of)
     is_part = ("=", ".", "/")
     return "\n".join(word if shell == "fish" or word.endswith(is_part) else f"{word} " for word in words)
 
 
-def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
+def candidates(words: Sequence[str], commands: Sequence[str], parser_of: ParserOf = _none) -> list[str]:
     """Return what the last of a command line's words may become; the first is the name of a command."""
     *before, word = words or [""]
-    if not before:
+    command, before = (before[0], [earlier for earlier in before[1:] if earlier]) if before else (None, [])
+    parser = parser_of(command) if command in commands else None
+    takes, places = _read(parser, before)
+    name, equals, _ = word.partition("=")
+    if command is None:
         found = list(commands)
-    elif before[0] in _COMPOSED:
-        found = _settings([earlier for earlier in before[1:] if earlier], word)
-    elif before[0] in commands and not any(before[1:]):
+    elif takes is not None and not word.startswith("-"):
+        found = [str(choice) for choice in takes.choices or ()]
+    elif parser and equals and (option := _options(parser).get(name)):
+        found = [f"{name}={choice}" for choice in option.choices or ()]
+    elif parser and word.startswith("-"):
+        found = [option for option in _options(parser) if option.startswith("--") and option not in before]
+    elif command in _COMPOSED:
+        found = _settings(before, word)
+    elif command in commands and (not places or command == "merge"):
         found = list(_runs(Path("results")))
-    elif before[0] == "evaluate":
+    elif command == "evaluate":
         found = [candidate for candidate in _settings([], word) if candidate.startswith("task")]
     else:
         found = []
     return [candidate for candidate in found if candidate.startswith(word) and _PLAIN.fullmatch(candidate)]
+
+
+def _options(parser: ArgumentParser) -> dict[str, Action]:
+    return {string: action for action in parser._actions for string in action.option_strings}
+
+
+def _read(parser: ArgumentParser | None, words: Sequence[str]) -> tuple[Action | None, list[str]]:
+    """Return the option whose value comes next on a line, None for none, and the words that are no option's."""
+    takes, places = None, []
+    for word in words:
+        option = _options(parser).get(word) if parser else None
+        if option is not None:
+            takes = option if option.nargs != 0 else None
+        elif takes is None:
+            places.append(word)
+        elif takes.nargs not in ("*", "+"):
+            takes = None
+    return takes, places
 
 
 def _words(line: str) -> list[str]:

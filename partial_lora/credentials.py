@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 HIDDEN = "[hidden]"
@@ -70,17 +70,25 @@ def redact_output() -> None:
 
 def as_it_is(stream: TextIO) -> TextIO:
     """Return the stream beneath one that hides credentials: a user's own inputs are printed as they are."""
-    return stream.beneath if isinstance(stream, _Redacting) else stream
+    return _Redacting(stream.beneath, str) if isinstance(stream, _Redacting) else stream
 
 
 class _Redacting:
-    """A stream that hides credentials in what is written to it, and passes all else on to the stream beneath."""
+    """A stream that hides credentials in what is written to it, and passes all else on to the stream beneath.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.beneath = stream
+    Its errors name it: what could not be written is gone, so that nobody could find out later.
+    """
+
+    def __init__(self, stream: TextIO, change: Callable[[str], str] = redacted) -> None:
+        self.beneath, self._change = stream, change
 
     def write(self, text: str) -> int:
-        self.beneath.write(redacted(text))
+        try:
+            self.beneath.write(self._change(text))
+        except OSError as error:
+            streams = {"<stdout>": "standard output", "<stderr>": "standard error"}
+            error.filename = streams.get(getattr(self.beneath, "name", None))
+            raise
         return len(text)
 
     def writelines(self, lines) -> None:

@@ -56,7 +56,9 @@ class ProofError(PartialLoraError):
 
 
 def in_yaml(value: object) -> str:
-    """Return a value as a user writes it: null, true and false where Python has words of its own."""
+    """Return a value as a user writes it: null, true and false where Python has words of its own, in lists, too."""
+    if isinstance(value, list):
+        return f"[{','.join(map(in_yaml, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 

@@ -8,6 +8,7 @@ shows a file that was cut short, changed, lost or added later.
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -206,6 +207,37 @@ def building(folder: Path) -> Iterator[Path]:
         shutil.rmtree(_replaced(folder), ignore_errors=True)
 
 
+@contextmanager
+def written(path: Path, remedy: str) -> Iterator[None]:
+    """Raise PartialLoraError, one line with a remedy, where the block cannot write what is to lie at `path`.
+
+    An error of reading passes: it names a file that lies elsewhere.
+    """
+    try:
+        yield
+    except Exception as error:
+        if reason := _why_unwritten(error, path):
+            raise PartialLoraError(f"{path} cannot be written ({reason}): {remedy}") from error
+        raise
+
+
+def _why_unwritten(error: BaseException, path: Path) -> str | None:
+    """Return why something was not written, in the system's words where the error has them; None for other errors.
+
+    safetensors hides an OSError in a text, numpy counts what was written, and torch.save says no more than where in its
+    own source it stopped.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        is_there = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
+        return error.strerror if is_there else None
+    hidden = re.search(r"(?:I/O error: )?([^:]+) \(os error \d+\)", str(error))
+    if hidden and type(error).__name__ == "SafetensorError":
+        return hidden[1].strip()
+    in_part = r"PytorchStreamWriter|inline_container|basic_ios|\d+ requested and \d+ written"
+    is_in_part = isinstance(error, (RuntimeError, OSError)) and re.search(in_part, str(error))
+    return "the disk took a part of it alone" if is_in_part else None
+
+
 _LOCKED_WITHIN = 60  # seconds after a folder is made
 
 
@@ -271,6 +303,17 @@ def _sync(path: Path) -> None:
 # Checksums.
 
 
+def sha256_once(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex; a file of the same size and time is not read again."""
+    stat = path.stat()
+    return _sha256_once(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _sha256_once(path: Path, *_: int) -> str:
+    return file_sha256(path)
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex, read a part at a time."""
     digest = hashlib.sha256()
@@ -287,27 +330,42 @@ def seal(built: Path, folder: Path) -> None:
 
 
 def _mark(folder: Path) -> None:
-    paths = {name: folder / name for name in _files(folder)}
-    entries = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
+    entries = {name: entry(folder / name) for name in _files(folder)}
     (folder / MARKER).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+
+
+def entry(path: Path) -> dict[str, int | str]:
+    """Return what tells a file from any other: its size in bytes and its SHA-256."""
+    return {"size": path.stat().st_size, "sha256": sha256_once(path)}
 
 
 def fault(folder: Path) -> str | None:
     """Return the first difference between a sealed folder and its marker, naming the file; None where it is whole."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        expected = {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MARKER} is missing or cannot be read"
     for name in sorted(set(_files(folder)) - set(expected)):
         return f"{name} is not one of its files"
-    for name, (size, sha256) in expected.items():
+    return difference(folder, expected)
+
+
+def difference(folder: Path, expected: Mapping[str, Mapping | int | None]) -> str | None:
+    """Return the first file of a folder that is not as expected, in words; None where all are.
+
+    expected: by the name of each file its `entry`, or its size alone, or None where it only has to be there.
+    """
+    for name, known in expected.items():
+        known = known if isinstance(known, Mapping) else {"size": known}
         try:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
             measured = (folder / name).stat().st_size
-            if measured != size:
-                return f"{name} has {measured} bytes, not {size}"
-            if file_sha256(folder / name) != sha256:
-                return f"the SHA-256 of {name} is not {sha256}"
+            if known.get("size") not in (None, measured):
+                return f"{name} has {measured} bytes, not {known['size']}"
+            if known.get("sha256") not in (None, sha256_once(folder / name)):
+                return f"the SHA-256 of {name} is not {known['sha256']}"
         except OSError as error:
             return f"{name} cannot be read, {error.strerror}"
     return None

@@ -23,11 +23,11 @@ from partial_lora.budget import dense_parameters
 from partial_lora.building import build, memory
 from partial_lora.calibration.few_shot import halves_few_shot
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.finished.run import FinishedRun
+from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
 from partial_lora.methods import tuners
-from partial_lora.methods.setting import training
+from partial_lora.methods.setting import heard, training
 from partial_lora.models.skeleton import skeleton_of
 from partial_lora.peers import of_first
 from partial_lora.report import card
@@ -61,7 +61,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
-    config = memory.within(config)
+    config = at_commits(memory.within(config), record.get("commits") or {})  # an attempt goes on over the same models
     method = build.method_of(config.method)
     sharded = fsdp.ask(config.trainer.strategy)
     world = join(config.trainer.device)
@@ -98,19 +98,22 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
                 " expected calibration=fixed and a method that ranks nothing, or other modules"
             )
 
+        earlier = build.earlier_calibration(directory / results.CALIBRATION, targets, world) if calibrated else None
+
         # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
         examples, scores, draws = build.few_shot_of(config, task, transform, model), None, None
         if reads_weights:
             with timed(record, "calibrate" if calibrated else "importance"):
                 draws = build.draws_of(config, task.train)
+                if calibrated and not (earlier or config.calibration.file):
+                    examples.announce(targets, draws, world.size)
                 scores = of_first(world, lambda: examples.importance(targets, draws))
 
         # Calibration: from the few examples and the frozen model to one sparsity for each module and axis.
         if calibrated:
             calibrate = partial(examples.calibrate, scores, peers=world)
             with timed(record, "calibrate"):
-                calibration = build.earlier_calibration(directory / results.CALIBRATION, targets, world)
-                calibration = calibration or build.calibration(config.calibration.file, targets, draws, calibrate)
+                calibration = earlier or build.calibration(config.calibration.file, targets, draws, calibrate)
             agreement = {}
             if config.calibration.reliability:
                 with timed(record, "reliability"):
@@ -134,7 +137,11 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)
     setting = build.setting_of(config, shapes, sparsity, scores, experts)
-    adapted = method(model, setting)
+    with heard() as warned:
+        adapted = method(model, setting)
+    record["warnings"] += warned
+    for warning in warned:
+        logger.warning("beware: %s", warning)
     dense = dense_parameters(shapes, setting.rank)
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
@@ -187,6 +194,9 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     if pause.is_over:
         record["status"] = results.PAUSED
+        paused = judge.judged(objectives.predicts(trainer), trainer.model, "validation")
+        if world.is_main:  # by which rows a comparison tells apart runs that have not ended
+            files.write_atomic(directory / results.VALIDATION, paused.predictions.to_parquet(index=False))
         return
     record["training"]["selected"] = trainer.state.best_global_step
     if unreached.names:

@@ -79,7 +79,7 @@ def work(place: Path, stage: str) -> int:
         if is_main:
             files.sync(place)  # before the record says that the files are there
         if record["status"] != directory.PAUSED:
-            record |= {"status": "finished", "files": directory.file_sizes(place)}
+            record |= {"status": "finished", "files": directory.entries(place)}
     except BaseException as error:  # whatever ended the run, its record says so
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal

@@ -528,7 +528,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work(composed: Config) -> int:
         return analyse(what, versions.plain(composed) | {"analysis": options}, words)
 
-    return compose.compose(f"analyses {what}", rest, work)
+    return compose.compose(f"analyses {what}", paper_calibration(rest), work)
+
+
+def paper_calibration(overrides: Sequence[str]) -> list[str]:
+    """Return settings with the paper's calibration in place of the default, unless they choose one."""
+    chosen = any(word.startswith("calibration=") for word in overrides)
+    return [*overrides] if chosen else ["calibration=threshold", *overrides]
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import building, write_atomic
-from partial_lora.launching.compare import checked
 from partial_lora.launching.directory import INTERRUPTED, read_result
 from partial_lora.launching.paths import run_directory
 from partial_lora.methods import called
+from partial_lora.settings.compose import checked
 
 METHODS = ("partial", "lora", "low_rank", "entries")
 FACTORS = (0.5, 2.0)

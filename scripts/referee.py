@@ -9,11 +9,14 @@ best score on test loses. A rate that the full search did not try counts as one 
 without any search stand beside it: by today's rule, which has seen all sets, and by that rule moved by what the method
 wanted on the other sets.
 
+*Race*: the methods of a recorded study, set and size are searched as above and trained to a share of their steps; the
+few of the least loss on validation are left, and the best of all may be among those that are not.
+
 *Seeds*: studies are drawn with the components of variance of results/decided, whose truth is known, and judged by
 `report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
 or as good though it is further off than the margin.
 
-Writes referee.md and spread.csv into results/referee.
+Writes referee.md, races.csv and spread.csv into results/referee.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -31,8 +35,8 @@ import pandas as pd
 import protocol
 
 from partial_lora import cli
-from partial_lora.files import write_atomic
-from partial_lora.launching.search import QUARTER, Search, Trial, quick, worth
+from partial_lora.compare.halving import HALF, QUARTER, SURVIVORS, Asked, Search, Trial, early, quick, worth
+from partial_lora.files import grouped, write_atomic
 from partial_lora.report import ranking, records, sequential
 from partial_lora.settings import rates
 
@@ -45,10 +49,11 @@ COUNT = 3  # rates that a search begins with
 # --- The search.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A recorded search. runs: records by rate and seed; best: its rate; suits: the rate of today's rule."""
 
+    study: str
     task: str
     form: str
     size: str
@@ -62,8 +67,8 @@ class Cell:
         tried = sorted(rate for rate, seed in self.runs if seed == 0)[1:-1]
         return min(tried, key=lambda rate: abs(math.log2(rate / self.suits)))
 
-    def replayed(self, searching: Search) -> tuple[float | None, float]:
-        """Return the rate that a search ends with, and its cost in runs of the first seed."""
+    def replayed(self, searching: Search | Asked) -> tuple[float | list[float] | None, float]:
+        """Return what a search ends with, and its cost in runs of the first seed."""
         reached: dict[float, float] = {}
         trials = next(searching)
         while True:
@@ -81,6 +86,11 @@ class Cell:
         steps = [entry["step"] for entry in history if "eval_loss" in entry]
         seen = [step / steps[-1] for step in steps if step >= trial.until * steps[-1]]
         return seen[0] if seen else trial.until
+
+    def scores(self, rate: float) -> float:
+        """Return the score on test at a rate, over as many seeds as the best rate has."""
+        best = fmean(_test(record) for (own, _), record in self.runs.items() if own == self.best)
+        return best - self.lost(rate)
 
     def lost(self, rate: float) -> float:
         """Return what the best rate scores on test above another, the mean over the seeds that both have."""
@@ -109,7 +119,7 @@ def cells(results: Path) -> list[Cell]:
             density = counts["adapter_trainable"] / counts["adapter_dense"]
             width = rates.width(shapes) if shapes else 384  # records without shapes are of bundled models
             suits = rates.auto(record["config"], width=width, density=density)
-            found.append(Cell(task, form, size, runs, rates.ranked(tried)[0], suits))
+            found.append(Cell(study, task, form, size, runs, rates.ranked(tried)[0], suits))
     return found
 
 
@@ -169,6 +179,67 @@ def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# --- The race of methods.
+
+LEAST_METHODS = 5  # of a race
+LOOKED_AT = (QUARTER, HALF, 1.0)  # shares of their steps after which all but some methods are dropped
+LEFT = (1, 2, 3, 4)
+ALLOWED = 0.5  # points that a rule may lose on other sets, where one is chosen by them
+
+
+def races(all_cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return a row for each race, share and number of methods left, with what their best scores below the best of all.
+
+    A method's score is the mean on test at the rate that its quick search ends with. dropped: the best of all, if it is
+    not among those left. runs: whole ones of the first seed for each method, searches included.
+    """
+    rows = []
+    for (study, task, size), group in grouped(all_cells, lambda cell: (cell.study, cell.task, cell.size)).items():
+        searched = {cell: cell.replayed(early(cell.centre, COUNT))[0] for cell in group}
+        searched = {cell: by_loss for cell, by_loss in searched.items() if by_loss}
+        if len(searched) < LEAST_METHODS:
+            continue
+        whole = {cell: cell.replayed(quick(cell.centre, COUNT)) for cell in searched}
+        scores = {cell: cell.scores(rate) for cell, (rate, _) in whole.items()}
+        best = max(scores, key=scores.__getitem__)
+        for until, left in product(LOOKED_AT, LEFT):
+            losses = {cell: -worth(cell.runs[rates[0], 0], until)[1] for cell, rates in searched.items()}
+            kept = sorted(losses, key=losses.__getitem__)[:left]
+            half = {cell: cell.replayed(early(cell.centre, COUNT))[1] + until - QUARTER for cell in searched}
+            spent = sum(whole[cell][1] if cell in kept else half[cell] for cell in searched)
+            rows.append(
+                {"study": study, "set": task, "size": size, "methods": len(searched), "until": until, "left": left}
+                | {"lost": 100 * (scores[best] - max(scores[cell] for cell in kept))}
+                | {"dropped": "" if best in kept else best.form, "runs": spent / len(searched)}
+            )
+    return pd.DataFrame(rows)
+
+
+def over_races(found: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each share and number: points lost, how often the best is dropped, and what a method takes."""
+    rules = found.assign(dropped=found["dropped"] != "").groupby(["until", "left"], sort=False)
+    table = rules.agg(races=("lost", "size"), lost=("lost", "mean"), most=("lost", "max"), dropped=("dropped", "mean"))
+    return table.assign(runs=rules["runs"].mean()).reset_index()
+
+
+def left_out(found: pd.DataFrame) -> pd.DataFrame:
+    """Return what each set loses by the rule that is chosen on the others, and by the default.
+
+    It is the cheapest that loses half a point there, or less.
+    """
+    rows = []
+    for task in dict.fromkeys(found["set"]):
+        others = over_races(found[found["set"] != task])
+        fit = others[others["lost"] <= ALLOWED] if (others["lost"] <= ALLOWED).any() else others.nsmallest(1, "lost")
+        rule = fit.nsmallest(1, "runs").iloc[0]
+        own = found[found["set"] == task].groupby(["until", "left"])["lost"].mean()
+        rows.append(
+            {"set": task, "rule by the others": f"{rule['left']:.0f} after {rule['until']:g}"}
+            | {"points lost by it": own[rule["until"], rule["left"]], "by the default": own[HALF, SURVIVORS]}
+        )
+    return pd.DataFrame(rows)
+
+
 # --- The seeds.
 
 MARGIN, REPETITIONS, ROWS = 0.01, 400, 100
@@ -221,12 +292,12 @@ def drawn(
     return {str(method): dict(enumerate(own)) for method, own in enumerate(scores)}
 
 
-def is_false(judged: sequential.Referee, truth: Sequence[float], margin: float) -> bool:
+def is_false(judged: sequential.Decisions, truth: Sequence[float], margin: float) -> bool:
     """Return whether a study says something that is not so."""
-    for name, standing in judged.standings.items():
-        behind = (truth[int(standing.against)] - truth[int(name)]) / 100
-        if (standing.verdict == sequential.WORSE and behind <= 0) or (
-            standing.verdict == sequential.AS_GOOD and behind > margin
+    for name, decision in judged.by_method.items():
+        behind = (truth[int(decision.against)] - truth[int(name)]) / 100
+        if (decision.verdict == sequential.WORSE and behind <= 0) or (
+            decision.verdict == sequential.AS_GOOD and behind > margin
         ):
             return True
     return False
@@ -243,20 +314,20 @@ def simulate(parts: dict[str, tuple[float, float, float, int]], repetitions: int
         for plan in PLANS.items()
     ):
         generator = np.random.default_rng(list(parts).index(task))  # the same studies for every plan
-        studies = [sequential.referee(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
+        studies = [sequential.decide(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
         settled = [
-            fmean(each.standings[name].verdict != sequential.OPEN for name in each.standings if name != each.leader)
+            fmean(each.by_method[name].verdict != sequential.OPEN for name in each.by_method if name != each.leader)
             for each in studies
         ]
-        seeds = [sum(standing.seeds for standing in each.standings.values()) / len(truth) for each in studies]
+        seeds = [sum(decision.seeds for decision in each.by_method.values()) / len(truth) for each in studies]
         row = {"truth": title, "seeds are": kind, "set": task, "plan": plan, "seeds a method": fmean(seeds)}
         false = fmean(is_false(each, truth, MARGIN) for each in studies)
         rows.append(row | {"false studies": false, "decided": fmean(settled)})
     return pd.DataFrame(rows)
 
 
-def page(searched: pd.DataFrame, seeds: pd.DataFrame) -> str:
-    """Return both tables as Markdown; of the sets of a simulation, the mean."""
+def page(searched: pd.DataFrame, raced: pd.DataFrame, seeds: pd.DataFrame) -> str:
+    """Return the tables as Markdown; of the sets of a simulation, the mean."""
     policies = searched.drop(columns=["cells", "hours of the full search"])
     for name, digits in (("within a factor of two", 1), ("same rate", 0), ("share", 0)):
         policies[name] = [f"{100 * value:.{digits}f} %" for value in policies[name]]
@@ -271,6 +342,7 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame) -> str:
         f"The search for a learning rate, replayed on {cells:.0f} recorded ones, whose runs but those of the best rate "
         f"took {hours:.1f} hours of one core. A share is of these. Points lost are on test, over seeds that both have.",
         policies.round(2).to_markdown(index=False),
+        *_of_races(raced),
         f"Seeds in turn beside 3 and 8 for all: {REPETITIONS} studies of each kind and set, with the variances of "
         f"{', '.join(seeds['set'].unique())}, {ROWS} test rows that weigh as those do, and a margin of one point. "
         "Truths are in points below the best. Heavy: seeds by Student's t with three degrees of freedom. Uneven: one "
@@ -280,15 +352,39 @@ def page(searched: pd.DataFrame, seeds: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _of_races(found: pd.DataFrame) -> list[str]:
+    """Return what a race comes to, the sets that a rule was not made on, and the races that the default loses by."""
+    table = over_races(found)
+    names = {"lost": "points lost", "most": "at most", "dropped": "best dropped", "runs": "runs a method"}
+    shown = table.assign(dropped=[f"{100 * share:.0f} %" for share in table["dropped"]]).rename(columns=names)
+    default = found[(found["until"] == HALF) & (found["left"] == SURVIVORS)]
+    missed = default[default["dropped"] != ""].sort_values("lost", ascending=False)
+    columns = ["study", "set", "size", "methods", "dropped", "lost"]
+    return [
+        "The race of methods: after a share of their steps (until) at the best rate of a quarter, the few of the least "
+        "loss on validation are left. Points lost are on test: the best method of all less the best of those left, "
+        f"each at the rate of its quick search, over {len(default)} races of {LEAST_METHODS} methods or more. A run is "
+        "a whole one, searches included, before any second seed. Losses of single validation rows are not recorded: "
+        "`compare` lets methods go on, too, that these do not tell from the third.",
+        shown.round(2).to_markdown(index=False),
+        f"One set left out: the cheapest rule that loses at most {ALLOWED:g} points on the others.",
+        left_out(found).round(2).to_markdown(index=False),
+        f"Races in which {SURVIVORS} after half a run drop the best method:",
+        missed[columns].round(2).to_markdown(index=False),
+    ]
+
+
 @cli.script
 def main() -> None:
-    searched = replay(cells(RESULTS))
+    all_cells = cells(RESULTS)
+    searched, raced = replay(all_cells), races(all_cells)
     parts = components(RESULTS)
     seeds = simulate(parts, REPETITIONS)
     out = RESULTS / "referee"
     out.mkdir(exist_ok=True)
     write_atomic(out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
-    write_atomic(out / "referee.md", page(searched, seeds))
+    write_atomic(out / "races.csv", raced.to_csv(index=False, float_format="%.4g"))
+    write_atomic(out / "referee.md", page(searched, raced, seeds))
     print(out / "referee.md")
 
 

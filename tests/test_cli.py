@@ -154,6 +154,7 @@ def test_calibrate_ends_with_every_module_and_what_to_beware_of(place: Path) -> 
     (run,) = (path.parent for path in place.glob("told/calibrations/*/*/*/result.json"))
     result = json.loads((run / "result.json").read_text())
     lines = done.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines[:3]].count("calibrate") == 1  # what it will take
     for module, axes in result["sparsity"].items():
         (line,) = (line for line in lines if line.startswith(f" {module} "))
         assert f" {axes['rows']:.3f} " in line
@@ -341,6 +342,18 @@ def test_a_command_leaves_its_blocks_when_it_is_terminated_and_says_so_when_its_
     assert cli.guarded(unread) == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize("arguments", [["runs", "--help"], ["-sc", "query=fish"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_an_output_on_a_full_disk_is_one_line(monkeypatch, capsys, arguments) -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # which it says once more as it is closed
+        monkeypatch.setattr(sys, "stdout", full)
+        code = cli.main(arguments)
+        monkeypatch.undo()
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("partial-lora: ")
+
+
 def test_a_weight_of_merge_is_a_finite_number(capsys) -> None:
     for weight in ("nan", "inf", "much"):
         assert cli.main(["merge", "one", "other", "--weights", weight, "1", "--out", "merged"]) == 2
@@ -419,18 +432,19 @@ def test_rows_and_settings_to_beware_of_are_said_and_recorded(place: Path) -> No
     for name in ("rows.csv", "same.csv"):
         (place / name).write_text("text,label\n" + rows)
     files = "task.data_files={train: rows.csv, test: same.csv}"
-    own = ("model=tiny_bert", "task=text_table", files, "method=lora", "trainer.max_steps=1", "trainer.device=cpu")
-    own += ("trainer.batch_size=32",)
+    own = ("model=tiny_bert", "task=text_table", files, "calibration=fixed", "method.rank=1000")
+    own += ("trainer.batch_size=32", "trainer.max_steps=1", "trainer.device=cpu")
     done = here(place, "train", *own, "trainer.learning_rate=2", "results_dir=beware", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     (file,) = place.glob("beware/runs/*/*/*/*/result.json")
-    warnings = json.loads(file.read_text())["warnings"]
+    *warnings, of_adapter = json.loads(file.read_text())["warnings"]
+    assert re.match(r"(\d+) of \1 modules ", of_adapter)  # which train more numbers than they can change
     keys = ["trainer.learning_rate", "trainer.batch_size=32", "task=text_table"]
     assert [warning.partition(": ")[0] for warning in warnings] == keys
     assert "16 of 18" in warnings[2]  # two are of the validation that is cut from them
     assert all(f"{key}: " in done.stdout.partition("beware ")[2] for key in keys)
     log = file.with_name("train.log").read_text()
-    assert all(warning in log for warning in warnings)
+    assert all(warning in log for warning in (*warnings, of_adapter))
     assert "beware: trainer.learning_rate" in done.stdout  # before anything is trained
 
 

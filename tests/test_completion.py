@@ -18,7 +18,9 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.completion import candidates, complete
+from partial_lora.finished.forms import FORMS
 from partial_lora.launching import directory
+from partial_lora.report import SPREADS
 from partial_lora.settings.schema import defaults
 
 SECONDS = 60  # in which a shell has ended, or something is wrong
@@ -42,6 +44,14 @@ SECONDS = 60  # in which a shell has ended, or something is wrong
         ("predict ", ["latest", "0123abcd/seed0", "0123abcd/seed1", "4567abcd"], True),
         ("predict 4", ["4567abcd"], True),
         ("predict 4567abcd w", [], True),
+        ("export latest --to ", list(FORMS), True),
+        ("export latest --to=g", ["--to=gguf"], True),
+        ("export --to gguf l", ["latest"], True),
+        ("export latest --to gguf --", ["--out", "--check", "--help"], True),
+        ("evaluate latest --split v", ["validation"], True),
+        ("merge latest 4567abcd --weights 1 2 --h", ["--help", "--how"], True),
+        ("report --spread ", list(SPREADS), True),
+        ("train --to ", ["method="], False),
     ],
 )
 def test_a_line_goes_on_with_commands_groups_keys_and_runs(line, among, whole, tmp_path, monkeypatch) -> None:
@@ -50,7 +60,7 @@ def test_a_line_goes_on_with_commands_groups_keys_and_runs(line, among, whole, t
     for name in ("lora-0123abcd/seed0", "lora-0123abcd/seed1", "vera-4567abcd/seed0"):
         (tmp_path / "results" / "runs" / "digits" / "tiny_vit" / name).mkdir(parents=True)
     directory.link_latest("results", Path("results/runs/digits/tiny_vit/vera-4567abcd/seed0"))
-    found = candidates(line.split(" "), list(cli.COMMANDS))
+    found = candidates(line.split(" "), list(cli.COMMANDS), cli.parser_of)
     assert set(found) == set(among) if whole else set(among) < set(found)
 
 

@@ -118,6 +118,12 @@ def test_a_log_says_every_half_minute_how_far_a_stage_is_and_the_time_that_is_le
     ]
 
 
+def test_what_a_stage_is_said_to_take_is_left_until_its_pace_shows() -> None:
+    expected = [(0, {"done": 0, "total": 9, "share": 0.0, "left": 100.0}), (40, {"done": 0, "total": 9, "share": 0.0})]
+    paced = (40, {"done": 4, "total": 9, "share": 0.5})
+    assert [seconds_left(line) for line in lines(*expected, paced)[1:]] == [60, 40]
+
+
 def test_work_of_unlike_cost_is_weighed_by_its_cost() -> None:
     """Ten units each take a tenth less than the one before: from the first line on the time left is right."""
     costs = [100 - 10 * number for number in range(10)]

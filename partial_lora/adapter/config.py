@@ -133,7 +133,7 @@ class PartialLoraConfig(LoraConfig):
             stands for B and "columns" for A wherever both are named), or "groups" (rows and columns fall into random
             groups that share one set of values up to random signs: none is zero, and as many numbers train).
         selection: how the kept ones are chosen: "random" (by ``mask_seed``) or "top" (by ``scores`` or ``indices``).
-        mask_seed: the seed of random masks, a whole number; no other seed moves them.
+        mask_seed: the seed of random masks, 0 or more; no other seed moves them.
         count: the number of random entries kept: "exact" (the share, rounded; at least one) or, for granularity
             "element" only, "bernoulli" (each on its own with probability 1 - sparsity; at least one).
         scores: for "top", the importance of all that may be kept: the largest stay, and the lower index among equals.
@@ -193,8 +193,8 @@ class PartialLoraConfig(LoraConfig):
         """Normalise our settings; raise PartialLoraError for an option that is refused or a value out of range."""
         refuse_options(self)
         self._check_choices()
-        if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool):
-            raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number.")
+        if not isinstance(self.mask_seed, Integral) or isinstance(self.mask_seed, bool) or self.mask_seed < 0:
+            raise PartialLoraError(f"mask_seed is {self.mask_seed!r}: expected a whole number, 0 or more.")
         self.mask_seed = int(self.mask_seed)  # from numpy's types, which JSON does not know
         self.r, self.lora_alpha, self.lora_dropout = map(_plain, (self.r, self.lora_alpha, self.lora_dropout))
         for name in ("rank_pattern", "alpha_pattern"):

@@ -75,8 +75,11 @@ class PartialLoraModel(LoraModel):
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise PartialLoraError("the base model is split by tensor parallelism: load it without tp_plan.")
         modules = dict(model.named_modules())
-        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-        names = [name for name in modules if name and not name.startswith(inside)]
+        names, inside = [], None
+        for name, module in modules.items():  # what is inside a layer follows it
+            if name and not (inside and name.startswith(inside)):
+                names.append(name)
+                inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
         targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
         patterns = peft_config.target_modules or []
         ends = set() if isinstance(patterns, str) else {end for name in names for end in _ends(name)}
@@ -210,19 +213,19 @@ class PartialLoraModel(LoraModel):
         if not isinstance(config, PartialLoraConfig):
             return state
         _save_with(config, model, adapter_name)  # which is saved next
-        rank, names = saved_rank(model, adapter_name), _layer_names(model)
+        rank = saved_rank(model, adapter_name)
         for key in [key for key in state if key.endswith((".kept", ".weight"))]:
             path, _, name = key.rpartition(".")
             factor = model.get_submodule(path) if ".lora_" in path else None
             if isinstance(factor, MaskedFactor):
                 layer, part, _ = path.rsplit(".", 2)
-                value = state.pop(key)
+                value, module = state.pop(key), model.get_submodule(layer)
                 dense = factor.dense(value) if name == "kept" else value
-                if not isinstance(model.get_submodule(layer), ParamWrapper):
+                if not isinstance(module, ParamWrapper):
                     dense = factor.padded(dense, rank)
-                if part == "lora_B" and (power := config.own_scaling(names[layer])[0]) != 1:
+                if part == "lora_B" and (power := config.own_scaling(_layer_name(base_name(layer), module))[0]) != 1:
                     dense = dense * power
-                if isinstance(model.get_submodule(layer), PartialEmbedding):
+                if isinstance(module, PartialEmbedding):
                     state[f"{layer}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
                 else:
                     state[f"{path}.weight"] = dense
@@ -287,8 +290,8 @@ def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
 
 
 def loaded_name(name: str) -> str:
-    """Return a name in the base model without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    """Return a name in the base model without what torch.compile and FSDP 1 put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def base_name(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -29,6 +29,7 @@ from partial_lora.adapter.model import (
     saved_rank,
 )
 from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import difference, read_json
 
 
 def warm_start(
@@ -64,7 +65,7 @@ def warm_start(
 
     Raises PartialLoraError, and leaves the model as it was, where the two do not fit: another rank, other modules or
     shapes, a trained head or bias that the adapter does not train, options of LoRA that do not go with masks, a merged
-    adapter, a missing, broken or pickled file.
+    adapter, a missing, broken or pickled file, and one that is not as the finished run whose adapter it is recorded it.
     """
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
@@ -132,6 +133,8 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
     for path in paths:
         if not path.is_file():  # PEFT would look for it on the hub
             raise PartialLoraError(f"{where} has no {path.name}: expected a LoRA's folder, or OWNER/NAME of the hub.")
+    if fault := _fault_by_record(paths[0].parent, [path.name for path in paths]):
+        raise PartialLoraError(f"{where}: {fault}, as its run recorded it: restore it, or train the run again.")
     try:
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
@@ -139,6 +142,17 @@ def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | Non
         raise PartialLoraError(f"{where} has no {files} that can be read: {one_line(error)}") from None
     config = _checked(config, where)
     return _Source(where, config, as_factors({base_name(key): tensors[key] for key in tensors if _trains(config, key)}))
+
+
+def _fault_by_record(folder: Path, names: Sequence[str]) -> str | None:
+    """Return which file is not as a finished run, whose adapter the folder is, recorded it; None for no such run."""
+    folder = folder.resolve()
+    try:
+        recorded = dict(read_json(folder.parent / "result.json")["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    of_files = {name: recorded.get(f"{folder.name}/{name}") for name in names}
+    return difference(folder, of_files)
 
 
 def _trains(config: LoraConfig, key: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import peak, size
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.search import passes_at_most, sparsity_levels
+from partial_lora.calibration.search import most_passes
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates
@@ -81,9 +81,7 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
         source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
     elif method.traits.size == "calibrated":
         sparsity, source = _expected_sparsity(config, shapes)
-        levels = len(sparsity_levels(calibration.levels, calibration.max_sparsity))
-        axes = 1 if calibration.axes == "joint" else 2
-        passes = passes_at_most(len(shapes), axes, levels, search=calibration.search, repair=calibration.repair)
+        passes = most_passes(calibration, len(shapes))
     elif method.traits.dense:
         sparsity, granularity, source = 0.0, "rows_columns", "nothing is masked"
     if sparsity is None or method.traits.own_ranks or method.rank == "auto":  # ranks of their own decide

@@ -32,18 +32,22 @@ from partial_lora.calibration.repair import relax
 from partial_lora.calibration.result import Calibration, usual_of, warnings_of
 from partial_lora.calibration.score import Score
 from partial_lora.calibration.search import (
+    BACKWARD,
     BOTH,
     CURVE_AXES,
-    MOST_CHECKED,
+    FORWARD,
     SEARCHES,
     Curve,
     Levels,
     both_axes,
+    checks,
     curve_of,
     in_order,
     line,
+    most_passes,
     passes,
     points_of,
+    seconds_at_most,
     sparsity_levels,
     threshold_of,
     walk,
@@ -54,7 +58,6 @@ from partial_lora.models.modes import frozen
 from partial_lora.models.targets import target_linears
 from partial_lora.peers import Alone, Peers, gathered, of_first
 
-_FORWARD, _BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 
 Progress = Callable[..., None]
@@ -114,10 +117,10 @@ def calibrate(
         peers: the processes that share the modules. All make the same call and get the same result; rank 0 keeps the
             store. In a cumulative scope, where modules wait for each other, rank 0 works alone.
         progress: called as progress(done, total, share=, module=, axis=, sparsity=) after each curve, with axis "joint"
-            where both axes share it; gradients predict all curves at once, before that done is 0. share: how much of
-            the time that all takes has passed; None where that is not known, as in a repair and in a scan for a budget,
-            which counts again for each threshold tried. The first call is progress(0, total, share=), once the intact
-            model has been scored. None: a bar, on a terminal.
+            where both axes share it; gradients predict all curves at once, before that done is 0. share: of the work
+            that is done, or of the most that there can be, as in a repair and for a budget, which counts curves again
+            for each threshold tried. The first call is progress(0, total, share=0, left=), with the seconds that all
+            will take at most, by a first pass: over a few rows, or over the intact model. None: a bar, on a terminal.
 
     Raises:
         PartialLoraError: in one line, for a target that the model does not have, an argument out of range, a baseline
@@ -126,6 +129,7 @@ def calibrate(
     began = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names an adapter does not have
     model = getattr(model, "get_base_model", lambda: model)()  # with its adapters, of a PeftModel
+    require(isinstance(model, nn.Module), "model", model, "a torch.nn.Module")
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
@@ -208,8 +212,17 @@ def _algorithm_1(
     above = chance if config.chance == "majority" else None
     modules = list(units[0])
 
-    # (1) The score of the frozen model.
+    # (1) The score of the frozen model, and how long all will take.
+    def expect(seconds: float, *outputs: int) -> None:
+        left = seconds_at_most(config, len(modules), seconds, *outputs, processes=peers.size)
+        progress(0, len(modules) * len(CURVE_AXES[config.axes]), share=0.0, left=left)
+
+    if trial := curves.trial():
+        expect(*trial)
+    began = time.perf_counter()
     baseline = gathered(peers, curves.intact)[0]
+    if not trial:
+        expect(time.perf_counter() - began)
     store.check_baseline(baseline)
 
     def enough(score: float, threshold: float) -> bool:
@@ -250,7 +263,9 @@ def _algorithm_1(
             "modules": _entries(way.curve, levels, final, config.scope),
         }
 
-    return of_first(peers, together)
+    found = of_first(peers, together)
+    way.tell(way.total, 1.0)
+    return found
 
 
 @dataclass
@@ -270,15 +285,20 @@ class _Measured:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.axes = CURVE_AXES[self.config.axes]
+        config = self.config
+        self.axes = CURVE_AXES[config.axes]
         self.total = len(self.modules) * len(self.axes)
-        # How many thresholds a budget tries, and how many levels a repair relaxes, is not known before.
-        self.is_known = not self.config.repair and (self.config.budget is None or self.config.search == "gradient")
-        self.tell(0, 0.0)
+        # How many thresholds a budget tries, and how many levels a repair relaxes, is not known before, but bounded.
+        self.is_known = not config.repair and (config.budget is None or config.search == "gradient")
+        self.most, self.told = most_passes(config, len(self.modules)) / self.peers.size, (0, 0.0)
 
     def tell(self, done: int, share: float, **detail: object) -> None:
         """Tell the progress how many curves, and which share of all work, are done."""
-        self.progress(done, self.total, share=share if self.is_known else None, **detail)
+        if not self.is_known and (detail or share < 1):
+            share = min(0.99, self.curves.evaluations / self.most)
+        if detail or (done, share) != self.told:
+            self.progress(done, self.total, share=share, **detail)
+        self.told = done, share
 
     def levels(self, threshold: float, least: float) -> Levels:
         """Return the levels at the only threshold that is asked for. least: the score that is just enough."""
@@ -372,17 +392,17 @@ class _Predicted(_Measured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        points = self.total * len(self.grid)
+        self.checks = checks(points, self.curves.outputs) if self.config.budget is None else 0  # at most
         self.predicting = 0.0  # the share of all work that predicts; the rest evaluates points
 
         def seen(examples: float, outputs: int) -> None:
-            cost = _FORWARD + outputs * _BACKWARD
-            self.predicting = cost / (cost + (MOST_CHECKED if self.config.budget is None else 0))
+            cost = FORWARD + outputs * BACKWARD
+            self.predicting = cost / (cost + self.checks)
             self.tell(0, examples * self.predicting)
 
         self.predicted = of_first(self.peers, lambda: self.curves.predicted(self.axes, self.grid, seen))
         self.found: dict[Point, bool] = {}  # points that were evaluated: whether the score was enough
-        if self.config.budget is not None:
-            self.tell(self.total, 1.0)
 
     def levels(self, threshold: float, least: float) -> Levels:
         sufficient = partial(self.enough, threshold=threshold)
@@ -390,13 +410,13 @@ class _Predicted(_Measured):
 
         def survives(module: str, axis: str, level: float) -> bool:
             is_enough = self.curves.survives(module, axis, level, sufficient)
-            share = self.predicting + (1 - self.predicting) * next(evaluated) / MOST_CHECKED
+            share = self.predicting + (1 - self.predicting) * next(evaluated) / self.checks
             self.tell(0, share, module=module, axis=axis, sparsity=level)
             return is_enough
 
-        near = partial(checked, self.predicted, self.grid, enough=sufficient, line=least, survives=survives)
+        of_line = {"enough": sufficient, "line": least, "outputs": self.curves.outputs}
+        near = partial(checked, self.predicted, self.grid, **of_line, survives=survives)
         self.found |= of_first(self.peers, near)
-        self.tell(self.total, 1.0)
         return self.levels_at(threshold)
 
     def levels_at(self, threshold: float) -> Levels:

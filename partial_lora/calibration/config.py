@@ -51,7 +51,11 @@ def _as_floats(sparsity: Any) -> Any:
 
 @dataclass
 class CalibrationConfig:
-    """Choice of the sparsity of each module and axis on a handful of examples."""
+    """Choice of the sparsity of each module and axis on a handful of examples.
+
+    These defaults are the paper's, as `calibrate` in Python has them. What a command takes where it names none is the
+    file of conf/calibration that conf/config.yaml chooses: a search by gradients, on fewer examples.
+    """
 
     threshold: float = 0.9  # share of the frozen model's score that must be left
     # trainable parameters, in place of the threshold: a share of dense LoRA's (at most 1) or a number
@@ -60,7 +64,7 @@ class CalibrationConfig:
     kept: Optional[float] = None
     shots: int = 16  # scored examples of each class
     share: float = 0.03  # texts: share of the training rows to score, in place of shots; 0: take shots
-    # most examples of each of the two draws, for the head and for the score; null: no limit
+    # most examples of each of the two draws, for the head and for the score, but one a class at least; null: no limit
     max_samples: Optional[int] = None
     seed: Optional[int] = 0  # draws these examples and the random numbers of importance; null: the run's seed
     # a calibration.json whose sparsities are used in place of a calibration
@@ -110,7 +114,7 @@ class CalibrationConfig:
         one_of("calibration.search", self.search, "scan", "bisect", "gradient")
         one_of("calibration.axes", self.axes, "separate", "joint")
         one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
-        around = "independent: calibration.search=gradient predicts from the intact model"
+        around = "independent, or calibration.search=scan or bisect: gradient predicts from the intact model"
         require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
         one_of("calibration.chance", self.chance, "ignore", "majority")
         require(0 <= self.shrink <= 2, "calibration.shrink", self.shrink, "a number in [0, 2]")

@@ -61,12 +61,20 @@ class Curves:
         store: Store,
     ) -> None:
         self.evaluations = 0
+        self.outputs = search.COMPETING  # of each example, as far as `trial` has told
         self._model, self._score, self._modules, self._importance = model, score, modules, importance
         self._store = store
         self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
         self._chosen: search.Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
         self._unsettled: set[str] = set()  # modules altered for good that the score does not know of yet
+
+    def trial(self) -> tuple[float, int] | None:
+        """Return `FewShotScore.measured` of the model as it is; None of a score that has none."""
+        if not hasattr(self._score, "measured"):
+            return None
+        seconds, self.outputs = self._score.measured(self._model)
+        return seconds, self.outputs
 
     def intact(self) -> float:
         """Return the score of the model as it is. Raises PartialLoraError where it is no finite number."""
@@ -205,8 +213,14 @@ class Curves:
             yield
 
     def _score_of_model(self) -> float:
+        if not callable(self._score):
+            raise PartialLoraError(f"score: expected a function score(model) -> float, found {self._score!r:.60}")
         self.evaluations += 1
-        return float(self._score(self._model))
+        score = self._score(self._model)
+        with suppress(TypeError, ValueError, RuntimeError):
+            if not isinstance(score, (str, bytes)):  # of which float() would read digits
+                return float(score)
+        raise PartialLoraError(f"score: expected a number from score(model), found {score!r:.60}")
 
 
 class Store:

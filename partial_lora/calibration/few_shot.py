@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ from partial_lora.calibration.importance import MEASURES, NEEDS_DATA, ModuleScor
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
+from partial_lora.calibration.search import most_passes, seconds_at_most
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
@@ -165,6 +167,18 @@ class FewShot:
     drawn: Mapping[str, object] = field(default_factory=dict)
     sizes: Sequence[int] = ()
 
+    def announce(self, modules: Sequence[str], draws: Draws, processes: int = 1) -> None:
+        """Say what the calibration will take, as a pass over a few rows tells; importance has a bar of its own."""
+        scored = batches_of(self.train, draws.scored, self.transform)
+        one_pass, outputs = self._score(scored).measured(self.model)
+        passes = most_passes(self.config, len(modules), outputs)
+        left = seconds_at_most(self.config, len(modules), one_pass, outputs, processes=processes)
+        bound = "about" if self.config.search == "gradient" else "at most"
+        note = (
+            f"{bound} {timedelta(seconds=round(left))}: at most {passes:,} passes over {len(draws.scored):,} examples"
+        )
+        worker_events.emit("calibrate", 0, len(modules), share=0.0, left=left, note=note)
+
     def importance(self, modules: Sequence[str], draws: Draws) -> ModuleScores:
         """Return the importance of every row and column of the modules.
 
@@ -174,14 +188,21 @@ class FewShot:
         name, seed, options = self.measure.name, self.config.seed, self._options()
         targets = {module: self.model.get_submodule(module) for module in modules}
         if name not in NEEDS_DATA:
-            return {
-                module: scores_of(module, layer.weight, name, seed=seed, options=options)
-                for module, layer in targets.items()
-            }
+            costs = {module: layer.weight.numel() * min(layer.weight.shape) for module, layer in targets.items()}
+            scores, spent = {}, 0
+            for module, layer in targets.items():
+                worker_events.emit("importance", len(scores), len(targets), share=spent / sum(costs.values()))
+                scores[module] = scores_of(module, layer.weight, name, seed=seed, options=options)
+                spent += costs[module]
+            worker_events.emit("importance", len(targets), len(targets), share=1.0)
+            return scores
         fit = self.transform.training_batches(self.train.select(draws.fit), _BATCH)
         loss = partial(mean_loss_within, self.sizes) if self.sizes else None
         with few_shot_head(self.model, self.head, fit, sizes=self.sizes):
             return data_scores(name, self.model, targets, fit, seed=seed, options=options, loss=loss)
+
+    def _score(self, scored: Sequence[Batch]) -> FewShotScore:
+        return FewShotScore(self.model, scored, self.config.score, self.blocks, self.config.memory, self.sizes)
 
     def _options(self) -> dict[str, object]:
         """Return the options that the measure takes: its keys, and the adapter's rank and alpha if it trains one."""
@@ -216,9 +237,9 @@ class FewShot:
             decides["sizes"] = list(self.sizes)
         key = _key(weights_digest(self.model, exclude=self.head or ""), (*fit, *scored), decides)
         with few_shot_head(self.model, self.head, fit, peers, self.sizes):
-            return calibrate(
+            found = calibrate(
                 self.model,
-                FewShotScore(self.model, scored, config.score, self.blocks, config.memory, self.sizes),
+                self._score(scored),
                 config,
                 target_modules=list(scores),
                 importance=dict(scores),
@@ -229,6 +250,8 @@ class FewShot:
                 peers=peers,
                 progress=lambda done, total, **detail: worker_events.emit(stage, done, total, **detail),
             )
+        worker_events.emit(stage, 1, 1, share=1.0)  # one that was found in the cache has told nothing
+        return found
 
 
 def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:

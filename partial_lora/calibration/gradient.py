@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_lora.calibration.reuse import wrapped
-from partial_lora.calibration.search import BOTH, Curve, Levels, checks, scan
+from partial_lora.calibration.search import BOTH, COMPETING, Curve, Levels, checks, scan
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 
@@ -134,11 +134,12 @@ def checked(
     enough: Callable[[float], bool],
     line: float,
     survives: Callable[[str, str, float], bool],
+    outputs: int = COMPETING,
 ) -> dict[Point, bool]:
     """Evaluate some points of the predicted curves, as many as `checks` gives their scan; return which survive.
 
     line: the score that is just enough. survives: evaluates a point. Each time it is the point, among the chosen levels
-    and those after them, whose prediction is nearest to the line.
+    and those after them, whose prediction is nearest to the line. outputs: those of each example that compete.
     """
     evaluated: dict[Point, bool] = {}
 
@@ -148,7 +149,7 @@ def checked(
 
     levels = levels_of(predicted, grid, enough)
     tried = sum(grid.index(beside(level)[-1]) + 1 for axes in levels.values() for level in axes.values()) if grid else 0
-    for _ in range(checks(tried)):
+    for _ in range(checks(tried, outputs)):
         distances = {
             (module, axis, near): abs(predicted[module][axis][near][0] - line)
             for module, axes in levels.items()

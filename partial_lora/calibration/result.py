@@ -187,5 +187,8 @@ def usual_of(calibration: Calibration) -> list[str]:
         elif calibration.budget is None and needed != math.inf:  # a budget has no line, nothing reaches an infinite one
             where = f"below the threshold's line ({needed:.3g})"
         if where:
-            words.append(f"the frozen model with all sparsities at once scores {joint:.3g}, {where}")
+            words.append(
+                f"the frozen model with all sparsities at once scores {joint:.3g}, {where}: it says how much modules "
+                "depend on each other, and nothing of the adapter, which leaves the frozen weights whole"
+            )
     return words

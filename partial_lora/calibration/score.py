@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ Score = Callable[[nn.Module], float]
 
 MEMORY = 2**31
 _NO_INPUTS = ("labels", "items", "answers")
+_TRIAL = 1.0  # seconds of passes over a few rows that tell how long one over all of them takes
 
 
 @runtime_checkable
@@ -53,6 +55,11 @@ def _together(output: Any, batch: Batch) -> tuple[Tensor, Batch]:
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
     return logits, {name: batch[name].to(logits.device) for name in _NO_INPUTS if name in batch}
+
+
+def _entries(batch: Batch) -> int:
+    """Return the size of a batch's first input: of texts padding counts, too."""
+    return next(value.numel() for name, value in batch.items() if name not in _NO_INPUTS)
 
 
 @dataclass
@@ -155,6 +162,24 @@ class FewShotScore:
             agrees = earlier is not None and set(earlier.seen) == set(tally.seen)
             self._stopped[module, (low, high)] = tally if agrees else None
         return low, high
+
+    def measured(self, model: nn.Module) -> tuple[float, int]:
+        """Return the seconds of a full pass, as its first rows take them, and how many outputs of each example compete.
+
+        Rows double until a second has passed, so that this takes little more however large a model is.
+        """
+        batch = self._batches[0]
+        count, width = len(batch["labels"]), _entries(batch)
+        with frozen(model):
+            start = time.perf_counter()
+            for number, rows in enumerate((1, *(2**power for power in range(count.bit_length())))):
+                began = time.perf_counter()
+                outputs, places = self._competing(model, batch, slice(0, rows))
+                outputs.sum().item()  # which waits for an accelerator
+                now = time.perf_counter()
+                if now - start > _TRIAL and number:  # the first pass also warms up
+                    break
+        return (now - began) * sum(map(_entries, self._batches)) / (width * rows / count), places.shape[1]
 
     def predicted(
         self,

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.masks import AXES, Sparsity
 
 BOTH = "joint"  # one level zeroes that share of the rows and of the columns
@@ -19,7 +20,9 @@ Levels = dict[str, dict[str, float]]  # {module: {axis of a curve: level}}
 UNKNOWN: Bounds = (-math.inf, math.inf)
 NOT_A_NUMBER: Bounds = (math.nan, math.nan)
 COMPETING = 10  # outputs of each example whose gradients are taken
+FORWARD, BACKWARD = 2.0, 5.0  # cost of a pass with gradients, in passes over an altered model, half of one over all
 CHECKED, MOST_CHECKED = 0.05, 32  # share of a scan's points on predicted curves that are evaluated; at most so many
+_BEFORE = 3  # passes before the search: to fit the head, to put examples in order, to score the intact model
 _ROUNDING = 1e-9  # a share of a score is not exact in floating point
 
 
@@ -88,26 +91,66 @@ Search = Callable[[Callable[[float], bool], Sequence[float]], float]
 SEARCHES: dict[str, Search] = {"scan": scan, "bisect": bisect, "gradient": scan}  # "gradient" scans predicted curves
 
 
-def checks(points: float) -> int:
-    """Return how many points are evaluated where a scan of predicted curves tries `points`."""
-    return min(math.floor(CHECKED * points), MOST_CHECKED)
+def checks(points: float, outputs: float = COMPETING) -> int:
+    """Return how many points are evaluated where a scan of predicted curves tries `points`.
+
+    outputs: those of each example whose gradients predicted. The points take no longer than these: a language model,
+    which has one, would else spend nearly all of its calibration on points.
+    """
+    return min(math.floor(CHECKED * points), MOST_CHECKED, round(FORWARD + outputs * BACKWARD))
 
 
-def passes_at_most(modules: int, axes: int, levels: int, *, search: str, repair: bool = False) -> int:
+def passes_at_most(
+    modules: int,
+    axes: int,
+    levels: int,
+    *,
+    search: str,
+    repair: bool = False,
+    spends: bool = False,
+    outputs: float = COMPETING,
+) -> int:
     """Return the most full passes that can be needed: every point that a search can try, and the joint score.
 
     A repair relaxes at most every level of every curve, and takes a joint score whenever it doubles or halves.
-    Gradients take one forward pass, a backward pass for each competing output, and the points that are evaluated.
+    Gradients take one forward pass, a backward pass for each of the `outputs` that compete, and the points that are
+    evaluated. spends: a budget, of which a scan may need whole curves, and gradients evaluate no point.
     """
-    tried = math.ceil(math.log2(levels + 1)) if search == "bisect" else levels
+    tried = math.ceil(math.log2(levels + 1)) if search == "bisect" and not spends else levels
     points = modules * axes * tried
     if search == "gradient":
-        points = 1 + COMPETING + checks(points)
+        points = math.ceil(1 + outputs + (0 if spends else checks(points, outputs)))
     if not repair:
         return points + 1
     steps = modules * axes * levels
     every = points if search == "gradient" else steps  # the order of steps needs the levels that a bisection skips
     return every + 1 + 2 * math.ceil(math.log2(steps + 1))
+
+
+def most_passes(config: CalibrationConfig, modules: int, outputs: int = COMPETING) -> int:
+    """Return the most passes that can be needed once the intact model has been scored (`passes_at_most`)."""
+    return passes_at_most(
+        modules,
+        len(CURVE_AXES[config.axes]),
+        len(sparsity_levels(config.levels, config.max_sparsity)),
+        search=config.search,
+        repair=config.repair,
+        spends=config.budget is not None,
+        outputs=outputs,
+    )
+
+
+def seconds_at_most(
+    config: CalibrationConfig, modules: int, one_pass: float, outputs: int = COMPETING, *, processes: int = 1
+) -> float:
+    """Return the most seconds that a calibration can take, by those of a pass over the intact model.
+
+    outputs: those of each example whose gradients are taken.
+    """
+    passes = most_passes(config, modules, outputs)
+    if config.search == "gradient":  # which one process predicts; gradients take longer than passes
+        return one_pass * (_BEFORE + passes + outputs * (BACKWARD / FORWARD - 1))
+    return one_pass * (_BEFORE + passes / processes)
 
 
 def in_order(modules: Sequence[str], scope: str) -> list[str]:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, ProofError, one_line
-from partial_lora.files import building, file_sha256
+from partial_lora.files import building, file_sha256, written
 from partial_lora.finished import serving
 from partial_lora.finished.forms import FORMS
 from partial_lora.finished.run import FinishedRun
@@ -78,7 +78,7 @@ def export(
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not directory.tensor_files(folder):
         raise foreign
-    with building(folder) as built:
+    with written(folder, "make room there, or choose another --out"), building(folder) as built:
         WRITE[to](run, built)
         describe(run, built)
         try:
@@ -224,16 +224,24 @@ def _save(model: PreTrainedModel, run: FinishedRun, folder: Path) -> None:
     describe(model, run, folder)
 
 
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a folder for what a check writes, and remove it in the end."""
+    remedy = "make room there, or set TMPDIR to a folder on another disk"
+    with tempfile.TemporaryDirectory(prefix="partial-lora-") as place, written(Path(place), remedy):
+        yield Path(place)
+
+
 def prove_peft(run: FinishedRun, folder: Path, *, is_rounded: bool = False) -> str:
     """Prove that plain PEFT loads the export on the base model without a warning, and computes the run's logits.
 
     Quantised weights are whole again for this: libraries and devices differ in how they multiply them.
     """
     samples = _samples(run)
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as base:
+    with _scratch() as base:
         with quiet():
-            _save(base_model(run, whole=True).float(), run, Path(base))
-        elsewhere = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=Path(base), adapter=folder)}
+            _save(base_model(run, whole=True).float(), run, base)
+        elsewhere = {f"plain PEFT{_whole(run)}": logits_elsewhere(samples, model=base, adapter=folder)}
     adapted, share = adapted_model(run, whole=True).float(), _SHARE if is_rounded else _share(run)
     return _compared(adapted, samples.inputs, elsewhere, folder, share=share)
 
@@ -428,7 +436,7 @@ def logits_elsewhere(
 
     Raises ProofError where the interpreter cannot do so, with the last line of its errors, and for a warning.
     """
-    with tempfile.TemporaryDirectory(prefix="partial-lora-") as place:
+    with _scratch() as place:
         job = {
             "library": library,
             "model": str(Path(model).resolve()),
@@ -436,11 +444,11 @@ def logits_elsewhere(
             "pipeline": samples.pipeline,
             "raw": samples.raw,
             "labels": samples.labels,
-            "inputs": str(Path(place) / "inputs.safetensors"),
-            "logits": str(Path(place) / "logits.safetensors"),
+            "inputs": str(place / "inputs.safetensors"),
+            "logits": str(place / "logits.safetensors"),
         }
         if samples.pipeline == "image-classification":
-            job["raw"] = [str(Path(place) / f"{number}.png") for number in range(len(samples.raw))]
+            job["raw"] = [str(place / f"{number}.png") for number in range(len(samples.raw))]
             for image, file in zip(samples.raw, job["raw"], strict=True):
                 image.save(file)
         save_file({name: tensor.contiguous() for name, tensor in samples.inputs.items()}, job["inputs"])

@@ -20,7 +20,7 @@ from partial_lora.launching.directory import finite
 def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, batch_size: int) -> tuple[Path, dict]:
     """Measure a run on tasks of the harness and write RUN/evaluations/lm-eval-TASKS/evaluation.json.
 
-    tasks: the harness's names, or YAML files of tasks of one's own. Prompts are those of the harness, without a chat
+    tasks: the names of the harness, or YAML files of tasks and groups. Prompts are those of the harness, without a chat
     template. The record has {task: {metric: {value, error}}}, where error is the harness's standard error or null.
     Raises PartialLoraError without the harness, for a run that is no language model's, and for an unknown task.
     """
@@ -36,7 +36,7 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
         ) from error
     start, files = time.perf_counter(), [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task for task in tasks if Path(task) not in files]
-    names += [read_yaml(file, f"--lm-eval {file}")["task"] for file in files]
+    names += map(_name_in, files)
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise PartialLoraError(f"--lm-eval: {unknown[0]} is no task of lm-eval; `lm-eval ls tasks` lists them")
@@ -58,6 +58,18 @@ def evaluate_by_harness(run: FinishedRun, tasks: Sequence[str], *, device: str, 
     folder = run.directory / FOLDER / f"lm-eval-{'-'.join(names)}"
     write(folder, record, pandas.DataFrame())
     return folder, record
+
+
+def _name_in(file: Path) -> str:
+    """Return the name of the task, or of the group of tasks, that a YAML file is of."""
+    content = read_yaml(file, f"--lm-eval {file}")
+    names = [content.get(key) for key in ("group", "task")] if isinstance(content, Mapping) else []
+    name = next((name for name in names if isinstance(name, str)), None)
+    if name is None:
+        raise PartialLoraError(
+            f"--lm-eval {file}: expected a task's file with task: NAME, or a group's with group: NAME"
+        )
+    return name
 
 
 def _measured(values: Mapping[str, object]) -> dict[str, dict[str, float | None]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import building
+from partial_lora.files import building, written
 from partial_lora.finished import export
 from partial_lora.finished.run import FinishedRun
 from partial_lora.models.weights import quiet
@@ -81,7 +81,7 @@ def merge(
             adapted.add_weighted_adapter(names, list(weights), "default", combination_type=way, density=density)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise PartialLoraError(f"--how {way}: PEFT does not combine these ({one_line(error)})") from error
-    with building(folder.resolve()) as built:
+    with written(folder, "make room there, or choose another --out"), building(folder.resolve()) as built:
         adapted.save_pretrained(built, selected_adapters=["default"], save_embedding_layers=False)
         export.describe(adapted.get_base_model(), first, built)
     pairs = combinations(range(len(runs)), 2)

@@ -21,7 +21,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from partial_lora.building import build
-from partial_lora.errors import PartialLoraError, one_line, require
+from partial_lora.errors import PartialLoraError, of_type, one_line, require
 from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
@@ -102,7 +102,12 @@ class Predictor:
         max_new_tokens: int | None = None,
         member: str | None = None,
     ) -> None:
-        run = run if isinstance(run, FinishedRun) else finished_run(Path(run))
+        if not isinstance(run, FinishedRun):
+            expected = "a finished run: its path, latest, or the start of its id"
+            require(isinstance(run, (str, os.PathLike)), "run", run, expected)
+            run = finished_run(Path(run))
+        of_type("member", member, str | None)
+        _whole_or_none("max_new_tokens", max_new_tokens)
         chosen = one_task(run, member)
         self.labels = chosen.labels
         self._batch_size = run.config.trainer.eval_batch_size
@@ -119,7 +124,9 @@ class Predictor:
 
         Raises PartialLoraError that names the first input that cannot be read.
         """
-        require(not isinstance(inputs, str), "inputs", inputs, "a list of inputs")  # of a text, letters are none
+        is_list = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes))  # of a text, letters are none
+        require(is_list, "inputs", inputs, "a list of inputs")
+        _whole_or_none("batch_size", batch_size)
         inputs = list(inputs)
         size = self.window(batch_size)
         predictions = []
@@ -150,6 +157,12 @@ class Predictor:
             for place, prediction in zip(places, predictions, strict=True):
                 outcomes[place] = prediction
         return outcomes
+
+
+def _whole_or_none(key: str, value: int | None) -> None:
+    """Raise PartialLoraError, naming the argument, for what is neither None nor a whole number of at least 1."""
+    of_type(key, value, int | None)
+    require(value is None or value >= 1, key, value, "a whole number of at least 1, or None")
 
 
 @dataclass

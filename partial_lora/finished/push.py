@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import building
+from partial_lora.files import building, written
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.settings.versions import plain, without_places
@@ -36,7 +36,7 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
     from partial_lora.finished import export  # imports torch, which a wrong argument does not wait for
 
     folder = run.directory.resolve() / "export" / "hub"
-    with building(folder) as built:
+    with written(folder, "make room there"), building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)
         OmegaConf.save(OmegaConf.create(without_places(plain(run.config))), built / directory.CONFIG)
         card(built).save(built / "README.md")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import mapped
+from partial_lora.errors import PartialLoraError, one_line
+from partial_lora.files import mapped, read_json
 from partial_lora.launching import directory as results
+from partial_lora.launching import shape
+from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import load, plain
@@ -72,44 +75,73 @@ def finished_run(directory: Path) -> FinishedRun:
             f"{directory}: no such directory, expected that of a run (results/runs/…/seed0), latest, or the start of "
             "its id; `partial-lora runs` lists them"
         )
-    result = results.read_result(directory)
-    if result is None:
-        raise PartialLoraError(f"{directory}: expected the directory of a run, with its record {results.RESULT} in it")
-    if result["status"] != "finished":
-        error = f" ({result['error']})" if result.get("error") else ""
-        raise PartialLoraError(f"{directory}: the run is {result['status']}{error}, expected a finished one")
-    if not result.get("metrics"):
-        raise PartialLoraError(f"{directory}: only calibrated, nothing was trained; `partial-lora train` makes a run")
+    result = _record_of(directory)
     missing = results.missing(directory, result)
     if missing:
         raise PartialLoraError(
-            f"{directory}: {missing}; the same `partial-lora train` with overwrite=true does the run again"
+            f"{directory}: {missing}; restore it, or do the run again: the same `partial-lora train`, overwrite=true"
         )
-    config = _with_found_files(load(result["config"]), directory, result.get("digests") or ())
-    return FinishedRun(directory, _at_commits(config, result.get("commits") or {}), result)
+    try:
+        config = _with_found_files(load(result["config"]), directory, result)
+        check_modality(config.model, config.task)
+        _check_labels(directory, result["labels"])
+        return FinishedRun(directory, at_commits(config, result.get("commits") or {}), result)
+    except (TypeError, ValueError, KeyError, AttributeError, PartialLoraError) as error:
+        raise PartialLoraError(f"{directory / results.RESULT}: foreign, {one_line(error)}") from error
 
 
-def _at_commits(config: Config, commits: Mapping[str, str]) -> Config:
+def _check_labels(directory: Path, labels: list[str]) -> None:
+    """Raise ValueError where a record has other labels than its adapter's config.json, or one of them twice."""
+    described = directory / results.ADAPTER / "config.json"
+    model = read_json(described) if labels and described.is_file() else {}
+    by_place = model.get("id2label") or {}
+    named = model.get("label_names") or [by_place[str(place)] for place in range(len(by_place))]  # of timm, or not
+    if named and named != labels:
+        raise ValueError(f"its labels are {labels!r:.60}, and {described} has others")
+
+
+def _record_of(directory: Path) -> dict:
+    """Return the record of the finished run in a directory; raises PartialLoraError that says what is there else."""
+    record = directory / results.RESULT
+    try:
+        result = results.finished(read_json(record))
+        if found := shape.fault(result, shape.RECORD | {"labels": [str]}):
+            raise ValueError(f"foreign, {found}")
+        return result
+    except OSError as error:
+        raise PartialLoraError(
+            f"{directory}: {results.RESULT}: {error.strerror}; expected the directory of a run, with its record in it"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise PartialLoraError(f"{record}: broken, not JSON; expected the record of a run") from error
+    except ValueError as error:
+        hint = "; expected a finished run" if isinstance(error, results.UnfinishedError) else ""
+        raise PartialLoraError(f"{record}: {error}{hint}") from error
+
+
+def at_commits(config: Config, commits: Mapping[str, str]) -> Config:
     """Return settings whose models of the hub are those that the run was trained over, whatever came later."""
     places = {key.partition(".")[2]: commit for key, commit in commits.items()}
     at = {name: f"{getattr(config.model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
     return replace(config, model=replace(config.model, **at))
 
 
-def _with_found_files(config: Config, run: Path, named: Container[str]) -> Config:
-    """Return settings whose files and folders are found from any directory, where they still lie beside the results.
+def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:
+    """Return settings whose files and folders are found from any directory: where the record says that they were, else
+    from here, else beside the results.
 
-    named: keys of files and folders that the run has read; before 0.3 records have none, and rows alone are found.
+    Before 0.3 records do not say which files and folders the run has read, and rows alone are found.
     """
+    named, places = record.get("digests") or (), record.get("places") or {}
     depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
     parents = run.resolve().parents
-    if Path(config.results_dir).is_absolute() or len(parents) < depth:
-        return config
+    is_movable = not Path(config.results_dir).is_absolute() and len(parents) >= depth
+    beside = [parents[depth - 1]] if is_movable else []
 
     def located(key: str, value: object) -> object:
         if not isinstance(value, str) or (key not in named and ".data_files" not in key):
             return value
-        here = parents[depth - 1] / value
-        return value if Path(value).exists() or not here.exists() else str(here)
+        candidates = [places.get(key, value), value, *(str(folder / value) for folder in beside)]
+        return next((place for place in candidates if Path(place).exists()), value)
 
     return load(mapped(plain(config), located))

@@ -10,6 +10,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.finished.run import FinishedRun
 from partial_lora.settings.arguments import in_grammar, parsed, refuse_group_lists
 from partial_lora.settings.compose import in_one_line, register_schema
+from partial_lora.settings.identity import digests
 from partial_lora.settings.resolving import check_files, with_files
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.versions import plain
@@ -126,10 +127,34 @@ def evaluation_settings(
         if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):
             task = with_files(task, Path(folder))
         if reads_rows:
-            check_files(task)
-    if not of_another:
+            _check_rows(task)
+    if not of_another and not _is_copy(run, trained, task):
         _refuse_another_cut(recorded.data_files, task.data_files)
     return task, trainer
+
+
+def _check_rows(task: TaskConfig) -> None:
+    """Raise PartialLoraError for a file of rows that is not there, with the key that says where it is now."""
+    try:
+        check_files(task)
+    except PartialLoraError as error:
+        files = task.data_files
+        now = f"{{{', '.join(f'{split}: PATH' for split in files)}}}" if isinstance(files, Mapping) else "PATH"
+        raise PartialLoraError(f"{error}; task.data_files={now} says where the run's rows are now") from error
+
+
+def _is_copy(run: FinishedRun, trained: OneTask, task: TaskConfig) -> bool:
+    """Return whether the files of a task are those that the run was trained on, at another place."""
+    prefix = f"task.members.{trained.member}.data_files" if trained.member else "task.data_files"
+    recorded = (run.result.get("digests") or {}).items()
+    before = {key.removeprefix(prefix): digest for key, digest in recorded if key.startswith(prefix)}
+    try:
+        now = digests({"task": plain(task)}) if before else {}
+    except OSError:
+        return False
+    return bool(before) and before == {
+        key.removeprefix("task.data_files"): digest for key, digest in now.items() if "data_files" in key
+    }
 
 
 def _with_files(recorded: str | Mapping | None, overrides: list[str]) -> tuple[str | dict | None, list[str]]:

@@ -12,7 +12,7 @@ import subprocess
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -22,7 +22,8 @@ import yaml
 
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import lock, mapped, read_json
+from partial_lora.files import difference, entry, flatten, lock, mapped, read_json
+from partial_lora.launching import shape
 from partial_lora.settings.versions import upgraded
 from partial_lora.training.trackers import TRACKERS
 
@@ -30,6 +31,7 @@ RESULT = "result.json"
 CONFIG = "config.yaml"
 CALIBRATION = "calibration.json"
 PREDICTIONS = "predictions.parquet"
+VALIDATION = "validation.parquet"  # as PREDICTIONS, of validation, where the run was last paused
 ADAPTER = "adapter"
 ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
@@ -55,10 +57,35 @@ _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their n
 def read_result(directory: Path, name: str = RESULT) -> dict | None:
     """Return the record of a run, in today's terms, or None where none can be read or it lacks a status."""
     try:
-        result = read_json(Path(directory) / name)
+        return upgraded(_record(read_json(Path(directory) / name)))
     except (OSError, ValueError):
         return None
-    return upgraded(result) if isinstance(result, dict) and "status" in result else None
+
+
+class UnfinishedError(ValueError):
+    """A record of a run that failed, has not ended or only calibrated."""
+
+
+def finished(result: object) -> dict:
+    """Return the record of a training that ended well, as it is in JSON, in today's terms.
+
+    Raises ValueError that says what it is instead, an UnfinishedError for a run that has not finished.
+    """
+    record = _record(result)
+    if record["status"] != "finished":
+        error = f": {record['error']}" if record.get("error") else ""
+        raise UnfinishedError(INTERRUPTED if record.get("error") == INTERRUPTED else f"{record['status']}{error}")
+    if not record.get("metrics"):
+        raise UnfinishedError("calibrated only, nothing was trained")
+    return upgraded(record)
+
+
+def _record(result: object) -> dict:
+    if not isinstance(result, dict):
+        raise ValueError("foreign, no record of a run")
+    if found := shape.fault(result, shape.HEAD):
+        raise ValueError(f"foreign, {found}")
+    return result
 
 
 def find(name: Path | str) -> Path:
@@ -113,9 +140,7 @@ def is_recorded(directory: Path) -> bool:
     result = read_result(directory)
     if not _is_trained(result):
         return False
-    predictions = Path(directory) / PREDICTIONS
-    size = (result.get("files") or {}).get(PREDICTIONS)
-    return predictions.is_file() and size in (None, predictions.stat().st_size)
+    return difference(Path(directory), {PREDICTIONS: (result.get("files") or {}).get(PREDICTIONS)}) is None
 
 
 def is_calibrated(directory: Path) -> bool:
@@ -136,25 +161,23 @@ def _is_trained(result: Mapping | None) -> bool:
 
 
 def missing(directory: Path, result: Mapping) -> str | None:
-    """Return which file of a finished record is missing or of another size, in words; None where all are whole."""
+    """Return which file of a finished record is missing or not as it was recorded, in words; None for none.
+
+    Earlier records have sizes in place of digests, or no files at all.
+    """
     names = [CONFIG] + ([CALIBRATION] if result.get("calibration") else [])
     if _is_trained(result):
         names += [PREDICTIONS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
-    sizes = dict.fromkeys(names) | (result.get("files") or {})  # earlier records have no sizes
-    sizes.pop(_CARD, None)
-    for name, size in sizes.items():
-        file = Path(directory) / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if size is not None and file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-    return None
+    recorded = dict(result.get("files") or {})
+    recorded.pop(_CARD, None)
+    return difference(Path(directory), dict.fromkeys(names) | recorded)
 
 
-def file_sizes(directory: Path) -> dict[str, int]:
-    """Return the files by which a finished run is known to be whole, and their sizes in bytes."""
+def entries(directory: Path) -> dict[str, dict]:
+    """Return the files by which a finished run is known to be whole, with the size and SHA-256 of each."""
     paths = [directory / CONFIG, directory / PREDICTIONS, directory / CALIBRATION, *(directory / ADAPTER).rglob("*")]
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+    found = {path.relative_to(directory).as_posix(): path for path in paths if path.is_file()}
+    return {name: entry(path) for name, path in found.items() if name != _CARD}
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -186,15 +209,17 @@ def prepare(directory: Path, *, overwrite: bool) -> list[str]:
         shutil.rmtree(directory / ASIDE, ignore_errors=True)
         os.replace(directory / ADAPTER, directory / ASIDE)
         notes.append(f"{directory / ADAPTER}: the weights that were there are set aside as {ASIDE}")
-    stays = {LOCK, _BROKEN} | (set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, *_OF_TRACKERS})
+    stays = {LOCK, _BROKEN} | (
+        set() if overwrite else {CHECKPOINTS, CALIBRATION, LOG, EARLIER, VALIDATION, *_OF_TRACKERS}
+    )
     stays |= set() if asked else {ASIDE}
-    for entry in directory.iterdir():
-        if entry.name in stays:
+    for path in directory.iterdir():
+        if path.name in stays:
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            entry.unlink()
+            path.unlink()
     return notes
 
 
@@ -286,6 +311,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         "seed": settings["seed"],
         "config": redacted(settings),
         "digests": digests,
+        "places": places_of(settings, digests or ()),
         "preset": settings.get("preset"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
@@ -306,7 +332,14 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
         record |= {"started": earlier.get("started", record["started"]), "attempts": earlier.get("attempts", 1) + 1}
         spent = earlier.get("seconds", {})  # a checkpoint knows those of training
         record["seconds"] |= {stage: spent[stage] for stage in ("calibrate", "reliability") if stage in spent}
+        record["commits"] = earlier.get("commits") or {}  # of the models that it left its calibration and steps over
     return record
+
+
+def places_of(settings: Mapping, keys: Iterable[str]) -> dict[str, str]:
+    """Return where files and folders that settings name lie, by key: for this machine alone, so no pack has it."""
+    named = flatten(settings)
+    return {key: os.path.abspath(named[key]) for key in keys if key in named}
 
 
 def finite(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping
 from itertools import product
 
@@ -19,8 +19,6 @@ from partial_lora.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scal
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting
-
-logger = logging.getLogger(__name__)
 
 # --- Other sparsities of the modules, at the same parameters in all.
 
@@ -138,9 +136,8 @@ def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
                 f"method=low_rank: not applicable: no ranks give a dense adapter of about {budget:,} trainable "
                 f"parameters; rank 1 on one module takes at least {min(groups):,}"
             )
-        logger.warning(
-            "method=low_rank: %.1f %% off the budget, the nearest that ranks come", 100 * missed(chosen) / budget
-        )
+        off = 100 * missed(chosen) / budget
+        warnings.warn(f"method=low_rank: {off:.1f} % off the budget, the nearest that ranks come", stacklevel=2)
     ranks = {}
     for group, count in zip(groups.values(), nearest[chosen][1], strict=True):
         keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")

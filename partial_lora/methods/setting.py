@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 
@@ -14,10 +16,21 @@ from transformers import TrainerCallback
 from partial_lora.adapter.config import only
 from partial_lora.budget import Shapes, kept_parameters, masked_units
 from partial_lora.calibration.importance import ModuleScores
-from partial_lora.errors import PartialLoraError
+from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.masks import AXES, GRANULARITIES, MASKED, Mask, Sparsity, kept_count
 from partial_lora.methods import called
 from partial_lora.methods.config import AUTO, MaskConfig, MethodConfig
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Give a list that gets what an adapter that is made in the block warns of, a line each."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield said
+    lines = [one_line(warning.message) for warning in caught if warning.category is UserWarning]
+    said.extend(dict.fromkeys(lines))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -23,9 +23,6 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import read_json, write_json
 from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Training
-
-logger = logging.getLogger(__name__)
-
 
 # Types of tuners that a run refuses: why, or what to take instead.
 _REFUSED = {
@@ -194,8 +191,9 @@ def sized(setting: Setting, counted: Callable[[Mapping], Counts]) -> dict[str, o
             f"have are {round(goal * (1 + off(chosen))):,}"
         )
     if far(chosen) > TOLERANCE:
-        logger.warning(
-            "method.peft_type=%s: %+.1f %% off the budget, the nearest that it can have", kind, 100 * off(chosen)
+        warnings.warn(
+            f"method.peft_type={kind}: {100 * off(chosen):+.1f} % off the budget, the nearest that it can have",
+            stacklevel=2,
         )
     return chosen
 

@@ -1,5 +1,7 @@
 """The packing of a study: its finished runs, read from their folders and an earlier pack, become two tables.
 
+A pack is for others: it names files and folders, and does not say where they lay.
+
 Both are sorted, and byte for byte the same when they are made twice. The table of predictions is written first: what
 it has beyond the table of runs is never read.
 """
@@ -24,7 +26,7 @@ from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
 from partial_lora.report import predictions, ranking, records
-from partial_lora.settings.versions import upgraded
+from partial_lora.settings.versions import record_for_others, upgraded
 from partial_lora.tasks.metrics import OF_TEXTS
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "tokens", *OF_TEXTS)
@@ -84,7 +86,12 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
 
 
 def _packed(earlier: Pack, path: str) -> Content:
-    return Content(earlier.json(path), earlier.json(path, DYNAMICS), earlier.predictions(path))
+    return Content(_told(earlier.json(path)), earlier.json(path, DYNAMICS), earlier.predictions(path))
+
+
+def _told(record: dict | None) -> dict | None:
+    """Return a record without the folders of its machine; one without settings, which is no run's, as it is."""
+    return record_for_others(record) if record and isinstance(record.get("config"), Mapping) else record
 
 
 def _loose(place: Path) -> Content:
@@ -92,7 +99,8 @@ def _loose(place: Path) -> Content:
     files = (place / name for name in (RESULT, DYNAMICS))
     parsed = [read_json(file) if file.is_file() else None for file in files]
     file = place / PREDICTIONS
-    return Content(*parsed, _kept(predictions.read(file)) if file.is_file() else None)
+    record, dynamics = parsed
+    return Content(_told(record), dynamics, _kept(predictions.read(file)) if file.is_file() else None)
 
 
 def _kept(table: pa.Table) -> pa.Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -173,7 +174,7 @@ def write_tables(
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
     curves = run.directory / CURVES  # as the run has drawn them; there are none without a calibration
-    figure = ("Calibration curves", "The few-shot score as each module's rows or columns are zeroed.")
+    figure = ("Calibration curves", _curves_of(run.record["calibration"] or {}))
     config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
     predicted = (read_all([run.directory]) or [None])[0]
     caption = f"test {metric}"
@@ -200,6 +201,20 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
     }
     return _written(run.directory / PAGE, "run.html", content)
+
+
+def _curves_of(calibration: Mapping) -> str:
+    """Return what a calibration's curves show, and its scores."""
+    words = "The few-shot score of the frozen model as each module's rows or columns are zeroed"
+    intact, joint = (number(calibration.get(key)) for key in ("baseline", "joint"))
+    if not math.isnan(intact):
+        words += f", from {intact:.4f} with none"
+    if not math.isnan(joint):
+        words += (
+            f". With all sparsities at once it is {joint:.4f}: that says how much modules depend on each other, and "
+        )
+        words += "nothing of the adapter, which leaves the frozen weights whole"
+    return f"{words}."
 
 
 def draw_run(directory: Path, settings: Mapping) -> None:
@@ -550,11 +565,6 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     }
     if row["adapter_bytes"].notna().any():
         facts["adapter on disk"] = f"{row['adapter_bytes'].mean() / 1e3:,.0f} KB" + _mean_of(row["adapter_bytes"])
-    calibrations = [run.record["calibration"] or {} for run in runs]
-    intact, joint = (pd.Series([number(content.get(key)) for content in calibrations]) for key in ("baseline", "joint"))
-    if intact.notna().any():
-        left = f", {joint.mean():.4f} with all sparsities at once" if joint.notna().any() else ""
-        facts["few-shot score"] = f"{intact.mean():.4f} intact{left}" + (_mean_of(intact) or _mean_of(joint))
     return facts
 
 

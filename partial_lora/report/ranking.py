@@ -319,6 +319,7 @@ def write(
 # --- Who is better at no higher cost.
 
 
+NOBODY = pd.DataFrame()
 _ALIKE = 1.05  # times the least cost, up to which costs count as one
 
 
@@ -357,7 +358,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
         if cost == "parameters":
             sized(axes, of_task[cost])
         else:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * of_task[cost].max() / unit)  # the last point is no point of the frame
         plain(axes)
         name_beside(axes, ahead)
     return save_both(figure, out, stem), inline(figure, names, stem=stem)
@@ -375,8 +376,12 @@ def write_page(
     command: str,
     refused: Sequence[str],
     verdict: Sequence[str] = (),
+    dropped: pd.DataFrame = NOBODY,
 ) -> Path:
-    """Write out/report/index.html: verdict, ranking, a Pareto figure for every cost, and a table with all numbers."""
+    """Write out/report/index.html: verdict, ranking, a Pareto figure for every cost, and a table with all numbers.
+
+    dropped: what is known of methods that left a race.
+    """
     numbers, figures = numbers.reset_index(drop=True), []
     (out / "report").mkdir(parents=True, exist_ok=True)
     for cost, (label, _) in _COSTS.items():
@@ -389,12 +394,13 @@ def write_page(
     if verdict:
         tables_by_title = {title: part.drop(columns=_JUDGED) for title, part in tables_by_title.items()}
     origin = _origin(reference, corrected=not verdict)
+    left_race = {"Dropped after half a run": dropped} if len(dropped) else {}
     all_numbers = numbers.map(lambda value: _plain(value) if isinstance(value, float) else value)
     return page.write_tables(
         out,
         tables_by_title,
         figures,
-        folded={"All numbers (times in seconds, sizes in bytes)": all_numbers},
+        folded=left_race | {"All numbers (times in seconds, sizes in bytes)": all_numbers},
         command=command,
         origin=origin,
         refused=refused,

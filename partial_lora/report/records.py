@@ -11,9 +11,8 @@ from pathlib import Path
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import read_json
 from partial_lora.launching import packs
-from partial_lora.launching.directory import INTERRUPTED, RESULT
+from partial_lora.launching.directory import RESULT, UnfinishedError, finished
 from partial_lora.report.rows import row
-from partial_lora.settings import versions
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,6 @@ class Run:
     directory: Path
     record: dict
     row: dict
-
-
-class UnfinishedError(ValueError):
-    """A record of a run that failed, has not ended or only calibrated."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +89,4 @@ def _finished(directory: Path) -> dict:
             raise UnfinishedError("missing, the run never started or was interrupted") from error
     except ValueError as error:
         raise ValueError("broken, not JSON") from error
-    if not isinstance(result, dict) or "status" not in result:
-        raise ValueError("foreign, no record of a run")
-    if result["status"] != "finished":
-        detail = f": {result['error']}" if result.get("error") else ""
-        raise UnfinishedError(INTERRUPTED if result.get("error") == INTERRUPTED else f"{result['status']}{detail}")
-    if not result.get("metrics"):
-        raise UnfinishedError("calibrated only, nothing was trained")
-    return versions.upgraded(result)
+    return finished(result)

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from partial_lora.launching import shape
 from partial_lora.methods import called
-from partial_lora.report import shape
 from partial_lora.settings import identity, schema
 from partial_lora.settings.rates import Worth
+from partial_lora.settings.versions import wherever
 from partial_lora.tasks.folders import FILES
+from partial_lora.tasks.kinds import kind_in
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 NONE = "–"  # for what does not apply
@@ -31,6 +33,7 @@ def row(result: Mapping) -> dict:
     if found := shape.fault(result):
         raise ValueError(f"foreign, {found}")
     try:
+        kind_in(result["config"]["task"])  # which there has to be
         return _row(result)
     except (KeyError, TypeError, AttributeError) as error:  # what a report reads of it, but not by itself
         raise ValueError(f"foreign, not the fields of a run ({error})") from error
@@ -244,4 +247,4 @@ def _settings(config: Mapping) -> Iterator[tuple[str, str, object]]:
     names = list(config["task"].get("members") or ())
     for key, value in identity.computed_from(config).items():
         plain = identity.task_key(key, names)
-        yield key, plain, identity.wherever(plain, value)
+        yield key, plain, wherever(plain, value)

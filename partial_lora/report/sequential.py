@@ -30,8 +30,8 @@ Outputs = Mapping[str, Mapping[int, np.ndarray]]  # by method and seed: what eac
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Standing of a method against the leader.
+class Decision:
+    """Decision on a method beside the leader.
 
     verdict: LEADS, WORSE, AS_GOOD or OPEN. against: the leader when it was found. difference: the leader's score less
     its own, with the ends of the interval of that look. seeds: that it has been judged by. wants: seeds that would
@@ -48,15 +48,15 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Referee:
-    """Decision of the runs so far, and the runs to make next.
+class Decisions:
+    """Decisions of the runs so far, by method, and the runs to make next.
 
-    asks: by method, the number of seeds that it needs for the next look; empty at the end.
+    next_seeds: by method, the number of seeds that it needs for the next look; empty at the end.
     """
 
     leader: str
-    standings: Mapping[str, Standing]
-    asks: Mapping[str, int]
+    by_method: Mapping[str, Decision]
+    next_seeds: Mapping[str, int]
 
 
 def spent(look: int) -> float:
@@ -64,30 +64,30 @@ def spent(look: int) -> float:
     return (1 - LEVEL) * ((look + 1) ** 2 - look**2) / len(LOOKS) ** 2
 
 
-def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Referee:
+def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Decisions:
     """Return what runs decide, look by look; only the seeds of a look count in it, so that it always says the same.
 
     margin: in units of the score. looks: numbers of seeds; a single one is an ordinary comparison at 5 %.
     """
-    standings: dict[str, Standing] = {}
+    decisions: dict[str, Decision] = {}
     levels = [spent(look) for look in range(len(looks))] if len(looks) > 1 else [1 - LEVEL]
     comparisons = max(1, math.comb(len(outputs), 2))
     given_up: set[str] = set()
     leader = max(outputs, key=lambda name: _mean(outputs[name], 1))
     for seeds, level in zip(looks, levels, strict=True):
-        alive = [name for name in outputs if standings.get(name, _UNDECIDED).verdict == OPEN and name not in given_up]
+        alive = [name for name in outputs if decisions.get(name, _UNDECIDED).verdict == OPEN and name not in given_up]
         if len(alive) < 2:
             break
         if any(seed not in outputs[name] for name in alive for seed in range(seeds)):
-            return Referee(leader, standings, dict.fromkeys(alive, seeds))
-        judged = {name: seeds if name in alive else standings[name].seeds for name in outputs}
+            return Decisions(leader, decisions, dict.fromkeys(alive, seeds))
+        judged = {name: seeds if name in alive else decisions[name].seeds for name in outputs}
         counted = {name: {seed: by_seed[seed] for seed in range(judged[name])} for name, by_seed in outputs.items()}
         leader = max(alive, key=lambda name: _mean(outputs[name], seeds))
-        standings[leader] = Standing(OPEN, leader, seeds=seeds)
+        decisions[leader] = Decision(OPEN, leader, seeds=seeds)
         if seeds == 1:  # which decides nothing
             for name in alive:
                 apart = _mean(outputs[leader], 1) - _mean(outputs[name], 1)
-                standings[name] = Standing(OPEN, leader, apart, math.nan, math.nan, 1)
+                decisions[name] = Decision(OPEN, leader, apart, math.nan, math.nan, 1)
             break
         moved, freedom = spread_of_seeds({name: counted[name] for name in alive})
         if freedom < _ENOUGH:  # what is decided tells of seeds, too
@@ -100,7 +100,7 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
             estimate = pair.estimate(seeds, freedom)
             low, high = estimate.interval(1 - level / comparisons)
             verdict = _verdict(low, high, margin) if estimate.error > _NOTHING else OPEN
-            at = Standing(verdict, leader, estimate.difference, low, high, seeds)
+            at = Decision(verdict, leader, estimate.difference, low, high, seeds)
             if verdict == OPEN:
                 of_seed, last = freedom / (seeds - 1), 1 - levels[-1] / comparisons
                 at = replace(at, wants=_wanted(partial(_ends, pair, of_seed, last), margin))
@@ -108,9 +108,9 @@ def referee(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Re
                 hoped = _ends(alone, of_seed, last, looks[-1])
                 if seeds == looks[-1] or not _may_decide(hoped, estimate.error, margin):
                     given_up.add(name)
-            standings[name] = at
-    standings[leader] = Standing(LEADS, leader, seeds=standings[leader].seeds if leader in standings else 1)
-    return Referee(leader, standings, {})
+            decisions[name] = at
+    decisions[leader] = Decision(LEADS, leader, seeds=decisions[leader].seeds if leader in decisions else 1)
+    return Decisions(leader, decisions, {})
 
 
 # Standard deviations of a difference of shares: what a seed moves it by, and a test row, for one seed and for all.
@@ -126,7 +126,7 @@ def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> 
     return usual.estimate(seeds, freedom).interval(1 - level / math.comb(methods, 2))[1]
 
 
-_UNDECIDED = Standing(OPEN, "")
+_UNDECIDED = Decision(OPEN, "")
 _NOTHING = 1e-12
 _ENOUGH = 4  # degrees of freedom of methods that are still compared
 

@@ -56,7 +56,6 @@ def summary(result: Mapping) -> Table:
             "precision": numbers["precision"],
             "seconds": _seconds(result, "calibrate", *({"importance"} & result["seconds"].keys()), "train", "evaluate"),
             "beware": "\n".join(warnings_of(result)),
-            "as usual": _usual(result),
         }
     )
 
@@ -98,7 +97,7 @@ def calibration_summary(result: Mapping) -> Group:
         "learning rate": _auto_rate(result),
         "seconds": _seconds(result, "calibrate", *({"reliability"} & result["seconds"].keys())),
         "beware": "\n".join(warnings_of(result)),
-        "as usual": _usual(result),
+        "as usual": Text("; ".join(calibration.get("usual") or []), style="dim"),
     }
     return Group(module_table(result), _lines(lines))
 
@@ -172,11 +171,6 @@ def _by_member(test: Mapping) -> dict[str, str]:
             words = NONE if value is None else measured(metric, value)
             lines.setdefault(f"test {member}", []).append(f"{metric} {words}")
     return {member: " · ".join(metrics) for member, metrics in lines.items()}
-
-
-def _usual(result: Mapping) -> Text:
-    """Return, dim, what a calibration says that is no cause for concern."""
-    return Text("; ".join((result["calibration"] or {}).get("usual") or []), style="dim")
 
 
 def _threshold(calibration: Mapping) -> str:

@@ -91,6 +91,15 @@ def plan(arguments: Sequence[str]) -> Plan:
         )
 
 
+def checked(arguments: Sequence[str]) -> Plan:
+    """Return the runs of arguments as `plan` does; raises PartialLoraError in one line where one is refused."""
+    with in_one_line(arguments):
+        planned = plan(arguments)
+    for reason in planned.refused:
+        raise PartialLoraError(reason)
+    return planned
+
+
 @contextmanager
 def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     """Give Hydra, with a loader for which files are data; the primary config's name, the overrides, and all options."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from partial_lora import methods
-from partial_lora.files import file_sha256, flatten, walk
+from partial_lora.files import flatten, sha256_once, walk
 from partial_lora.settings.schema import Config, defaults
-from partial_lora.settings.versions import OF_TUNING, plain
+from partial_lora.settings.versions import OF_TUNING, plain, wherever
 from partial_lora.training.config import AUTO
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
@@ -70,16 +69,6 @@ def task_key(key: str, members: Sequence[str]) -> str:
         return key
     member = max((name for name in members if key.startswith(f"task.members.{name}.")), key=len)  # a name may have dots
     return "task." + key.removeprefix(f"task.members.{member}.")
-
-
-def wherever(key: str, value: Any) -> Any:
-    """Return the value of one of the schema's keys; for a task's file, its folder and name in place of its path.
-
-    A record has paths, not the content of files. A data set stays the same in another place, so the names of folder and
-    file stand for it.
-    """
-    named = key.startswith("task.data_files") and isinstance(value, str)
-    return "/".join(PurePath(value).parts[-2:]) if named else value
 
 
 # --- The id: a digest of these settings, and of the content of files.
@@ -155,19 +144,8 @@ def digests(settings: Mapping) -> dict[str, str]:
 def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of the names and contents of a folder's files that are not hidden."""
     if not path.is_dir():
-        return _hashed(path)
+        return sha256_once(path)
     visible = (Path(parent, name) for parent, _, names in walk(path) for name in names if not name.startswith("."))
     files = {file.relative_to(path): file for file in visible if file.is_file()}  # a class may be a link to a folder
-    content = [(name.as_posix(), _hashed(files[name])) for name in sorted(files)]
+    content = [(name.as_posix(), sha256_once(files[name])) for name in sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _hashed(file: Path) -> str:
-    """Return the SHA-256 of a file's content, read once while it has the same size and time."""
-    stat = file.stat()
-    return _hashed_once(file.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _hashed_once(file: Path, size: int, changed: int) -> str:
-    return file_sha256(file)

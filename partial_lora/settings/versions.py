@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Optional
 
 from partial_lora.credentials import redacted
@@ -77,10 +77,15 @@ def upgraded_settings(settings: Mapping) -> dict:
     if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
         kept = {key: value for key, value in method.items() if key != "ranks"}
         current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
-    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in (settings.get("mask") or {}):
+    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in _group(settings, "mask"):
         # Before 0.5.0: dense LoRA with A frozen, trained on the gradient that LoRA-FA projects.
         current["method"] = {**current["method"], "name": "lorafa_projected", "peft_type": "LORA"}
     return current
+
+
+def _group(settings: Mapping, name: str) -> Mapping:
+    group = settings.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 # --- Settings as plain data: config.yaml, and `config` in result.json.
@@ -91,9 +96,8 @@ def plain(config: Config | TaskConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-_FILES = re.compile(
-    r"data_dir|results_dir|calibration\.file|trainer\.accelerate_config|task\.(members\..+\.)?data_files(\..+)?"
-)
+_ROWS = re.compile(r"task\.(members\..+\.)?data_files(\..+)?")
+_FILES = re.compile(rf"data_dir|results_dir|calibration\.file|trainer\.accelerate_config|{_ROWS.pattern}")
 _WEIGHTS_OR_ROWS = re.compile(r"model\.(text_)?weights|task\.(members\..+\.)?path")  # of a hub, or a folder
 
 
@@ -106,11 +110,42 @@ def without_places(settings: Mapping) -> object:
     return redacted(mapped(settings, named))
 
 
+def wherever(key: str, value: Any) -> Any:
+    """Return the value of a setting as it is on every machine: of a file or folder its name.
+
+    A record has paths, not the content of files. A data set stays the same in another place, so the names of folder and
+    file stand for a task's rows: many a file is called train.
+    """
+    if not _is_place(key, value):
+        return value
+    path = PurePath(value)
+    return "/".join(path.relative_to(path.anchor).parts[-2:]) if _ROWS.fullmatch(key) else Path(value).absolute().name
+
+
+def record_for_others(record: Mapping) -> dict:
+    """Return the record of a run without the folders of the machine that made it (`wherever`)."""
+    config, kept = record["config"], {key: value for key, value in record.items() if key not in ("config", "places")}
+    folders = dict(record.get("places") or {})
+    mapped(config, lambda key, value: folders.setdefault(key, value) if _is_place(key, value) else None)
+    absolute = sorted(
+        (path for path in folders.values() if Path(path).is_absolute() and Path(path).name), key=len, reverse=True
+    )
+
+    def named(_: str, value: object) -> object:
+        for path in absolute if isinstance(value, str) else ():
+            value = value.replace(path, Path(path).name)
+        return value
+
+    told = mapped(kept, named) | {"config": mapped(config, wherever)}
+    return {key: told[key] for key in record if key in told}
+
+
 def _is_place(key: str, value: object) -> bool:
     if not isinstance(value, str):
         return False
     if _WEIGHTS_OR_ROWS.fullmatch(key):  # OWNER/NAME@REVISION is none, unless there is such a folder
-        return Path(value).is_absolute() or Path(value).is_dir() or value.partition("@")[0].count("/") > 1
+        is_path = Path(value).is_absolute() or value.startswith((".", "~")) or value.partition("@")[0].count("/") > 1
+        return is_path or Path(value).is_dir()
     return Path(value).is_absolute() or _FILES.fullmatch(key) is not None
 
 

@@ -171,6 +171,11 @@ FITTING = {
     labels: tuple(name for name, metric in METRICS.items() if labels in metric.of)
     for labels in (_CLASSES, _NUMBERS, _OPTIONS, _TEXTS)
 }
+GUESSES = {  # the best prediction that is the same for all examples, by metric: what has learnt anything beats it
+    name: "the mean" if _NUMBERS in metric.of else "the largest class"
+    for name, metric in METRICS.items()
+    if _TEXTS not in metric.of
+}
 OF_TEXTS = {name: metric.of_texts for name, metric in METRICS.items() if metric.of_texts}
 FUNCTIONS = {name: metric.function for name, metric in METRICS.items() if metric.function}
 SHARES = {name for name, metric in METRICS.items() if metric.range is None}

@@ -123,9 +123,9 @@ def few_shot_draws(
 
     With `shots` each set has that many examples a class. A class with fewer than 2 * shots examples is used whole, half
     in each set and an odd one in `scored`, with a warning; a single example goes to `fit`, since a head has to know the
-    class. `max_samples` bounds each set, by going round the classes until it is full.
+    class. `max_samples` bounds each set, by going round the classes until it is full, and once at least.
 
-    Raises PartialLoraError where one of the sets would be empty, or could not hold one example of each class.
+    Raises PartialLoraError where one of the sets would be empty, or the rows are too few for one of each class.
     """
     labels = np.asarray(labels)
     has_classes = not np.issubdtype(labels.dtype, np.floating)
@@ -154,14 +154,13 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
 
     size: rows of each set. key: the setting it comes from, for messages.
     """
-    size = size if max_samples is None else min(size, max_samples)
-    count = min(size, len(labels) // 2)
     classes = _shuffled(labels, np.random.default_rng(seed))
+    size = max(size if max_samples is None else min(size, max_samples), len(classes))
+    count = min(size, len(labels) // 2)
     if count < len(classes):
-        bound = "calibration.max_samples" if count == max_samples else "calibration.share"
         raise PartialLoraError(
             f"{key}: {count} rows for each of the two draws, expected at least one for each of {len(classes)} classes; "
-            + ("add rows" if len(labels) // 2 < len(classes) else f"raise {bound}")
+            "add rows"
         )
     fit, scored = (_in_turn([rows[start::2] for rows in classes]) for start in (0, 1))
     warnings = []
@@ -175,10 +174,7 @@ def _shares(labels: np.ndarray, seed: int, size: int, key: str, max_samples: int
 
 def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -> Draws:
     classes = np.unique(labels)
-    if max_samples is not None and max_samples < len(classes):
-        raise PartialLoraError(
-            f"calibration.max_samples={max_samples}: expected at least one for each of {len(classes)} classes"
-        )
+    most = None if max_samples is None else max(max_samples, len(classes))
     fit, scored, small, single = [], [], [], []
     for label, rows in zip(classes, _shuffled(labels, np.random.default_rng(seed)), strict=True):
         count = min(shots, (len(rows) + 1) // 2) if len(rows) > 1 else 0
@@ -201,7 +197,7 @@ def _shots(labels: np.ndarray, seed: int, shots: int, max_samples: int | None) -
             f"calibration.shots={shots}: a single training example, fitted on and never scored: "
             f"class {shortlist(single)}"
         )
-    return Draws(_round_robin(fit, max_samples), _round_robin(scored, max_samples), tuple(warnings))
+    return Draws(_round_robin(fit, most), _round_robin(scored, most), tuple(warnings))
 
 
 def _round_robin(classes: list[np.ndarray], limit: int | None) -> np.ndarray:

@@ -13,19 +13,16 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partial_lora.adapter.factor import sharded_like, whole
-from partial_lora.errors import PartialLoraError
-from partial_lora.files import fault, read_json
+from partial_lora.files import fault, read_json, written
 
 STATE = "trainer_state.json"
 _LARGE = 2**30  # bytes of one: it logs all steps
@@ -152,17 +149,6 @@ def _set_aside(checkpoint: Path) -> None:
     checkpoint.rename(aside)
 
 
-@contextmanager
-def named_on_error(path: Path) -> Iterator[None]:
+def named_on_error(path: Path) -> AbstractContextManager[None]:
     """End the run in one line that names a checkpoint or an adapter which cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch_save = ("PytorchStreamWriter", "inline_container", "basic_ios")  # a RuntimeError without errno
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in of_torch_save):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise PartialLoraError(
-            f"{path} cannot be written ({reason}): make room there and run the command again; it goes on from the last "
-            "checkpoint"
-        ) from error
+    return written(path, "make room there and run the command again; it goes on from the last checkpoint")

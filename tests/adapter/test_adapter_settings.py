@@ -118,7 +118,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         *(("granularity", {"granularity": "groups", axis: "one_hot"}) for axis in ("rows", "columns")),
         ("count", {"granularity": "units", "count": "bernoulli"}),
         *(("granularity", {"granularity": each, **TOP}) for each in ("groups", "units")),
-        *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5)),
+        *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5, -1)),
         *(("sparsity", {"sparsity": value}) for value in (1, True, float("nan"), {}, "0.5")),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": -0.1}}),
         (r"sparsity\['qkv'\]", {"sparsity": {"qkv": {"rows": 0.5}}}),

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from partial_lora.adapter import PartialLoraConfig, module_masks, warm_start
 from partial_lora.errors import PartialLoraError
+from partial_lora.files import entry
 
 QKV = "timm_model.blocks.0.attn.qkv"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -281,6 +282,20 @@ def test_of_what_peft_saves_beside_the_lora_all_that_trained_is_taken(tmp_path, 
     model = adapt(base, sparsity=0.0, **settings)
     warm_start(model, tmp_path)
     assert torch.allclose(logits(model, tokens()), logits(dense, tokens()), atol=1e-6)
+
+
+def test_a_lora_that_its_run_recorded_otherwise_is_refused(tmp_path):
+    adapt(llama, seed=5, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    model, weights = (
+        adapt(llama, target_modules=["q_proj"], sparsity=0.5),
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    files = {"adapter/adapter_model.safetensors": entry(weights), "adapter/adapter_config.json": None}
+    (tmp_path / "result.json").write_text(json.dumps({"files": files}))
+    warm_start(model, tmp_path / "adapter")
+    weights.write_bytes(weights.read_bytes()[:-100] + b"\1" * 100)
+    with refusal(str(tmp_path / "adapter"), weights.name):
+        warm_start(model, tmp_path / "adapter")
 
 
 def test_a_lora_that_trains_other_tokens_is_refused():

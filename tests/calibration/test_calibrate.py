@@ -156,7 +156,8 @@ def test_progress_counts_every_curve(model, score, axes, names):
     reports = []
     result = calibrate(model, score, axes=axes, **GRID, progress=lambda *count, **what: reports.append((count, what)))
     curves = len(NAMES) * len(names)
-    assert reports.pop(0) == ((0, curves), {"share": 0.0})
+    assert (first := reports.pop(0))[0] == (0, curves)
+    assert first[1].keys() == {"share", "left"}  # what it will take
     assert [count for count, _ in reports] == [(done, curves) for done in range(1, curves + 1)]
     assert [(what["module"], what["axis"]) for _, what in reports] == [(name, each) for name in NAMES for each in names]
     for _, what in reports:
@@ -175,7 +176,11 @@ def test_progress_weighs_a_curve_by_the_blocks_that_its_passes_run(model, batche
     assert shares(blocks, store=store) == pytest.approx([sum(costs[:done]) / 12 for done in range(9)])
     assert shares(Counted(batches)) == pytest.approx([done / 8 for done in range(9)])
     assert set(shares(blocks, store=store, threshold=0.95)) == {0.0, 1.0}  # what is known already takes no time
-    assert set(shares(blocks, budget=0.5)) == set(shares(blocks, threshold=0.8, repair=True)) == {None}
+    for kind in ({"budget": 0.5}, {"threshold": 0.8, "repair": True}):  # of the most that there can be
+        told = shares(Counted(batches), **kind)
+        assert (told[0], told[-1]) == (0.0, 1.0)
+        assert told == sorted(told)
+        assert max(told[:-1]) < 1
 
 
 @pytest.mark.parametrize("scope", ["independent", "cumulative"])
@@ -390,6 +395,8 @@ def test_bad_arguments_are_named(model, arguments, key):
         *(("rank", {"rank": value}) for value in (0, "16")),
         ("granularity", {"granularity": "cell"}),
         *(("target_modules", {"target_modules": value}) for value in (None, "(")),
+        ("model", {"model": None}),
+        *(("score", {"score": value}) for value in (None, 3, lambda model: "x", lambda model: None, lambda model: "1")),
         ("importance=", {"importance": lambda weight, **others: None}),
         ("importance.energy", {"importance_options": {"energy": -1}}),
         ("importance=svd", {"importance_options": {"k": "a"}}),

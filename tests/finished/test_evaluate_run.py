@@ -239,6 +239,18 @@ def test_rows_that_have_changed_since_the_training_are_refused(run, evaluate, tm
     assert evaluate(other_test, of=own)["examples"] == 21
 
 
+def test_rows_that_have_moved_are_told_by_one_key_and_known_by_their_content(run, evaluate, tmp_path) -> None:
+    rows = Path(shutil.copy(finished_runs.picture_files()["train"], tmp_path / "rows.parquet"))
+    own = with_files(run, tmp_path, str(rows))  # its test split is cut from them
+    before = evaluate(of=own)["metrics"]
+    moved = rows.rename(tmp_path / "moved.parquet")
+    with refusal(f"task.data_files={rows}: ", "task.data_files=PATH"):
+        cli.evaluate([str(own.directory)])
+    assert evaluate(f"task.data_files={moved}", of=own)["metrics"] == before
+    pictures(24, 0).to_parquet(str(moved))
+    refused(own, "task.data_files.train", f"task.data_files={moved}")
+
+
 def test_a_test_split_is_not_cut_from_other_training_rows(run, tmp_path) -> None:
     pictures(24, 0).to_parquet(str(tmp_path / "more.parquet"))  # those that were trained on, and more
     (tmp_path / "photos" / "a").mkdir(parents=True)

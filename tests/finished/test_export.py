@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import resource
 import shutil
 import signal
 import stat
@@ -30,6 +31,7 @@ from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.launching import directory as record
 from partial_lora.models.texts import byte_tokenizer
+from partial_lora.report import records
 from partial_lora.settings.identity import digests
 from partial_lora.settings.versions import plain
 
@@ -302,6 +304,35 @@ def recorded(**changes):
     return change
 
 
+WRONG = (("config", "x"), ("labels", None), ("labels", [1]), ("files", [3]), ("digests", "x"), ("commits", [1]))
+
+
+def test_a_report_and_a_use_of_a_run_refuse_the_same_records(run):
+    record = run.directory / "result.json"
+    whole = json.loads(record.read_text())
+    for key, value in [*WRONG, ("config", None), ("metrics", {"test": {"primary": 3}})]:
+        record.write_text(json.dumps({name: of for name, of in (whole | {key: value}).items() if of != {}}))
+        for read in (finished_run, records.one):
+            with refusal(f"{record}: foreign, ", key):
+                read(run.directory)
+
+
+@pytest.mark.parametrize("to", ["peft", "compact", "merged", "gguf", "serve", "merge"])
+def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path, to):
+    run = image_run() if to in ("peft", "compact", "merged") else generation_run()
+    out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))  # for files of this process
+    try:
+        with refusal(f"{out} cannot be written", "--out"):
+            if to == "merge":
+                merge.merge([run, run], [1.0, 0.5], out)
+            else:
+                export.export(run, to, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert nothing_left(out)
+
+
 def removed(name: str):
     return lambda directory: (directory / name).unlink()
 
@@ -329,6 +360,9 @@ def with_another_seed(directory: Path) -> None:
         (truncated("result.json"), ["result.json"]),
         (recorded(status="failed", error="out of memory"), ["failed", "out of memory"]),
         (recorded(metrics={}), ["calibrated"]),
+        *((recorded(**{key: value}), ["result.json", f"{key} is"]) for key, value in WRONG),
+        (recorded(config={"task": {"name": "t"}}), ["result.json", "config.model"]),
+        (recorded(labels=["green", "red", "blue"]), ["result.json", "labels"]),
         (removed("adapter/adapter_model.safetensors"), ["adapter/adapter_model.safetensors"]),
         (truncated("adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
         (truncated("adapter/adapter_config.json"), ["adapter_config.json"]),

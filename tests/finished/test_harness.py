@@ -46,6 +46,13 @@ def test_the_numbers_of_the_harness_are_recorded_with_their_errors(task: Path, c
     share = measured["value"]
     assert printed["examples"] == {"own_colours": 8}
     assert measured["error"] == pytest.approx((share * (1 - share) / 7) ** 0.5)
+    group = task.with_name("group.yaml")
+    group.write_text("group: all_colours\ntask: [own_colours]\naggregate_metric_list: [{metric: acc}]\n")
+    _, of_group = evaluate_by_harness(run, [str(group)], device="cpu", batch_size=4)
+    assert of_group["metrics"]["all_colours"]["acc"]["value"] == share
+    group.write_text("task: [own_colours]\n")
+    with refusal(f"--lm-eval {group}: "):
+        evaluate_by_harness(run, [str(group)], device="cpu", batch_size=4)
     with refusal("--lm-eval: never_heard_of"):
         evaluate_by_harness(run, ["never_heard_of"], device="cpu", batch_size=4)
 

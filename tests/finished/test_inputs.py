@@ -138,10 +138,15 @@ def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeyp
     (tmp_path / "rows.csv").write_text("text,label")
     files = {"train": "rows.csv", "test": "gone.csv", "validation": "/dev/null"}
     task, model = TaskConfig(name="own", path="rows", data_files=files), ModelConfig(weights="base")
-    config, read = Config(task=task, model=model, results_dir="out/results"), {"model.weights": "of a folder"}
+    config = Config(task=task, model=model, results_dir="out/results")
+    read = {"digests": {"model.weights": "of a folder"}}
     monkeypatch.chdir("/")
     found = _with_found_files(config, run, read)
     assert found.task.data_files == files | {"train": str(tmp_path / "rows.csv")}
     assert (found.model.weights, found.task.path) == (str(tmp_path / "base"), "rows")  # a data set's name
     monkeypatch.chdir(tmp_path)
     assert _with_found_files(config, Path("out/results/runs/own/vit/partial-0a1b2c3d/seed0"), read) == config
+    moved = read | {"places": {"task.data_files.train": str(tmp_path / "elsewhere.csv"), "model.weights": "/gone"}}
+    (tmp_path / "elsewhere.csv").write_text("text,label")
+    found = _with_found_files(config, run, moved)  # where they were, before what is called so here
+    assert (found.task.data_files["train"], found.model.weights) == (str(tmp_path / "elsewhere.csv"), "base")

@@ -28,6 +28,7 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
+from partial_lora.errors import in_yaml
 from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
@@ -204,8 +205,19 @@ def test_what_is_no_input_is_named_and_the_others_go_on(photos, of, given, names
 
 def test_inputs_that_are_no_list_are_refused(predictor) -> None:
     """Each letter of a text would be an input."""
-    with refusal("inputs"):
-        predictor.predict("photo.png")
+    for inputs in ("photo.png", None, 3):
+        with refusal(f"inputs={in_yaml(inputs)}: "):
+            predictor.predict(inputs)
+    with refusal("batch_size=0: "):
+        predictor.predict([], batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("run", None), ("run", 3), ("member", 3), ("max_new_tokens", "many"), ("device", None)]
+)
+def test_a_predictor_names_the_argument_that_is_none(run, name, value) -> None:
+    with refusal(f"{name}={in_yaml(value)}: expected "):
+        Predictor(**({"run": run, "device": "cpu"} | {name: value}))
 
 
 def test_an_image_that_would_fill_the_memory_and_an_output_that_is_no_number_are_errors(
@@ -370,6 +382,15 @@ def test_a_run_or_a_device_that_is_not_there_is_refused(run, photos, monkeypatch
     with refusal("device=cuda: "):
         cli.predict([str(run.directory), photos[0], "--device", "cuda"])
     assert RunModel(run, "auto").device == "cpu"
+
+
+def test_the_latest_run_says_which_it_is(run, photos, predict, tmp_path, capsys) -> None:
+    os.symlink(run.directory, tmp_path / "latest")
+    assert cli.predict([str(tmp_path / "latest"), photos[0], "--device", "cpu"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    test = run.result["metrics"]["test"]
+    for said in (run.config.task.name, run.config.model.name, run.config.method.name, f"{test[test['primary']]:.4f}"):
+        assert said in line
 
 
 @pytest.mark.parametrize("option", [["--top-k", "0"], ["--batch-size", "-1"], ["--batch-size", "many"]])

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from partial_lora import files
+from partial_lora import files, train
 from partial_lora.launching import directory as results
+from partial_lora.settings.compose import composed
+from partial_lora.settings.versions import plain
 
 FILES = ("config.yaml", "predictions.parquet", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
@@ -70,7 +72,7 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
         assert not results.is_finished(run), name
         (run / "elsewhere").rename(run / name)
     (run / "adapter" / "README.md").write_text("a model card")
-    files.write_json(run / "result.json", {"status": "finished", "files": results.file_sizes(run)})
+    files.write_json(run / "result.json", {"status": "finished", "files": results.entries(run)})
     (run / "adapter" / "README.md").write_text("a model card, and its licence")
     assert results.is_finished(run)  # what people write there is none of ours
     files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
@@ -106,6 +108,20 @@ def test_an_attempt_goes_on_from_a_record_that_says_no_more_than_its_status() ->
     assert results.new({"seed": 0}, {"status": "failed"})["attempts"] == 2
     seconds = {"calibrate": 3.0, "train": 5.0}
     assert results.new({"seed": 0}, {"status": "failed", "seconds": seconds})["seconds"]["calibrate"] == 3
+
+
+def test_an_attempt_goes_on_over_the_commits_of_the_hub_that_the_one_before_it_had(monkeypatch, tmp_path: Path) -> None:
+    config, asked = composed("model=tiny_bert", "model.weights=owner/name", "task=text_table"), []
+    record = results.new(plain(config), {"status": "failed", "commits": {"model.weights": "0a1b"}})
+
+    def task_of(config, **_) -> None:
+        asked.append(config.model.weights)
+        raise InterruptedError
+
+    monkeypatch.setattr(train.build, "task_of", task_of)
+    with pytest.raises(InterruptedError):
+        train.run(config, tmp_path, record, "train")
+    assert asked == ["owner/name@0a1b"]
 
 
 def test_settings_as_large_as_their_file_may_be_reach_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

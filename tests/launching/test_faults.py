@@ -19,16 +19,17 @@ from pathlib import Path
 import pandas
 import pytest
 from commands import begun, here, until
+from refusals import refusal
 
 from partial_lora import train as train_module
-from partial_lora.errors import PartialLoraError
 from partial_lora.files import fault, is_locked
 from partial_lora.finished.run import finished_run
 from partial_lora.launching import directory as results
+from partial_lora.report.predictions import losses_of, read
 from partial_lora.training import trainer
 
 TINY = ("model=tiny_vit", "method.dropout=0.2", "trainer.device=cpu", "calibration.shots=4", "calibration.levels=0.2")
-TINY += ("task.train_samples=100", "task.test_samples=60")
+TINY += ("task.train_samples=100", "task.test_samples=60", "calibration.search=scan")  # many steps to be killed in
 SHORT = ("trainer.max_steps=6", "trainer.save_steps=2")
 
 
@@ -88,6 +89,19 @@ def ends_as(unbroken: Path, place: Path) -> None:
     assert results.is_finished(run_of(place))
     assert not (run_of(place) / results.CHECKPOINTS).exists()
     assert {path.name for path in run_of(place).iterdir()} == {path.name for path in run_of(unbroken).iterdir()}
+
+
+def test_a_run_that_paused_ends_as_one_that_did_not_and_keeps_the_losses_of_its_validation_rows(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    """Those of the best checkpoint so far."""
+    assert train(tmp_path, "trainer.until=0.5").returncode == 0
+    kept = run_of(tmp_path) / results.VALIDATION
+    losses = losses_of(read(kept))
+    assert any(losses.mean() == pytest.approx(entry.get("eval_loss")) for entry in record_of(tmp_path)["history"])
+    assert train(tmp_path).returncode == 0
+    kept.unlink()  # it was there to the end
+    ends_as(unbroken, tmp_path)
 
 
 MOMENTS = (  # in the order of a run; and the checkpoints that are whole after each
@@ -217,16 +231,25 @@ def test_a_full_disk_is_named_and_what_was_written_stays(unbroken: Path, tmp_pat
     ends_as(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "predictions.parquet", "calibration.json"])
-def test_a_finished_run_that_lost_part_of_a_file_is_not_finished(unbroken: Path, tmp_path: Path, file: str) -> None:
+def flipped(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], flipped], ids=["cut", "flipped"])
+@pytest.mark.parametrize(
+    "file",
+    [f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "partial_lora.json")]
+    + ["predictions.parquet", "calibration.json"],
+)
+def test_a_finished_run_with_a_damaged_file_is_not_finished(unbroken: Path, tmp_path: Path, file: str, damage) -> None:
     run = tmp_path / "seed0"
     shutil.copytree(run_of(unbroken), run)
     assert results.is_finished(run)
-    size = (run / file).stat().st_size
-    os.truncate(run / file, size // 2)
+    (run / file).write_bytes(damage((run / file).read_bytes()))
     assert not results.is_finished(run)
-    with pytest.raises(PartialLoraError, match=rf"seed0: {file} .*{size // 2} .*{size}"):
+    with refusal(f"{run}: ", file, "overwrite=true"):
         finished_run(run)
     note, of_weights = results.prepare(run, overwrite=False)
-    assert note.startswith(f"{run}: {file} ")
+    assert note.startswith(f"{run}: ")
+    assert file in note
     assert results.ASIDE in of_weights

@@ -22,7 +22,7 @@ from refusals import refusal
 from safetensors.torch import load_file
 
 from partial_lora import worker_events
-from partial_lora.finished.run import _at_commits
+from partial_lora.finished.run import at_commits
 from partial_lora.models import fetch, tokenizer
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.texts import byte_tokenizer
@@ -108,9 +108,9 @@ def test_a_finished_run_has_its_model_at_the_commit_that_it_was_trained_over(hub
     assert [fetch.commits(ModelConfig(weights=place)) for place in ("random", "bundled:vit_s14", str(tmp_path))] == [
         {}
     ] * 3
-    pinned = _at_commits(Config(model=of_hub), fetch.commits(of_hub)).model
+    pinned = at_commits(Config(model=of_hub), fetch.commits(of_hub)).model
     assert (pinned.weights, pinned.text_weights) == ("someone/tiny@0a1b", "someone/clip@0a1b")
-    assert _at_commits(Config(model=of_hub), {}).model == of_hub
+    assert at_commits(Config(model=of_hub), {}).model == of_hub
 
 
 @pytest.mark.parametrize("name", TOKENIZER)

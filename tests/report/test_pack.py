@@ -56,6 +56,23 @@ def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
         assert {name: kept[name] for name in columns} == columns
 
 
+def test_a_pack_names_files_and_does_not_say_where_they_lay(tmp_path: Path) -> None:
+    """And reads as its folders do: of a task's rows the folder's name stays, by which two tasks are told apart."""
+    rows = {"train": "/home/me/signs/train.parquet", "test": "/home/me/signs/test.parquet"}
+    places = {"task.data_files.train": rows["train"], "model.weights": "/home/me/base"}
+    warned = [f"task.data_files.train={rows['train']}: odd", "1/2 of the rows"]
+    settings = {"task__path": "files", "task__data_files": rows, "model__weights": "../base"}
+    left = leave(tmp_path, **settings, places=places, warnings=warned, digests={})
+    before = records.one(left).row
+    pack(tmp_path, remove=True)
+    stored = packs.packed(left)
+    assert "/home/me" not in json.dumps(stored)
+    assert stored["config"]["task"]["data_files"] == {"train": "signs/train.parquet", "test": "signs/test.parquet"}
+    assert stored["config"]["model"]["weights"] == "base"
+    assert stored["warnings"] == ["task.data_files.train=train.parquet: odd", "1/2 of the rows"]
+    assert ("places" in stored, records.one(left).row) == (False, before)
+
+
 def test_a_pack_is_the_same_when_it_is_made_twice_and_keeps_what_it_has(study: Path) -> None:
     pack(study)
     first = tables_of(study)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -169,6 +170,21 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "#bfbfbf" in mark] == [1, 5, 6, 8]
     assert [drawn.count(f"<!-- {form} -->") for form in "abcde"] == [1, 0, 2, 1, 2]
+
+
+def test_no_point_lies_on_the_frame_however_little_costs_differ(tmp_path) -> None:
+    rows = [("a", 0.9, 0.066), ("b", 1.0, 0.07)]
+    table = pd.DataFrame(rows, columns=["form", "test", "step_seconds"])
+    shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.0, "seeds": 3, "learning_rate": 1e-3}
+    (_, svg), _ = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
+    drawn = svg.read_text()
+    left, bottom, right, _, _, top = map(float, re.search(PANEL, drawn).groups())
+    for index in table.index:
+        x, y = map(float, re.search(rf'id="front-{index}">.*? x="(\S+)" y="(\S+)"', drawn, re.DOTALL).groups())
+        assert (left + 4 < x < right - 4, top + 4 < y < bottom - 4) == (True, True)  # a mark is six points wide
+
+
+PANEL = r'id="patch_2">\s*<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*L (\S+) (\S+) '
 
 
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:

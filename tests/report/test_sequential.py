@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from partial_lora.report import sequential
-from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, referee
+from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, decide
 
 
 def study(truths: dict[str, float], seeds: int = 8, rows: int = 50, noise: float = 0.01, seed: int = 0):
@@ -20,17 +20,17 @@ def study(truths: dict[str, float], seeds: int = 8, rows: int = 50, noise: float
 
 def test_a_method_far_behind_is_dropped_at_the_first_look_and_asks_for_no_seed() -> None:
     outputs = study({"a": 0.8, "b": 0.8, "c": 0.2}, seeds=2)
-    found = referee(outputs, 0.01)
-    assert (found.standings["c"].verdict, found.standings["c"].seeds) == (WORSE, 2)
-    assert found.asks == {"a": 3, "b": 3}
-    found = referee(study({"a": 0.8, "b": 0.8, "c": 0.2}), 0.01)  # later seeds change nothing about it
-    assert (found.standings["c"].verdict, found.standings["c"].seeds) == (WORSE, 2)
+    found = decide(outputs, 0.01)
+    assert (found.by_method["c"].verdict, found.by_method["c"].seeds) == (WORSE, 2)
+    assert found.next_seeds == {"a": 3, "b": 3}
+    found = decide(study({"a": 0.8, "b": 0.8, "c": 0.2}), 0.01)  # later seeds change nothing about it
+    assert (found.by_method["c"].verdict, found.by_method["c"].seeds) == (WORSE, 2)
 
 
 def test_methods_that_differ_by_less_than_the_margin_are_as_good() -> None:
-    found = referee(study({"a": 0.8, "b": 0.8}), margin=0.05)
-    assert sorted(standing.verdict for standing in found.standings.values()) == [AS_GOOD, LEADS]
-    assert found.asks == {}
+    found = decide(study({"a": 0.8, "b": 0.8}), margin=0.05)
+    assert sorted(decision.verdict for decision in found.by_method.values()) == [AS_GOOD, LEADS]
+    assert found.next_seeds == {}
 
 
 def test_what_no_seed_would_decide_gets_no_further_one_and_says_so() -> None:
@@ -38,20 +38,20 @@ def test_what_no_seed_would_decide_gets_no_further_one_and_says_so() -> None:
     draw = np.random.default_rng(1).normal
     shared = {name: draw(size=20) for name in "ab"}
     outputs = {name: {seed: shared[name] + 1e-3 * draw(size=20) for seed in range(2)} for name in "ab"}
-    found = referee(outputs, margin=1e-3)
-    (other,) = (standing for standing in found.standings.values() if standing.verdict != LEADS)
-    assert (other.verdict, other.wants, found.asks) == (OPEN, None, {})
+    found = decide(outputs, margin=1e-3)
+    (other,) = (decision for decision in found.by_method.values() if decision.verdict != LEADS)
+    assert (other.verdict, other.wants, found.next_seeds) == (OPEN, None, {})
 
 
 def test_seeds_that_are_missing_are_asked_for_and_equal_scores_decide_nothing() -> None:
-    assert referee(study({"a": 0.8, "b": 0.7}, seeds=1), 0.01).asks == {"a": 2, "b": 2}
+    assert decide(study({"a": 0.8, "b": 0.7}, seeds=1), 0.01).next_seeds == {"a": 2, "b": 2}
     same = {"a": {0: np.array([0.8]), 1: np.array([0.8])}, "b": {0: np.array([0.7]), 1: np.array([0.7])}}
-    assert referee(same, 0.01, (2,)).standings["b"].verdict == OPEN
+    assert decide(same, 0.01, (2,)).by_method["b"].verdict == OPEN
 
 
 def test_one_seed_decides_nothing() -> None:
-    found = referee(study({"a": 0.9, "b": 0.1}, seeds=1), 0.01, (1,))
-    assert (found.leader, found.standings["b"].verdict, found.asks) == ("a", OPEN, {})
+    found = decide(study({"a": 0.9, "b": 0.1}, seeds=1), 0.01, (1,))
+    assert (found.leader, found.by_method["b"].verdict, found.next_seeds) == ("a", OPEN, {})
 
 
 def test_a_smaller_gap_shows_with_more_seeds_more_rows_and_fewer_methods() -> None:
@@ -82,6 +82,6 @@ def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -
 def test_equal_methods_are_told_apart_in_few_studies() -> None:
     wrong = 0
     for seed in range(150):
-        found = referee(study({"a": 0.5, "b": 0.5, "c": 0.5}, rows=5, noise=0.02, seed=seed), 0.001)
-        wrong += any(standing.verdict == WORSE for standing in found.standings.values())
+        found = decide(study({"a": 0.5, "b": 0.5, "c": 0.5}, rows=5, noise=0.02, seed=seed), 0.001)
+        wrong += any(decision.verdict == WORSE for decision in found.by_method.values())
     assert wrong <= 0.08 * 150

@@ -54,9 +54,9 @@ def test_a_run_in_a_few_lines():
     assert "entries · vit · digits · budget 0.13 · seed 0" in budgeted
     assert "calibrate –" in budgeted
     assert "poorly suited" in of_run(calibration={"warnings": ["poorly suited model"]})
-    usual = of_run(calibration={"usual": ["2 modules never fail", "no better than chance"]})
-    assert "2 modules never fail; no better than chance" in usual
-    assert "beware" not in usual
+    usual = {"usual": ["2 modules never fail", "no better than chance"]}
+    assert "no better than chance" not in of_run(calibration=usual)
+    assert "2 modules never fail; no better than chance" in of_calibration(width=200, calibration=usual)
 
 
 def test_only_shares_are_percentages():

@@ -27,7 +27,7 @@ from partial_lora.masks import Mask
 from partial_lora.settings import versions
 from partial_lora.settings.compose import composed
 
-TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration.shots=4")
+TINY = ("model=tiny_vit", "trainer.device=cpu", "calibration=threshold", "calibration.shots=4")
 TINY += ("calibration.levels=0.3", "calibration.max_sparsity=0.9", "model.target_modules=[attn.qkv,mlp.fc2]")
 FEW = {
     "agreement": ("--measures=[svd,magnitude,activation]", "--sparsities=[0.5]"),

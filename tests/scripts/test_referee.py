@@ -8,7 +8,7 @@ import referee
 from checkout import RESULTS, needs_results
 from recorded_runs import KEPT, leave, record
 
-from partial_lora.launching.search import quick
+from partial_lora.compare.halving import quick
 from partial_lora.report import sequential
 
 
@@ -22,10 +22,28 @@ def run(rate: float, score: float, losses: tuple[float, ...]) -> dict:
 
 def test_a_replayed_search_costs_a_quarter_of_each_rate_and_the_rest_of_two() -> None:
     runs = {1.0: run(1.0, 0.5, (3, 3, 3, 3)), 2.0: run(2.0, 0.9, (2, 2, 2, 2)), 4.0: run(4.0, 0.8, (1, 2, 3, 4))}
-    cell = referee.Cell("digits", "low_rank", "0.13", {(rate, 0): each for rate, each in runs.items()}, 2.0, 30.0)
+    own = {(rate, 0): each for rate, each in runs.items()}
+    cell = referee.Cell("race", "digits", "low_rank", "0.13", own, 2.0, 30.0)
     assert cell.centre == 2.0
     assert cell.replayed(quick(cell.centre, 3)) == (2.0, 0.25 + 1 + 1 + 0.25)  # 8.0, at the edge, was not recorded
     assert cell.lost(4.0) > 0
+
+
+def test_a_race_loses_what_the_best_method_has_above_those_of_the_least_loss_after_half_a_run() -> None:
+    """The best of five, a slow starter, is fourth after half a run and first at the end."""
+    halves = {"a": 1, "b": 2, "c": 3, "late": 4, "e": 5}
+    finals = {"a": 0.8, "b": 0.7, "c": 0.6, "late": 0.9, "e": 0.5}
+    rates = (1.0, 2.0, 4.0)
+    cells = []
+    for form, half in halves.items():
+        losses = {rate: (half + (rate != 2.0),) * 3 + (1 - finals[form],) for rate in rates}
+        runs = {(rate, 0): run(rate, finals[form], losses[rate]) for rate in rates}
+        cells.append(referee.Cell("race", "digits", form, "0.13", runs, 2.0, 2.0))
+    found = referee.races(cells).set_index(["until", "left"])
+    assert found.loc[(0.5, 3), "lost"] == pytest.approx(10)
+    assert list(found.loc[[(0.5, 3), (0.5, 4), (1.0, 1)], "dropped"]) == ["late", "", ""]
+    assert found.loc[(0.5, 3), "runs"] == pytest.approx((5 * (0.75 + 0.25) + 3 * (0.5 + 0.75)) / 5)
+    assert referee.over_races(found.reset_index()).set_index(["until", "left"]).loc[(0.5, 4), "dropped"] == 0
 
 
 def test_forms_of_the_one_protocol_are_searches_of_their_own(tmp_path, monkeypatch) -> None:
@@ -38,9 +56,9 @@ def test_forms_of_the_one_protocol_are_searches_of_their_own(tmp_path, monkeypat
 
 
 def test_a_study_is_false_that_calls_an_equal_method_worse_or_a_distant_one_as_good() -> None:
-    def judged(verdict: str) -> sequential.Referee:
-        standings = {"0": sequential.Standing("leads", "0"), "1": sequential.Standing(verdict, "0")}
-        return sequential.Referee("0", standings, {})
+    def judged(verdict: str) -> sequential.Decisions:
+        decisions = {"0": sequential.Decision("leads", "0"), "1": sequential.Decision(verdict, "0")}
+        return sequential.Decisions("0", decisions, {})
 
     assert referee.is_false(judged(sequential.WORSE), (0, 0), 0.01)
     assert not referee.is_false(judged(sequential.WORSE), (0, -1), 0.01)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import evidence
 import pages
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checkout import RESULTS, ROOT, needs_results
@@ -62,6 +66,35 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
         assert name in drawn["memory.svg"]
     words = {*(verdict.partition(",")[0] for verdict in evidence.VERDICTS), "no gain of 2"}
     assert sum(drawn["claims.svg"].count(f">{word}<") for word in words) == 4 * len(evidence.CLAIMS)
+
+
+_FOLDER = re.compile(r"(?<![\w./:<-])(?:/|[A-Za-z]:\\\\)[\w.-]+[/\\][\w./-]*")  # "/work/data", and no share such as 1/2
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The texts of a table: of every column that has any."""
+    if file.suffix != ".parquet":
+        yield file.read_text("utf-8")
+        return
+    table = pq.read_table(file)
+    for column in table.columns:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            yield from column.cast(kind).unique().drop_null().to_pylist()
+
+
+def test_no_committed_table_says_where_its_runs_were_made() -> None:
+    listed = ["git", "-C", str(ROOT), "ls-files", "results/**/*.parquet", "results/**/*.csv", "results/**/*.json"]
+    tracked = [ROOT / name for name in subprocess.check_output(listed, text=True).split()]
+    assert _FOLDER.search('{"data_dir":"/work/data/trec"}')
+    assert not _FOLDER.search("trec/train.parquet, 1/2, https://a.b/c/d, </svg/>")
+    assert {path.suffix for path in tracked} == {".parquet", ".csv", ".json"}
+    assert [
+        (str(path.relative_to(ROOT)), found[0])
+        for path in tracked
+        for text in _texts(path)
+        if (found := _FOLDER.search(text))
+    ] == []
 
 
 @pytest.mark.parametrize("table", ["runs.parquet", "predictions.parquet"])

@@ -12,8 +12,9 @@ import study
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from partial_lora.compare import options
 from partial_lora.errors import PartialLoraError
-from partial_lora.settings import comparison, compose, schema
+from partial_lora.settings import compose, schema
 from partial_lora.settings import study as studies
 
 ROOT = schema.conf_dir().parent
@@ -96,19 +97,19 @@ def test_compare_of_an_experiment_alone_is_its_study(data: Path, tmp_path: Path)
     stage = ["experiment=race", "stage=methods", f"data_dir={data}"]
     whole = [words[1:] for words in commands("race", data, stage="methods") if words[0] == "compare"]
     assert len(whole) == 2
-    assert comparison.of_study(stage) == whole
-    (trec,) = comparison.of_study([*stage, "task=trec", "seeds=8"])
+    assert options.of_study(stage) == whole
+    (trec,) = options.of_study([*stage, "task=trec", "seeds=8"])
     assert {"task=trec", "model=minilm_l6", "experiment=race", "seeds=8"} < set(trec)
-    limited = comparison.of_study([*stage, "limit.served=40MB"])
-    assert [comparison.read(each)[0].limit for each in limited] == [{"served": 40e6}] * 2
+    limited = options.of_study([*stage, "limit.served=40MB"])
+    assert [options.read(each)[0].limit for each in limited] == [{"served": 40e6}] * 2
     own = ["experiment=race", "methods=[partial]"]
-    assert comparison.of_study(own) == [own]
+    assert options.of_study(own) == [own]
     for other in ("demo", "race"):  # no study, and one without its sets
         with pytest.raises(PartialLoraError, match="experiment"):
-            comparison.of_study([f"experiment={other}", f"data_dir={tmp_path}"])
+            options.of_study([f"experiment={other}", f"data_dir={tmp_path}"])
     for unknown in (f"data_dir={data / 'nowhere'}", "preset=paper"):
         with pytest.raises(PartialLoraError, match=unknown):
-            comparison.of_study(["experiment=race", unknown])
+            options.of_study(["experiment=race", unknown])
 
 
 def test_an_entry_without_words_is_what_the_file_sweeps_by_itself(tmp_path: Path, monkeypatch) -> None:
@@ -121,11 +122,11 @@ def test_an_entry_without_words_is_what_the_file_sweeps_by_itself(tmp_path: Path
 
 
 def test_comparisons_of_one_study_have_the_same_settings(data: Path) -> None:
-    found = comparison.of_study(["experiment=race", "stage=methods,leaders", f"data_dir={data}"])
-    chosen = [comparison.read(each)[0] for each in found]
-    assert comparison.of_one(chosen[:2]) is chosen[0]
+    found = options.of_study(["experiment=race", "stage=methods,leaders", f"data_dir={data}"])
+    chosen = [options.read(each)[0] for each in found]
+    assert options.of_one(chosen[:2]) is chosen[0]
     with pytest.raises(PartialLoraError, match="seeds=3 and 8"):
-        comparison.of_one(chosen)
+        options.of_one(chosen)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,9 @@ def test_every_target_of_a_table_and_a_study_runs_its_file() -> None:
 @pytest.mark.parametrize("name", ["decided", "table2", "table3"])
 def test_compare_of_a_study_in_two_presets_is_that_of_one(name: str, data: Path) -> None:
     for more in ([], ["task=trec"]):
-        found = comparison.of_study([f"experiment={name}", f"data_dir={data}", *more])
+        found = options.of_study([f"experiment={name}", f"data_dir={data}", *more])
         assert found
-        assert comparison.of_one([comparison.read(each)[0] for each in found]).seeds == 8
+        assert options.of_one([options.read(each)[0] for each in found]).seeds == 8
 
 
 @pytest.mark.parametrize("name", ["table3", "fig4", "fig1"])  # fig1 is a view of table 4

@@ -13,7 +13,7 @@ from checkout import RESULTS, needs_results
 
 from partial_lora import files
 from partial_lora.launching import directory, packs, paths
-from partial_lora.settings import identity, schema, versions
+from partial_lora.settings import compose, identity, schema, study, versions
 from partial_lora.settings.compose import composed
 
 
@@ -224,3 +224,15 @@ def test_every_committed_run_is_found() -> None:
                 if settings.method.name == "lorafa_projected":  # which nothing can run any more
                     continue
                 assert paths.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
+
+
+@needs_results
+def test_commands_of_a_study_find_its_committed_runs() -> None:
+    only = {"preset": {"cpu"}, "task": {"digits"}, "stage": {"point"}, "method": {"partial"}}
+    decided = RESULTS / "decided"
+    there, found = set(packs.directories(decided)), []
+    for words in study.commands("decided", Path("none"), only):
+        if words[0] == "train":
+            found += [run for _, run in compose.plan([*words[1:], f"results_dir={decided}"]).runs]
+    assert {run.calibration.search for run in found} == {"bisect"}
+    assert {paths.run_directory(run) for run in found} <= there

@@ -1,4 +1,4 @@
-"""The shape of a run's record, as far as a report reads it."""
+"""The shape of a run's record, as far as reports and finished runs read it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Mapping
 _NUMBER = (int, float)
 _MAYBE = (*_NUMBER, None)
 _NAMED = {"name": str}
+_FILES = ({"*": (int, {"size": int, "sha256": str}, None)}, None)  # of a finished run; earlier records have sizes alone
+
+HEAD = {
+    "status": str,
+    "files?": _FILES,
+    "seconds?": {"*": _NUMBER},
+    "commits?": ({"*": str}, None),
+}  # of any record, finished or not
 
 # A type; None, for null; (one shape, or another); [of every item]; {key: of its value}, where `key?` may be missing and
 # `*` is every key.
@@ -44,6 +52,9 @@ RECORD = {
     "versions": {"*": str},
     **dict.fromkeys(("git_commit?", "device?", "preset?", "mixed_precision?", "started?"), (str, None)),
     "tuning?": str,
+    "labels?": [str],
+    "files?": _FILES,
+    **dict.fromkeys(("digests?", "commits?", "places?"), ({"*": str}, None)),
 }
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from partial_lora.errors import one_of, require
+from partial_lora.compare.halving import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
+from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, parsed, settings_of
+from partial_lora.settings.compose import checked
 from partial_lora.settings.study import commands
 
 _INSTEAD = {  # of keys of `train` that a comparison sets
@@ -28,19 +30,17 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race, and how
-# many of them it takes.
+# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
     *("low_rank", "lori", "gralora", "partial", "lorafa"),
 )
-TAKEN = 4
 QUICK, FULL, EVERY = "quick", "full", "auto"
 _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": {"": 1, "S": 1}}
 
 
 @dataclass
-class Comparison:
+class Options:
     """Methods that are compared, and how.
 
     budgets: shares of dense LoRA's parameters, or numbers of parameters. limit: one of LIMITS, by name, in place of
@@ -65,7 +65,7 @@ class Comparison:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        named = bool(self.methods) and all(isinstance(method, str) for method in self.methods)
+        named = bool(self.methods) and all(isinstance(method, str) and method for method in self.methods)
         require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
         numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
         require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
@@ -87,6 +87,26 @@ class Comparison:
         usual = (method for method in methods if called(method).reference)
         self.reference = self.reference or next(usual, methods[0])
         require(self.reference in methods, "reference", self.reference, f"one of {', '.join(methods)}")
+
+    @property
+    def until(self) -> float:
+        """The share of its steps after which a search looks at a run."""
+        return 1.0 if self.search == FULL else QUARTER
+
+    def is_race(self, methods: int) -> bool:
+        """Return whether some of so many methods are dropped after half a run: not where all have as many seeds."""
+        return self.search == QUICK and self.seeds is None and methods > SURVIVORS
+
+    def runs_of(self, methods: int, seeds: int) -> float:
+        """Return how many whole runs so many methods take, searches included, if so many seeds decide.
+
+        They are more at edges, and where validation tells few methods apart.
+        """
+        if self.search == FULL:
+            return methods * runs_at_least(self.rates, seeds)
+        raced, left = (HALF - QUARTER, SURVIVORS) if self.is_race(methods) else (0.0, methods)
+        to_the_end = FINALISTS * (1 - QUARTER) - raced + seeds - 1
+        return methods * (self.rates * QUARTER + raced) + left * to_the_end
 
 
 def _is_positive(value: object) -> bool:
@@ -120,18 +140,29 @@ def of_study(settings: Sequence[str]) -> list[list[str]]:
     return study
 
 
-def of_one(comparisons: Sequence[Comparison]) -> Comparison:
+def of_one(parts: Sequence[Options]) -> Options:
     """Return the settings of comparisons that are made as one; raises PartialLoraError where they are not the same."""
-    first = comparisons[0]
-    for key in (option.name for option in fields(Comparison) if option.name not in ("methods", "budgets", "reference")):
-        values = list(dict.fromkeys(str(getattr(comparison, key)) for comparison in comparisons))
+    first = parts[0]
+    for key in (option.name for option in fields(Options) if option.name not in ("methods", "budgets", "reference")):
+        values = list(dict.fromkeys(str(getattr(part, key)) for part in parts))
         require(len(values) == 1, key, " and ".join(values), "one value for a whole study")
     return first
 
 
-def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
+def check(options: Options, overrides: Sequence[str]) -> None:
+    """Raise PartialLoraError for a key or a method that `train` does not know, or for several values of a key.
+
+    It is known in a second, before the libraries that count and train are imported.
+    """
+    methods = [CANDIDATES[0]] if options.methods == [EVERY] else options.methods
+    planned = checked(["-m", *overrides, f"method={','.join(dict.fromkeys(methods))}"])
+    if swept := ", ".join(sorted(planned.swept - {"method"})):
+        raise PartialLoraError(f"{swept}: expected one value; compare sweeps learning rates and seeds by itself")
+
+
+def read(settings: Sequence[str]) -> tuple[Options, list[str]]:
     """Return what a command line says of the comparison, and the settings that are those of `train`."""
-    names = {field.name for field in fields(Comparison)}
+    names = {field.name for field in fields(Options)}
     values: dict[str, Any] = {"methods": []}
     others = []
     for setting in settings:
@@ -147,17 +178,23 @@ def read(settings: Sequence[str]) -> tuple[Comparison, list[str]]:
         written = parsed(setting)
         require(written is not None and not written.is_sweep_override(), key, value, "one value, such as [a,b]")
         values[key] = written.value()
-        if key in ("methods", "budgets") and not isinstance(values[key], list):
+        if key in ("methods", "budgets") and not isinstance(values[key], (list, type(None))):
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values
     require(not is_sized, "budgets", values.get("budgets"), "no budgets beside a limit, which sizes every method")
+    given: dict[str, object] = {}
     for setting in others:
-        key, _, value = setting.lstrip("+~").partition("=")
-        require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
-    comparison = Comparison(**values)
-    contents = [settings_of(setting) for setting in others if is_file(setting)]
-    given = {key for content in contents if not is_record(content) for key in flatten(content)}
-    given |= {setting.lstrip("+~").partition("=")[0] for setting in others}
+        if not is_file(setting):
+            key, _, value = setting.lstrip("+~").partition("=")
+            require(key not in _INSTEAD, key, value, _INSTEAD.get(key, ""))
+            given[key] = value
+        elif not is_record(content := settings_of(setting)):  # a record has all keys, those that are replaced, too
+            for key, value in flatten(content).items():
+                typed = _INSTEAD.get(key.removesuffix(".name"))
+                is_own = key.partition(".")[0] in names
+                require(not typed and not is_own, f"{setting}: {key}", value, typed or f"{key}=… on the command line")
+                given[key] = value
+    options = Options(**values)
     # Forked workers take some seconds less a run, and the results are the same.
     usual = {"results_dir": "results/compare", "trainer.start": "fork"}
-    return comparison, others + [f"{key}={value}" for key, value in usual.items() if key not in given]
+    return options, others + [f"{key}={value}" for key, value in usual.items() if key not in given]

@@ -16,6 +16,8 @@ from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 QUARTER = 0.25  # of its steps, after which a quick search looks at a run
 FINALISTS = 2  # rates that a quick search trains to the end
+HALF = 0.5  # of its steps, after which a race of methods looks at a run
+SURVIVORS = 3  # methods that a race lets go on, and those that validation does not tell from the last of them
 _GAIN = 0.001  # of the loss, without which a quick search does not look beyond its rates
 _MOST_RATES = 12  # of a search whose best rate is at an edge again and again
 
@@ -28,6 +30,7 @@ class Trial(NamedTuple):
     until: float = 1.0
 
 
+Asked = Generator[list[Trial], Mapping[Trial, Worth], list[float]]  # ends with rates, the best first
 Search = Generator[list[Trial], Mapping[Trial, Worth], float | None]
 
 
@@ -40,13 +43,24 @@ def quick(
     at an edge. The two of the least loss on validation go on to the end. results/referee/referee.md says how often that
     is the rate of a full search. earlier: as `full` takes it.
     """
-    tried = yield from _first_seed(centre, count, earlier, until)
-    by_loss = ranked({rate: {0: worth} for rate, worth in tried.items()})[:finalists]
-    if not by_loss:
-        return None
-    finals = yield [Trial(rate, 0) for rate in by_loss]
-    best = ranked({trial.rate: {0: worth} for trial, worth in finals.items()})
+    by_loss = yield from early(centre, count, earlier, until=until)
+    best = (yield from final(by_loss[:finalists])) if by_loss else []
     return best[0] if best else None
+
+
+def early(centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER) -> Asked:
+    """Yield trials of a part of their steps, be sent what they are worth, and return the rates, the least loss first.
+
+    Arguments as `quick` takes them.
+    """
+    tried = yield from _first_seed(centre, count, earlier, until)
+    return ranked({rate: {0: worth} for rate, worth in tried.items()})
+
+
+def final(rates: Collection[float]) -> Asked:
+    """Yield whole trials of the first seed at these rates, be sent what they are worth, and return them, ranked."""
+    worths = yield [Trial(rate, 0) for rate in rates]
+    return ranked({trial.rate: {0: worth} for trial, worth in worths.items()})
 
 
 def full(centre: float, count: int, seeds: int, earlier: Collection[float] = ()) -> Search:
