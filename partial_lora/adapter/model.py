@@ -213,22 +213,28 @@ class PartialLoraModel(LoraModel):
         if not isinstance(config, PartialLoraConfig):
             return state
         _save_with(config, model, adapter_name)  # which is saved next
-        rank = saved_rank(model, adapter_name)
-        for key in [key for key in state if key.endswith((".kept", ".weight"))]:
-            path, _, name = key.rpartition(".")
-            factor = model.get_submodule(path) if ".lora_" in path else None
-            if isinstance(factor, MaskedFactor):
-                layer, part, _ = path.rsplit(".", 2)
-                value, module = state.pop(key), model.get_submodule(layer)
-                dense = factor.dense(value) if name == "kept" else value
-                if not isinstance(module, ParamWrapper):
-                    dense = factor.padded(dense, rank)
-                if part == "lora_B" and (power := config.own_scaling(_layer_name(base_name(layer), module))[0]) != 1:
-                    dense = dense * power
-                if isinstance(module, PartialEmbedding):
-                    state[f"{layer}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
-                else:
-                    state[f"{path}.weight"] = dense
+        layers: dict[str, Any] = {}
+        factors: dict[str, tuple[str, str, str]] = {}
+        owned = f".{adapter_name}"
+        for key in [key for key in state if key.endswith((f"{owned}.kept", f"{owned}.weight")) and ".lora_" in key]:
+            path, part, _, name = key.rsplit(".", 3)
+            if path not in layers:
+                layers[path] = model.get_submodule(path)
+            if isinstance(getattr(layers[path], part)[adapter_name], MaskedFactor):
+                factors[key] = path, part, name
+        rank = max((_rank(layers[path], adapter_name) for path, *_ in factors.values()), default=config.r)
+        for key, (path, part, name) in factors.items():
+            value, layer = state.pop(key), layers[path]
+            factor = getattr(layer, part)[adapter_name]
+            dense = factor.dense(value) if name == "kept" else value
+            if not isinstance(layer, ParamWrapper):
+                dense = factor.padded(dense, rank)
+            if part == "lora_B" and (power := config.own_scaling(_layer_name(base_name(path), layer))[0]) != 1:
+                dense = dense * power
+            if isinstance(layer, PartialEmbedding):
+                state[f"{path}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
+            else:
+                state[f"{path}.{part}.{adapter_name}.weight"] = dense
         return state
 
     @classmethod
@@ -402,9 +408,13 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 
     Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
-    masks = {}
     partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
-    for name, layer in adapter_layers(model, adapter_name).items():
+    return _masks_of(adapter_layers(model, adapter_name), adapter_name, partial=partial)
+
+
+def _masks_of(layers: Mapping[str, LoraLayer], adapter_name: str, *, partial: bool) -> dict[str, ModuleMasks]:
+    masks = {}
+    for name, layer in layers.items():
         embeds = adapter_name in layer.lora_embedding_A  # of plain LoRA, whose factors are parameters there
         a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
         low, high = cast(Any, a[adapter_name]), cast(Any, b[adapter_name])
@@ -422,8 +432,8 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
     """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
     layers = adapter_layers(model, adapter_name)
-    ranks = {name: _rank(layer, adapter_name) for name, layer in layers.items()}
-    return module_masks(model, adapter_name), {name: geometry(name, layers[name], ranks[name]) for name in layers}
+    masks = _masks_of(layers, adapter_name, partial=True)
+    return masks, {name: geometry(name, layer, _rank(layer, adapter_name)) for name, layer in layers.items()}
 
 
 def saved_rank(model: nn.Module, adapter_name: str) -> int:
