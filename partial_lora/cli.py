@@ -31,7 +31,7 @@ from partial_lora.finished.inputs import is_stream, read_inputs
 from partial_lora.finished.run import finished_run
 from partial_lora.finished.task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
-from partial_lora.report import EXAMPLES, SPREADS
+from partial_lora.report import EXAMPLES
 from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose
 from partial_lora.settings.rates import trainer_of
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.building.info import Outline
+    from partial_lora.compare.judging import Judging
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
     from partial_lora.finished.run import FinishedRun
@@ -342,21 +343,23 @@ def env(arguments: list[str]) -> int:
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """Find out which method is best at equal size, and say so; return the exit code."""
+    """Find out which method is best at equal size, or what finished scores decide; return the exit code."""
     parser = _parser(
         "compare",
         "Find out which method is best on your task at one size or under one limit. Every method searches "
         "for its learning rate; of more than three, those that are behind after half a run go no further. The others "
         "are trained with two seeds. From there seeds go to what is undecided, until the best is known or the time is "
         "over. It ends with a verdict in words, a table, a page, and the files to act with. "
-        "Finished runs are not run again.",
+        "Finished runs are not run again. With FILE or FOLDER nothing is trained: it judges the scores that are there, "
+        "of finished runs, tables, PEFT's method_comparison or lm-eval; then the exit code is 1 while not all is "
+        "decided.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
-        "methods=[low_rank,partial,entries] margin=2 hours=1",
+        "methods=[low_rank,partial,entries] margin=2 hours=1; or: partial-lora compare scores.csv margin=2",
     )
     parser.add_argument(
         "settings",
         nargs="*",
-        metavar="KEY=VALUE",
+        metavar="FILE|FOLDER|KEY=VALUE",
         help="methods=[…] or auto; budgets=[0.13]: shares of dense LoRA's parameters, or numbers of parameters; or "
         "one limit.{served,kept,memory,seconds}: bytes of the file that is served, bytes kept for the backward pass, "
         "peak memory, seconds a step; serve=true: what servers load alone; margin=1: points within which a method is "
@@ -364,11 +367,24 @@ def compare(arguments: Sequence[str]) -> int:
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
         "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
-        "stage=methods alone is that stage of the study that its file lists",
+        "stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
+        "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
+        "lower=true: less is better; results_dir=verdict",
     )
+    _add_where(parser)
+    parser.add_argument("--json", action="store_true", help="of finished scores: print one JSON object")
+    parser.add_argument("--verify", action="store_true", help="derive the verdict of take/verdict.json again")
+    parsed = parser.parse_intermixed_args(list(arguments))
+    from partial_lora.compare.judging import Judging
     from partial_lora.compare.options import check, of_one, of_study, read
 
-    parts = [read(each) for each in of_study(parser.parse_args(list(arguments)).settings)]
+    if parsed.verify:
+        return _verify(parsed.settings)
+    if judging := Judging.of(parsed.settings):
+        return _judge(judging, parsed.where, shlex.join(["partial-lora", "compare", *arguments]), parsed.json)
+    if parsed.where or parsed.json:
+        raise PartialLoraError("--where, --json: expected a file or folder of finished scores beside them")
+    parts = [read(each) for each in of_study(parsed.settings)]
     options = of_one([chosen for chosen, _ in parts])
     for part in parts:
         check(*part)
@@ -394,6 +410,40 @@ def compare(arguments: Sequence[str]) -> int:
         print(*sentences, take, sep="\n")
     print(conclusion.page)
     return code
+
+
+def _judge(judging: Judging, where: Sequence[str], command: str, as_json: bool) -> int:
+    """Judge finished scores; return 0 where all is decided, else 1."""
+    with _libraries():
+        from partial_lora.compare import judge, scores
+    found = scores.read(judging.places, where=where, metric=judging.metric, lower=judging.lower, rows=judging.rows)
+    judgements = judge.every(found, judging.margin, judging.reference)
+    files = judge.write(judgements, found, Path(judging.results_dir), command=command)
+    if as_json:
+        print(json.dumps(judge.as_json(judgements, found), allow_nan=False))
+    else:
+        from rich.console import Console
+
+        for line in found.left_out:
+            print(f"partial-lora: {line}", file=sys.stderr)
+        for judgement in judgements:
+            Console().print(judge.on_screen(judgement))
+            print(*judge.sentences(judgement), "", sep="\n")
+        print(*files, sep="\n")
+    return int(not all(judgement.is_decided for judgement in judgements))
+
+
+def _verify(places: Sequence[str]) -> int:
+    """Derive the verdict of a certificate again; return 0 where it holds, else 1."""
+    require(len(places) == 1, "--verify", " ".join(places), "one take/verdict.json of a comparison")
+    from partial_lora.report import certificate
+
+    wrong = certificate.found_wrong(Path(places[0]))
+    for line in wrong:
+        print(f"partial-lora: {places[0]}: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"{places[0]}: the scores beside it say the same")
+    return int(bool(wrong))
 
 
 # --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
@@ -917,15 +967,7 @@ def pack(arguments: Sequence[str]) -> int:
     return int(any(each.is_broken for each in done.left_out))
 
 
-def report(arguments: Sequence[str]) -> int:
-    """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
-    parser = _of_results(
-        "report",
-        "Make tables, figures and one self-contained page of the finished runs of a folder, in "
-        "RESULTS_DIR/report. Runs that failed or have not ended are counted and left out. A record that is broken or "
-        "foreign is named, and so is what should have been compared and could not be; the exit code is then 1. For the "
-        "directory of one run, its page is made: RUN_DIR/index.html.",
-    )
+def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where",
         nargs="+",
@@ -934,13 +976,19 @@ def report(arguments: Sequence[str]) -> int:
         metavar="KEY=VALUE",
         help="take only runs of this task, method, operating_point, seed, … or setting (method.rank=16); A,B: A or B",
     )
-    parser.add_argument("--by", metavar="KEY,KEY", help="average over everything else than these keys")
-    parser.add_argument(
-        "--spread",
-        choices=tuple(SPREADS),
-        default=next(iter(SPREADS)),
-        help="what follows ±: the standard deviation over runs, or half the 95 %% interval of their mean",
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write the report of a folder of results; return 1 where something had to be left out, which is named, else 0."""
+    parser = _of_results(
+        "report",
+        "Make tables, figures and one self-contained page of the finished runs of a folder, in "
+        "RESULTS_DIR/report. Runs that failed or have not ended are counted and left out. A record that is broken or "
+        "foreign is named, and the exit code is then 1. For the directory of one run, its page is made: "
+        "RUN_DIR/index.html. `partial-lora compare RESULTS_DIR` says who is better.",
     )
+    _add_where(parser)
+    parser.add_argument("--by", metavar="KEY,KEY", help="average over everything else than these keys")
     parser.add_argument(
         "--examples",
         type=_whole,
@@ -961,7 +1009,6 @@ def report(arguments: Sequence[str]) -> int:
         place,
         where=parsed.where,
         by=parsed.by,
-        spread=parsed.spread,
         examples=parsed.examples,
         command=" ".join(["partial-lora report", *map(shlex.quote, arguments or [str(place)])]),
         note=lambda line: print(f"partial-lora: {line}", file=sys.stderr),
@@ -980,7 +1027,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
-    "compare": (compare, "say which method to take at one size or under one limit, each at its best learning rate"),
+    "compare": (compare, "say which method to take at one size or under one limit, or what finished scores decide"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
     "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),

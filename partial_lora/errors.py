@@ -46,9 +46,9 @@ def kind_and_line(error: BaseException, most: int | None = 300) -> str:
     return f"{type(error).__name__}: {one_line(error, most)}"
 
 
-def shortlist(names: Sequence[str], most: int = 10) -> str:
+def shortlist(names: Sequence[str], most: int = 10, between: str = ", ") -> str:
     """Return the first few names for a message, and how many more there are: "a, b and 7 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class ProofError(PartialLoraError):

@@ -13,7 +13,6 @@ from partial_lora.report.pairs import Pair, average, between, by_seed, is_best, 
 from partial_lora.report.rows import NONE, point_order
 from partial_lora.report.statistics import LEVEL, Estimate, by_sides
 from partial_lora.report.summary import cell, percent
-from partial_lora.report.tables import signed
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 SCORE, DIFFERENCE, AVERAGE, ALL_SETS = "score", "difference", "average", "all sets"
@@ -141,8 +140,10 @@ def in_points(row: Mapping) -> bool:
 
 
 def interval(row: Mapping) -> str:
-    """A difference with its interval: of shares in points, of other metrics as it is."""
-    return signed(_unit(row), *(row[name] for name in ("difference", "low", "high")))
+    """A difference with its interval, if it has one: of shares in points, of other metrics as it is."""
+    scale, form = (100, "+.2f") if _unit(row) in SHARES else (1, "+.4f")
+    difference, low, high = (f"{scale * row[name]:{form}}" for name in ("difference", "low", "high"))
+    return difference if math.isnan(row["low"]) else f"{difference} [{low}, {high}]"
 
 
 def _unit(row: Mapping) -> str:

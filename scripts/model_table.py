@@ -103,7 +103,7 @@ def stored(model: ModelConfig) -> dict:
 def config_of(model: str) -> Config:
     """The settings of a run of this model on the user's own data, with a head for two classes."""
     family, own = own_task(model)
-    task = [f"task={own}", "task.classes=2", "calibration.budget=0.13"]
+    task = [f"task={own}", "task.classes=2", "calibration=threshold", "calibration.budget=0.13"]
     task += ["trainer.batch_size=4", "model.max_length=512"] if family == "causal" else []
     return composed(f"model={model}", *task)
 

@@ -67,7 +67,7 @@ def trained(place: Path) -> subprocess.CompletedProcess:
 def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subprocess.CompletedProcess) -> None:
     directory, result = record(place, threshold=0.9, seed=0)
     files = {"adapter", "calibration.json", "config.yaml", "predictions.parquet", "result.json", "train.log"}
-    drawn = {f"{name}.{kind}" for name in ("curves", "sparsity") for kind in ("png", "svg")}
+    drawn = {f"{name}.{kind}" for name in ("curves", "sparsity", "training") for kind in ("png", "svg")}
     drawn |= {"predictions.png", "example.png", "index.html"}
     assert {entry.name for entry in directory.iterdir()} - {".lock"} == files | drawn
     assert result["status"] == "finished"

@@ -414,8 +414,10 @@ class _Predicted(_Measured):
             self.tell(0, share, module=module, axis=axis, sparsity=level)
             return is_enough
 
-        of_line = {"enough": sufficient, "line": least, "outputs": self.curves.outputs}
-        near = partial(checked, self.predicted, self.grid, **of_line, survives=survives)
+        def near() -> dict[Point, bool]:
+            predicted, grid, outputs = self.predicted, self.grid, self.curves.outputs
+            return checked(predicted, grid, enough=sufficient, line=least, survives=survives, outputs=outputs)
+
         self.found |= of_first(self.peers, near)
         return self.levels_at(threshold)
 

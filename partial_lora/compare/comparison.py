@@ -31,7 +31,7 @@ from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, pool
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.packs import recorded
-from partial_lora.report import ranking, records, tables
+from partial_lora.report import certificate, ranking, records, tables
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
@@ -330,6 +330,17 @@ class Comparison:
             if len(self.groups) > 1:
                 folder, named = folder / title.replace(", ", "-"), f"{title}: "
             verdicts.append((sentences, take.write(best, folder)))
+            outputs, metric, *_ = verdict.outputs_of(group, out)
+            certificate.write(
+                folder,
+                outputs,
+                found,
+                metric=metric,
+                margin=self.options.margin / 100,
+                looks=verdict.looks_of(self.options),
+                settings={one.name: one.of_seed(0)["config"] for one in group if one.of_seed(0)},
+                verdict=sentences,
+            )
             lines += [f"{named}{sentences[0]}", *sentences[1:]]
         dropped = verdict.dropped(self.progress)
         page = ranking.write_page(

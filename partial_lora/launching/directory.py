@@ -38,7 +38,8 @@ CHECKPOINTS = "checkpoints"
 TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
-CURVES = "curves.svg"  # of a calibration
+CURVES, SPARSITY = "curves.svg", "sparsity.svg"  # of a calibration
+TRAINING = "training.svg"
 PAGE = "index.html"
 PICTURE = "predictions.png"  # test images, and what was predicted of them
 EXAMPLE = "example.png"  # one of them, as an input for `partial-lora predict`
@@ -339,7 +340,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
 def places_of(settings: Mapping, keys: Iterable[str]) -> dict[str, str]:
     """Return where files and folders that settings name lie, by key: for this machine alone, so no pack has it."""
     named = flatten(settings)
-    return {key: os.path.abspath(named[key]) for key in keys if key in named}
+    return {key: redacted(os.path.abspath(named[key])) for key in keys if key in named}
 
 
 def finite(value: object) -> object:

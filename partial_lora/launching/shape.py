@@ -20,7 +20,7 @@ HEAD = {
 # `*` is every key.
 RECORD = {
     "config": {
-        "task": _NAMED,
+        "task": _NAMED | dict.fromkeys(("modality?", "kind?"), str),
         "model": {**_NAMED, "target_modules?": ([str], None)},
         "method": _NAMED,
         "importance?": ({"name?": str}, None),

@@ -25,7 +25,7 @@ from partial_lora.methods import called
 from partial_lora.models.bundled import PREFIX
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.weights import AUTO
-from partial_lora.report import predictions, statistics, summary
+from partial_lora.report import certificate, predictions, statistics, summary
 from partial_lora.report.rows import came_to, row
 from partial_lora.settings.identity import computed_from
 from partial_lora.settings.schema import Config
@@ -129,7 +129,7 @@ def card(run: FinishedRun, repo: str | None, folder: Path, *, license: str | Non
         template_str=_TEMPLATE,
         title=name,
         what=_what(run, numbers, file),
-        scores=_scores(run, numbers),
+        scores=_scores(run, numbers) + _compared(run),
         loading=others.get(form) or _loading(run, repo, form == "compact"),
         made=_made(run),
         settings=(_OF_FOLDER if repo is None else _OF_REPOSITORY).format(version=_plain(version), settings=settings),
@@ -203,6 +203,20 @@ def _scores(run: FinishedRun, numbers: Mapping) -> str:
     return "\n".join(rows) + (
         f"\n\nOne run, seed {run.result['seed']}. The interval is over test examples alone: another seed would move the"
         f" score, too.{note}"
+    )
+
+
+def _compared(run: FinishedRun) -> str:
+    """Return the verdict of a comparison that a run's settings have won, with the command that derives it again."""
+    places = run.directory.absolute().parents
+    won = certificate.of_run(places[4], run.result["config"]) if len(places) > 4 else None
+    if won is None:
+        return ""
+    file, content = won
+    said = "\n".join(f"- {_plain(line)}" for line in content["verdict"])
+    command = f"partial-lora compare {file.relative_to(places[4]).as_posix()} --verify"
+    return (
+        f"\n\n## Compared\n\n{said}\n\nThe scores behind it, and this command, derive it again:\n\n```\n{command}\n```"
     )
 
 

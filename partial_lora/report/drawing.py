@@ -13,7 +13,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -211,12 +210,14 @@ def heat(axes: Axes, values: np.ndarray, *, high: float, form: str, size: float 
     axes.tick_params(length=0, labelsize=8)
 
 
-def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
-    """Return a figure as SVG for a page. names: the texts that its elements show under the pointer, by id.
+def save_both(figure: Figure, folder: Path, stem: str, names: Mapping[str, str] = {}) -> list[Path]:
+    """Write a figure as folder/stem.png and .svg, for a reader and for a page that takes it in; return the files.
 
-    stem: different for every figure of a page, so that none refers to the shapes of a figure that is not shown.
+    names: the texts that its elements show under the pointer, by id. stem: different for every figure of a page, so
+    that none refers to the shapes of another.
     """
-    _lay_out(figure)
+    files = [folder / f"{stem}{suffix}" for suffix in (".png", ".svg")]
+    save(figure, files[0])
     content = io.StringIO()
     with rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):  # letters as text: a tenth as large
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -228,7 +229,8 @@ def inline(figure: Figure, names: Mapping[str, str], *, stem: str) -> Markup:
     for element in root.iter(f"{{{space}}}g"):
         if element.get("id") in names:
             ElementTree.SubElement(element, f"{{{space}}}title").text = names[element.get("id")]
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    write_atomic(files[1], ElementTree.tostring(root, encoding="unicode"))
+    return files
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -247,8 +249,3 @@ def _lay_out(figure: Figure) -> None:
     if engine := figure.get_layout_engine():
         engine.execute(figure)
         figure.set_layout_engine(None)
-
-
-def save_both(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Write a figure as folder/stem.png and .svg."""
-    return [save(figure, folder / f"{stem}{suffix}") for suffix in (".png", ".svg")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -44,9 +44,9 @@ from partial_lora.report.drawing import (
 from partial_lora.report.examples import are_of, hardest, rgb, shortened
 from partial_lora.report.predictions import read_all
 from partial_lora.report.records import Run
-from partial_lora.report.rows import NONE, PLACE, method_of, panel_of, task_of
-from partial_lora.report.statistics import MARGIN
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
+from partial_lora.report.rows import NONE, method_of, panel_of, task_of
+from partial_lora.report.summary import measured
+from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 MOST = 9  # panels of a figure
 FRONT = (
@@ -61,7 +61,7 @@ _MOST_DEPTHS = 12  # positions in depth whose curves are drawn
 _MOST_IMAGES, _ACROSS, _MOST_WRONG = 24, 8, 8
 _FAR = 3  # times the usual distance from zero: a row that lies wholly beyond is a number at the end of the axis
 
-_VERDICTS = {"better": (">", True), "matches": ("o", True), "worse": ("<", True), "undecided": ("o", False)}
+_VERDICTS = {"better": (">", True), "as good": ("o", True), "worse": ("<", True), "open": ("o", False)}
 _CURVES = {  # rows are darker than columns, and their larger marker shows behind the other
     "rows": ({"color": BLUE, "linestyle": "-"}, None, {"color": BLUE, "marker": "o", "markersize": 7}),
     "columns": (
@@ -74,7 +74,6 @@ _CHOSEN = {"linestyle": "", "markeredgecolor": "black", "zorder": 3, "clip_on": 
 _INTACT = {"color": "0.5", "linewidth": 0.8, "linestyle": "-."}
 _HELD = {"color": "0.25", "linewidth": 0.8, "linestyle": ":"}
 _AXES = {"rows": "rows of B", "columns": "columns of A"}
-_AT_POINT = [*PLACE, "operating_point", "metric"]
 
 History = Sequence[Mapping]
 Band = list[tuple[int, float, float, float]]  # step, mean, lowest, highest
@@ -82,12 +81,16 @@ Band = list[tuple[int, float, float, float]]  # step, mean, lowest, highest
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, and how many it draws of the places, calibrations or models (`what`) that there are."""
+    """A figure, and how many it draws of the places, sets or calibrations (`what`) that there are.
+
+    names: what its elements show under the pointer, by id.
+    """
 
     figure: Figure
-    drawn: int
-    whole: int
+    drawn: int = 1
+    whole: int = 1
     what: str = "places"
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cut(self) -> str:
@@ -105,10 +108,10 @@ def titled(what: str, result: Mapping) -> str:
     return words if sparsity is None else f"{words}\nadapter sparsity {sparsity:.1%}"
 
 
-def _titled(axes: Axes, task: str, model: str, drawn: Sized = (), whole: Sized = ()) -> None:
+def _titled(axes: Axes, place: str, drawn: Sized = (), whole: Sized = ()) -> None:
     """Name the place, and how many of its rows or lines are drawn if not all."""
     some = f" ({len(drawn)} of {len(whole)})" if len(drawn) < len(whole) else ""
-    axes.set_title(f"{task}, {model}{some}", fontsize=10, loc="left")
+    axes.set_title(f"{place}{some}", fontsize=10, loc="left")
 
 
 # Training
@@ -202,7 +205,7 @@ def training(runs: Sequence[Run]) -> Drawing | None:
         pair[0].tick_params(labelbottom=False)
         scored(pair[1], metric, f"validation {metric}")
         pair[1].set_xlabel("optimizer step", fontsize=9)
-        _titled(pair[0], task, model, folders[:_MOST_LINES], folders)
+        _titled(pair[0], f"{task}, {model}", folders[:_MOST_LINES], folders)
         for axes in pair:
             plain(axes)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -210,6 +213,12 @@ def training(runs: Sequence[Run]) -> Drawing | None:
         axes.set_visible(bool(axes.lines))
     legend_of_methods(figure, used, lines=True)
     return Drawing(figure, len(parts), len(places)) if any(axes.lines for axes in drawn) else None
+
+
+def draw_training(run: Run) -> list[Path]:
+    """Draw loss and validation score of one run into its directory; gives the files, none of a run that logged none."""
+    drawing = training([run])
+    return save_both(drawing.figure, run.directory, "training") if drawing else []
 
 
 # Scores
@@ -225,108 +234,108 @@ def front(points: Iterable[tuple[float, float]], metric: str) -> list[tuple[floa
     return best
 
 
-def pareto(table: pd.DataFrame, *, least: float = 5.5) -> Drawing:
+def pareto(of_place: pd.DataFrame) -> Drawing:
     """Draw test score against trainable parameters, adapter and head together; the line joins what nothing beats.
 
-    Rows under other conditions than most are small grey dots, and the axis of scores does not reach out for them. The
-    id of a row's mark is "row-" and its index in the table.
+    Rows under other conditions than most are small grey dots, and the axis of scores does not reach out for them.
 
-    table: of `folders.group`. least: the figure's width in inches at least.
+    of_place: of `folders.group`, the rows of a task, model and metric.
     """
-    whole = tables.places(table)
-    parts = whole[:MOST]
-    figure, drawn = panels(len(parts), wide=3.9, high=2.9, least=least)
-    used: list[tuple[str, str]] = []
-    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
-        of_place = of_place.assign(size=of_place["adapter_parameters"] + of_place["head_parameters"])
-        part, others = of_place[of_place["usual"]], of_place[~of_place["usual"]]
-        best = front(zip(part["size"], part["test_mean"], strict=True), metric)
-        ends = [*best, (float(of_place["size"].max()) * 1.4, best[-1][1])]
-        axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
-        axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
-        for row in part.itertuples():
-            used.append((row.method, row.operating_point))
-            its_look = look(*used[-1])
-            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7}
-            mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style, **its_look.markers)
-            mark.set_gid(f"row-{row.Index}")
-        spread = part["test_std"].fillna(0)
-        sized(axes, of_place["size"])
-        fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)])
-        scored(axes, metric)
-        _titled(axes, task, model)
-        plain(axes)
-    legend_of_methods(figure, used, lines=False)
-    return Drawing(figure, len(parts), len(whole))
+    of_place = of_place.assign(size=of_place["adapter_parameters"] + of_place["head_parameters"])
+    part, others = of_place[of_place["usual"]], of_place[~of_place["usual"]]
+    figure, (axes,) = panels(1, wide=3.9, high=2.9, least=4.4)
+    metric, names = part["metric"].iloc[0], {}
+    best = front(zip(part["size"], part["test_mean"], strict=True), metric)
+    ends = [*best, (float(of_place["size"].max()) * 1.4, best[-1][1])]
+    axes.plot(*zip(*ends, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
+    axes.plot(others["size"], others["test_mean"], ".", color="0.6", markersize=5, zorder=1)
+    for row in part.itertuples():
+        its_look = look(row.method, row.operating_point)
+        style = {"color": its_look.color, "linestyle": "", "capsize": 3, "elinewidth": 1, "markersize": 7}
+        mark, *_ = axes.errorbar(row.size, row.test_mean, yerr=row.test_std, **style, **its_look.markers)
+        mark.set_gid(f"row-{row.Index}")
+        score, size = measured(metric, row.test_mean, row.test_std), f"{row.adapter_parameters:,.0f} parameters"
+        names[f"row-{row.Index}"] = f"{words_of(row)}: {score} (n={row.n}), {size}"
+    spread = part["test_std"].fillna(0)
+    sized(axes, of_place["size"])
+    fitted(axes, [*(part["test_mean"] - spread), *(part["test_mean"] + spread)])
+    scored(axes, metric)
+    _titled(axes, ", ".join(part[["task", "model"]].iloc[0]))
+    plain(axes)
+    legend_of_methods(figure, list(zip(part["method"], part["operating_point"], strict=True)), lines=False)
+    return Drawing(figure, names=names)
 
 
-def methods(table: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
+def methods(of_place: pd.DataFrame, frame: pd.DataFrame) -> Drawing:
     """Draw every method's mean test score with its 95 % interval over seeds, and the seeds as ticks.
 
     Rows under other conditions than most are left out. The axis reaches as far as the seeds do, and half as far again
     for the intervals.
 
-    table: of `folders.group`; frame: the runs.
+    of_place: as of `pareto`; frame: the runs.
     """
-    whole = tables.places(table[table["usual"]])
-    parts = whole[:MOST]
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
+    usual = of_place[of_place["usual"]]
+    part = usual.head(_MOST_ROWS)
+    part = part.assign(place=range(len(part)))
+    figure, (axes,) = lists([len(part)])
     seeds = {key: runs["test"].tolist() for key, runs in frame.groupby(["group", "precision"])}
-    for axes, ((task, model, metric), of_place) in zip(drawn, parts, strict=True):
-        part = of_place.head(_MOST_ROWS)
-        part = part.assign(place=range(len(part)))
-        rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
-        ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
-        if ticks:
-            axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
-        for key, of_method in part.groupby(["method", "operating_point"], sort=False):
-            its_look = look(*key)
-            style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
-            axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
-        tests = np.array([score for _, scores in rows for score in scores])
-        half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
-        low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
-        fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
-        _listed(axes, [shortened(words_of(row), _MOST_LETTERS) for row in part.itertuples()], metric)
-        _titled(axes, task, model, part, of_place)
-    return Drawing(figure, len(parts), len(whole))
+    rows = [(row, seeds[row.group, row.precision]) for row in part.itertuples()]
+    ticks = [(score, row.place) for row, scores in rows if row.n > 1 for score in scores]
+    if ticks:
+        axes.plot(*zip(*ticks, strict=True), "|", color="0.55", markersize=9, zorder=1)
+    for key, of_method in part.groupby(["method", "operating_point"], sort=False):
+        its_look = look(*key)
+        style = {"color": its_look.color, "linestyle": "", "capsize": 3, "markersize": 6.5, **its_look.markers}
+        axes.errorbar(of_method["test_mean"], of_method["place"], xerr=of_method["test_half"], **style)
+    tests = np.array([score for _, scores in rows for score in scores])
+    half, room = part["test_half"].fillna(0), 0.5 * (tests.max() - tests.min())
+    low, high = (part["test_mean"] - half).min(), (part["test_mean"] + half).max()
+    fitted(axes, [max(low, tests.min() - room), min(high, tests.max() + room)], "x")
+    _listed(axes, [shortened(words_of(row), _MOST_LETTERS) for row in part.itertuples()])
+    scored(axes, part["metric"].iloc[0], axis="x")
+    _titled(axes, ", ".join(part[["task", "model"]].iloc[0]), part, usual)
+    return Drawing(figure)
 
 
-def differences(compared: pd.DataFrame) -> Drawing | None:
-    """Draw how far every other method is from `partial`, with 95 % intervals; the shaded strip still "matches".
+@dataclass(frozen=True)
+class Intervals:
+    """Differences of methods from one, a row each (method, verdict, difference, low, high). margin: in their unit."""
 
-    Where less is better there is no strip, and better is on the left. What is far from all others is a number at the
-    end of the axis.
+    title: str
+    label: str
+    margin: float
+    rows: pd.DataFrame
 
-    compared: the rows of `comparison.differences`; None where it has no differences.
+
+def intervals(sets: Sequence[Intervals]) -> Drawing | None:
+    """Draw how far methods are from one, with intervals; in the shaded strip a method is still as good.
+
+    What is far from all others is a number at the end of the axis.
     """
-    if "difference" not in compared or compared["difference"].isna().all():
+    parts = [one for one in sets if len(one.rows)][:MOST]
+    if not parts:
         return None
-    rows = compared[compared["difference"].notna()]
-    whole = list(rows.groupby([*_AT_POINT, "reference"], sort=False))
-    parts = whole[:MOST]
-    several = rows.groupby(_AT_POINT)["reference"].nunique() > 1
-    figure, drawn = lists([min(_MOST_ROWS, len(part)) for _, part in parts])
-    for axes, ((task, model, point, metric, _), of_place) in zip(drawn, parts, strict=True):
-        part = of_place.head(_MOST_ROWS)
+    figure, drawn = lists([min(_MOST_ROWS, len(one.rows)) for one in parts])
+    for axes, one in zip(drawn, parts, strict=True):
+        part = one.rows.head(_MOST_ROWS)
         axes.axvline(0, color="0.3", linewidth=1)
-        if metric not in LOWER_IS_BETTER:  # where nothing matches
-            axes.axvspan(-MARGIN, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
+        axes.axvspan(-one.margin, 0, facecolor="0.9", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
         for height, row in enumerate(part.itertuples()):
             marker, filled = _VERDICTS[row.verdict]
-            color = look(row.method, row.operating_point).color
             ends = [[row.difference - row.low], [row.high - row.difference]]
+            color = _color(row.method)
             style = {"color": color, "markerfacecolor": color if filled else "white", "capsize": 3, "markersize": 7}
             axes.errorbar(row.difference, height, xerr=ends, marker=marker, linestyle="", **style)
         _cut_off(axes, part)
-        words = (", " + part["differs"]).where(part["differs"] != NONE, "")
-        names = (part["method"] + words).map(lambda name: shortened(name, _MOST_LETTERS)) + ": " + part["verdict"]
-        _listed(axes, list(names), metric, f"difference from partial in {metric}", points=True)
-        differs = part["reference_differs"].iloc[0]
-        with_it = "the usual settings" if differs == NONE else differs
-        against = f"\nfrom partial with {with_it}" if several[task, model, point, metric] else ""
-        _titled(axes, task, f"{model}, {point}{against}", part, of_place)
-    return Drawing(figure, len(parts), len(whole))
+        _listed(axes, [f"{shortened(row.method, _MOST_LETTERS)}: {row.verdict}" for row in part.itertuples()])
+        axes.set_xlabel(one.label, fontsize=9)
+        _titled(axes, one.title, part, one.rows)
+    return Drawing(figure, len(parts), len(sets), "sets")
+
+
+def _color(method: str) -> str:
+    name, _, point = method.partition(", ")
+    return look(name, point or NONE).color
 
 
 def _cut_off(axes: Axes, part: pd.DataFrame) -> None:
@@ -341,18 +350,15 @@ def _cut_off(axes: Axes, part: pd.DataFrame) -> None:
     axes.set_xlim(left, right)
     for height, (row, is_far) in enumerate(zip(part.itertuples(), far, strict=True)):
         if is_far:
-            on_left = row.difference < 0
-            value = f"{100 * row.difference:+.1f}" if row.metric in SHARES else f"{row.difference:+.3g}"
-            text, end, side = (f"◂ {value}", left, "left") if on_left else (f"{value} ▸", right, "right")
-            color = look(row.method, row.operating_point).color
-            axes.text(end, height, text, color=color, ha=side, va="center", fontsize=8)
+            value = f"{row.difference:+.3g}"
+            text, end, side = (f"◂ {value}", left, "left") if row.difference < 0 else (f"{value} ▸", right, "right")
+            axes.text(end, height, text, color=_color(row.method), ha=side, va="center", fontsize=8)
 
 
-def _listed(axes: Axes, names: Sequence[str], metric: str, label: str | None = None, *, points: bool = False) -> None:
-    """Name rows from top to bottom, and a score along the bottom."""
+def _listed(axes: Axes, names: Sequence[str]) -> None:
+    """Name rows from top to bottom."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    scored(axes, metric, label, "x", points=points)
     plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
@@ -614,23 +620,20 @@ def curve_lines(calibrations: Mapping[str, Mapping]) -> Drawing | None:
 class Shown:
     """A figure as files (PNG, SVG), its title, what is to be seen in a sentence or two, and what is not drawn.
 
-    inline: markup that stands in a page in place of the file.
+    place: the task, model and metric that it is of, None for one of all.
     """
 
     title: str
     caption: str
     files: tuple[Path, ...]
     cut: str = ""
-    inline: str = ""
+    place: tuple[str, str, str] | None = None
 
 
-def draw_gallery(
-    every: Sequence[Run], compared: pd.DataFrame, results_dir: Path, is_choice: bool = False
-) -> list[Shown]:
+def draw_gallery(every: Sequence[Run], results_dir: Path, is_choice: bool = False) -> list[Shown]:
     """Draw into results_dir/report/figures all figures that runs have something for, without searches for a rate.
 
-    compared: the rows of `comparison.differences`. is_choice: runs are some of the folder's, so that calibrations
-    without runs are not drawn.
+    is_choice: runs are some of the folder's, so that calibrations without runs are not drawn.
     """
     runs = [run for best in folders.without_searches(folders.folders(every)) for run in best.runs]
     frame = folders.table(runs)
@@ -638,19 +641,22 @@ def draw_gallery(
     searched = " Of each row the best learning rate on validation is drawn." if len(runs) < len(every) else ""
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "pareto": (
-            pareto(table),
-            "Test score against trainable parameters",
+    drawings: dict[str, tuple] = {}
+    for number, (place, part) in enumerate(tables.places(table), start=1):
+        drawings[f"pareto-{number}"] = (
+            pareto(part),
+            f"Test {place[2]} against trainable parameters",
             f"{FRONT} Grey dots were trained under other conditions.{searched}",
-        ),
-        "methods": (
-            methods(table, frame),
+            place,
+        )
+        drawings[f"methods-{number}"] = (
+            methods(part, frame),
             "Test score of each row",
             "The mean test score with its 95 % interval over seeds (Student's t). Small ticks are the seeds. One seed "
             "has no interval. An interval without an end goes on beyond the panel." + searched,
-        ),
-        "differences": (differences(compared), "Differences from partial", _of_differences(compared)),
+            place,
+        )
+    drawings |= {
         "training": (
             training(runs),
             "Loss and validation score during training",
@@ -668,23 +674,11 @@ def draw_gallery(
             "The band shows the bounds where an evaluation stopped early.",
         ),
     }
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):  # from an earlier report, perhaps of other runs
+        old.unlink()
     gallery = []
-    for stem, (drawing, title, caption) in figures.items():
-        for old in folder.glob(f"{stem}.*"):  # from an earlier report, perhaps of other runs
-            old.unlink()
+    for stem, (drawing, title, caption, *places) in drawings.items():
         if drawing is not None:
-            files = tuple(save_both(drawing.figure, folder, stem))
-            gallery.append(Shown(title, f"{caption} {drawing.cut}".strip(), files, drawing.cut))
+            files = tuple(save_both(drawing.figure, folder, stem, drawing.names))
+            gallery.append(Shown(title, f"{caption} {drawing.cut}".strip(), files, drawing.cut, *places))
     return gallery
-
-
-def _of_differences(compared: pd.DataFrame) -> str:
-    """Return the caption of the differences: what the hatched strip means, or that less is better."""
-    metrics = set(compared["metric"]) if len(compared) else set()
-    caption = "At the same operating point, with paired 95 % intervals over examples and seeds."
-    if metrics - LOWER_IS_BETTER:
-        caption += " A method matches partial where the lower end of its interval lies in the hatched strip, less than "
-        caption += "a point below zero, or to the right of it."
-    if lower := sorted(metrics & LOWER_IS_BETTER):
-        caption += f" Of {' and '.join(lower)} less is better: below zero is better, and nothing matches."
-    return caption

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
@@ -43,17 +42,6 @@ class Folder:
     @property
     def seeds(self) -> list[int]:
         return [run.row["seed"] for run in self.runs]
-
-    @property
-    def measure(self) -> str | None:
-        """The measure of importance that its sparsities were calibrated by."""
-        calibrated = self.runs[0].record.get("calibration") is not None
-        return (self.config.get("importance") or {}).get("name") if calibrated else None
-
-    @cached_property
-    def distance(self) -> int:
-        """The number of the method's settings that differ from the schema's defaults."""
-        return len(rows.of_method(self.config))
 
     @property
     def is_variant(self) -> bool:

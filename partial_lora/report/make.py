@@ -1,4 +1,4 @@
-"""The report of a folder of results: its runs read once, then tables, differences, figures and the page of all."""
+"""The report of a folder of results: its runs read once, then tables, figures and the page of all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from partial_lora.report import choice, comparison, figures, folders, page, records, tables
-from partial_lora.report.pairs import best
+from partial_lora.report import choice, figures, folders, page, records, tables
 from partial_lora.report.predictions import Predictions
 
 
@@ -20,8 +19,8 @@ class Made:
     Attributes:
         table: the runs, for a terminal.
         files: what was written, and the folder of figures.
-        remarks: what was not compared or not drawn in full, a line each.
-        is_whole: False where a record is broken, or what should have been compared could not be.
+        remarks: what was not drawn in full, a line each.
+        is_whole: False where a record is broken.
     """
 
     table: RenderableType
@@ -35,7 +34,6 @@ def report(
     *,
     where: Sequence[str],
     by: str | None,
-    spread: str,
     examples: int,
     command: str,
     note: Callable[[str], None],
@@ -45,7 +43,6 @@ def report(
     Args:
         where: conditions on runs, KEY=VALUE each (`choice.where`).
         by: the keys, with commas between them, that rows of the table differ in; None for the usual ones.
-        spread: one of `report.SPREADS`.
         examples: how many of the hardest test examples the page shows for each row.
         command: the command line, for the head of every file.
         note: called with a line for each run that is left out, before anything is drawn.
@@ -62,19 +59,13 @@ def report(
     for key in keys:
         frame[key] = [choice.value_of(run, key) for run in runs]
     table = folders.group(frame)
-    marked = set() if keys or frame.empty else best(table, predictions)
-    files = tables.write(frame, place, command=command, left_out=left_out, by=keys, spread=spread, marked=marked)
-    compared = comparison.differences(runs, predictions)
-    files += comparison.write(compared, place, command=command)
-    drawn = figures.draw_gallery(runs, compared.rows, place, bool(where))
+    files = tables.write(frame, place, command=command, left_out=left_out, by=keys)
+    drawn = figures.draw_gallery(runs, place, bool(where))
     whole = page.write(
         place,
         runs=runs,
         table=table,
         by=(keys, folders.group(frame, keys)) if keys else None,
-        spread=spread,
-        marked=marked,
-        compared=compared,
         predictions=predictions,
         gallery=drawn,
         command=command,
@@ -83,12 +74,8 @@ def report(
         examples=examples,
     )
     return Made(
-        table=tables.on_screen(frame, by=keys, spread=spread),
+        table=tables.on_screen(frame, by=keys),
         files=[*files, whole, *([drawn[0].files[0].parent] if drawn else [])],
-        remarks=[
-            *(f"not compared: {line}" for line in compared.uncompared),
-            *(f"comparison: {remark}" for remark in compared.remarks),
-            *(f"figure {figure.files[0].stem}: {figure.cut}" for figure in drawn if figure.cut),
-        ],
-        is_whole=not (compared.problems or any(run.is_broken for run in left_out)),
+        remarks=[f"figure {figure.files[0].stem}: {figure.cut}" for figure in drawn if figure.cut],
+        is_whole=not any(run.is_broken for run in left_out),
     )

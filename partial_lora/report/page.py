@@ -1,7 +1,6 @@
 """Pages over runs: one file that needs nothing else, neither a network nor another file.
 
-What is shown is gathered here; how it is shown is in templates/. A section's lines and cells are SVG and HTML in the
-page's own colours: a figure of figures.py for every configuration would take half a second and 100 KB each.
+What is shown is gathered here; how it is shown is in templates/. Figures are the files of figures.py, taken in.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from html import escape
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import pyarrow as pa
@@ -24,13 +21,19 @@ from markupsafe import Markup
 
 from partial_lora.errors import one_line
 from partial_lora.files import flatten, grouped, read_json, write_atomic
-from partial_lora.launching.directory import CALIBRATION, CURVES, EXAMPLE, PAGE, PREDICTIONS, RESULT
-from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import EXAMPLES, comparison, figures, tables
+from partial_lora.launching.directory import (
+    CALIBRATION,
+    CURVES,
+    EXAMPLE,
+    PAGE,
+    PREDICTIONS,
+    RESULT,
+    SPARSITY,
+    TRAINING,
+)
+from partial_lora.report import EXAMPLES, figures, tables
 from partial_lora.report.classes import MOST, Classes, counted
-from partial_lora.report.comparison import Differences
-from partial_lora.report.depth import depth_name, grid
-from partial_lora.report.drawing import inline, words_of
+from partial_lora.report.drawing import words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
 from partial_lora.report.folders import OF_SEED, folders, without_searches
 from partial_lora.report.predictions import Predictions, read_all
@@ -42,11 +45,13 @@ from partial_lora.tasks.metrics import SHARES
 
 logger = logging.getLogger(__name__)
 
-_WIDE, _HIGH, _LEFT, _BELOW, _ABOVE = 340, 130, 44, 18, 8  # of a drawing of lines
-_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
+_OF_RUN = {  # of a run's own figures: the file, its title and what it shows
+    TRAINING: ("Loss and validation score during training", "By optimizer step."),
+    SPARSITY: ("What calibration removed", "The share of rows and columns that each module goes without, in percent."),
+    CURVES: ("Calibration curves", None),  # its words have the calibration's scores
+}
 _FEW = 8  # rows that need no filter
 _SCORES = ("precision (%)", "recall (%)", "F1 (%)")
-_OTHERS = " Grey dots were trained under other conditions, some beyond the axis."
 
 
 def write(
@@ -55,9 +60,6 @@ def write(
     runs: Sequence[Run],
     table: pd.DataFrame,
     by: tuple[Sequence[str], pd.DataFrame] | None,
-    spread: str,
-    marked: Collection[int],
-    compared: Differences,
     predictions: Predictions,
     gallery: Sequence[figures.Shown],
     command: str,
@@ -65,10 +67,10 @@ def write(
     left_out: Sequence[LeftOut],
     examples: int,
 ) -> Path:
-    """Write results_dir/report/index.html, a tab a task: the best of every method, differences, and all else folded.
+    """Write results_dir/report/index.html, a tab a task: the best of every method, and all else folded.
 
-    table: of `folders.group`; marked: its best rows. by: the keys of another grouping and its table, which then opens
-    the page. examples: how many of the hardest to show, 0 for none.
+    table: of `folders.group`. by: the keys of another grouping and its table, which then opens the page. examples: how
+    many of the hardest to show, 0 for none.
     """
     titles = {row.group: words_of(row) for row in table.itertuples()}
     groups = list(grouped(runs, lambda run: run.row["group"]).values())
@@ -80,7 +82,6 @@ def write(
     searched = {folder.name for folder in without_searches(folders(runs))}
     best = tables.best_of_each(table[table["group"].isin(searched)])
     intervals = {index: tables.interval(row, predictions) for index, row in best.iterrows()}
-    differences = compared.rows if compared.known else compared.rows.head(0)
     tabs, firsts = [], []
     for count, (name, (place, part)) in enumerate(zip(names, parts, strict=True), start=1):
         rows = [best.loc[index] for index in best.index if index in part.index]
@@ -91,15 +92,15 @@ def write(
                 name,
                 title=f"{place[0]} · {place[1]}",
                 leads=_leads(rows[0], part, intervals),
-                tables=[_headline(rows, intervals, marked, ids, differences), *_differences(place, compared, ids)],
-                figures=[_front(part)],
-                folded=_all_rows(part, spread, marked, ids),
+                tables=[_headline(rows, intervals, ids)],
+                figures=[_figure(shown) for shown in gallery if shown.place == place],
+                folded=_all_rows(part, ids),
                 sections=[section for group, section in by_group if panel_of(group[0].row) == place],
             )
         )
-    more = [(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in gallery]
+    more = [_figure(shown) for shown in gallery if shown.place is None]
     if by or len(tabs) > 1:
-        overview = [_averages(*by, spread)] if by else [_matrix(best, intervals, marked, parts, names)]
+        overview = [_averages(*by)] if by else [_matrix(best, intervals, parts, names)]
         leads = [
             Markup('<a href="#{}">{}</a> {}').format(tab["id"], tab["name"], _in_words(row, intervals))
             for tab, row in zip(tabs, firsts, strict=True)
@@ -119,7 +120,6 @@ def write(
             "lists": {
                 "Not finished": [run for run in left_out if not run.is_broken],
                 "Records that cannot be read": [run for run in left_out if run.is_broken],
-                "Not compared": compared.uncompared,
             },
             "shared": run_sections[0]["shared"] if run_sections else {},
         },
@@ -154,7 +154,7 @@ def write_tables(
             *(Markup("<b>{}:</b> {} {}").format(title, row["method"], row["test"]) for title, row in firsts),
         ],
         tables=[] if several else rankings[0],
-        figures=[(figure.title, figure.caption, figure.inline or _uri(figure.files[-1])) for figure in gallery],
+        figures=[_figure(shown) for shown in gallery],
         folded=[_table(title, part, filtered=True) for title, part in folded.items()],
     )
     of_task = [
@@ -173,8 +173,6 @@ def write_tables(
 
 def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
     """Write RUN/index.html, the page of one run. rows: its task's test split where that is at hand."""
-    curves = run.directory / CURVES  # as the run has drawn them; there are none without a calibration
-    figure = ("Calibration curves", _curves_of(run.record["calibration"] or {}))
     config, metric, test = run.record["config"], run.row["metric"], run.record["metrics"]["test"]
     predicted = (read_all([run.directory]) or [None])[0]
     caption = f"test {metric}"
@@ -182,6 +180,8 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         low, high = (measured(metric, end) for end in ends)
         caption += f"; 95 % interval {low} to {high} over {len(predicted):,} test examples, for this seed alone"
     (section,) = sections([[run]], examples, rows)
+    drawn = {file.name for file in run.directory.glob("*.svg")}
+    curves = _curves_of(run.record["calibration"] or {})
     place, example = _place_of(run.directory), run.directory / EXAMPLE
     classes = None if predicted is None else counted(predicted)
     content = {
@@ -197,7 +197,11 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
         "classes": _of_classes(classes) if classes else None,
         "matrix": classes if classes and len(classes.names) <= MOST else None,
         "section": section,
-        "figures": [(*figure, _uri(curves))] if curves.is_file() else [],
+        "figures": [
+            (title, words or curves, _uri(run.directory / name))
+            for name, (title, words) in _OF_RUN.items()
+            if name in drawn
+        ],
         "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
     }
     return _written(run.directory / PAGE, "run.html", content)
@@ -229,9 +233,10 @@ def draw_run(directory: Path, settings: Mapping) -> None:
         modules = read_json(calibration)["modules"] if calibration.is_file() else None
         figures.draw_calibration(record, modules, directory)
         if record["metrics"]:
-            rows = rows_of(settings, fetch=True)
+            run, rows = run_of(record, directory), rows_of(settings, fetch=True)
+            figures.draw_training(run)
             figures.draw_predictions(record, directory, rows)
-            write_run(run_of(record, directory), rows)
+            write_run(run, rows)
     except Exception as error:
         logger.warning("%s: no page could be made (%s)", directory, type(error).__name__, exc_info=True)
 
@@ -272,20 +277,9 @@ def _in_words(row: pd.Series, intervals: Mapping) -> str:
     return f"{words_of(row)}: {score} ({between}n={row['n']}), {row['adapter_parameters']:,.0f} parameters{share}"
 
 
-def _headline(
-    rows: Sequence[pd.Series], intervals: Mapping, marked: Collection[int], ids: Mapping, compared: pd.DataFrame
-) -> dict:
-    """Return the table of a task's methods at their best, with each interval as numbers and as a line."""
+def _headline(rows: Sequence[pd.Series], intervals: Mapping, ids: Mapping) -> dict:
+    """Return the table of a task's methods at their best, each with its interval."""
     metric = rows[0]["metric"]
-    halves = [(ends[1] - ends[0]) / 2 for row in rows if (ends := intervals[row.name])]
-    room = 1.5 * median(halves) if halves else 0.0
-    scale = min(row["test_mean"] for row in rows) - room, max(row["test_mean"] for row in rows) + room
-    point = next((row["operating_point"] for row in rows if row["method"] == "partial"), NONE)
-    against = {
-        (row.group, row.operating_point): row
-        for row in compared.itertuples()
-        if row.reference_differs == NONE and row.group != row.reference
-    }
     cells = []
     for row in rows:
         ends = intervals[row.name]
@@ -294,77 +288,30 @@ def _headline(
         if ends:
             over = Markup("<small>over test examples</small>") if ends[2] == "examples" else ""
             numbers = f"{_bare(metric, ends[0])} to {_bare(metric, ends[1])}"
-            between = Markup("{}{}{}").format(numbers, _strip(row["test_mean"], ends, scale), over)
-        at = point if row["operating_point"] == NONE else row["operating_point"]
-        difference = against.get((row["group"], at))
+            between = Markup("{}{}").format(numbers, over)
         cells.append(
             {
                 "method": Markup('<a href="#{}">{}</a><small>{}</small>').format(
                     ids[row["group"]], row["method"], ", ".join(details)
                 ),
-                f"test {metric}" + (" (%)" if metric in SHARES else ""): _score(
-                    metric, row["test_mean"], row.name in marked
-                ),
+                f"test {metric}" + (" (%)" if metric in SHARES else ""): _bare(metric, row["test_mean"]),
                 "95 % interval": between,
                 "n": str(row["n"]),
                 "trainable parameters": f"{row['adapter_parameters']:,.0f}",
                 "of dense LoRA": cell(row["share_of_dense"], ".1%"),
-                "from partial": NONE if difference is None else comparison.in_words(difference),
             }
         )
-    frame = pd.DataFrame(cells, dtype=object)
-    frame = frame[[name for name in frame if name != "from partial" or (frame[name] != NONE).any()]]
     notes = [
         "Of each method's rows the one with the best mean score on validation is shown, however many seeds (n) it has; "
-        "its score is on the test split. The figure and the folded table have all rows. Differences are from partial "
-        "at the same operating point, of methods without one from partial at its best."
+        "its score is on the test split. The figures and the folded table have all rows. Whether one is better than "
+        "another is not said here: `partial-lora compare FOLDER` judges it."
     ]
-    return _table("The best of each method", frame, notes)
-
-
-def _score(metric: str, value: float, is_marked: bool) -> Markup:
-    return Markup("<strong>{}</strong>" if is_marked else "{}").format(_bare(metric, value))
+    return _table("The best of each method", pd.DataFrame(cells, dtype=object), notes)
 
 
 def _bare(metric: str, value: float) -> str:
     """Return a score without its unit, which the heading has."""
     return measured(metric, value).removesuffix(" %")
-
-
-def _strip(value: float, ends: Sequence[float], scale: tuple[float, float], zero: float | None = None) -> Markup:
-    """Draw an interval and its middle as a line and a dot, on a scale that all rows of a table share."""
-    low, high, middle = (
-        100 * min(max((x - scale[0]) / ((scale[1] - scale[0]) or 1), 0), 1) for x in (ends[0], ends[1], value)
-    )
-    parts = ['<svg class="strip" viewBox="-4 0 108 12" aria-hidden="true">']
-    parts.append(f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/>')
-    if zero is not None:
-        at = 100 * (zero - scale[0]) / ((scale[1] - scale[0]) or 1)
-        parts.append(f'<path class="axis" d="M{at:.1f} 0V12"/>')
-    parts.append(f'<circle cx="{middle:.1f}" cy="6" r="3.5"/>' if scale[0] <= value <= scale[1] else "")
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def _differences(place: tuple[str, str, str], compared: Differences, ids: Mapping) -> list[dict]:
-    """Return the table of a task's differences from partial, none where there are none."""
-    if not compared.known:
-        return []
-    rows = compared.rows
-    rows = rows[(rows["task"] == place[0]) & (rows["model"] == place[1]) & (rows["metric"] == place[2])]
-    if rows.empty or rows["difference"].isna().all():
-        return []
-    reach = 3 * float(rows[["low", "high"]].abs().max(axis=1).median()) or 1.0
-    table = comparison.readable(rows).drop(columns=["task", "model"]).astype(object)
-    drawn = [
-        Markup("{}{}").format(words, _strip(row.difference, (row.low, row.high), (-reach, reach), 0.0))
-        if row.difference == row.difference
-        else words
-        for words, row in zip(table["difference [95 %]"], rows.itertuples(), strict=True)
-    ]
-    table = table.assign(**{"method": _linked(rows, ids), "difference [95 %]": _markup(drawn, table)})
-    notes = comparison.notes(comparison.Differences(rows))
-    first = ("method", "operating point", "differs in", "difference [95 %]", "verdict")
-    return [_table("Differences from partial", _beginning(table, first), notes, filtered=True)]
 
 
 def _beginning(table: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
@@ -383,37 +330,23 @@ def _markup(cells: Sequence[str], table: pd.DataFrame) -> pd.Series:
     return pd.Series(cells, index=table.index, dtype=object)
 
 
-def _front(part: pd.DataFrame) -> tuple[str, str, Markup]:
-    """Draw a task's scores against sizes; return title, caption and figure, whose marks name their rows on hovering."""
-    names = {
-        f"row-{row.Index}": f"{words_of(row)}: {measured(row.metric, row.test_mean, row.test_std)} (n={row.n}), "
-        f"{row.adapter_parameters:,.0f} parameters"
-        for row in part.itertuples()
-    }
-    caption = figures.FRONT + ("" if part["usual"].all() else _OTHERS)
-    title = f"Test {part['metric'].iloc[0]} against trainable parameters"
-    return title, caption, inline(figures.pareto(part, least=4.4).figure, names, stem=next(iter(names)))
-
-
-def _all_rows(part: pd.DataFrame, spread: str, marked: Collection[int], ids: Mapping) -> list[dict]:
+def _all_rows(part: pd.DataFrame, ids: Mapping) -> list[dict]:
     """Return the table of all rows of a task."""
-    table = tables.readable(part, spread=spread, marked=marked).drop(columns=["task", "model"]).astype(object)
+    table = tables.readable(part).drop(columns=["task", "model"]).astype(object)
     table["method"] = _linked(part, ids)
-    notes = tables.notes(part, spread=spread, marked=marked)
+    notes = tables.notes(part)
     title = f"All {len(part)} rows" if len(part) > 1 else "The row with all its numbers"
     return [_table(title, _beginning(table, ("method", "operating point", "differs in")), notes, filtered=True)]
 
 
-def _averages(by: Sequence[str], table: pd.DataFrame, spread: str) -> dict:
+def _averages(by: Sequence[str], table: pd.DataFrame) -> dict:
     """Return the table of runs averaged over all that the reader's keys do not tell apart."""
-    readable = tables.readable(table, by=by, spread=spread)
-    notes = tables.notes(table, by=by, spread=spread)
+    readable = tables.readable(table, by=by)
+    notes = tables.notes(table, by=by)
     return _table(f"By {', '.join(by)}", readable, notes, filtered=len(table) > _FEW)
 
 
-def _matrix(
-    best: pd.DataFrame, intervals: Mapping, marked: Collection[int], parts: Sequence, names: Sequence[str]
-) -> dict:
+def _matrix(best: pd.DataFrame, intervals: Mapping, parts: Sequence, names: Sequence[str]) -> dict:
     """Return the table of the best of every method, a row, at every task, a column; methods of most tasks first."""
     columns, count = {}, Counter(best["method"])
     methods = sorted(count, key=lambda method: -count[method])
@@ -423,7 +356,7 @@ def _matrix(
         for row in of_task.itertuples():
             ends = intervals[row.Index]
             half = f" ± {_bare(metric, (ends[1] - ends[0]) / 2)}" if ends else ""
-            score = _score(metric, row.test_mean, row.Index in marked)
+            score = _bare(metric, row.test_mean)
             cells[row.method] = Markup('{}{} <small class="n">n={}</small>').format(score, half, row.n)
         columns[f"{name}, {metric}" + (" (%)" if metric in SHARES else "")] = [
             cells.get(method, NONE) for method in methods
@@ -448,16 +381,10 @@ def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = (), *, filter
     return {
         "title": title,
         "columns": [(name, name in tables.WORDS) for name in varying.columns],
-        "rows": [[_cell(cell) for cell in line] for line in varying.values.tolist()],
+        "rows": varying.values.tolist(),
         "notes": [*([f"The same in all rows: {words}."] if words else []), *notes],
         "filtered": filtered and len(varying) > _FEW,
     }
-
-
-def _cell(cell: object) -> str:
-    """Return a cell as markup; what stands between pairs of asterisks is strong."""
-    text = cell if isinstance(cell, Markup) else str(cell)
-    return Markup("<strong>{}</strong>").format(text.strip("*")) if text.startswith("**") else text
 
 
 def _plural(count: int, word: str) -> str:
@@ -513,7 +440,6 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
     for place, (runs, values) in enumerate(zip(groups, settings, strict=True), start=1):
         worst, problems = _examples(runs, examples, splits, rows)
         warnings = [warning for run in runs for warning in warnings_of(run.record)]
-        sparsities = [run.record["sparsity"] for run in runs if run.record.get("sparsity")]
         parts.append(
             {
                 "id": f"run-{place}",
@@ -523,8 +449,6 @@ def sections(groups: Sequence[Sequence[Run]], examples: int, rows=None, titles: 
                 "own": {key: value for key, value in values.items() if (key, value) not in shared},
                 "shared": {key: value for key, value in values.items() if (key, value) in shared},
                 "seeds": [_of_seed(run) for run in runs],
-                "curves": _training_lines([run.record for run in runs]),
-                "map": _sparsity_map(figures.mean_sparsity(sparsities)),
                 "warnings": [*dict.fromkeys(warnings), *problems],
                 "examples": worst,
             }
@@ -592,54 +516,14 @@ def _words(config: Mapping) -> dict[str, str]:
     }
 
 
-def _training_lines(records: Sequence[Mapping]) -> list[tuple[str, Markup]]:
-    """Draw training loss and the metric of validation of runs, titled; a drawing without points is left out."""
-    metric = figures.selected(records[0])
-    drawn = []
-    for title, key in (("training loss", "loss"), (f"validation {metric}", f"eval_{metric}")):
-        lines = {f"seed {record['seed']}": figures.points(record["history"], key) for record in records}
-        lines = {name: line for name, line in lines.items() if line}
-        if lines:
-            drawn.append((title, _lines(lines, title, ".1%" if key != "loss" and metric in SHARES else ".3g")))
-    return drawn
-
-
-def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], title: str, form: str) -> Markup:
-    """Draw lines over steps as SVG; they differ in dashes, and a label names their ends for screen readers."""
-    steps, values = zip(*(point for line in lines.values() for point in line), strict=True)
-    left, right, low, high = min(steps), max(steps), min(values), max(values)
-    ends = [f"{name} from {line[0][1]:{form}} to {line[-1][1]:{form}}" for name, line in lines.items()]
-    label = f"{title}: {'; '.join(ends)}"
-    parts = [
-        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(label)}">',
-        f'<path class="axis" d="M{_LEFT} {_ABOVE}V{_HIGH - _BELOW}H{_WIDE - 8}"/>',
-        f'<text x="{_LEFT - 4}" y="{_ABOVE + 6}" text-anchor="end">{high:{form}}</text>',
-        f'<text x="{_LEFT - 4}" y="{_HIGH - _BELOW}" text-anchor="end">{low:{form}}</text>',
-        f'<text x="{_LEFT}" y="{_HIGH - 4}">{left:,.0f}</text>',
-        f'<text x="{_WIDE - 8}" y="{_HIGH - 4}" text-anchor="end">{right:,.0f} steps</text>',
-    ]
-    for index, line in enumerate(lines.values()):
-        across = [_LEFT + (step - left) / ((right - left) or 1) * (_WIDE - _LEFT - 8) for step, _ in line]
-        down = [_HIGH - _BELOW - (value - low) / ((high - low) or 1) * (_HIGH - _BELOW - _ABOVE) for _, value in line]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-        dash = _DASHES[(index + index // 6) % len(_DASHES)]  # another dash where a colour comes again
-        parts.append(f'<polyline class="line{index % 6}" points="{joined}" stroke-dasharray="{dash}"/>')
-        parts.append(f'<circle class="line{index % 6}" cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="2.5"/>')
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def _sparsity_map(sparsity: Sparsity) -> dict | None:
-    """Return {depths, axes: {axis: [(kind, cells by depth)]}}, NaN where no module is; None where nothing is sparse."""
-    if not any(by_axis[axis] for by_axis in sparsity.values() for axis in AXES):
-        return None
-    kinds, depths, grids = grid(sparsity)
-    cells = {axis: list(zip(kinds, grids[axis].tolist(), strict=True)) for axis in AXES}
-    return {"depths": list(map(depth_name, depths)), "axes": cells}
-
-
 def _uri(file: Path) -> str:
-    kind = {".svg": "image/svg+xml", ".png": "image/png"}[file.suffix]
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    """Return a figure that lies in a run's folder, as an image: of markup by others a page shows none."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _figure(shown: figures.Shown) -> tuple[str, str, Markup]:
+    """Return title, caption and SVG of a figure that was drawn just now, which is that of its file."""
+    return shown.title, shown.caption, Markup(shown.files[-1].read_text(encoding="utf-8"))
 
 
 @cache

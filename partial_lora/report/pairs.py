@@ -17,9 +17,9 @@ import pandas as pd
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.report.predictions import Predictions
-from partial_lora.report.rows import BLOCK, NONE
+from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import Estimate, by_example, estimate, judge, over_sets
-from partial_lora.tasks.metrics import LOWER_IS_BETTER, within
+from partial_lora.tasks.metrics import within
 
 BOTH, SEEDS, EXAMPLES, SETS = "seeds and examples", "seeds", "examples", "sets"
 
@@ -179,27 +179,6 @@ def differences_by_example(pair: Pair, seeds: Sequence[int]) -> np.ndarray | Non
 def by_seed(runs: pd.DataFrame) -> Side:
     """Return the runs of a method, rows with an outcome each, by seed."""
     return dict(zip(runs["seed"], runs["outcome"], strict=True))
-
-
-# Which is better than every other
-
-
-def best(table: pd.DataFrame, predictions: Predictions) -> set[int]:
-    """Return the indices of rows that are better than every other of the same `rows.BLOCK` (`is_best`).
-
-    table: of `folders.group`, one row a folder of runs. A row without predictions, or with nothing beside it, is not
-    marked.
-    """
-    marked = set()
-    for (*_, metric, _), block in table.groupby(list(BLOCK), sort=False, dropna=False):
-        block = block.sort_values("test_mean", ascending=metric in LOWER_IS_BETTER)
-        first, *others = (
-            {seed: Outcome(row.test_mean, metric, row.group, seed, predictions) for seed in map(int, row.seeds.split())}
-            for row in block.itertuples()
-        )
-        if is_best(first, others, metric):
-            marked.add(block.index[0])
-    return marked
 
 
 def is_best(side: Side, others: Iterable[Side], metric: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +43,6 @@ class Predictions:
                 raise PartialLoraError(f"{group}/seed{seed} has no {PREDICTIONS}; train it again with overwrite=true")
             self._frames[group, seed, whole] = stored.to_pandas()
         return self._frames[group, seed, whole]
-
-    def exist(self, group: str, seeds: Iterable[int]) -> bool:
-        """Return True where any of these runs has its predictions."""
-        files = [self._file(group, seed) for seed in seeds]
-        return any(file.is_file() or packs.predictions_of(file.parent) is not None for file in files)
 
     def _file(self, group: str, seed: int) -> Path:
         return self._results_dir / group / f"seed{seed}" / PREDICTIONS

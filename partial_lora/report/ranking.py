@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from markupsafe import Markup
 from rich.console import Group
 
 from partial_lora.errors import PartialLoraError
@@ -22,7 +21,7 @@ from partial_lora.masks import AS_PEFT, MASKED
 from partial_lora.methods import called
 from partial_lora.methods.config import MaskConfig
 from partial_lora.report import page, summary, tables
-from partial_lora.report.drawing import BLUE, inline, name_beside, panels, plain, save_both, scored, sized
+from partial_lora.report.drawing import BLUE, name_beside, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.predictions import Predictions
@@ -323,9 +322,8 @@ NOBODY = pd.DataFrame()
 _ALIKE = 1.05  # times the least cost, up to which costs count as one
 
 
-def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[list[Path], Markup]:
-    """Draw test scores against a cost, a panel below the other for every task; return the files, and SVG that names
-    what is under the pointer.
+def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> list[Path]:
+    """Draw test scores against a cost, a panel below the other for every task; return the files.
 
     A form that none beats at no higher cost is named; all else is grey. Bars are intervals.
     """
@@ -361,7 +359,7 @@ def draw_front(numbers: pd.DataFrame, cost: str, out: Path, stem: str) -> tuple[
             axes.set_xlim(0, 1.05 * of_task[cost].max() / unit)  # the last point is no point of the frame
         plain(axes)
         name_beside(axes, ahead)
-    return save_both(figure, out, stem), inline(figure, names, stem=stem)
+    return save_both(figure, out, stem, names)
 
 
 def _plain(value: float) -> str:
@@ -387,9 +385,9 @@ def write_page(
     for cost, (label, _) in _COSTS.items():
         least = numbers.groupby("task")[cost].min()
         if (numbers.groupby("task")[cost].max() > _ALIKE * least).any():  # else there is nothing to choose by
-            files, drawn = draw_front(numbers, cost, out / "report", f"front_{cost}")
+            files = draw_front(numbers, cost, out / "report", f"front_{cost}")
             caption = "Grey: another method is as good at no higher cost. Bars are 95 % intervals over seeds."
-            figures.append(Shown(f"Test score against {label}", caption, tuple(files), inline=drawn))
+            figures.append(Shown(f"Test score against {label}", caption, tuple(files)))
     tables_by_title = titled(numbers, reference)
     if verdict:
         tables_by_title = {title: part.drop(columns=_JUDGED) for title, part in tables_by_title.items()}

@@ -14,9 +14,8 @@ the leader is chosen by the same scores. `make referee` simulates how often such
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -99,11 +98,11 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
             pair = Spread.of(d, moved)
             estimate = pair.estimate(seeds, freedom)
             low, high = estimate.interval(1 - level / comparisons)
-            verdict = _verdict(low, high, margin) if estimate.error > _NOTHING else OPEN
+            verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
             at = Decision(verdict, leader, estimate.difference, low, high, seeds)
             if verdict == OPEN:
                 of_seed, last = freedom / (seeds - 1), 1 - levels[-1] / comparisons
-                at = replace(at, wants=_wanted(partial(_ends, pair, of_seed, last), margin))
+                at = replace(at, wants=seeds_wanted(pair, of_seed, last, margin))
                 alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
                 hoped = _ends(alone, of_seed, last, looks[-1])
                 if seeds == looks[-1] or not _may_decide(hoped, estimate.error, margin):
@@ -127,7 +126,7 @@ def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> 
 
 
 _UNDECIDED = Decision(OPEN, "")
-_NOTHING = 1e-12
+NOTHING = 1e-12  # an error that is none: seeds and rows say nothing of chance
 _ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
@@ -135,7 +134,8 @@ def _mean(by_seed: Mapping[int, np.ndarray], seeds: int) -> float:
     return float(np.mean([by_seed[seed].mean() for seed in range(seeds) if seed in by_seed]))
 
 
-def _verdict(low: float, high: float, margin: float) -> str:
+def verdict_of(low: float, high: float, margin: float) -> str:
+    """Return what the interval of the leader's score less a method's own says of the method."""
     if low > 0:
         return WORSE
     return AS_GOOD if high < margin else OPEN
@@ -151,9 +151,13 @@ def _may_decide(ends: tuple[float, float], error: float, margin: float) -> bool:
     return ends[0] + error > 0 or ends[1] - error < margin
 
 
-def _wanted(ends: Callable[[int], tuple[float, float]], margin: float) -> int | None:
-    """Return the fewest seeds whose interval would decide; None where no number up to 64 does."""
-    return next((count for count in range(2, MOST + 1) if _verdict(*ends(count), margin) != OPEN), None)
+def seeds_wanted(pair: Spread, freedom: float, level: float, margin: float) -> int | None:
+    """Return the fewest seeds whose interval would decide; None where no number up to 64 does.
+
+    freedom: degrees of it a seed beyond the first.
+    """
+    counts = range(2, MOST + 1)
+    return next((n for n in counts if verdict_of(*_ends(pair, freedom, level, n), margin) != OPEN), None)
 
 
 def spread_of_seeds(outputs: Outputs) -> tuple[float, float]:

@@ -21,19 +21,15 @@ One seed says nothing of how much seeds differ, so it decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
-from statistics import fmean
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from partial_lora.calibration.reliability import mean_difference
 from partial_lora.errors import PartialLoraError
-from partial_lora.methods import called
 from partial_lora.tasks.metrics import FUNCTIONS, LOWER_IS_BETTER, OF_ALL_TOGETHER, OF_TEXTS, within
 
 LEVEL = 0.95  # of every interval
@@ -192,21 +188,6 @@ def judge(estimate: Estimate, metric: str, seeds: int, levels: tuple[float, floa
     return "worse" if high < 0 else "undecided"
 
 
-def together(rows: pd.DataFrame, seeds: str = "seeds") -> pd.DataFrame:
-    """Return rows of differences with what is left of their verdicts among all of them (`by_sides`).
-
-    rows: with difference, error, freedom, metric, and a column `seeds` that counts these; those without a difference
-    have no verdict. among: how many were corrected for, those that one seed cannot decide left out.
-    """
-    compared = rows[rows["difference"].notna()]
-    columns = (compared[name] for name in ("difference", "error", "freedom", "metric", seeds))
-    comparisons = [(Estimate(*numbers), metric, int(count)) for *numbers, metric, count in zip(*columns, strict=True)]
-    p = [one.upward(metric).sides() if count > 1 else (math.nan, math.nan) for one, metric, count in comparisons]
-    judged = [judge(*comparison, levels) for comparison, levels in zip(comparisons, by_sides(p), strict=True)]
-    among = sum(not math.isnan(one) for one, _ in p)
-    return rows.assign(together=pd.Series(judged, compared.index, dtype=object), among=among)
-
-
 def by_example(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], metric: str) -> np.ndarray:
     """Return the differences of two methods' predictions (seeds, examples), whose mean is the metric's difference.
 
@@ -288,29 +269,3 @@ def over_examples(predicted: pd.DataFrame | pa.Table | None, metric: str) -> tup
     if set(values) <= {0.0, 1.0}:  # with few examples, or none that is wrong, Student's t would be too narrow
         return tuple(binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson"))
     return within(estimate(values[None]).interval(), metric)
-
-
-def reliability(records: Iterable[Mapping]) -> float:
-    """Return the correlation that two calibrations are expected to have; NaN where runs do not tell.
-
-    records: runs that differ in their seed alone. Where they calibrated on halves of their draw
-    (`calibration.reliability`) it is the Spearman–Brown correlation, the mean over runs. Where every seed calibrated on
-    examples of its own (`calibration.seed=null`) it is Pearson's correlation of their sparsities, over modules and
-    axes, the mean over all pairs of seeds: of methods that have the sparsities which were calibrated, as most
-    controls have not.
-    """
-    records = list(records)
-    halves = [(record.get("calibration") or {}).get("reliability") or {} for record in records]
-    corrected = [half["spearman_brown"] for half in halves if half.get("spearman_brown") is not None]
-    if corrected:
-        return fmean(corrected)
-    sparsities = {record["seed"]: record["sparsity"] for record in records if _calibrated_itself(record)}
-    mean = mean_difference(combinations((sparsities[seed] for seed in sorted(sparsities)), 2))["pearson"]
-    return math.nan if mean is None else mean
-
-
-def _calibrated_itself(record: Mapping) -> bool:
-    config, calibration = record["config"], record.get("calibration")
-    if not calibration or not record["sparsity"] or not called(config["method"]["name"]).as_calibrated:
-        return False
-    return config["calibration"].get("file") is None and config["calibration"].get("seed", 0) is None

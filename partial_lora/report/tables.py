@@ -6,9 +6,8 @@ What a run ends with on a terminal is in summary.py.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import TextWrapper
 
@@ -21,7 +20,6 @@ from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report import SPREADS
 from partial_lora.report.folders import distinct, group
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import LeftOut
@@ -34,10 +32,7 @@ _UNTUNED = (
     "Untuned: one learning rate for every method and no search over it, so a difference between two methods may be "
     "one of how well the rate suits them."
 )
-_BEST = (
-    "Bold: better than every other of its task, model, operating point and conditions, by a paired 95 % interval over "
-    "test examples and seeds; without predictions nothing is marked."
-)
+_SPREAD = "± is one standard deviation over the n runs of a row. `partial-lora compare FOLDER` says what differs."
 _DIFFERS = (
     "Differs in: the settings of rows that would read alike otherwise, and those that are not as for most rows of the "
     "task and model. Rows that differ in more than method, importance, calibration, mask, learning rate and seed were "
@@ -58,33 +53,32 @@ def write(
     command: str,
     left_out: Sequence[LeftOut] = (),
     by: Sequence[str] = (),
-    spread: str = "std",
-    marked: Collection[int] = (),
 ) -> list[Path]:
     """Write the table of runs as results_dir/report/table.md, .csv and .tex; gives the files.
 
     Each begins with the command that made it. What was left out ends the Markdown. The CSV holds numbers as they were
-    measured, the other files rounded ones. by: as in `folders.group`. spread: what follows ±, "std" or "interval".
-    marked: the best rows, of `pairs.best`. Raises PartialLoraError where no run has finished.
+    measured, the other files rounded ones. by: as in `folders.group`. Raises PartialLoraError where no run has
+    finished.
     """
     if frame.empty:
         raise PartialLoraError(f"{results_dir}: expected at least one finished run; make one with `partial-lora train`")
     table = group(frame, by)
     command, above = " ".join(command.split()), origin(frame)
-    view = readable(table, by=by, spread=spread, marked=marked)
-    parts = [f"    {command}", above, tabulated(view, "pipe", by), *notes(table, by=by, spread=spread, marked=marked)]
+    view = readable(table, by=by)
+    parts = [f"    {command}", above, tabulated(view, "pipe", by), *notes(table, by=by)]
     if lines := said_of(left_out):
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in lines))
     latex = as_latex(tabulated(view, "latex_booktabs", by))
-    best = table.assign(best=table.index.isin(list(marked)))
-    return written(
-        results_dir,
-        {
-            "table.md": "\n\n".join(parts) + "\n",
-            "table.csv": f"# {command}\n# {above}\n" + best.to_csv(index=False),
-            "table.tex": f"% {command}\n% {above}\n{latex}\n",
-        },
-    )
+    files = {
+        "table.md": "\n\n".join(parts) + "\n",
+        "table.csv": f"# {command}\n# {above}\n" + table.to_csv(index=False),
+        "table.tex": f"% {command}\n% {above}\n{latex}\n",
+    }
+    folder = Path(results_dir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in files]
 
 
 def said_of(left_out: Sequence[LeftOut]) -> list[str]:
@@ -101,22 +95,10 @@ def said_of(left_out: Sequence[LeftOut]) -> list[str]:
     return lines
 
 
-def written(results_dir: Path, files: Mapping[str, str]) -> list[Path]:
-    """Write files into results_dir/report; return their paths."""
-    folder = Path(results_dir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in files]
-
-
-def notes(
-    table: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std", marked: Collection[int] = ()
-) -> list[str]:
+def notes(table: pd.DataFrame, *, by: Sequence[str] = ()) -> list[str]:
     """Return what a reader of a grouped table has to know, a sentence or two each."""
     below = {
-        SPREADS[spread]: (table["n"] > 1).any(),
-        _BEST: marked,
+        _SPREAD: (table["n"] > 1).any(),
         _DIFFERS: not by and _is_told(table),
         _UNTUNED: _is_untuned(table),
         "Calibrations that an earlier run had already paid for do not enter the seconds of calibrating.": (
@@ -139,11 +121,10 @@ def tabulated(table: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
 
 
 def as_latex(table: str) -> str:
-    """Return tabulate's LaTeX with what is marked in bold type, and with its signs."""
-    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", table)
+    """Return tabulate's LaTeX with its signs."""
     for sign, latex in {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", NONE: "--"}.items():
-        text = text.replace(sign, latex)
-    return text
+        table = table.replace(sign, latex)
+    return table
 
 
 def origin(frame: pd.DataFrame) -> str:
@@ -155,20 +136,14 @@ def origin(frame: pd.DataFrame) -> str:
     )
 
 
-def readable(
-    table: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std", marked: Collection[int] = ()
-) -> pd.DataFrame:
-    """Return a grouped table as it is printed: words and rounded numbers, "–" where a quantity does not apply.
-
-    by, spread: as in `write`. marked: the rows whose test score stands between two pairs of asterisks.
-    """
+def readable(table: pd.DataFrame, *, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Return a grouped table as it is printed: words and rounded numbers, "–" where a quantity does not apply."""
     several = table["metric"].nunique() > 1 or "metric" in by
     in_percent = set(table["metric"]) <= SHARES
     of_test = "test" if several else f"test {table['metric'].iloc[0]}"
-    spreads = table["test_half" if spread == "interval" else "test_std"]
     scores = [
-        percent(mean, half) if in_percent else measured(metric, mean, half)
-        for metric, mean, half in zip(table["metric"], table["test_mean"], spreads, strict=True)
+        percent(mean, std) if in_percent else measured(metric, mean, std)
+        for metric, mean, std in zip(table["metric"], table["test_mean"], table["test_std"], strict=True)
     ]
     identity = ["task", "model", "method", "operating_point"]
     columns = {
@@ -176,9 +151,7 @@ def readable(
         "differs in": table["differs"] if not by and _is_told(table) else None,
         "metric": table["metric"] if several else None,
         "n": table["n"].astype(str),
-        f"{of_test} (%)" if in_percent else of_test: [
-            f"**{score}**" if index in marked else score for index, score in zip(table.index, scores, strict=True)
-        ],
+        f"{of_test} (%)" if in_percent else of_test: scores,
         "adapter parameters": cells_of(table["adapter_parameters"], ",.0f"),
         "share of dense": cells_of(table["share_of_dense"], ".1%"),
         "adapter (KB)": cells_of(table["adapter_bytes"] / 1e3, ",.0f"),
@@ -207,14 +180,14 @@ def cells_of(values: pd.Series, form: str) -> list[str]:
     return [cell(value, form) for value in values]
 
 
-def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = (), spread: str = "std") -> Group:
+def on_screen(frame: pd.DataFrame, *, by: Sequence[str] = ()) -> Group:
     """Return the tables of runs for a terminal of 80 columns: one for each task, model and metric, the main columns."""
     table = group(frame, by)
     parts = [("all runs", table)] if by else [(", ".join(key[:2]), part) for key, part in places(table)]
     indented = TextWrapper(24, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     tables = []
     for title, part in parts:
-        view = readable(part, by=by, spread=spread)
+        view = readable(part, by=by)
         view = view.rename(columns={"share of dense": "of dense"})
         view["trainable"] = [NONE if math.isnan(size) else size_text(size) for size in part["adapter_parameters"]]
         if "differs in" in view:  # below the method, for there is no room beside it
@@ -291,10 +264,3 @@ def interval(row: pd.Series, predictions: Predictions) -> tuple[float, float, st
     except (PartialLoraError, ValueError):
         return None
     return None if ends is None else (*ends, "examples")
-
-
-def signed(metric: str, difference: float, low: float, high: float) -> str:
-    """Return a difference with its interval, if it has one: of shares in points, of other metrics as it is."""
-    scale, form = (100, "+.2f") if metric in SHARES else (1, "+.4f")
-    interval = "" if math.isnan(low) else f" [{scale * low:{form}}, {scale * high:{form}}]"
-    return f"{scale * difference:{form}}{interval}"

@@ -117,9 +117,12 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners.
+    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners. A
+    method that only spends a budget draws no examples and searches nothing, unless it ranks rows and columns.
     """
     traits, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
+    if traits.size == "budget" and not traits.ranked and key.startswith("calibration."):
+        return key in ("calibration.budget", "calibration.kept")
     if traits.is_sparse:
         return True
     used = {"mask.seed": is_tuner or traits.draws, "calibration.budget": is_tuner}

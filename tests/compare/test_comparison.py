@@ -27,6 +27,7 @@ from partial_lora.compare.options import Options
 from partial_lora.files import read_json, write_json
 from partial_lora.launching import directory, launch, pool
 from partial_lora.launching.paths import run_directory
+from partial_lora.report import certificate
 from partial_lora.settings import compose, schema
 from partial_lora.settings.schema import Config
 
@@ -537,4 +538,5 @@ def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tm
     ((sentences, take),) = conclusion.verdicts
     assert "low_rank" in " ".join(sentences)
     assert (take / "config.yaml").is_file()
+    assert certificate.found_wrong(take / "verdict.json") == []
     assert conclusion.page.is_file()

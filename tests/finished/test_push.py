@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import finished_runs
 import mixed_runs
+import numpy as np
 import peft
 import pytest
 import torch
@@ -21,7 +22,8 @@ from refusals import refusal
 
 from partial_lora import cli, load_compact
 from partial_lora.finished import export, push
-from partial_lora.report import card
+from partial_lora.report import card, certificate
+from partial_lora.report.sequential import decide
 
 TOKEN = "hf_" + "AbCd1234" * 4
 
@@ -121,6 +123,20 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> 
     without = dataclasses.replace(run, directory=tmp_path)  # its predictions are gone
     assert f"| accuracy | {score} | – | – |" in card.card(without, "me/mine", run.adapter).text
     assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
+
+
+def test_the_page_of_a_run_that_has_won_a_comparison_has_the_verdict_and_its_command(tmp_path) -> None:
+    run = choice_run()
+    outputs = {name: {seed: np.full(3, score) for seed in range(2)} for name, score in (("a", 0.9), ("b", 0.1))}
+    decided = {"metric": "accuracy", "margin": 0.01, "looks": (2,), "verdict": ["Take a: nothing is better."]}
+    settings = {"a": run.result["config"]}
+    (tmp_path / "take").mkdir()
+    certificate.write(tmp_path / "take", outputs, decide(outputs, 0.01, (2,)), settings=settings, **decided)
+    won = dataclasses.replace(run, directory=tmp_path / "runs" / "task" / "model" / "method-id" / "seed0")
+    page, other = (card.card(each, "me/mine", run.adapter).text for each in (won, run))
+    assert "Take a: nothing is better." in page
+    assert "partial-lora compare take/verdict.json --verify" in page
+    assert "--verify" not in other
 
 
 def test_the_page_of_a_mixture_has_the_share_of_each_member_in_percent() -> None:

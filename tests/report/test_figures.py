@@ -236,13 +236,8 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
     for number in range(figures.MOST + 2):
         place(tmp_path, record(task=f"task{number:02}"))
     runs = records.read(tmp_path)[0]
-    frame = folders.table(runs)
-    table = folders.group(frame)
-    for each in (figures.pareto(table), figures.methods(table, frame)):
-        assert len([axes for axes in each.figure.axes if axes.get_visible()]) == figures.MOST
-        assert "9 of 11 places" in each.cut
     assert "5 of 11 calibrations" in figures.sparsity(runs).cut
-    assert figures.pareto(table.head(3)).cut == ""
+    frame = folders.table(runs[:1])
     most = figures._MOST_ROWS
     numbers = [f"runs/{number:02}" for number in range(most + 2)]
     rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
@@ -285,8 +280,9 @@ def test_an_axis_of_scores_ends_about_where_the_metric_does(metric, points, ends
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
     frame = folders.table(runs)
     table = folders.group(frame)
-    cifar, digits = figures.pareto(table).figure.axes
-    assert [axes.get_title(loc="left") for axes in (cifar, digits)] == ["cifar10, vit", "digits, vit"]
+    of_digits = table[table["task"] == "digits"]
+    (digits,) = figures.pareto(of_digits).figure.axes
+    assert digits.get_title(loc="left") == "digits, vit"
     points = [tuple(point) for line in digits.lines if line.get_marker() != "None" for point in data(line)]
     assert (700 + 3850, pytest.approx(0.92)) in points
     assert (1000 + 3850, 0.96) in points
@@ -299,7 +295,7 @@ def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
         left, right = axes.get_xlim()
         ticks = zip(axes.get_xticks(), words(axes.get_xticklabels()), strict=True)
         assert [name for place, name in ticks if left <= place <= right] == shown
-    digits = figures.methods(table, frame).figure.axes[1]
+    (digits,) = figures.methods(of_digits, frame).figure.axes
     assert words(digits.get_yticklabels()) == ["lora", "partial, threshold 0.9", "uniform, budget 0.13"]
     ends = [path.get_extents().bounds for bars in digits.collections for path in bars.get_paths() if len(path) == 2]
     half = 4.302653 * np.std([0.90, 0.91, 0.95], ddof=1) / np.sqrt(3)
@@ -312,39 +308,32 @@ def test_the_front_is_what_nothing_beats_at_its_size():
     assert figures.front(points, "mse") == [(10, 0.5), (100, 0.4)]
 
 
-def compared(**differences):
-    """Rows of a comparison, an interval of two points around each difference."""
+def intervals(margin=1.0, **differences):
+    """What is judged of methods, an interval of two points around each difference."""
     rows = pd.DataFrame({"method": list(differences), "difference": list(differences.values())})
-    rows = rows.assign(
-        low=rows["difference"] - 0.01, high=rows["difference"] + 0.01, verdict="worse", metric="accuracy"
-    )
-    at = {"task": "digits", "model": "vit", "operating_point": "threshold 0.9", "reference": "runs/partial-0"}
-    return rows.assign(**at, group="runs/" + rows["method"] + "-0", differs="–", reference_differs="–")
+    rows = rows.assign(low=rows["difference"] - 1, high=rows["difference"] + 1, verdict="worse")
+    (axes,) = figures.intervals([figures.Intervals("digits", "points from partial", margin, rows)]).figure.axes
+    return axes
 
 
-def test_differences_are_those_of_the_comparison():
-    rows = compared(lora=-0.2)
-    (axes,) = figures.differences(rows).figure.axes
+def test_intervals_are_those_that_were_judged_beside_the_strip_of_what_is_as_good():
+    axes = intervals(2.0, lora=-20.0)
     assert words(axes.get_yticklabels()) == ["lora: worse"]
-    assert [[-0.2, 0]] in [data(line) for line in axes.lines]
-    assert figures.differences(rows.assign(difference=np.nan)) is None
-    assert len(axes.patches) == 1  # the strip of what still matches
-    less_is_better = rows.assign(metric="mse")
-    assert not figures.differences(less_is_better).figure.axes[0].patches
-    captions = [figures._of_differences(each) for each in (rows, less_is_better)]
-    assert ["hatched" in caption for caption in captions] == [True, False]
-    assert ["below zero is better" in caption for caption in captions] == [False, True]
+    assert [[-20.0, 0]] in [data(line) for line in axes.lines]
+    (strip,) = axes.patches
+    assert (strip.get_x(), strip.get_width()) == (-2, 2)
+    assert figures.intervals([figures.Intervals("digits", "points", 1.0, pd.DataFrame())]) is None
 
 
-@pytest.mark.parametrize(("far", "text"), [(-0.2, "◂ -20.0"), (0.2, "+20.0 ▸")])
+@pytest.mark.parametrize(("far", "text"), [(-20.0, "◂ -20"), (20.0, "+20 ▸")])
 def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(far, text):
-    near = {"lora": -0.01, "targeted": 0.015, "uniform": 0.005}
-    assert not figures.differences(compared(**near)).figure.axes[0].texts
-    (axes,) = figures.differences(compared(probe=far, **near)).figure.axes
+    near = {"lora": -1.0, "targeted": 1.5, "uniform": 0.5}
+    assert not intervals(**near).texts
+    axes = intervals(probe=far, **near)
     assert [(each.get_text(), each.get_position()[1]) for each in axes.texts] == [(text, 0)]
     left, right = axes.get_xlim()
-    assert -0.05 < left < -0.02
-    assert 0.025 < right < 0.05
+    assert -5 < left < -2
+    assert 2.5 < right < 5
 
 
 # Files
@@ -368,14 +357,16 @@ def test_figures_of_a_run_need_no_display_and_the_same_record_gives_the_same_byt
 def test_a_report_draws_each_figure_that_it_has_numbers_for(tmp_path, runs):
     partial = next(run for run in runs if run.row["method"] == "partial")
     (partial.directory / "calibration.json").write_text(json.dumps({"baseline": 0.87, "modules": calibrated()[1]}))
-    old = tmp_path / "report" / "figures" / "differences.png"
+    old = tmp_path / "report" / "figures" / "pareto-9.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier report")
-    drawn = figures.draw_gallery(runs, pd.DataFrame(), tmp_path)
+    drawn = figures.draw_gallery(runs, tmp_path)
     stems = [each.files[0].stem for each in drawn]
-    assert stems == ["pareto", "methods", "training", "sparsity", "calibration"]
+    assert stems == ["pareto-1", "methods-1", "pareto-2", "methods-2", "training", "sparsity", "calibration"]
+    assert [each.place and each.place[0] for each in drawn] == ["cifar10"] * 2 + ["digits"] * 2 + [None] * 3
+    assert "<title>partial, threshold 0.9: 92.00" in drawn[2].files[1].read_text(encoding="utf-8")
     assert not old.exists()
     for each in drawn:
         assert [file.suffix for file in each.files] == [".png", ".svg"]
-        assert min(imread(each.files[0]).shape[:2]) > 200
+        assert min(imread(each.files[0]).shape[:2]) > 150
         assert each.files[1].read_text(encoding="utf-8").rstrip().endswith("</svg>")

@@ -18,7 +18,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.launching import packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import comparison, predictions, records
+from partial_lora.report import predictions, records
 from partial_lora.report.pack import pack
 
 
@@ -39,7 +39,6 @@ def study(tmp_path: Path) -> Path:
 
 def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     runs, _ = records.read(study)
-    differences = comparison.differences(runs, predictions.Predictions(study)).rows
     loose = {run.directory: json.loads((run.directory / RESULT).read_text()) for run in runs}
     predicted = {path: table.to_pydict() for path in loose for table in predictions.read_all([path])}
     done = pack(study, remove=True)
@@ -50,7 +49,6 @@ def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     stored = packs.pack_of(study)
     assert {path: stored.json(path.relative_to(study).as_posix()) for path in loose} == loose
     assert packs.packed(runs[3].directory, packs.DYNAMICS)["metrics"]["train"]["accuracy"] == 0.9
-    pd.testing.assert_frame_equal(comparison.differences(again, predictions.Predictions(study)).rows, differences)
     for path, columns in predicted.items():
         kept = packs.predictions_of(path).to_pydict()
         assert {name: kept[name] for name in columns} == columns

@@ -5,14 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from recorded_runs import LABEL, leave, rows_of
 from refusals import refusal
 from scipy import stats
 
-from partial_lora.launching.directory import PREDICTIONS
-from partial_lora.report import folders, tables
-from partial_lora.report.pairs import Outcome, Pair, average, best, between, over_tasks
-from partial_lora.report.predictions import Predictions
+from partial_lora.report.pairs import Outcome, Pair, average, between, is_best, over_tasks
 from partial_lora.report.statistics import by_example, estimate, over_sets
 
 
@@ -90,50 +86,9 @@ def test_of_one_seed_nothing_is_decided_and_of_none_nothing_made() -> None:
         between(Pair(outcomes([0.5]), {3: outcomes([0.5])[0]}, "accuracy"))
 
 
-# Which rows of a table are marked
-
-
-@pytest.fixture
-def results(tmp_path):
-    for seed in range(3):
-        for method, wrong in (("partial", 10), ("targeted", 70), ("lora", 10), ("probe", 11)):
-            leave(tmp_path, method, wrong=wrong, seed=seed)
-    return tmp_path
-
-
-def marked(results_dir):
-    table = folders.group(rows_of(results_dir))
-    return table.loc[sorted(best(table, Predictions(results_dir))), "method"].tolist()
-
-
-def test_only_a_difference_that_holds_is_marked_and_in_all_files(results):
-    assert marked(results) == ["partial"]  # lora is one example better than probe, which does not hold
-    rows = rows_of(results)
-    found = best(folders.group(rows), Predictions(results))
-    markdown, numbers, latex = tables.write(rows, results, command="x", marked=found)
-    assert markdown.read_text(encoding="utf-8").count("**95.00 ± 0.00**") == 1
-    assert r"\textbf{95.00 $\pm$ 0.00}" in latex.read_text(encoding="utf-8")
-    assert pd.read_csv(numbers, comment="#")["best"].sum() == 1
-
-
-def test_what_is_not_better_than_all_others_of_its_block_is_not_marked(results, tmp_path_factory):
-    for seed in range(3):
-        leave(results, "uniform", wrong=0, seed=seed, trainer__epochs=50.0)
-    assert marked(results) == ["partial"]  # uniform is better, and has nothing beside it
-    shown = tables.readable(folders.group(rows_of(results))).set_index("method")["differs in"]
-    assert shown[["uniform", "partial", "lora"]].tolist() == ["epochs=50", "–", "–"]
-    for seed in range(3):
-        leave(results, "flow", wrong=11, seed=seed)  # of partial's own block, and as good
-    assert marked(results) == []
-    one_seed = tmp_path_factory.mktemp("one_seed")
-    for method, wrong in (("partial", 10), ("targeted", 70)):
-        leave(one_seed, method, wrong=wrong)
-    assert marked(one_seed) == []
-
-
-def test_without_predictions_of_the_same_examples_none_is_marked(results):
-    (folder,) = results.glob("runs/*/*/targeted*/seed1")
-    pd.DataFrame({"label": LABEL[:100], "prediction": LABEL[:100]}).to_parquet(folder / PREDICTIONS)
-    assert marked(results) == []
-    (folder / PREDICTIONS).unlink()
-    assert marked(results) == []
+def test_the_best_is_better_than_each_other_and_one_that_stands_alone_is_not() -> None:
+    good, alike, poor = (outcomes(right) for right in drawn(9, 3, 200, 0.95, 0.94, 0.3))
+    assert is_best(good, [poor], "accuracy")
+    assert not is_best(good, [poor, alike], "accuracy")
+    assert not is_best(good, [], "accuracy")
+    assert not is_best({0: good[0]}, [poor], "accuracy")  # of one seed nothing is decided

@@ -165,18 +165,18 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.01, "seeds": 3, "learning_rate": 1e-3}
     falling = table.assign(**shared | {"task": "texts", "metric": "perplexity", "test": table["test"] + 1})
     both = pd.concat([table.assign(**shared), falling], ignore_index=True)
-    (_, svg), _ = ranking.draw_front(both, "parameters", tmp_path, "front")
+    _, svg = ranking.draw_front(both, "parameters", tmp_path, "front")
     drawn = svg.read_text()
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "#bfbfbf" in mark] == [1, 5, 6, 8]
-    assert [drawn.count(f"<!-- {form} -->") for form in "abcde"] == [1, 0, 2, 1, 2]
+    assert [drawn.count(f">{form}</text>") for form in "abcde"] == [1, 0, 2, 1, 2]
 
 
 def test_no_point_lies_on_the_frame_however_little_costs_differ(tmp_path) -> None:
     rows = [("a", 0.9, 0.066), ("b", 1.0, 0.07)]
     table = pd.DataFrame(rows, columns=["form", "test", "step_seconds"])
     shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.0, "seeds": 3, "learning_rate": 1e-3}
-    (_, svg), _ = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
+    _, svg = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
     drawn = svg.read_text()
     left, bottom, right, _, _, top = map(float, re.search(PANEL, drawn).groups())
     for index in table.index:

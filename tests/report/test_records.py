@@ -13,7 +13,7 @@ from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import choice, comparison, folders, make, records, summary, tables
+from partial_lora.report import choice, folders, make, records, summary, tables
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.rows import NONE, conditions, differing, operating_point, point_of, point_order, row
 
@@ -141,7 +141,7 @@ def test_a_damaged_field_is_named_or_does_without_and_never_ends_the_report(tmp_
         folder = tmp_path / "runs" / "digits" / "vit" / f"partial-{id}" / "seed3"
         folder.mkdir(parents=True)
         (folder / RESULT).write_text(json.dumps(result))
-    make.report(tmp_path, where=[], by=None, spread="std", examples=2, command="", note=lambda line: None)
+    make.report(tmp_path, where=[], by=None, examples=2, command="", note=lambda line: None)
     runs, left_out = records.read(tmp_path)
     assert {run.directory.parent.name for run in runs} >= {"lora-whole", "partial-whole"}
     why = {problem.path.split("/")[3].removeprefix("partial-"): problem.why for problem in left_out}
@@ -206,102 +206,6 @@ def test_a_file_is_the_same_in_another_place_and_another_file_is_not():
     results = [record(task__data_files={"train": path}) for path in paths]
     expected = ["cifar10/train.parquet", "cifar10/train.parquet", "cifar100/train.parquet"]
     assert [conditions(each)["task.data_files.train"] for each in results] == expected
-
-
-# Which runs are compared with which
-
-
-def compared(place) -> comparison.Differences:
-    return comparison.differences(records.read(place)[0], Predictions(place))
-
-
-def pairs_of(place) -> set[tuple[str, str]]:
-    """Every two folders that are compared, by what follows their model."""
-    rows = compared(place).rows
-    return {(row.group.rpartition("/")[2], row.reference.rpartition("/")[2]) for row in rows.itertuples()}
-
-
-def test_runs_under_other_conditions_are_named_once_and_not_paired(tmp_path):
-    others = {f"trainer__key{key}": key for key in range(5)}
-    for budget in (None, 0.13):
-        leave(tmp_path, "partial", wrong=20, budget=budget)
-    leave(tmp_path, "probe", wrong=0, id="x", trainer__epochs=50.0, **others)
-    leave(tmp_path, "lora", wrong=0, trainer__learning_rate=0.1, trainer__num_workers=4)  # no other conditions
-    made = compared(tmp_path)
-    assert set(made.rows["method"]) == {"partial", "lora"}
-    assert made.problems == ()
-    (apart,) = made.apart
-    assert apart.startswith("runs/digits/vit/probe-x: ")
-    assert "threshold 0.9 and budget 0.13: trainer.epochs 50 against 3, trainer.key0 0 against" in apart
-    assert apart.endswith("2 more")
-
-
-def test_references_under_other_conditions_have_blocks_of_their_own(tmp_path):
-    for epochs in (2, 50):
-        for method in ("partial", "lora"):
-            leave(tmp_path, method, wrong=20, id=str(epochs), trainer__epochs=float(epochs))
-    blocks = {(f"{method}-{epochs}", f"partial-{epochs}") for method in ("partial", "lora") for epochs in (2, 50)}
-    assert pairs_of(tmp_path) == blocks
-
-
-def test_up_to_three_references_are_each_compared_with(tmp_path):
-    leave(tmp_path, "lora", wrong=20)
-    for rate in (0.1, 0.2, 0.3):
-        leave(tmp_path, "partial", wrong=20, trainer__learning_rate=rate)
-    made = compared(tmp_path)
-    assert made.uncompared == ()
-    assert made.rows.groupby("reference").size().tolist() == [4, 4, 4]
-    shown = comparison.readable(made.rows)
-    assert (shown["differs in"] == shown["against"]).sum() == shown["verdict"].tolist().count("reference") == 3
-    assert set(shown["against"]) == {f"learning_rate={rate}" for rate in (0.1, 0.2, 0.3)}
-    leave(tmp_path, "partial", wrong=20, trainer__learning_rate=0.4)
-    made = compared(tmp_path)
-    assert made.rows.empty
-    assert "--where trainer.learning_rate=" in made.uncompared[0]
-
-
-def test_of_many_references_the_nearest_to_the_schema_is_taken(tmp_path):
-    for method in ("partial", "lora"):
-        leave(tmp_path, method, wrong=20, id="x")
-    for number in range(3):
-        leave(tmp_path, "partial", wrong=20, mask__count=f"another {number}")
-    made = compared(tmp_path)
-    assert made.problems == ()
-    assert set(made.rows["reference"]) == {"runs/digits/vit/partial-x"}
-    assert len(made.rows) == 5
-    (remark,) = made.remarks
-    assert remark.startswith("runs/digits/vit/partial-x: ")
-    assert f"{remark}." in comparison.notes(made)
-
-
-def test_references_are_of_the_same_measure_and_their_masks_go_by_the_run(tmp_path):
-    for measure in ("svd", "snip"):
-        for method in ("partial", "targeted"):
-            leave(tmp_path, method, wrong=20, id=measure, importance__name=measure)
-    leave(tmp_path, "lora", wrong=20, id="0")
-    leave(tmp_path, "partial", wrong=30, id="masks", mask__seed=5)
-    leave(tmp_path, "partial", wrong=30, id="repaired", calibration__repair=True)
-    assert pairs_of(tmp_path) == {
-        *(
-            (f"{method}-{measure}", f"partial-{measure}")
-            for method in ("partial", "targeted")
-            for measure in ("svd", "snip")
-        ),
-        *(("lora-0", f"partial-{measure}") for measure in ("svd", "snip")),
-        *((f"partial-{variant}", "partial-svd") for variant in ("masks", "repaired")),
-    }
-    assert compared(tmp_path).rows["reference"].iloc[0].endswith("partial-svd")  # before that of snip
-
-
-@pytest.mark.parametrize(
-    "of", [{"members": {"a": 3}}, {"metrics": {"test": {"primary": "perplexity", "perplexity": 3.0}}}]
-)
-def test_a_task_without_a_metric_of_examples_is_remarked(tmp_path, of):
-    for method in ("partial", "lora"):
-        leave(tmp_path, method, **of)
-    made = compared(tmp_path)
-    assert (made.problems, made.known, len(made.remarks)) == ((), False, 1)
-    assert made.remarks[0].startswith(("mixture: ", "digits: "))
 
 
 # Averages and choices
@@ -422,7 +326,6 @@ def test_predictions_are_read_once_and_no_more_of_them_than_is_compared(tmp_path
     file.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=PREDICTIONS):
         Predictions(tmp_path).of(group, 0, "accuracy")
-    assert not Predictions(tmp_path).exist(group, [1])
 
 
 def test_seeds_are_in_the_order_of_their_numbers(tmp_path):

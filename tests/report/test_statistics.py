@@ -24,7 +24,6 @@ from partial_lora.report.statistics import (
     over_examples,
     over_sets,
     per_example,
-    reliability,
 )
 
 
@@ -243,43 +242,3 @@ def test_the_macro_f1_of_classes_that_do_not_all_occur_has_the_interval_of_the_m
     assert over_examples(pa.Table.from_pandas(predicted), "f1") == over_examples(predicted, "f1")
     assert over_examples(predicted.drop(columns="logits"), "f1") != over_examples(predicted, "f1")
     assert over_examples(None, "f1") is None
-
-
-# How reliable sparsities are
-
-SPARSITIES = (
-    {"a": {"rows": 0.1, "columns": 0.5}, "b": {"rows": 0.9, "columns": 0.3}},
-    {"a": {"rows": 0.2, "columns": 0.6}, "b": {"rows": 0.8, "columns": 0.2}},
-    {"a": {"rows": 0.9, "columns": 0.1}, "b": {"rows": 0.4, "columns": 0.6}},
-)
-
-
-def calibrated(seed: int, *, method: str = "partial", of_calibration: int | None = None, halves: float = 0) -> dict:
-    own = {"spearman_brown": halves} if halves else None
-    return {
-        "seed": seed,
-        "config": {"method": {"name": method}, "calibration": {"seed": of_calibration}},
-        "calibration": {"reliability": own},
-        "sparsity": SPARSITIES[seed],
-    }
-
-
-def test_reliability_is_of_halves_or_else_the_mean_correlation_of_seeds_that_calibrated_for_themselves() -> None:
-    first, second, third = (np.array([[*axes.values()] for axes in each.values()]).ravel() for each in SPARSITIES)
-    expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in ((first, second), (first, third), (second, third))])
-    assert reliability(calibrated(seed) for seed in (2, 0, 1)) == pytest.approx(expected)
-    assert reliability([calibrated(0, halves=0.5), calibrated(1, halves=0.7)]) == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    "silent",
-    [
-        [calibrated(0)],
-        [calibrated(seed, of_calibration=0) for seed in (0, 1)],  # one calibration for both
-        [calibrated(seed, method="shuffled") for seed in (0, 1)],
-        [calibrated(seed) | {"calibration": None} for seed in (0, 1)],
-    ],
-    ids=["one seed", "a shared calibration", "a control", "no calibration"],
-)
-def test_runs_that_tell_nothing_give_no_number(silent: list[dict]) -> None:
-    assert np.isnan(reliability(silent))

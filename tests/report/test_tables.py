@@ -1,17 +1,15 @@
-"""Tables of runs and of their differences: what stands in a row, what is written, what is noted below."""
+"""Tables of runs: what stands in a row, what is written, what is noted below."""
 
 from __future__ import annotations
 
 import io
 
-import numpy as np
 import pandas as pd
 import pytest
 from recorded_runs import leave, place, record, rows_of
 from rich.console import Console
 
-from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import comparison, folders, records, tables
+from partial_lora.report import folders, records, tables
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import LeftOut
 
@@ -248,114 +246,3 @@ def test_an_interval_is_over_seeds_else_over_examples_and_no_wider_than_the_metr
     assert tables.interval(rows["dora"], predictions) is None
     row = {"metric": "pearson", "test_mean": 0.9, "test_half": 0.3}
     assert tables.interval(pd.Series(row), predictions) == (pytest.approx(0.6), 1.0, "seeds")
-
-
-# Differences
-
-
-@pytest.fixture
-def results(tmp_path):
-    for seed in range(4):
-        leave(tmp_path, "partial", wrong=20, seed=seed)
-        leave(tmp_path, "partial", wrong=40, seed=seed, budget=0.13)
-        leave(tmp_path, "uniform", wrong=70, seed=seed, budget=0.13, id="0")
-        leave(tmp_path, "lora", wrong=20, seed=seed)
-    leave(tmp_path, "partial", wrong=40, budget=0.13, mask__granularity="element")
-    return tmp_path
-
-
-def compared(results_dir):
-    return comparison.differences(records.read(results_dir)[0], Predictions(results_dir))
-
-
-def written(results_dir):
-    return comparison.write(compared(results_dir), results_dir, command="partial-lora report \\\n  x")
-
-
-def test_each_is_compared_with_the_reference_at_its_point(results):
-    made = compared(results)
-    assert made.uncompared == ()
-    rows = {(row.operating_point, row.method): row for row in made.rows.itertuples()}
-    assert rows.keys() == {
-        *(("threshold 0.9", method) for method in ("partial", "lora")),
-        *(("budget 0.13", method) for method in ("partial", "partial (element)", "uniform", "lora")),
-    }
-    lora, worse = rows["threshold 0.9", "lora"], rows["budget 0.13", "uniform"]
-    assert (lora.difference, lora.low, lora.high, lora.verdict) == (0, 0, 0, "matches")
-    assert worse.difference == pytest.approx(-0.15)
-    assert worse.low < -0.15 < worse.high < 0
-    assert (worse.verdict, worse.pairs, worse.n, worse.examples) == ("worse", 4, 4, 200)
-    assert rows["budget 0.13", "partial (element)"].pairs == 1
-    assert rows["budget 0.13", "lora"].verdict == "better"
-    assert (worse.optimizer_bytes, worse.reliability) == (2001.5, 0.75)
-    assert np.isnan(lora.reliability)
-
-    decidable = int((made.rows["pairs"] > 1).sum())
-    part = comparison.readable(made.rows[made.rows["operating_point"] == "budget 0.13"])
-    assert f"after correction for {decidable}" in part  # a part of a report is corrected for all of it
-
-    text, numbers = (path.read_text(encoding="utf-8") for path in written(results))
-    assert text.startswith("    partial-lora report \\ x\n")  # in one line
-    (row,) = [line for line in text.splitlines() if "| uniform" in line]
-    cells = [each.strip() for each in row.strip("|").split("|")]
-    assert cells[6].startswith("-15.00 [-")
-    assert cells[7:9] == ["worse", "worse"]
-    assert {"0.75", "tuned"} <= set(cells)
-    assert numbers.splitlines()[0] == "# partial-lora report \\ x"
-    assert len(numbers.splitlines()) == 2 + 6
-
-
-def test_problems_alone_replace_an_earlier_comparison(tmp_path):
-    lora = leave(tmp_path, "lora", wrong=20)
-    assert written(tmp_path) == []  # nothing to compare it with
-    leave(tmp_path, "partial", wrong=20)
-    assert len(written(tmp_path)) == 2
-    (lora / RESULT).write_text((lora / RESULT).read_text().replace('"batch_size": 16', '"batch_size": 512'))
-    (file,) = written(tmp_path)
-    text = file.read_text(encoding="utf-8")
-    assert "trainer.batch_size 512 against 16" in text
-    assert "|" not in text
-    assert not (tmp_path / "report" / "comparison.csv").exists()
-
-
-def test_what_cannot_be_compared_is_named(results):
-    (folder,) = results.glob("runs/*/*/uniform-0/seed1")
-    (folder / PREDICTIONS).unlink()
-    leave(results, "targeted", wrong=3, seed=4)
-    made = compared(results)
-    (broken,), (other_seeds,) = made.problems, made.apart
-    assert "uniform-0/seed1" in broken
-    assert "targeted" in other_seeds
-    assert made.rows.query("method == 'targeted'")["difference"].isna().all()
-
-
-def test_differences_are_over_the_seeds_that_both_have(tmp_path):
-    for seed in (0, 1, 2):
-        leave(tmp_path, "partial", wrong=20, seed=seed)
-        leave(tmp_path, "lora", wrong=60, seed=seed + 2)
-    made = compared(tmp_path)
-    shown = comparison.readable(made.rows).set_index("method")
-    assert shown.loc["lora", ["n", "verdict"]].tolist() == ["1 of 3", "undecided (one seed)"]
-    assert shown.loc["partial", "n"] == "3"
-    alone = comparison.notes(made)
-    for seed in (0, 1):
-        leave(tmp_path, "lora", wrong=60, seed=seed)
-    several = comparison.notes(compared(tmp_path))
-    assert len(alone) == len(several) + 1  # of one seed
-    assert set(several) < set(alone)
-    (unneeded,) = tmp_path.glob(f"runs/*/*/lora*/seed4/{PREDICTIONS}")
-    unneeded.unlink()
-    made = compared(tmp_path)
-    assert made.problems == ()
-    assert made.rows.set_index("method").loc["lora", "pairs"] == 3
-
-
-def test_records_without_predictions_are_no_problem_but_remarked(results):
-    for file in results.rglob(PREDICTIONS):
-        file.unlink()
-    made = compared(results)
-    assert (made.problems, made.known, len(made.remarks)) == ((), False, 1)
-    others = [run for run in records.read(results)[0] if run.row["method"] != "partial"]
-    (remark,) = comparison.differences(others, Predictions(results)).remarks
-    assert "partial" in remark
-    assert comparison.differences(others[:1], Predictions(results)).remarks == ()

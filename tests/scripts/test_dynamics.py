@@ -110,7 +110,7 @@ def test_a_measured_run_is_left_alone_and_one_without_weights_is_named(tmp_path:
     done = leave(tmp_path, "lora", 0.9)
     recorded_runs.measure(done, 1.0, 0.9)
     before = (done / DYNAMICS).read_bytes()
-    record = leave(tmp_path, "partial", 0.9)
+    record = leave(tmp_path, "partial", 0.9, labels=["0", "1", "2", "3"])
     assert main([str(done)]) == 0
     assert main([str(done), str(record)]) == 3
     assert (done / DYNAMICS).read_bytes() == before

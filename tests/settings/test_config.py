@@ -295,8 +295,9 @@ def test_a_share_that_is_fixed_has_one_id_however_it_is_written_and_patterns_cou
     assert ids[0] == ids[1] != ids[2]
     patterns = ("{.*qkv: 0.9, .*: 0.5}", "{.*: 0.5, .*qkv: 0.9}")
     assert len({identity.run_id(composed(f"calibration.sparsity={each}")) for each in patterns}) == 2
-    for method in ("entries", "ticket"):  # which never calibrate
-        assert composed(f"method={method}", "calibration=fixed") == composed(f"method={method}")
+    for method, other in (("entries", "quick"), ("ticket", "threshold")):  # which never calibrate
+        ids = {identity.run_id(composed(f"method={method}", f"calibration={name}")) for name in ("fixed", other)}
+        assert len(ids) == 1
     chosen = composed("calibration.sparsity={attn.qkv: {rows: 0.5, columns: 0}, .*: 0.9}")
     assert versions.load(versions.plain(chosen)) == chosen
 

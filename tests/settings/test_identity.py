@@ -34,7 +34,7 @@ def test_images_in_folders_that_are_links_enter_the_id(tmp_path: Path) -> None:
 
 
 def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_happens() -> None:
-    usual = identity.run_id(composed())
+    usual = identity.run_id(composed("calibration=threshold"))
     where = ("seed=3", "results_dir=/else", "overwrite=true", "keep_records=true")
     where += (
         "trainer.device=cpu",
@@ -43,14 +43,15 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
         "task.cache_bytes=0",
         "data_dir=.",
     )
-    assert identity.run_id(composed(*where)) == usual
+    assert identity.run_id(composed("calibration=threshold", *where)) == usual
     packed = [composed("model=tiny_llama", "task=text_generation", f"trainer.packing={each}") for each in (True, False)]
     assert identity.run_id(packed[0]) == identity.run_id(packed[1])
     what = ("calibration.seed=1", "mask.seed=1", "task.split_seed=1", "trainer.epochs=1", "method=lora")
     what += ("calibration.axes=joint", "calibration.scope=cumulative", "calibration.repair=true", "importance=snip")
     what += ("calibration.chance=majority", "calibration.score=loss", "calibration.reliability=true")
     what += ("importance.rounds=4", "task.label_noise=0.2", "trainer.head_learning_rate=1", "trainer.loraplus_ratio=4")
-    assert len({usual, *(identity.run_id(composed(each)) for each in what)}) == 1 + len(what)
+    ids = {identity.run_id(composed("calibration=threshold", each)) for each in what}
+    assert len({usual, identity.run_id(composed()), *ids}) == 2 + len(what)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])

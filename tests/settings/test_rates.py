@@ -78,7 +78,7 @@ def test_the_best_rates_of_rows_and_columns_are_near_the_one_to_try_first() -> N
     cells = raced(RESULTS)
     dense = cells[cells["form"] == "lora"].set_index("task")["learning_rate"]
     masked = cells[cells["form"] == "partial"]
-    assert len(masked) > 15
+    assert len(masked) >= 15
     for cell in masked.itertuples():
         expected = rates.starting_rate(dense[cell.task], float(cell.size), fan_in="kept", row_exponent=1.0)
         assert expected / 2.5 < cell.learning_rate < expected * 2.5

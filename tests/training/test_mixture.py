@@ -135,7 +135,7 @@ def test_what_is_no_mixture_is_refused_in_one_line(overrides: list[str], key: st
 
 
 def test_members_of_a_single_task_are_refused() -> None:
-    with pytest.raises(PartialLoraError, match=r"task\.members=\['sst2'\]"):
+    with pytest.raises(PartialLoraError, match=r"task\.members=\[sst2\]"):
         composed("task=cola", "task.members=[sst2]")
 
 
