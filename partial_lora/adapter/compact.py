@@ -5,7 +5,6 @@ Masks are made again from their settings, and must match those that the adapter 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -86,7 +85,7 @@ def write_compact(
         }
         for name in masks
     }
-    whole = _whole_tensors(model, adapter_name, masks)
+    whole = adapter_tensors(model, adapter_name, masked=False)
     compact = Compact(
         config=config,
         geometries=dict(geometries),
@@ -169,19 +168,16 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
     return config
 
 
-def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors that train whole beside the masked factors, by names in the base model; no copies."""
-    layers = adapter_layers(model, adapter_name)
-    paths = {id(module): path for path, module in base_modules(model).items()}
-    factors = {f"{paths[id(layers[name])]}.lora_{factor}.weight" for name in masked for factor in "AB"}
-    return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
-
-
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
     """Put the file's values into the adapter just built; refuse them where masks or tensors differ from the file's."""
     if module_masks(adapted, adapter_name) != compact.masks:
         raise PartialLoraError("the masks made again for this model are not those of the file.")
-    here = _whole_tensors(adapted, adapter_name, compact.masks)
+    for name, module in base_modules(adapted).items():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key, weight in module.modules_to_save[adapter_name].named_parameters():
+                filed = compact.whole.get(f"{name}.{key}", weight).dtype
+                weight.data = weight.data.to(torch.promote_types(weight.dtype, filed))  # wide enough for the file's
+    here = adapter_tensors(adapted, adapter_name, masked=False)  # themselves, to be filled
     for name in sorted(here.keys() ^ compact.whole.keys()):
         where = "the file" if name in here else "this model"
         raise PartialLoraError(f"{name} trains beside the adapter, but {where} does not have it.")
@@ -190,20 +186,14 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
             raise PartialLoraError(
                 f"{name} is {list(here[name].shape)} in this model, but {list(value.shape)} in the file."
             )
-    modules, layers = base_modules(adapted), adapter_layers(adapted, adapter_name)
+    layers = adapter_layers(adapted, adapter_name)
     for name, factors in compact.kept.items():
         for factor, value in factors.items():
             parameter = getattr(layers[name], f"lora_{factor}")[adapter_name].kept
             dtype = parameter.dtype if compact.rounded else value.dtype
             parameter.data = value.to(parameter.device, dtype).reshape(parameter.shape)
-    for name, module in modules.items():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for key, parameter in module.modules_to_save[adapter_name].named_parameters():
-                value = compact.whole[f"{name}.{key}"]
-                # wide enough for the file's
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, value.dtype))
     with torch.no_grad():
-        for name, parameter in _whole_tensors(adapted, adapter_name, compact.masks).items():  # now wide enough
+        for name, parameter in here.items():
             parameter.copy_(compact.whole[name])
 
 
@@ -254,8 +244,8 @@ def encode(compact: Compact) -> bytes:
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
         linears = {name: each for name, each in compact.geometries.items() if each.experts is None}
-        for name, shares in shares_of(linears, config.shares).items():
-            modules[name] += [shares[axis] for axis in AXES]
+        for name, share in shares_of(linears, config.shares).items():
+            modules[name] += [share[axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
@@ -457,7 +447,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     containers = [
-        (value, copy.copy(value))
+        (value, value.copy())
         for *_, attributes in modules
         for value in attributes.values()
         if isinstance(value, (dict, list, set))

@@ -29,7 +29,6 @@ from partial_lora.adapter.selection import (
     frozen_a,
     random_masks,
     read_values,
-    shares_of,
     top_masks,
 )
 from partial_lora.errors import PartialLoraError, one_line
@@ -70,7 +69,6 @@ class _PeftType(str):
 
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
-_REDRAWN = 32  # masks that a save draws again
 Drawn = tuple[Mapping[str, ModuleMasks], Mapping[str, Geometry]]
 """What a config comes to in a model: {module: masks} and {module: geometry}."""
 
@@ -358,7 +356,7 @@ class PartialLoraConfig(LoraConfig):
         if self.drawn is None:
             raise PartialLoraError("this PartialLoraConfig is in no model, and has no masks to save: save the model.")
         masks, geometries = self.drawn()
-        if not self._makes(masks, geometries):
+        if self.choose_masks(geometries) != masks:
             raise PartialLoraError(
                 "this PartialLoraConfig makes other masks than its adapter has: expected it unchanged."
             )
@@ -368,18 +366,6 @@ class PartialLoraConfig(LoraConfig):
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         write_atomic(Path(save_directory, sidecar.FILE_NAME), text + "\n")
         complete_card(Path(save_directory), size=self._size(masks, geometries))
-
-    def _makes(self, masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]) -> bool:
-        """Return whether these settings make these masks; of many random ones, some are drawn again."""
-        if self.selection != "random":
-            return self.choose_masks(geometries) == masks
-        self.check()
-        shares = shares_of(geometries, self.shares)
-        some = {module: geometries[module] for module in list(masks)[:: max(1, len(masks) // _REDRAWN)]}
-        of_some = {name: shares[name] for name in shares if name in some or name.rpartition(".")[0] in some}
-        options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed, "count": self.count}
-        again = random_masks(some, of_some, {"rows": self.rows, "columns": self.columns}, **options)
-        return all(again[module] == masks[module] for module in some)
 
     def _size(self, masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]) -> str:
         """Return a sentence on how many numbers train of those of plain LoRA."""
@@ -425,7 +411,7 @@ class PartialLoraConfig(LoraConfig):
         except PartialLoraError as error:
             raise PartialLoraError(f"{path} is broken: {error}") from None
         if config.r != lora.r:  # the same scaling
-            config.lora_alpha *= config._unit(config.r) / config._unit(lora.r)
+            config.lora_alpha = lora.lora_alpha * config._unit(config.r) / config._unit(lora.r)
         config.expected = modules
         return config
 

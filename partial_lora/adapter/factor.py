@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,37 +49,43 @@ class MaskedFactor(nn.Module):
 
     def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()
-        self.mask, self.entries, self.multiple = mask, entries, multiple
-        self.full = len(mask.kept) == mask.size
-        self.shape = dense.weight.shape
-        self.is_convolution = not isinstance(dense, nn.Linear)
-        self.channels = 1 - len(self.shape) if self.is_convolution else -1  # of an activation, with a batch or without
-        groups = getattr(dense, "groups", 1)
-        self.in_groups = groups > 1  # a gather of features would mix groups up
-        self.rank = self.shape[1 - self.axis] * groups
-        if self.is_convolution:
+        weight, groups, is_convolution = dense.weight, getattr(dense, "groups", 1), not isinstance(dense, nn.Linear)
+        if is_convolution:
             settings = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups")}
-            self._apply_weight = partial(_CONVOLUTIONS[dense.weight.dim()], **settings)
+            apply_weight = partial(_CONVOLUTIONS[weight.dim()], **settings)
         else:
-            self._apply_weight = F.linear
-            self.out_features, self.in_features = self.shape  # as of the layer that it replaces
-        # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
-        # them.
-        self._indices: dict[str, Tensor] = {}
+            apply_weight = F.linear
+            self._set(out_features=weight.shape[0], in_features=weight.shape[1])  # as of the layer that it replaces
+        self._set(
+            mask=mask,
+            entries=entries,
+            multiple=multiple,
+            full=len(mask.kept) == mask.size,
+            shape=weight.shape,
+            rank=weight.shape[1 - self.axis] * groups,
+            is_convolution=is_convolution,
+            channels=1 - weight.dim() if is_convolution else -1,  # of an activation, with a batch or without
+            in_groups=groups > 1,  # a gather of features would mix groups up
+            _apply_weight=apply_weight,
+        )
         self._find_places()
-        self._move_indices(dense.weight.device)
-        self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
+        self._move_indices(weight.device)
+        self.kept = nn.Parameter(self.keep(weight.detach()), requires_grad=weight.requires_grad)
+
+    def _set(self, **values: Any) -> None:
+        """Set plain attributes: one by one, torch would first take each for a parameter, a buffer or a module."""
+        vars(self).update(values)
 
     def _find_places(self) -> None:
         """Find what the mask keeps, in the forms in which products need it."""
-        self._places = {"kept": self.mask.kept}
+        places = {"kept": self.mask.kept}
         if self.entries:
-            self._places |= _within_features(self.mask.kept, self.shape, self.axis)
+            places |= _within_features(self.mask.kept, self.shape, self.axis)
         if isinstance(self.mask, TiedMask):
-            self._places |= _groups(self.mask)
+            places |= _groups(self.mask)
         # Not in the forward pass: a compiler that reads them off the arrays there warns that these are read-only.
-        self.touched = len(self._places["features" if self.entries else "kept"])
-        self.density = self.touched / self.shape[self.axis]
+        touched = len(places["features" if self.entries else "kept"])
+        self._set(_places=places, touched=touched, density=touched / self.shape[self.axis])
 
     def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
         """Take over another factor, of a mask that keeps as many, into the same tensors as far as their sizes agree.
@@ -133,8 +140,10 @@ class MaskedFactor(nn.Module):
         return moved
 
     def _move_indices(self, device: torch.device) -> None:
+        # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
+        # them.
         with torch.inference_mode(False):  # a tensor made inside inference mode could not serve training later
-            self._indices = {name: torch.tensor(places, device=device) for name, places in self._places.items()}
+            self._set(_indices={name: torch.tensor(places, device=device) for name, places in self._places.items()})
 
     def _index(self, name: str, device: torch.device) -> Tensor:
         if self._indices[name].device != device:
@@ -274,7 +283,8 @@ class MaskedFactor(nn.Module):
         if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 looks parameters up by their names
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        dense = entry_like(self.kept, self.dense(whole(self.kept)))
+        kept = self.kept
+        dense = entry_like(kept, self.dense(whole(kept)))
         destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(

@@ -306,9 +306,25 @@ def base_name(key: str) -> str:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the base model, adapters included, by their names as loaded."""
+    """Return the modules of the base model, with PEFT's layers but not what these hold, by their names as loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {loaded_name(name): module for name, module in base.named_modules()}
+    return {loaded_name(name): module for name, module in _modules(base)}
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model's modules by name, as named_modules does, without a LoRA layer's dozen of parts but its base."""
+    met: set[nn.Module] = set()
+
+    def below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        met.add(module)
+        yield name, module
+        parts = module._modules
+        for part in ("base_layer",) if isinstance(module, LoraLayer) else parts:
+            child = parts[part]
+            if child is not None and child not in met:
+                yield from below(f"{name}.{part}" if name else part, child)
+
+    return below("", model)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -322,7 +338,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 def _layer_names(model: nn.Module) -> dict[str, str]:
     """Return the names of layers with adapters in the base model, by their names in this model."""
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {path: layer for path, layer in _modules(model) if isinstance(layer, LoraLayer)}
     return {path: _layer_name(base_name(path), layer) for path, layer in layers.items()}
 
 
@@ -356,16 +372,23 @@ def _target_parameters(config: PartialLoraConfig, model: nn.Module) -> dict[str,
     return found
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors that PEFT saves of an adapter, by names in the base model; only masked factors are copies."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+def adapter_tensors(model: nn.Module, adapter_name: str, *, masked: bool = True) -> dict[str, Tensor]:
+    """Return the tensors that PEFT saves of an adapter, by names in the base model; only masked factors are copies.
+
+    masked: False leaves these out, and takes no time for them.
+    """
+    state: dict[str, Tensor] = model.state_dict() if masked else {}
+    for path, module in () if masked else model.named_modules(remove_duplicate=False):
+        if not isinstance(module, MaskedFactor):
+            module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+    state = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
     again = (".modules_to_save.", ".original_module.")  # with bias="all", a head's biases are there twice
     return as_factors({base_name(key): state[key] for key in state if not any(part in key for part in again)})
 
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise PartialLoraError, naming the module, for a model with an adapter merged into its base weights."""
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
 
@@ -432,8 +455,12 @@ def _masks_of(layers: Mapping[str, LoraLayer], adapter_name: str, *, partial: bo
 def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
     """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
     layers = adapter_layers(model, adapter_name)
-    masks = _masks_of(layers, adapter_name, partial=True)
-    return masks, {name: geometry(name, layer, _rank(layer, adapter_name)) for name, layer in layers.items()}
+    masks, geometries = _masks_of(layers, adapter_name, partial=True), {}
+    for name, layer in layers.items():
+        a, b = (tuple(factor[adapter_name].shape) for factor in (layer.lora_A, layer.lora_B))
+        experts = layer.num_experts if isinstance(layer, ParamWrapper) else None
+        geometries[name] = Geometry((b[0], a[1]), a=a, b=b, experts=experts)
+    return masks, geometries
 
 
 def saved_rank(model: nn.Module, adapter_name: str) -> int:

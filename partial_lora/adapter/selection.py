@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -76,6 +76,9 @@ Factors = Mapping[str, str]
 
 BOTH_TRAIN = dict.fromkeys(AXES, MASKED)
 
+_ALIVE: WeakValueDictionary[tuple, Mask] = WeakValueDictionary()
+"""Random masks that something still holds, by what they are drawn from: a save or a check does not draw them again."""
+
 
 def random_masks(
     geometries: Mapping[str, Geometry],
@@ -92,26 +95,31 @@ def random_masks(
 
     def choose(module: str, axis: str, size: int) -> Mask:
         geometry = geometries[module]
-        if geometry.experts is not None:
-            return of_experts(module, axis, size, geometry)
-        options: dict = {"mask_seed": mask_seed, "module": module, "axis": axis}
-        if form.apart:
-            options["shape"] = geometry.b if axis == "rows" else geometry.a
-        return form.drawn(count)(size, shares[module][axis], **options)
+        names = _drawn_names(module, geometry)
+        of_each = tuple(shares.get(name, shares.get(module))[axis] for name in names)
+        drawn_from = (granularity, count, mask_seed, module, axis, geometry, of_each)
+        if (mask := _ALIVE.get(drawn_from)) is None:
+            if geometry.experts is None:
+                mask = draw(module, axis, size, *of_each, shape=geometry.b if axis == "rows" else geometry.a)
+            else:
+                mask = of_experts(dict(zip(names, of_each, strict=True)), axis, size, geometry)
+            _ALIVE[drawn_from] = mask
+        return mask
 
-    def of_experts(module: str, axis: str, size: int, geometry: Geometry) -> Mask:
+    def draw(name: str, axis: str, size: int, share: float, *, shape: tuple[int, ...]) -> Mask:
+        options: dict = {"mask_seed": mask_seed, "module": name, "axis": axis}
+        if form.apart:
+            options["shape"] = shape
+        return form.drawn(count)(size, share, **options)
+
+    def of_experts(share_of: Mapping[str, float], axis: str, size: int, geometry: Geometry) -> Mask:
         """Draw the mask of each expert by its own name, as a mask over the entries of all."""
-        (out, inputs), rank, experts = geometry.shape, geometry.rank, cast("int", geometry.experts)
+        (out, inputs), rank = geometry.shape, geometry.rank
         shape = (out, rank) if axis == "rows" else (rank, inputs)  # of one expert's factor
         features = out if axis == "rows" else inputs
         kept = []
-        for expert in range(experts):
-            name = f"{module}.{expert}" if experts > 1 else module
-            options: dict = {"mask_seed": mask_seed, "module": name, "axis": axis}
-            if form.apart:
-                options["shape"] = shape
-            share = shares.get(name, shares.get(module))[axis]
-            mask = form.drawn(count)(math.prod(shape) if form.over_entries else features, share, **options).dense()
+        for name, share in share_of.items():
+            mask = draw(name, axis, math.prod(shape) if form.over_entries else features, share, shape=shape).dense()
             if not form.over_entries:
                 mask = np.broadcast_to(mask[:, None] if axis == "rows" else mask, shape)
             kept.append(mask)
@@ -131,6 +139,12 @@ def _masked_names(module: str, geometry: Geometry, sparsity: float | Sparsity) -
     """Return the names that have shares: the module's or, where these are said, those of its experts."""
     experts = [f"{module}.{expert}" for expert in range(geometry.experts or 0)]
     return experts if isinstance(sparsity, Mapping) and {*experts} & sparsity.keys() else [module]
+
+
+def _drawn_names(module: str, geometry: Geometry) -> list[str]:
+    """Return the names that masks are drawn by: the module's or, of several, those of its experts."""
+    count = geometry.experts or 1
+    return [module] if count == 1 else [f"{module}.{expert}" for expert in range(count)]
 
 
 def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
