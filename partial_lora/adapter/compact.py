@@ -154,7 +154,7 @@ def load_compact(
     return adapted
 
 
-def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
+def _writable_config(model: PeftModel, adapter_name: str) -> PartialLoraConfig:
     """Return the config of an adapter that can be written; raise PartialLoraError for any other."""
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
@@ -162,7 +162,11 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
             f"adapter {adapter_name!r} is a {type(config).__name__}, which masks nothing: use save_pretrained."
         )
     check_unmerged(model)
-    for name, parameter in model.named_parameters():
+    parameters = [(name, parameter) for name, _, parameter in base_parameters(model.get_base_model())]
+    for name, layer in adapter_layers(model, adapter_name).items():
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        parameters += [(name, parameter) for factor in factors for parameter in factor.parameters()]
+    for name, parameter in parameters:
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
     return config

@@ -79,7 +79,7 @@ PASSED = frozenset(
         *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying", "layer_replication"),
         # How each adapter is sized, scaled, drawn and run.
         *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
-        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config"),
+        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config", "alora_invocation_tokens"),
         # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     }
@@ -88,12 +88,11 @@ PASSED = frozenset(
 
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
-    "lora_bias": "it would train entries that no mask covers",
+    "lora_bias": "its bias is dense",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
     "use_bdlora": "its factors are block diagonal",
     "velora_config": "it replaces the backward pass",
-    "alora_invocation_tokens": "it replaces the forward pass",
     "arrow_config": "it replaces the forward pass",
     "kasa_config": "it changes the base weights and trains singular values densely",
     "monteclora_config": "it samples dense factors",

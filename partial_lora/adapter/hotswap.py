@@ -22,6 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 
 _ALIKE = ("target_parameters", "use_rslora", "lora_dropout", "granularity", "rows", "columns", "bias")
+_ALIKE += ("alora_invocation_tokens",)
 
 
 def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, new: PartialLoraConfig) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -59,6 +60,31 @@ class PartialLoraVariant(LoraVariant):
         return orig_weight.data - _change_of(orig_weight, module, active_adapter)
 
 
+class InvokedVariant(ALoraLinearVariant):
+    """A masked adapter that changes only the tokens from its last invocation on (aLoRA), and so cannot be merged."""
+
+    init = PartialLoraVariant.init
+
+    @staticmethod
+    def forward(
+        module: LoraLayer,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        *,
+        alora_offsets: list | None = None,
+    ) -> Tensor:
+        """Return what PartialLoraVariant does, for the last ``alora_offsets[i]`` tokens of text i; None is none.
+
+        PEFT finds the offsets in the model's input. The others' features are zero in B A x, and so is its change.
+        """
+        tokens = result.shape[1] if result.dim() == 3 else 1
+        counts = [offset or 0 for offset in alora_offsets or [None] * len(result)]
+        before = torch.arange(tokens, device=x.device) < tokens - torch.tensor(counts, device=x.device).unsqueeze(1)
+        x = x.masked_fill(before.view(*x.shape[:-1], 1), 0)
+        return PartialLoraVariant.forward(module, active_adapter, x, result)
+
+
 def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
     """Return the adapter's scaled B A in the dtype of W, or unrounded where the sum is quantised again."""
     change = module.get_delta_weight(adapter)
@@ -96,7 +122,7 @@ class PartialLinear(lora.Linear):
     def _fusable_adapter(self) -> str | None:
         """Return the name of the active adapter where it can be fused with the base layer, else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if not self.fuses or len(active) != 1:
+        if not self.fuses or len(active) != 1 or isinstance(self.lora_variant.get(active[0]), InvokedVariant):
             return None
         if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
             return None
@@ -235,13 +261,14 @@ def mask_layer(
     columns: str = MASKED,
     frozen: np.ndarray | None = None,
     factor: float = 1.0,
+    invoked: bool = False,
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
     Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``rows`` and ``columns`` say
     which factor does not train; ``frozen`` are its values. The other starts at zero. The change of W is ``factor``
     times PEFT's: a factor that does not train takes it all, else B the nearest power of two, in which nothing is
-    rounded when B is saved and read, and A's draw the rest.
+    rounded when B is saved and read, and A's draw the rest. ``invoked``: it changes the tokens from its invocation on.
     """
     # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
     # for custom ones (_register_custom_module) would displace the quantised layers.
@@ -272,4 +299,4 @@ def mask_layer(
             a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
     if not isinstance(layer, lora.layer.ParamWrapper):  # which adds B A to its parameter, and reads both whole
-        layer.lora_variant[adapter_name] = PartialLoraVariant()
+        layer.lora_variant[adapter_name] = InvokedVariant() if invoked else PartialLoraVariant()

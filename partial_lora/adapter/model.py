@@ -102,6 +102,8 @@ class PartialLoraModel(LoraModel):
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
+        if parameters and peft_config.alora_invocation_tokens:
+            raise PartialLoraError("target_parameters: expected modules alone beside alora_invocation_tokens.")
         axis = peft_config.frozen_axis
         unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
         for name in targets:
@@ -123,6 +125,11 @@ class PartialLoraModel(LoraModel):
                 )
             adapted = modules[name]
             base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
+            if peft_config.alora_invocation_tokens and isinstance(base, (nn.Embedding, _ConvNd)):
+                raise PartialLoraError(
+                    f"target module {name} is a {type(base).__name__}: alora_invocation_tokens takes linear layers;"
+                    " leave it out of target_modules."
+                )
             if axis and isinstance(base, unfit):
                 raise PartialLoraError(
                     f"target module {name} is a {type(base).__name__}:"
@@ -152,6 +159,7 @@ class PartialLoraModel(LoraModel):
             layer = target if is_wrapped else parent.get_submodule(target_name)  # wrapped before, or now
             masks, geometries = cast(Drawn, self._drawn)
             options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
+            options["invoked"] = bool(lora_config.alora_invocation_tokens)
             options["frozen"] = lora_config.frozen(name, geometries[name])
             _, rest = lora_config.own_scaling(name)
             options["factor"] = lora_config.density_factor(masks[name]) * rest
@@ -378,9 +386,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str, *, masked: bool = True)
     masked: False leaves these out, and takes no time for them.
     """
     state: dict[str, Tensor] = model.state_dict() if masked else {}
-    for path, module in () if masked else model.named_modules(remove_duplicate=False):
-        if not isinstance(module, MaskedFactor):
-            module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+    for path, module in () if masked else _modules(model):
+        module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
     state = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
     again = (".modules_to_save.", ".original_module.")  # with bias="all", a head's biases are there twice
     return as_factors({base_name(key): state[key] for key in state if not any(part in key for part in again)})

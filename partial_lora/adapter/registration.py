@@ -36,6 +36,7 @@ REACHES = {
     "PeftModel.from_pretrained": "trains a folder with its masks",
     "PeftModel._split_kwargs": "tells the options of the hub from others",
     "tuners.lora.layer.LoraVariant": "computes a masked adapter in PEFT's layers",
+    "tuners.lora.variants.ALoraLinearVariant": "refuses to merge an adapter that is invoked",
     "tuners.lora.layer.ParamWrapper": "adapts a parameter that is not a module's weight",
     "tuners.tuners_utils.check_target_module_exists": "matches target_modules",
     "tuners.tuners_utils.check_adapters_to_merge": "names the adapters to merge",

@@ -14,9 +14,11 @@ from adapter_models import (
     fill,
     images,
     layers,
+    llama,
     logits,
     loss_of,
     to,
+    tokens,
     trainable_parameters,
     vit,
 )
@@ -283,6 +285,28 @@ def test_what_is_loaded_to_train_is_masked_unless_a_dense_config_is_asked_for(tm
         dense = PeftModel.from_pretrained(vit(), tmp_path, **options)
         assert type(dense.base_model) is LoraModel
         torch.testing.assert_close(logits(dense, images()), logits(model, images()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+def test_an_invoked_adapter_changes_the_tokens_from_its_invocation_on_as_in_plain_lora(tmp_path, granularity):
+    words = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
+    model = fill(adapt(llama, sparsity={".*": UNEVEN}, granularity=granularity, **words))
+    batch = tokens()
+    batch["input_ids"][0, 3:5] = torch.tensor([7, 8])  # the second text does not invoke it
+    model.save_pretrained(tmp_path)
+    twin = PeftModel.from_pretrained(llama(), tmp_path)
+    with model.disable_adapter():
+        base = logits(model, batch)
+    changed = logits(model, batch)
+    torch.testing.assert_close(changed, logits(twin, batch), atol=1e-5, rtol=1e-4)
+    is_changed = (changed != base).any(-1)
+    assert is_changed.tolist() == [[False] * 3 + [True] * 4, [False] * 7]
+    loss_of(model.train(), batch).backward()
+    assert all(p.grad.count_nonzero() for p in model.parameters() if p.requires_grad)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(again, batch), changed, atol=0, rtol=0)
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload()
 
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():
