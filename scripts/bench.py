@@ -687,7 +687,7 @@ def long(options: argparse.Namespace) -> dict:
     return in_turns(options, {way: {each: ([way, size], each, ONE_THREAD) for each in LONG_TITLES} for way in WAYS})
 
 
-MODULES, SEVEN = (500, 2000), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def growth(options: argparse.Namespace) -> dict:
@@ -699,7 +699,7 @@ def growth(options: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     found = {}
-    for size in (14,) if options.quick else MODULES:
+    for size in (14,) if options.quick else options.modules:
         blocks = [nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in SEVEN}) for _ in range(size // 7)]
         base = nn.Sequential(*blocks)
         every = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
@@ -970,6 +970,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
+    parser.add_argument("--modules", nargs="+", type=int, default=[500, 2000, 8000, 20000], help="of growth")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
