@@ -354,7 +354,7 @@ def compare(arguments: Sequence[str]) -> int:
         "of finished runs, tables, PEFT's method_comparison or lm-eval; then the exit code is 1 while not all is "
         "decided.",
         epilog="For example: partial-lora compare task=text_table task.data_files=mails.csv model=minilm_l6 "
-        "methods=[low_rank,partial,entries] margin=2 hours=1; or: partial-lora compare scores.csv margin=2",
+        "methods=[lora,partial,entries] margin=2 hours=1; or: partial-lora compare scores.csv margin=2",
     )
     parser.add_argument(
         "settings",
@@ -366,7 +366,7 @@ def compare(arguments: Sequence[str]) -> int:
         "as good; hours=N: that it may take; jobs=N: runs side by side (as many as cores and memory allow); "
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
-        "(low_rank, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
+        "(lora, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
         "stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
         "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
         "lower=true: less is better; results_dir=verdict",

@@ -37,6 +37,23 @@ MARKER = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of a user's share of it
 
 
+# The format of what is stored: of records, settings, packs, calibrations, masks and compact adapters.
+
+FORMAT = 1  # raised when a reader of the format before would misread one of them
+
+
+def other_format(number: object, writer: str = "partial-lora before 1.0") -> str | None:
+    """Return why a file is not read, by the number of its format (None: it has none) and its writer; None where it is.
+
+    Files of before 1.0 have no number.
+    """
+    if number == FORMAT and not isinstance(number, bool):
+        return None
+    if number is None:
+        return f"written by {writer}; version 0.20 reads it"
+    return f"of format {number!r}, and this version reads format {FORMAT}; upgrade partial-lora"
+
+
 # Whole or absent.
 
 

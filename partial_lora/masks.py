@@ -17,7 +17,7 @@ from typing import Literal, TypedDict, get_args
 import numpy as np
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import read_json
+from partial_lora.files import other_format, read_json
 
 AXES = ("rows", "columns")
 PAPER_BUDGET = 0.13  # of dense LoRA's trainable parameters, in the paper's abstract
@@ -331,7 +331,10 @@ def read_sparsity(sparsity: float | Mapping | str | PathLike) -> float | Sparsit
 
 def _calibrated_sparsity(path: Path) -> float | Sparsity:
     try:
-        modules = read_json(path)["modules"]
+        content = read_json(path)
+        if "modules" in content and (fault := other_format(content.get("format"))):
+            raise PartialLoraError(f"sparsity names {path}: {fault}.")
+        modules = content["modules"]
         sparsity = {module: {axis: axes[axis]["sparsity"] for axis in AXES} for module, axes in modules.items()}
     except OSError as error:
         raise PartialLoraError(f"sparsity names {path}, which cannot be read ({error.strerror}).") from None

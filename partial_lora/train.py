@@ -33,7 +33,7 @@ from partial_lora.peers import of_first
 from partial_lora.report import card
 from partial_lora.settings import rates
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated, tuner_size
+from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, objectives, packing
@@ -129,8 +129,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         return
     if not calibrated:
         sparsity = fixed_sparsity(config, shapes)
-        if sparsity or tuner_size(config, shapes):
-            record["fixed"] = fixed_point(config.calibration)
+        if point := fixed_point(config):
+            record["fixed"] = point
         if reads_weights:
             record["warnings"] += draws.warnings  # logged as they were drawn
 

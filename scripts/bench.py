@@ -106,12 +106,12 @@ def markdown(rows: Sequence[Mapping]) -> str:
 SPARSITY, EVERY = 0.87, 3  # EVERY: repetitions for one of SELDOM
 NAMES = {
     "floor": "frozen floor",
-    "lora": "dense LoRA (PEFT)",
+    "dense": "dense LoRA (PEFT)",
     "rows_columns": "ours, rows and columns",
     "element": "ours, element",
     "shira": "SHiRA (PEFT)",
 }
-REFERENCES = ("lora", "floor")  # what ratios are taken against
+REFERENCES = ("dense", "floor")  # what ratios are taken against
 PARTIAL = ("rows_columns", "element")
 SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
 STAGES = ("forward", "backward", "optimizer")
@@ -198,7 +198,7 @@ def floor(base: nn.Module, model: Model, rank: int) -> nn.Module:
     return base
 
 
-def lora(base: nn.Module, model: Model, rank: int) -> nn.Module:
+def dense(base: nn.Module, model: Model, rank: int) -> nn.Module:
     return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(model.targets)))
 
 
@@ -229,7 +229,7 @@ def shira(base: nn.Module, model: Model, rank: int) -> nn.Module:
 
 VARIANTS: dict[str, Callable[[nn.Module, Model, int], nn.Module]] = {
     "floor": floor,
-    "lora": lora,
+    "dense": dense,
     **{name: partial(masked, name) for name in PARTIAL},
     "shira": shira,
 }
@@ -390,7 +390,7 @@ def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
         "title": model.title,
         "unit": model.unit,
         "units": model.units,
-        "modules": len(module_masks(variants["lora"][0])),
+        "modules": len(module_masks(variants["dense"][0])),
         "load": [load, os.getloadavg()[0]],
         "wall_seconds": time.perf_counter() - started,
         "variants": measured,
@@ -438,7 +438,7 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
         against[name] = {
             "step": ratio(seconds[name], dense, np.zeros_like(dense)),
             "overhead": ratio(seconds[name], dense, floor),
-            "saved": _exact((saved[name] - saved["floor"]) / (saved["lora"] - saved["floor"])),
+            "saved": _exact((saved[name] - saved["floor"]) / (saved["dense"] - saved["floor"])),
         }
         if name in PARTIAL:
             state = variant["gradient_bytes"] + variant["optimizer_bytes"] - 4 * variant["trainable_tensors"]
@@ -528,7 +528,7 @@ def _method(result: Mapping) -> str:
 
 RANK, LOW_RANK = 16, 2  # of an adapter on a long text
 RUNS = 24  # of a sweep
-SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=lora", "trainer.max_steps=8")
+SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=dense", "trainer.max_steps=8")
 COMMAND = [sys.executable, "-m", "partial_lora"]
 COMMANDS = {
     "`import peft`": [sys.executable, "-c", "import peft"],
@@ -544,20 +544,20 @@ JOBS = {
 }
 TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
-METHODS = ("lora", "low_rank", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
+METHODS = ("dense", "lora", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
 METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
-FAMILY = ("low_rank", "lora", "partial", "entries", "lori", "lorafa", "paca")
+FAMILY = ("lora", "dense", "partial", "entries", "lori", "lorafa", "paca")
 FAMILY_JOBS = ("`vit_s14`, 16 images of 56 pixels", "`minilm_l6`, 16 texts of 64 tokens")
 LOOP_TITLES = {
     "bare": "bare loop, PEFT's LoRA",
     "trainer": "transformers' Trainer, PEFT's LoRA",
-    "lora": "partial-lora train method=lora",
+    "dense": "partial-lora train method=dense",
     "partial": "partial-lora train method=partial",
 }
 WAYS = ("plain", "gradient checkpointing", "torch.compile")
 LONG_TITLES = {
-    "lora": "LoRA, rank 16",
-    "low_rank": "LoRA, rank 2",
+    "dense": "LoRA, rank 16",
+    "lora": "LoRA, rank 2",
     "rows_columns": f"rows and columns at {1 - SPARSITY:.0%}, rank 16",
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -653,7 +653,7 @@ def steps(options: argparse.Namespace) -> dict:
 def methods(options: argparse.Namespace) -> dict:
     """Measure a step of every method on one thread, each with as many parameters."""
     size = [f"calibration.budget={SIZE}"]
-    sized = {method: [] if method == "lora" else size for method in METHODS}
+    sized = {method: [] if method == "dense" else size for method in METHODS}
     cells = {
         name: {method: ([*job, *own], method, ONE_THREAD) for method, own in sized.items()}
         for name, job in jobs_of(options).items()
@@ -669,7 +669,7 @@ def family(options: argparse.Namespace) -> dict:
     for name, job in jobs.items():
         cells = {}
         for method in FAMILY:
-            size = [] if method == "lora" else [f"calibration.budget={SIZE}", "calibration=fixed"]
+            size = [] if method == "dense" else [f"calibration.budget={SIZE}", "calibration=fixed"]
             model, batch = of_zeros(composed("trainer.batch_size=16", *size, *job, f"method={method}"))
             rows = len(next(iter(batch.values())))
             cells[method] = (model, optimizer_of(model), batch | {"labels": torch.zeros(rows, dtype=torch.long)})
@@ -756,12 +756,8 @@ def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
 
 def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
     """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
-    from partial_lora import methods
-
-    method = "lora" if loop in ("bare", "trainer") else loop
-    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed"]
-    own = methods.called(method)
-    usual += (own.tuner and own.at_budget) or [f"method={method}"]
+    method = "dense" if loop in ("bare", "trainer") else loop
+    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
     usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
     return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]
@@ -829,8 +825,8 @@ def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
 def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
     torch.manual_seed(SEED)
     model = (QUICK_LONG if size == "quick" else LONG)()
-    batch, rank = model.batch(), LOW_RANK if variant == "low_rank" else RANK
-    own = built("lora" if variant == "low_rank" else variant, model.build(), model, rank)
+    batch, rank = model.batch(), LOW_RANK if variant == "lora" else RANK
+    own = built("dense" if variant == "lora" else variant, model.build(), model, rank)
     optimizer = optimizer_of(own)
     if way == "gradient checkpointing":
         own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -864,13 +860,13 @@ def steps_page(found: Mapping) -> list[str]:
 def methods_page(found: Mapping) -> list[str]:
     rows = []
     for job, each in found.items():
-        reference = median(each["low_rank"], "step")
+        reference = median(each["lora"], "step")
         for method, runs in each.items():
             seconds, parameters = median(runs, "step"), f"{median(runs, 'parameters'):,.0f}"
             weighed = [f"{median(runs, key) / 1e6:,.1f}" for key in ("saved", "optimizer", "file", "peak")]
             rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
     kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
-    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of low_rank's", *kept]
+    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of lora's", *kept]
     return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
 
 
@@ -878,17 +874,17 @@ def family_page(found: Mapping) -> list[str]:
     rows = []
     for job, each in found.items():
         for method, runs in each.items():
-            pairs = zip(runs, each["low_rank"], strict=True)
+            pairs = zip(runs, each["lora"], strict=True)
             low, middle, high = np.percentile([own["step"] / other["step"] for own, other in pairs], (25, 50, 75))
             rows.append([job, method, f"{median(runs, 'step'):.3f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
-    heads = ["model, batch", "method", "processor seconds a step", "of low_rank's in the same turn [quartiles]"]
+    heads = ["model, batch", "method", "processor seconds a step", "of lora's in the same turn [quartiles]"]
     return [f"## A step of what keeps little, at {SIZE} of dense LoRA's parameters, one process", table(heads, rows)]
 
 
 def long_page(found: Mapping) -> list[str]:
     rows = []
     for way, each in found.items():
-        reference = median(each["low_rank"], "step")
+        reference = median(each["lora"], "step")
         for variant, runs in each.items():
             seconds = median(runs, "step")
             weighed = [f"{median(runs, key) / 1e6:,.1f}" if key in runs[0] else "–" for key in ("saved", "peak")]

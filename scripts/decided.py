@@ -55,41 +55,41 @@ FLOW = "flow, equal shares"
 SCALED_LORI, ATTENTION = "lori row_exponent=1", "lora on attn.qkv"
 BY_GRADIENT, AT_ONE_RATE = f"{PARTIAL}, by gradient", f"{UNIFORM}, {PARTIAL}'s rate"
 CAPS_OFF, MEAN = f"{PARTIAL}, caps at 0.99", f"{PARTIAL}, mean of draws"
-REFERENCES = ("lora", "low_rank", UNIFORM)
+REFERENCES = ("dense", "lora", UNIFORM)
 # Differences that no planned claim is about.
 BESIDE = [
+    (UNIFORM, "dense"),
+    ("lora", "dense"),
     (UNIFORM, "lora"),
-    ("low_rank", "lora"),
-    (UNIFORM, "low_rank"),
     (BY_GRADIENT, PARTIAL),
     (BY_GRADIENT, UNIFORM),
     (PARTIAL, AT_ONE_RATE),
     *((form, other) for form in (CAPS_OFF, MEAN) for other in (PARTIAL, AT_ONE_RATE)),
     (MEAN, UNIFORM),
     ("shuffled", UNIFORM),
-    ("targeted", "lora"),
+    ("targeted", "dense"),
+    ("random_weights", "dense"),
     ("random_weights", "lora"),
-    ("random_weights", "low_rank"),
     ("entries", UNIFORM),
+    ("entries", "dense"),
     ("entries", "lora"),
-    ("entries", "low_rank"),
+    ("oft", "dense"),
     ("oft", "lora"),
-    ("oft", "low_rank"),
     (ELEMENT, "entries"),
-    *(("lori", other) for other in ("lora", UNIFORM)),
-    *((ATTENTION, other) for other in ("lora", "low_rank", UNIFORM, "lori")),
-    *((SCALED_LORI, other) for other in ("lora", "low_rank", UNIFORM)),
+    *(("lori", other) for other in ("dense", UNIFORM)),
+    *((ATTENTION, other) for other in ("dense", "lora", UNIFORM, "lori")),
+    *((SCALED_LORI, other) for other in ("dense", "lora", UNIFORM)),
     *((f"{PARTIAL}, rank {rank}", f"{UNIFORM}, rank {rank}") for rank in (4, 8)),
     *((f"{form}, rank {rank}", form) for form in (PARTIAL, UNIFORM) for rank in (4, 8)),
 ]
 PAPERS = [
-    (PARTIAL, "lora", AS_GOOD, BUDGET),
+    (PARTIAL, "dense", AS_GOOD, BUDGET),
     (PARTIAL, "targeted", AS_GOOD, BUDGET),
     (PARTIAL, UNIFORM, BETTER, BUDGET),
 ]
 CLAIMS = [
     *PAPERS,
-    (PARTIAL, "low_rank", AS_GOOD, BUDGET),
+    (PARTIAL, "lora", AS_GOOD, BUDGET),
     (PARTIAL, "random_weights", AS_GOOD, BUDGET),
     (PARTIAL, "entries", AS_GOOD, BUDGET),
     (PARTIAL, ELEMENT, AS_GOOD, BUDGET),
@@ -97,11 +97,11 @@ CLAIMS = [
     (PARTIAL, f"{PARTIAL}, shrink 0.5", BETTER, BUDGET),
     (PARTIAL, f"{PARTIAL}, shrink 2", BETTER, BUDGET),
     (PARTIAL, "shuffled", BETTER, BUDGET),
-    ("hira", "lora", AS_GOOD, BUDGET),
-    ("hira", "low_rank", BETTER, BUDGET),
-    ("lori", "low_rank", AS_GOOD, BUDGET),
+    ("hira", "dense", AS_GOOD, BUDGET),
+    ("hira", "lora", BETTER, BUDGET),
+    ("lori", "lora", AS_GOOD, BUDGET),
     ("lori", PARTIAL, BETTER, BUDGET),
-    (PARTIAL, "lora", AS_GOOD, THRESHOLD),
+    (PARTIAL, "dense", AS_GOOD, THRESHOLD),
     (PARTIAL, "targeted", AS_GOOD, THRESHOLD),
 ]
 # Of stages that were added later (measures, flow), corrected among themselves: the plan of the others was without them.
@@ -278,7 +278,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     at_budget = runs[runs["operating_point"].isin([BUDGET, NONE]) & (runs["method"] != AT_ONE_RATE)]
     if not at_budget.empty:
         at_budget = at_budget.assign(form=at_budget["method"], size="0.13")
-        for reference, name in {"low_rank": "loss", "lora": "loss_from_dense"}.items():
+        for reference, name in {"lora": "loss", "dense": "loss_from_dense"}.items():
             losses = by_loss(at_budget, reference)
             parts += [f"# Test loss less {reference}'s, in nats", in_one_table(losses)]
             write_atomic(folder / f"{name}.csv", losses.to_csv(index=False, float_format="%.6g"))

@@ -1,4 +1,4 @@
-"""The evidence in a minute: four figures, each for a light and a dark page, out of the tables of results/.
+"""The evidence in a minute: five figures, each for a light and a dark page, out of the tables of results/.
 
     python scripts/evidence.py      # or `make figures`
 
@@ -21,12 +21,13 @@ from protocol import BUDGET, PARTIAL, UNIFORM
 from partial_lora import cli
 from partial_lora.report.drawing import look
 from partial_lora.report.rows import NONE
+from partial_lora.report.statistics import Estimate
 
 NAMED = {  # the method of a form, in ordinary words, and how far its label is from the mark, on one set or on all
     "partial": ("partial", "rows and columns", {"gtsrb": (8, 9), "trec": (-40, 38)}),
-    "lora on attn.qkv": ("lora", "LoRA on q, k, v", (8, -15)),
-    "lora on query, value": ("lora", "LoRA on q, v", (10, -29)),
-    "low_rank": ("low_rank", "plain LoRA", (26, -12)),
+    "lora on attn.qkv": ("dense", "LoRA on q, k, v", (8, -15)),
+    "lora on query, value": ("dense", "LoRA on q, v", (10, -29)),
+    "lora": ("lora", "plain LoRA", (26, -12)),
     "entries": ("entries", "single entries", (26, 3)),
     "random_weights": ("random_weights", "entries of W", (8, -4)),
     "lori": ("lori", "LoRI", (5, 15)),
@@ -37,8 +38,8 @@ NAMED = {  # the method of a form, in ordinary words, and how far its label is f
 }
 NEAR = {  # the labels of those that keep little and of what they are compared with, in the figure of them alone
     "partial": (7, 4),
-    "lora": (7, 7),
-    "low_rank": (7, -11),
+    "dense": (7, 7),
+    "lora": (7, -11),
     "entries": (7, 3),
     "lori": (7, 5),
     "lorafa": (-52, 2),
@@ -50,10 +51,10 @@ LIGHT |= {"sky": "#1a7fa8"}
 DARK = {"black": "#e6edf3", "faint": "#3d444d", "grey": "#9198a1", "page": "#0d1117"}
 DARK |= {"blue": "#58a6ff", "vermillion": "#ff8a4c", "green": "#3fd0a0", "purple": "#d2a8ff", "orange": "#e3b341"}
 DARK |= {"sky": "#8ad8ff"}
-OURS = ("partial", "low_rank", "entries", "random_weights", "lora", "lori", "lorafa", "paca", "rows", "ticket")
+OURS = ("partial", "lora", "entries", "random_weights", "dense", "lori", "lorafa", "paca", "rows", "ticket")
 SETS = {"gtsrb": "gtsrb, traffic signs", "trec": "trec, questions", "signdigits": "signdigits"}
 CLAIMS = {  # the method that rows and columns are set against, and what the paper says of it
-    "lora": "As good as dense LoRA",
+    "dense": "As good as dense LoRA",
     "targeted": "As good as the most important rows",
     UNIFORM: "Calibrated shares beat equal shares",
 }
@@ -69,7 +70,7 @@ WIDTH = 6.25  # inches of 96 pixels: 600
 def figures(results: Path) -> None:
     """Draw the figures into results/figures."""
     for theme, colours in {"": LIGHT, "-dark": DARK}.items():
-        for name, draw in {"memory": memory, "memory-more": memory_more, "size": size, "claims": claims}.items():
+        for name, draw in DRAWN.items():
             with rc_context(_style(colours)):
                 figure = draw(results, colours)
                 path = results / "figures" / f"{name}{theme}.svg"
@@ -87,13 +88,64 @@ def _style(colours: dict[str, str]) -> dict:
     return ink | edges | grid | frame | title | text
 
 
+def differences_at_rates(results: Path) -> dict[str, Estimate]:
+    """Return rsLoRA less plain LoRA on gtsrb at 13 %, in points over the seeds of both, at each choice of RATES."""
+    runs = pd.read_parquet(results / "race" / "runs.parquet", columns=[*_OF_RATES, "seed", "test"])
+    runs = runs[(runs["task"] == "gtsrb") & (runs["size"] == "0.13")]
+    scores = 100 * runs.pivot_table(index="seed", columns=["form", "learning_rate"], values="test")
+    estimates = {}
+    for words, (first, second) in RATES.items():
+        differences = (scores["rslora", first] - scores["lora", second]).dropna()
+        error = differences.std() / len(differences) ** 0.5
+        estimates[words] = Estimate(differences.mean(), error, len(differences) - 1)
+    return estimates
+
+
+_OF_RATES = ["task", "form", "size", "learning_rate"]
+RATES = {  # of rsLoRA and of plain LoRA; their best are those of the first seed's searches
+    "both with 0.001": (1e-3, 1e-3),
+    "both with 0.002": (2e-3, 2e-3),
+    "each with its best": (1e-3, 4e-3),
+}
+
+
+def rates(results: Path, colours: dict[str, str]) -> Figure:
+    """Draw rsLoRA less plain LoRA at three choices of learning rate, each with its verdict."""
+    figure = Figure(figsize=(WIDTH, 2.5))
+    axes = figure.add_axes((0.29, 0.27, 0.69, 0.6))
+    axes.axvline(0, color=colours["black"], linewidth=1)
+    for y, (words, found) in enumerate(differences_at_rates(results).items()):
+        low, high = found.interval()
+        verdict = "rsLoRA is better" if low > 0 else "rsLoRA is worse" if high < 0 else "not told apart"
+        color, marker = {"rsLoRA is better": ("blue", "o"), "rsLoRA is worse": ("vermillion", "s")}.get(
+            verdict, ("grey", "d")
+        )
+        ink = colours[color]
+        axes.plot([low, high], [y, y], color=ink, linewidth=2)
+        axes.plot(found.difference, y, marker, color=ink, markersize=8)
+        axes.text(
+            found.difference,
+            y - 0.28,
+            f"{found.difference:+.1f}: {verdict}".replace("-", "−"),
+            color=ink,
+            ha="center",
+            fontsize=11,
+        )
+        axes.text(-0.04, y, words, ha="right", va="center", fontsize=12, transform=axes.get_yaxis_transform())
+    axes.set(xlim=(-75, 35), ylim=(2.5, -0.7), yticks=[])
+    axes.set_xlabel("points of test accuracy less plain LoRA; bars: 95 %, 8 seeds", fontsize=10)
+    axes.set_title("Is rsLoRA better than plain LoRA? It depends on the rate.", fontsize=12, x=-0.41)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
 def raced(results: Path) -> pd.DataFrame:
     """Return a row for each task, size and form of the race, with its distance from dense LoRA."""
     cells, dense = (pd.read_csv(results / "race" / f"{name}.csv") for name in ("race", "from_dense"))
     at = cells["form"].where(cells["size"] == "own", cells["form"] + " at " + cells["size"])
     dense = dense.set_index(["task", "form"])
     found = dense.reindex(pd.MultiIndex.from_arrays([cells["task"], at]))
-    whole = cells["task"].map(cells[cells["form"] == "lora"].set_index("task")["parameters"])
+    whole = cells["task"].map(cells[cells["form"] == "dense"].set_index("task")["parameters"])
     return cells.assign(
         share=cells["parameters"] / whole,
         lead=100 * found["difference"].to_numpy(),
@@ -147,7 +199,7 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
     """
     floor = floor_of(cells)
     cells = cells.assign(above=(cells["saved_bytes"] - floor) / 1e6)
-    dense = cells.loc[cells["form"] == "lora", "above"].iloc[0]
+    dense = cells.loc[cells["form"] == "dense", "above"].iloc[0]
     own = ~cells["form"].str.contains(" ") & (cells["size"] == size)
     if size == "0.13":  # of which LoRA on some modules has about as many parameters
         own |= cells["form"].str.startswith("lora on")
@@ -157,10 +209,8 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
             method, name, places = NAMED[row.form]
             ink, marker = look_of(method, colours)
             axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-            if across:
-                place = NEAR[row.form.partition(" on ")[0]]
-            else:
-                place = places[row.task] if isinstance(places, dict) else places
+            places = NEAR[method] if across else places
+            place = places[row.task] if isinstance(places, dict) else places
             label(axes, name, at, place, ink)
         mark(axes, at, marker, ink, row.lead_seeds, colours)
     axes.axhline(0, color=colours["grey"], linewidth=1)
@@ -202,12 +252,12 @@ def size(results: Path, colours: dict[str, str]) -> Figure:
     cells = raced(results)
     figure = Figure(figsize=(WIDTH, 7), layout="constrained")
     drawn = figure.subplot_mosaic([["gtsrb"] * 2, ["trec", "signdigits"]], height_ratios=(5, 3))
-    beside = {"partial": (2, (8, -12)), "low_rank": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
+    beside = {"partial": (2, (8, -12)), "lora": (0, (-66, -3)), "entries": (0, (6, -9)), "oft": (1, (-196, 19))}
     for task, axes in drawn.items():
         of_task = cells[cells["task"] == task]
-        dense = of_task[of_task["form"] == "lora"].iloc[0]
+        dense = of_task[of_task["form"] == "dense"].iloc[0]
         axes.axhspan(*(100 * (dense["test"] + sign * dense["half"]) for sign in (-1, 1)), color=colours["faint"])
-        lines = {form: of_task[of_task["form"] == form] for form in ("low_rank", "entries", "partial")}
+        lines = {form: of_task[of_task["form"] == form] for form in ("lora", "entries", "partial")}
         lines["oft"] = best_of_others(of_task, results)
         for form, line in lines.items():
             method, name, _ = NAMED[form]
@@ -271,6 +321,9 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     axes.set_xlabel("rows and columns minus the other, points of test accuracy; bars: 95 %", fontsize=9)
     axes.spines["left"].set_visible(False)
     return figure
+
+
+DRAWN = {"rates": rates, "memory": memory, "memory-more": memory_more, "size": size, "claims": claims}
 
 
 def claim_of(second: str) -> str:

@@ -28,7 +28,7 @@ from partial_lora.launching.paths import run_directory
 from partial_lora.methods import called
 from partial_lora.settings.compose import checked
 
-METHODS = ("partial", "lora", "low_rank", "entries")
+METHODS = ("partial", "dense", "lora", "entries")
 FACTORS = (0.5, 2.0)
 
 
@@ -140,7 +140,7 @@ def settings(name: str, folder: Path, out: Path, method: str, seed: int) -> list
         files = f"{{train: {folder}/train.csv, test: {folder}/test.csv}}"
         rows = ["model=minilm_l6", "task=text_table", f"task.data_files={files}", f"task.text_columns=[{columns}]"]
         rows += ["task.label_column=class"]
-    size = ["calibration=fixed"] if called(method).size == "calibrated" else []
+    size = {"calibrated": ["calibration=fixed"], "rank": ["calibration.budget=0.13"]}.get(called(method).size, [])
     chosen = [
         f"method={method}",
         *size,

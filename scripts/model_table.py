@@ -53,7 +53,7 @@ both axes and 19 levels can take at most."""
 KEPT = """\
 What a step keeps for its backward pass, in MB, of fp32: counted on a model without memory
 (`partial-lora info --memory`), and measured in a pass of the same model with zeros for weights. Methods have 13 % of
-dense LoRA's parameters, `lora` all of them."""
+dense LoRA's parameters, `dense` all of them."""
 
 
 def own_task(name: str) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def page(each: dict[str, dict]) -> str:
 
 # --- What a step keeps.
 
-METHODS = ("lora", "low_rank", "entries", "partial", "lori", "lorafa", "paca")
+METHODS = ("dense", "lora", "entries", "partial", "lori", "lorafa", "paca")
 STEPS = {
     "`vit_s14`, 16 images of 56 pixels": ("model=vit_s14", "task=digits", "model.image_size=56"),
     "`vit_s14`, 16 images of 224 pixels": ("model=vit_s14", "task=digits", "model.image_size=224"),
@@ -218,7 +218,7 @@ def kept_page(found: dict[str, dict[str, dict]]) -> str:
     """A table a model and size of its inputs."""
     parts = ["    python scripts/model_table.py --kept", KEPT]
     for name, of_methods in found.items():
-        floor, checkpointed = of_methods["lora"]["floor"], of_methods["lora"]["checkpointed"]
+        floor, checkpointed = of_methods["dense"]["floor"], of_methods["dense"]["checkpointed"]
         parts.append(f"## {name}")
         parts.append(f"The frozen model keeps {floor / 1e6:,.1f}, with gradient checkpoints {checkpointed / 1e6:,.1f}.")
         rows = []

@@ -41,7 +41,7 @@ from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import estimate, half_interval
 
 PLACE = ["task", "model", "metric"]
-LORA, LOW_RANK = "lora", "low_rank"
+DENSE, LORA = "dense", "lora"
 _MOST_TASKS = 3  # of figure 3
 _MOST_SEEDS = 3  # of a form that are measured for the gap and the drift
 _LETTERS = 14  # of nine points that an inch holds
@@ -177,8 +177,8 @@ def draw_means(
     parts, kinds = places(table), table["operating_point"].str.partition(" ")[0]
     figure, drawn = panels(len(parts), wide=4.5, high=3.2, least=6.5)
     for axes, (place, part) in zip(drawn, parts, strict=True):
-        for mean in part.loc[part["method"] == LORA, "mean"]:
-            axes.axhline(mean, color=style(LORA)["color"], linestyle=":", linewidth=1.1, zorder=1)
+        for mean in part.loc[part["method"] == DENSE, "mean"]:
+            axes.axhline(mean, color=style(DENSE)["color"], linestyle=":", linewidth=1.1, zorder=1)
         for kind, of_kind in part.groupby(kinds):
             methods = forms_in(of_kind)
             for number, method in enumerate(methods):
@@ -205,13 +205,13 @@ def named_below(figure: Figure, names: Iterable[str], point: str = BUDGET) -> No
 
 def style(form: str, point: str = BUDGET) -> dict:
     """Return how the marks and lines of a form look at a point, which dense LoRA has none of."""
-    own = look(form.partition(",")[0], NONE if form == LORA else point)
+    own = look(form.partition(",")[0], NONE if form == DENSE else point)
     return own.markers | {"color": own.color, "linestyle": own.linestyle}
 
 
 def forms_in(table: pd.DataFrame) -> list[str]:
     """Return the forms of a table as they stand beside each other."""
-    return [method for method in (*_SIZED, LORA) if (table["method"] == method).any()]
+    return [method for method in (*_SIZED, DENSE) if (table["method"] == method).any()]
 
 
 def above(figure: Figure, text: str) -> None:
@@ -239,13 +239,13 @@ def ticks(axes: Axes, at: pd.Series, text: Callable[[float, int], str]) -> None:
 
 # Figure 1: test score against trainable parameters, of random rows and columns and what has the same size
 
-_SIZED = (PARTIAL, UNIFORM, "targeted", LOW_RANK, "random_weights", "entries")  # as they stand beside each other
+_SIZED = (PARTIAL, UNIFORM, "targeted", LORA, "random_weights", "entries")  # as they stand beside each other
 
 
 def fig1(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
-    """Return means of every form at both operating points, of the tasks that have both partial and lora."""
-    own = best(runs, (*_SIZED, LORA), (BUDGET, THRESHOLD, NONE))
-    return with_all(means(own, ["method", "operating_point"]), (PARTIAL, LORA))
+    """Return means of every form at both operating points, of the tasks that have both partial and dense."""
+    own = best(runs, (*_SIZED, DENSE), (BUDGET, THRESHOLD, NONE))
+    return with_all(means(own, ["method", "operating_point"]), (PARTIAL, DENSE))
 
 
 def draw_fig1(table: pd.DataFrame) -> Figure:
@@ -308,17 +308,17 @@ def draw_fig2(table: pd.DataFrame) -> Figure:
 
 # Figure 3: how training goes, sparse beside dense: loss, gradient norm, the gap from train to test, feature drift
 
-_TRAINED = (LORA, PARTIAL, UNIFORM)
+_TRAINED = (DENSE, PARTIAL, UNIFORM)
 LOGGED = ("loss", "grad_norm")
 
 
 def of_fig3(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of lora, partial and uniform on three tasks that have the first and the last.
+    """Return the runs of dense, partial and uniform on three tasks that have the first and the last.
 
     First come tasks of which runs are at hand, and then those with runs of all.
     """
     own = best(runs, _TRAINED)
-    parts = [part for _, part in places(with_all(own, (LORA, UNIFORM)))]
+    parts = [part for _, part in places(with_all(own, (DENSE, UNIFORM)))]
     parts.sort(key=lambda part: (not part["at_hand"].any(), -part["method"].nunique()))
     return pd.concat([own.iloc[:0], *parts[:_MOST_TASKS]])
 
@@ -381,17 +381,17 @@ def _lines(axes: Axes, part: pd.DataFrame) -> None:
 def fig4(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     """Return means of as many parameters by rank, of the tasks on which partial or uniform has two ranks at least.
 
-    low_rank is the end where nothing is sparse: dense, of about the rank that its parameters come to.
+    lora is the end where nothing is sparse: dense, of about the rank that its parameters come to.
     """
     kinds = runs["method"].str.replace(r", rank \d+$", "", regex=True)
     methods = sorted(set(runs.loc[kinds.isin((PARTIAL, UNIFORM)), "method"]))
-    own = best(runs, [*methods, LOW_RANK], [BUDGET])
-    own, dense = own.assign(method=kinds[own.index]), own["method"] == LOW_RANK
+    own = best(runs, [*methods, LORA], [BUDGET])
+    own, dense = own.assign(method=kinds[own.index]), own["method"] == LORA
     of_dense = (own["rank"] * own["share_of_dense"]).round().clip(lower=1)
     own["rank"] = own["rank"].where(~dense, of_dense).astype(int)
     own["adapter_sparsity"] = own["adapter_sparsity"].where(~dense, 0.0)
     table = means(own, ["method", "operating_point", "rank"])
-    sparse = table["rank"].where(table["method"] != LOW_RANK)
+    sparse = table["rank"].where(table["method"] != LORA)
     return table[sparse.groupby([table[name] for name in PLACE]).transform("nunique") > 1]
 
 
@@ -406,7 +406,7 @@ def draw_fig4(table: pd.DataFrame) -> Figure:
         axes.margins(y=0.15)  # for the numbers
 
     sizes = table["parameters"]
-    text = f"{sizes.min():,.0f} to {sizes.max():,.0f} parameters; numbers: adapter sparsity (low_rank is dense)"
+    text = f"{sizes.min():,.0f} to {sizes.max():,.0f} parameters; numbers: adapter sparsity (lora is dense)"
     return draw_means(table, "rank", "rank", text, along)
 
 
@@ -482,7 +482,7 @@ def _accuracies(axes: Axes, part: pd.DataFrame, metric: str) -> None:
 
 # Figure 6: past 87 %: what is left of the score when 90, 95, 98 and 99 % of the adapter are removed
 
-_PAST = (PARTIAL, LOW_RANK, "random_weights", "entries")
+_PAST = (PARTIAL, LORA, "random_weights", "entries")
 
 
 def fig6(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
@@ -494,7 +494,7 @@ def fig6(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     if not folder.is_dir():
         return pd.DataFrame()
     chosen = ranking.at_best_rates(ranking.rows_of(records.read(folder)[0]))
-    chosen = chosen[np.where(chosen["size"] == "own", chosen["form"] == LORA, chosen["form"].isin(_PAST))]
+    chosen = chosen[np.where(chosen["size"] == "own", chosen["form"] == DENSE, chosen["form"].isin(_PAST))]
     budget = chosen["size"].replace("own", "1").astype(float)
     table = means(chosen.assign(method=chosen["form"], budget=budget), ["method", "operating_point", "budget"])
     past = (table["method"] == PARTIAL) & (table["budget"] < 0.13)
@@ -515,7 +515,7 @@ def draw_fig6(table: pd.DataFrame) -> Figure:
 # Figure 7: whether random masks regularise: wrong labels, few rows and many, beside chosen masks and LoRA
 
 _EQUAL = "targeted, equal shares"
-_AGAINST = (_EQUAL, LORA, "low_rank")
+_AGAINST = (_EQUAL, DENSE, LORA)
 _CONDITIONED = (UNIFORM, *_AGAINST)
 
 
@@ -612,9 +612,9 @@ def _over_conditions(axes: Axes, part: pd.DataFrame) -> None:
 
 
 FIGURES = {
-    "fig1": Spec(fig1, draw_fig1, "a task with runs of both partial and lora"),
+    "fig1": Spec(fig1, draw_fig1, "a task with runs of both partial and dense"),
     "fig2": Spec(fig2, draw_fig2, f"runs of partial at {BUDGET}"),
-    "fig3": Spec(fig3, draw_fig3, "a task with runs of both lora and uniform"),
+    "fig3": Spec(fig3, draw_fig3, "a task with runs of both dense and uniform"),
     "fig4": Spec(fig4, draw_fig4, "runs of partial or uniform at several ranks, with as many parameters"),
     "fig5": Spec(fig5, draw_fig5, "an analysis of agreement (scripts/analyses.py), or runs by two measures"),
     "fig6": Spec(fig6, draw_fig6, "runs of partial below 13 % in the folder race beside it (make race)"),

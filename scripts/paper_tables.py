@@ -193,8 +193,7 @@ def origin_of(runs: pd.DataFrame) -> str:
     """Preset, commit and device of a table's runs, their precision where it is not fp32; nothing of none."""
     if runs.empty:
         return ""
-    known = runs.assign(tuning=NONE)  # the rates are searched
-    known = known.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
+    known = runs.fillna(dict.fromkeys(("preset", "commit", "device"), NONE))
     return origin(known.assign(precision=known["precision"].replace("fp32", NONE)))
 
 
@@ -205,7 +204,7 @@ _INTERVALS = (
     "(Student's t), before correction. ± beside a score is its standard deviation over seeds."
 )
 _NAMES = (
-    "uniform: equal shares; targeted: the most important rows and columns; flow: with repaired masks; low_rank: plain "
+    "uniform: equal shares; targeted: the most important rows and columns; flow: with repaired masks; lora: plain "
     "LoRA of the size; random_weights and entries: single entries of W, and of the factors; shrink 0.5 and 2: shares "
     "half-way to equal ones, and inverted."
 )
@@ -229,9 +228,9 @@ _LEGEND = (
 )
 _BEST = "Bold: better than every other form of its task and operating point, of this table or not, by such an interval."
 _CLAIMS = (*decided.CLAIMS, *decided.LATER)
-_DENSE_AND_SPARSE = (("partial", "lora"), ("targeted", "lora"), ("partial", "targeted"))
+_DENSE_AND_SPARSE = (("partial", "dense"), ("targeted", "dense"), ("partial", "targeted"))
 _CONTROLS = tuple(
-    dict.fromkeys((first, second) for first, second, *_ in _CLAIMS if first in (PARTIAL, UNIFORM) and second != "lora")
+    dict.fromkeys((first, second) for first, second, *_ in _CLAIMS if first in (PARTIAL, UNIFORM) and second != "dense")
 )
 _OF_SETS = {  # kinds of tasks, pairs of forms and operating points of a table
     "table1": ({"images"}, _DENSE_AND_SPARSE, POINTS),
@@ -463,15 +462,15 @@ def _readable_analyses(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def table6(evidence: Evidence) -> Table:
     """Table 6, several tasks at once: one adapter for all, by member and on average, beside an adapter for each."""
-    methods = ("lora", PARTIAL)
+    methods = ("dense", PARTIAL)
     pool = evidence.best[evidence.best["method"].isin(methods) & (evidence.best["condition"] == USUAL)]
     pool = pool[pool["importance"] == ""]
     pool = pool[pool["operating_point"].isin([BUDGET, NONE])]
     mixed = pool[pool["mixture"] != ""]
     runs = pd.concat([mixed, alone(pool, mixed)], ignore_index=True)
-    pairs = [(PARTIAL, "lora"), *((method, f"{method}, alone") for method in methods)]
+    pairs = [(PARTIAL, "dense"), *((method, f"{method}, alone") for method in methods)]
     numbers = pd.concat([scores(runs), differences(runs, pairs)], ignore_index=True)
-    verdicts = _of_verdicts(judged(numbers, (PARTIAL, "lora", AS_GOOD, BUDGET)))
+    verdicts = _of_verdicts(judged(numbers, (PARTIAL, "dense", AS_GOOD, BUDGET)))
     notes = [
         "alone: an adapter for each task by itself, in runs of one task and as many steps, so about twice the passes "
         "over its rows; its parameters are those of one adapter.",
@@ -501,7 +500,7 @@ _VARIANTS = {
     "rows_columns": "partial",
     "element": "partial (element)",
     "shira": "SHiRA (PEFT)",
-    "lora": "dense LoRA (PEFT)",
+    "dense": "dense LoRA (PEFT)",
 }
 
 
@@ -529,7 +528,7 @@ def of_bench(cells: Sequence[Mapping]) -> pd.DataFrame:
     """A row for each model, rank and variant of the benchmark."""
     rows = []
     for at in cells:
-        dense = at["variants"]["lora"]
+        dense = at["variants"]["dense"]
         for variant, method in _VARIANTS.items():
             if variant not in at["variants"]:
                 continue
@@ -594,7 +593,7 @@ def _readable_costs(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _less_than_dense(rows: Sequence[Mapping]) -> list[Verdict]:
     """Judge whether a step of partial takes less time than dense LoRA's, and what it saves of memory and bytes."""
     own = [row for row in rows if row["method"] == "partial"]
-    dense = {(row["model"], row["rank"]): row for row in rows if row["method"] == _VARIANTS["lora"]}
+    dense = {(row["model"], row["rank"]): row for row in rows if row["method"] == _VARIANTS["dense"]}
     where = f"13 % of the parameters, {len(own)} models and ranks"
     if not own:
         return [Verdict("a training step takes less time than dense LoRA's", "benchmark", OPEN, "no benchmark")]

@@ -25,7 +25,7 @@ from partial_lora.files import write_atomic
 from partial_lora.report import predictions, ranking, records
 from partial_lora.report.rows import NONE
 
-REFERENCE, FROM_DENSE, LOSS = "low_rank", "from_dense.csv", "loss.csv"
+REFERENCE, FROM_DENSE, LOSS = "lora", "from_dense.csv", "loss.csv"
 
 
 @cli.script
@@ -64,13 +64,13 @@ def best_rates(numbers: pd.DataFrame) -> str | None:
 
     Dense LoRA of all modules is the whole size; other sizes are shares of its parameters. None where no task has it.
     """
-    shares = numbers["size"].where(numbers["form"] != "lora", "1")
+    shares = numbers["size"].where(numbers["form"] != "dense", "1")
     known = numbers.assign(share=pd.to_numeric(shares, errors="coerce")).query("share <= 1")
     rates = known.pivot(index=["task", "form"], columns="share", values="learning_rate")
     rates = rates.sort_index(axis=1, ascending=False)
     if 1 not in rates:
         return None
-    dense = rates[1].xs("lora", level="form")
+    dense = rates[1].xs("dense", level="form")
     rates = rates[rates.index.get_level_values("task").isin(dense.index)]
     steps = np.log2(rates.div(dense, axis=0, level="task"))
     cells = {
@@ -89,7 +89,7 @@ def from_dense(chosen: pd.DataFrame) -> pd.DataFrame:
     chosen: the runs of every form and size at the best rate.
     """
     at = chosen["form"].where(chosen["size"] == "own", chosen["form"] + " at " + chosen["size"])
-    numbers = ranking.compared(chosen.assign(form=at, size="own"), "lora").dropna(subset="difference")
+    numbers = ranking.compared(chosen.assign(form=at, size="own"), "dense").dropna(subset="difference")
     return numbers[["task", "form", "paired", "difference", "difference_half"]]
 
 

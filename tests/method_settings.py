@@ -13,6 +13,11 @@ from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.methods.setting import Setting
 from partial_lora.models.targets import target_linears
 
+TUNERS = {  # of PEFT, with names of their own
+    "dora": {"peft_type": "LORA", "peft": {"use_dora": True}},
+    "vera": {"peft_type": "VERA", "peft": {"r": 16}},
+}
+
 
 def drawn_sparsity(shapes: dict, seed: int, high: float = 0.95) -> dict:
     """Sparsities in steps of 0.05 for every module and axis."""
@@ -30,7 +35,7 @@ def setting_of(name: str, model, *, seed: int = 0, high: float = 0.95, **changes
     drawn = torch.Generator().manual_seed(seed)
     scores = {module: tuple(torch.rand(size, generator=drawn) for size in shape) for module, shape in shapes.items()}
     of_method = {"name": "peft"} if "peft_type" in changes else {}
-    of_method |= {"rank": 4, "alpha": 8.0, "projections": 16} | of(MethodConfig, changes)
+    of_method |= {"rank": 4, "alpha": 8.0} | of(MethodConfig, changes)
     given = {
         "method": MethodConfig(**of_method),
         "mask": MaskConfig(**of(MaskConfig, changes)),
@@ -49,9 +54,9 @@ def of(kind: type, changes: dict) -> dict:
 
 def adapted(method: str, name: str, **changes):
     """The model of a group file as a method adapts it, and the setting."""
-    model = load(name)
-    traits = methods.METHODS[method]
+    model, changes = load(name), TUNERS.get(method, {}) | changes
+    traits = methods.called(method)
     masks = {key: getattr(traits, key)[0] for key in ("granularity", "rows", "columns") if getattr(traits, key)}
     setting = setting_of(name, model, **masks | changes)
     torch.manual_seed(0)
-    return methods.METHODS[method](model, setting), setting
+    return traits(model, setting), setting

@@ -17,15 +17,16 @@ from partial_lora.report import folders, records
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
-UNCALIBRATED = ("lora", "dora", "probe", "entries")
-KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them now
+UNCALIBRATED = ("lora", "dense", "dora", "probe", "entries")
+KEPT = {"mask__fan_in": "kept", "mask__row_exponent": 1.0}  # masks as the methods draw them
 _CONFIG = {
     "task": {"name": "digits", "modality": "image", "kind": "label", "train_samples": 600, "members": None},
     "model": {"name": "vit", "image_size": 56, "target_modules": ["qkv"]},
     "method": {"name": "partial", "rank": 16, "alpha": 16.0},
     "importance": {"name": "svd"},
     "calibration": {"threshold": 0.9, "budget": None, "seed": None, "search": "scan", "repair": False},
-    "mask": {"granularity": "rows_columns", "count": "exact", "seed": None},
+    "mask": {"granularity": "rows_columns", "count": "exact", "seed": None, "rows": "masked", "columns": "masked"}
+    | {"fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0},
     "trainer": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
 }
 
@@ -56,21 +57,24 @@ def record(
         config[group][name] = value
     calibrated = method not in UNCALIBRATED
     dense = 0 if method == "probe" else 1000 * nominal_rank(config["method"]["rank"]) // 16
-    trainable = round(dense * (share or budget or 0.7)) if calibrated else dense
+    is_sized = method == "lora" and budget is not None
+    changes |= {"fixed": {"budget": budget}} if is_sized and "fixed" not in changes else {}
+    trainable = round(dense * (share or budget or 0.7)) if calibrated or is_sized else dense
     scores = {"primary": "accuracy", "accuracy": test, "loss": 0.1}
     chosen = {"baseline": 0.8, "joint": 0.1, "chance": 0.1, "threshold": threshold, "budget": budget, "search": "scan"}
     chosen |= {"evaluations": 1234, "cached": False, "reliability": {"spearman_brown": 0.75, "pearson": 0.6}}
     parameters = {"base": 22_000_000, "adapter_dense": dense, "adapter_trainable": trainable, "head": 3850}
     parameters["adapter_sparsity"] = 1 - trainable / dense if dense else None
     return {
+        "format": files.FORMAT,
         "status": "finished",
         "seed": seed,
         "config": config,
         "versions": {"partial-lora": "0.1.0"},
         "git_commit": "0123456789abcdef",
         "device": "cpu",
+        "mixed_precision": "no",
         "preset": "cpu",
-        "tuning": "tuned",
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": {"calibrate": 60.0 if calibrated else 0.0, "train": 100.0, "evaluate": 2.5},
         "peak_memory_bytes": 1 << 30,
@@ -80,6 +84,7 @@ def record(
         else None,
         "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,
         "metrics": {"validation": scores, "test": scores},
+        "training": {"rows": 600, "steps": 10, "passes": 3, "learning_rate": config["trainer"]["learning_rate"]},
         "history": [],
         "cost": {
             "adapter_bytes": 4000,

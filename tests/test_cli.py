@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
         result["calibration"]
     )
     assert result["metrics"]["test"]["primary"] == "accuracy"
-    assert result["config"] == yaml.safe_load((directory / "config.yaml").read_text())
+    assert {"format": 1} | result["config"] == yaml.safe_load((directory / "config.yaml").read_text())
     assert result["peak_memory_bytes"] > 0
     assert set(result["sparsity"]) == set(json.loads((directory / "calibration.json").read_text())["modules"])
     assert "test accuracy" in trained.stdout
@@ -533,7 +533,7 @@ def imported(place: Path, script: str) -> set[str]:
 
 def test_neither_help_nor_a_wrong_argument_nor_info_waits_for_a_library(place: Path) -> None:
     right = [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["report", "--help"]]
-    right += [["info"], ["info", "model=vit_s14"], ["info", "model=llama3_1_8b", "task=arc_easy", "method=lora"]]
+    right += [["info"], ["info", "model=vit_s14"], ["info", "model=llama3_1_8b", "task=arc_easy", "method=dense"]]
     wrong = [["trainer.lr=1"], ["model=nothing"], ["task=image_table", "task.data_files.train=nowhere.csv"]]
     wrong = [[command, *each] for command in ("train", "info") for each in wrong]
     wrong += [["runs", "nowhere"], ["report", "--by"], ["export", "nowhere"]]

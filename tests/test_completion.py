@@ -20,7 +20,6 @@ from partial_lora import cli
 from partial_lora.completion import candidates, complete
 from partial_lora.finished.forms import FORMS
 from partial_lora.launching import directory
-from partial_lora.report import SPREADS
 from partial_lora.settings.schema import defaults
 
 SECONDS = 60  # in which a shell has ended, or something is wrong
@@ -50,7 +49,6 @@ SECONDS = 60  # in which a shell has ended, or something is wrong
         ("export latest --to gguf --", ["--out", "--check", "--help"], True),
         ("evaluate latest --split v", ["validation"], True),
         ("merge latest 4567abcd --weights 1 2 --h", ["--help", "--how"], True),
-        ("report --spread ", list(SPREADS), True),
         ("train --to ", ["method="], False),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_run_leaves_no_trace_of_a_secret(secretive) -> None:
     assert SECRET not in secretive.done.stdout + secretive.done.stderr
     read = yaml.safe_load((secretive.directory / "config.yaml").read_text())
     assert read["task"]["data_files"]["train"] == f"{secretive.place}/{HIDDEN}/train.parquet"
-    assert json.loads((secretive.directory / "result.json").read_text())["config"] == read
+    assert json.loads((secretive.directory / "result.json").read_text())["config"] | {"format": 1} == read
 
 
 def test_the_id_of_a_run_does_not_depend_on_what_is_hidden(secretive) -> None:

@@ -40,16 +40,14 @@ from partial_lora.adapter.model import (
 )
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line, one_line
-from partial_lora.files import with_an_end, write_atomic
+from partial_lora.files import FORMAT, other_format, with_an_end, write_atomic
 from partial_lora.masks import AXES, GRANULARITIES, MASKED
 
-VERSION = 2
-
-_HEADER = "partial_lora."
+_HEADER, _BEFORE = "partial_lora/", "partial_lora."  # before the number of the format; and before 1.0
 _INDICES = "#indices"  # a name that no module has
 # Settings that the file holds elsewhere or does not need.
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
-# What a setting is that the file leaves out: its default in version 0.1, whatever it is now.
+# What a setting is that the file leaves out, whatever its default is.
 _ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
 _ABSENT |= {"granularity": "rows_columns", "rows": "masked", "columns": "masked"}
 _ABSENT |= {"selection": "random", "count": "exact"}
@@ -265,7 +263,7 @@ def encode(compact: Compact) -> bytes:
         every = [getattr(mask, axis).kept for mask in masks.values() for axis in AXES]
         tensors[_INDICES] = torch.from_numpy(np.concatenate(every).astype(np.int32))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    return save(tensors, metadata={f"{_HEADER}{VERSION}": text})
+    return save(tensors, metadata={f"{_HEADER}{FORMAT}": text})
 
 
 def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) -> dict:
@@ -288,17 +286,15 @@ def decode(content: bytes, path: Path) -> Compact:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
         ((key, text),) = json.loads(content[8 : 8 + size])["__metadata__"].items()
-        if not key.startswith(_HEADER):
+        if not key.startswith((_HEADER, _BEFORE)):
             raise ValueError(f"its header is called {key!r}")
-        header, version = json.loads(text), key.removeprefix(_HEADER)
+        header, number = json.loads(text), key.removeprefix(_HEADER)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartialLoraError(
             f"{path} is broken, truncated or no compact adapter ({one_line(error)}): copy it again."
         ) from None
-    if version != str(VERSION):
-        raise PartialLoraError(
-            f"{path} has version {version!r}: expected {VERSION}; read it with the partial-lora that wrote it."
-        )
+    if fault := other_format(None if key.startswith(_BEFORE) else int(number) if number.isdigit() else number):
+        raise PartialLoraError(f"{path}: {fault}.")
     try:
         return _decoded(header, tensors)
     except PartialLoraError as error:

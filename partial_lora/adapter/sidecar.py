@@ -12,11 +12,10 @@ from typing import Any
 
 from partial_lora.adapter.selection import Geometry, ModuleMasks, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line
-from partial_lora.files import read_json
+from partial_lora.files import FORMAT, other_format, read_json
 from partial_lora.masks import AXES, CHOICES, GRANULARITIES
 
 FILE_NAME = "partial_lora.json"
-VERSION = 2
 LARGEST = 2**30  # bytes: masks over entries with 87 % sparsity at rank 64 in all modules of a model of 70B
 SETTINGS = ("mask_seed", "sparsity", *CHOICES, "row_exponent", "column_exponent")
 SETTINGS += ("r", "rank_pattern", "alpha_pattern")  # adapter_config.json has one rank and one alpha
@@ -26,12 +25,12 @@ SETTINGS += ("r", "rank_pattern", "alpha_pattern")  # adapter_config.json has on
 def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], settings: Mapping[str, Any]) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: version, the `SETTINGS` as in the config, and modules. A module has: rows, columns (the measured sparsity;
+    Its keys: format, the `SETTINGS` as in the config, and modules. A module has: rows, columns (the measured sparsity;
     the requested one for "bernoulli", whose number is random), shape [out, in], experts (of a parameter), a, b (the
     shapes of the dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as
     little-endian int64, and indices {rows, columns} where the selection is not random.
     """
-    content: dict[str, Any] = {"version": VERSION, **{key: settings[key] for key in SETTINGS}, "modules": {}}
+    content: dict[str, Any] = {"format": FORMAT, **{key: settings[key] for key in SETTINGS}, "modules": {}}
     requested = shares_of(geometries, settings["sparsity"]) if settings["count"] == "bernoulli" else {}
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
@@ -64,13 +63,13 @@ def read(path: Path) -> dict:
     """Return the sidecar at ``path``, as `describe` made it, with every key that it should have and no other.
 
     Values are checked later: by the config made of `settings`, and by `verify`. Raises PartialLoraError, naming the
-    file, if it is missing, broken or of another version.
+    file, if it is missing, broken or of another format.
     """
     try:
         content = read_json(path, LARGEST)
-        version = content["version"]
-        if version == VERSION:
-            _check_keys(content, "it", {"version", *SETTINGS, "modules"})
+        other = other_format(content.get("format")) if "modules" in content else None
+        if other is None:
+            _check_keys(content, "it", {"format", *SETTINGS, "modules"})
             if content["granularity"] not in GRANULARITIES:
                 raise ValueError(f"granularity is {content['granularity']!r}")
             needed = {*AXES, "shape", "sha256"}
@@ -90,10 +89,8 @@ def read(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = kind_and_line(error)
         raise PartialLoraError(f"{path} is broken ({reason}): copy the adapter's folder again.") from None
-    if version != VERSION:
-        raise PartialLoraError(
-            f"{path} has version {version!r}: expected {VERSION}; read it with the partial-lora that wrote it."
-        )
+    if other:
+        raise PartialLoraError(f"{path}: {other}.")
     return content
 
 

@@ -78,7 +78,8 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
     granularity, passes = config.mask.counted, 0
     sparsity = fixed_sparsity(config, shapes)
     if sparsity is not None:
-        source = ", ".join(f"calibration.{key}={value}" for key, value in fixed_point(calibration).items())
+        point = fixed_point(config) or {"sparsity": 0}
+        source = ", ".join(f"calibration.{key}={value}" for key, value in point.items())
     elif method.traits.size == "calibrated":
         sparsity, source = _expected_sparsity(config, shapes)
         passes = most_passes(calibration, len(shapes))

@@ -230,11 +230,9 @@ class FewShot:
             "levels": config.levels,
             "max_sparsity": config.max_sparsity,
             "search": config.search,
+            "score": config.score,
+            "sizes": list(self.sizes or ()),
         }
-        if config.score != "accuracy":  # keys from before there were other scores do not name it
-            decides["score"] = {"f1": "f1, of the second class where there are two"}.get(config.score, config.score)
-        if self.sizes:
-            decides["sizes"] = list(self.sizes)
         key = _key(weights_digest(self.model, exclude=self.head or ""), (*fit, *scored), decides)
         with few_shot_head(self.model, self.head, fit, peers, self.sizes):
             found = calibrate(

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from partial_lora.calibration.search import BOTH, CURVE_AXES, Levels, line, passes, sparsity_levels
 from partial_lora.errors import PartialLoraError, kind_and_line, shortlist
-from partial_lora.files import read_json, write_json
+from partial_lora.files import FORMAT, other_format, read_json, write_json
 from partial_lora.masks import AXES, Sparsity
-
-VERSION = 1
 
 _NEAR = 0.1  # share of the way from chance to the best score that luck covers on so few examples
 _FEW, _SPARSE = 64, 0.2  # examples, and density of the whole adapter
@@ -44,7 +42,7 @@ class Calibration:
     seconds: float = 0.0
     cached: bool = False
     settings: dict = field(default_factory=dict)
-    version: int = VERSION
+    format: int = FORMAT
     axes: str = "separate"
     scope: str = "independent"
     levels: float = 0.05
@@ -91,7 +89,7 @@ class Calibration:
 
     def summary(self) -> dict:
         """Return the calibration as a run's result.json has it: everything but settings and curves."""
-        left_out = ("modules", "settings", "version")
+        left_out = ("modules", "settings", "format")
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
 
     def save(self, path: Path) -> None:
@@ -110,14 +108,11 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read calibration.json. Raises PartialLoraError, naming the file, for one that is broken."""
+        """Read calibration.json. Raises PartialLoraError, naming the file, where it is broken or of another format."""
         try:
             content = read_json(path)
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']} instead of {VERSION}")
-            settings = content.get("settings", {})
-            earlier = {key: settings[key] for key in ("levels", "max_sparsity") if key in settings}
-            content = {"threshold": None} | earlier | content  # files once had them among the settings alone
+            if {*content} & {"modules", "format"} and (fault := other_format(content.get("format"))):
+                raise PartialLoraError(f"{path}: {fault}")
             fields = {item.name for item in dataclasses.fields(cls)}
             loaded = cls(**{key: value for key, value in content.items() if key in fields})
             for name, axes in loaded.sparsity.items():

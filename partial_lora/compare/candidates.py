@@ -16,7 +16,7 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.compare.halving import SURVIVORS, Trial, steps_of, worth
+from partial_lora.compare.halving import SURVIVORS, Trial, worth
 from partial_lora.compare.options import CANDIDATES, EVERY, LIMITS, Options
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped
@@ -97,7 +97,7 @@ class Candidate:
         """The seconds of a whole run, as its timed one has it."""
         if not self.timed:
             return 0.0
-        seconds, steps = self.timed["seconds"], steps_of(self.timed)
+        seconds, steps = self.timed["seconds"], self.timed["training"]["steps"]
         step = self.step_seconds or 0.0
         apart = sum(seconds.values()) - min(steps * step, seconds["train"])
         return apart + _START + self.steps * step * (1 + _VALIDATION)
@@ -209,13 +209,12 @@ def candidates_of(methods: Sequence[str], budgets: Sequence[float], overrides: S
         if traits is None:  # a file that gives a method another name
             _, config = checked(["-m", *overrides, f"method={method}"]).runs[0]
             traits = config.method.traits
-        for budget in [None] if traits.size == "own" and not traits.tuner else dict.fromkeys(budgets):
+        for budget in [None] if traits.size == "own" else dict.fromkeys(budgets):
             chosen = [f"method={method}"]
-            if budget is not None:
-                chosen = list(traits.at_budget) or chosen
-                if traits.size_alone and not own_calibration:
-                    chosen.append("calibration=fixed")
-                chosen.append(f"calibration.budget={budget}")
+            if budget is not None and traits.size_alone and not own_calibration:
+                chosen.append("calibration=fixed")
+            if traits.size != "own":
+                chosen.append(f"calibration.budget={'null' if budget is None else budget}")
             size = "own size" if budget is None else str(budget)
             ((_, config),) = checked(["-m", *overrides, *chosen]).runs
             if not result:
@@ -290,7 +289,7 @@ def _is_served(method: str, overrides: Sequence[str]) -> bool:
     (_, config), *_ = checked(["-m", *overrides, f"method={method}"]).runs
     chosen, traits = config.method, config.method.traits
     of_peft = chosen.peft_type == "LORA" and not (chosen.peft or {}).get("use_dora")
-    return traits.product and (of_peft or (chosen.peft_type is None and not traits.tuner))
+    return traits.product and (of_peft or chosen.peft_type is None)
 
 
 def fitting(candidates: Sequence[Candidate], limit: Mapping[str, float]) -> list[Candidate]:

@@ -137,7 +137,7 @@ def worth(record: Mapping | None, until: float = 1.0) -> Worth:
     if not record or record["status"] not in ("finished", PAUSED):
         return None
     if until < 1:
-        steps = steps_of(record)
+        steps = record["training"]["steps"]
         seen = (
             entry["eval_loss"] for entry in record["history"] if entry["step"] >= until * steps and "eval_loss" in entry
         )
@@ -150,8 +150,3 @@ def worth(record: Mapping | None, until: float = 1.0) -> Worth:
     if score is None or loss is None:
         return None
     return (-score if validation["primary"] in LOWER_IS_BETTER else score), -loss
-
-
-def steps_of(record: Mapping) -> int:
-    """Return the steps of a run; records of earlier versions have them in their history alone."""
-    return (record.get("training") or {}).get("steps") or record["history"][-1]["step"]

@@ -30,10 +30,10 @@ LIMITS = {  # of `limit.NAME`: what is limited, and its unit
     "memory": ("peak memory", "bytes"),
     "seconds": ("a step", "seconds"),
 }
-# What `methods=auto` tries, in the order of the mean difference from low_rank in results/race.
+# What `methods=auto` tries, in the order of the mean difference from lora in results/race.
 CANDIDATES = (
     *("hira", "oft", "entries", "unilora", "lokr", "random_weights"),
-    *("low_rank", "lori", "gralora", "partial", "lorafa"),
+    *("lora", "lori", "gralora", "partial", "lorafa"),
 )
 QUICK, FULL, EVERY = "quick", "full", "auto"
 _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": {"": 1, "S": 1}}
@@ -43,17 +43,16 @@ _UNITS = {"bytes": {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}, "seconds": 
 class Options:
     """Methods that are compared, and how.
 
-    budgets: shares of dense LoRA's parameters, or numbers of parameters. limit: one of LIMITS, by name, in place of
-    budgets. serve: leave out what servers cannot load. margin: points within which a method is as good as another.
-    hours: that it may take; None: as many as it needs. jobs: runs side by side; None: one
+    budgets: shares of dense LoRA's parameters, or numbers of parameters; null: as without a budget. limit: one of
+    LIMITS, by name, in place of budgets. serve: leave out what servers cannot load. margin: points within which a
+    method is as good as another. hours: that it may take; None: as many as it needs. jobs: runs side by side; None: one
     on an accelerator, else as many as cores and memory allow. search: "quick" drops learning rates at a quarter of
     their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they decide. rates:
-    with which a search begins. reference: the method that others are compared with; by default low_rank, else the
-    first.
+    with which a search begins. reference: the method that others are compared with; by default lora, else the first.
     """
 
     methods: list[str]
-    budgets: list[float] = field(default_factory=lambda: [0.13])
+    budgets: list[float | None] = field(default_factory=lambda: [0.13])
     limit: dict[str, float] = field(default_factory=dict)
     serve: bool = False
     margin: float = 1.0
@@ -66,9 +65,9 @@ class Options:
 
     def __post_init__(self) -> None:
         named = bool(self.methods) and all(isinstance(method, str) and method for method in self.methods)
-        require(named, "methods", self.methods, "some of conf/method, such as [partial,low_rank,lokr], or auto")
-        numbers = bool(self.budgets) and all(map(_is_positive, self.budgets))
-        require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02]")
+        require(named, "methods", self.methods, "some of conf/method, such as [partial,lora,lokr], or auto")
+        numbers = self.budgets == [None] or (bool(self.budgets) and all(map(_is_positive, self.budgets)))
+        require(numbers, "budgets", self.budgets, "shares or numbers of parameters, such as [0.13,0.02], or null")
         require(len(self.limit) < 2, "limit", ", ".join(self.limit), "one of them: one limit sizes every method")
         for name, value in self.limit.items():
             self.limit[name] = _quantity(f"limit.{name}", value, LIMITS[name][1])
@@ -178,6 +177,8 @@ def read(settings: Sequence[str]) -> tuple[Options, list[str]]:
         written = parsed(setting)
         require(written is not None and not written.is_sweep_override(), key, value, "one value, such as [a,b]")
         values[key] = written.value()
+        if key == "budgets" and values[key] is None:
+            values[key] = [None]
         if key in ("methods", "budgets") and not isinstance(values[key], (list, type(None))):
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.files import read_json, write_atomic, write_json
 from partial_lora.launching import directory
+from partial_lora.settings.versions import as_yaml
 
 FOLDER = "take"  # in the results directory
 
@@ -34,7 +33,7 @@ def write(one: Progress, folder: Path) -> Path:
     # To train anew, and to the end: its first quarter may have been a trial.
     settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
     settings["trainer"] = config["trainer"] | {"until": 1.0}
-    write_atomic(folder / directory.CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    write_atomic(folder / directory.CONFIG, as_yaml(settings))
     adapter, copied = place / directory.ADAPTER, folder / "adapter_config.json"
     copied.unlink(missing_ok=True)  # of an earlier winner
     if (adapter / copied.name).is_file() and not (adapter / "partial_lora.json").is_file():  # alone it is dense LoRA

@@ -8,14 +8,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from omegaconf import OmegaConf
 
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import building, written
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
-from partial_lora.settings.versions import plain, without_places
+from partial_lora.settings.versions import as_yaml, plain, without_places
 
 
 def check(repo: str) -> None:
@@ -38,7 +37,7 @@ def write(run: FinishedRun, card: Callable[[Path], ModelCard], *, compact: bool 
     folder = run.directory.resolve() / "export" / "hub"
     with written(folder, "make room there"), building(folder) as built:
         export.WRITE["compact" if compact else "peft"](run, built)
-        OmegaConf.save(OmegaConf.create(without_places(plain(run.config))), built / directory.CONFIG)
+        (built / directory.CONFIG).write_text(as_yaml(without_places(plain(run.config))), encoding="utf-8")
         card(built).save(built / "README.md")
     return folder
 

@@ -19,10 +19,7 @@ from partial_lora.settings.versions import load, plain
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that ended well: its directory, its settings and its record.
-
-    A key that is newer than the record has its default.
-    """
+    """A run that ended well: its directory, its settings and its record."""
 
     directory: Path
     config: Config
@@ -50,8 +47,7 @@ class FinishedRun:
     def changed(self, group: str) -> str | None:
         """Return the first key of a group of settings whose file or folder has changed since the run, or None.
 
-        A folder that is gone has changed. Records of 0.2 and before do not say what the files held.
-        Raises FileNotFoundError for a file that is not there.
+        A folder that is gone has changed. Raises FileNotFoundError for a file that is not there.
         """
         recorded = self.result.get("digests") or {}
         before = {key: digest for key, digest in recorded.items() if key.startswith(f"{group}.")}
@@ -129,8 +125,6 @@ def at_commits(config: Config, commits: Mapping[str, str]) -> Config:
 def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:
     """Return settings whose files and folders are found from any directory: where the record says that they were, else
     from here, else beside the results.
-
-    Before 0.3 records do not say which files and folders the run has read, and rows alone are found.
     """
     named, places = record.get("digests") or (), record.get("places") or {}
     depth = len(Path(config.results_dir).parts) + len(Path(results.RUNS).parts)
@@ -139,7 +133,7 @@ def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:
     beside = [parents[depth - 1]] if is_movable else []
 
     def located(key: str, value: object) -> object:
-        if not isinstance(value, str) or (key not in named and ".data_files" not in key):
+        if not isinstance(value, str) or key not in named:
             return value
         candidates = [places.get(key, value), value, *(str(folder / value) for folder in beside)]
         return next((place for place in candidates if Path(place).exists()), value)

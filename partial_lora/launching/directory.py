@@ -22,9 +22,9 @@ import yaml
 
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
-from partial_lora.files import difference, entry, flatten, lock, mapped, read_json
+from partial_lora.files import FORMAT, difference, entry, flatten, lock, mapped, other_format, read_json
 from partial_lora.launching import shape
-from partial_lora.settings.versions import upgraded
+from partial_lora.settings.versions import of_yaml
 from partial_lora.training.trackers import TRACKERS
 
 RESULT = "result.json"
@@ -56,11 +56,20 @@ _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their n
 
 
 def read_result(directory: Path, name: str = RESULT) -> dict | None:
-    """Return the record of a run, in today's terms, or None where none can be read or it lacks a status."""
+    """Return the record of a run, or None where none can be read or it lacks a status.
+
+    Raises PartialLoraError, naming the file, for one of another format.
+    """
     try:
-        return upgraded(_record(read_json(Path(directory) / name)))
+        return _record(read_json(Path(directory) / name))
+    except OtherFormatError as error:
+        raise PartialLoraError(f"{Path(directory) / name}: {error}") from error
     except (OSError, ValueError):
         return None
+
+
+class OtherFormatError(ValueError):
+    """A record of another format than this version reads."""
 
 
 class UnfinishedError(ValueError):
@@ -68,7 +77,7 @@ class UnfinishedError(ValueError):
 
 
 def finished(result: object) -> dict:
-    """Return the record of a training that ended well, as it is in JSON, in today's terms.
+    """Return the record of a training that ended well, as it is in JSON.
 
     Raises ValueError that says what it is instead, an UnfinishedError for a run that has not finished.
     """
@@ -78,7 +87,7 @@ def finished(result: object) -> dict:
         raise UnfinishedError(INTERRUPTED if record.get("error") == INTERRUPTED else f"{record['status']}{error}")
     if not record.get("metrics"):
         raise UnfinishedError("calibrated only, nothing was trained")
-    return upgraded(record)
+    return record
 
 
 def _record(result: object) -> dict:
@@ -86,6 +95,9 @@ def _record(result: object) -> dict:
         raise ValueError("foreign, no record of a run")
     if found := shape.fault(result, shape.HEAD):
         raise ValueError(f"foreign, {found}")
+    writer = f"partial-lora {result.get('versions', {}).get('partial-lora', 'before 1.0')}"
+    if fault := other_format(result.get("format"), writer):
+        raise OtherFormatError(fault)
     return result
 
 
@@ -308,6 +320,7 @@ def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | No
     digests: of the files that the run reads, by key; None where they are not known.
     """
     record = {
+        "format": FORMAT,
         "status": "running",
         "seed": settings["seed"],
         "config": redacted(settings),
@@ -391,4 +404,10 @@ def worker_settings(directory: Path) -> tuple[dict, dict | None]:
     handed = os.environ.pop(VARIABLE, None)
     if handed is not None:
         return tuple(yaml.safe_load(zlib.decompress(b64decode(handed))))
-    return yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")), None
+    return stored_settings(directory), None
+
+
+def stored_settings(directory: Path) -> dict:
+    """Return the settings in the config.yaml of a run; raises OSError, YAMLError, or PartialLoraError as `of_yaml`."""
+    file = directory / CONFIG
+    return of_yaml(yaml.safe_load(file.read_text(encoding="utf-8")), file)

@@ -19,8 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from partial_lora import files, worker_events
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, kind_and_line
@@ -30,7 +28,7 @@ from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.versions import plain
+from partial_lora.settings.versions import as_yaml, plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -108,7 +106,7 @@ def launch(
                 log.write(f"{line}\n")
         for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
-        files.write_atomic(place / directory.CONFIG, yaml.safe_dump(redacted(plain(config)), sort_keys=False))
+        files.write_atomic(place / directory.CONFIG, as_yaml(redacted(plain(config))))
         code, failure = _run_process(
             _command(place, stage, cluster),
             _environment(config, place, cluster, slot),
@@ -352,7 +350,7 @@ def _record_failure(place: Path, failure: failures.Failure | None, cluster: Clus
     """Write into the record of a run which process failed first; process 0 may not have lived to do so."""
     result = directory.read_result(place)
     if result is None:
-        settings = yaml.safe_load((place / directory.CONFIG).read_text(encoding="utf-8"))
+        settings = directory.stored_settings(place)
         result = directory.new(settings, directory.read_result(place, directory.EARLIER))
     recorded = failure is None or (failure.rank == 0 and failure.explained)
     if result["status"] == "running" or (result["status"] == "failed" and not recorded):

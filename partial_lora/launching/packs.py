@@ -4,8 +4,8 @@ example.
 A results directory may hold runs in folders, packed runs, or both; where both have a run, its folder counts. Packed
 runs are called by the path that their folder had below the results directory. Written by `report.pack`.
 
-The record of a run is read in today's terms, None where there is none: by `directory.read_result` out of its folder, by
-`packed` out of the pack, and by `recorded` wherever it is.
+The record of a run, None where there is none, is read by `directory.read_result` out of its folder, by `packed` out of
+the pack, and by `recorded` wherever it is.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import read_json, with_an_end
+from partial_lora.files import FORMAT, other_format, read_json, with_an_end
 from partial_lora.launching.directory import RESULT, RUNS, read_result
-from partial_lora.settings.versions import upgraded
 
 if TYPE_CHECKING:  # a quarter of a second to import; most results directories have no pack
     import pyarrow as pa
@@ -29,7 +28,8 @@ RUNS_TABLE = "runs.parquet"
 PREDICTIONS_TABLE = "predictions.parquet"
 DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
 OF_DYNAMICS = 1  # version of its content: metrics by split (train, test), linear CKA by block
-VERSION = {b"partial_lora_pack": b"1"}  # in the metadata of both tables
+_FORMAT, _BEFORE = b"partial_lora_format", b"partial_lora_pack"  # in the metadata of both tables; before 1.0
+METADATA = {_FORMAT: str(FORMAT).encode()}
 COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
 
 _RESTORE = "restore it, or pack the runs again"
@@ -107,14 +107,23 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        is_pack = VERSION.items() <= (parquet.read_schema(with_an_end(file)).metadata or {}).items()
-        table = parquet.read_table(file, columns=columns) if is_pack else None
+        metadata = parquet.read_schema(with_an_end(file)).metadata or {}
+        fault = _fault(metadata)
+        table = None if fault else parquet.read_table(file, columns=columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = f"cannot be read ({one_line(error)})"
         raise PartialLoraError(f"{file}: {reason}; {_RESTORE}") from error
-    if table is None:
-        raise PartialLoraError(f"{file}: expected a table of `partial-lora pack`; move this file elsewhere")
+    if fault:
+        raise PartialLoraError(f"{file}: {fault}")
     return table
+
+
+def _fault(metadata: Mapping[bytes, bytes]) -> str | None:
+    """Return why a table is not read, by its metadata; None where it is."""
+    if not {_FORMAT, _BEFORE} & metadata.keys():
+        return "expected a table of `partial-lora pack`; move this file elsewhere"
+    number = metadata.get(_FORMAT)
+    return other_format(number and (int(number) if number.isdigit() else number.decode(errors="replace")))
 
 
 def pack_of(results_dir: Path) -> Pack | None:
@@ -139,10 +148,9 @@ def directories(results_dir: Path) -> list[Path]:
 
 
 def packed(place: Path, name: str = RESULT) -> dict | None:
-    """Return a JSON file of a packed run by the directory that the run had, in today's terms; None without one."""
+    """Return a JSON file of a packed run by the directory that the run had; None without one."""
     pack, path = _at(place)
-    content = None if pack is None else pack.json(path, name)
-    return None if content is None else upgraded(content)
+    return None if pack is None else pack.json(path, name)
 
 
 def _at(place: Path) -> tuple[Pack | None, str]:

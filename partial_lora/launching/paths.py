@@ -13,7 +13,7 @@ import yaml
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped
 from partial_lora.launching import packs
-from partial_lora.launching.directory import CONFIG, RESULT
+from partial_lora.launching.directory import CONFIG, RESULT, stored_settings
 from partial_lora.settings.identity import computed, digests, short_digest
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import load, plain
@@ -85,12 +85,12 @@ def _stamp(place: Path, results_dir: Path) -> int:
 def _computed_from(place: Path, stamp: int) -> tuple[dict, bool] | None:
     """Return what a recorded run has computed from, and whether its files are in that by content; None for no settings.
 
-    Records of 0.2 and before do not have the digests of files. A run that has not ended may have a config.yaml alone.
+    A run that has not ended may have a config.yaml alone, which has no digests of files.
     """
-    record = packs.recorded(place)
     try:
+        record = packs.recorded(place)
         if record is None:
-            record = {"config": yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))}
+            record = {"config": stored_settings(place)}
         contents = record.get("digests")
         return computed(plain(load(record["config"])), contents or {}), contents is not None
     except (OSError, yaml.YAMLError, PartialLoraError, KeyError, TypeError, AttributeError):

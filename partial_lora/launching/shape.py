@@ -9,12 +9,14 @@ _MAYBE = (*_NUMBER, None)
 _NAMED = {"name": str}
 _FILES = ({"*": (int, {"size": int, "sha256": str}, None)}, None)  # of a finished run; earlier records have sizes alone
 
+# Of any record, finished or not.
 HEAD = {
     "status": str,
     "files?": _FILES,
     "seconds?": {"*": _NUMBER},
+    "versions?": {"*": str},
     "commits?": ({"*": str}, None),
-}  # of any record, finished or not
+}
 
 # A type; None, for null; (one shape, or another); [of every item]; {key: of its value}, where `key?` may be missing and
 # `*` is every key.
@@ -51,7 +53,6 @@ RECORD = {
     "warnings?": [str],
     "versions": {"*": str},
     **dict.fromkeys(("git_commit?", "device?", "preset?", "mixed_precision?", "started?"), (str, None)),
-    "tuning?": str,
     "labels?": [str],
     "files?": _FILES,
     **dict.fromkeys(("digests?", "commits?", "places?"), ({"*": str}, None)),

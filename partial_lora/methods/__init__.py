@@ -26,20 +26,18 @@ class Method:
         function: MODULE:NAME in this package.
         training: MODULE:NAME of what it adds to AdamW on the task's loss.
         size: who decides how many parameters it trains: "calibrated", a calibration; "budget", calibration.budget
-            (null: PAPER_BUDGET); "options", those of a tuner of PEFT, unless there is a budget; "own", its own keys.
-        at_budget: the arguments by which a method with a size of its own gets that of a budget.
+            (null: PAPER_BUDGET, or method.rank where modules have ranks of their own); "rank", calibration.budget too
+            (null: method.rank, or the options of a tuner of PEFT); "own", its own keys, whatever the budget.
         as_calibrated: it has the sparsities that a calibration chooses.
         size_alone: a calibration decides nothing about it but how many parameters it trains.
         even: it has one sparsity for all modules and axes.
-        dense: it is LoRA as it is, without sparsities.
+        dense: it is LoRA of method.rank, which budgets are shares of.
         masked: its adapter is masked, as `mask` says.
         ranked: it ranks rows and columns by importance, calibrated or not.
         any_rank: its random rows and columns go with any rank.
         own_ranks: its modules have ranks of their own.
         product: it trains both factors of a product B A. AdaLoRA's is one of three.
         head_alone: nothing but the head trains.
-        draws: mask.seed draws what it freezes.
-        tuner: as a tuner of PEFT (method.peft_type) it may get another size.
         granularity, rows, columns: what these keys of `mask` may be; empty: anything.
         importance: the only measure that it ranks by; None: any.
         reference: others are compared with it at equal size, unless another is named.
@@ -49,7 +47,6 @@ class Method:
     function: str
     training: str | None = None
     size: str = "own"
-    at_budget: tuple[str, ...] = ()
     as_calibrated: bool = False
     size_alone: bool = False
     even: bool = False
@@ -60,8 +57,6 @@ class Method:
     own_ranks: bool = False
     product: bool = True
     head_alone: bool = False
-    draws: bool = False
-    tuner: bool = False
     granularity: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
@@ -82,6 +77,7 @@ _CALIBRATED: dict[str, Any] = {"size": "calibrated", "masked": True}
 _SPENT: dict[str, Any] = {"size": "budget", "masked": True}
 _ONE: dict[str, Any] = {**_SPENT, "product": False}  # factor trains
 _WHOLE: dict[str, Any] = {"granularity": ("rows_columns",)}
+_RANKED: dict[str, Any] = {**_ONE, **_WHOLE, "own_ranks": True}
 _BOTH: dict[str, Any] = {"rows": ("masked",), "columns": ("masked",)}
 METHODS = {
     "partial": Method(
@@ -94,29 +90,24 @@ METHODS = {
     "targeted": Method("partial:targeted", **_CALIBRATED, **_WHOLE, as_calibrated=True, ranked=True),
     "entries": Method("controls:uniform", **_SPENT, granularity=("element",), **_BOTH),
     "lori": Method("controls:uniform", **_ONE, granularity=("element",), columns=("frozen",)),
-    "lorafa": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("frozen",)),
-    "paca": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, columns=("one_hot",)),
-    "rows": Method("partial:whole", **_ONE, **_WHOLE, own_ranks=True, rows=("one_hot",)),
+    "lorafa": Method("partial:whole", **_RANKED, columns=("frozen",)),
+    "paca": Method("partial:whole", **_RANKED, columns=("one_hot",)),
+    "rows": Method("partial:whole", **_RANKED, rows=("one_hot",)),
     "ticket": Method("partial:ticket", **_SPENT, **_WHOLE, **_BOTH, ranked=True, importance="adapter"),
     # It chooses rows that meet the kept columns of the next module.
     "flow": Method("flow:flow", **_CALIBRATED, as_calibrated=True, granularity=("rows_columns", "element"), **_BOTH),
     "uniform": Method("controls:uniform", **_CALIBRATED, size_alone=True, even=True, any_rank=True),
     "shuffled": Method("controls:shuffled", **_CALIBRATED, any_rank=True),
     "inverted": Method("controls:inverted", **_CALIBRATED, any_rank=True),
-    "low_rank": Method("controls:low_rank", size="calibrated", size_alone=True, own_ranks=True, reference=True),
     "random_weights": Method("controls:random_weights", size="calibrated", size_alone=True, product=False),
-    "lora": Method("lora:lora", at_budget=("method=low_rank",), dense=True, words="LoRA"),
-    "dora": Method(
-        "lora:dora", tuner=True, at_budget=("method=dora", "method.peft_type=LORA", "method.peft={use_dora: true}")
-    ),
-    "vera": Method(
-        "lora:vera", tuner=True, at_budget=("method=vera", "method.peft_type=VERA"), product=False, draws=True
-    ),
+    "lora": Method("lora:lora", size="rank", own_ranks=True, reference=True, words="LoRA"),
+    "dense": Method("lora:dense", dense=True, words="dense LoRA"),
     "adalora": Method("lora:adalora", "lora:train_adalora", product=False),
     "full": Method("full:full", product=False),
     "probe": Method("full:probe", product=False, head_alone=True),
-    "peft": Method("tuners:peft", "tuners:train_tuner", size="options", tuner=True),
+    "peft": Method("tuners:peft", "tuners:train_tuner", size="rank"),
 }
+FORMER = {"low_rank": "lora, as it is called now"}  # what is expected in place of a name of before 1.0
 
 
 def called(name: str) -> Method:

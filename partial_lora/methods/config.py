@@ -31,7 +31,6 @@ class MethodConfig:
     rank: Any = 16
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
     dropout: float = 0.0  # share of the adapter's inputs that training drops
-    projections: int = 256  # vera: rank of the random matrices that all modules share
     peft_type: Optional[str] = None  # method=peft: the type of PEFT's tuner, such as LOKR
     # the learning rate to try first, as a multiple of dense LoRA's (trainer.learning_rate=auto, compare)
     rate_factor: float = 1.0
@@ -42,7 +41,7 @@ class MethodConfig:
 
     @property
     def traits(self) -> methods.Method:
-        """The method that goes by this name, whose size a tuner of PEFT may set."""
+        """The method that goes by this name."""
         return methods.called(self.name)
 
     @property
@@ -55,16 +54,10 @@ class MethodConfig:
         """The key of methods.METHODS: the method's name, or "peft" for a tuner of PEFT, which goes by any name."""
         return self.name if self.peft_type is None else "peft"
 
-    @property
-    def has_own_size(self) -> bool:
-        """True where its own keys say how many parameters it trains, and no budget does."""
-        return self.function != "peft" and self.traits.size == "own"
-
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
         require(whole or self.rank == AUTO, "method.rank", self.rank, "a whole number, at least 1, or auto")
         require(whole or self.traits.any_rank, "method.rank", AUTO, f"a whole number, for method={self.name}")
-        require(self.projections >= 1, "method.projections", self.projections, "at least 1")
         self._check_tuner()
         positive("method.alpha", self.alpha)
         positive("method.rate_factor", self.rate_factor)
@@ -76,10 +69,11 @@ class MethodConfig:
         plain_name("method.name", self.name)
         if kind is None:
             require(self.name != "peft", "method.peft_type", None, "one of PEFT's tuners, such as LOKR")
-            require(self.name in methods.METHODS, "method.name", self.name, f"one of {', '.join(methods.METHODS)}")
+            expected = methods.FORMER.get(self.name, f"one of {', '.join(methods.METHODS)}")
+            require(self.name in methods.METHODS, "method.name", self.name, expected)
             require(options is None, "method.peft", options, f"null, for method={self.name}")
             return
-        require(self.traits.tuner, "method.peft_type", kind, f"null, for method={self.name}")
+        require(self.traits is methods.METHODS["peft"], "method.peft_type", kind, f"null, for method={self.name}")
         self.peft_type = kind.upper()
         if self.name == "peft":  # runs of two tuners are of two methods
             self.name = f"peft_{kind.lower()}"

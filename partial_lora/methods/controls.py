@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from itertools import product
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira import ShiraLayer
 from peft.tuners.shira.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partial_lora.adapter import PartialLoraConfig
-from partial_lora.budget import FARTHEST, TOLERANCE, Shapes, even_sparsity, scaled
+from partial_lora.budget import Shapes, even_sparsity, scaled
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES, Sparsity, random_keys
 from partial_lora.methods.setting import Setting
@@ -84,66 +82,6 @@ def reversed_ranks(sparsity: Sparsity) -> dict[str, dict[str, float]]:
         for module, share in zip(sparsity, reverse, strict=True):
             swapped[module][axis] = float(share)
     return swapped
-
-
-# --- A smaller dense adapter in place of a sparse one.
-
-_MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their proportional share
-
-
-def low_rank(model: nn.Module, setting: Setting) -> PeftModel:
-    """Control: dense LoRA with ranks so low that it trains as many parameters as `partial`, or as near as ranks come.
-
-    Ranks of two modules differ by at most a few, and alpha / rank is the same as in other methods. Where rank 1 on
-    every module would be too much, `mask_seed` draws the modules that have it. Raises PartialLoraError, "not
-    applicable", where the nearest size is more than FARTHEST off.
-    """
-    ranks = ranks_within(setting.budget(), setting.shapes, setting.mask_seed)
-    return get_peft_model(model, LoraConfig(**setting.lora() | setting.at_ranks(ranks)))
-
-
-def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
-    """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget.
-
-    The modules of one size out + in together have close to their proportional share of rank units. Their ranks differ
-    by at most one, and the seed draws which have one more. Where no ranks come within 1 % of the budget, the nearest
-    do, with a warning.
-    """
-    sizes = {module: m + n for module, (m, n) in shapes.items()}
-    even = budget / sum(sizes.values())
-    groups = {size: [module for module in sizes if sizes[module] == size] for size in sorted(set(sizes.values()))}
-    # By the parameters that the groups so far spend: the units nearest to their shares, and how far they are from them.
-    # So as many sums are kept as differ, and not all combinations of units.
-    nearest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for size, group in groups.items():
-        share = even * len(group)
-        counts = sorted({max(0, round(share) + move) for move in _MOVES})
-        before, nearest = nearest, {}
-        for (spent, (distance, units)), count in product(before.items(), counts):
-            candidate = round(distance + abs(count - share), 6), (*units, count)
-            nearest[spent + size * count] = min(candidate, nearest.get(spent + size * count, candidate))
-
-    def missed(spent: int) -> int:
-        return abs(budget - spent)
-
-    within = [spent for spent in nearest if missed(spent) <= TOLERANCE * budget]
-    if within:
-        chosen = min(within, key=lambda spent: (nearest[spent][0], missed(spent), nearest[spent][1]))
-    else:
-        chosen = min(nearest, key=lambda spent: (missed(spent), nearest[spent][1]))
-        if missed(chosen) > FARTHEST * budget:
-            raise PartialLoraError(
-                f"method=low_rank: not applicable: no ranks give a dense adapter of about {budget:,} trainable "
-                f"parameters; rank 1 on one module takes at least {min(groups):,}"
-            )
-        off = 100 * missed(chosen) / budget
-        warnings.warn(f"method=low_rank: {off:.1f} % off the budget, the nearest that ranks come", stacklevel=2)
-    ranks = {}
-    for group, count in zip(groups.values(), nearest[chosen][1], strict=True):
-        keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")
-        extra = set(np.argsort(keys)[: count % len(group)].tolist())
-        ranks |= {module: count // len(group) + (place in extra) for place, module in enumerate(group)}
-    return {module: ranks[module] for module in shapes}
 
 
 # --- Random entries of W itself in place of a low-rank adapter: PEFT's SHiRA (arXiv 2406.13175).

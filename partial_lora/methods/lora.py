@@ -1,45 +1,87 @@
-"""PEFT's own methods: LoRA as it is, DoRA, VeRA, and AdaLoRA with what it adds to training."""
+"""PEFT's LoRA, at a rank or a budget, and AdaLoRA with what it adds to training."""
 
 from __future__ import annotations
 
 import warnings
+from itertools import product
 
+import numpy as np
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from partial_lora.budget import FARTHEST, TOLERANCE, Shapes
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import random_keys
 from partial_lora.methods.setting import Setting, Training
 
 
 def lora(model: nn.Module, setting: Setting) -> PeftModel:
-    """Dense LoRA (Hu et al. 2021, arXiv 2106.09685), the reference."""
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) of `method.rank`, or of the ranks that come nearest to a budget.
+
+    At a budget ranks of two modules differ by at most a few, and alpha / rank is that of the settings. Where rank 1 on
+    every module would be too much, `mask_seed` draws the modules that have it.
+    """
+    ranks = {}
+    if setting.size is not None:
+        ranks = setting.at_ranks(ranks_within(setting.size, setting.shapes, setting.mask_seed))
+    return get_peft_model(model, LoraConfig(**setting.lora() | ranks))
+
+
+def dense(model: nn.Module, setting: Setting) -> PeftModel:
+    """Dense LoRA of `method.rank`, the reference: budgets are shares of its parameters."""
     return get_peft_model(model, LoraConfig(**setting.lora()))
 
 
-def dora(model: nn.Module, setting: Setting) -> PeftModel:
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): dense LoRA of each row's direction, and a trained length for it."""
-    return get_peft_model(model, LoraConfig(**setting.lora(), use_dora=True))
+_MOVES = (0, 1, -1, 2, -2)  # how far the rank units of a size may be from their proportional share
 
 
-def vera(model: nn.Module, setting: Setting) -> PeftModel:
-    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): modules share two frozen random matrices and train scales.
+def ranks_within(budget: int, shapes: Shapes, seed: int) -> dict[str, int]:
+    """Return a rank for every module of W (out, in), 0 for none, so that rank * (out + in) sums to the budget.
 
-    The rank is `method.projections`; modules smaller than the largest use a part of the matrices. The adapter's file
-    holds the matrices, so that it loads everywhere as it was. There is no alpha: the trained scales play its part.
+    The modules of one size out + in together have close to their proportional share of rank units. Their ranks differ
+    by at most one, and the seed draws which have one more. Where no ranks come within 1 % of the budget, the nearest
+    do, with a warning.
     """
-    config = VeraConfig(
-        r=setting.method.projections,
-        target_modules=list(setting.target_modules),
-        vera_dropout=setting.method.dropout,
-        projection_prng_key=setting.mask_seed,
-        modules_to_save=setting.whole() or None,
-    )
-    return get_peft_model(model, config)
+    sizes = {module: m + n for module, (m, n) in shapes.items()}
+    even = budget / sum(sizes.values())
+    groups = {size: [module for module in sizes if sizes[module] == size] for size in sorted(set(sizes.values()))}
+    # By the parameters that the groups so far spend: the units nearest to their shares, and how far they are from them.
+    # So as many sums are kept as differ, and not all combinations of units.
+    nearest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for size, group in groups.items():
+        share = even * len(group)
+        counts = sorted({max(0, round(share) + move) for move in _MOVES})
+        before, nearest = nearest, {}
+        for (spent, (distance, units)), count in product(before.items(), counts):
+            candidate = round(distance + abs(count - share), 6), (*units, count)
+            nearest[spent + size * count] = min(candidate, nearest.get(spent + size * count, candidate))
+
+    def missed(spent: int) -> int:
+        return abs(budget - spent)
+
+    within = [spent for spent in nearest if missed(spent) <= TOLERANCE * budget]
+    if within:
+        chosen = min(within, key=lambda spent: (nearest[spent][0], missed(spent), nearest[spent][1]))
+    else:
+        chosen = min(nearest, key=lambda spent: (missed(spent), nearest[spent][1]))
+        if missed(chosen) > FARTHEST * budget:
+            raise PartialLoraError(
+                f"calibration.budget: not applicable: no ranks give about {budget:,} trainable parameters; rank 1 on "
+                f"one module takes at least {min(groups):,}"
+            )
+        off = 100 * missed(chosen) / budget
+        warnings.warn(f"calibration.budget: ranks come no nearer to it than {off:.1f} %", stacklevel=2)
+    ranks = {}
+    for group, count in zip(groups.values(), nearest[chosen][1], strict=True):
+        keys = random_keys(len(group), mask_seed=seed, module=f"{len(group)}/{sizes[group[0]]}", axis="ranks")
+        extra = set(np.argsort(keys)[: count % len(group)].tolist())
+        ranks |= {module: count // len(group) + (place in extra) for place, module in enumerate(group)}
+    return {module: ranks[module] for module in shapes}
 
 
 # --- AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).

@@ -8,7 +8,7 @@ from torch import nn
 
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.masks import AXES, Mask
-from partial_lora.methods.controls import ranks_within
+from partial_lora.methods.lora import ranks_within
 from partial_lora.methods.setting import ModuleScores, Setting
 
 
@@ -30,7 +30,7 @@ def targeted(model: nn.Module, setting: Setting) -> PeftModel:
 
 
 def whole(model: nn.Module, setting: Setting) -> PeftModel:
-    """Train one factor whole, at the ranks that spend the budget, while the other stays as it is drawn.
+    """Train one factor whole, at method.rank or the ranks that spend a budget; the other stays as it is drawn.
 
     `lorafa` freezes a random A: LoRA-FA (Zhang et al. 2023, arXiv 2308.03303). `paca` freezes an A of unit vectors, so
     that columns of W train: PaCA (Woo et al. 2025, arXiv 2503.01905). `rows` freezes a B of unit vectors, so that rows

@@ -41,7 +41,8 @@ class Setting:
     the importance by which it was chosen, {module: (rows, columns)}. Both are None for a method that does not use them.
     `shapes` are those of W (out, in) of every module to adapt, before quantisation, of fused experts one by one;
     `experts` are the parameters that hold them. `new_modules` have no pre-trained weights and train whole, as the head
-    does. `size` is the number of parameters that a tuner of PEFT should train, None where its options decide.
+    does. `size` is the number of parameters that LoRA or a tuner of PEFT should train, None where its rank or options
+    decide.
     """
 
     method: MethodConfig

@@ -54,6 +54,7 @@ _BLOCKS = {"boft_block_size", "oft_block_size", "block_size"}  # sizes that have
 _STEPS = {"GRALORA": "gralora_k", "HRA": 2}  # sizes are multiples of this number, or of this key
 _SEEDS = {"generator_seed", "proj_seed", "projection_prng_key", "projection_seed", "random_loc_seed", "random_seed"}
 _OWN_DROPOUT = {"module_dropout", "rank_dropout"}  # these drop something other than a layer's input
+_RANKED = {"LORA", "HIRA"}  # whose r is method.rank, unless the options have another
 _LARGEST = 2**20
 
 
@@ -128,8 +129,10 @@ def _shared(setting: Setting, options: Mapping) -> dict[str, object]:
                 f"method.dropout={setting.method.dropout}: expected 0: {setting.kind} has no dropout of its inputs"
             )
         shared[names[0]] = setting.method.dropout
+    if setting.kind in _RANKED:
+        shared["r"] = setting.rank
     if setting.kind == "LORA":
-        shared |= {"r": setting.rank, "lora_alpha": setting.method.alpha}
+        shared["lora_alpha"] = setting.method.alpha
     if setting.kind == "IA3":
         shared["feedforward_modules"] = []  # outputs are scaled in every module
     return shared | {name: value for name, value in options.items() if name in shared}

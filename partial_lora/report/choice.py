@@ -11,7 +11,7 @@ from partial_lora.report.records import Run
 from partial_lora.report.rows import NONE, as_typed
 
 _COLUMNS = (
-    *("task", "model", "method", "operating_point", "metric", "seed", "learning_rate", "tuning"),
+    *("task", "model", "method", "operating_point", "metric", "seed", "learning_rate"),
     *("preset", "commit", "device"),
 )
 

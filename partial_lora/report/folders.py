@@ -166,7 +166,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 # Runs averaged: over their seeds, or over all that share what the reader names.
 
 _SAME = (
-    *("task", "model", "method", "operating_point", "metric", "tuning"),
+    *("task", "model", "method", "operating_point", "metric"),
     *("conditions", "differs", "usual", "precision", "group"),
 )
 _WHOLE = ("adapter_dense", "head_parameters")

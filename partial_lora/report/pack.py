@@ -26,7 +26,7 @@ from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
 from partial_lora.report import predictions, ranking, records
-from partial_lora.settings.versions import record_for_others, upgraded
+from partial_lora.settings.versions import record_for_others
 from partial_lora.tasks.metrics import OF_TEXTS
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "tokens", *OF_TEXTS)
@@ -125,7 +125,7 @@ def _rows(path: str, predictions: pa.Table) -> pa.Table:
 
 
 def _row(path: str, content: Content) -> dict:
-    record = upgraded(content.record)
+    record = content.record
     run = records.run_of(record, Path(path))
     metrics = {
         f"{split}_{name}": float(value)
@@ -153,7 +153,7 @@ def _in_one_line(content: Mapping | None) -> str | None:
 
 def _write(table: pa.Table, file: Path) -> None:
     buffer = io.BytesIO()
-    table = table.replace_schema_metadata(packs.VERSION)
+    table = table.replace_schema_metadata(packs.METADATA)
     parquet.write_table(table, buffer, compression="zstd", compression_level=15, data_page_size=2**24)
     write_atomic(file, buffer.getvalue())
 

@@ -202,7 +202,7 @@ def write_run(run: Run, rows=None, examples: int = EXAMPLES) -> Path:
             for name, (title, words) in _OF_RUN.items()
             if name in drawn
         ],
-        "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}. Tuning: {run.row['tuning']}.",
+        "origin": f"Commit: {run.row['commit']}. Device: {run.row['device']}.",
     }
     return _written(run.directory / PAGE, "run.html", content)
 

@@ -81,7 +81,7 @@ def read(file: Path, columns: Collection[str] | None = None) -> pa.Table:
 def losses_of(table: pa.Table) -> np.ndarray:
     """Return the loss of every example (N,); of a mixture by member, each with the columns that are its own."""
     columns = table.column_names
-    if "loss" in columns:  # of a packed run, or of responses
+    if "loss" in columns and not table["loss"].null_count:  # of a packed run, or of responses
         return table["loss"].to_numpy().astype(float)
     if "member" in columns:
         losses, members = np.zeros(len(table)), np.array(table["member"].to_pylist())
@@ -99,8 +99,6 @@ def losses_of(table: pa.Table) -> np.ndarray:
         lengths = np.diff(np.append(starts, len(values)))
         shifted = values - np.repeat(np.maximum.reduceat(values, starts), lengths)
         return np.log(np.add.reduceat(np.exp(shifted), starts)) - shifted[at_label]  # minus the logarithm of softmax
-    if "rouge_l" in columns:  # of a version that kept no loss of responses beside the texts
-        return 1 - table["rouge_l"].to_numpy().astype(float)
     if pa.types.is_floating(table.schema.field("label").type):
         return (table["prediction"].to_numpy().astype(float) - table["label"].to_numpy().astype(float)) ** 2
     pairs = zip(table["prediction"].to_pylist(), table["label"].to_pylist(), strict=True)

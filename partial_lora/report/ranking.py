@@ -19,7 +19,6 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT, MASKED
 from partial_lora.methods import called
-from partial_lora.methods.config import MaskConfig
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import BLUE, name_beside, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
@@ -33,9 +32,7 @@ from partial_lora.settings.rates import ranked
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
 
 _KINDS = ("granularity", "columns")  # keys of `mask` that the group files of conf/mask set
-_DRAWS = (*AS_PEFT, "column_exponent")
-# Whole rows and columns, as PEFT draws A: what records of version 0.1 leave out.
-_PEFTS = {**asdict(MaskConfig()), **AS_PEFT}
+_PEFTS = {**AS_PEFT, "column_exponent": 0.0}  # draw
 CELL = ["task", "size", "form"]
 _WINDOW = ("low_1", "high_1", "low_2", "high_2")  # learning rates between which no point is lost, and no two
 _NOTHING = 1e-9
@@ -62,14 +59,14 @@ def form_of(config: Mapping) -> str:
     name = config["method"]["name"]
     if not called(name).masked:
         return name
-    usual, mask = masks_of(name), _PEFTS | (config.get("mask") or {})
+    usual, mask = masks_of(name), config["mask"]
     words = [name, *(f"mask={mask[key]}" for key in _KINDS if mask[key] != usual[key])]
     words += [f"mask.rows={mask['rows']}"] if mask["rows"] != usual["rows"] else []
     words += ["rank=auto"] if config["method"].get("rank") == "auto" else []
-    drawn = [key for key in _DRAWS if mask[key] != usual[key]]
+    drawn = [key for key in _PEFTS if mask[key] != usual[key]]
     if (mask["rows"], mask["columns"]) != (MASKED, MASKED):  # whose A is not drawn for some inputs
         drawn = [key for key in drawn if key != "fan_in"]
-    if drawn and all(mask[key] == _PEFTS[key] for key in _DRAWS):
+    if drawn and all(mask[key] == draw for key, draw in _PEFTS.items()):
         return f"{' '.join(words)}, PEFT's draw"
     return " ".join([*words, *(f"{key}={str(mask[key]).removesuffix('.0')}" for key in drawn)])
 

@@ -21,7 +21,6 @@ NONE = "–"  # for what does not apply
 COSTS = ("adapter_bytes", "optimizer_bytes", "step_seconds", "saved_activation_bytes")
 PLACE = ("task", "model")
 BLOCK = (*PLACE, "operating_point", "metric", "conditions")  # rows that share these compete for the best
-UNTUNED = "untuned"  # unless an earlier record says that its learning rate came out of a file of rates
 _ROWS_COLUMNS = "rows_columns"  # the granularity of masks that a method's name leaves out
 
 
@@ -81,7 +80,6 @@ def _row(result: Mapping) -> dict:
         "evaluate_seconds": number(seconds["evaluate"]),
         "seconds": sum(seconds.values()),
         "learning_rate": float({**config["trainer"], **came_to(result)}["learning_rate"]),
-        "tuning": result.get("tuning", UNTUNED),
         "conditions": identity.short_digest(conditions(result)),
         "preset": result.get("preset") or NONE,
         # What computed it: the commit of a checkout, else the version of the installed package.
@@ -175,7 +173,7 @@ def point_order(point: str) -> tuple[int, float]:
 
 def precision(result: Mapping) -> str:
     """Return the number format that a run was computed in: "fp32", "bf16" or "fp16"."""
-    computed_in = result.get("mixed_precision") or "no"  # runs whose records are older than the field used fp32
+    computed_in = result["mixed_precision"]
     return "fp32" if computed_in == "no" else computed_in
 
 
@@ -202,8 +200,8 @@ def conditions(result: Mapping) -> dict[str, object]:
     """Return the settings that may not differ between runs that are compared, by full key, where they are no defaults.
 
     Left out are what defines a method (its own group, importance, calibration, mask and LoRA+), its learning rate, the
-    seed, and what changes no result. Keys that are newer than a record have the schema's defaults. The precision is the
-    one that the run used: `trainer.mixed_precision=auto` depends on the device.
+    seed, and what changes no result. The precision is the one that the run used: `trainer.mixed_precision=auto` depends
+    on the device.
     """
     shared = {
         key: value

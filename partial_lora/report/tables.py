@@ -23,7 +23,7 @@ from partial_lora.files import write_atomic
 from partial_lora.report.folders import distinct, group
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import LeftOut
-from partial_lora.report.rows import BLOCK, NONE, PLACE, UNTUNED
+from partial_lora.report.rows import BLOCK, NONE, PLACE
 from partial_lora.report.statistics import MARGIN, over_examples
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES, within
@@ -38,7 +38,7 @@ _DIFFERS = (
     "task and model. Rows that differ in more than method, importance, calibration, mask, learning rate and seed were "
     "trained under other conditions, and are not compared."
 )
-WORDS = {"task", "model", "method", "operating point", "differs in", "metric", "tuning", "precision", "id"}
+WORDS = {"task", "model", "method", "operating point", "differs in", "metric", "precision", "id"}
 WORDS |= {"against", "verdict", "form", "best rate", "class"}
 _ON_SCREEN = ("method", "operating point", "n", "trainable", "of dense")  # beside the score
 
@@ -110,8 +110,7 @@ def notes(table: pd.DataFrame, *, by: Sequence[str] = ()) -> list[str]:
 
 def _is_untuned(table: pd.DataFrame) -> bool:
     """Return True where some method is there at one learning rate alone; a search, as of `compare`, leaves several."""
-    untuned = table[table["tuning"] == UNTUNED]
-    return bool((untuned.groupby([*BLOCK, "method"])["learning_rate"].nunique() == 1).any())
+    return bool((table.groupby([*BLOCK, "method"])["learning_rate"].nunique() == 1).any())
 
 
 def tabulated(table: pd.DataFrame, form: str, by: Sequence[str] = ()) -> str:
@@ -128,10 +127,10 @@ def as_latex(table: str) -> str:
 
 
 def origin(frame: pd.DataFrame) -> str:
-    """Return what made the runs of a table: preset where there is one, tuned or not, commit, device, precision."""
+    """Return what made the runs of a table: preset where there is one, commit, device, precision."""
     return " ".join(
         f"{column.capitalize()}: {distinct(frame[column])}."
-        for column in ("preset", "tuning", "commit", "device", "precision")
+        for column in ("preset", "commit", "device", "precision")
         if (frame[column] != NONE).any()
     )
 
@@ -164,7 +163,6 @@ def readable(table: pd.DataFrame, *, by: Sequence[str] = ()) -> pd.DataFrame:
         "train (s)": cells_of(table["train_seconds"], ",.1f"),
         "evaluate (s)": cells_of(table["evaluate_seconds"], ",.1f"),
         "learning rate": None if "learning_rate" in by else cells_of(table["learning_rate"], "g"),
-        "tuning": table["tuning"],
         "precision": table["precision"] if table["precision"].nunique() > 1 else None,
         "id": table["id"] if not by and _is_told(table) else None,
     }

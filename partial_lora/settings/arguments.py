@@ -19,7 +19,7 @@ from partial_lora.files import flatten, mapped, read_yaml
 from partial_lora.models.config import FROM_FILES
 from partial_lora.settings.keys import no_such_option
 from partial_lora.settings.schema import GROUPS, SECTIONS, conf_dir, list_keys
-from partial_lora.settings.versions import upgraded_settings
+from partial_lora.settings.versions import of_yaml
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -191,7 +191,7 @@ def _with_file(arguments: Sequence[str], models: Collection[str]) -> list[str]:
 
     settings = settings_of(files[0])
     if is_record(settings):
-        primary = _primary_of_record(upgraded_settings(settings), others)
+        primary = _primary_of_record(of_yaml(settings, files[0]), others)
     else:
         primary = _primary(files[0], settings, models)
     ConfigStore.instance().store(name=OWN, node=primary)

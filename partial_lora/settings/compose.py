@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from partial_lora.errors import TYPES, PartialLoraError, require
+from partial_lora.methods import FORMER
 from partial_lora.settings.arguments import (
     CHOICES,
     CONFIG_NAME,
@@ -415,6 +416,8 @@ def _misread(argument: str) -> str | None:
 def _no_such_file(choice: str, expected: Sequence[str]) -> str:
     """Return one line on a choice, GROUP/NAME, that is none of the expected ones."""
     group, _, name = choice.partition("/") if choice.startswith("model/") else choice.rpartition("/")
+    if group == "method" and name in FORMER:
+        return f"method={name}: expected {FORMER[name]}"
     expected = [*expected, *["a folder with a config.json", "OWNER/NAME of the hub"] * (group == "model")]
     extra = "ray" if name == "ray" else "sweeps"
     brought = f"; partial-lora's extra `{extra}` brings it" if name in CHOICES.get(group, ()) else ""

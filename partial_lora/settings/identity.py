@@ -11,11 +11,11 @@ from typing import Any
 from partial_lora import methods
 from partial_lora.files import flatten, sha256_once, walk
 from partial_lora.settings.schema import Config, defaults
-from partial_lora.settings.versions import OF_TUNING, plain, wherever
+from partial_lora.settings.versions import plain, wherever
 from partial_lora.training.config import AUTO
 
 # What a run computes does not depend on these: where its files are and go (rows enter as task.data_files), the names of
-# its settings, what memory it may use, how its learning rate was found, and the device, launch, worker and tracker
+# its settings, what memory it may use, and the device, launch, worker and tracker
 # keys.
 NOT_SETTINGS = {
     "seed",
@@ -29,7 +29,6 @@ NOT_SETTINGS = {
     "task.classes",
     "task.cache_bytes",
     "calibration.memory",
-    *(f"trainer.{name}" for name in OF_TUNING),
     "trainer.device",
     "trainer.start",
     "trainer.until",
@@ -117,16 +116,15 @@ def computed(settings: Mapping, contents: Mapping[str, str], *, unused: bool = F
 def _uses(method: Mapping, key: str) -> bool:
     """Return whether a setting changes what a method does.
 
-    mask.seed draws VeRA's matrices and what other tuners of PEFT draw; calibration.budget sets the size of tuners. A
+    Where no sparsities say what is kept, a budget may set the size, and mask.seed draws ranks and what is frozen. A
     method that only spends a budget draws no examples and searches nothing, unless it ranks rows and columns.
     """
-    traits, is_tuner = methods.called(method["name"]), method.get("peft_type") is not None
+    traits = methods.called(method["name"])
     if traits.size == "budget" and not traits.ranked and key.startswith("calibration."):
         return key in ("calibration.budget", "calibration.kept")
-    if traits.is_sparse:
+    if traits.is_sparse or (traits.size == "rank" and key in ("mask.seed", "calibration.budget")):
         return True
-    used = {"mask.seed": is_tuner or traits.draws, "calibration.budget": is_tuner}
-    return used.get(key, not key.startswith(("calibration.", "importance.", "mask.")))
+    return not key.startswith(("calibration.", "importance.", "mask."))
 
 
 def digests(settings: Mapping) -> dict[str, str]:

@@ -131,15 +131,15 @@ _FIELDS = {key: {field.name for field in dataclasses.fields(kind)} for key, kind
 def _with_budget(config: Config) -> CalibrationConfig:
     """Return the settings of calibration, with PAPER_BUDGET for a budget of null where a size is to be met without one.
 
-    A method that only spends a budget ignores `calibration.sparsity`, which becomes null. One with a size of its own
-    spends none.
+    A method that only spends a budget ignores `calibration.sparsity`, which becomes null. Ranks are met by method.rank.
     """
-    calibration = config.calibration
-    if config.method.traits.size == "budget":
+    calibration, traits = config.calibration, config.method.traits
+    if traits.size == "budget":
         calibration = replace(calibration, sparsity=None)
-    elif calibration.sparsity != UNIFORM or config.method.has_own_size:
+    elif calibration.sparsity != UNIFORM:
         return calibration
-    return calibration if calibration.budget else replace(calibration, budget=PAPER_BUDGET)
+    sized = calibration.budget or traits.own_ranks or not traits.is_sparse
+    return calibration if sized else replace(calibration, budget=PAPER_BUDGET)
 
 
 def _check_surroundings(config: Config) -> None:

@@ -1,14 +1,12 @@
 """The settings of a run: every key, its type, its default and its range.
 
 The dataclasses are the schema that Hydra composes into: a key that is not here, a value of another type and a value out
-of range are refused by name before anything expensive starts. A default may change: `versions.CHANGES` says what
-older settings mean.
+of range are refused by name before anything expensive starts. A default may change, since stored settings are whole.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -66,9 +64,10 @@ class Config:
         for key in unused:
             if (value := getattr(calibration, key)) not in (getattr(CalibrationConfig, key), UNIFORM):
                 sentences.append(f"calibration.{key}={value} has no effect {beside}")
-        if budget is not None and method.has_own_size:
-            at_budget = shlex.join(method.traits.at_budget)
-            advice = f"; {at_budget} has that size" if at_budget else ""
+        if method.traits.size == "rank" and budget is None and calibration.sparsity == UNIFORM:
+            sentences.append(f"calibration.sparsity=uniform has no effect on method={method.name}, a budget has")
+        if budget is not None and method.traits.size == "own":
+            advice = "; method=lora has that size" * method.traits.dense
             sentences.append(f"calibration.budget={budget:g} has no effect on method={method.name}{advice}")
         return sentences
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partial_lora.budget import Shapes, even_sparsity, masked_units, parameter_count
-from partial_lora.calibration.config import UNIFORM, CalibrationConfig
+from partial_lora.calibration.config import UNIFORM
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import Sparsity, assign_sparsity, read_sparsity
 from partial_lora.settings.schema import Config
@@ -23,16 +23,16 @@ def is_calibrated(config: Config) -> bool:
 def fixed_sparsity(config: Config, shapes: Shapes) -> Sparsity | None:
     """Return the sparsities that are known without a calibration; None where one finds them, or there are none.
 
-    A method that spends a budget by a rule of its own gets one share everywhere that costs as much. Raises
-    PartialLoraError for `calibration.sparsity` of other modules than are adapted.
+    A method that spends a budget by a rule of its own gets one share everywhere that costs as much, 0 where it has no
+    budget. Raises PartialLoraError for `calibration.sparsity` of other modules than are adapted.
     """
     calibration = config.calibration
     if is_calibrated(config) or not config.method.traits.is_sparse:
         return None
-    if calibration.sparsity in (None, UNIFORM):
+    if calibration.sparsity in (None, UNIFORM) and calibration.budget is not None:
         return spent_evenly(config, shapes, calibration.budget)
     try:
-        return assign_sparsity(read_sparsity(calibration.sparsity), list(shapes))
+        return assign_sparsity(read_sparsity(calibration.sparsity or 0.0), list(shapes))
     except PartialLoraError as error:
         raise PartialLoraError(f"calibration.{error}") from error
 
@@ -43,15 +43,17 @@ def spent_evenly(config: Config, shapes: Shapes, budget: float) -> Sparsity:
     return even_sparsity(*masked_units(*masks), parameter_count(budget, *masks))
 
 
-def tuner_size(config: Config, shapes: Shapes) -> int | None:
-    """Return the parameters that a tuner of PEFT is to train; None where its own options decide that."""
+def size_of(config: Config, shapes: Shapes) -> int | None:
+    """Return the parameters that LoRA or a tuner of PEFT is to train; None where its rank or options decide that."""
     budget = config.calibration.budget
-    if config.method.peft_type is None or budget is None:
+    if config.method.traits.size != "rank" or budget is None:
         return None
     return parameter_count(budget, shapes, config.method.nominal_rank, "element")
 
 
-def fixed_point(calibration: CalibrationConfig) -> dict[str, object]:
-    """Return what decides the size of a run that is not calibrated."""
+def fixed_point(config: Config) -> dict[str, object]:
+    """Return what decides the size of a run that is not calibrated; nothing where that is its rank or options."""
+    calibration, traits = config.calibration, config.method.traits
     key = "sparsity" if calibration.budget is None else "budget"
-    return {key: getattr(calibration, key)}
+    known = traits.is_sparse or (traits.size == "rank" and key == "budget")
+    return {key: getattr(calibration, key)} if known and getattr(calibration, key) is not None else {}

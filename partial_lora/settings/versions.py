@@ -1,99 +1,37 @@
-"""Settings of every version, as plain data in config.yaml and result.json: older ones keep their meaning."""
+"""Settings as plain data: those of config.yaml, and `config` in result.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Optional
+from typing import Any
+
+import yaml
 
 from partial_lora.credentials import redacted
-from partial_lora.files import mapped
+from partial_lora.errors import PartialLoraError
+from partial_lora.files import FORMAT, mapped, other_format
 from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.tasks.config import TaskConfig
-
-# --- Settings that are older than this version.
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change of a key, and the meaning of settings that are older.
-
-    Attributes:
-        version: the first one with the key as it is now.
-        key: its full name.
-        before: the value of settings that lack the key.
-        name: what the key was called before.
-    """
-
-    version: str
-    key: str
-    before: Any = None
-    name: Optional[str] = None
-
-
-# Settings are stored whole. So a change of a default needs an entry only for settings that are older than its key.
-CHANGES = (
-    Change("0.3.0", "mask.fan_in", before="dense"),
-    Change("0.3.0", "mask.row_exponent", before=0.0),
-    Change("0.4.0", "trainer.select_within", before=0.0),
-    Change("0.4.0", "trainer.warmup_ratio", before=0.1, name="trainer.warmup"),
-    Change("0.4.0", "trainer.optimizer", before=None),
-    Change("0.4.0", "trainer.patience", before=None),
-    Change("0.4.0", "trainer.args", before=None),
-    Change("0.5.0", "mask.rows", before="masked"),
-    Change("0.5.0", "calibration.kept", before=None),
-)
-
-
-# Of the trainer, in earlier records: a file of learning rates that a run took its own from, and notes on that. The rate
-# that it took is in learning_rate.
-OF_TUNING = ("tuned", "tuned_on", "tuned_elsewhere")
-
-
-def upgraded(record: Mapping) -> dict:
-    """Return a record, or anything with the settings of a run as its `config`, with the settings in today's terms."""
-    settings = record.get("config")
-    return {**record, "config": upgraded_settings(settings)} if isinstance(settings, Mapping) else dict(record)
-
-
-def upgraded_settings(settings: Mapping) -> dict:
-    """Return stored settings of a run, nested, in today's terms (CHANGES); groups that they lack stay missing."""
-    current = dict(settings)
-    for change in CHANGES:
-        group, _, name = change.key.rpartition(".")
-        section = current.get(group)
-        if isinstance(section, Mapping) and name not in section:
-            former = change.name and change.name.rpartition(".")[2]
-            kept = {key: value for key, value in section.items() if key != former}
-            kept[name] = section.get(former, change.before) if former else change.before
-            current |= {group: kept}
-    trainer = current.get("trainer")
-    if isinstance(trainer, Mapping):
-        current["trainer"] = {key: value for key, value in trainer.items() if key not in OF_TUNING}
-    method = current.get("method")
-    if isinstance(method, Mapping) and "ranks" in method:  # which said whether the rank had been auto
-        kept = {key: value for key, value in method.items() if key != "ranks"}
-        current["method"] = kept | ({"rank": "auto"} if method["ranks"] == "auto" else {})
-    if isinstance(method, Mapping) and method.get("name") == "lorafa" and "rows" not in _group(settings, "mask"):
-        # Before 0.5.0: dense LoRA with A frozen, trained on the gradient that LoRA-FA projects.
-        current["method"] = {**current["method"], "name": "lorafa_projected", "peft_type": "LORA"}
-    return current
-
-
-def _group(settings: Mapping, name: str) -> Mapping:
-    group = settings.get(name)
-    return group if isinstance(group, Mapping) else {}
-
-
-# --- Settings as plain data: config.yaml, and `config` in result.json.
 
 
 def plain(config: Config | TaskConfig) -> dict[str, Any]:
     """Return settings as nested mappings."""
     return dataclasses.asdict(config)
+
+
+def as_yaml(settings: Mapping) -> str:
+    """Return settings as config.yaml has them, with the number of the format."""
+    return yaml.safe_dump({"format": FORMAT, **settings}, sort_keys=False)
+
+
+def of_yaml(content: Mapping, file: Path | str) -> dict[str, Any]:
+    """Return the settings in what a config.yaml holds; raises PartialLoraError that names it, for another format."""
+    if fault := other_format(content.get("format")):
+        raise PartialLoraError(f"{file}: {fault}")
+    return {key: value for key, value in content.items() if key != "format"}
 
 
 _ROWS = re.compile(r"task\.(members\..+\.)?data_files(\..+)?")
@@ -150,8 +88,7 @@ def _is_place(key: str, value: object) -> bool:
 
 
 def load(settings: Mapping) -> Config:
-    """Return the Config of nested mappings, as in config.yaml or a record of any version (`CHANGES`)."""
-    settings = upgraded_settings(settings)
+    """Return the Config of nested mappings, as in config.yaml or a record."""
 
     def instance(kind: type, values: Mapping) -> Any:
         return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})

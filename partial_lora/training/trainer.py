@@ -157,7 +157,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         """
         if self.optimizer is None:
             super().create_optimizer(model)
-            if len(self._rates) > 1:  # with one rate the groups stay as older checkpoints have them
+            if len(self._rates) > 1:
                 self.optimizer.param_groups[:] = self._parted(self.model if model is None else model)
         return self.optimizer
 

@@ -71,12 +71,13 @@ def test_a_full_name_comes_before_a_pattern_and_the_first_pattern_before_the_nex
 def test_a_calibration_file(tmp_path, as_path):
     path = tmp_path / "calibration.json"
     axes = {"rows": {"sparsity": 0.25, "curve": [[0.05, 1.0]]}, "columns": {"sparsity": 0.75, "curve": []}}
-    path.write_text(json.dumps({"version": 1, "modules": {"timm_model.blocks.0.attn.qkv": axes}}))
+    path.write_text(json.dumps({"format": 1, "modules": {"timm_model.blocks.0.attn.qkv": axes}}))
     assert sparsity_of(as_path(path), ["blocks.0.attn.qkv"]) == {"0.attn.qkv": both(0.25, 0.75)}
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", "{}", '{"modules": {"a": {"rows": {"sparsity": 0.1}}}}', '{"modules": []}']
+    "content",
+    [None, "{", "[]", "{}", '{"format": 1, "modules": {"a": {"rows": {"sparsity": 0.1}}}}', '{"modules": []}'],
 )
 def test_a_missing_or_broken_calibration_file_is_named(tmp_path, content):
     path = tmp_path / "calibration.json"

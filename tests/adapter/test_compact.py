@@ -424,7 +424,8 @@ def rewritten(path, alter_header=lambda header: None, alter_tensors=lambda tenso
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda h: h.update(KEY="partial_lora.1"), "'1'"),
+        (lambda h: h.update(KEY="partial_lora/2"), "format 2"),
+        (lambda h: h.update(KEY="partial_lora.1"), "version 0.20"),
         (lambda h: h["modules"][FC1].__setitem__(4, "0" * 16), f"{FC1} .*digest"),
         (lambda h: h["config"].update(mask_seed=1), "digest"),
         (lambda h: h["modules"].pop(FC1), FC1),

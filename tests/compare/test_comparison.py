@@ -37,27 +37,32 @@ GIVEN = ("model=tiny_vit", "task=digits", "method.rank=32")
 @pytest.fixture
 def entry(tmp_path) -> Candidate:
     """A method at one size."""
-    (found,) = candidates.candidates_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (found,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     return found
 
 
 def test_every_method_is_at_every_budget_and_those_of_their_own_size_once(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    entries = candidates.candidates_of(["lora", "low_rank", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
+    entries = candidates.candidates_of(["dense", "lora", "dora", "lokr", "hira"], [0.13, 0.3], overrides)
     assert [entry.name for entry in entries] == [
-        "lora, own size",
-        *(f"{name}, {budget}" for name in ("low_rank", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
+        "dense, own size",
+        *(f"{name}, {budget}" for name in ("lora", "dora", "lokr", "hira") for budget in ("0.13", "0.3")),
     ]
     by_name = {entry.name: entry for entry in entries}
     assert "not applicable" in by_name["lokr, 0.3"].unfit  # on a model as small as this
-    dense = by_name["lora, own size"].parameters
+    dense = by_name["dense, own size"].parameters
     assert by_name["dora, 0.3"].parameters == pytest.approx(0.3 * dense, rel=0.05)  # and not of rank 32
-    centres = {name: by_name[f"{name}, 0.3"].centre for name in ("low_rank", "dora", "hira")}
-    assert centres == {"low_rank": 2e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
+    centres = {name: by_name[f"{name}, 0.3"].centre for name in ("lora", "dora", "hira")}
+    assert centres == {"lora": 4e-3, "dora": 2e-3, "hira": 32e-3}  # on the ladder of all
     (written_out,) = candidates.candidates_of(["hira"], [0.3], (*overrides, "trainer.learning_rate=auto"))
     assert written_out.centre == centres["hira"]
-    (counted,) = candidates.candidates_of(["low_rank", "low_rank"], [1234567, 1234567], overrides)
+    (counted,) = candidates.candidates_of(["lora", "lora"], [1234567, 1234567], overrides)
     assert "calibration.budget=1234567" in counted.overrides  # to the last parameter
+    asked, _ = options.read(["methods=[lora]", "budgets=null"])
+    (as_in_peft,) = candidates.candidates_of(asked.methods, asked.budgets, (*overrides, "calibration=fixed"))
+    assert (as_in_peft.size, as_in_peft.parameters) == ("own size", dense)
+    with refusal("method=low_rank: expected lora"):
+        candidates.candidates_of(["low_rank"], [0.3], overrides)
 
 
 @pytest.mark.parametrize(("named", "metrics"), [([], ["perplexity"]), (["task.metrics=[rouge_l]"], ["rouge_l"])])
@@ -65,12 +70,12 @@ def test_responses_count_by_perplexity_unless_a_metric_is_named(named: list[str]
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "one", "response": "two"}\n' * 20, encoding="utf-8")
     given = ("task=text_generation", f"task.data_files={file}", "model=tiny_llama", f"results_dir={tmp_path}", *named)
-    (entry,) = candidates.candidates_of(["low_rank"], [0.13], given)
+    (entry,) = candidates.candidates_of(["lora"], [0.13], given)
     assert entry.usual.task.metrics == metrics
 
 
 def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> None:
-    chosen = ["methods=[low_rank]", str(tmp_path / "own.yaml")]
+    chosen = ["methods=[lora]", str(tmp_path / "own.yaml")]
     (tmp_path / "own.yaml").write_text("task: digits\nresults_dir: here\n", encoding="utf-8")
     assert not [each for each in options.read(chosen)[1] if each.startswith("results_dir=")]
     record = "".join(f"{group}: {{}}\n" for group in schema.SECTIONS) + "results_dir: there\n"
@@ -80,20 +85,20 @@ def test_a_folder_for_results_may_be_named_in_a_file_of_settings(tmp_path) -> No
 
 
 @pytest.mark.parametrize(
-    "given", ["seed: 4", "method: lora", "method: {name: lora}", "calibration.budget: 0.02", "margin: 2"]
+    "given", ["seed: 4", "method: dense", "method: {name: dense}", "calibration.budget: 0.02", "margin: 2"]
 )
 def test_a_file_may_not_set_what_a_comparison_replaces_or_is_told_by_itself(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"task: digits\n{given}\n", encoding="utf-8")
     with refusal(str(tmp_path / "own.yaml"), given.partition(":")[0]):
-        options.read(["methods=[low_rank]", str(tmp_path / "own.yaml")])
+        options.read(["methods=[lora]", str(tmp_path / "own.yaml")])
 
 
 def test_a_limit_may_have_its_unit_and_a_file_says_how_workers_start(tmp_path) -> None:
-    asked, others = options.read(["methods=[low_rank]", "limit.seconds=0.2 s"])
+    asked, others = options.read(["methods=[lora]", "limit.seconds=0.2 s"])
     assert asked.limit == {"seconds": 0.2}
     assert "trainer.start=fork" in others
     (tmp_path / "own.yaml").write_text("trainer: {start: fresh}\n", encoding="utf-8")
-    assert "trainer.start=fork" not in options.read(["methods=[low_rank]", str(tmp_path / "own.yaml")])[1]
+    assert "trainer.start=fork" not in options.read(["methods=[lora]", str(tmp_path / "own.yaml")])[1]
 
 
 def leave_records(configs: Iterable[Config], best: float = 1e-3, failing: str = "", **changes: object) -> int:
@@ -150,7 +155,7 @@ def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> No
     """With records in place of runs: nothing twice."""
 
     def compared(make, *more: str) -> tuple[int, Progress]:
-        own = candidates.candidates_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}", *more))
+        own = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}", *more))
         code, (one,) = comparing(own, make, search="full", seeds=2)
         return code, one
 
@@ -171,7 +176,7 @@ def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> No
 @pytest.mark.usefixtures("composed_once")
 def test_a_rate_whose_run_was_killed_is_tried_again_and_one_that_failed_by_itself_is_not(tmp_path) -> None:
     made: list = []
-    (candidate,) = candidates.candidates_of(["low_rank"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    (candidate,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     lowest, low, centre = (candidate.centre / factor for factor in (4, 2, 1))
     ended = {centre: {"status": "failed", "killed": True}, lowest: {"status": "failed", "error": "not finite"}}
 
@@ -196,7 +201,7 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
     tmp_path, hours, last
 ) -> None:
     """But the first two always are begun."""
-    own = candidates.candidates_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    own = candidates.candidates_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     made: list = []
     looks = iter([lambda group: dict.fromkeys(group, 2), lambda group: {group[0]: 3}, decided])
     code, progress = comparing(own, leaving(made, best=2e-3), seeds_of=lambda group: next(looks)(group), hours=hours)
@@ -209,13 +214,13 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
 
 @pytest.mark.parametrize(("hours", "first"), [(None, 8), (1e-9, 2)])
 def test_where_time_may_be_over_two_seeds_are_asked_for_before_all(hours, first) -> None:
-    group = [Progress(Candidate(method, "0.3", ()), best=1e-3) for method in ("low_rank", "uniform")]
-    own = Options(methods=["low_rank", "uniform"], seeds=8, hours=hours)
+    group = [Progress(Candidate(method, "0.3", ()), best=1e-3) for method in ("lora", "uniform")]
+    own = Options(methods=["lora", "uniform"], seeds=8, hours=hours)
     assert Comparison(own, group, []).next_look(group) == (dict.fromkeys(group, first), [])
 
 
 def test_an_interrupted_comparison_makes_no_further_runs(tmp_path) -> None:
-    own = candidates.candidates_of(["low_rank", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
+    own = candidates.candidates_of(["lora", "uniform"], [0.3], (*GIVEN, f"results_dir={tmp_path}"))
     launched: list = []
     assert comparing(own, lambda runs: launched.append(runs) or 130)[0] == 130
     assert len(launched) == 1
@@ -262,35 +267,35 @@ def test_runs_side_by_side_have_different_slots_and_each_is_told_by_its_place(tm
 def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text(f"model: tiny_vit\n{given}\n", encoding="utf-8")
     own = (str(tmp_path / "own.yaml"), f"results_dir={tmp_path}")
-    assert [each.centre for each in candidates.candidates_of(["lora", "low_rank"], [0.13], own)] == [3e-5, 6e-5]
+    assert [each.centre for each in candidates.candidates_of(["dense", "lora"], [0.13], own)] == [3e-5, 6e-5]
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
         ([], "methods"),
-        (["method=lora"], "method=lora"),
+        (["method=dense"], "method=dense"),
         (["methods=[]"], "methods"),
         (["methods=null"], "methods=null"),
-        (["methods=[null,low_rank]"], "methods=[null,low_rank]"),
+        (["methods=[null,lora]"], "methods=[null,lora]"),
         (["methods=[partial"], "methods"),
-        (["methods=[low_rank]", "budgets=[some]"], "budgets"),
-        (["methods=[low_rank]", "budgets=[inf]"], "budgets"),
-        (["methods=[low_rank]", "seeds=0"], "seeds"),
-        (["methods=[low_rank]", "rates=1"], "rates"),
-        (["methods=[low_rank]", "margin=0"], "margin"),
-        (["methods=[low_rank]", "hours=-1"], "hours"),
-        (["methods=[low_rank]", "jobs=0"], "jobs"),
-        (["methods=[low_rank]", "search=fast"], "search"),
-        (["methods=[low_rank]", "limit.seconds=2KB"], "limit.seconds"),
-        (["methods=[low_rank]", "limit.kept=1MB", "limit.seconds=1"], "limit"),
-        (["methods=[low_rank]", "limit.rows=1"], "limit"),
-        (["methods=[low_rank]", "reference=lora"], "reference"),
+        (["methods=[lora]", "budgets=[some]"], "budgets"),
+        (["methods=[lora]", "budgets=[inf]"], "budgets"),
+        (["methods=[lora]", "seeds=0"], "seeds"),
+        (["methods=[lora]", "rates=1"], "rates"),
+        (["methods=[lora]", "margin=0"], "margin"),
+        (["methods=[lora]", "hours=-1"], "hours"),
+        (["methods=[lora]", "jobs=0"], "jobs"),
+        (["methods=[lora]", "search=fast"], "search"),
+        (["methods=[lora]", "limit.seconds=2KB"], "limit.seconds"),
+        (["methods=[lora]", "limit.kept=1MB", "limit.seconds=1"], "limit"),
+        (["methods=[lora]", "limit.rows=1"], "limit"),
+        (["methods=[lora]", "reference=dense"], "reference"),
         (["methods=[nothing]"], "method"),
-        (["methods=[low_rank]", "trainer.nothing=1"], "trainer.nothing"),
-        (["methods=[low_rank]", "seed=5"], "seed"),
-        (["methods=[low_rank]", "+method=dora"], "method"),
-        (["methods=[low_rank]", "calibration.budget=0.02"], "calibration.budget"),
+        (["methods=[lora]", "trainer.nothing=1"], "trainer.nothing"),
+        (["methods=[lora]", "seed=5"], "seed"),
+        (["methods=[lora]", "+method=dora"], "method"),
+        (["methods=[lora]", "calibration.budget=0.02"], "calibration.budget"),
         (["methods=[shira]", "model=tiny_vit,tiny_clip"], "model"),
     ],
 )
@@ -305,10 +310,10 @@ def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key
 
 def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
-    (one,) = candidates.candidates_of(["low_rank"], [0.3], overrides)
-    (twin,) = candidates.candidates_of(["low_rank"], [0.3], (*overrides, "method.alpha=4"))
-    (elsewhere,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
-    with refusal("methods: low_rank, 0.3"):
+    (one,) = candidates.candidates_of(["lora"], [0.3], overrides)
+    (twin,) = candidates.candidates_of(["lora"], [0.3], (*overrides, "method.alpha=4"))
+    (elsewhere,) = candidates.candidates_of(["dense"], [0.3], (*GIVEN, f"results_dir={tmp_path}/other"))
+    with refusal("methods: lora, 0.3"):
         candidates.refuse_twins([one, twin])
     with refusal("results_dir", tmp_path / "other"):
         candidates.refuse_twins([one, elsewhere])
@@ -317,28 +322,28 @@ def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
 
 def test_a_recorded_rate_of_many_digits_is_the_rate_of_its_seeds() -> None:
     rate = 0.0012345678
-    entry = Candidate("lora", "own size", ("model=tiny_vit", "task=digits", "method=lora"))
+    entry = Candidate("dense", "own size", ("model=tiny_vit", "task=digits", "method=dense"))
     (config,) = entry.configs([halving.Trial(rate, 1)]).values()
     assert config.trainer.learning_rate == rate
 
 
 def test_a_results_directory_is_taken_however_it_is_set_and_a_limit_has_no_budgets_beside_it() -> None:
     for given in ("results_dir=there", "+results_dir=there", "++results_dir=there"):
-        _, others = options.read(["methods=[lora]", given])
+        _, others = options.read(["methods=[dense]", given])
         assert [each for each in others if "results_dir" in each] == [given]
     with refusal("budgets="):
-        options.read(["methods=[lora]", "budgets=[0.02]", "limit.served=40MB"])
+        options.read(["methods=[dense]", "budgets=[0.02]", "limit.served=40MB"])
 
 
 def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
-    one = Progress(Candidate("lora", "own size", ()), best=1e-3)
+    one = Progress(Candidate("dense", "own size", ()), best=1e-3)
     one.records = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
-    assert Comparison(Options(methods=["lora"], seeds=3), [one], []).next_look([one]) == ({one: 3}, [])
+    assert Comparison(Options(methods=["dense"], seeds=3), [one], []).next_look([one]) == ({one: 3}, [])
 
 
 def test_rows_that_cannot_be_read_are_refused_once_and_before_any_run(tmp_path) -> None:
     (tmp_path / "one.csv").write_text("text,label\n" + "a film,good\n" * 20)
-    chosen = ("compare", "model=tiny_bert", "task=text_table", "methods=[low_rank,lora,dora]")
+    chosen = ("compare", "model=tiny_bert", "task=text_table", "methods=[lora,dense,dora]")
     for given, names in (((), "task.data_files"), (("task.data_files=one.csv",), "good")):
         done = here(tmp_path, *chosen, *given)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("partial-lora: ")]
@@ -356,13 +361,13 @@ def composed_once(monkeypatch) -> None:
 def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_one_that_has_none(tmp_path) -> None:
     """By the file that is served, which for masks of single entries is the dense adapter's."""
     own = (*GIVEN, f"results_dir={tmp_path}")
-    found = candidates.candidates_of(["low_rank", "entries"], [0.5, 0.25], own)
+    found = candidates.candidates_of(["lora", "entries"], [0.5, 0.25], own)
     dense = max(entry.served for entry in found)
     kept = candidates.fitting(found, {"served": 0.4 * dense})
-    assert [(entry.method, entry.size) for entry in kept if entry.unfit is None] == [("low_rank", "0.25")]
+    assert [(entry.method, entry.size) for entry in kept if entry.unfit is None] == [("lora", "0.25")]
     assert "limit.served" in kept[-1].unfit
     assert len({entry.group for entry in kept}) == 1
-    own = candidates.candidates_of(["low_rank"], [0.5, 0.25], own)
+    own = candidates.candidates_of(["lora"], [0.5, 0.25], own)
     sizes = [candidates.cost_of(entry, "kept") for entry in own]  # counted, not measured
     assert sizes[0] > sizes[1]
     (within,) = candidates.fitting(own, {"kept": sizes[1]})
@@ -372,7 +377,7 @@ def test_a_limit_gives_every_method_its_largest_size_and_names_the_nearest_of_on
 def test_methods_under_a_limit_are_compared_within_one_task_and_model(tmp_path) -> None:
     overrides = (*GIVEN, f"results_dir={tmp_path}")
     of_tasks = [
-        candidates.candidates_of(["low_rank"], [0.25], (*overrides, f"task.name={name}")) for name in ("one", "two")
+        candidates.candidates_of(["lora"], [0.25], (*overrides, f"task.name={name}")) for name in ("one", "two")
     ]
     kept = [entry for entries in of_tasks for entry in candidates.fitting(entries, {"served": 1e9})]
     candidates.refuse_twins(kept)
@@ -392,9 +397,7 @@ def test_runs_go_side_by_side_where_cores_and_memory_allow_and_one_by_one_on_an_
     monkeypatch.setattr(candidates, "has_accelerator", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert candidates.jobs_at_once([entry]) == 1
-    (entry,) = candidates.candidates_of(
-        ["low_rank"], [0.3], (*GIVEN, "trainer.num_processes=1", f"results_dir={tmp_path}")
-    )
+    (entry,) = candidates.candidates_of(["lora"], [0.3], (*GIVEN, "trainer.num_processes=1", f"results_dir={tmp_path}"))
     assert candidates.jobs_at_once([entry]) == 3
 
 
@@ -421,24 +424,24 @@ def test_a_request_to_stop_while_runs_are_timed_ends_the_comparison(tmp_path, mo
 
 def test_methods_that_servers_do_not_load_are_left_out_by_name(tmp_path) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    found, lines = candidates.prepared(Options(["oft", "dora", "low_rank"], serve=True), own)
-    assert [entry.method for entry in found] == ["low_rank"]
+    found, lines = candidates.prepared(Options(["oft", "dora", "lora"], serve=True), own)
+    assert [entry.method for entry in found] == ["lora"]
     assert [line.partition(":")[0] for line in lines] == ["oft", "dora"]
     assert candidates.prepared(Options(["oft"], serve=True), own)[0] == []
 
 
 def test_auto_takes_all_candidates_that_have_the_size_and_names_the_others(tmp_path, monkeypatch) -> None:
     own = (*GIVEN, f"results_dir={tmp_path}")
-    monkeypatch.setattr(candidates, "CANDIDATES", ("entries", "partial", "low_rank"))
+    monkeypatch.setattr(candidates, "CANDIDATES", ("entries", "partial", "lora"))
     every, lines = candidates.prepared(Options(["auto"]), own)
-    assert ([entry.method for entry in every], lines) == (["entries", "partial", "low_rank"], [])
+    assert ([entry.method for entry in every], lines) == (["entries", "partial", "lora"], [])
     few = {"served": 1.1 * min(entry.served for entry in every)}  # no single entries, whose file is the dense adapter's
     found, lines = candidates.prepared(Options(["auto"], limit=few), own)
-    assert [entry.method for entry in found] == ["low_rank"]
+    assert [entry.method for entry in found] == ["lora"]
     assert [line.partition(",")[0] for line in lines] == ["entries", "partial"]
 
 
-LOSSES = {"low_rank": 0.1, "partial": 0.2, "entries": 0.3, "uniform": 0.31, "random_weights": 0.9}  # after half a run
+LOSSES = {"lora": 0.1, "partial": 0.2, "entries": 0.3, "uniform": 0.31, "random_weights": 0.9}  # after half a run
 
 
 @pytest.mark.usefixtures("composed_once")
@@ -477,7 +480,7 @@ def test_a_race_lets_three_go_on_and_those_whose_rows_do_not_tell_them_from_the_
         rows.unlink()
     _, again = comparing(own, make, margin=1)
     assert (len(made), [one.dropped for one in again]) == (before, [one.dropped for one in progress])
-    named = [line for line in Comparison(Options(["low_rank"]), progress, []).remarks if "place 5 of 5" in line]
+    named = [line for line in Comparison(Options(["lora"]), progress, []).remarks if "place 5 of 5" in line]
     assert [line.partition(",")[0] for line in named] == ["random_weights"]
 
 
@@ -492,14 +495,14 @@ def test_what_has_run_is_ranked_and_a_masked_method_is_a_reference_whatever_its_
 
     monkeypatch.setattr(pool, "side_by_side", make)
     monkeypatch.setattr(comparison, "timed", lambda candidate: candidate)
-    methods = ("methods=[partial,low_rank,unilora]", "reference=partial", "calibration=fixed")
+    methods = ("methods=[partial,lora,unilora]", "reference=partial", "calibration=fixed")
     short = ("budgets=0.3", "seeds=2", "results_dir=out")
     done = here(tmp_path, "compare", *GIVEN, *methods, *short)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     table = (tmp_path / "out" / "compare.md").read_text()
     assert "− partial row_exponent=0" in table
-    assert re.search(r"\| low_rank +\| +0\.001 \| 90\.00", table)
+    assert re.search(r"\| lora +\| +0\.001 \| 90\.00", table)
     assert "unilora, 0.3: the loss is not finite" in done.stderr
     for name in ("config.yaml", "training_arguments.json", "method_comparison.json"):
         assert (tmp_path / "out" / "take" / name).is_file()
@@ -521,7 +524,7 @@ def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tm
 
     monkeypatch.setattr(pool, "side_by_side", make)
     monkeypatch.setattr(comparison, "timed", lambda candidate: candidate)
-    settings = (*GIVEN, "methods=[low_rank,uniform]", "budgets=0.3", "seeds=2", "jobs=1", f"results_dir={tmp_path}")
+    settings = (*GIVEN, "methods=[lora,uniform]", "budgets=0.3", "seeds=2", "jobs=1", f"results_dir={tmp_path}")
     parts = [options.read(settings)]
     whole = Comparison.of(parts[0][0], parts)
     said, events, notes = [], [], []
@@ -530,13 +533,13 @@ def test_a_comparison_made_from_python_prints_nothing_and_returns_its_verdict(tm
     conclusion = whole.conclude("a command")
     assert capsys.readouterr() == ("", "")
     assert [one.best for one in whole.progress] == [8e-3, 8e-3]
-    assert {"low_rank, 0.3: learning rate 0.008", "uniform, 0.3: learning rate 0.008"} <= {*said}
+    assert {"lora, 0.3: learning rate 0.008", "uniform, 0.3: learning rate 0.008"} <= {*said}
     shares = [event.get("share", event["done"] / event["total"]) for event in events]
     assert shares == sorted(shares)
     assert (max(shares[:-1]) < 1, shares[-1]) == (True, 1)  # whatever more there was to do
     assert all(note.startswith("uniform, 0.3, ") for note in notes)
     ((sentences, take),) = conclusion.verdicts
-    assert "low_rank" in " ".join(sentences)
+    assert "lora" in " ".join(sentences)
     assert (take / "config.yaml").is_file()
     assert certificate.found_wrong(take / "verdict.json") == []
     assert conclusion.page.is_file()

@@ -139,7 +139,7 @@ def test_the_files_of_a_run_are_found_from_any_directory(tmp_path: Path, monkeyp
     files = {"train": "rows.csv", "test": "gone.csv", "validation": "/dev/null"}
     task, model = TaskConfig(name="own", path="rows", data_files=files), ModelConfig(weights="base")
     config = Config(task=task, model=model, results_dir="out/results")
-    read = {"digests": {"model.weights": "of a folder"}}
+    read = {"digests": dict.fromkeys(["model.weights", *(f"task.data_files.{split}" for split in files)], "of it")}
     monkeypatch.chdir("/")
     found = _with_found_files(config, run, read)
     assert found.task.data_files == files | {"train": str(tmp_path / "rows.csv")}

@@ -50,7 +50,7 @@ def qwen_run() -> FinishedRun:
 
 @functools.cache
 def low_rank_run() -> FinishedRun:
-    return causal("low rank", "model=tiny_llama", "method=low_rank", "method.alpha=32")
+    return causal("low rank", "model=tiny_llama", "method=lora", "method.alpha=32")
 
 
 RUNS = {"llama": choice_run, "qwen": qwen_run, "low rank": low_rank_run}

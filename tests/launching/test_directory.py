@@ -30,13 +30,13 @@ def run(tmp_path: Path) -> Path:
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    files.write_json(tmp_path / "result.json", {"status": "finished"})
+    files.write_json(tmp_path / "result.json", {"format": 1, "status": "finished"})
     return tmp_path
 
 
 def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "low_rank-1f330000/seed0")
+    names = ("partial-1f0e0000/seed0", "partial-1f0e0000/seed1", "lora-1f330000/seed0")
     first, second, other = runs = [Path("results/runs/digits/vit", name) for name in names]
     for run in runs:
         run.mkdir(parents=True)
@@ -46,24 +46,24 @@ def test_a_run_is_found_by_its_path_its_id_and_as_the_latest(tmp_path: Path, mon
     for ambiguous in ("1f", "1f0e"):
         with refusal(f"{ambiguous}: ", first, second):
             results.find(ambiguous)
-    for name in ("low_rank", "seed0", "f" * 300):  # no id; whoever needs a run says so
+    for name in ("lora", "seed0", "f" * 300):  # no id; whoever needs a run says so
         assert results.find(name) == Path(name)
     Path("results").rename("other")
     assert [str(results.find(name)) for name in ("other/latest", "other/1f3")] == [
-        "other/runs/digits/vit/low_rank-1f330000/seed0",  # which it names, also after another run has ended
-        "other/runs/digits/vit/low_rank-1f330000/seed0",
+        "other/runs/digits/vit/lora-1f330000/seed0",  # which it names, also after another run has ended
+        "other/runs/digits/vit/lora-1f330000/seed0",
     ]
     assert results.find("latest") == Path("latest")
     Path("results/latest").mkdir(parents=True)  # copied, with what the link led to
     assert results.find("latest") == Path("results/latest")
-    results.link_latest("results", Path("results/runs/digits/vit/low_rank-1f330000/seed0"))
+    results.link_latest("results", Path("results/runs/digits/vit/lora-1f330000/seed0"))
     assert [each.name for each in Path("results").iterdir()] == ["latest"]
 
 
 def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
     assert results.is_finished(run)
     whole = (run / "result.json").read_text()
-    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"status": "running"})):
+    for broken in ("", whole[: len(whole) // 2], "[]", "{}", json.dumps({"format": 1, "status": "running"})):
         (run / "result.json").write_text(broken)
         assert not results.is_finished(run), broken
     (run / "result.json").write_text(whole)
@@ -72,10 +72,10 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
         assert not results.is_finished(run), name
         (run / "elsewhere").rename(run / name)
     (run / "adapter" / "README.md").write_text("a model card")
-    files.write_json(run / "result.json", {"status": "finished", "files": results.entries(run)})
+    files.write_json(run / "result.json", {"format": 1, "status": "finished", "files": results.entries(run)})
     (run / "adapter" / "README.md").write_text("a model card, and its licence")
     assert results.is_finished(run)  # what people write there is none of ours
-    files.write_json(run / "result.json", {"status": "finished", "calibration": {"threshold": 0.9}})
+    files.write_json(run / "result.json", {"format": 1, "status": "finished", "calibration": {"threshold": 0.9}})
     assert not results.is_finished(run)  # it promises a calibration.json
     (run / "calibration.json").write_text("{}")
     assert results.is_finished(run)
@@ -83,7 +83,12 @@ def test_only_a_whole_finished_run_counts_as_finished(run: Path) -> None:
 
 def test_a_record_and_its_predictions_stand_for_a_run_that_has_lost_its_weights(tmp_path: Path) -> None:
     (tmp_path / "predictions.parquet").write_text("rows")
-    record = {"status": "finished", "metrics": {"test": {}}, "files": {"predictions.parquet": 4, "config.yaml": 9}}
+    record = {
+        "format": 1,
+        "status": "finished",
+        "metrics": {"test": {}},
+        "files": {"predictions.parquet": 4, "config.yaml": 9},
+    }
     changes = ({}, {"status": "failed"}, {"metrics": {}}, {"files": {"predictions.parquet": 5}})
     recorded = []
     for change in changes:

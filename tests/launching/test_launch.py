@@ -26,7 +26,7 @@ from partial_lora.launching.cluster import Cluster, cluster_environment, command
 from partial_lora.launching.failures import Failure
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
-from partial_lora.settings.versions import plain
+from partial_lora.settings.versions import as_yaml, plain
 
 WORKER = Path(__file__).parents[1].joinpath("launched_worker.py")
 
@@ -53,7 +53,7 @@ def test_a_machine_that_is_stopped_before_the_first_begins_tells_nothing_of_an_e
     config, now = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}"), {}
     place = launch.directory_of(config, "train")
     place.mkdir(parents=True)
-    earlier = {"status": "failed", "error": "of the attempt before", "seed": 0, "config": {}}
+    earlier = {"format": 1, "status": "failed", "error": "of the attempt before", "seed": 0, "config": {}}
     files.write_json(place / directory.RESULT, earlier)
 
     def stopped(*_, **__):
@@ -70,10 +70,10 @@ def test_a_machine_that_is_stopped_before_the_first_begins_tells_nothing_of_an_e
 @pytest.mark.parametrize(
     ("record", "status"),
     [
-        ({"status": "finished"}, "finished"),  # in spite of the signal
-        ({"status": "failed", "error": "checkpoint-3 cannot be written"}, "failed"),
-        ({"status": "failed", "error": "interrupted"}, "interrupted"),
-        ({"status": "running"}, "interrupted"),
+        ({"format": 1, "status": "finished"}, "finished"),  # in spite of the signal
+        ({"format": 1, "status": "failed", "error": "checkpoint-3 cannot be written"}, "failed"),
+        ({"format": 1, "status": "failed", "error": "interrupted"}, "interrupted"),
+        ({"format": 1, "status": "running"}, "interrupted"),
     ],
 )
 def test_the_record_decides_how_a_run_ended_and_then_the_exit_code(tmp_path: Path, record: dict, status: str) -> None:
@@ -85,7 +85,7 @@ def test_the_record_decides_how_a_run_ended_and_then_the_exit_code(tmp_path: Pat
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_records_that_stand_for_their_runs_are_not_run_again(keep: bool, tmp_path: Path) -> None:
-    files.write_json(tmp_path / "result.json", {"status": "finished", "metrics": {"test": {}}})
+    files.write_json(tmp_path / "result.json", {"format": 1, "status": "finished", "metrics": {"test": {}}})
     (tmp_path / "predictions.parquet").write_text("")
     for stage in ("train", "calibrate"):
         assert launch.is_done(Config(keep_records=keep), stage, tmp_path) is (keep and stage == "train")
@@ -160,10 +160,10 @@ def test_the_first_to_fail_is_the_cause(words, exits, first, tmp_path: Path, mon
     ],
 )
 def test_the_record_of_a_run_has_its_first_failure(status, failure, recorded, tmp_path: Path) -> None:
-    (tmp_path / directory.CONFIG).write_text("seed: 3\n")
+    (tmp_path / directory.CONFIG).write_text("format: 1\nseed: 3\n")
     if status is not None:
         own = {"error": "its own account"} if status == "failed" else {}
-        files.write_json(tmp_path / directory.RESULT, {"status": status, "seed": 3, **own})
+        files.write_json(tmp_path / directory.RESULT, {"format": 1, "status": status, "seed": 3, **own})
     launch._record_failure(tmp_path, failure, Cluster(processes=2), -signal.SIGKILL)
     result = directory.read_result(tmp_path)
     assert (result["status"], result["seed"]) == ("finished" if status == "finished" else "failed", 3)
@@ -181,7 +181,7 @@ def test_a_run_that_is_refused_once_importance_is_measured_has_begun(
         raise PartialLoraError("method=ticket: not applicable")
 
     config = composed("model=tiny_vit", "task=digits", f"results_dir={tmp_path}")
-    (tmp_path / directory.CONFIG).write_text(yaml.safe_dump(plain(config)))
+    (tmp_path / directory.CONFIG).write_text(as_yaml(plain(config)))
     monkeypatch.setitem(sys.modules, "partial_lora.train", SimpleNamespace(run=refused))
     for module, name in ((signal, "signal"), (worker.gc, "freeze"), (imports, "hide_bitsandbytes")):
         monkeypatch.setattr(module, name, lambda *_: None)

@@ -244,7 +244,7 @@ def test_a_ledger_tells_jobs_to_stop_until_it_is_gone(tmp_path) -> None:
 
 
 def test_a_paused_job_has_an_entry_without_scores(tmp_path: Path) -> None:
-    record = {"schema_version": 1, "status": "paused", "metrics": {}, "calibration": None}
+    record = {"format": 1, "status": "paused", "metrics": {}, "calibration": None}
     (tmp_path / "result.json").write_text(json.dumps(record))
     job = Job("train", lambda *_, **__: launch.Outcome(tmp_path, "paused"), (), Ledger.new(tmp_path), ("", 0))
     assert job._end(0, composed(), {"directory": str(tmp_path), "is_new": True}, True) == {

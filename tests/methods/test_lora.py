@@ -30,7 +30,7 @@ def test_a_penalty_is_shared_by_the_parts_of_a_step_and_left_out_of_evaluation()
 
 
 def test_most_methods_add_nothing() -> None:
-    added = training_of("dora", adapted("dora", "tiny_vit")[0])
+    added = training_of("lora", adapted("lora", "tiny_vit")[0])
     assert (added.callbacks, added.penalty, added.final_after(10), added.summary()) == ((), None, 0, {})
 
 

@@ -31,10 +31,11 @@ OWN = ("dora", "vera", "adalora", "paca", "full", "random_weights", "ticket")
 def settings_of(method: str) -> tuple[str, ...]:
     """On the pictures, with the calibration of Partial-LoRA's, if any."""
     known = f"calibration.file={image_run().directory / directory.CALIBRATION}"
-    known = "calibration.budget=0.3" if methods.METHODS[method].size == "budget" else known
+    known = "calibration.budget=0.3" if methods.called(method).size == "budget" else known
     rate = "trainer.learning_rate=0.003" if method == "full" else "trainer.learning_rate=0.01"
     given = ("model=tiny_vit", "task=cifar10", f"method={method}", known, rate, "method.rank=16")
-    return (*given, "method.projections=16", override(picture_files()))
+    small = ("method.peft={r: 16}",) if method == "vera" else ()
+    return (*given, *small, override(picture_files()))
 
 
 @functools.cache

@@ -43,14 +43,13 @@ def test_the_worst_over_all_runs_come_first():
     [
         ({"label": [1.0, 2.0, 3.0], "prediction": [1.0, 2.5, 2.0]}, [2, 1], [1, 0.25]),
         ({"label": [0, 1], "prediction": [0, 0], "scores": [[0.6, 0.4], [0.7, 0.3]]}, [1, 0], -np.log([0.3, 0.6])),
-        ({"label": ["a", "b", "c"], "prediction": ["a", "b", "d"], "rouge_l": [1.0, 0.2, 0.4]}, [1, 2], [0.8, 0.6]),
         ({"label": [1, 2], "prediction": [1, 0]}, [1, 0], [1, 0]),
         (  # members of other kinds, of which each has the columns that are its own
             {
                 "member": ["chosen", "written"],
                 "label": ["0", "a text"],
                 "prediction": ["1", "a test"],
-                "rouge_l": [None, 0.25],
+                "loss": [None, 0.75],
                 "scores": [None, None],
             },
             [0, 1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from recorded_runs import leave, record
 from scipy.stats import ttest_1samp
 
 from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AS_PEFT
+from partial_lora.methods.config import MaskConfig
 from partial_lora.report import predictions, ranking, records
 from partial_lora.report.pairs import Outcome, Pair, between
 
@@ -46,36 +49,36 @@ def test_a_difference_is_of_runs_of_the_same_seeds() -> None:
     own = {(1e-3, 0): (0.9, 1.0, 0.5), (1e-3, 1): (0.9, 1.0, 0.7), (1e-3, 2): (0.9, 1.0, 0.0)}
     own[1e-3, 3] = (0.9, 1.0, 0.0)
     other = {(2e-3, 0): (0.9, 1.0, 0.4), (2e-3, 1): (0.9, 1.0, 0.5), (2e-3, 2): (0.9, 1.0, -0.15)}
-    chosen = pd.DataFrame(runs("partial", own) + runs("low_rank", other)).assign(
+    chosen = pd.DataFrame(runs("partial", own) + runs("lora", other)).assign(
         rates=1, edge=False, spent=1.0, low_1=1e-3, high_1=1e-3, low_2=1e-3, high_2=1e-3
     )
-    row = ranking.compared(chosen, "low_rank").set_index("form").loc["partial"]
+    row = ranking.compared(chosen, "lora").set_index("form").loc["partial"]
     assert (row["difference"], row["paired"], row["seeds"]) == (pytest.approx(0.15), 3, 4)
     assert row["difference_half"] == pytest.approx(4.30265 * 0.05 / 3**0.5, rel=1e-4)  # Student's t, two degrees
     assert (row["over"], row["examples"]) == ("seeds", 0)
-    two = ranking.compared(chosen[chosen["seed"] < 2], "low_rank").set_index("form").loc["partial"]
+    two = ranking.compared(chosen[chosen["seed"] < 2], "lora").set_index("form").loc["partial"]
     assert two["difference"] == pytest.approx(0.15)
     assert two[["half", "difference_half"]].isna().all()  # of two seeds nothing is known
 
 
 def test_a_difference_of_runs_with_predictions_is_that_of_the_report(tmp_path) -> None:
     for seed in range(3):
-        for method, wrong in (("partial", 20 + 9 * seed), ("low_rank", 60)):
+        for method, wrong in (("partial", 20 + 9 * seed), ("lora", 60)):
             leave(tmp_path, method, wrong=wrong, seed=seed, budget=0.13)
     leave(tmp_path, "oft", wrong=10, budget=0.13)  # one seed: over examples, which decides nothing
     runs, stored = records.read(tmp_path)[0], predictions.Predictions(tmp_path)
-    ranked = ranking.compared(ranking.at_best_rates(ranking.rows_of(runs, stored)), "low_rank").set_index("form")
+    ranked = ranking.compared(ranking.at_best_rates(ranking.rows_of(runs, stored)), "lora").set_index("form")
     row, alone = ranked.loc["partial, PEFT's draw"], ranked.loc["oft"]
     sides = (
         {run.row["seed"]: Outcome.of(run.row, stored) for run in runs if run.row["method"] == method}
-        for method in ("partial", "low_rank")
+        for method in ("partial", "lora")
     )
     expected = between(Pair(*sides, "accuracy"))
     assert row["difference"] - row["difference_half"] == pytest.approx(expected.low)
     assert (row["over"], row["examples"], row["holds"]) == ("seeds and examples", 200, True)
     assert (alone["over"], alone["difference"], alone["holds"]) == ("examples", 0.25, False)
     assert alone["difference_half"] > 0
-    titles = ranking.titled(ranked.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    titles = ranking.titled(ranked.reset_index(), "lora")["digits, 13 % of dense LoRA's parameters"]
     assert titles["difference over"].tolist() == ["1 seed, 200 rows", "3 seeds, 200 rows", "–"]
 
 
@@ -88,18 +91,18 @@ def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -
         "same": [0.1] * 3,
     }
     base = [0.5, 0.6, 0.55]
-    tests = {"low_rank": base} | {
+    tests = {"lora": base} | {
         form: [one + more for one, more in zip(base, each, strict=True)] for form, each in differences.items()
     }
     rows = [
         run for form, each in tests.items() for run in runs(form, {(1e-3, s): (1, 1, t) for s, t in enumerate(each)})
     ]
-    found = ranking.compared(ranking.at_best_rates(pd.DataFrame(rows)), "low_rank").set_index("form")
+    found = ranking.compared(ranking.at_best_rates(pd.DataFrame(rows)), "lora").set_index("form")
     p = {form: ttest_1samp(each, 0).pvalue for form, each in differences.items() if form != "same"}
     assert p["sure"] < 0.05 / 3 < 0.05 / 2 < p["alone"] < 0.05 < p["unsure"]
     assert found["p"].dropna().to_dict() == pytest.approx(p)
     assert found.index[found["holds"]].tolist() == ["sure"]
-    shown = ranking.titled(found.reset_index(), "low_rank")["digits, 13 % of dense LoRA's parameters"]
+    shown = ranking.titled(found.reset_index(), "lora")["digits, 13 % of dense LoRA's parameters"]
     assert dict(zip(shown["method"], shown["after correction"], strict=True))["sure"] == "better"
 
 
@@ -117,7 +120,7 @@ def test_what_holds_after_correction_is_what_scipys_t_test_leaves_after_holm() -
     ],
 )
 def test_what_differs_between_forms_is_in_their_names(mask: dict, method: dict, name: str) -> None:
-    assert ranking.form_of({"mask": mask, "method": method}) == name
+    assert ranking.form_of({"mask": asdict(MaskConfig()) | AS_PEFT | mask, "method": method}) == name
 
 
 def rows_of(results: Iterable[dict]) -> pd.DataFrame:
@@ -125,30 +128,30 @@ def rows_of(results: Iterable[dict]) -> pd.DataFrame:
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
-    return ranking.compared(ranking.at_best_rates(table), "low_rank")
+    return ranking.compared(ranking.at_best_rates(table), "lora")
 
 
 def test_costs_are_means_over_the_seeds_that_all_forms_have() -> None:
     every, few = ({(2e-3, seed): (0.9, 1.0, 0.5) for seed in range(seeds)} for seeds in (4, 2))
-    table = pd.DataFrame(runs("low_rank", every) + runs("partial", few))
+    table = pd.DataFrame(runs("lora", every) + runs("partial", few))
     table["saved_activation_bytes"] = table["seed"] + 1.0
     assert ranked(table)["saved_bytes"].tolist() == [1.5, 1.5]
 
 
 def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     scores = {(2e-3, seed): (0.9, 1.0, 0.5 + seed / 10) for seed in range(3)}
-    table = pd.DataFrame(runs("partial", scores) + runs("low_rank", scores))
-    settings = {"reference": "low_rank", "command": "partial-lora compare", "refused": ["oft: not applicable"]}
+    table = pd.DataFrame(runs("partial", scores) + runs("lora", scores))
+    settings = {"reference": "lora", "command": "partial-lora compare", "refused": ["oft: not applicable"]}
     alike = ranking.write_page(ranked(table), tmp_path / "alike", **settings).read_text()
     assert "<title>partial, 0.13: " not in alike  # nothing to choose by
-    table.loc[table["form"] == "low_rank", ["adapter_parameters", "step_seconds", "saved_activation_bytes"]] *= 2
+    table.loc[table["form"] == "lora", ["adapter_parameters", "step_seconds", "saved_activation_bytes"]] *= 2
     text = ranking.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
     assert "<use xlink:href=" in text  # as letters and markers are drawn
     assert "step_seconds" in text
     assert "oft: not applicable" in text
     assert 'id="tab-1"' not in text  # one task
-    one = pd.DataFrame([run for name in ("partial", "low_rank") for run in runs(name, {(2e-3, 0): (0.9, 1.0, 0.5)})])
+    one = pd.DataFrame([run for name in ("partial", "lora") for run in runs(name, {(2e-3, 0): (0.9, 1.0, 0.5)})])
     assert (
         ">nan<" not in ranking.write_page(ranked(one), tmp_path / "one", **settings).read_text()
     )  # it has no interval
@@ -190,8 +193,8 @@ PANEL = r'id="patch_2">\s*<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*L (\S+) (\S
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:
     """Budgets of 100,000 and 104,000 parameters, of 0.131 and 0.133."""
     budgets = (0.131, 0.133, 100_000, 104_000)
-    table = rows_of([record("low_rank", seed=0, budget=budget) for budget in budgets])
-    titles = list(ranking.titled(ranking.compared(ranking.at_best_rates(table), "low_rank"), "low_rank"))
+    table = rows_of([record("lora", seed=0, budget=budget) for budget in budgets])
+    titles = list(ranking.titled(ranking.compared(ranking.at_best_rates(table), "lora"), "lora"))
     of = [f"{size} of dense LoRA's parameters" for size in ("13.1 %", "13.3 %")]
     assert sorted(titles) == sorted(f"digits, {each}" for each in [*of, "100,000 parameters", "104,000 parameters"])
 
@@ -202,25 +205,25 @@ def results(method: str, test: float, **changes: object) -> list[dict]:
 
 
 def test_a_size_of_its_own_is_set_beside_the_largest_reference_and_rarer_modules_are_named() -> None:
-    few = results("lora", 0.6, model__target_modules=["query", "value"], method__rank=8)
-    sized = [results("low_rank", 0.5, budget=0.13), results("low_rank", 0.4, budget=0.02)]
-    table = rows_of([*few, *results("lora", 0.7), *sized[0], *sized[1]])
-    numbers = ranking.compared(ranking.at_best_rates(table), "low_rank").set_index(["size", "form"])
+    few = results("dense", 0.6, model__target_modules=["query", "value"], method__rank=8)
+    sized = [results("lora", 0.5, budget=0.13), results("lora", 0.4, budget=0.02)]
+    table = rows_of([*few, *results("dense", 0.7), *sized[0], *sized[1]])
+    numbers = ranking.compared(ranking.at_best_rates(table), "lora").set_index(["size", "form"])
     assert numbers["difference"].dropna().to_dict() == {
-        ("own", "lora"): pytest.approx(0.2),
-        ("own", "lora on query, value"): pytest.approx(0.1),
+        ("own", "dense"): pytest.approx(0.2),
+        ("own", "dense on query, value"): pytest.approx(0.1),
     }
 
 
 def test_a_reference_with_a_size_of_its_own_is_set_beside_every_size() -> None:
     sized = [*results("partial", 0.6, budget=0.13), *results("partial", 0.5, budget=0.02)]
-    table = ranking.at_best_rates(rows_of([*results("lora", 0.7), *sized]))
-    assert ranking.compared(table, "lora").set_index("size")["difference"].dropna().to_dict() == {
+    table = ranking.at_best_rates(rows_of([*results("dense", 0.7), *sized]))
+    assert ranking.compared(table, "dense").set_index("size")["difference"].dropna().to_dict() == {
         "0.13": pytest.approx(-0.1),
         "0.02": pytest.approx(-0.2),
     }
-    only = ranking.at_best_rates(rows_of([*results("low_rank", 0.7, budget=0.02), *sized[:2]]))
-    assert ranking.compared(only, "low_rank")["difference"].isna().all()  # two budgets are not compared
+    only = ranking.at_best_rates(rows_of([*results("lora", 0.7, budget=0.02), *sized[:2]]))
+    assert ranking.compared(only, "lora")["difference"].isna().all()  # two budgets are not compared
 
 
 def test_runs_that_differ_in_another_setting_are_not_averaged() -> None:

@@ -40,7 +40,7 @@ def test_a_finished_run_is_a_row(tmp_path):
     assert problems == []
     expected = {"group": "runs/digits/vit/partial-0a1b2c3d", "seed": 0, "task": "digits", "model": "vit"}
     expected |= {"method": "partial", "operating_point": "threshold 0.9", "metric": "accuracy", "test": 0.9861}
-    expected |= {"learning_rate": 1e-3, "tuning": "tuned", "adapter_parameters": 700, "adapter_dense": 1000}
+    expected |= {"learning_rate": 1e-3, "adapter_parameters": 700, "adapter_dense": 1000}
     expected |= {"share_of_dense": 0.7, "head_parameters": 3850, "adapter_sparsity": pytest.approx(0.3)}
     expected |= {"calibrate_seconds": 60.0, "train_seconds": 100.0, "evaluate_seconds": 2.5}
     expected |= {"commit": "0123456789ab", "precision": "fp32"}
@@ -50,7 +50,6 @@ def test_a_finished_run_is_a_row(tmp_path):
     assert row(of_a_file)["operating_point"] == "threshold 0.5"
     entries = [row(record(method, mask__granularity="element"))["method"] for method in ("partial", "lora")]
     assert entries == ["partial (element)", "lora"]  # masks of single entries are another method
-    assert row({key: value for key, value in record().items() if key != "tuning"})["tuning"] == "untuned"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,9 @@ def test_a_damaged_field_is_named_or_does_without_and_never_ends_the_report(tmp_
     assert len(runs) + len(why) == len(damaged) + 2
     named = {damaged[id][0] for id in why}
     unnamed = [(damaged[id][0], words) for id, words in why.items() if damaged[id][0].split(".")[-1] not in words]
-    assert {key for key, _ in unnamed} <= {"status", "metrics"}, unnamed  # by which a run is known to have finished
+    assert {key for key, _ in unnamed} <= {"status", "metrics", "format"}, (
+        unnamed
+    )  # by which a run is known to have finished
     assert {"history", "sparsity.blocks.0.qkv.rows", "warnings", "seed", "config.task.name", "calibration"} <= named
 
 
@@ -167,7 +168,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         {"method__name": "lora", "method__rank": 4, "importance__name": "snip"},
         {"calibration__seed": 3, "mask__granularity": "element"},
         {"trainer__loraplus_ratio": 4.0},
-        {"trainer__learning_rate": 0.1, "trainer__tuned": "tuning.json", "trainer__tuned_on": "digits"},
+        {"trainer__learning_rate": 0.1},
         {"seed": 1, "trainer__num_processes": 2},
         {"trainer__weight_decay": 0.01, "trainer__mixed_precision": "no"},  # defaults that an earlier record may lack
     ],

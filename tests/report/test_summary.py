@@ -166,7 +166,7 @@ def test_a_calibration_ends_with_the_learning_rate_of_its_density():
     assert f"{2e-3 / math.sqrt(density):.2g}, at density {density:.3g}" in of_calibration()
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
     assert f"0.002, at density {density:.3g}" in aware
-    assert "to try" not in of_calibration(method__name="low_rank") + of_calibration(shapes=None)
+    assert "to try" not in of_calibration(method__name="lora") + of_calibration(shapes=None)
 
 
 @pytest.mark.parametrize(("size", "text"), [(999, "999"), (999_499, "999 k"), (999_936, "1 M"), (999_999_999, "1 G")])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkout import RESULTS, needs_results
 
-VARIANTS = ["floor", "lora", "rows_columns", "element", "shira"]
+VARIANTS = ["floor", "dense", "rows_columns", "element", "shira"]
 CELLS = [(model, rank) for model in ("vit_b16", "llama_8l") for rank in (8, 16)]
 
 
@@ -58,21 +58,21 @@ def test_every_model_rank_and_variant_is_measured(result):
 
 def test_bytes_are_proportional_to_what_the_masks_keep(result):
     for cell in result["cells"]:
-        floor, lora, rows_columns, element, shira = (cell["variants"][name] for name in VARIANTS)
+        floor, dense, rows_columns, element, shira = (cell["variants"][name] for name in VARIANTS)
         for variant in (rows_columns, element):
             kept = variant["kept_entries"]
             assert variant["trainable_parameters"] == kept
             assert variant["gradient_bytes"] == 4 * kept
             assert variant["optimizer_bytes"] == 8 * kept + 4 * 2 * cell["modules"]
-            assert variant["file_bytes"]["dense"] == pytest.approx(lora["file_bytes"]["dense"], rel=0.02)
+            assert variant["file_bytes"]["dense"] == pytest.approx(dense["file_bytes"]["dense"], rel=0.02)
             assert 4 * kept < variant["file_bytes"]["compact"] <= 4 * kept + 400 * cell["modules"]
         assert floor["file_bytes"] == {"dense": None, "compact": None}
-        assert lora["file_bytes"]["compact"] is shira["file_bytes"]["compact"] is None
+        assert dense["file_bytes"]["compact"] is shira["file_bytes"]["compact"] is None
         assert shira["trainable_parameters"] == rows_columns["trainable_parameters"]
-        assert rows_columns["trainable_parameters"] / lora["trainable_parameters"] == pytest.approx(0.13, abs=0.01)
-        assert floor["saved_bytes"] < rows_columns["saved_bytes"] < lora["saved_bytes"]
+        assert rows_columns["trainable_parameters"] / dense["trainable_parameters"] == pytest.approx(0.13, abs=0.01)
+        assert floor["saved_bytes"] < rows_columns["saved_bytes"] < dense["saved_bytes"]
         assert floor["saved_bytes"] < element["saved_bytes"]
-        assert [cell["ratios"][name]["saved"]["ratio"] for name in ("floor", "lora")] == [0, 1]
+        assert [cell["ratios"][name]["saved"]["ratio"] for name in ("floor", "dense")] == [0, 1]
         assert [cell["ratios"][name]["state"]["ratio"] for name in bench.PARTIAL] == [1, 1]
     cell = copy.deepcopy(result["cells"][0])
     cell["variants"]["element"]["optimizer_bytes"] += 1  # one byte more is seen
@@ -205,7 +205,7 @@ def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path, monkeypat
     assert {len(turns) for turns in found.values()} == {2}
     turns = [set(order[start : start + len(found)]) for start in range(0, len(order), len(found))]
     assert [len(turn) for turn in turns] == 3 * [len(found)]  # every method once, and one turn to warm up
-    assert "| low_rank |" in (tmp_path / "runs.md").read_text()
+    assert "| lora |" in (tmp_path / "runs.md").read_text()
 
 
 def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:

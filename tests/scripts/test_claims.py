@@ -35,14 +35,14 @@ def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
     def rows(*p: float) -> pd.DataFrame:
         each = [{"difference": 0.01 * stats.t.isf(one / 2, 9) - claims.MARGIN} for one in p]
         places = {"error": 0.01, "freedom": 9.0, "part": "difference", "model": "vit", "mixture": ""}
-        places |= {"importance": "svd", "second": "lora", "metric": "accuracy", "tasks": 1, "task": "digits"}
+        places |= {"importance": "svd", "second": "dense", "metric": "accuracy", "tasks": 1, "task": "digits"}
         places |= {"seeds": 3, "low": 0.0, "high": 0.0}
         return pd.DataFrame(
             [places | one | {"first": str(at), "operating_point": "budget 0.13"} for at, one in enumerate(each)]
         )
 
     def of(numbers: pd.DataFrame) -> list[tuple[str, str, int]]:
-        asked = [(first, "lora", AS_GOOD, "budget 0.13") for first in (*numbers["first"], "other")]
+        asked = [(first, "dense", AS_GOOD, "budget 0.13") for first in (*numbers["first"], "other")]
         made = claims.judged(numbers, *asked)
         assert (made[-1].verdict, made[-1].alone, made[-1].among) == (OPEN, OPEN, 0)  # no runs
         return [(each.alone, each.verdict, each.among) for each in made[:-1]]

@@ -76,10 +76,10 @@ def test_forms_that_differ_count_as_nothing_decided_falsely(monkeypatch) -> None
 
 def test_pairs_are_of_forms_at_one_size_and_condition_each_at_its_best_rate(tmp_path) -> None:
     for seed in range(3):
-        leave(tmp_path, "lora", seed=seed, wrong=20)
-        leave(tmp_path, "lora", seed=seed, wrong=60, trainer__learning_rate=0.1)
+        leave(tmp_path, "dense", seed=seed, wrong=20)
+        leave(tmp_path, "dense", seed=seed, wrong=60, trainer__learning_rate=0.1)
         leave(tmp_path, "partial", seed=seed, wrong=30 + seed, budget=0.13)
-        leave(tmp_path, "low_rank", seed=seed, wrong=40, budget=0.13) if seed < 2 else None
+        leave(tmp_path, "lora", seed=seed, wrong=40, budget=0.13) if seed < 2 else None
         for id, other in {"y": {"task__label_noise": 0.4}, "z": {"importance__name": "snip"}}.items():
             leave(tmp_path, "partial", seed=seed, wrong=50, budget=0.13, id=id, **other)
         leave(tmp_path, "uniform", seed=seed, wrong=50)
@@ -105,7 +105,7 @@ def test_the_five_sets_are_named_whatever_other_sets_there_are() -> None:
 def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(intervals, "RACES", 3)
     for seed in range(8):
-        leave(tmp_path, "lora", seed=seed, wrong=20 + seed)
+        leave(tmp_path, "dense", seed=seed, wrong=20 + seed)
         leave(tmp_path, "partial", seed=seed, wrong=30 + 2 * seed, budget=0.13)
     places = ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
     assert intervals.main([*places, "--repetitions", "2"]) == 0
@@ -119,7 +119,7 @@ def test_the_table_has_every_interval_for_each_number_of_seeds(tmp_path, monkeyp
 
 def test_records_without_predictions_are_named_in_a_line(tmp_path, capsys) -> None:
     for seed in range(3):
-        for method in ("lora", "partial"):
+        for method in ("dense", "partial"):
             (leave(tmp_path, method, seed=seed, budget=0.13) / PREDICTIONS).unlink()
     assert intervals.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -42,7 +42,7 @@ def place(tmp_path_factory) -> Path:
     for seed in range(3):
         for task, wrong in (("digits", 10), ("gtsrb", 60), ("trec", 40)):
             own = {"task": task, "seed": seed, **(TEXT if task == "trec" else {})}
-            leave(place, "lora", wrong=wrong, **own)
+            leave(place, "dense", wrong=wrong, **own)
             for budget, more in ((None, 0), (0.13, 40)):
                 for method, worse in (("partial", 2 * seed), ("targeted", 0)):
                     leave(place, method, wrong=wrong + more + worse, budget=budget, **own, **KEPT)
@@ -53,7 +53,7 @@ def place(tmp_path_factory) -> Path:
             leave(place, method, wrong=10, **own, **TEXT, **KEPT)
             leave(place, method, task="trec", seed=seed, wrong=90, budget=0.13, task__label_noise=0.4, **TEXT, **KEPT)
         members = {"digits": 12, "gtsrb": 66}
-        leave(place, "lora", seed=seed, members=members)
+        leave(place, "dense", seed=seed, members=members)
         leave(place, "partial", seed=seed, members=members, budget=0.13, **KEPT)
     if RESULTS.is_dir():
         (place / "bench").mkdir()
@@ -71,9 +71,9 @@ def made(place: Path) -> dict[str, Table]:
 @pytest.mark.parametrize(
     ("name", "tasks", "forms"),
     [
-        ("table1", {"digits", "gtsrb"}, {"lora", "partial", "targeted"}),
+        ("table1", {"digits", "gtsrb"}, {"dense", "partial", "targeted"}),
         ("table2", {"digits", "gtsrb", "trec", "all sets"}, {"partial", "targeted"}),
-        ("table3", {"trec"}, {"lora", "partial", "targeted"}),
+        ("table3", {"trec"}, {"dense", "partial", "targeted"}),
         ("table4", {"digits", "gtsrb", "trec", "all sets"}, {"partial", "targeted", "uniform", "flow, equal shares"}),
     ],
 )
@@ -144,7 +144,7 @@ def test_table6_has_members_beside_runs_of_their_own(made: dict) -> None:
     scored = made["table6"].numbers[made["table6"].numbers["part"] == "score"]
     together = row_of(scored, method="partial", task="average")
     assert together["mean"] == pytest.approx(1 - (12 + 66) / 2 / EXAMPLES)
-    row = row_of(made["table6"], part="difference", first="lora", second="lora, alone", task="average")
+    row = row_of(made["table6"], part="difference", first="dense", second="dense, alone", task="average")
     assert (row["difference"], row["over"]) == (pytest.approx(-(2 + 6) / 2 / EXAMPLES), "seeds and examples")
     assert not scored.duplicated(["method", "operating_point", "task"]).any()
     (shown,) = made["table6"].verdicts
@@ -155,7 +155,7 @@ def test_table6_has_members_beside_runs_of_their_own(made: dict) -> None:
 def test_table7_has_costs_of_the_task_with_most_forms_and_of_the_benchmark(made: dict) -> None:
     runs = made["table7"].numbers[made["table7"].numbers["part"] == "runs"]
     assert set(runs["task"]) == {"trec"}
-    assert row_of(runs, method="lora")["optimizer_bytes"] == 2001
+    assert row_of(runs, method="dense")["optimizer_bytes"] == 2001
     for method in ("partial", "targeted"):  # of usual labels, by svd
         assert row_of(runs, method=method, operating_point="budget 0.13")["n"] == 3
     bench = row_of(made["table7"], part="bench", model="vit_b16", rank=16, method="partial")
@@ -184,7 +184,7 @@ def test_a_folder_without_the_decided_claims_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_a_table_of_sets_that_are_not_there_says_what_is_missing(name: str, tmp_path: Path) -> None:
-    leave(tmp_path, "lora", task="trec", **TEXT)
+    leave(tmp_path, "dense", task="trec", **TEXT)
     table = make(name, tmp_path)
     assert table.missing or name == "table7"
     assert tables.main([name, "--results", str(tmp_path)]) == 0

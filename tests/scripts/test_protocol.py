@@ -21,7 +21,7 @@ def test_what_a_calibration_and_a_rank_have_of_their_own_is_in_a_form_s_name() -
     equal = {"fixed": {"budget": 0.13}}
     assert protocol.form_of(record("uniform", **KEPT, method__rank=8) | equal) == "uniform, rank 8"
     assert protocol.form_of(record("targeted", **KEPT) | equal) == "targeted, equal shares"
-    assert protocol.form_of(record("lora", method__rank=8)) == "lora"
+    assert protocol.form_of(record("dense", method__rank=8)) == "dense"
 
 
 def test_runs_of_as_many_parameters_stand_at_the_budget_and_other_measures_are_named(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_members_of_a_mixture_are_tasks_with_predictions_of_their_own(tmp_path: 
 def test_kinds_names_broken_predictions_and_what_is_not_finished(tmp_path: Path) -> None:
     for task, kind in (("piqa", "choice"), ("sst2", "label"), ("gsm8k", "generation")):
         leave(tmp_path, task=task, task__kind=kind, task__modality="text")
-    (leave(tmp_path, "lora", seed=4) / "predictions.parquet").write_bytes(b"no parquet")
+    (leave(tmp_path, "dense", seed=4) / "predictions.parquet").write_bytes(b"no parquet")
     (tmp_path / "runs/digits/vit/lora-x/seed0").mkdir(parents=True)
     runs, (problem,) = forms(tmp_path)
     assert "lora-x/seed0" in str(problem)
@@ -90,11 +90,11 @@ def test_seeds_with_rows_of_their_own_share_no_calibration() -> None:
 
 def test_models_of_one_task_are_apart_and_other_settings_of_one_form_are_refused(tmp_path: Path) -> None:
     for model, rate in (("small", 1e-3), ("large", 2e-3)):
-        leave(tmp_path, "lora", model=model, trainer__learning_rate=rate)
+        leave(tmp_path, "dense", model=model, trainer__learning_rate=rate)
     best = at_best_rates(forms(tmp_path)[0])
     assert set(best["task"]) == {"digits (small)", "digits (large)"}
-    leave(tmp_path, "lora", model="small", seed=1, trainer__batch_size=64)
-    with refusal(r"digits \(small\), lora", "conditions"):
+    leave(tmp_path, "dense", model="small", seed=1, trainer__batch_size=64)
+    with refusal(r"digits \(small\), dense", "conditions"):
         at_best_rates(forms(tmp_path)[0])
 
 

@@ -12,7 +12,7 @@ from partial_lora.report import ranking, records
 
 def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
     rates = [
-        ("digits", "own", "lora", 1e-3),
+        ("digits", "own", "dense", 1e-3),
         ("digits", "0.13", "partial", 1e-3),
         ("digits", "0.02", "partial", 5e-4),
         ("digits", "0.13", "entries", 4e-3),
@@ -25,11 +25,11 @@ def test_best_rates_stand_by_size_with_their_steps_from_dense_loras() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["task", "form", "100 %", "13 %", "2 %"]
     assert cells[2:] == [
+        ["digits", "dense", "0.001", "–", "–"],
         ["digits", "entries", "–", "0.004 (+2)", "–"],
-        ["digits", "lora", "0.001", "–", "–"],
         ["digits", "partial", "–", "0.001", "0.0005 (-1)"],
     ]
-    assert race.best_rates(numbers[numbers["form"] != "lora"]) is None
+    assert race.best_rates(numbers[numbers["form"] != "dense"]) is None
 
 
 def test_every_form_stands_in_the_column_of_its_verdict() -> None:
@@ -39,7 +39,7 @@ def test_every_form_stands_in_the_column_of_its_verdict() -> None:
         ("entries", "accuracy", 0.01, 0.5, False),
         ("dora", "accuracy", -0.05, 0.01, False),
         ("partial", "accuracy", -0.1, 0.001, True),
-        ("low_rank", "accuracy", float("nan"), float("nan"), False),
+        ("lora", "accuracy", float("nan"), float("nan"), False),
     ]
     columns = ["form", "metric", "difference", "p", "holds"]
     higher = pd.DataFrame(rows, columns=columns).assign(task="digits", size="0.13")
@@ -53,14 +53,14 @@ def test_every_form_stands_in_the_column_of_its_verdict() -> None:
 
 
 def test_test_loss_is_compared_over_the_seeds_that_both_have_as_scipys_t_test_does(tmp_path) -> None:
-    losses = {"low_rank": [0.50, 0.52, 0.55, 0.51], "lokr": [0.41, 0.44, 0.45, 0.42], "oft": [0.6, 0.4, 0.7]}
+    losses = {"lora": [0.50, 0.52, 0.55, 0.51], "lokr": [0.41, 0.44, 0.45, 0.42], "oft": [0.6, 0.4, 0.7]}
     for method, of_method in losses.items():
         for seed, loss in enumerate(of_method):
             scores = {"primary": "accuracy", "accuracy": 0.9, "loss": loss}
             leave(tmp_path, method, 0.9, seed=seed, budget=0.13, metrics={"validation": scores, "test": scores})
     chosen = ranking.at_best_rates(ranking.rows_of(records.read(tmp_path)[0]))
-    found = claims.by_loss(chosen, "low_rank").set_index("form")
-    expected = ttest_rel(losses["lokr"], losses["low_rank"])
+    found = claims.by_loss(chosen, "lora").set_index("form")
+    expected = ttest_rel(losses["lokr"], losses["lora"])
     assert found.loc["lokr", "difference"] == pytest.approx(-0.09)
     assert found.loc["lokr", "p"] == pytest.approx(expected.pvalue)
     assert found.loc["lokr", "half"] == pytest.approx(-0.09 - expected.confidence_interval().low)

@@ -14,7 +14,7 @@ from partial_lora.report import sequential
 
 def run(rate: float, score: float, losses: tuple[float, ...]) -> dict:
     """The record of a run of four steps, with the loss on validation after each."""
-    made = record("low_rank", score, trainer__learning_rate=rate)
+    made = record("lora", score, trainer__learning_rate=rate)
     made["history"] = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses, start=1)]
     made["metrics"]["validation"] |= {"accuracy": score, "loss": losses[-1]}
     return made | {"training": {"steps": 4}}
@@ -23,7 +23,7 @@ def run(rate: float, score: float, losses: tuple[float, ...]) -> dict:
 def test_a_replayed_search_costs_a_quarter_of_each_rate_and_the_rest_of_two() -> None:
     runs = {1.0: run(1.0, 0.5, (3, 3, 3, 3)), 2.0: run(2.0, 0.9, (2, 2, 2, 2)), 4.0: run(4.0, 0.8, (1, 2, 3, 4))}
     own = {(rate, 0): each for rate, each in runs.items()}
-    cell = referee.Cell("race", "digits", "low_rank", "0.13", own, 2.0, 30.0)
+    cell = referee.Cell("race", "digits", "lora", "0.13", own, 2.0, 30.0)
     assert cell.centre == 2.0
     assert cell.replayed(quick(cell.centre, 3)) == (2.0, 0.25 + 1 + 1 + 0.25)  # 8.0, at the edge, was not recorded
     assert cell.lost(4.0) > 0

@@ -163,8 +163,8 @@ def test_a_view_has_those_commands_of_its_study_that_its_values_choose_each_once
         assert set(own) <= whole["race" if name == "fig6" else "decided"]
         assert own.count(("python", "scripts/decided.py", "results/decided")) == (name != "fig6")
         assert own[-1][0] == "python"  # after all runs
-    assert "methods=[lora,partial,targeted]" in commands("table3", data, task="sst2")[0]
-    assert commands("table3", data, methods="low_rank", preset="cpu", task="sst2") == []  # a form that it has not
+    assert "methods=[dense,partial,targeted]" in commands("table3", data, task="sst2")[0]
+    assert commands("table3", data, methods="lora", preset="cpu", task="sst2") == []  # a form that it has not
     assert commands("fig6", data, preset="paper") == []  # a study of one preset, whose words name none
 
 

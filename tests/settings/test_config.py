@@ -30,7 +30,7 @@ calibration: {threshold: 1.01, budget: 1.5, max_sparsity: 1.0, shots: 0, share: 
   max_samples: 0, search: binary, axes: both, scope: backward, chance: "0.1", score: precision}
 importance: {k: 0, energy: 1.5, rounds: 0, fraction: 1.0, steps: -1, learning_rate: 0.0}
 mask: {granularity: block, count: bernoulli}  # the latter of single entries alone
-method: {rank: 0, alpha: 0.0, dropout: 1.0, projections: 0}
+method: {rank: 0, alpha: 0.0, dropout: 1.0}
 model: {name: ../up, image_size: 0, target_modules: [], mean: [0.5], std: [0, 1, 1], max_length: 1, head: null,
   family: diffusion, dtype: int8, prompts: [a photo], text_weights: random, quantization: nf4, interpolation: lanczos,
   attn_implementation: hub/kernel, text_args: {hidden_size: 24}}
@@ -248,16 +248,17 @@ def test_a_size_that_changes_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_a_method_does_not_spend_is_said() -> None:
-    spent = {"low_rank": True, "lokr": True, "lorafa": True, "lora": False, "dora": False, "adalora": False}
+    spent = {"lora": True, "lokr": True, "lorafa": True, "dora": True, "dense": False, "adalora": False}
     for method, is_spent in spent.items():
         found = composed(f"method={method}", "calibration.budget=0.2").warnings
         assert [each.startswith("calibration.budget=0.2 ") for each in found] == [True] * (not is_spent)
-        for own in ("fixed", "threshold"):  # which set no budget
-            assert composed(f"method={method}", f"calibration={own}").warnings == []
-    for method in ("lora", "dora", "vera"):
-        (warning,) = composed(f"method={method}", "calibration.budget=0.2").warnings
-        advice = warning.partition("; ")[2].removesuffix(" has that size")
-        assert composed(*shlex.split(advice), "calibration=fixed").warnings == []
+        assert composed(f"method={method}", "calibration=threshold").warnings == []
+        said = composed(f"method={method}", "calibration=fixed").warnings  # which has no budget
+        unsaid = method in ("lorafa", "dense", "adalora")
+        assert [each.split()[0] for each in said] == ["calibration.sparsity=uniform"] * (not unsaid)
+    (warning,) = composed("method=dense", "calibration.budget=0.2").warnings
+    advice = warning.partition("; ")[2].removesuffix(" has that size")
+    assert composed(*shlex.split(advice), "calibration.budget=0.2").warnings == []
 
 
 @pytest.mark.parametrize(("task", "family"), [("sst2", "encoder"), ("stsb", "encoder"), ("piqa", "causal")])
@@ -574,11 +575,8 @@ def test_the_command_line_goes_before_a_file_and_what_the_file_sets_before_its_g
 )
 def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_path: Path, overrides: list[str]) -> None:
     first = composed(*overrides)
-    record = versions.plain(first)
-    own = settings_file(tmp_path, yaml.safe_dump(record))
+    own = settings_file(tmp_path, versions.as_yaml(versions.plain(first)))
     assert composed(own) == dataclasses.replace(first, overwrite=False)  # a finished run is not lost by it
-    del record["mask"]["fan_in"]  # of a run before there was the key, which then had its default
-    assert composed(settings_file(tmp_path, yaml.safe_dump(record))).mask.fan_in == "dense"
     assert composed(own, "model=tiny_vit", "task=digits").task == composed("task=digits").task
     kept = {key: getattr(first.method, key) for key in ("rank", "alpha", "dropout")}
     assert composed(own, "method=uniform").method == dataclasses.replace(composed("method=uniform").method, **kept)
@@ -586,7 +584,7 @@ def test_the_settings_of_a_run_make_it_again_and_another_group_stands_in(tmp_pat
 
 def test_another_mask_stands_in_for_a_runs_own_but_for_its_seed(tmp_path: Path) -> None:
     for own in ("rows_columns", "frozen"):
-        file = settings_file(tmp_path, yaml.safe_dump(versions.plain(composed(f"mask={own}", "mask.seed=4"))))
+        file = settings_file(tmp_path, versions.as_yaml(versions.plain(composed(f"mask={own}", "mask.seed=4"))))
         for name in ("element", "rows_columns"):
             assert composed(file, f"mask={name}").mask == composed(f"mask={name}", "mask.seed=4").mask
 
@@ -619,13 +617,13 @@ def test_an_argument_that_the_models_file_does_not_name_can_be_given(tmp_path: P
     ],
 )
 def test_a_group_beside_the_settings_of_a_run_is_as_it_is_by_itself(tmp_path: Path, overrides, chosen) -> None:
-    own = settings_file(tmp_path, yaml.safe_dump(versions.plain(composed("model=tiny_vit", *overrides))))
+    own = settings_file(tmp_path, versions.as_yaml(versions.plain(composed("model=tiny_vit", *overrides))))
     assert composed(own, chosen) == composed("model=tiny_vit", chosen)
 
 
 def test_masks_follow_the_method_that_stands_in_and_a_learning_rate_of_ones_own_stays(tmp_path: Path) -> None:
     first = composed("model=tiny_vit", "mask.seed=4", "trainer.learning_rate=3e-4", "method.rank=8")
-    found = composed(settings_file(tmp_path, yaml.safe_dump(versions.plain(first))), "method=entries")
+    found = composed(settings_file(tmp_path, versions.as_yaml(versions.plain(first))), "method=entries")
     assert found.mask == composed("method=entries", "mask.seed=4").mask
     assert (found.trainer.learning_rate, found.method.rank) == (3e-4, 8)
 

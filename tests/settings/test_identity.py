@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from checkout import RESULTS, needs_results
+from refusals import refusal
 
 from partial_lora import files
+from partial_lora.finished.run import finished_run
 from partial_lora.launching import directory, packs, paths
+from partial_lora.report import records
 from partial_lora.settings import compose, identity, schema, study, versions
 from partial_lora.settings.compose import composed
 
@@ -54,18 +58,17 @@ def test_an_id_is_of_what_a_run_computes_from_and_not_of_where_and_on_what_it_ha
     assert len({usual, identity.run_id(composed()), *ids}) == 2 + len(what)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "vera", "lokr"])
+@pytest.mark.parametrize("method", ["lora", "dense", "full", "vera"])
 def test_what_a_method_has_no_use_for_enters_no_id(method: str, tmp_path: Path) -> None:
     given = (f"method={method}", f"results_dir={tmp_path}", "seed=1")
     usual, other = composed(*given), composed(*given, "importance=snip", "mask=element", "calibration.threshold=0.5")
     assert identity.run_id(usual) == identity.run_id(other)
     assert paths.calibration_directory(usual) != paths.calibration_directory(other)
-    used = {"mask.seed=3": method in ("vera", "lokr"), "calibration.budget=0.5": method == "lokr"}
-    for key, is_used in used.items():
-        assert (identity.run_id(composed(*given, key)) != identity.run_id(usual)) == is_used
+    for key in ("mask.seed=3", "calibration.budget=0.5"):
+        assert (identity.run_id(composed(*given, key)) != identity.run_id(usual)) == (method in ("lora", "vera"))
 
 
-@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "low_rank"])
+@pytest.mark.parametrize("method", ["partial", "entries", "ticket", "lora"])
 def test_what_a_mask_or_a_calibration_is_for_enters_the_id(method: str) -> None:
     usual, other = composed(f"method={method}"), composed(f"method={method}", "calibration.budget=0.5")
     assert identity.run_id(usual) != identity.run_id(other)
@@ -139,29 +142,29 @@ def test_a_run_is_found_after_a_default_has_changed(tmp_path: Path, monkeypatch:
     assert (identity.run_id(at_default), identity.run_id(other)) == ids  # so that no folder is taken for another's
 
 
-def test_settings_older_than_a_key_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = versions.plain(composed("mask.fan_in=dense", "mask.row_exponent=0", f"results_dir={tmp_path}"))
-    older = {**settings, "mask": {"seed": None, "granularity": "rows_columns"}}
-    assert versions.plain(versions.load(older)) == settings
-    folder = recorded(tmp_path, config=older)
-    assert paths.run_directory(versions.load(settings)) == folder
-    kept = composed(f"results_dir={tmp_path}", "mask.fan_in=kept", "mask.row_exponent=0")
-    assert paths.run_directory(kept) != folder
-    for ranks, rank in (("one", 16), ("auto", "auto")):  # which had said whether the rank was to be found
-        method = settings["method"] | {"ranks": ranks}
-        assert versions.load({**settings, "method": method}).method.rank == rank
-    renamed = versions.Change("9.0.0", "trainer.weight_decay", before=0.0, name="trainer.decay")
-    monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, renamed))
-    trainer = {key: value for key, value in settings["trainer"].items() if key != "weight_decay"}
-    assert versions.load({**settings, "trainer": trainer | {"decay": 0.3}}).trainer.weight_decay == 0.3
-    assert versions.load({**settings, "trainer": trainer}).trainer.weight_decay == 0.0
+@pytest.mark.parametrize("number", [None, files.FORMAT + 1, True, "1"])
+def test_what_another_format_has_is_refused_by_file_and_version(tmp_path: Path, number: object) -> None:
+    named = ["version 0.20"] if number is None else ["format", "upgrade"]
+    folder = recorded(tmp_path / "runs of another", format=number)
+    for read in (directory.read_result, finished_run, records.one):
+        with refusal(re.escape(str(folder / directory.RESULT)), *named):
+            read(folder)
+    assert paths.run_directory(composed(f"results_dir={folder.parents[4]}")) != folder  # which would be done again
+    (left_out,) = records.read(folder.parents[4])[1]
+    assert left_out.is_broken
+    own = tmp_path / "config.yaml"
+    own.write_text(yaml.safe_dump({"format": number, **versions.plain(composed())}))
+    with refusal(re.escape(str(own)), *named):
+        composed(str(own))
+    own.write_text(versions.as_yaml(versions.plain(composed())))
+    assert composed(str(own)) == composed()
 
 
 def test_other_seeds_join_the_folder_and_a_run_that_has_not_ended_is_found(tmp_path: Path) -> None:
     folder = recorded(tmp_path)
     assert paths.run_directory(composed(f"results_dir={tmp_path}", "seed=4")) == folder.with_name("seed4")
     (folder / directory.RESULT).unlink()
-    (folder / directory.CONFIG).write_text(yaml.safe_dump(versions.plain(composed())))
+    (folder / directory.CONFIG).write_text(versions.as_yaml(versions.plain(composed())))
     assert paths.run_directory(composed(f"results_dir={tmp_path}")) == folder
     (folder / directory.CONFIG).unlink()
     assert paths.run_directory(composed(f"results_dir={tmp_path}")) != folder
@@ -200,7 +203,7 @@ def test_settings_for_others_name_no_folder_of_this_machine(form) -> None:
     )
 
 
-def test_a_run_is_found_by_the_content_of_its_files_and_older_records_by_their_names(tmp_path: Path) -> None:
+def test_a_run_is_found_by_the_content_of_its_files_and_without_digests_by_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.csv").write_text(f"text,label,{name}")
@@ -222,8 +225,6 @@ def test_every_committed_run_is_found() -> None:
         for place in packs.directories(table.parent):
             if place.name == "seed0" and place.parts[-4] == "digits":
                 settings = versions.load(packs.packed(place)["config"])
-                if settings.method.name == "lorafa_projected":  # which nothing can run any more
-                    continue
                 assert paths.run_directory(dataclasses.replace(settings, results_dir=str(table.parent))) == place
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,18 +39,6 @@ def test_the_best_rate_has_the_best_mean_over_the_seeds_of_all_that_compete() ->
     assert rates.ranked({1e-3: {0: None}}) == []
 
 
-def test_a_run_that_took_its_rate_from_a_file_keeps_the_rate(tmp_path: Path) -> None:
-    chosen = composed("model=tiny_vit", "trainer.learning_rate=3e-3")
-    record = versions.plain(chosen)
-    record["trainer"] |= {"tuned": "nowhere.json", "tuned_on": "digits", "tuned_elsewhere": "tuned on digits"}
-    assert versions.load(record) == chosen
-    assert identity.short_digest(identity.computed(record, {})) == identity.run_id(chosen)
-    own = tmp_path / "config.yaml"
-    own.write_text(yaml.safe_dump(record))
-    assert composed(str(own)) == chosen
-    assert composed(str(own), "importance=random").trainer == chosen.trainer
-
-
 # A learning rate to try first
 
 
@@ -76,7 +63,7 @@ def test_a_masked_adapter_starts_from_the_dense_rate_as_its_mask_knows_its_densi
 @needs_results
 def test_the_best_rates_of_rows_and_columns_are_near_the_one_to_try_first() -> None:
     cells = raced(RESULTS)
-    dense = cells[cells["form"] == "lora"].set_index("task")["learning_rate"]
+    dense = cells[cells["form"] == "dense"].set_index("task")["learning_rate"]
     masked = cells[cells["form"] == "partial"]
     assert len(masked) >= 15
     for cell in masked.itertuples():
@@ -94,14 +81,15 @@ def test_the_dense_rate_falls_as_models_get_wider() -> None:
 @pytest.mark.parametrize(
     ("overrides", "factor"),
     [
-        (["method=lora"], 1.0),
+        (["method=dense"], 1.0),
+        (["method=lora"], 0.25 ** -(1 / 3)),
         (["method=partial"], 1.0),  # drawn and scaled for its density
         (["method=partial", "mask.row_exponent=0", "mask.fan_in=dense"], 0.25**-0.5),
         (["method=entries"], 0.25 ** -(2 / 3)),
         (["method=partial", "mask.row_exponent=0"], 0.25 ** -(1 / 3)),
         (["method=random_weights"], 1.5 * 0.25**-0.5),
         (["method=shira", "mask.row_exponent=1"], 1.5 * 0.25**-0.5),  # which it has no use for
-        (["method=lora", "trainer.loraplus_ratio=16"], 0.5),
+        (["method=dense", "trainer.loraplus_ratio=16"], 0.5),
         (["method=lokr"], 4.0),
         (["method=full"], 0.015),
     ],
@@ -109,8 +97,8 @@ def test_the_dense_rate_falls_as_models_get_wider() -> None:
 def test_the_rate_by_default_suits_method_and_density(overrides: list[str], factor: float) -> None:
     chosen = versions.plain(composed(*overrides))
     assert chosen["trainer"]["learning_rate"] == AUTO
-    assert rates.auto(chosen, width=768, density=0.25) == pytest.approx(factor * 1e-3)
-    assert rates.auto(chosen, width=384, density=0.25) == pytest.approx(factor * 2e-3)
+    assert rates.auto(chosen, width=768, density=0.25) == pytest.approx(factor * 1e-3, rel=1e-3)
+    assert rates.auto(chosen, width=384, density=0.25) == pytest.approx(factor * 2e-3, rel=1e-3)
 
 
 def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -> None:
@@ -121,7 +109,7 @@ def test_a_rate_that_is_set_holds_and_the_head_has_the_dense_one_beside_auto() -
 
     assert of("method=vera", "trainer.learning_rate=5") == (5.0, None)
     assert of("method=vera", "preset=cpu") == (1e-3, None)  # records were made so
-    assert of("method=lora") == (1e-3, None)
+    assert of("method=dense") == (1e-3, None)
     assert of("method=lokr") == (4e-3, 1e-3)
     assert of("method=lokr", "trainer.head_learning_rate=0.5") == (4e-3, 0.5)
     assert of("method=probe") == (25e-3, None)  # whose head is what the rate is for

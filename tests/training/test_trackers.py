@@ -72,7 +72,7 @@ def ended_twice(tmp_path_factory: pytest.TempPathFactory):
             training.add_callback(EndAfter(step))
             with pytest.raises(EndedError), tracker:
                 training.train(resumed)
-            sealed.write_json(run_directory(place) / results.RESULT, {"status": "failed"})
+            sealed.write_json(run_directory(place) / results.RESULT, {"format": 1, "status": "failed"})
             results.prepare(run_directory(place), overwrite=False)
         status.append(stored(place).info.status)
     return SimpleNamespace(place=place, history=training.state.log_history, status=status)
