@@ -22,13 +22,13 @@ from partial_lora.adapter import module_sparsity
 from partial_lora.budget import dense_parameters
 from partial_lora.building import build, memory
 from partial_lora.calibration.few_shot import halves_few_shot
-from partial_lora.errors import shortlist
+from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
 from partial_lora.methods import tuners
 from partial_lora.methods.setting import heard, training
-from partial_lora.models.targets import target_linears
+from partial_lora.models.skeleton import skeleton_of
 from partial_lora.peers import of_first
 from partial_lora.report import card
 from partial_lora.settings import rates
@@ -89,8 +89,14 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
-        targets = list(target_linears(model, **config.model.trained_modules))
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
+        bare = skeleton_of(model)
+        shapes = bare.targets(**config.model.trained_modules)
+        targets, experts = list(shapes), bare.expert_parameters(shapes)
+        if experts and reads_weights:
+            raise PartialLoraError(
+                f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
+                " expected calibration=fixed and a method that ranks nothing, or other modules"
+            )
 
         earlier = build.earlier_calibration(directory / results.CALIBRATION, targets, world) if calibrated else None
 
@@ -130,7 +136,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
 
     # Masks and the adapter: only what the masks keep exists as a parameter.
     set_seed(config.seed)
-    setting = build.setting_of(config, shapes, sparsity, scores)
+    setting = build.setting_of(config, shapes, sparsity, scores, experts)
     with heard() as warned:
         adapted = method(model, setting)
     record["warnings"] += warned

@@ -263,6 +263,7 @@ def setting_of(
     shapes: Mapping[str, tuple[int, int]],
     sparsity: Sparsity | None = None,
     scores: ModuleScores | None = None,
+    experts: Sequence[str] = (),
 ) -> Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules = config.model.trained_modules
@@ -277,6 +278,7 @@ def setting_of(
         shapes=shapes,
         sparsity=sparsity,
         scores=scores,
+        experts=experts,
     )
     if sparsity is None or not config.calibration.shrink:
         return setting
