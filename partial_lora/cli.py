@@ -33,7 +33,7 @@ from partial_lora.finished.task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.report import EXAMPLES
 from partial_lora.settings.arguments import is_file, settings_of
-from partial_lora.settings.compose import USAGE_ERROR, compose
+from partial_lora.settings.compose import USAGE_ERROR, compose, composed
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
@@ -336,6 +336,24 @@ def env(arguments: list[str]) -> int:
         found = surroundings()
     lines = [f"{name:<16} {value}" for name, value in found.items()]
     print(json.dumps(found) if parsed.json else "\n".join(lines))
+    return 0
+
+
+def schema(arguments: Sequence[str]) -> int:
+    """Print the JSON Schema of a settings file; return the exit code."""
+    parser = _parser(
+        "schema",
+        "Print the JSON Schema of a settings file: keys, types, ranges, choices and what each key means. The first "
+        "line of a file names it to an editor with a YAML language server: # yaml-language-server: $schema=schema.json",
+        epilog="For example: partial-lora schema > schema.json",
+    )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of group files of your own")
+    place = parser.parse_args(list(arguments)).config_dir
+    require(place is None or place.is_dir(), "--config-dir", place, "a folder of group files")
+    from partial_lora.settings.editor import json_schema
+
+    known = json_schema(plain(composed()), [place] if place else [])
+    print(json.dumps(known, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -1027,6 +1045,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
+    "schema": (schema, "print the JSON Schema of a settings file, for an editor"),
     "compare": (compare, "say which method to take at one size or under one limit, or what finished scores decide"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
