@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +116,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 def become(server: Server, folder: Path, port: int, device: str, base: Path | None) -> NoReturn:
     """Become the server of an export, from whose parent folder it runs: so the model's name is the folder's."""
     words = server.words(folder.name, port, device, base and base.absolute())
-    environment: Mapping[str, str] = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # llama.cpp's would sooner listen where variables of these names say.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HOST": HOST, "PORT": str(port)}
+    environment.pop("CONFIG_FILE", None)
     os.chdir(folder.parent)
     os.execve(sys.executable, [sys.executable, "-c", _START, server.module, *words], environment)
