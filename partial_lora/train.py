@@ -33,7 +33,6 @@ from partial_lora.peers import of_first
 from partial_lora.report import card
 from partial_lora.settings import rates
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, objectives, packing
@@ -85,7 +84,7 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         build.check_room(config, task, model)
     if config.trainer.packing:
         packing.check(model)
-    calibrated = is_calibrated(config) or stage == "calibrate"
+    calibrated = config.sizing.is_calibrated or stage == "calibrate"
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
@@ -122,8 +121,8 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     if stage == "calibrate":
         return
     if not calibrated:
-        sparsity = fixed_sparsity(config, shapes)
-        if point := fixed_point(config):
+        sparsity = config.sizing.sparsity(shapes)
+        if point := config.sizing.point:
             record["fixed"] = point
         if reads_weights:
             record["warnings"] += draws.warnings  # logged as they were drawn

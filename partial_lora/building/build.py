@@ -31,7 +31,6 @@ from partial_lora.models.skeleton import ALL_LINEAR
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import size_of
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import left_out
@@ -273,7 +272,7 @@ def setting_of(
         method=config.method,
         mask=config.mask,
         mask_seed=config.mask_seed,
-        size=size_of(config, shapes),
+        size=config.sizing.parameters(shapes),
         shapes=shapes,
         sparsity=sparsity,
         scores=scores,
