@@ -55,7 +55,7 @@ _CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
 _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their name
 
 
-def read_result(directory: Path, name: str = RESULT) -> dict | None:
+def read_result(directory: Path, name: str = RESULT) -> shape.Record | None:
     """Return the record of a run, or None where none can be read or it lacks a status.
 
     Raises PartialLoraError, naming the file, for one of another format.
@@ -76,7 +76,7 @@ class UnfinishedError(ValueError):
     """A record of a run that failed, has not ended or only calibrated."""
 
 
-def finished(result: object) -> dict:
+def finished(result: object) -> shape.Record:
     """Return the record of a training that ended well, as it is in JSON.
 
     Raises ValueError that says what it is instead, an UnfinishedError for a run that has not finished.
@@ -90,7 +90,7 @@ def finished(result: object) -> dict:
     return record
 
 
-def _record(result: object) -> dict:
+def _record(result: object) -> shape.Record:
     if not isinstance(result, dict):
         raise ValueError("foreign, no record of a run")
     if found := shape.fault(result, shape.HEAD):
@@ -300,7 +300,7 @@ def _take(descriptor: int, directory: Path) -> None:
         raise unwritable(directory, error) from error
 
 
-# --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
+# --- The record of a run that becomes result.json (`shape.Record`).
 
 LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
@@ -313,13 +313,13 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> dict:
+def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> shape.Record:
     """Return the record of a run that has just begun.
 
     earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
     digests: of the files that the run reads, by key; None where they are not known.
     """
-    record = {
+    record: shape.Record = {
         "format": FORMAT,
         "status": "running",
         "seed": settings["seed"],
@@ -362,7 +362,7 @@ def finite(value: object) -> object:
 
 
 @contextmanager
-def timed(record: dict, stage: str) -> Iterator[None]:
+def timed(record: shape.Record, stage: str) -> Iterator[None]:
     """Add the wall seconds of the block to those of a stage, earlier attempts among them."""
     start = time.perf_counter()
     yield
