@@ -96,16 +96,6 @@ class Run:
             self.record["warnings"].append(line)
             logger.warning("beware: %s", line)
 
-    def tracking(self, settings: dict) -> Tracking:
-        """Return what tells the trackers of the run, which know it by these settings."""
-        return Tracking(
-            settings["trainer"]["report_to"] if self.world.is_main else [],
-            directory=self.directory,
-            record=self.directory / results.TRACKERS_FILE,
-            results_dir=Path(settings["results_dir"]),
-            parameters=files.flatten(settings),
-        )
-
     def write(self, name: str, judged: objectives.Judged) -> None:
         """Write predictions into the run's directory."""
         if self.world.is_main:
@@ -283,7 +273,8 @@ def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
     record["mixed_precision"] = precision = mixed_precision(chosen.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
     computed_by, folder = record["versions"] | {"precision": precision}, run.directory / results.CHECKPOINTS
-    tracking = run.tracking(plain(replace(config, trainer=chosen)))
+    settings = plain(replace(config, trainer=chosen))
+    tracking = Tracking(chosen.report_to if world.is_main else [], run.directory, settings)
     trainer = build_trainer(
         model,
         chosen,

@@ -25,6 +25,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import FORMAT, difference, entry, flatten, lock, mapped, other_format, read_json
 from partial_lora.launching import shape
 from partial_lora.settings.versions import of_yaml
+from partial_lora.training.trackers import FILE as TRACKERS_FILE
 from partial_lora.training.trackers import TRACKERS
 
 RESULT = "result.json"
@@ -35,7 +36,6 @@ VALIDATION = "validation.parquet"  # as PREDICTIONS, of validation, where the ru
 ADAPTER = "adapter"
 ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
-TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
 CURVES, SPARSITY = "curves.svg", "sparsity.svg"  # of a calibration
