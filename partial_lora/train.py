@@ -80,7 +80,7 @@ def run(config: Config, directory: Path, record: Record, stage: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run know. method: makes its adapter. trains: false where it ends with the sparsities."""
+    """What all stages know. trains: false where the run ends with the sparsities. sharded: over its processes."""
 
     config: Config
     directory: Path
@@ -263,11 +263,11 @@ class Trained:
 def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
     """Train, from the last checkpoint of an earlier attempt on, to the end or as far as trainer.until."""
     config, record, world, model = run.config, run.record, run.world, adapted.model
-    chosen, frozen = _with_rates(run, data, adapted), config.model
-    if frozen.gradient_checkpointing:
+    chosen, of_model = _with_rates(run, data, adapted), config.model
+    if of_model.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     if run.sharded:
-        fsdp.name_blocks(model, frozen.blocks)
+        fsdp.name_blocks(model, of_model.blocks)
     aids, cost = training(adapted.setting.method.function, model, sharded=run.sharded), Cost(model)
     unreached, pause = Unreached(model), Pause(chosen.until)
     record["mixed_precision"] = precision = mixed_precision(chosen.mixed_precision, world.device)
