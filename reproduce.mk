@@ -10,7 +10,7 @@
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
 # make coverage           how often intervals hold the truth, from the records
-# make figures, pages     the four figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
+# make figures, pages     the five figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
 # make models, first-day  every model's sizes, and what a step keeps; the defaults on tables cut out of real sets, beside searched rates
 #
 # PRESET=cpu     models out of PyPI wheels; digits always, and the tasks that DATA=FOLDER has
@@ -36,7 +36,7 @@ FIGURES = fig1 fig2 fig3 fig4 fig5 fig6 fig7
 ANALYSED = analysis-cost analysis-agreement analysis-reliability analysis-stability
 SCRIPT = $(BIN)/python scripts
 STUDY = $(SCRIPT)/study.py $(1) --data $(DATA) --only $(2) $(ONLY) $(if $(WITH),--with $(WITH))
-OTHERS = data reproduce reports referee coverage models first-day bench calibration-analyses figures pages
+OTHERS = data reproduce reports referee coverage models first-day bench calibration-analyses figures pages screen
 VIEWS = $(TABLES:%=reproduce-%) $(FIGURES:%=reproduce-%)
 .PHONY: $(STUDIES) $(OTHERS) $(ANALYSED) $(VIEWS)
 $(STUDIES) $(OTHERS) $(ANALYSED) $(VIEWS): | $(VENV)/.installed
@@ -82,6 +82,11 @@ figures:
 
 pages:
 	$(SCRIPT)/pages.py
+
+# The picture of a terminal in README.md: the demo, a prediction, a checked export.
+screen:
+	PATH=$(abspath $(VENV))/bin:$$PATH $(SCRIPT)/screen.py docs/demo 'partial-lora train experiment=demo' \
+		'partial-lora predict latest results/latest/example.png' 'partial-lora export latest --to merged --check'
 
 # FIRST_DAY=… has options of the script.
 first-day:

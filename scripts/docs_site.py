@@ -41,10 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {".py": "python", ".sh": "sh", ".yaml": "yaml"}  # files that get a page of their own
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 PICTURE = re.compile(
-    r'<picture>\n<source .*srcset="(?P<dark>\S+)">\n'
-    r'<img alt="(?P<words>[^"]*)" src="(?P<light>\S+)" width="600">\n</picture>'
+    r'<picture><source .*?srcset="(?P<dark>\S+)">'
+    r'<img alt="(?P<words>[^"]*)" src="(?P<light>\S+)" width="(?P<width>\d+)"></picture>'
 )
-THEMED = r"![\g<words>](\g<light>#only-light){ width=600 }![\g<words>](\g<dark>#only-dark){ width=600 }"
+THEMED = r"![\g<words>](\g<light>#only-light){ width=\g<width> }![\g<words>](\g<dark>#only-dark){ width=\g<width> }"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LETTER = re.compile(r'<mi mathvariant="(double-struck|script)">([A-Z])</mi>')  # browsers read letters, not this
 BAR = re.compile(r'<mo(?: stretchy="false")?>(&#x02016;|&#x0007C;)</mo>')  # else with the spaces of a relation

@@ -15,13 +15,15 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import claim_of, plainly, raced
+from evidence import claim_of, differences_at_rates, plainly, raced
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from protocol import BUDGET, PARTIAL, THRESHOLD
 
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.report.pairs import Outcome, Pair, between
+from partial_lora.report.predictions import Predictions
 from partial_lora.report.ranking import at_best_rates, rows_of
 from partial_lora.report.records import read
 from partial_lora.report.statistics import Estimate, half_interval, over_sets
@@ -30,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "results", ROOT / "README.md"
 DOCS = ROOT / "docs"
 BLOCKS = {  # between <!-- NAME --> marks
-    README: ("verdict", "decision"),
+    README: ("picture", "findings"),
     DOCS / "concepts" / "operating-points.md": ("shares",),
     DOCS / "evidence" / "tables.md": ("found",),
     DOCS / "evidence" / "field.md": ("field",),
@@ -146,6 +148,30 @@ def with_digits(second: str, point: str = BUDGET) -> str:
     return written(100 * number for number in (mean.difference, *mean.interval()))
 
 
+@cache
+def _on_all_rows() -> dict[tuple[str, str], dict[int, Outcome]]:
+    """Return the test scores by seed of the runs on all rows, 1,200 steps each, by task and method."""
+    stored, scores = Predictions(RESULTS / "decided"), {}
+    for run in read(RESULTS / "decided")[0]:
+        config = run.record["config"]
+        if config["trainer"]["max_steps"] == 1200 and config["task"]["train_samples"] > 1000:
+            cell = scores.setdefault((run.row["task"], run.row["method"]), {})
+            cell[run.row["seed"]] = Outcome.of(run.row, stored)
+    return scores
+
+
+def on_all_rows(first: str, second: str, task: str = "gtsrb", digits: int = 1) -> str:
+    """Return a method less another, in points, where both train on all rows of a set for 1,200 steps."""
+    scores = _on_all_rows()
+    apart = between(Pair(scores[task, first], scores[task, second], "accuracy"))
+    return written((100 * apart.difference, 100 * apart.low, 100 * apart.high), digits)
+
+
+def one_rate() -> list[str]:
+    """Return rsLoRA less plain LoRA at each choice of learning rates, as the picture has them."""
+    return [written((found.difference, *found.interval()), 1) for found in differences_at_rates(RESULTS).values()]
+
+
 CELL = ["task", "form", "size"]
 
 
@@ -259,6 +285,7 @@ def pages() -> dict[Path, str]:
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
+    environment.globals |= {"on_all_rows": on_all_rows, "one_rate": one_rate}
     environment.globals |= {"kept": kept, "share": share, "noisy": noisy, "mixed": mixed}
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]

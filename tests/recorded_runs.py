@@ -84,7 +84,7 @@ def record(
         else None,
         "calibration": chosen | (calibration or {}) if calibrated and not changes.get("fixed") else None,
         "metrics": {"validation": scores, "test": scores},
-        "training": {"rows": 600, "steps": 114, "passes": 3, "learning_rate": config["trainer"]["learning_rate"]},
+        "training": {"rows": 600, "steps": 10, "passes": 3, "learning_rate": config["trainer"]["learning_rate"]},
         "history": [],
         "cost": {
             "adapter_bytes": 4000,

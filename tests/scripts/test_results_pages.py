@@ -60,7 +60,7 @@ def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Pa
         (tmp_path / study).symlink_to(RESULTS / study)
     evidence.figures(tmp_path)
     drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
-    names = ("memory", "memory-more", "size", "claims")
+    names = evidence.DRAWN
     assert drawn.keys() == {f"{name}{theme}.svg" for name in names for theme in ("", "-dark")}
     for _, name, _ in evidence.NAMED.values():
         assert name in drawn["memory.svg"]
