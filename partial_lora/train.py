@@ -22,8 +22,6 @@ from partial_lora import files, models, worker_events
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import build, memory
-from partial_lora.calibration.few_shot import FewShot
-from partial_lora.calibration.result import Calibration
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
@@ -187,7 +185,18 @@ def calibrate(run: Run, data: Data) -> Choice:
         if calibrates:
             with timed(record, "calibrate"):
                 found = earlier or build.calibration(file, targets, examples, scores, world)
-            return Choice(shapes, _recorded(run, found, shapes, examples, scores), scores)
+            agreement = {}
+            if sizing.calibration.reliability:
+                with timed(record, "reliability"):
+                    agreement["reliability"] = examples.halves(scores, world)
+                found = build.with_reliability(found, agreement["reliability"])
+            record["calibration"] = found.summary() | agreement
+            record["sparsity"] = found.sparsity
+            record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+            if world.is_main:
+                found.save(run.directory / results.CALIBRATION)
+                files.write_json(run.directory / results.RESULT, record)  # a resumed run knows the seconds spent
+            return Choice(shapes, found.sparsity, scores)
     if sizing.point:
         record["fixed"] = sizing.point
     if examples:
@@ -195,55 +204,30 @@ def calibrate(run: Run, data: Data) -> Choice:
     return Choice(shapes, sizing.sparsity(shapes), scores)
 
 
-def _recorded(
-    run: Run, found: Calibration, shapes: Shapes, examples: FewShot | None, scores: ModuleScores | None
-) -> Sparsity:
-    """Return the sparsities of a calibration, once it is in the record with its reliability, and in its file."""
-    record, agreement = run.record, {}
-    if run.config.calibration.reliability:
-        with timed(record, "reliability"):
-            agreement["reliability"] = examples.halves(scores, run.world)
-        found = build.with_reliability(found, agreement["reliability"])
-    record["calibration"] = found.summary() | agreement
-    record["sparsity"] = found.sparsity
-    record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-    if run.world.is_main:
-        found.save(run.directory / results.CALIBRATION)
-        files.write_json(run.directory / results.RESULT, record)  # so that a resumed run knows the seconds spent
-    return found.sparsity
-
-
 # --- Masks and the adapter: only what the masks keep exists as a parameter.
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The model with its adapter.
-
-    setting: what the method made it of. width: of the model (`rates.width`). density: its trainable parameters, as a
-    share of dense LoRA's. start: the new adapter, if it was taken out of W (`tuners.taken_out`).
-    """
+    """The model with its adapter, what that was made of, and its start, if it was taken out of W (`tuners`)."""
 
     model: PeftModel
     setting: Setting
-    width: int
-    density: float
     start: Mapping[str, Tensor] | None
 
 
 def adapt(run: Run, data: Data, choice: Choice) -> Adapted:
     """Draw or choose the masks and add the adapter to the frozen model, by the run's method."""
-    config, record, shapes = run.config, run.record, choice.shapes
+    config, record = run.config, run.record
     set_seed(config.seed)
-    setting = build.setting_of(config, shapes, choice.sparsity, choice.scores)
+    setting = build.setting_of(config, choice.shapes, choice.sparsity, choice.scores)
     with heard() as warned:
         adapted = run.method(data.model, setting)
     run.beware(warned)
-    dense = dense_parameters(shapes, setting.rank)
+    dense = dense_parameters(choice.shapes, setting.rank)
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
-    width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
-    return Adapted(adapted, setting, width, density, tuners.taken_out(adapted))
+    return Adapted(adapted, setting, tuners.taken_out(adapted))
 
 
 # --- Training, on the kept entries and the head.
@@ -304,9 +288,10 @@ def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
 
 def _with_rates(run: Run, data: Data, adapted: Adapted) -> TrainerConfig:
     """Return the settings of training with the learning rates that they leave to the run, and record its length."""
-    config, density = run.config, adapted.density
-    settings, has_head = plain(config), bool(adapted.setting.whole())
-    chosen = rates.trainer_of(settings, config.trainer, width=adapted.width, density=density, has_head=has_head)
+    config, setting, size = run.config, adapted.setting, run.record["parameters"]
+    density, settings = size["adapter_trainable"] / size["adapter_dense"], plain(config)
+    geometry = {"width": rates.width(setting.shapes.values()), "density": density, "has_head": bool(setting.whole())}
+    chosen = rates.trainer_of(settings, config.trainer, **geometry)
     run.record["training"] = length = rates.training_of(chosen, len(data.rows["train"]), density)
     worker_events.emit("train", 0, length["steps"], note=rates.in_words(settings, length))
     return chosen
