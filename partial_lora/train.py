@@ -288,8 +288,8 @@ def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
 
 def _with_rates(run: Run, data: Data, adapted: Adapted) -> TrainerConfig:
     """Return the settings of training with the learning rates that they leave to the run, and record its length."""
-    config, setting, size = run.config, adapted.setting, run.record["parameters"]
-    density, settings = size["adapter_trainable"] / size["adapter_dense"], plain(config)
+    config, setting, settings = run.config, adapted.setting, plain(run.config)
+    density = run.record["parameters"]["adapter_trainable"] / dense_parameters(setting.shapes, setting.rank)
     geometry = {"width": rates.width(setting.shapes.values()), "density": density, "has_head": bool(setting.whole())}
     chosen = rates.trainer_of(settings, config.trainer, **geometry)
     run.record["training"] = length = rates.training_of(chosen, len(data.rows["train"]), density)

@@ -20,6 +20,7 @@ _SETTINGS = {
     "mask?": ({**dict.fromkeys(("granularity?", "rows?", "columns?"), str), "*": (*_MAYBE, str)}, None),
     "trainer": {"learning_rate": (*_NUMBER, str)},
 }
+_METRICS = {"test": {"primary": str}, "*": ({"*": (*_MAYBE, str)}, None)}
 _PARAMETERS = {
     **dict.fromkeys(("adapter_dense", "adapter_trainable", "head"), _NUMBER),
     "adapter_sparsity": _MAYBE,
@@ -38,11 +39,11 @@ class _Trained(TypedDict):
 
     config: Annotated[dict, _SETTINGS]  # the settings, as far as a report reads them
     seed: int
-    metrics: Annotated[dict, {"test": {"primary": str}, "*": ({"*": (*_MAYBE, str)}, None)}]  # by split
+    metrics: Annotated[dict, _METRICS]  # by split
     parameters: Annotated[dict, _PARAMETERS]  # `budget.counts_of`
     seconds: Annotated[dict, {**dict.fromkeys(("calibrate", "train", "evaluate"), _NUMBER), "*": _NUMBER}]
     calibration: Annotated[dict | None, (_CALIBRATION, None)]  # `Calibration.summary`
-    sparsity: Annotated[dict | None, ({"*": {"rows": _NUMBER, "columns": _NUMBER}}, None)]  # by module
+    sparsity: Annotated[Mapping | None, ({"*": {"rows": _NUMBER, "columns": _NUMBER}}, None)]  # by module
     history: Annotated[list, [{"step": _NUMBER, "*": _MAYBE}]]  # Trainer's
     versions: dict[str, str]  # of Python and the libraries
 
