@@ -120,7 +120,7 @@ def launch(
         if code and code not in _STOPPED:
             _record_failure(place, failure, cluster, code)
         outcome = _outcome(place, code)
-        if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get(directory.REFUSED):
+        if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get("refused"):
             directory.remove_refused(place, config.results_dir)
         return outcome
 
@@ -358,7 +358,7 @@ def _record_failure(place: Path, failure: failures.Failure | None, cluster: Clus
         reason = _silent_end(code) if failure is None else failure.text(cluster.processes)
         result |= {"status": "failed", "error": redacted(reason)}
         killed = failure is None or not failure.explained
-        files.write_json(place / directory.RESULT, result | ({directory.KILLED: True} if killed else {}))
+        files.write_json(place / directory.RESULT, result | ({"killed": True} if killed else {}))
 
 
 # --- The launcher between a parent and several workers.

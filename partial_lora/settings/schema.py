@@ -22,6 +22,7 @@ from partial_lora.masks import AS_PEFT, AXES, GRANULARITIES, MASKED
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.models.config import ModelConfig
 from partial_lora.ranges import check, values_of
+from partial_lora.settings.sizing import Sizing
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.training.config import TrainerConfig
 
@@ -49,6 +50,11 @@ class Config:
     def calibration_seed(self) -> int:
         """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
         return self.seed if self.calibration.seed is None else self.calibration.seed
+
+    @property
+    def sizing(self) -> Sizing:
+        """What decides the size of the adapter."""
+        return Sizing(self.method, self.calibration, self.mask.counted)
 
     @property
     def warnings(self) -> list[str]:

@@ -13,7 +13,6 @@ import torch
 from configured import inputs, labels, load, loud
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from refusals import refusal
 from safetensors.torch import load_file
@@ -27,12 +26,11 @@ from partial_lora.building import build
 from partial_lora.building.info import outline
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, kept_count, random_keys
+from partial_lora.masks import AS_PEFT, AXES, kept_count, random_keys
 from partial_lora.methods.config import MaskConfig
 from partial_lora.methods.controls import permuted, reversed_ranks
 from partial_lora.methods.lora import ranks_within
 from partial_lora.methods.setting import Setting, widest
-from partial_lora.settings import sparsities
 from partial_lora.settings.compose import composed
 from partial_lora.training import cost
 
@@ -146,10 +144,11 @@ def test_modules_with_ranks_of_their_own_have_the_size_and_loras_scaling() -> No
     own, _ = adapted("partial", "tiny_vit", high=0.8, rank="auto", row_exponent=0)
     sizes = [counted(model, setting)["adapter_trainable"] for model in (own, reference)]
     assert 0 <= sizes[1] - sizes[0] < 16 * len(setting.shapes)
-    layers = [layer for layer in own.modules() if isinstance(layer, LoraLayer)]
-    assert len({layer.r["default"] for layer in layers}) > 1
-    for layer in layers:
-        assert layer.scaling["default"] == pytest.approx(setting.method.alpha / layer.lora_A["default"].rank)
+    layers = {name: own.get_base_model().get_submodule(name) for name in setting.shapes}
+    assert len({layer.r["default"] for layer in layers.values()}) > 1
+    for name, layer in layers.items():
+        _, in_a = own.peft_config["default"].own_scaling(name)
+        assert layer.scaling["default"] * in_a == pytest.approx(setting.method.alpha / layer.lora_A["default"].rank)
 
 
 def test_entries_are_drawn_one_by_one_at_one_share_of_every_factor() -> None:
@@ -198,9 +197,7 @@ def test_a_ticket_starts_from_the_values_of_a_that_it_was_scored_by() -> None:
 
     scores = data_scores("adapter", model, modules, [batch], seed=7, options={"rank": 4, "steps": 2}, loss=loss)
     set_seed(7)
-    ticket = methods.METHODS["ticket"](
-        model, dataclasses.replace(setting, scores=scores, mask=MaskConfig(fan_in="dense"))
-    )
+    ticket = methods.METHODS["ticket"](model, dataclasses.replace(setting, scores=scores, mask=MaskConfig(**AS_PEFT)))
     for name, masks in module_masks(ticket).items():
         start = ticket.get_base_model().get_submodule(name).lora_A["default"].weight
         assert torch.equal(start[:, masks.columns.kept], began[name][:, masks.columns.kept])
@@ -397,7 +394,7 @@ def fixed(method: str, *overrides: str) -> tuple[PeftModel, Setting]:
     chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
     model = load("tiny_vit")
     drawn = setting_of("tiny_vit", model)
-    sparsity = sparsities.fixed_sparsity(chosen, drawn.shapes)
+    sparsity = chosen.sizing.sparsity(drawn.shapes)
     setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
     return chosen.method.traits(model, setting), setting
 
@@ -458,7 +455,7 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
     def calibrated(*overrides: str) -> bool:
-        return sparsities.is_calibrated(composed("model=tiny_vit", *overrides))
+        return composed("model=tiny_vit", *overrides).sizing.is_calibrated
 
     assert not calibrated("method=uniform", "calibration=budget")
     for more in (["calibration=threshold"], ["calibration=budget", "calibration.reliability=true"]):
@@ -466,7 +463,7 @@ def test_uniform_needs_no_calibration_for_a_budget() -> None:
     assert calibrated("method=partial", "calibration=budget")
     one, other = (composed("model=tiny_vit", "method=uniform", f"calibration={each}") for each in ("budget", "fixed"))
     shapes = setting_of("tiny_vit", load("tiny_vit")).shapes
-    assert sparsities.fixed_sparsity(one, shapes) == sparsities.fixed_sparsity(other, shapes)
+    assert one.sizing.sparsity(shapes) == other.sizing.sparsity(shapes)
 
 
 def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
@@ -479,7 +476,7 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "dense", "full"):
         chosen = composed("model=tiny_vit", f"method={method}", "calibration=fixed")
-        assert sparsities.fixed_sparsity(chosen, {}) is None
+        assert chosen.sizing.sparsity({}) is None
 
 
 def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:
