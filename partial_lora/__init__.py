@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_lora.adapter import PartialLoraConfig, PartialLoraModel, load_compact, warm_start, write_compact
+    from partial_lora.building.rate import learning_rate
     from partial_lora.calibration.calibrate import calibrate
     from partial_lora.calibration.result import Calibration
     from partial_lora.errors import PartialLoraError
@@ -30,6 +31,7 @@ _PUBLIC = {
     "PartialLoraModel": "adapter",
     "Predictor": "finished.predict",
     "calibrate": "calibration.calibrate",
+    "learning_rate": "building.rate",
     "load_compact": "adapter",
     "warm_start": "adapter",
     "write_compact": "adapter",
@@ -42,6 +44,7 @@ __all__ = [
     "PartialLoraModel",
     "Predictor",
     "calibrate",
+    "learning_rate",
     "load_compact",
     "warm_start",
     "write_compact",

@@ -8,6 +8,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -45,6 +46,11 @@ def kept_count(size: int, sparsity: float) -> int:
     sparsity outside [0, 1).
     """
     return max(1, math.floor((1 - _checked(sparsity)) * size + 0.5))
+
+
+def power_of_two(factor: float) -> float:
+    """Return the nearest power of two, by which numbers are multiplied and divided without rounding."""
+    return 2.0 ** round(math.log2(factor))
 
 
 def _checked(sparsity: float) -> float:
@@ -114,8 +120,13 @@ class Mask:
 
     @classmethod
     def _lowest(cls, keys: np.ndarray, sparsity: float) -> Mask:
-        lowest = np.argsort(keys, kind="stable")  # of equals the lower index first
-        return cls(len(keys), np.sort(lowest[: kept_count(len(keys), sparsity)]))
+        count = kept_count(len(keys), sparsity)
+        highest = np.partition(keys, count - 1)[count - 1]  # of those that stay; sorting all takes five times as long
+        kept = np.flatnonzero(keys <= highest)
+        if len(kept) > count:  # of equals the lower index stays
+            below = np.flatnonzero(keys < highest)
+            kept = np.union1d(below, np.setdiff1d(kept, below)[: count - len(below)])
+        return cls(len(keys), kept)
 
     @property
     def density(self) -> float:
@@ -132,7 +143,7 @@ class Mask:
         """The share removed, as measured: rounding to whole rows makes it differ from the requested one."""
         return 1 - self.density
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the kept indices as little-endian int64."""
         return hashlib.sha256(self.kept.astype("<i8").tobytes()).hexdigest()
@@ -144,6 +155,8 @@ class Mask:
         return dense
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return type(other) is type(self) and all(map(np.array_equal, self._values(), other._values()))
 
     def __hash__(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from partial_lora.launching.shape import Record
 from partial_lora.masks import Sparsity
 from partial_lora.methods import Method, tuners
 from partial_lora.methods.setting import ModuleScores, Setting, Training, heard, training
-from partial_lora.models.targets import target_linears
 from partial_lora.peers import of_first
 from partial_lora.report import card
 from partial_lora.settings import rates
@@ -154,9 +153,10 @@ def load(run: Run) -> Data:
 
 @dataclass(frozen=True)
 class Choice:
-    """The modules to adapt, by the shape of W (out, in); sparsity and importance of their rows and columns, if any."""
+    """The modules to adapt and fused experts among them (`build.targets_of`); their sparsity and importance, if any."""
 
     shapes: Shapes
+    experts: Sequence[str]
     sparsity: Sparsity | None
     scores: ModuleScores | None
 
@@ -172,8 +172,8 @@ def calibrate(run: Run, data: Data) -> Choice:
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = sizing.method.traits.ranked or (calibrates and not file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
-        targets = list(target_linears(model, **config.model.trained_modules))
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
+        shapes, experts = build.targets_of(config.model, model, ranked=reads_weights)
+        targets = list(shapes)
         earlier = build.earlier_calibration(run.directory / results.CALIBRATION, targets, world) if calibrates else None
         examples, scores = None, None
         if reads_weights:
@@ -196,12 +196,12 @@ def calibrate(run: Run, data: Data) -> Choice:
             if world.is_main:
                 found.save(run.directory / results.CALIBRATION)
                 files.write_json(run.directory / results.RESULT, record)  # a resumed run knows the seconds spent
-            return Choice(shapes, found.sparsity, scores)
+            return Choice(shapes, experts, found.sparsity, scores)
     if sizing.point:
         record["fixed"] = sizing.point
     if examples:
         record["warnings"] += examples.draws.warnings  # logged as they were drawn
-    return Choice(shapes, sizing.sparsity(shapes), scores)
+    return Choice(shapes, experts, sizing.sparsity(shapes), scores)
 
 
 # --- Masks and the adapter: only what the masks keep exists as a parameter.
@@ -220,7 +220,7 @@ def adapt(run: Run, data: Data, choice: Choice) -> Adapted:
     """Draw or choose the masks and add the adapter to the frozen model, by the run's method."""
     config, record = run.config, run.record
     set_seed(config.seed)
-    setting = build.setting_of(config, choice.shapes, choice.sparsity, choice.scores)
+    setting = build.setting_of(config, choice.shapes, choice.sparsity, choice.scores, choice.experts)
     with heard() as warned:
         adapted = run.method(data.model, setting)
     run.beware(warned)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from partial_lora.adapter import PartialLoraConfig
+from partial_lora.adapter.model import saved_rank
 
 VIT_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -208,9 +209,15 @@ def fill(model, seed=2, adapter_name=None):
     return model
 
 
+def plain_config(model, name="default"):
+    """The config of an adapter as plain PEFT reads it from a file: one rank and one alpha."""
+    config = model.peft_config[name]
+    return config.as_lora(saved_rank(model, name)) if isinstance(config, PartialLoraConfig) else config
+
+
 def dense_twin(model, base, **settings):
     """``base`` with plain LoRA adapters of the same names that hold the dense tensors of ``model``'s, the head too."""
-    configs = {name: config.as_lora() for name, config in model.peft_config.items()}
+    configs = {name: plain_config(model, name) for name in model.peft_config}
     for config in configs.values():
         for option, value in settings.items():
             setattr(config, option, value)

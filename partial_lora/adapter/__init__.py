@@ -12,7 +12,8 @@ PEFT = "peft>=0.21,<0.22"  # as in pyproject.toml: the adapter uses much of PEFT
 try:
     from partial_lora.adapter.compact import load_compact, write_compact
     from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig
-    from partial_lora.adapter.model import PartialLoraModel, module_masks, module_sparsity, register
+    from partial_lora.adapter.model import PartialLoraModel, module_masks, module_sparsity
+    from partial_lora.adapter.registration import register
     from partial_lora.adapter.selection import ModuleMasks
     from partial_lora.adapter.warm_start import warm_start
 

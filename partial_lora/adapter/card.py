@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: PEFT's README.md, and how a masked adapter is loaded."""
+"""The model card of a saved adapter: what is known of it, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ CARD = "README.md"
 TAGS = ("lora", "partial-lora")
 HEADING = "## Partial-LoRA"
 VERSIONS = "### Framework versions"  # PEFT's last section
+UNKNOWN = "[More Information Needed]"  # in PEFT's template, thirty times
 
 USAGE = """{heading}
 
-Fewer numbers were trained than the low-rank factors have, and `partial_lora.json` says which. The factors in this file
-are whole, so this is an ordinary LoRA adapter, and PEFT alone loads it:
+{size} `partial_lora.json` says which. The factors in this file are whole, so this is an ordinary LoRA adapter, and PEFT
+alone loads it:
 
 ```python
 from peft import PeftModel
@@ -22,28 +23,24 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, {adapter})
 ```
 
-To train the same entries further, load it with its masks, by the package partial-lora:
+With the package partial-lora imported, it trains the same entries further:
 
 ```python
-from partial_lora import PartialLoraConfig
+import partial_lora
 from peft import PeftModel
 
-config = PartialLoraConfig.from_pretrained({adapter})
-model = PeftModel.from_pretrained(base_model, {adapter}, config=config, is_trainable=True)
+model = PeftModel.from_pretrained(base_model, {adapter}, is_trainable=True)
 ```
 """
-ALPHAS = """
-Modules have alphas of their own (`alpha_pattern`). PEFT applies them. Servers that read `lora_alpha` alone, such as
-vLLM, would scale the adapter wrongly: give them the weights of `model.merge_and_unload()`.
-"""
 
 
-def complete_card(folder: Path, *, alphas: bool) -> None:
-    """Add our tags and a section on loading to the card that PEFT has just written for the adapter in ``folder``.
+def complete_card(folder: Path, *, size: str) -> None:
+    """Say what is known of the adapter in ``folder`` in the card that PEFT has just written.
 
-    The card of a named adapter lies in the folder above. What is there already is not added again, and all else in the
-    card stays. Where PEFT has written no card (a README.md whose library_name is peft), none is written. alphas: True
-    where modules have alphas of their own.
+    That is its base, its size and how it is loaded. PEFT's template, where nothing is filled in, goes; a path of this
+    machine is no base for others. The card of a named adapter lies in the folder above. What is there already is not
+    added again, and all else in a card stays. Where PEFT has written none (a README.md whose library_name is peft),
+    none is written. size: how much trains of how much, in a sentence.
     """
     path, adapter = folder / CARD, '"path/or/hub-id"'
     if not path.is_file():
@@ -53,10 +50,18 @@ def complete_card(folder: Path, *, alphas: bool) -> None:
     card = ModelCard.load(path, ignore_metadata_errors=True)
     if card.data.get("library_name") != "peft":
         return
-    card.data.tags = sorted({*(card.data.tags or ()), *TAGS})
+    base = card.data.get("base_model")
+    tags = {*(card.data.tags or ()), *TAGS}
+    if isinstance(base, str) and Path(base).exists():
+        tags -= {f"base_model:adapter:{base}"}
+        del card.data.base_model
+        base = None
+    card.data.tags = sorted(tags)
     lines = card.text.splitlines()
-    section = "" if HEADING in lines else USAGE.format(heading=HEADING, adapter=adapter)
-    section += ALPHAS if alphas and ALPHAS not in card.text else ""
+    if UNKNOWN in card.text:
+        of = f" for `{base}`" if base else ""
+        lines = [f"# A LoRA adapter{of}", "", *lines[lines.index(VERSIONS) if VERSIONS in lines else len(lines) :]]
+    section = "" if HEADING in lines else USAGE.format(heading=HEADING, adapter=adapter, size=size)
     at = lines.index(VERSIONS) if VERSIONS in lines else len(lines)
     card.text = "\n".join([*lines[:at], *section.splitlines(), *[""] * bool(section), *lines[at:]])
     card.save(path)

@@ -5,7 +5,6 @@ Masks are made again from their settings, and must match those that the adapter 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -31,16 +30,18 @@ from partial_lora.adapter.config import PartialLoraConfig, saved_file
 from partial_lora.adapter.factor import is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
+    adapter_layers,
     adapter_tensors,
     base_modules,
     check_unmerged,
     config_of,
+    drawn,
     module_masks,
 )
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import FORMAT, other_format, with_an_end, write_atomic
-from partial_lora.masks import AXES, GRANULARITIES, MASKED, assign_sparsity
+from partial_lora.masks import AXES, GRANULARITIES, MASKED
 
 _HEADER, _BEFORE = "partial_lora/", "partial_lora."  # before the number of the format; and before 1.0
 _INDICES = "#indices"  # a name that no module has
@@ -70,19 +71,23 @@ def write_compact(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise PartialLoraError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16, or None (as trained).")
     config = _writable_config(model, adapter_name)
-    base, modules, masks = model.get_base_model(), base_modules(model), module_masks(model, adapter_name)
+    base, layers, (masks, geometries) = (
+        model.get_base_model(),
+        adapter_layers(model, adapter_name),
+        drawn(model, adapter_name),
+    )
     kept = {
         name: {
-            factor: getattr(modules[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
+            factor: getattr(layers[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
             for factor in _trained_factors(config.rows, config.columns)
         }
         for name in masks
     }
-    whole = _whole_tensors(model, adapter_name, masks)
+    whole = adapter_tensors(model, adapter_name, masked=False)
     compact = Compact(
         config=config,
-        geometries={name: geometry(name, modules[name], config.rank_of(name)) for name in masks},
-        masks=masks,
+        geometries=dict(geometries),
+        masks=dict(masks),
         kept=kept,
         whole=whole,
         base=fingerprint(base, exclude=_trained_whole(base, config, whole)),
@@ -147,7 +152,7 @@ def load_compact(
     return adapted
 
 
-def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
+def _writable_config(model: PeftModel, adapter_name: str) -> PartialLoraConfig:
     """Return the config of an adapter that can be written; raise PartialLoraError for any other."""
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
@@ -155,23 +160,26 @@ def _writable_config(model: nn.Module, adapter_name: str) -> PartialLoraConfig:
             f"adapter {adapter_name!r} is a {type(config).__name__}, which masks nothing: use save_pretrained."
         )
     check_unmerged(model)
-    for name, parameter in model.named_parameters():
+    parameters = [(name, parameter) for name, _, parameter in base_parameters(model.get_base_model())]
+    for name, layer in adapter_layers(model, adapter_name).items():
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        parameters += [(name, parameter) for factor in factors for parameter in factor.parameters()]
+    for name, parameter in parameters:
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
     return config
-
-
-def _whole_tensors(model: PeftModel, adapter_name: str, masked: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors that train whole beside the masked factors, by names in the base model; no copies."""
-    factors = {f"{name}.lora_{factor}.weight" for name in masked for factor in "AB"}
-    return {name: value for name, value in adapter_tensors(model, adapter_name).items() if name not in factors}
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
     """Put the file's values into the adapter just built; refuse them where masks or tensors differ from the file's."""
     if module_masks(adapted, adapter_name) != compact.masks:
         raise PartialLoraError("the masks made again for this model are not those of the file.")
-    here = _whole_tensors(adapted, adapter_name, compact.masks)
+    for name, module in base_modules(adapted).items():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for key, weight in module.modules_to_save[adapter_name].named_parameters():
+                filed = compact.whole.get(f"{name}.{key}", weight).dtype
+                weight.data = weight.data.to(torch.promote_types(weight.dtype, filed))  # wide enough for the file's
+    here = adapter_tensors(adapted, adapter_name, masked=False)  # themselves, to be filled
     for name in sorted(here.keys() ^ compact.whole.keys()):
         where = "the file" if name in here else "this model"
         raise PartialLoraError(f"{name} trains beside the adapter, but {where} does not have it.")
@@ -180,20 +188,14 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
             raise PartialLoraError(
                 f"{name} is {list(here[name].shape)} in this model, but {list(value.shape)} in the file."
             )
-    modules = base_modules(adapted)
+    layers = adapter_layers(adapted, adapter_name)
     for name, factors in compact.kept.items():
         for factor, value in factors.items():
-            parameter = getattr(modules[name], f"lora_{factor}")[adapter_name].kept
+            parameter = getattr(layers[name], f"lora_{factor}")[adapter_name].kept
             dtype = parameter.dtype if compact.rounded else value.dtype
             parameter.data = value.to(parameter.device, dtype).reshape(parameter.shape)
-    for name, module in modules.items():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for key, parameter in module.modules_to_save[adapter_name].named_parameters():
-                value = compact.whole[f"{name}.{key}"]
-                # wide enough for the file's
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, value.dtype))
     with torch.no_grad():
-        for name, parameter in _whole_tensors(adapted, adapter_name, compact.masks).items():  # now wide enough
+        for name, parameter in here.items():
             parameter.copy_(compact.whole[name])
 
 
@@ -243,11 +245,16 @@ def encode(compact: Compact) -> bytes:
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
-        for name, shares in assign_sparsity(config.shares, list(masks)).items():
-            modules[name] += [shares[axis] for axis in AXES]
+        linears = {name: each for name, each in compact.geometries.items() if each.experts is None}
+        for name, share in shares_of(linears, config.shares).items():
+            modules[name] += [share[axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
+    if experts := {name: each.experts for name, each in compact.geometries.items() if each.experts is not None}:
+        header["experts"] = experts
+        shares = shares_of(compact.geometries, config.shares)
+        header["shares"] = {name: shares[name] for name in shares if name not in masks or name in experts}
     tensors = {
         name: torch.cat([value.flatten() for value in both.values()]).contiguous()
         for name, both in compact.kept.items()
@@ -264,7 +271,7 @@ def _changed_settings(config: PartialLoraConfig, modules: Mapping[str, object]) 
     default = LoraConfig().to_dict() | _ABSENT
     changed = {k: value for k, value in config.to_dict().items() if k not in _LEFT_OUT and value != default.get(k)}
     targets = changed.get("target_modules")
-    if not isinstance(targets, str) and set(targets or ()) == set(modules):
+    if not isinstance(targets, str) and targets and set(targets) == set(modules):
         del changed["target_modules"]  # the names are in the file already
     return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
 
@@ -303,7 +310,7 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     granularity = settings["granularity"]
     geometries, counts, kept = {}, {}, {}
     for name, (b, a, rows, columns, *_) in modules.items():
-        geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b))
+        geometries[name] = Geometry((b[0], a[1]), a=tuple(a), b=tuple(b), experts=header.get("experts", {}).get(name))
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
@@ -320,13 +327,16 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         parts = iter(every.split(sizes))
         masks_of["indices"] = {name: {axis: next(parts).numpy() for axis in AXES} for name in counts}
     elif settings["count"] == "bernoulli":
-        masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=True)) for name, entry in modules.items()}
+        masks_of["sparsity"] = {name: dict(zip(AXES, entry[5:], strict=False)) for name, entry in modules.items()}
     else:
         masks_of["sparsity"] = {  # the measured sparsity keeps as many again; that of a frozen factor says nothing
             name: {axis: max(0.0, 1 - counts[name][axis] / size) for axis, size in geometry.sizes(granularity).items()}
             for name, geometry in geometries.items()
         }
-    options: dict[str, Any] = {"target_modules": list(modules)} | settings
+    linears = [name for name, each in geometries.items() if each.experts is None]
+    if "sparsity" in masks_of:
+        masks_of["sparsity"] = {name: masks_of["sparsity"][name] for name in linears} | header.get("shares", {})
+    options: dict[str, Any] = {"target_modules": linears} | settings
     config = PartialLoraConfig(**options, **masks_of)
     masks = config.choose_masks(geometries)
     for name, entry in modules.items():
@@ -346,7 +356,7 @@ def _factors(
 ) -> dict[str, Tensor]:
     """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
     shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
-    if not GRANULARITIES[granularity].over_entries:
+    if geometry.experts is None and not GRANULARITIES[granularity].over_entries:
         shapes = {"A": [geometry.rank, counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
     shapes = {factor: shapes[factor] for factor in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
@@ -378,9 +388,16 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
     """Raise PartialLoraError where the base lacks a module, or differs in a shape or (``values``) the fingerprint."""
     modules = base_modules(base)
     for name, expected in compact.geometries.items():
-        if name not in modules:
+        owner, _, parameter = name.rpartition(".")
+        owner, rank = name if expected.experts is None else owner, compact.config.rank_of(name)
+        if owner not in modules or (owner != name and not hasattr(modules[owner], parameter)):
             raise PartialLoraError(f"{path}: this model has no module {name}, which the adapter is for.")
-        here = geometry(name, modules[name], compact.config.rank_of(name))
+        if owner == name:
+            here = geometry(name, modules[name], rank)
+        else:
+            module = modules[owner]
+            base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            here = parameter_geometry(base_layer, parameter, rank)
         if here != expected:
             raise PartialLoraError(
                 f"{path}: {name} is {here.shape[0]} x {here.shape[1]} in this model (A {here.a}, B {here.b}), but"
@@ -430,7 +447,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     containers = [
-        (value, copy.copy(value))
+        (value, value.copy())
         for *_, attributes in modules
         for value in attributes.values()
         if isinstance(value, (dict, list, set))

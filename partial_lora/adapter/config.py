@@ -23,7 +23,14 @@ from safetensors import SafetensorError, safe_open
 from partial_lora.adapter import sidecar
 from partial_lora.adapter.card import complete_card
 from partial_lora.adapter.layer import EMBEDDED
-from partial_lora.adapter.selection import Geometry, ModuleMasks, frozen_a, random_masks, read_values, top_masks
+from partial_lora.adapter.selection import (
+    Geometry,
+    ModuleMasks,
+    frozen_a,
+    random_masks,
+    read_values,
+    top_masks,
+)
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import write_atomic
 from partial_lora.masks import (
@@ -36,10 +43,12 @@ from partial_lora.masks import (
     Count,
     FanIn,
     Granularity,
+    Mask,
     Rows,
     Selection,
     Sparsity,
     check_factors,
+    power_of_two,
     read_sparsity,
 )
 
@@ -60,15 +69,17 @@ class _PeftType(str):
 
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
+Drawn = tuple[Mapping[str, ModuleMasks], Mapping[str, Geometry]]
+"""What a config comes to in a model: {module: masks} and {module: geometry}."""
 
 PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying", "layer_replication"),
         # How each adapter is sized, scaled, drawn and run.
         *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
-        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config"),
+        *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config", "alora_invocation_tokens"),
         # The labels of the adapter.
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     }
@@ -77,14 +88,11 @@ PASSED = frozenset(
 
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
-    "lora_bias": "it would train entries that no mask covers",
-    "target_parameters": "PEFT nests a module's parameters in each other, and each mask needs a name of its own",
-    "layer_replication": "two modules would share one name and its masks",
+    "lora_bias": "its bias is dense",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
     "use_bdlora": "its factors are block diagonal",
     "velora_config": "it replaces the backward pass",
-    "alora_invocation_tokens": "it replaces the forward pass",
     "arrow_config": "it replaces the forward pass",
     "kasa_config": "it changes the base weights and trains singular values densely",
     "monteclora_config": "it samples dense factors",
@@ -109,12 +117,16 @@ class PartialLoraConfig(LoraConfig):
     with A (rank × in) and B (out × rank) as in LoRA. ``u_row`` ∈ {0, 1}^out keeps rows of B and ``u_col`` ∈ {0, 1}^in
     keeps columns of A; masks of single entries have the shapes of B and A. Only what is kept exists as a parameter. In
     a convolution, rows are output channels and columns input channels; in an embedding (tokens × dimensions), rows are
-    tokens and columns dimensions. One of the two factors may be frozen (``columns``, ``rows``).
+    tokens and columns dimensions. In fused experts (``target_parameters``) each expert has rows and columns of its own,
+    drawn by its own name, "….experts.gate_up_proj.7"; their shares are those of the parameter or, by these names, of
+    each expert. One of the two factors may be frozen (``columns``, ``rows``).
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
-    the scaling is alpha / rank · p^-row_exponent · q^-column_exponent, so that dense LoRA's learning rate suits
-    densities down to 12 %; below, it is lower. A saved adapter, and a config read from it, hold this scaling as the
-    alpha of each module (``alpha_pattern``). Every default is that of the command line.
+    ΔW is p^-row_exponent · q^-column_exponent times what alpha / rank gives, so that dense LoRA's learning rate suits
+    densities down to 12 %; below, it is lower. The nearest power of two of this factor is in B as other code sees it,
+    in files too, and the rest of it in the values that A is drawn with (in a factor that does not train, all of it). So
+    ``lora_alpha`` is the alpha of every module, and what is saved is read back bit for bit. Every default is that of
+    the command line.
 
     Attributes:
         r, lora_alpha: 16 and 16, in place of LoraConfig's 8 and 8.
@@ -180,10 +192,8 @@ class PartialLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.check()
-        self.masks: dict[str, ModuleMasks] = {}  # of the model that this was last injected into
-        self.geometries: dict[str, Geometry] = {}  # of the same modules
-        self.compiled: dict[str, str] = {}  # and the names of those that torch.compile has renamed
         self.expected: dict[str, dict] | None = None  # the sidecar's modules, when read from a folder
+        self.drawn: Callable[[], Drawn] | None = None  # gives the masks that are saved with this
 
     def check(self) -> None:
         """Normalise our settings; raise PartialLoraError for an option that is refused or a value out of range."""
@@ -238,18 +248,24 @@ class PartialLoraConfig(LoraConfig):
         return cast("float | Sparsity", self.sparsity)
 
     def choose_masks(self, geometries: Mapping[str, Geometry]) -> dict[str, ModuleMasks]:
-        """Return the masks of modules with these ``geometries`` {module: geometry}, and remember them for saving.
+        """Return the masks of modules with these ``geometries`` {module: geometry}.
 
         Raises PartialLoraError where settings and modules do not fit, or where an adapter read from a folder had other
         masks.
         """
         self.check()  # again: attributes may have changed since
-        self.geometries = dict(geometries)
+        highest = max(geometry.rank for geometry in geometries.values())
         for module, geometry in geometries.items():
-            if geometry.rank != self.saved_rank and geometry.rank != geometry.b[1]:
+            if geometry.rank != highest and geometry.rank != geometry.b[1]:
                 raise PartialLoraError(
-                    f"rank_pattern: target module {module} is a grouped convolution of rank {geometry.rank}, which"
-                    f" cannot be padded on disk: give it the highest rank, {self.saved_rank}."
+                    f"rank_pattern: {module} is a grouped convolution or has several experts, and its rank"
+                    f" {geometry.rank} cannot be padded on disk: give it the highest rank, {highest}."
+                )
+            fits = self.selection == "random" and "one_hot" not in (self.rows, self.columns)
+            if geometry.experts is not None and (not fits or GRANULARITIES[self.granularity].tied):
+                raise PartialLoraError(
+                    f"target_parameters: {module} takes random masks of whole rows and columns, of units or of single"
+                    " entries: expected no selection='top', granularity='groups' nor 'one_hot' beside it."
                 )
         factors = {"rows": self.rows, "columns": self.columns}
         options: dict[str, Any] = {"granularity": self.granularity, "mask_seed": self.mask_seed}
@@ -261,7 +277,6 @@ class PartialLoraConfig(LoraConfig):
             sidecar.check_size(masks)
         if self.expected is not None:
             sidecar.verify(masks, geometries, self.expected)
-        self.masks = masks
         return masks
 
     @property
@@ -269,12 +284,11 @@ class PartialLoraConfig(LoraConfig):
         """The axis whose factor does not train: "rows" (B), "columns" (A), or None."""
         return next((axis for axis in AXES if getattr(self, axis) != MASKED), None)
 
-    def frozen(self, module: str) -> np.ndarray | None:
-        """Return what is kept of the factor that does not train, for a module of the last model; None for none.
+    def frozen(self, module: str, geometry: Geometry) -> np.ndarray | None:
+        """Return what is kept of the factor that does not train; None for none.
 
         Unit vectors are the identity over the rows or columns that they meet.
         """
-        geometry = self.geometries[module]
         if self.columns == "frozen":
             return frozen_a(geometry, mask_seed=self.mask_seed, module=module)
         return None if self.frozen_axis is None else np.eye(geometry.rank, dtype=np.float32)
@@ -283,44 +297,43 @@ class PartialLoraConfig(LoraConfig):
         ranks = self.rank_pattern or {}
         return ranks.get(get_pattern_key(list(ranks), module), self.r)
 
-    @property
-    def saved_rank(self) -> int:
-        """The rank of every module on disk: the highest in the last injected model."""
-        return max((geometry.rank for geometry in self.geometries.values()), default=self.r)
-
-    def alpha_of(self, module: str) -> float:
-        """Return the alpha of a module of the last injected model: its own, times the factor for its density."""
-        return _alpha_of(self, module) * self.density_factor(module)
-
-    def density_factor(self, module: str) -> float:
-        """Return the factor p^-row_exponent · q^-column_exponent on the scaling of a module of the last model.
+    def density_factor(self, masks: ModuleMasks) -> float:
+        """Return the factor p^-row_exponent · q^-column_exponent on the change of a module with these masks.
 
         A factor that does not train has a density of 1 here.
         """
         exponents = {"rows": cast("float", self.row_exponent), "columns": self.column_exponent}  # set by __post_init__
-        masks, trains = self.masks[module], [axis for axis in AXES if axis != self.frozen_axis]
+        trains = [axis for axis in AXES if axis != self.frozen_axis]
         return math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
 
-    def as_lora(self) -> LoraConfig:
-        """Return the plain LoraConfig of the same adapter in its dense form."""
+    def as_lora(self, rank: int | None = None) -> LoraConfig:
+        """Return the plain LoraConfig of the same adapter on disk: all modules with one alpha and one ``rank``.
+
+        The rank is the highest of any module; None: r.
+        """
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
-        if self.masks and (self.rank_pattern or any(self.density_factor(module) != 1 for module in self.masks)):
-            # On disk all modules have one rank; alpha keeps each scaling as it is here.
-            options |= {"r": self.saved_rank, "rank_pattern": {}}
-            ranks = {module: self.rank_of(module) for module in self.masks}
-            paddings = {rank: self._padding(rank) for rank in set(ranks.values())}
-            alphas = {
-                only(self.compiled.get(module, module)): self.alpha_of(module) * paddings[rank]
-                for module, rank in ranks.items()
-            }
-            options["alpha_pattern"] = alphas
-            if len(set(alphas.values())) == 1 and not self.rank_pattern:  # servers that read one alpha read it right
-                options |= {"lora_alpha": next(iter(alphas.values())), "alpha_pattern": {}}
+        options |= {"rank_pattern": {}, "alpha_pattern": {}}
+        if rank not in (None, self.r):  # the same scaling
+            options |= {"r": rank, "lora_alpha": self.lora_alpha * self._unit(rank) / self._unit(self.r)}
         return LoraConfig(**options)
 
-    def _padding(self, rank: int) -> float:
-        """Return the factor on alpha that keeps the scaling of a module whose rank is padded on disk."""
-        return math.sqrt(self.saved_rank / rank) if self.use_rslora else self.saved_rank / rank
+    def own_scaling(self, module: str) -> tuple[float, float]:
+        """Return a module's scaling over that of a module without a rank or alpha of its own: a power of two, the rest.
+
+        The power of two is in the module's scaling, and on disk in B. The rest is in the values that A is drawn with.
+        """
+        if not (self.rank_pattern or self.alpha_pattern):
+            return 1.0, 1.0
+        ratio = scaling_of(self, module, self.rank_of(module)) * self._unit(self.r) / self.lora_alpha
+        return power_of_two(ratio), ratio / power_of_two(ratio)
+
+    def scaled_alpha(self, module: str) -> float:
+        """Return the alpha of a module in a model, with the power of two of its `own_scaling`."""
+        return self.lora_alpha * self.own_scaling(module)[0] * self._unit(self.rank_of(module)) / self._unit(self.r)
+
+    def _unit(self, rank: int) -> float:
+        """Return the alpha that gives a scaling of 1."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     def to_dict(self) -> dict:
         """Return everything in plain types, scores and indices as lists; runtime_config is left out, as PEFT does."""
@@ -339,19 +352,34 @@ class PartialLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json as for a LoRA adapter, partial_lora.json beside it, and our part of the card."""
-        if not self.masks:
+        if self.drawn is None:
+            raise PartialLoraError("this PartialLoraConfig is in no model, and has no masks to save: save the model.")
+        masks, geometries = self.drawn()
+        if self.choose_masks(geometries) != masks:
             raise PartialLoraError(
-                "this PartialLoraConfig has no masks to save: a model draws them into its own copy of the config, so"
-                " save the model, or its peft_config[NAME]."
+                "this PartialLoraConfig makes other masks than its adapter has: expected it unchanged."
             )
-        lora = self.as_lora()
-        lora.save_pretrained(save_directory, **kwargs)
-        settings = {name: getattr(self, name) for name in ("mask_seed", "sparsity", *CHOICES)}
-        content = sidecar.describe(self.masks, self.geometries, settings, rank=self.saved_rank)
+        self.as_lora(max(geometry.rank for geometry in geometries.values())).save_pretrained(save_directory, **kwargs)
+        content = sidecar.describe(masks, geometries, {name: getattr(self, name) for name in sidecar.SETTINGS})
         # Without spaces: it may have millions of indices.
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         write_atomic(Path(save_directory, sidecar.FILE_NAME), text + "\n")
-        complete_card(Path(save_directory), alphas=bool(lora.alpha_pattern))
+        complete_card(Path(save_directory), size=self._size(masks, geometries))
+
+    def _size(self, masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]) -> str:
+        """Return a sentence on how many numbers train of those of plain LoRA."""
+        trained = whole = 0
+        for module, shapes in geometries.items():
+            for axis, factor in zip(AXES, (shapes.b, shapes.a), strict=True):
+                mask: Mask = getattr(masks[module], axis)
+                whole += math.prod(factor)
+                trained += 0 if axis == self.frozen_axis else round(math.prod(factor) * len(mask.kept) / mask.size)
+        share = 1 - trained / whole
+        return f"Of the {whole:,} numbers in the low-rank factors {trained:,} were trained (sparsity {share:.3f})."
+
+    def __getstate__(self) -> dict:
+        """Leave out the model: a copy is not yet in one, and a file of the config does not hold it."""
+        return vars(self) | {"drawn": None}
 
     @classmethod
     def from_pretrained(
@@ -376,45 +404,30 @@ class PartialLoraConfig(LoraConfig):
         refuse_options(lora)
         modules = saved["modules"]
         check_values(file.parent, modules, is_here=Path(pretrained_model_name_or_path).is_dir())
-        ranks = {module: entry["rank"] for module, entry in modules.items() if "rank" in entry}
         options = {option.name: getattr(lora, option.name) for option in fields(LoraConfig)}
-        options["rank_pattern"] = {_compiled_or_not(module): rank for module, rank in ranks.items()}
-        options |= {"row_exponent": 0.0, "column_exponent": 0.0}  # the scaling is in the alphas
         try:
             config = cls(**options | sidecar.settings(saved))
         except PartialLoraError as error:
             raise PartialLoraError(f"{path} is broken: {error}") from None
-        alphas = config.alpha_pattern or {}
-        for module, rank in ranks.items():
-            alphas[get_pattern_key(list(alphas), module)] /= config._padding(rank)
+        if config.r != lora.r:  # the same scaling
+            config.lora_alpha = lora.lora_alpha * config._unit(config.r) / config._unit(lora.r)
         config.expected = modules
         return config
 
 
 def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora; in a model, that used."""
-    alpha = _alpha_of(config, module)
-    if isinstance(config, PartialLoraConfig) and module in config.masks:
-        alpha = config.alpha_of(module)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    """Return the factor of a module's B A: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    return _alpha_of(config, module) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def only(module: str) -> str:
+    """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it."""
+    return "^" + re.escape(module)
 
 
 def _alpha_of(config: LoraConfig, module: str) -> float:
     alphas = config.alpha_pattern or {}
     return alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-
-
-def only(module: str) -> str:
-    """Return a pattern that one module alone matches: PEFT compares it with the end of a name, so ^ anchors it.
-
-    What torch.compile has put into the name may be there or not.
-    """
-    return "^" + re.escape(module).replace(r"_orig_mod\.", r"(_orig_mod\.)?")
-
-
-def _compiled_or_not(module: str) -> str:
-    """Return a pattern that one module alone matches, compiled as a whole, in part or not."""
-    return "^" + r"\.".join(rf"(_orig_mod\.)?{re.escape(part)}" for part in module.split("."))
 
 
 def refuse_options(config: LoraConfig) -> None:
@@ -483,7 +496,7 @@ def saved_file(folder: str | PathLike, name: str, *, subfolder: str | None = Non
         ) from None
 
 
-def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> None:
+def check_values(folder: Path, modules: Mapping[str, Mapping], *, is_here: bool) -> None:
     """Refuse a folder whose adapter_model.safetensors is cut short or lacks a factor of one of ``modules``.
 
     PEFT only warns of a missing factor, and refuses a truncated file after it has changed the model. Only the file's
@@ -500,7 +513,9 @@ def check_values(folder: Path, modules: Collection[str], *, is_here: bool) -> No
             keys = {key.replace("_orig_mod.", "").removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise PartialLoraError(f"{path} is broken or truncated ({error}): copy it again.") from None
-    for module in modules:
+    inside = {re.sub(r"(\.base_layer)*\.lora_", ".lora_", key) for key in keys}  # PEFT nests the parameters of a module
+    for module, entry in modules.items():
+        owner, names = (module.rpartition(".")[0], inside) if "experts" in entry else (module, keys)
         for factor in ("lora_A", "lora_B"):
-            if not {f"{module}.{factor}.weight", f"{module}.{EMBEDDED[factor]}"} & keys:
+            if not {f"{owner}.{factor}.weight", f"{owner}.{EMBEDDED[factor]}"} & names:
                 raise PartialLoraError(f"{path} has no {factor} of {module}, which has masks: copy it again.")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class MaskedFactor(nn.Module):
         dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
+        multiple: what ``kept`` is multiplied by in the whole factor, a power of two, which rounds nothing.
 
     Where the mask keeps everything (``full``), this is plain LoRA's factor and is computed as in PEFT.
     """
@@ -45,35 +47,76 @@ class MaskedFactor(nn.Module):
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
 
-    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
+    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()
-        self.mask, self.entries = mask, entries
-        self.full = len(mask.kept) == mask.size
-        self.shape = dense.weight.shape
-        self.is_convolution = not isinstance(dense, nn.Linear)
-        self.channels = 1 - len(self.shape) if self.is_convolution else -1  # of an activation, with a batch or without
-        groups = getattr(dense, "groups", 1)
-        self.in_groups = groups > 1  # a gather of features would mix groups up
-        self.rank = self.shape[1 - self.axis] * groups
-        if self.is_convolution:
+        weight, groups, is_convolution = dense.weight, getattr(dense, "groups", 1), not isinstance(dense, nn.Linear)
+        if is_convolution:
             settings = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups")}
-            self._apply_weight = partial(_CONVOLUTIONS[dense.weight.dim()], **settings)
+            apply_weight = partial(_CONVOLUTIONS[weight.dim()], **settings)
         else:
-            self._apply_weight = F.linear
-            self.out_features, self.in_features = self.shape  # as of the layer that it replaces
-        self._places = {"kept": mask.kept}
-        if entries:
-            self._places |= _within_features(mask.kept, self.shape, self.axis)
-        if isinstance(mask, TiedMask):
-            self._places |= _groups(mask)
+            apply_weight = F.linear
+            self._set(out_features=weight.shape[0], in_features=weight.shape[1])  # as of the layer that it replaces
+        self._set(
+            mask=mask,
+            entries=entries,
+            multiple=multiple,
+            full=len(mask.kept) == mask.size,
+            shape=weight.shape,
+            rank=weight.shape[1 - self.axis] * groups,
+            is_convolution=is_convolution,
+            channels=1 - weight.dim() if is_convolution else -1,  # of an activation, with a batch or without
+            in_groups=groups > 1,  # a gather of features would mix groups up
+            _apply_weight=apply_weight,
+        )
+        self._find_places()
+        self._move_indices(weight.device)
+        self.kept = nn.Parameter(self.keep(weight.detach()), requires_grad=weight.requires_grad)
+
+    def _set(self, **values: Any) -> None:
+        """Set plain attributes: one by one, torch would first take each for a parameter, a buffer or a module."""
+        vars(self).update(values)
+
+    def _find_places(self) -> None:
+        """Find what the mask keeps, in the forms in which products need it."""
+        places = {"kept": self.mask.kept}
+        if self.entries:
+            places |= _within_features(self.mask.kept, self.shape, self.axis)
+        if isinstance(self.mask, TiedMask):
+            places |= _groups(self.mask)
         # Not in the forward pass: a compiler that reads them off the arrays there warns that these are read-only.
-        self.touched = len(self._places["features" if entries else "kept"])
-        self.density = self.touched / self.shape[self.axis]
-        # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
-        # them.
-        self._indices: dict[str, Tensor] = {}
-        self._move_indices(dense.weight.device)
-        self.kept = nn.Parameter(self.keep(dense.weight.detach()), requires_grad=dense.weight.requires_grad)
+        touched = len(places["features" if self.entries else "kept"])
+        self._set(_places=places, touched=touched, density=touched / self.shape[self.axis])
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over another factor, of a mask that keeps as many, into the same tensors as far as their sizes agree.
+
+        dense: the other factor, of this rank or padded to it. drawn: its values where it does not train.
+        """
+        self.mask = mask
+        self._find_places()
+        for name, index in self._indices.items():
+            places = torch.tensor(self._places[name], device=index.device)
+            self._indices[name] = index.copy_(places) if index.shape == places.shape else places
+        dense = self.padded(self._unpadded(dense), self.rank).to(self.kept)
+        self.kept.data.copy_(self._checked(dense, f"lora_{'BA'[self.axis]}"))
+
+    @property
+    def widens(self) -> bool:
+        """True where units of zeros can be added to the rank."""
+        return not (self.entries or self.in_groups)
+
+    def widen(self, rank: int) -> MaskedFactor:
+        """Add units of zeros to the factor, up to ``rank``, and return it."""
+        if rank == self.rank:
+            return self
+        if rank < self.rank or not self.widens:
+            raise PartialLoraError(f"target_rank={rank}: {self} cannot be padded to it; expected {self.rank}.")
+        self.kept = nn.Parameter(self.padded(self.kept.data, rank), requires_grad=self.kept.requires_grad)
+        self.rank, unit = rank, 1 - self.axis
+        self.shape = torch.Size([rank if axis == unit else size for axis, size in enumerate(self.shape)])
+        if not self.is_convolution:
+            self.out_features, self.in_features = self.shape
+        return self
 
     @property
     def gathers(self) -> bool:
@@ -97,8 +140,10 @@ class MaskedFactor(nn.Module):
         return moved
 
     def _move_indices(self, device: torch.device) -> None:
+        # No buffers: DistributedDataParallel would send them every step, and a move over the meta device would empty
+        # them.
         with torch.inference_mode(False):  # a tensor made inside inference mode could not serve training later
-            self._indices = {name: torch.tensor(places, device=device) for name, places in self._places.items()}
+            self._set(_indices={name: torch.tensor(places, device=device) for name, places in self._places.items()})
 
     def _index(self, name: str, device: torch.device) -> Tensor:
         if self._indices[name].device != device:
@@ -117,7 +162,7 @@ class MaskedFactor(nn.Module):
         return dense.index_select(self.axis, index)
 
     def fill(self, kept: Tensor) -> Tensor:
-        """Return the dense factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
+        """Return a factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
         if self.full:
             return kept.view(self.shape)
         index = self._index("kept", kept.device)
@@ -129,10 +174,14 @@ class MaskedFactor(nn.Module):
         """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
 
+    def dense(self, kept: Tensor) -> Tensor:
+        """Return the dense factor as other code sees it."""
+        return self.fill(kept) if self.multiple == 1 else self.fill(kept * self.multiple)
+
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
-        missing = rank - self.rank
-        if missing <= 0:
+        missing = rank - dense.shape[1 - self.axis]
+        if missing <= 0 or self.in_groups:  # whose rank is that of all modules
             return dense
         zeros = dense.new_zeros([missing if axis == 1 - self.axis else size for axis, size in enumerate(dense.shape)])
         return torch.cat([dense, zeros], dim=1 - self.axis)
@@ -152,9 +201,9 @@ class MaskedFactor(nn.Module):
         Writing into it raises. Assigning a dense factor with other values makes ``kept`` a new parameter with what the
         mask keeps. All processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
-        dense = self.fill(whole(self.kept))
+        dense = self.dense(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full else _read_only(dense)
+        return dense if self.full and self.multiple == 1 else _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -173,7 +222,7 @@ class MaskedFactor(nn.Module):
             super().register_parameter(name, param)
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor; refuse one with values elsewhere, which was trained under another mask."""
+        """Return ``kept`` of a factor; refuse one with values elsewhere, which was trained under another mask."""
         kept = self.keep(dense)
         if not dense.is_meta and dense.count_nonzero() != kept.count_nonzero():
             raise PartialLoraError(
@@ -181,7 +230,7 @@ class MaskedFactor(nn.Module):
                 " with PartialLoraConfig.from_pretrained of its own folder, or remove a partial_lora.json that another"
                 " adapter has left there."
             )
-        return kept
+        return kept / self.multiple
 
     def operand(self, kept: Tensor) -> Tensor:
         """Return the matrix of a product: the factor's part for the gathered features, or the dense factor."""
@@ -212,7 +261,7 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        return self._apply_weight(x, self.fill(self.kept))
+        return self._apply_weight(x, self.dense(self.kept))
 
     def gather(self, x: Tensor) -> Tensor:
         """Return an activation's features that meet `operand`: those that have kept entries."""
@@ -234,7 +283,8 @@ class MaskedFactor(nn.Module):
         if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 looks parameters up by their names
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        dense = entry_like(self.kept, self.fill(whole(self.kept)))
+        kept = self.kept
+        dense = entry_like(kept, self.dense(whole(kept)))
         destination[prefix + "weight"] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
@@ -283,10 +333,10 @@ class FactorB(MaskedFactor):
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
-        low = low * scaling  # narrower than the result
+        low = low * (scaling * self.multiple)  # narrower than the result
         if self.scatters:
             return self._with(result, self.times(low, self.kept))
-        return result + self(low)
+        return result + self._apply_weight(low, self.fill(self.kept))
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
         """Return result with a change of those features that `gather` takes."""
@@ -315,6 +365,18 @@ class _Frozen:
         del self._parameters["kept"]
         self._drawn = self._cast = torch.from_numpy(drawn.copy())
         self._beside = (beside,)  # in a tuple: it is a module of the layer, not of this one
+
+    widens = False
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over another frozen factor, of other values or features."""
+        self.mask = mask
+        self._find_places()
+        for name, index in self._indices.items():
+            index.copy_(torch.tensor(self._places[name]))
+        self._drawn.copy_(torch.from_numpy(drawn))
+        if self._cast is not self._drawn:
+            self._cast.copy_(self._drawn)
 
     @property
     def kept(self) -> Tensor:
@@ -360,13 +422,25 @@ class FrozenA(_Frozen, FactorA):
 
 
 class _OneHot(_Frozen):
-    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features."""
+    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features.
+
+    All of them have one length, which need not be 1.
+    """
 
     gathers = scatters = True
 
+    def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
+        super().__init__(dense, mask, drawn, beside, entries=entries)
+        self._length = float(drawn[0, 0])
+
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+        """Take over unit vectors of other features, in another length."""
+        super().swap(mask, dense, drawn)
+        self._length = float(drawn[0, 0])
+
     def times(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return x: the operand is the identity."""
-        return x
+        """Return x times the length: the operand is a multiple of the identity."""
+        return x if self._length == 1 else x * self._length
 
     transposed = times
 
@@ -430,14 +504,14 @@ class _Tied:
         return x.index_select(axis, self._index(places, x.device)) * of_each
 
     def _checked(self, dense: Tensor, name: str) -> Tensor:
-        """Return `keep` of a factor; refuse one that is not tied in the same groups."""
+        """Return ``kept`` of a factor; refuse one that is not tied in the same groups."""
         kept = self.keep(dense)
         if not dense.is_meta and not torch.equal(self.fill(kept), dense):
             raise PartialLoraError(
                 f"{name} is not tied in this adapter's groups: it was trained under others or none, load it with"
                 " PartialLoraConfig.from_pretrained of its own folder."
             )
-        return kept
+        return kept / self.multiple
 
 
 class TiedA(_Tied, FactorA):

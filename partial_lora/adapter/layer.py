@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,7 +20,7 @@ from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.fused import adapted_linear
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import MASKED, TiedMask
+from partial_lora.masks import MASKED, TiedMask, power_of_two
 
 
 class PartialLoraVariant(LoraVariant):
@@ -59,6 +60,31 @@ class PartialLoraVariant(LoraVariant):
         return orig_weight.data - _change_of(orig_weight, module, active_adapter)
 
 
+class InvokedVariant(ALoraLinearVariant):
+    """A masked adapter that changes only the tokens from its last invocation on (aLoRA), and so cannot be merged."""
+
+    init = PartialLoraVariant.init
+
+    @staticmethod
+    def forward(
+        module: LoraLayer,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        *,
+        alora_offsets: list | None = None,
+    ) -> Tensor:
+        """Return what PartialLoraVariant does, for the last ``alora_offsets[i]`` tokens of text i; None is none.
+
+        PEFT finds the offsets in the model's input. The others' features are zero in B A x, and so is its change.
+        """
+        tokens = result.shape[1] if result.dim() == 3 else 1
+        counts = [offset or 0 for offset in alora_offsets or [None] * len(result)]
+        before = torch.arange(tokens, device=x.device) < tokens - torch.tensor(counts, device=x.device).unsqueeze(1)
+        x = x.masked_fill(before.view(*x.shape[:-1], 1), 0)
+        return PartialLoraVariant.forward(module, active_adapter, x, result)
+
+
 def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
     """Return the adapter's scaled B A in the dtype of W, or unrounded where the sum is quantised again."""
     change = module.get_delta_weight(adapter)
@@ -96,7 +122,7 @@ class PartialLinear(lora.Linear):
     def _fusable_adapter(self) -> str | None:
         """Return the name of the active adapter where it can be fused with the base layer, else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if not self.fuses or len(active) != 1:
+        if not self.fuses or len(active) != 1 or isinstance(self.lora_variant.get(active[0]), InvokedVariant):
             return None
         if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
             return None
@@ -139,7 +165,7 @@ class PartialEmbedding(lora.Embedding):
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
-        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * self.scaling[name]
+        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * (self.scaling[name] * b.multiple)
         scale = self._get_embed_scale()
         return change if scale is None else change * scale.to(change.dtype)
 
@@ -234,11 +260,15 @@ def mask_layer(
     rows: str = MASKED,
     columns: str = MASKED,
     frozen: np.ndarray | None = None,
+    factor: float = 1.0,
+    invoked: bool = False,
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
     Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``rows`` and ``columns`` say
-    which factor does not train; ``frozen`` are its values. The other starts at zero.
+    which factor does not train; ``frozen`` are its values. The other starts at zero. The change of W is ``factor``
+    times PEFT's: a factor that does not train takes it all, else B the nearest power of two, in which nothing is
+    rounded when B is saved and read, and A's draw the rest. ``invoked``: it changes the tokens from its invocation on.
     """
     # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
     # for custom ones (_register_custom_module) would displace the quantised layers.
@@ -250,18 +280,23 @@ def mask_layer(
     if embeds:
         layer.with_linears(adapter_name)
     dense_a, dense_b, entries = layer.lora_A[adapter_name], layer.lora_B[adapter_name], masks.element
+    if frozen is not None:
+        frozen = frozen * np.float32(factor)
     if rows != MASKED:
         a = FactorA(dense_a, masks.columns, entries=entries)
         a.kept.data.zero_()
         b = OneHotB(dense_b, masks.rows, frozen, a, entries=False)
+    elif columns != MASKED:
+        b = FactorB(dense_b, masks.rows, entries=entries)
+        hot = columns == "one_hot"
+        a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)
     else:
-        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries)
-        if columns != MASKED:
-            hot = columns == "one_hot"
-            a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)
-        else:
-            a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
-            if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
-                a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
+        power = power_of_two(factor)
+        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries, multiple=power)
+        a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
+        a.kept.data *= factor / power
+        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
+            a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
-    layer.lora_variant[adapter_name] = PartialLoraVariant()
+    if not isinstance(layer, lora.layer.ParamWrapper):  # which adds B A to its parameter, and reads both whole
+        layer.lora_variant[adapter_name] = InvokedVariant() if invoked else PartialLoraVariant()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from os import PathLike
-from pathlib import Path
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import peft.mapping
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
 
-from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PEFT_TYPE, REFUSED, PartialLoraConfig, saved_file
+from partial_lora.adapter.config import Drawn, PartialLoraConfig
 from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
-from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.masks import AXES, Mask
 
@@ -37,6 +33,9 @@ class PartialLoraModel(LoraModel):
     Raises PartialLoraError, before anything is built, for targets that cannot be masked.
     """
 
+    _drawn: Drawn | None = None  # while an adapter is put in
+    OWN = frozenset({"OWN", "_drawn", "_geometries", "__annotations__"})  # what LoraModel does not have
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
         """Put an adapter into ``model``, as PEFT does."""
         if state_dict is not None and isinstance(self.peft_config[adapter_name], PartialLoraConfig):
@@ -46,12 +45,12 @@ class PartialLoraModel(LoraModel):
                 f"the model already has an adapter {adapter_name!r}: load the base model again, unload() its PeftModel,"
                 " or choose another name."
             )
-        config = self.peft_config[adapter_name]
-        if config.task_type in _HEADS_LATER and config.modules_to_save is None:
-            config.modules_to_save = []  # PEFT adds the head's name after this, to the list that the copy shares
-        # A copy: the config remembers the masks of one model, and the caller may use or change it for another.
-        self.peft_config[adapter_name] = copy.copy(config)
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self._drawn = None
+        if isinstance(config := self.peft_config[adapter_name], PartialLoraConfig):
+            _save_with(config, model, adapter_name)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         # PEFT calls this last before it replaces the first module: the model is still unchanged.
@@ -65,22 +64,27 @@ class PartialLoraModel(LoraModel):
                 # PEFT lists parts of its wrappers, too: a head in there trains whole already.
                 listed = cast("set[str]", peft_config.target_modules)
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
-            _check_experts(peft_config, model, named)
+            _name_experts(peft_config, model)
             _check_tying(peft_config, model)
-            peft_config.choose_masks(self._geometries(peft_config, model))
-            _warn_of_saturation(peft_config)
+            geometries = self._geometries(peft_config, model)
+            self._drawn = peft_config.choose_masks(geometries), geometries
+            _warn_of_saturation(peft_config, *self._drawn)
 
     def _geometries(self, peft_config: PartialLoraConfig, model: nn.Module) -> dict[str, Geometry]:
         """Return the modules that PEFT is about to adapt, {name: geometry}; refuse those that cannot be masked."""
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise PartialLoraError("the base model is split by tensor parallelism: load it without tp_plan.")
         modules = dict(model.named_modules())
-        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-        names = [name for name in modules if name and not name.startswith(inside)]
+        names, inside = [], None
+        for name, module in modules.items():  # what is inside a layer follows it
+            if name and not (inside and name.startswith(inside)):
+                names.append(name)
+                inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
         targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
-        patterns = peft_config.target_modules
+        patterns = peft_config.target_modules or []
+        ends = set() if isinstance(patterns, str) else {end for name in names for end in _ends(name)}
         for target in [] if isinstance(patterns, str) else sorted(patterns):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in ends:
                 kinds = dict.fromkeys(name.rpartition(".")[2] for name in names if hasattr(modules[name], "weight"))
                 raise PartialLoraError(
                     f"target_modules names {target!r}, which matches no module; there are {shortlist(list(kinds))}."
@@ -89,7 +93,8 @@ class PartialLoraModel(LoraModel):
         for part in peft_config.modules_to_save or ():
             if part not in usual and not any(name.endswith(part) for name in modules):  # as PEFT finds them
                 raise PartialLoraError(f"modules_to_save names {part!r}, which matches no module.")
-        if not targets:
+        parameters = _target_parameters(peft_config, model)
+        if not targets and not parameters:
             keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             options = {key: getattr(peft_config, key) for key in keys}
             listed = ", ".join(f"{key}={value!r}" for key, value in options.items() if value not in (None, []))
@@ -97,6 +102,8 @@ class PartialLoraModel(LoraModel):
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
+        if parameters and peft_config.alora_invocation_tokens:
+            raise PartialLoraError("target_parameters: expected modules alone beside alora_invocation_tokens.")
         axis = peft_config.frozen_axis
         unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
         for name in targets:
@@ -118,14 +125,22 @@ class PartialLoraModel(LoraModel):
                 )
             adapted = modules[name]
             base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
+            if peft_config.alora_invocation_tokens and isinstance(base, (nn.Embedding, _ConvNd)):
+                raise PartialLoraError(
+                    f"target module {name} is a {type(base).__name__}: alora_invocation_tokens takes linear layers;"
+                    " leave it out of target_modules."
+                )
             if axis and isinstance(base, unfit):
                 raise PartialLoraError(
                     f"target module {name} is a {type(base).__name__}:"
                     f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
                 )
-        peft_config.compiled = {loaded_name(name): name for name in targets if loaded_name(name) != name}
-        ranks = {name: peft_config.rank_of(loaded_name(name)) for name in targets}
-        return {loaded_name(name): geometry(name, modules[name], ranks[name]) for name in targets}
+        geometries = {
+            loaded_name(name): geometry(name, modules[name], peft_config.rank_of(loaded_name(name))) for name in targets
+        }
+        for name, (module, parameter) in parameters.items():
+            geometries[name] = parameter_geometry(module, parameter, peft_config.rank_of(name))
+        return geometries
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown that of LoRA.
@@ -139,11 +154,19 @@ class PartialLoraModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if isinstance(lora_config, PartialLoraConfig):
             # PEFT has drawn the dense factors with the same random numbers as plain LoRA; now most entries are dropped.
-            layer, name = parent.get_submodule(target_name), loaded_name(current_key)
-            options = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
-            mask_layer(layer, adapter_name, lora_config.masks[name], frozen=lora_config.frozen(name), **options)
-            layer.lora_alpha[adapter_name] = lora_config.alpha_of(name)
-            layer.set_scale(adapter_name, 1)
+            name, parameter = loaded_name(current_key), kwargs.get("parameter_name")
+            is_wrapped = isinstance(target, ParamWrapper) and target.parameter_name == parameter
+            layer = target if is_wrapped else parent.get_submodule(target_name)  # wrapped before, or now
+            masks, geometries = cast(Drawn, self._drawn)
+            options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
+            options["invoked"] = bool(lora_config.alora_invocation_tokens)
+            options["frozen"] = lora_config.frozen(name, geometries[name])
+            _, rest = lora_config.own_scaling(name)
+            options["factor"] = lora_config.density_factor(masks[name]) * rest
+            mask_layer(layer, adapter_name, masks[name], **options)
+            if rest != 1:
+                layer.lora_alpha[adapter_name] = lora_config.scaled_alpha(name)
+                layer.set_scale(adapter_name, 1)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs
@@ -159,7 +182,11 @@ class PartialLoraModel(LoraModel):
                     f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors, which"
                     " must have one rank; take 'cat' or a type that ends in 'svd'."
                 )
-        dense = {name: config.as_lora() for name, config in configs.items() if isinstance(config, PartialLoraConfig)}
+        dense = {
+            name: config.as_lora(saved_rank(self.model, name))
+            for name, config in configs.items()
+            if isinstance(config, PartialLoraConfig)
+        }
         for config in dense.values():
             config.use_rslora = False  # scales go into the factors
         self.peft_config.update(dense)  # PEFT copies the new config from the first of these
@@ -181,30 +208,55 @@ class PartialLoraModel(LoraModel):
         return base
 
     @classmethod
-    def _get_adapter_state_dict(cls, *, model: nn.Module, state_dict: dict, **kwargs) -> dict:
-        """Return the adapter's part of a state dict, every factor dense and padded to the rank on disk.
+    def _get_adapter_state_dict(
+        cls, *, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict, **kwargs
+    ) -> dict:
+        """Return the adapter's part of a state dict as it is on disk: every factor dense, all of one rank and alpha.
 
         A masked factor writes itself dense. ZeRO's stage 3 instead gathers a state dict by the names of parameters, so
         there it has the kept entries under ``kept``.
         """
-        state = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        for key in [key for key in state if key.endswith((".kept", ".weight"))]:
-            path, _, name = key.rpartition(".")
-            factor = model.get_submodule(path) if ".lora_" in path else None
-            if isinstance(factor, MaskedFactor):
-                layer, part, adapter = path.rsplit(".", 2)
-                value = state.pop(key)
-                dense = factor.fill(value) if name == "kept" else value
-                dense = factor.padded(dense, model.peft_config[adapter].saved_rank)
-                if isinstance(model.get_submodule(layer), PartialEmbedding):
-                    state[f"{layer}.{EMBEDDED[part]}.{adapter}"] = dense.T.contiguous()
-                else:
-                    state[f"{path}.weight"] = dense
+        options: dict[str, Any] = {"model": model, "config": config, "adapter_name": adapter_name}
+        state = super()._get_adapter_state_dict(state_dict=state_dict, **options, **kwargs)
+        if not isinstance(config, PartialLoraConfig):
+            return state
+        _save_with(config, model, adapter_name)  # which is saved next
+        layers: dict[str, Any] = {}
+        factors: dict[str, tuple[str, str, str]] = {}
+        owned = f".{adapter_name}"
+        for key in [key for key in state if key.endswith((f"{owned}.kept", f"{owned}.weight")) and ".lora_" in key]:
+            path, part, _, name = key.rsplit(".", 3)
+            if path not in layers:
+                layers[path] = model.get_submodule(path)
+            if isinstance(getattr(layers[path], part)[adapter_name], MaskedFactor):
+                factors[key] = path, part, name
+        rank = max((_rank(layers[path], adapter_name) for path, *_ in factors.values()), default=config.r)
+        for key, (path, part, name) in factors.items():
+            value, layer = state.pop(key), layers[path]
+            factor = getattr(layer, part)[adapter_name]
+            dense = factor.dense(value) if name == "kept" else value
+            if not isinstance(layer, ParamWrapper):
+                dense = factor.padded(dense, rank)
+            if part == "lora_B" and (power := config.own_scaling(_layer_name(base_name(path), layer))[0]) != 1:
+                dense = dense * power
+            if isinstance(layer, PartialEmbedding):
+                state[f"{path}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
+            else:
+                state[f"{path}.{part}.{adapter_name}.weight"] = dense
         return state
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict, **kwargs) -> dict:
-        return super()._remap_adapter_state_dict_for_load(state_dict=as_factors(state_dict), **kwargs)
+    def _remap_adapter_state_dict_for_load(
+        cls, *, model: nn.Module, config: LoraConfig, state_dict: dict, **kwargs
+    ) -> dict:
+        factors = as_factors(state_dict)
+        if isinstance(config, PartialLoraConfig) and (config.rank_pattern or config.alpha_pattern):
+            names = {base_name(path): name for path, name in _layer_names(model).items()}
+            for key in factors:
+                path, is_b, _ = key.partition(".lora_B.")
+                if is_b and base_name(path) in names:
+                    factors[key] = factors[key] / config.own_scaling(names[base_name(path)])[0]
+        return super()._remap_adapter_state_dict_for_load(model=model, config=config, state_dict=factors, **kwargs)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -214,37 +266,35 @@ class PartialLoraModel(LoraModel):
 
 
 _HEADS = ("classifier", "score")  # that PEFT adds for these tasks, whichever of them the model has
-_HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")  # of which PEFT names the head once the adapter is in the model
 _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWrapper holds
 
 
-def _check_experts(config: PartialLoraConfig, model: nn.Module, named: object) -> None:
-    """Raise PartialLoraError where plain PEFT would take targets for parts of fused experts, and so load them wrongly.
+def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
+    """Name fused experts by their parameters, where target_modules names their parts as a class had them before.
 
-    An adapter that was saved with masks loads as it is.
+    PEFT does so for its own LoRA, in the config, and so again when it reads the saved one. Raises PartialLoraError for
+    a part without the one that it is fused with.
     """
     if config.expected is not None or not hasattr(getattr(model, "config", None), "model_type"):
         return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    plain, where = config.as_lora(), f"target_modules={named!r}"
+    plain = config.as_lora()
     try:
         convert_peft_config_for_transformers(plain, model, None)
     except ValueError as error:
-        raise PartialLoraError(f"{where}: {error}") from None
-    if plain.target_parameters:
-        raise PartialLoraError(
-            f"{where}: PEFT takes some of them for fused experts ({', '.join(sorted(plain.target_parameters))}), which "
-            "cannot be masked: name other modules, such as those of attention."
-        )
+        raise PartialLoraError(f"target_modules={config.target_modules!r}: {error}") from None
+    if plain.target_parameters and plain.target_parameters != config.target_parameters:
+        config.target_modules, config.target_parameters = plain.target_modules, plain.target_parameters
 
 
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
     """Raise PartialLoraError for tied embeddings as targets, whose adapter PEFT would tie by copying its tensors."""
     is_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if not config.ensure_weight_tying or not is_tied or not hasattr(model, "get_input_embeddings"):
+    if not config.ensure_weight_tying or not is_tied:
         return
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    ends = [embeddings for get in getters if get and (embeddings := get()) is not None]
     for name, module in model.named_modules():
         if any(module is end for end in ends) and check_target_module_exists(config, name):
             raise PartialLoraError(
@@ -253,88 +303,9 @@ def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
             )
 
 
-def register() -> None:
-    """Register the method with PEFT, whose own register_peft_method takes only names that PEFT lists.
-
-    Raises AttributeError where PEFT lacks a method that PartialLoraModel overrides: the override would never be called.
-    """
-    for name in vars(PartialLoraModel).keys() - {"_geometries"}:
-        getattr(LoraModel, name)
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PartialLoraConfig
-    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PartialLoraModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PartialLoraModel.prefix
-    PeftModel.add_adapter = _beside_others(PeftModel.add_adapter)
-    PeftModel.load_adapter = _with_its_masks(PeftModel.load_adapter)
-
-
-def _beside_others(add_adapter: Callable) -> Callable:
-    """Return PEFT's add_adapter, made to put plain LoRA and masked adapters into one model.
-
-    PEFT keeps one type of adapter in a model. PartialLoraModel is a LoraModel that leaves plain LoRA alone, so it does
-    for both.
-    """
-
-    @functools.wraps(add_adapter)
-    def add(model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args, **kwargs) -> None:
-        if {model.peft_type, peft_config.peft_type} != {PeftType.LORA, PEFT_TYPE}:
-            return add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-        if any(config.target_parameters for config in (*model.peft_config.values(), peft_config)):
-            raise PartialLoraError(f"target_parameters does not go with Partial-LoRA: {REFUSED['target_parameters']}.")
-        kind, name = type(model.base_model), model.peft_type
-        model.base_model.__class__ = PartialLoraModel
-        model.peft_type = peft_config.peft_type  # which PEFT compares
-        try:
-            add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-            kind, name = PartialLoraModel, PEFT_TYPE
-        finally:
-            model.base_model.__class__, model.peft_type = kind, name
-
-    return add
-
-
-def _with_its_masks(load_adapter: Callable) -> Callable:
-    """Return PEFT's load_adapter, made to load a folder or repository of ours with its masks: to train, or beside
-    masked adapters.
-
-    Else it is plain LoRA, as for PEFT alone. Values of other masks than the adapter's are refused. Those of a smaller
-    mask would fit a larger one, but its scaling would be another, and the optimizer's state beside them, in a Trainer's
-    checkpoint, would not fit, which torch does not check: it writes past the end. PEFT tells a tuner the tensors, not
-    their folder.
-    """
-
-    @functools.wraps(load_adapter)
-    def load(
-        model: PeftModel, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *args, **kwargs
-    ) -> Any:
-        config, (of_hub, _) = model.peft_config.get(adapter_name), model._split_kwargs(kwargs)
-        is_new, has_masks = config is None and (is_trainable or model.peft_type == PEFT_TYPE), False
-        if is_new or isinstance(config, PartialLoraConfig):
-            with suppress(PartialLoraError):  # a repository without masks, or out of reach, which PEFT then says
-                path = saved_file(model_id, sidecar.FILE_NAME, **of_hub)
-                has_masks = path.is_file()
-        if has_masks and is_new:
-            config = PartialLoraConfig.from_pretrained(str(model_id), **of_hub)
-            config.inference_mode = not is_trainable
-            options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "autocast_adapter_dtype") if key in kwargs}
-            model.add_adapter(adapter_name, config, **options)
-            if is_trainable:
-                model.set_requires_grad(adapter_name)
-        elif has_masks and isinstance(config, PartialLoraConfig):
-            sidecar.verify(config.masks, config.geometries, sidecar.read(path)["modules"])
-        elif is_trainable and Path(model_id, of_hub.get("subfolder") or "", sidecar.FILE_NAME).is_file():
-            warnings.warn(
-                f"{model_id} has masks, and trains as dense LoRA without them: expected "
-                "config=PartialLoraConfig.from_pretrained(...) of this folder in PeftModel.from_pretrained",
-                stacklevel=3,
-            )
-        return load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-
-    return load
-
-
 def loaded_name(name: str) -> str:
-    """Return a name in the base model without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    """Return a name in the base model without what torch.compile and FSDP 1 put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def base_name(key: str) -> str:
@@ -343,27 +314,88 @@ def base_name(key: str) -> str:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the base model, adapters included, by their names as loaded."""
+    """Return the modules of the base model, with PEFT's layers but not what these hold, by their names as loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {loaded_name(name): module for name, module in base.named_modules()}
+    return {loaded_name(name): module for name, module in _modules(base)}
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model's modules by name, as named_modules does, without a LoRA layer's dozen of parts but its base."""
+    met: set[nn.Module] = set()
+
+    def below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        met.add(module)
+        yield name, module
+        parts = module._modules
+        for part in ("base_layer",) if isinstance(module, LoraLayer) else parts:
+            child = parts[part]
+            if child is not None and child not in met:
+                yield from below(f"{name}.{part}" if name else part, child)
+
+    return below("", model)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of a LoRA or Partial-LoRA model that hold the adapter, by their names in the base model."""
-    layers = {name: layer for name, layer in base_modules(model).items() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}}
+    return {
+        _layer_name(name, layer): layer
+        for name, layer in base_modules(model).items()
+        if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
+    }
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors that PEFT saves of an adapter, by names in the base model; only masked factors are copies."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+def _layer_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of layers with adapters in the base model, by their names in this model."""
+    layers = {path: layer for path, layer in _modules(model) if isinstance(layer, LoraLayer)}
+    return {path: _layer_name(base_name(path), layer) for path, layer in layers.items()}
+
+
+def _layer_name(name: str, layer: LoraLayer) -> str:
+    """Return the name of the weight that a layer adapts: its own, or its parameter's, of which PEFT nests several."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name and what follows each of its dots."""
+    while name:
+        yield name
+        _, _, name = name.partition(".")
+
+
+def _target_parameters(config: PartialLoraConfig, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return the parameters that PEFT is about to adapt, by name: the module that has one, and its name there."""
+    wanted, found, matched = set(config.target_parameters or ()), {}, set()
+    for path, module in model.named_modules() if wanted else ():
+        for name, _ in module.named_parameters(recurse=False):
+            full = ".".join(part for part in loaded_name(f"{path}.{name}").split(".") if part != "base_layer")
+            if ends := wanted.intersection(_ends(full)):
+                found[full] = module, name
+                matched |= ends
+    if missing := sorted(wanted - matched):
+        raise PartialLoraError(f"target_parameters names {missing[0]!r}, which matches no parameter.")
+    return found
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str, *, masked: bool = True) -> dict[str, Tensor]:
+    """Return the tensors that PEFT saves of an adapter, by names in the base model; only masked factors are copies.
+
+    masked: False leaves these out, and takes no time for them.
+    """
+    state: dict[str, Tensor] = model.state_dict() if masked else {}
+    for path, module in () if masked else _modules(model):
+        module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=False)
+    state = get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
     again = (".modules_to_save.", ".original_module.")  # with bias="all", a head's biases are there twice
     return as_factors({base_name(key): state[key] for key in state if not any(part in key for part in again)})
 
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise PartialLoraError, naming the module, for a model with an adapter merged into its base weights."""
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise PartialLoraError(f"{name} has an adapter merged into its base weight: call unmerge_adapter() first.")
 
@@ -377,19 +409,25 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     return configs[adapter_name]
 
 
-def _warn_of_saturation(config: PartialLoraConfig) -> None:
+def _warn_of_saturation(
+    config: PartialLoraConfig, drawn: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry]
+) -> None:
     """Warn of modules that are to train no fewer numbers than there are entries of W that they can change."""
     if config.inference_mode or config.granularity != "rows_columns" or config.frozen_axis is not None:
         return
     saturated = []
-    for module, masks in config.masks.items():
-        rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), config.rank_of(module)
-        if len(config.geometries[module].a) == 2 and rank * (rows + columns) >= rows * columns > 0:
+    for module, masks in drawn.items():
+        rows, columns, rank = len(masks.rows.kept), len(masks.columns.kept), geometries[module].rank
+        if (
+            geometries[module].experts is None
+            and len(geometries[module].a) == 2
+            and rank * (rows + columns) >= rows * columns > 0
+        ):
             saturated.append((module, rank * (rows + columns), rows * columns))
     if saturated:
         module, numbers, entries = saturated[0]
         warnings.warn(
-            f"{len(saturated)} of {len(config.masks)} modules train no fewer numbers than there are entries of W that "
+            f"{len(saturated)} of {len(drawn)} modules train no fewer numbers than there are entries of W that "
             f"they can change (as {module}: {numbers:,} for {entries:,}): a lower r, or a lower sparsity, reaches more",
             stacklevel=2,
         )
@@ -400,9 +438,13 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 
     Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
-    masks = {}
     partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
-    for name, layer in adapter_layers(model, adapter_name).items():
+    return _masks_of(adapter_layers(model, adapter_name), adapter_name, partial=partial)
+
+
+def _masks_of(layers: Mapping[str, LoraLayer], adapter_name: str, *, partial: bool) -> dict[str, ModuleMasks]:
+    masks = {}
+    for name, layer in layers.items():
         embeds = adapter_name in layer.lora_embedding_A  # of plain LoRA, whose factors are parameters there
         a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
         low, high = cast(Any, a[adapter_name]), cast(Any, b[adapter_name])
@@ -415,6 +457,39 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
             shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
             masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
+
+
+def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
+    """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
+    layers = adapter_layers(model, adapter_name)
+    masks, geometries = _masks_of(layers, adapter_name, partial=True), {}
+    for name, layer in layers.items():
+        a, b = (tuple(factor[adapter_name].shape) for factor in (layer.lora_A, layer.lora_B))
+        experts = layer.num_experts if isinstance(layer, ParamWrapper) else None
+        geometries[name] = Geometry((b[0], a[1]), a=a, b=b, experts=experts)
+    return masks, geometries
+
+
+def saved_rank(model: nn.Module, adapter_name: str) -> int:
+    """Return the rank of every module of a masked adapter on disk: the highest."""
+    return max(_rank(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values())
+
+
+def _rank(layer: LoraLayer, adapter_name: str) -> int:
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    return cast(MaskedFactor, layer.lora_A[adapter_name]).rank // experts
+
+
+def _save_with(config: PartialLoraConfig, model: nn.Module, adapter_name: str) -> None:
+    """Have a config save the masks of an adapter of this model, which it does not keep alive."""
+    reference = weakref.ref(model)
+
+    def masks() -> Drawn:
+        if (alive := reference()) is None:
+            raise PartialLoraError("the model of this PartialLoraConfig is gone, and its masks: save the model.")
+        return drawn(alive, adapter_name)
+
+    config.drawn = masks
 
 
 def module_sparsity(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:

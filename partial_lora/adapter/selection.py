@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
@@ -27,22 +29,25 @@ class Geometry:
         shape: (out, in) of W; for a convolution its output and input channels.
         a: the shape of the dense A, (rank, in) or (rank, in, height, width).
         b: the shape of the dense B, (out, rank) or (out, rank / groups, 1, 1).
+        experts: how many weights W of this shape a parameter holds; None for a module's own weight. PEFT then has A as
+            (experts · rank, in), expert by expert, and B as (out, rank · experts), unit by unit.
     """
 
     shape: tuple[int, int]
     a: tuple[int, ...]
     b: tuple[int, ...]
+    experts: int | None = None
 
     def sizes(self, granularity: str) -> dict[str, int]:
-        """Return the sizes of masks: rows and columns of W, or ("element" and "units") entries of B and A."""
-        entries = GRANULARITIES[granularity].over_entries
+        """Return the sizes of masks: rows and columns of W, or ("element", "units", experts) entries of B and A."""
+        entries = self.experts is not None or GRANULARITIES[granularity].over_entries
         sizes = (math.prod(self.b), math.prod(self.a)) if entries else self.shape
         return dict(zip(AXES, sizes, strict=True))
 
     @property
     def rank(self) -> int:
-        """The rank of the adapter."""
-        return self.a[0]
+        """The rank of the adapter, of each expert."""
+        return self.a[0] // (self.experts or 1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,9 @@ Factors = Mapping[str, str]
 
 BOTH_TRAIN = dict.fromkeys(AXES, MASKED)
 
+_ALIVE: WeakValueDictionary[tuple, Mask] = WeakValueDictionary()
+"""Random masks that something still holds, by what they are drawn from: a save or a check does not draw them again."""
+
 
 def random_masks(
     geometries: Mapping[str, Geometry],
@@ -82,17 +90,61 @@ def random_masks(
     mask_seed: int,
 ) -> dict[str, ModuleMasks]:
     """Draw the masks of modules with these ``geometries`` {module: geometry}: the selection "random"."""
-    shares = assign_sparsity(sparsity, list(geometries))
+    shares = shares_of(geometries, sparsity)
     form = GRANULARITIES[granularity]
 
     def choose(module: str, axis: str, size: int) -> Mask:
         geometry = geometries[module]
-        options: dict = {"mask_seed": mask_seed, "module": module, "axis": axis}
+        names = _drawn_names(module, geometry)
+        of_each = tuple(shares.get(name, shares.get(module))[axis] for name in names)
+        drawn_from = (granularity, count, mask_seed, module, axis, geometry, of_each)
+        if (mask := _ALIVE.get(drawn_from)) is None:
+            if geometry.experts is None:
+                mask = draw(module, axis, size, *of_each, shape=geometry.b if axis == "rows" else geometry.a)
+            else:
+                mask = of_experts(dict(zip(names, of_each, strict=True)), axis, size, geometry)
+            _ALIVE[drawn_from] = mask
+        return mask
+
+    def draw(name: str, axis: str, size: int, share: float, *, shape: tuple[int, ...]) -> Mask:
+        options: dict = {"mask_seed": mask_seed, "module": name, "axis": axis}
         if form.apart:
-            options["shape"] = geometry.b if axis == "rows" else geometry.a
-        return form.drawn(count)(size, shares[module][axis], **options)
+            options["shape"] = shape
+        return form.drawn(count)(size, share, **options)
+
+    def of_experts(share_of: Mapping[str, float], axis: str, size: int, geometry: Geometry) -> Mask:
+        """Draw the mask of each expert by its own name, as a mask over the entries of all."""
+        (out, inputs), rank = geometry.shape, geometry.rank
+        shape = (out, rank) if axis == "rows" else (rank, inputs)  # of one expert's factor
+        features = out if axis == "rows" else inputs
+        kept = []
+        for name, share in share_of.items():
+            mask = draw(name, axis, math.prod(shape) if form.over_entries else features, share, shape=shape).dense()
+            if not form.over_entries:
+                mask = np.broadcast_to(mask[:, None] if axis == "rows" else mask, shape)
+            kept.append(mask)
+        masks = np.stack([mask.reshape(shape) for mask in kept], axis=0 if axis == "columns" else -1)
+        return Mask(size, np.flatnonzero(masks))
 
     return _masks(geometries, granularity, factors, choose, mask_seed=mask_seed)
+
+
+def shares_of(geometries: Mapping[str, Geometry], sparsity: float | Sparsity) -> Sparsity:
+    """Return one {"rows": s, "columns": s} for each module, or for each expert of a parameter where these are named."""
+    names = [name for module, each in geometries.items() for name in _masked_names(module, each, sparsity)]
+    return assign_sparsity(sparsity, names)
+
+
+def _masked_names(module: str, geometry: Geometry, sparsity: float | Sparsity) -> list[str]:
+    """Return the names that have shares: the module's or, where these are said, those of its experts."""
+    experts = [f"{module}.{expert}" for expert in range(geometry.experts or 0)]
+    return experts if isinstance(sparsity, Mapping) and {*experts} & sparsity.keys() else [module]
+
+
+def _drawn_names(module: str, geometry: Geometry) -> list[str]:
+    """Return the names that masks are drawn by: the module's or, of several, those of its experts."""
+    count = geometry.experts or 1
+    return [module] if count == 1 else [f"{module}.{expert}" for expert in range(count)]
 
 
 def frozen_a(geometry: Geometry, *, mask_seed: int, module: str) -> np.ndarray:
@@ -241,6 +293,8 @@ def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
     output channels and columns input channels; in an embedding, rows are tokens and columns dimensions. Raises
     PartialLoraError for a layer that masks do not fit.
     """
+    if isinstance(layer, ParamWrapper):
+        return parameter_geometry(layer.get_base_layer(), layer.parameter_name, rank)
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _convolution(name, layer, rank)
@@ -254,6 +308,23 @@ def geometry(name: str, layer: nn.Module, rank: int) -> Geometry:
             " be masked; name the targets so that it does not match."
         )
     return Geometry(shape=(outputs, inputs), a=(rank, inputs), b=(outputs, rank))
+
+
+def parameter_geometry(module: nn.Module, name: str, rank: int) -> Geometry:
+    """Return the shapes of a parameter that is a weight (out × in), or several: experts × out × in.
+
+    Modules that say ``is_transposed`` hold experts × in × out. Raises PartialLoraError for other shapes.
+    """
+    parameter = getattr(module, name)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of ZeRO's stage 3
+    if len(shape) not in (2, 3):
+        raise PartialLoraError(
+            f"target_parameters: {name} of {type(module).__name__} has shape {shape}: expected 2 or 3."
+        )
+    experts, out, inputs = (1, *shape)[-3:]
+    if len(shape) == 3 and getattr(module, "is_transposed", False):
+        out, inputs = inputs, out
+    return Geometry(shape=(out, inputs), a=(rank * experts, inputs), b=(out, rank * experts), experts=experts)
 
 
 def _convolution(name: str, layer: nn.modules.conv._ConvNd, rank: int) -> Geometry:

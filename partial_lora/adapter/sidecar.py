@@ -6,40 +6,40 @@ their digests, which the masks made again must match.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from partial_lora.adapter.selection import Geometry, ModuleMasks
+from partial_lora.adapter.selection import Geometry, ModuleMasks, shares_of
 from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.files import FORMAT, other_format, read_json
-from partial_lora.masks import AXES, GRANULARITIES, assign_sparsity
+from partial_lora.masks import AXES, CHOICES, GRANULARITIES
 
 FILE_NAME = "partial_lora.json"
 LARGEST = 2**30  # bytes: masks over entries with 87 % sparsity at rank 64 in all modules of a model of 70B
-_SETTINGS = ("granularity", "selection", "mask_seed", "count", "rows", "columns", "fan_in", "sparsity")
+SETTINGS = ("mask_seed", "sparsity", *CHOICES, "row_exponent", "column_exponent")
+SETTINGS += ("r", "rank_pattern", "alpha_pattern")  # adapter_config.json has one rank and one alpha
+"""Names of the config's settings that the file holds."""
 
 
-def describe(
-    masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], settings: Mapping[str, Any], *, rank: int
-) -> dict:
+def describe(masks: Mapping[str, ModuleMasks], geometries: Mapping[str, Geometry], settings: Mapping[str, Any]) -> dict:
     """Return the content of the sidecar of an adapter with these ``masks``.
 
-    Its keys: format, granularity, selection, mask_seed, count, rows, columns, fan_in and sparsity as in the config, and
-    modules. A module has: rows, columns (the measured sparsity; the requested one for
-    "bernoulli", whose number is random), shape [out, in], rank (where it is not the adapter's), a, b (the shapes of the
-    dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as little-endian int64, and
-    indices {rows, columns} where the selection is not random.
+    Its keys: format, the `SETTINGS` as in the config, and modules. A module has: rows, columns (the measured sparsity;
+    the requested one for "bernoulli", whose number is random), shape [out, in], experts (of a parameter), a, b (the
+    shapes of the dense factors, for masks over entries only), sha256 {rows, columns} of the kept indices as
+    little-endian int64, and indices {rows, columns} where the selection is not random.
     """
-    content: dict[str, Any] = {"format": FORMAT, **{key: settings[key] for key in _SETTINGS}, "modules": {}}
-    requested = assign_sparsity(settings["sparsity"], list(masks)) if settings["count"] == "bernoulli" else None
+    content: dict[str, Any] = {"format": FORMAT, **{key: settings[key] for key in SETTINGS}, "modules": {}}
+    requested = shares_of(geometries, settings["sparsity"]) if settings["count"] == "bernoulli" else {}
     for module, of_module in masks.items():
         both = {axis: getattr(of_module, axis) for axis in AXES}
-        entry = {axis: requested[module][axis] if requested else mask.sparsity for axis, mask in both.items()}
+        measured = {axis: mask.sparsity for axis, mask in both.items()}
+        entry: dict[str, Any] = {**requested.get(module, measured)}
         entry["shape"] = list(of_module.shape)
-        if geometries[module].a[0] != rank:
-            entry["rank"] = geometries[module].a[0]
-        if GRANULARITIES[settings["granularity"]].over_entries:
+        if geometries[module].experts is not None:
+            entry["experts"] = geometries[module].experts
+        if geometries[module].experts is not None or GRANULARITIES[settings["granularity"]].over_entries:
             entry |= {factor: list(getattr(geometries[module], factor)) for factor in ("a", "b")}
         entry["sha256"] = {axis: mask.digest for axis, mask in both.items()}
         if settings["selection"] != "random":
@@ -69,14 +69,15 @@ def read(path: Path) -> dict:
         content = read_json(path, LARGEST)
         other = other_format(content.get("format")) if "modules" in content else None
         if other is None:
-            _check_keys(content, "it", {"format", *_SETTINGS, "modules"})
+            _check_keys(content, "it", {"format", *SETTINGS, "modules"})
             if content["granularity"] not in GRANULARITIES:
                 raise ValueError(f"granularity is {content['granularity']!r}")
             needed = {*AXES, "shape", "sha256"}
             needed |= {"a", "b"} if GRANULARITIES[content["granularity"]].over_entries else set()
             needed |= {"indices"} if content["selection"] == "top" else set()
             for module, entry in content["modules"].items():
-                _check_keys(entry, f"modules[{module!r}]", needed, {"rank"})
+                of_parameter = {"experts", "a", "b"} if "experts" in entry else set()
+                _check_keys(entry, f"modules[{module!r}]", needed | of_parameter)
                 _check_keys(entry["sha256"], f"modules[{module!r}]['sha256']", set(AXES))
             if isinstance(content["sparsity"], str):
                 raise ValueError("sparsity is no number, or one for each module")
@@ -93,19 +94,19 @@ def read(path: Path) -> dict:
     return content
 
 
-def _check_keys(content: Mapping, name: str, needed: set[str], optional: Collection[str] = ()) -> None:
+def _check_keys(content: Mapping, name: str, needed: set[str]) -> None:
     """Raise ValueError unless a mapping has all keys that it needs and none that is unknown, as of a later version."""
     if missing := sorted(needed - content.keys()):
         raise ValueError(f"{name} has no {missing[0]}")
-    if unknown := sorted(content.keys() - needed - set(optional)):
+    if unknown := sorted(content.keys() - needed):
         raise ValueError(f"{name} has {unknown[0]}, which is unknown")
 
 
 def settings(content: Mapping) -> dict[str, Any]:
     """Return the settings of the config that a sidecar was made of."""
-    options, modules = {key: content[key] for key in _SETTINGS}, content["modules"]
+    options = {key: content[key] for key in SETTINGS}
     if content["selection"] == "top":
-        options["indices"] = {module: entry["indices"] for module, entry in modules.items()}
+        options["indices"] = {module: entry["indices"] for module, entry in content["modules"].items()}
     return options
 
 

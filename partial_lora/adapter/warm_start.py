@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.config import PEFT_TYPE, PartialLoraConfig, refuse_options, saved_file, scaling_of
+from partial_lora.adapter.config import PartialLoraConfig, refuse_options, saved_file, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
 from partial_lora.adapter.model import (
@@ -26,6 +26,7 @@ from partial_lora.adapter.model import (
     check_unmerged,
     config_of,
     module_masks,
+    saved_rank,
 )
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import difference, read_json
@@ -69,7 +70,7 @@ def warm_start(
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
         raise PartialLoraError(f"adapter {adapter_name!r} is not masked: load the LoRA with PEFT's load_adapter.")
-    for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {})):
+    for name, usual in (("rows", "masked"), ("columns", "masked"), ("rank_pattern", {}), ("target_parameters", None)):
         if getattr(config, name) != usual:
             raise PartialLoraError(
                 f"{name} is {getattr(config, name)!r}: a LoRA's values would mean something else there; leave it at"
@@ -78,6 +79,7 @@ def warm_start(
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
     state, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
     _check_fit(source, config, state, factors)
+    layers = adapter_layers(model, adapter_name)
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key not in factors:
@@ -86,7 +88,8 @@ def warm_start(
             kept = factors[key].kept.copy_(factors[key].nearest(value))
             module, _, factor = key.removesuffix(".weight").rpartition(".")
             if factor == "lora_B":
-                kept.mul_(scaling_of(source.config, module, config.r) / scaling_of(config, module, config.r))
+                scaling = layers[module].scaling[adapter_name] * factors[key].multiple
+                kept.mul_(scaling_of(source.config, module, config.r) / scaling)
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def _from_model(lora: PeftModel) -> _Source:
     active = lora.active_adapters
     if len(active) != 1:
         raise PartialLoraError(f"lora has {len(active)} active adapters, {active}: activate one with set_adapter.")
-    name = f"adapter {active[0]!r} of lora"
-    return _Source(name, _checked(lora.peft_config[active[0]], name), adapter_tensors(lora, active[0]))
+    name, config = f"adapter {active[0]!r} of lora", lora.peft_config[active[0]]
+    if isinstance(config, PartialLoraConfig):
+        config = config.as_lora(saved_rank(lora, active[0]))  # which its tensors are of
+    return _Source(name, _checked(config, name), adapter_tensors(lora, active[0]))
 
 
 def _from_files(lora: str | PathLike, subfolder: str | None, revision: str | None, token: str | bool | None) -> _Source:
@@ -164,7 +169,7 @@ def _trains(config: LoraConfig, key: str) -> bool:
 
 def _checked(config: PeftConfig, name: str) -> LoraConfig:
     """Return the config of a LoRA whose values mean what a masked adapter's mean; refuse any other."""
-    if config.peft_type not in ("LORA", PEFT_TYPE) or not isinstance(config, LoraConfig):
+    if config.peft_type != "LORA" or not isinstance(config, LoraConfig):
         raise PartialLoraError(f"{name} is a {config.peft_type} adapter: expected LORA.")
     trained_as_drawn = config.init_lora_weights in ("eva", "orthogonal")  # other special ones change W
     try:

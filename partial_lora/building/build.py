@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
-from partial_lora.budget import shrunk
+from partial_lora.budget import Shapes, shrunk
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import FewShot
 from partial_lora.calibration.reliability import verdict
@@ -27,7 +27,7 @@ from partial_lora.methods.config import MethodConfig
 from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import RESAMPLING
-from partial_lora.models.skeleton import ALL_LINEAR
+from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
@@ -159,6 +159,22 @@ def check_room(chosen: TaskConfig, task: Task, model: PreTrainedModel) -> None:
             room_for_prompts(model, own.max_new_tokens)
 
 
+def targets_of(model: ModelConfig, loaded: nn.Module, *, ranked: bool) -> tuple[Shapes, list[str]]:
+    """Return the shapes of W (out, in) of the modules to adapt, and the parameters that hold those of fused experts.
+
+    ranked: whether rows and columns need an importance, which raises PartialLoraError for fused experts.
+    """
+    bare = skeleton_of(loaded)
+    shapes = bare.targets(**model.trained_modules)
+    experts = bare.expert_parameters(shapes)
+    if experts and ranked:
+        raise PartialLoraError(
+            f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
+            " expected calibration=fixed and a method that ranks nothing, or other modules"
+        )
+    return shapes, experts
+
+
 # --- Calibration, on few-shot draws of the training rows.
 
 
@@ -268,6 +284,7 @@ def setting_of(
     shapes: Mapping[str, tuple[int, int]],
     sparsity: Sparsity | None = None,
     scores: ModuleScores | None = None,
+    experts: Sequence[str] = (),
 ) -> Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules, sizing = config.model.trained_modules, config.sizing
@@ -282,6 +299,7 @@ def setting_of(
         shapes=shapes,
         sparsity=sparsity,
         scores=scores,
+        experts=experts,
     )
     shrink = sizing.calibration.shrink
     if sparsity is None or not shrink:

@@ -26,9 +26,10 @@ from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command, visible
 from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
+from partial_lora.settings.editor import write_settings
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.versions import as_yaml, plain
+from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -106,7 +107,7 @@ def launch(
                 log.write(f"{line}\n")
         for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
-        files.write_atomic(place / directory.CONFIG, as_yaml(redacted(plain(config))))
+        write_settings(place / directory.CONFIG, redacted(plain(config)), Path(config.results_dir))
         code, failure = _run_process(
             _command(place, stage, cluster),
             _environment(config, place, cluster, slot),

@@ -39,9 +39,10 @@ class Setting:
 
     `sparsity` is calibration's choice, or a fixed one in its place, {module: {"rows": s, "columns": s}}. `scores` is
     the importance by which it was chosen, {module: (rows, columns)}. Both are None for a method that does not use them.
-    `shapes` are those of W (out, in) of every module to adapt, before quantisation. `new_modules` have no pre-trained
-    weights and train whole, as the head does. `size` is the number of parameters that LoRA or a tuner of PEFT should
-    train, None where its rank or options decide.
+    `shapes` are those of W (out, in) of every module to adapt, before quantisation, of fused experts one by one;
+    `experts` are the parameters that hold them. `new_modules` have no pre-trained weights and train whole, as the head
+    does. `size` is the number of parameters that LoRA or a tuner of PEFT should train, None where its rank or options
+    decide.
     """
 
     method: MethodConfig
@@ -54,6 +55,7 @@ class Setting:
     sparsity: Sparsity | None = None
     scores: ModuleScores | None = None
     size: int | None = None
+    experts: Sequence[str] = ()
 
     @property
     def rank(self) -> int:
@@ -76,11 +78,16 @@ class Setting:
 
     def lora(self) -> dict:
         """Return the arguments that every low-rank adapter here shares."""
+
+        def of_experts(target: str) -> bool:
+            return any(name == target or name.endswith(f".{target}") for name in self.experts)
+
         return {
             "r": self.rank,
             "lora_alpha": self.method.alpha,
             "lora_dropout": self.method.dropout,
-            "target_modules": list(self.target_modules),
+            "target_modules": [target for target in self.target_modules if not of_experts(target)],
+            "target_parameters": list(self.experts) or None,
             "modules_to_save": self.whole() or None,
         }
 
@@ -112,6 +119,11 @@ class Setting:
 
     def at_ranks(self, ranks: Mapping[str, int]) -> dict:
         """Return the arguments by which modules have these ranks, 0 for no adapter; alpha / rank stays the same."""
+        if self.experts:
+            raise PartialLoraError(
+                f"model.target_modules: {self.experts[0]} has fused experts, all of one rank: expected other modules"
+                f" for method={self.method.name}"
+            )
         adapted = {module: rank for module, rank in ranks.items() if rank}
         scaling, usual = self.method.alpha / self.rank, Counter(adapted.values()).most_common(1)[0][0]
         unusual = {only(module): rank for module, rank in adapted.items() if rank != usual}

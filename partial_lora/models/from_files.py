@@ -218,6 +218,10 @@ def _as_stated(stated: object, found: list[float]) -> list[float]:
 
 
 def _targets(weights: str, architecture: str, bare: Skeleton, head: str | None, new: list[str]) -> list[str]:
+    if bare.experts:
+        attention = {name.rpartition(".")[2] for name in bare.linears if "attn" in name or "attention" in name}
+        experts = {".".join(name.split(".")[-2:]) for name in bare.experts}
+        return sorted(attention) + sorted(experts)
     usual = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
     linears = {name.rpartition(".")[2] for name in bare.linears if name != bare.output}
     every = sorted(linears - {"out_proj"}) if architecture in _MAMBA else [ALL_LINEAR]

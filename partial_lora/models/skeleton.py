@@ -34,7 +34,7 @@ class Skeleton:
     modules: the class of every module, by full name in the model's order; "" is the model. parameters: shapes by full
     name, those of a shared parameter once. linears: (out, in) of the linear modules with plain weights. output: the
     linear module that gives a causal model's logits. config: the keys of the model's config that decide how much memory
-    its activations take.
+    its activations take. experts: (experts, out, in) of the parameters that hold the weights of several experts.
     """
 
     modules: Mapping[str, str]
@@ -42,6 +42,7 @@ class Skeleton:
     linears: Mapping[str, tuple[int, int]]
     output: str | None = None
     config: Mapping[str, int | str | None] = field(default_factory=dict)
+    experts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -63,9 +64,10 @@ class Skeleton:
         """Return (out, in) of the modules to adapt, by full name in the model's order, matched as PEFT matches them.
 
         target_modules: a list of names or suffixes, one regular expression or "all-linear", as PEFT's LoraConfig takes
-        them. Raises PartialLoraError where nothing matches, where a match is no linear layer with a plain weight, and
-        for a head or new module that is not there. These train whole, so patterns pass over them, as over PEFT's
-        modules_to_save.
+        them. A name in a list may be that of fused experts, "experts.down_proj", each of which then counts as a module,
+        "….experts.down_proj.7". Raises PartialLoraError where nothing matches, where a match is no linear layer with a
+        plain weight, and for a head or new module that is not there. These train whole, so patterns pass over them, as
+        over PEFT's modules_to_save.
         """
         whole = dict.fromkeys(new_modules, "new_modules") | ({} if head is None else {head: "head"})
         for name, key in whole.items():
@@ -81,7 +83,7 @@ class Skeleton:
             except re.error as error:
                 raise PartialLoraError(f"target_modules={target_modules}: no regular expression ({error})") from error
         else:
-            target_modules, ends = list(target_modules), {name: f".{name}" for name in self.modules}
+            target_modules, ends = list(target_modules), {name: f".{name}" for name in (*self.modules, *self.experts)}
             matched = [name for name in ends if ends[name].endswith(tuple(f".{target}" for target in target_modules))]
             for target in target_modules:
                 if not any(ends[name].endswith(f".{target}") for name in matched):
@@ -93,7 +95,7 @@ class Skeleton:
             raise PartialLoraError(
                 f"target_modules={target_modules}: no module of {self.kind} matches; there are {self._called}"
             )
-        if unfit := [name for name in matched if name not in self.linears]:
+        if unfit := [name for name in matched if name not in self.linears and name not in self.experts]:
             kind, advice = self.modules[unfit[0]], "use longer names to leave it out"
             if "4bit" in kind or "8bit" in kind:
                 advice = "calibrate inside `partial_lora.models.dequantised(model)`"
@@ -103,7 +105,18 @@ class Skeleton:
                 f"target_modules={target_modules}: {unfit[0]} is a {kind}, expected nn.Linear with plain weights; "
                 f"{advice}"
             )
-        return {name: self.linears[name] for name in matched}
+        shapes = {}
+        for name in matched:
+            if name in self.linears:
+                shapes[name] = self.linears[name]
+            else:
+                count, *shape = self.experts[name]
+                shapes |= {f"{name}.{expert}" if count > 1 else name: tuple(shape) for expert in range(count)}
+        return shapes
+
+    def expert_parameters(self, shapes: Collection[str]) -> list[str]:
+        """Return the parameters of fused experts among modules to adapt, as `targets` gives them."""
+        return [name for name in self.experts if name in shapes or f"{name}.0" in shapes]
 
 
 def _is_in(name: str, module: str) -> bool:
@@ -126,7 +139,20 @@ def skeleton_of(model: nn.Module) -> Skeleton:
         linears={name: tuple(weight.shape) for name, weight in plain.items() if weight.ndim == 2},
         output=next((name for name, module in linears.items() if module is output), None),
         config={key: value for key in _CONFIG if (value := value_in(config, key)) is not None},
+        experts=_experts(model),
     )
+
+
+def _experts(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return the parameters of transformers' classes of experts, which hold one weight of each."""
+    experts = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(module).__name__.endswith("Experts") and parameter.ndim == 3:
+                count, *shape = parameter.shape
+                is_transposed = getattr(module, "is_transposed", False)
+                experts[f"{path}.{name}"] = (count, *(reversed(shape) if is_transposed else shape))
+    return experts
 
 
 def skeleton(*, family: str, architecture: str, model_args: Mapping, outputs: int) -> Skeleton:

@@ -252,11 +252,6 @@ def _loading(run: FinishedRun, repo: str | None, compact: bool) -> str:
             " says which entries were trained, for who wants to train the same ones further."
         )
     )
-    if masks and model.family == "causal" and (run.config.mask.row_exponent or run.config.mask.column_exponent):
-        masks += (
-            " Where `adapter_config.json` has an `alpha_pattern`, servers that read `lora_alpha` alone, such as vLLM,"
-            " need `partial-lora export --to serve`."
-        )
     return f"{hint}```python\n{code}\n```{masks}"
 
 

@@ -39,7 +39,7 @@ def ranked(tried: Mapping[float, Mapping[int, Worth]]) -> list[float]:
 _DENSE, _WIDTH = 2e-3, 384  # dense LoRA's best at this width, after 200 to 600 steps of 16 (results/race/race.md)
 
 # Keys of `mask` that decide how far a step moves the outputs.
-_OF_MASKS = ("granularity", "rows", "columns", "fan_in", "row_exponent", "column_exponent")
+OF_MASKS = ("granularity", "rows", "columns", "fan_in", "row_exponent", "column_exponent")
 _LEAST_DENSITY = 0.12  # of whole rows and columns drawn and scaled for it, down to which dense LoRA's rate serves
 
 
@@ -107,7 +107,7 @@ def auto(settings: Mapping, *, width: int, density: float) -> float:
     method = settings["method"]
     rate = dense_rate(width) * method.get("rate_factor", 1.0) / settings["trainer"].get("loraplus_ratio", 1.0) ** 0.25
     if called(method["name"]).masked:
-        masks = {key: settings["mask"][key] for key in _OF_MASKS if key in settings["mask"]}
+        masks = {key: settings["mask"][key] for key in OF_MASKS if key in settings["mask"]}
         return starting_rate(rate, density, **masks)
     return rate * density ** -method.get("rate_power", 0.0) if density else rate  # a probe has no adapter
 

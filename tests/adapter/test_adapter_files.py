@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from adapter_models import (
     logits,
     optimizer_of,
     step,
+    trainable_parameters,
     vit,
 )
 from huggingface_hub import ModelCard
@@ -46,6 +48,7 @@ from torch import nn
 
 import partial_lora
 from partial_lora.adapter import PEFT, PartialLoraConfig, load_compact, module_masks, warm_start
+from partial_lora.adapter.registration import REACHES, check_peft
 from partial_lora.errors import PartialLoraError
 
 QKV = "timm_model.blocks.0.attn.qkv"
@@ -199,6 +202,14 @@ def test_a_peft_without_what_the_adapter_needs_is_refused_in_one_line(imported):
     assert f'"{PEFT}"' in project
 
 
+@pytest.mark.parametrize("reach", REACHES)
+def test_what_peft_has_to_offer_is_asked_for_by_its_name(monkeypatch, reach):
+    holder, _, name = reach.rpartition(".")
+    monkeypatch.delattr(operator.attrgetter(holder)(peft), name)
+    with pytest.raises(AttributeError, match=name):
+        check_peft()
+
+
 FILES = {"adapter_config.json", "adapter_model.safetensors", "partial_lora.json", "README.md"}
 
 
@@ -209,24 +220,26 @@ def card_of(folder):
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_card_is_that_of_plain_lora_with_a_tag_and_a_section_more(tmp_path):
+def test_the_card_says_what_is_known_and_nothing_else(tmp_path):
     llama().save_pretrained(tmp_path / "base")
-    cards = []
+    cards, models = [], []
     for name, build in (("ours", PartialLoraConfig), ("plain", lambda **s: PartialLoraConfig(**s).as_lora())):
         base = llama().from_pretrained(tmp_path / "base")
         model = get_peft_model(base, build(target_modules=LLAMA_TARGETS, task_type="CAUSAL_LM"))
         model.save_pretrained(tmp_path / name)
         cards.append(card_of(tmp_path / name))
+        models.append(model)
     ours, plain = (card.data.to_dict() for card in cards)
-    assert set(plain["tags"]) >= {"lora", "transformers", f"base_model:adapter:{tmp_path / 'base'}"}
-    assert set(ours.pop("tags")) - set(plain.pop("tags")) == {"partial-lora"}
+    of_this_machine = {f"base_model:adapter:{plain.pop('base_model')}"}
+    assert of_this_machine == {f"base_model:adapter:{tmp_path / 'base'}"}
+    assert set(ours.pop("tags")) == {*plain.pop("tags"), "partial-lora"} - of_this_machine
     assert ours == plain
-    assert (ours["library_name"], ours["base_model"]) == ("peft", str(tmp_path / "base"))
-    assert ours["pipeline_tag"] == "text-generation"
-    section = set(cards[0].text.splitlines()) - set(cards[1].text.splitlines())
-    assert "## Partial-LoRA" in section
-    assert not set(cards[1].text.splitlines()) - set(cards[0].text.splitlines())
-    assert cards[0].text.index("## Partial-LoRA") < cards[0].text.index("### Framework versions")
+    assert (ours["library_name"], ours["pipeline_tag"]) == ("peft", "text-generation")
+    written = (tmp_path / "ours" / "README.md").read_text()
+    assert str(tmp_path) not in written
+    assert "Needed" not in written
+    assert f"{trainable_parameters(models[0]):,}" in written
+    assert written.index("## Partial-LoRA") < written.index("### Framework versions")
 
 
 @pytest.mark.parametrize("form", [{"granularity": "groups"}, {"columns": "frozen"}])

@@ -136,12 +136,6 @@ def test_plain_lora_and_masked_adapters_share_a_model(tmp_path, base, targets, b
     assert not (tmp_path / "again" / "plain" / "partial_lora.json").exists()
 
 
-def test_adapters_of_fused_parameters_are_refused_beside_masked_ones():
-    model = get_peft_model(vit(), config_of(vit, sparsity=0.8))
-    with refusal("target_parameters"):
-        model.add_adapter("plain", LoraConfig(target_modules=[], target_parameters=["blocks.0.attn.qkv.weight"]))
-
-
 def test_a_deleted_adapter_leaves_nothing_behind():
     model = pair()
     expected = logits(model, images())
@@ -287,6 +281,65 @@ def test_saved_adapters_are_swapped_into_each_other_as_plain_lora(tmp_path, base
         torch.testing.assert_close(logits(model, KIND_OF[base].batch(0)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("base", "form"),
+    [
+        (llama, {}),
+        (llama, {"granularity": "element"}),
+        (llama, {"granularity": "groups"}),
+        (llama, {"columns": "frozen"}),
+        (llama, {"columns": "one_hot"}),
+        (convnext, {"rank_pattern": {"pwconv1": 3}}),
+    ],
+)
+def test_a_masked_adapter_is_swapped_for_one_that_keeps_as_many(tmp_path, base, form):
+    def masked(seed, **settings):
+        settings = {"sparsity": {".*": {"rows": 0.7, "columns": 0.5}}, "mask_seed": seed, **form, **settings}
+        return fill(adapt(base, modules_to_save=None, **settings), seed=seed)
+
+    model, other, batch = masked(1), masked(2), KIND_OF[base].batch(0)
+    other.save_pretrained(tmp_path / "two")
+    places = [id(value) for value in model.parameters()]
+    hotswap_adapter(model, str(tmp_path / "two"), adapter_name="default")
+    assert torch.equal(logits(model, batch), logits(other, batch))
+    assert [id(value) for value in model.parameters()] == places
+    assert module_masks(model) == module_masks(other)
+    model.save_pretrained(tmp_path / "again")  # with the masks that came with it
+    again = PeftModel.from_pretrained(base(), tmp_path / "again", is_trainable=True)
+    assert torch.equal(logits(again, batch), logits(other, batch))
+
+    if "granularity" not in form and base is llama:  # another number of rows, or no masks at all
+        masked(3, sparsity=0.4).save_pretrained(tmp_path / "more")
+        for folder, key in (("more", "rows"), ("plain", "partial_lora.json")):
+            if folder == "plain":
+                fill(adapt(base, modules_to_save=None)).save_pretrained(tmp_path / folder)
+            with refusal(f".*{key}"):
+                hotswap_adapter(model, str(tmp_path / folder), adapter_name="default")
+        assert torch.equal(logits(model, batch), logits(other, batch))
+
+
+def test_a_compiled_masked_model_takes_adapters_of_lower_ranks_without_compiling_again(tmp_path):
+    def masked(seed, **settings):
+        return fill(adapt(llama, sparsity=0.7, mask_seed=seed, **{"r": 4} | settings), seed=seed)
+
+    model, batch = masked(1), KIND_OF[llama].batch(0)
+    expected = logits(model, batch)
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    torch.testing.assert_close(logits(model, batch), expected)
+    torch._dynamo.reset()
+    compiled, counts = torch.compile(model, backend="eager"), []
+    for seed, settings in ((2, {"r": 8}), (3, {"lora_alpha": 11}), (4, {"r": 2})):
+        other = masked(seed, **settings)
+        other.save_pretrained(tmp_path / str(seed))
+        hotswap_adapter(compiled, str(tmp_path / str(seed)), adapter_name="default")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled.eval()(**batch).logits, logits(other, batch))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(counts)) == 1
+    with refusal("target_rank"):
+        prepare_model_for_compiled_hotswap(masked(1, granularity="element"), target_rank=8)
+
+
 # Code that writes into `weight` of a factor would change nothing: each such path of PEFT is refused.
 
 
@@ -302,9 +355,9 @@ def masked():
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda model, folder: hotswap_adapter(model, folder, adapter_name="default"), ValueError),
+        (lambda model, folder: hotswap_adapter(model, folder, adapter_name="default"), PartialLoraError),
         (lambda model, _: hotswap_adapter_from_state_dict(model, other_tensors(), "default", PLAIN), PartialLoraError),
-        (lambda model, _: prepare_model_for_compiled_hotswap(model, target_rank=8), AttributeError),
+        (lambda model, _: prepare_model_for_compiled_hotswap(model, target_rank=2), PartialLoraError),
         (lambda model, _: reduce_intruder_dimension(model), ValueError),
         (lambda model, _: initialize_lora_eva_weights(model, [images()]), ValueError),
     ],

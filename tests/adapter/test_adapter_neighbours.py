@@ -15,6 +15,7 @@ from partial_lora import PartialLoraConfig
 from partial_lora.adapter import module_masks
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import PartialLinear
+from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
 
 GRANULARITIES = ["rows_columns", "element"]
@@ -24,10 +25,10 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # processors add up in orders of their
 class Perceptron(nn.Module):
     """Two linear layers; what happens between them is given."""
 
-    def __init__(self, between=nn.ReLU):
+    def __init__(self, between=nn.ReLU, width=16):
         super().__init__()
         torch.manual_seed(0)
-        self.fc1, self.between, self.fc2 = nn.Linear(12, 16), between(), nn.Linear(16, 3)
+        self.fc1, self.between, self.fc2 = nn.Linear(12, width), between(), nn.Linear(width, 3)
 
     def forward(self, x):
         return self.fc2(self.between(self.fc1(x)))
@@ -70,10 +71,13 @@ def test_an_output_may_be_written_into(granularity, shape):
 
 def test_configs_are_the_callers_to_use_again(tmp_path):
     config = PartialLoraConfig(r=4, target_modules=["fc1"], sparsity=0.6, mask_seed=0)
-    first = fill(get_peft_model(Perceptron(), config))
-    config.mask_seed = 1
-    second = get_peft_model(Perceptron(), config)
+    first, second = (fill(get_peft_model(base, config)) for base in (Perceptron(), Perceptron(width=20)))
+    assert all(model.peft_config["default"] is config for model in (first, second))
     assert module_masks(first) != module_masks(second)
+    config.mask_seed = 1
+    with pytest.raises(PartialLoraError, match="PartialLoraConfig"):
+        first.save_pretrained(tmp_path)
+    config.mask_seed = 0
     first.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(Perceptron(), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
     assert module_masks(again) == module_masks(first)

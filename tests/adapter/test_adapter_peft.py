@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 
 import pytest
 import torch
@@ -12,10 +12,13 @@ from adapter_models import (
     adapt,
     dense_twin,
     fill,
+    images,
     layers,
+    llama,
     logits,
     loss_of,
     to,
+    tokens,
     trainable_parameters,
     vit,
 )
@@ -27,6 +30,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.tuners.lora import LoraModel
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, MambaConfig, MambaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
@@ -60,14 +64,15 @@ def gradients(model, batch, seed=3):
 def test_the_head_of_a_task_trains_as_in_plain_lora(tmp_path, kind, task, head):
     shape = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     settings = {"r": 4, "target_modules": ["query", "value"], "task_type": task}
-    partial = get_peft_model(kind(shape), PartialLoraConfig(**settings, sparsity=0.6))
+    config = PartialLoraConfig(**settings, sparsity=0.6)
+    partial = copy.deepcopy(get_peft_model(kind(shape), config))
     dense = get_peft_model(kind(shape), LoraConfig(**settings))
 
     def whole(model):
         return {name for name, each in model.named_parameters() if each.requires_grad and ".lora_" not in name}
 
     assert whole(partial) == whole(dense)
-    assert head in partial.peft_config["default"].modules_to_save
+    assert head in config.modules_to_save
     partial.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(kind(shape), tmp_path, config=PartialLoraConfig.from_pretrained(tmp_path))
     heads = (each.get_base_model().get_submodule(head).modules_to_save["default"] for each in (partial, again))
@@ -270,16 +275,38 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
 
 
-def test_a_masked_adapter_that_is_to_train_as_dense_lora_is_warned_of(tmp_path):
-    adapt(sparsity=0.6).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=rf"{tmp_path}.*PartialLoraConfig\.from_pretrained"):
-        PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        PeftModel.from_pretrained(vit(), tmp_path)
-        config = PartialLoraConfig.from_pretrained(tmp_path)
-        PeftModel.from_pretrained(vit(), tmp_path, config=config, is_trainable=True)
-    assert not [each for each in caught if "PartialLoraConfig" in str(each.message)]
+def test_what_is_loaded_to_train_is_masked_unless_a_dense_config_is_asked_for(tmp_path):
+    model = fill(adapt(sparsity=0.6))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
+    assert module_masks(again) == module_masks(model)
+    assert trainable_parameters(again) == trainable_parameters(model)
+    for options in ({}, {"is_trainable": True, "config": LoraConfig.from_pretrained(tmp_path)}):
+        dense = PeftModel.from_pretrained(vit(), tmp_path, **options)
+        assert type(dense.base_model) is LoraModel
+        torch.testing.assert_close(logits(dense, images()), logits(model, images()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
+def test_an_invoked_adapter_changes_the_tokens_from_its_invocation_on_as_in_plain_lora(tmp_path, granularity):
+    words = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
+    model = fill(adapt(llama, sparsity={".*": UNEVEN}, granularity=granularity, **words))
+    batch = tokens()
+    batch["input_ids"][0, 3:5] = torch.tensor([7, 8])  # the second text does not invoke it
+    model.save_pretrained(tmp_path)
+    twin = PeftModel.from_pretrained(llama(), tmp_path)
+    with model.disable_adapter():
+        base = logits(model, batch)
+    changed = logits(model, batch)
+    torch.testing.assert_close(changed, logits(twin, batch), atol=1e-5, rtol=1e-4)
+    is_changed = (changed != base).any(-1)
+    assert is_changed.tolist() == [[False] * 3 + [True] * 4, [False] * 7]
+    loss_of(model.train(), batch).backward()
+    assert all(p.grad.count_nonzero() for p in model.parameters() if p.requires_grad)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(again, batch), changed, atol=0, rtol=0)
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload()
 
 
 def test_what_peft_refuses_for_lora_is_refused_with_its_words():
@@ -312,7 +339,7 @@ def test_auto_peft_finds_the_base_by_itself(tmp_path, name, auto):
     folder = str(tmp_path / "adapter")
     model.save_pretrained(folder)
     plain = auto.from_pretrained(folder)
-    masked = auto.from_pretrained(folder, config=PartialLoraConfig.from_pretrained(folder), is_trainable=True)
+    masked = auto.from_pretrained(folder, is_trainable=True)
     assert type(plain.get_base_model()) is type(masked.get_base_model()) is type(base)
     torch.testing.assert_close(logits(plain, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(masked, kind.batch(0)), logits(model, kind.batch(0)))

@@ -33,7 +33,7 @@ from peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, get_peft_
 from peft.tuners.lora import LoraLayer, LoraModel
 from refusals import refusal
 from torch import nn
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PretrainedConfig
 
 from partial_lora import Calibration
 from partial_lora.adapter import PEFT_TYPE, PartialLoraConfig, module_masks, module_sparsity
@@ -310,8 +310,8 @@ def test_numbers_of_numpy_are_saved(tmp_path):
     assert (again.r, again.target_modules, again.mask_seed) == (4, {"q_proj", "v_proj"}, 3)
 
 
-def test_targets_that_plain_peft_takes_for_fused_experts_are_refused(tmp_path):
-    """Plain PEFT would put the shared expert's values on other modules, or drop them."""
+def test_targets_that_plain_peft_takes_for_fused_experts_are_those_here_too(tmp_path):
+    """Else plain PEFT would put the shared expert's values on other modules, or drop them."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
     few = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2}
     more = {"num_experts_per_tok": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
@@ -320,13 +320,15 @@ def test_targets_that_plain_peft_takes_for_fused_experts_are_refused(tmp_path):
         torch.manual_seed(0)
         return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **few, **more, head_dim=8))
 
-    for targets in (["o_proj", "gate_proj", "up_proj"], ["o_proj", "up_proj"], r".*(o_proj|down_proj)"):
-        with pytest.raises(PartialLoraError, match=r"^target_modules"):
-            get_peft_model(base(), PartialLoraConfig(r=2, target_modules=targets, sparsity=0.5))
-    model = fill(get_peft_model(base(), PartialLoraConfig(r=2, target_modules=["q_proj", "o_proj"], sparsity=0.5)))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base(), tmp_path)
-    assert torch.allclose(logits(again, tokens()), logits(model, tokens()), atol=1e-5)
+    with pytest.raises(PartialLoraError, match=r"^target_modules"):
+        get_peft_model(base(), PartialLoraConfig(r=2, target_modules=["o_proj", "up_proj"], sparsity=0.5))
+    for targets in (["q_proj", "o_proj"], ["o_proj", "gate_proj", "up_proj"], r".*(o_proj|down_proj)"):
+        model = fill(get_peft_model(base(), PartialLoraConfig(r=2, target_modules=targets, sparsity=0.5)))
+        dense = get_peft_model(base(), LoraConfig(r=2, target_modules=targets))
+        assert list(layers(model)) == list(layers(dense))
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base(), tmp_path)
+        assert torch.allclose(logits(again, tokens()), logits(model, tokens()), atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -527,7 +529,7 @@ def facts(model):
 DECODER = {"target_modules": ["q_proj", "v_proj"]}
 
 PASSED = [
-    (vit, {"r": 3, "lora_alpha": 12, "alpha_pattern": {"blocks.0.attn.qkv": 2, "fc1": 32}, "lora_dropout": 0.25}),
+    (vit, {"r": 3, "lora_alpha": 12, "alpha_pattern": {"blocks.0.attn.qkv": 3, "fc1": 24}, "lora_dropout": 0.25}),
     (vit, {"use_rslora": True, "modules_to_save": [HEAD]}),
     (vit, {"target_modules": "all-linear", "exclude_modules": ["blocks.0.attn.qkv"]}),
     (two_blocks, {"target_modules": r".*\.(attn\.proj|mlp\.fc2)", "exclude_modules": r".*\.1\.mlp.*"}),
@@ -540,6 +542,7 @@ PASSED = [
     (vit, {"task_type": "FEATURE_EXTRACTION"}),
     (llama, {**DECODER, "task_type": "CAUSAL_LM"}),
     (llama, {**DECODER, "trainable_token_indices": [1, 3]}),
+    (llama, {**DECODER, "layer_replication": [[0, 1], [0, 1]]}),
     (qwen2, {**DECODER, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 ]
@@ -573,3 +576,11 @@ def test_an_option_does_what_it_does_in_plain_lora(tmp_path, base, settings):
 
 def logits_of(model, batch):
     return logits(model.get_base_model() if type(model).__name__ == "PeftModelForFeatureExtraction" else model, batch)
+
+
+def test_tying_is_asked_for_where_there_is_nothing_to_tie():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.config = PretrainedConfig(tie_word_embeddings=True)
+    model.get_input_embeddings = lambda: nn.Embedding(4, 8)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        get_peft_model(model, PartialLoraConfig(target_modules=["0"], sparsity=0.5, r=2, ensure_weight_tying=True))

@@ -94,13 +94,13 @@ GIVEN = {
     "frozen": {"sparsity": 0.7, "columns": "frozen", "fan_in": "kept", "mask_seed": 3},
     "units": {"sparsity": 0.7, "granularity": "units", "fan_in": "kept"},
     "groups": {"sparsity": 0.7, "granularity": "groups"},
-    "patterns of PEFT": {"sparsity": 0.7, "alpha_pattern": {"qkv": 3}, "use_rslora": True},
+    "patterns of PEFT": {"sparsity": 0.7, "alpha_pattern": {"qkv": 3}, "rank_pattern": {"fc1": 8}, "use_rslora": True},
 }
 
 
 @pytest.mark.parametrize("form", GIVEN)
 def test_the_config_read_from_a_folder_is_the_one_it_was_made_with(tmp_path, form):
-    model = adapt(row_exponent=0, **GIVEN[form])  # with another, the file has alphas in its place
+    model = adapt(**GIVEN[form])
     own = model.peft_config["default"]
     model.save_pretrained(tmp_path)
     first, second = (PartialLoraConfig.from_pretrained(str(tmp_path)) for _ in range(2))
@@ -117,8 +117,8 @@ def test_the_config_read_from_a_folder_is_the_one_it_was_made_with(tmp_path, for
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, {"granularity": "rows_columns", "count": "exact", "fan_in": "kept"}),
-        *[({"granularity": "element", "count": "bernoulli"},) * 2],
+        ({}, {"granularity": "rows_columns", "count": "exact", "fan_in": "kept", "row_exponent": 1.0}),
+        ({"granularity": "element", "count": "bernoulli"}, {"granularity": "element", "count": "bernoulli"}),
     ],
 )
 def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path, settings, said):
@@ -134,6 +134,11 @@ def test_the_sidecar_says_what_the_masks_are_made_of(tmp_path, settings, said):
         "rows": "masked",
         "columns": "masked",
         "fan_in": "dense",
+        "row_exponent": 0.0,
+        "column_exponent": 0.0,
+        "r": 4,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "sparsity": {KINDS["timm_convnext"].targets[0]: own, ".*": others},
         **said,
     }

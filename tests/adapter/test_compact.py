@@ -220,7 +220,7 @@ def test_reading_needs_no_model(tmp_path):
     write_compact(model, tmp_path)
     compact = decode((tmp_path / FILE_NAME).read_bytes(), tmp_path)
     config = compact.config
-    assert (config.r, config.mask_seed, config.masks) == (3, 5, module_masks(model))
+    assert (config.r, config.mask_seed, compact.masks) == (3, 5, module_masks(model))
     factor = layers(model)[FC1].lora_A["default"]
     assert torch.equal(compact.kept[FC1]["A"], factor.kept)
     assert compact.kept[FC1]["A"].shape == (3, len(factor.mask.kept))

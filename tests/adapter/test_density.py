@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -74,31 +73,38 @@ def test_a_drawn_for_the_kept_inputs_has_features_of_the_size_of_plain_lora_s(gr
     assert size_of_features(sparsity=0.9, fan_in="kept") == pytest.approx(plain, rel=0.15)
 
 
-def test_the_scaling_is_that_of_the_densities_that_are_there():
-    model = adapt(sparsity=MIXED, row_exponent=0.5, column_exponent=0.25, alpha_pattern={"fc1": 3})
-    for name, masks in module_masks(model).items():
-        alpha = 3 if name.endswith("fc1") else 6
-        expected = alpha / 4 * masks.rows.density**-0.5 * masks.columns.density**-0.25
-        layer = layers(model)[name]
-        assert layer.scaling["default"] == pytest.approx(expected)
-        layer.scale_layer(2.0), layer.unscale_layer()  # back to what it was, as PEFT's callers expect
-        assert layer.scaling["default"] == pytest.approx(expected)
+@pytest.mark.parametrize("trained", [{}, {"columns": "frozen"}, {"columns": "one_hot"}])
+def test_the_change_is_that_of_the_densities_that_are_there(trained):
+    """A power of two of it is in B, the rest in the draw of A: a B that is divided and multiplied by it is the same."""
+    exponents = {"row_exponent": 0.5, "column_exponent": 0.25}
+    scaled, plain = (
+        adapt(sparsity=MIXED, alpha_pattern={"fc1": 3}, **trained, **each) for each in (exponents, AS_PEFT)
+    )
+    for name, masks in module_masks(scaled).items():
+        expected = masks.rows.density**-0.5 * (1 if trained else masks.columns.density**-0.25)
+        a, b = (factors(scaled, which)[name] for which in "AB")
+        assert math.frexp(b.multiple)[0] == 0.5
+        drawn = factors(plain, "A")[name].kept
+        draw = 1 if trained else masks.columns.density**-0.5  # fan_in, which AS_PEFT leaves alone
+        torch.testing.assert_close(a.kept * b.multiple, drawn * (expected * draw))
+        scaling = layers(scaled)[name].scaling["default"]
+        assert scaling == (3 if name.endswith("fc1") else 6) / 4
 
 
-def test_where_all_modules_have_one_scaling_it_is_saved_as_one_alpha(tmp_path):
-    """Servers read lora_alpha and pass over alpha_pattern."""
-    for sparsity, alike in ((0.75, True), ({"qkv": 0.75, "fc1": 0.5}, False)):
-        scaled = {"sparsity": sparsity, "fan_in": "kept", "row_exponent": 1.0}
-        model = fill(adapt(target_modules=["qkv", "fc1"], modules_to_save=None, **scaled))
-        shutil.rmtree(tmp_path)  # a card that is there keeps its section
-        model.save_pretrained(tmp_path)
-        saved = LoraConfig.from_pretrained(tmp_path)
-        assert (saved.alpha_pattern == {}) == alike
-        assert ("alpha_pattern" in (tmp_path / "README.md").read_text(encoding="utf-8")) != alike
-        assert (saved.lora_alpha == pytest.approx(6 / 0.25, rel=0.1)) == alike
-        torch.testing.assert_close(
-            logits(PeftModel.from_pretrained(vit(), tmp_path), BATCH[vit](3)), logits(model, BATCH[vit](3)), **CLOSE
-        )
+@pytest.mark.parametrize("sparsity", [0.75, {"qkv": 0.75, "fc1": 0.5}])
+def test_every_adapter_is_saved_with_one_alpha(sparsity, tmp_path):
+    """Servers read lora_alpha and pass over alpha_pattern, which hot swaps take for another module's."""
+    model = fill(
+        adapt(target_modules=["qkv", "fc1"], sparsity=sparsity, alpha_pattern={"fc1": 5}, rank_pattern={"qkv": 2})
+    )
+    model.save_pretrained(tmp_path)
+    saved = LoraConfig.from_pretrained(tmp_path)
+    assert (saved.r, saved.lora_alpha, saved.alpha_pattern, saved.rank_pattern) == (4, 6, {}, {})
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(vit(), tmp_path), BATCH[vit](3)), logits(model, BATCH[vit](3)), **CLOSE
+    )
+    again = PartialLoraConfig.from_pretrained(tmp_path)
+    assert (again.alpha_pattern, again.rank_pattern) == ({"fc1": 5}, {"qkv": 2})
 
 
 @pytest.mark.parametrize(
@@ -153,9 +159,9 @@ def test_a_frozen_a_is_the_seed_s_as_peft_would_draw_it_and_never_trains():
     plain = factors(adapt(), "A")
     for name, a in drawn.items():
         assert not torch.equal(a, other[name].weight)
-        bound = 1 / math.sqrt(a.shape[1])
+        bound = 2 / math.sqrt(a.shape[1])  # twice: half of the rows of B are there
         assert a.abs().max() <= bound
-        assert a.std() == pytest.approx(plain[name].weight.std().item(), rel=0.3)
+        assert a.std() == pytest.approx(2 * plain[name].weight.std().item(), rel=0.3)
     assert not any("lora_A" in name for name, _ in model.named_parameters())
     model.set_adapter("default")
     optimizer = optimizer_of(model)
@@ -188,9 +194,10 @@ def test_a_factor_trains_as_in_lora_whose_other_factor_is_frozen(method, fused, 
         assert not factor.weight.any()
     for factor in factors(model, of_frozen).values():
         dense = factor.weight if of_frozen == "A" else factor.weight.T
-        if "one_hot" in settings.values():  # literally: one 1 in each row, and no two in one column
-            assert sorted(dense.sum(1).tolist()) == sorted(dense.amax(1).tolist()) == [1.0] * len(dense)
-            assert dense.sum(0).max() == 1
+        if "one_hot" in settings.values():  # literally: one number in each row, and no two in one column
+            length = 1.0 if of_frozen == "B" else 1 / (1 - settings["sparsity"])
+            assert sorted(dense.sum(1).tolist()) == sorted(dense.amax(1).tolist()) == [length] * len(dense)
+            assert dense.sum(0).max() == length
         else:
             assert dense.all()
     twin = dense_twin(model, vit)

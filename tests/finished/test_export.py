@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from finished_runs import changed, choice_run, generation_run, image_run, override, pictures, trained
+from finished_runs import GENERATION, changed, choice_run, generation_run, image_run, override, pictures, trained
 from PIL import Image
 from plain_libraries import in_this_process
 from refusals import refusal
@@ -53,6 +53,28 @@ def encoder_run() -> FinishedRun:
     return trained("masked texts", *given, override(finished_runs.sentence_files()))
 
 
+EXPERTS = {
+    "qwen3_moe": "num_key_value_heads: 2, moe_intermediate_size: 24, num_experts: 4, head_dim: 8",
+    "mixtral": "num_key_value_heads: 2, num_local_experts: 4",
+    "gpt_oss": "num_key_value_heads: 2, num_local_experts: 4, head_dim: 8",
+    "deepseek_v3": "num_key_value_heads: 4, moe_intermediate_size: 24, n_routed_experts: 4, n_group: 1, topk_group: 1,"
+    " q_lora_rank: 8, kv_lora_rank: 8, qk_rope_head_dim: 4, qk_nope_head_dim: 4,"
+    " v_head_dim: 8, first_k_dense_replace: 0, n_shared_experts: 1",
+}
+
+
+@functools.cache
+def experts_run(kind: str) -> FinishedRun:
+    """A masked adapter of a class whose experts are fused, over its attention and its experts."""
+    sizes = "vocab_size: 260, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 4,"
+    sizes += " num_experts_per_tok: 2"
+    targets = "[o_proj,experts.gate_up_proj,experts.down_proj]"
+    model = ("model=tiny_qwen", f"model.architecture={kind}", f"++model.model_args={{{sizes}, {EXPERTS[kind]}}}")
+    given = ("calibration=fixed", "method.rank=4", "task=text_generation", "task.max_new_tokens=2", *GENERATION)
+    paths = override(finished_runs.exchange_files())
+    return trained(f"experts {kind}", *model, f"model.target_modules={targets}", *given, paths)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> FinishedRun:
     """A copy of the Partial-LoRA run that a test may spoil."""
@@ -78,6 +100,7 @@ CHECKED = {
     ("of", "to"),
     [
         *itertools.product((image_run, encoder_run), CHECKED),
+        *itertools.product((functools.partial(experts_run, kind) for kind in EXPERTS), CHECKED),
         (functools.partial(run_of, "probe"), "peft"),
         (functools.partial(run_of, "probe"), "merged"),
         (functools.partial(run_of, "targeted"), "compact"),  # which is as `partial` is once it is dense

@@ -13,7 +13,6 @@ import torch
 from configured import inputs, labels, load, loud
 from method_settings import adapted, drawn_sparsity, setting_of
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from refusals import refusal
 from safetensors.torch import load_file
@@ -27,7 +26,7 @@ from partial_lora.building import build
 from partial_lora.building.info import outline
 from partial_lora.calibration.importance import data_scores, task_loss
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import AXES, kept_count, random_keys
+from partial_lora.masks import AS_PEFT, AXES, kept_count, random_keys
 from partial_lora.methods.config import MaskConfig
 from partial_lora.methods.controls import permuted, reversed_ranks
 from partial_lora.methods.lora import ranks_within
@@ -145,10 +144,11 @@ def test_modules_with_ranks_of_their_own_have_the_size_and_loras_scaling() -> No
     own, _ = adapted("partial", "tiny_vit", high=0.8, rank="auto", row_exponent=0)
     sizes = [counted(model, setting)["adapter_trainable"] for model in (own, reference)]
     assert 0 <= sizes[1] - sizes[0] < 16 * len(setting.shapes)
-    layers = [layer for layer in own.modules() if isinstance(layer, LoraLayer)]
-    assert len({layer.r["default"] for layer in layers}) > 1
-    for layer in layers:
-        assert layer.scaling["default"] == pytest.approx(setting.method.alpha / layer.lora_A["default"].rank)
+    layers = {name: own.get_base_model().get_submodule(name) for name in setting.shapes}
+    assert len({layer.r["default"] for layer in layers.values()}) > 1
+    for name, layer in layers.items():
+        _, in_a = own.peft_config["default"].own_scaling(name)
+        assert layer.scaling["default"] * in_a == pytest.approx(setting.method.alpha / layer.lora_A["default"].rank)
 
 
 def test_entries_are_drawn_one_by_one_at_one_share_of_every_factor() -> None:
@@ -197,9 +197,7 @@ def test_a_ticket_starts_from_the_values_of_a_that_it_was_scored_by() -> None:
 
     scores = data_scores("adapter", model, modules, [batch], seed=7, options={"rank": 4, "steps": 2}, loss=loss)
     set_seed(7)
-    ticket = methods.METHODS["ticket"](
-        model, dataclasses.replace(setting, scores=scores, mask=MaskConfig(fan_in="dense"))
-    )
+    ticket = methods.METHODS["ticket"](model, dataclasses.replace(setting, scores=scores, mask=MaskConfig(**AS_PEFT)))
     for name, masks in module_masks(ticket).items():
         start = ticket.get_base_model().get_submodule(name).lora_A["default"].weight
         assert torch.equal(start[:, masks.columns.kept], began[name][:, masks.columns.kept])

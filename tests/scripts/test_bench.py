@@ -196,6 +196,13 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
     assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
+def test_what_is_done_once_is_measured_for_both_adapters(tmp_path) -> None:
+    bench.main(["growth", "--quick", "--repeats", "1", "--out", str(tmp_path)])
+    ((size, found),) = json.loads((tmp_path / "runs.json").read_text())["growth"]["found"].items()
+    assert size == "14"
+    assert found["ours"][0].keys() == found["lora"][0].keys() | bench.BESIDE.keys()
+
+
 def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path, monkeypatch) -> None:
     order, step = [], bench.step
     monkeypatch.setattr(bench, "step", lambda model, *given: order.append(id(model)) or step(model, *given))

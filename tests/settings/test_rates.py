@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 import yaml
 from checkout import RESULTS, needs_results
 from evidence import raced
+from peft import get_peft_model
 from refusals import refusal
 
+from partial_lora import PartialLoraConfig, learning_rate
 from partial_lora.settings import identity, rates, schema, versions
 from partial_lora.settings.compose import composed
 from partial_lora.training.config import AUTO
@@ -143,3 +146,21 @@ def test_the_page_has_the_factors_of_the_methods() -> None:
     files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in root.glob("conf/method/*.yaml")}
     own = {name: of.get("method", of) for name, of in files.items()}  # of a file that sets masks, too, its method
     assert shown == {name: of["rate_factor"] for name, of in own.items() if "rate_factor" in of}
+
+
+@pytest.mark.parametrize(
+    ("settings", "times_dense"),
+    [
+        ({"sparsity": 0.0}, 1.0),
+        ({"sparsity": 0.87}, 1.0),
+        ({"sparsity": 0.87, "granularity": "element"}, 3.9),
+        ({"sparsity": 0.0, "columns": "frozen"}, 4.0),
+        ({"sparsity": 0.0, "columns": "one_hot"}, 3.0),
+        ({"sparsity": 0.74, "columns": "frozen", "granularity": "element"}, 2.0 * 0.13 ** (-1 / 2)),
+    ],
+)
+def test_an_adapter_made_in_python_has_the_rate_of_the_command_line(settings, times_dense) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(384, 384))
+    model = get_peft_model(base, PartialLoraConfig(r=16, target_modules=["0"], **settings))
+    expected = times_dense * rates.dense_rate(384)
+    assert learning_rate(model) == pytest.approx(expected, rel=0.03)

@@ -1,0 +1,80 @@
+"""Put a saved adapter in the place of a masked one: the values and the indices of its masks, in the same tensors.
+
+A compiled model then runs as it was compiled. PEFT's own hot swap does so for adapters that are not masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import _update_scaling
+from torch import Tensor, nn
+
+from partial_lora.adapter import sidecar
+from partial_lora.adapter.config import PartialLoraConfig, scaling_of
+from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.layer import as_factors
+from partial_lora.adapter.model import adapter_layers, base_name, config_of
+from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
+from partial_lora.errors import PartialLoraError
+from partial_lora.masks import AXES
+
+_ALIKE = ("target_parameters", "use_rslora", "lora_dropout", "granularity", "rows", "columns", "bias")
+_ALIKE += ("alora_invocation_tokens",)
+
+
+def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, new: PartialLoraConfig) -> None:
+    """Replace a masked adapter of the model by another one.
+
+    Both have to keep as many rows and columns of the same modules. A lower rank is filled up with zeros.
+
+    Args:
+        tensors: those of the new adapter's file, by their names in the model.
+        new: the config that was saved with them.
+
+    Raises PartialLoraError, and leaves the model as it was, where they do not fit, naming the setting or the module.
+    """
+    config = config_of(model, adapter_name)
+    for key in _ALIKE:
+        here, there = getattr(config, key), getattr(new, key)
+        if here != there:
+            raise PartialLoraError(f"{key} is {there!r}: expected {here!r}, as of {adapter_name!r}, for a hot swap.")
+    if config.target_parameters:
+        raise PartialLoraError("target_parameters: expected modules alone for a hot swap of masked adapters.")
+    layers = adapter_layers(model, adapter_name)
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise PartialLoraError(f"{name} has {adapter_name!r} merged into it: call unmerge_adapter() first.")
+    geometries = {name: geometry(name, layer, new.rank_of(name)) for name, layer in layers.items()}
+    masks = new.choose_masks(geometries)
+    values = as_factors({base_name(key): value for key, value in tensors.items()})
+    for name, layer in layers.items():
+        _check_fit(name, layer, adapter_name, masks[name], geometries[name])
+    with torch.no_grad():
+        for name, layer in layers.items():
+            power, rest = new.own_scaling(name)
+            _update_scaling(layer, adapter_name, scaling_of(new, name, new.rank_of(name)) / rest)
+            a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            frozen = new.frozen(name, geometries[name])
+            for factor, mask, letter in ((a, masks[name].columns, "A"), (b, masks[name].rows, "B")):
+                dense = values[f"{name}.lora_{letter}.{adapter_name}.weight"] / (power if letter == "B" else 1)
+                factor.swap(mask, dense, None if frozen is None else frozen * new.density_factor(masks[name]) * rest)
+    for key in ("lora_alpha", "indices", *sidecar.SETTINGS):
+        setattr(config, key, getattr(new, key))
+    config.scores, config.expected = None, new.expected
+
+
+def _check_fit(where: str, layer: LoraLayer, adapter_name: str, masks: ModuleMasks, shapes: Geometry) -> None:
+    factors: dict[str, MaskedFactor] = {"rows": layer.lora_B[adapter_name], "columns": layer.lora_A[adapter_name]}
+    for axis in AXES:
+        kept, places = len(getattr(masks, axis).kept), len(factors[axis].mask.kept)
+        if kept != places:
+            raise PartialLoraError(
+                f"{where} keeps {kept} of its {axis}, this model {places}: expected as many for a hot swap; load the"
+                " folder as an adapter of its own."
+            )
+        rank, highest = shapes.rank, factors[axis].rank
+        if rank > highest or (rank != highest and not factors[axis].widens):
+            raise PartialLoraError(f"{where} has rank {rank}, this model {highest}: expected the same for a hot swap.")
