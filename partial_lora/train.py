@@ -153,7 +153,10 @@ def load(run: Run) -> Data:
 
 @dataclass(frozen=True)
 class Choice:
-    """The modules to adapt and fused experts among them (`build.targets_of`); their sparsity and importance, if any."""
+    """The modules to adapt, by the shape of W (out, in); sparsity and importance of their rows and columns, if any.
+
+    experts: parameters that hold fused experts, of which each counts as a module.
+    """
 
     shapes: Shapes
     experts: Sequence[str]
@@ -172,7 +175,7 @@ def calibrate(run: Run, data: Data) -> Choice:
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
     reads_weights = sizing.method.traits.ranked or (calibrates and not file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
-        shapes, experts = build.targets_of(config.model, model, ranked=reads_weights)
+        shapes, experts = build.modules_of(model, config.model, ranked=reads_weights)
         targets = list(shapes)
         earlier = build.earlier_calibration(run.directory / results.CALIBRATION, targets, world) if calibrates else None
         examples, scores = None, None

@@ -159,22 +159,6 @@ def check_room(chosen: TaskConfig, task: Task, model: PreTrainedModel) -> None:
             room_for_prompts(model, own.max_new_tokens)
 
 
-def targets_of(model: ModelConfig, loaded: nn.Module, *, ranked: bool) -> tuple[Shapes, list[str]]:
-    """Return the shapes of W (out, in) of the modules to adapt, and the parameters that hold those of fused experts.
-
-    ranked: whether rows and columns need an importance, which raises PartialLoraError for fused experts.
-    """
-    bare = skeleton_of(loaded)
-    shapes = bare.targets(**model.trained_modules)
-    experts = bare.expert_parameters(shapes)
-    if experts and ranked:
-        raise PartialLoraError(
-            f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
-            " expected calibration=fixed and a method that ranks nothing, or other modules"
-        )
-    return shapes, experts
-
-
 # --- Calibration, on few-shot draws of the training rows.
 
 
@@ -277,6 +261,22 @@ def method_of(method: MethodConfig) -> methods.Method:
     if method.peft_type is not None:
         tuners.configuration(method.peft_type, method.peft or {})
     return methods.METHODS[method.function]
+
+
+def modules_of(model: PreTrainedModel, chosen: ModelConfig, *, ranked: bool) -> tuple[Shapes, list[str]]:
+    """Return the modules to adapt by the shape of W (out, in), and the parameters among them that hold fused experts.
+
+    ranked: rows and columns are ordered by importance. Raises PartialLoraError, since those of experts have none.
+    """
+    bare = skeleton_of(model)
+    shapes = bare.targets(**chosen.trained_modules)
+    experts = bare.expert_parameters(shapes)
+    if experts and ranked:
+        raise PartialLoraError(
+            f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
+            " expected calibration=fixed and a method that ranks nothing, or other modules"
+        )
+    return shapes, experts
 
 
 def setting_of(
