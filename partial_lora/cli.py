@@ -18,7 +18,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -33,7 +33,7 @@ from partial_lora.finished.task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
 from partial_lora.report import EXAMPLES
 from partial_lora.settings.arguments import is_file, settings_of
-from partial_lora.settings.compose import USAGE_ERROR, compose
+from partial_lora.settings.compose import USAGE_ERROR, compose, composed
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
@@ -339,6 +339,24 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
+def schema(arguments: Sequence[str]) -> int:
+    """Print the JSON Schema of a settings file; return the exit code."""
+    parser = _parser(
+        "schema",
+        "Print the JSON Schema of a settings file: keys, types, ranges, choices and what each key means. The first "
+        "line of a file names it to an editor with a YAML language server: # yaml-language-server: $schema=schema.json",
+        epilog="For example: partial-lora schema > schema.json",
+    )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of group files of your own")
+    place = parser.parse_args(list(arguments)).config_dir
+    require(place is None or place.is_dir(), "--config-dir", place, "a folder of group files")
+    from partial_lora.settings.editor import json_schema
+
+    known = json_schema(plain(composed()), [place] if place else [])
+    print(json.dumps(known, indent=1, ensure_ascii=False))
+    return 0
+
+
 # --- compare: searches, seeds where they decide, a verdict.
 
 
@@ -446,7 +464,7 @@ def _verify(places: Sequence[str]) -> int:
     return int(bool(wrong))
 
 
-# --- evaluate, predict, generate, export, merge, push: what is done with a finished run.
+# --- evaluate, predict, generate, chat, serve, export, merge, push: what is done with a finished run.
 
 
 def _of_run(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -477,6 +495,7 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
 
 _whole = _number(int, lambda number: 0 <= number < 2**32, "a whole number of at least 0")
 _positive = _number(int, lambda number: 1 <= number < 2**32, "a whole number of at least 1")
+_port = _number(int, lambda number: 0 <= number < 2**16, "a port, 0 to 65535")
 _temperature = _number(float, lambda number: number == 0 or 1e-3 <= number < math.inf, "0, or a number from 0.001 on")
 _weight = _number(float, math.isfinite, "a finite number")
 _share = _number(float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
@@ -717,7 +736,7 @@ def _plain_line(top_k: int | None, labels: Sequence[str]) -> Callable[[Predictio
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """Print what a causal run writes after a prompt, or in a conversation, as it is written; return the exit code.
+    """Print what a causal run writes after a prompt, as it is written; return the exit code.
 
     Raises PartialLoraError for a run that is none, or whose model writes no texts.
     """
@@ -726,13 +745,35 @@ def generate(arguments: Sequence[str]) -> int:
         "Continue a prompt with a finished run of a causal language model, word by word. The prompt goes "
         "into the chat template if the prompts of the run's task did.",
     )
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        help="a text; - reads one from standard input; without it, each line of standard input is a turn of a "
-        "conversation, which Ctrl-D ends",
+    parser.add_argument("prompt", metavar="PROMPT", help="a text; - reads one from standard input")
+    _add_writing(parser)
+    parsed = parser.parse_args(list(arguments))
+
+    def prompts() -> list[str]:
+        prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
+        if not prompt.strip():
+            raise PartialLoraError("PROMPT: expected a text, not an empty one")
+        return [prompt]
+
+    return _write(parsed, prompts)
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Converse with a causal run, whose answers are printed as they are written; return the exit code.
+
+    Raises PartialLoraError as `generate` does.
+    """
+    parser = _of_run(
+        "chat",
+        "Converse with a finished run of a causal language model. Each line of standard input is a turn, which the "
+        "model reads with all before it; Ctrl-D ends the conversation.",
     )
+    _add_writing(parser)
+    return _write(parser.parse_args(list(arguments)), _turns)
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how texts are written."""
     parser.add_argument(
         "--temperature",
         type=_temperature,
@@ -753,13 +794,16 @@ def generate(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="default: the run's task.max_new_tokens")
     _add_member(parser)
     _add_device(parser)
-    parsed = parser.parse_args(list(arguments))
+
+
+def _write(parsed: argparse.Namespace, prompts: Callable[[], Iterable[str]]) -> int:
+    """Print what a run writes after each prompt of one conversation."""
     run = _answering(parsed.run)
     run.check_causal(run.directory)
     one_task(run, parsed.member)
-    prompt = parsed.prompt if parsed.prompt != "-" else sys.stdin.read() if sys.stdin else ""
-    if (prompt is not None and not prompt.strip()) or "" in parsed.stop:
-        raise PartialLoraError(f"{'--stop' if '' in parsed.stop else 'PROMPT'}: expected a text, not an empty one")
+    if "" in parsed.stop:
+        raise PartialLoraError("--stop: expected a text, not an empty one")
+    turns = prompts()
     with _libraries():
         from partial_lora.finished.generate import Writer
     writer = Writer(
@@ -771,7 +815,7 @@ def generate(arguments: Sequence[str]) -> int:
         temperature=parsed.temperature,
         seed=parsed.seed,
     )
-    for _ in writer.converse(_turns() if prompt is None else [prompt], lambda text: print(text, end="", flush=True)):
+    for _ in writer.converse(turns, lambda text: print(text, end="", flush=True)):
         print(flush=True)
     return 0
 
@@ -785,6 +829,40 @@ def _turns() -> Iterator[str]:
     with contextlib.suppress(EOFError):
         while True:
             yield input("> ")
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Become an OpenAI-compatible server of a causal run on this machine; raises PartialLoraError where none can be."""
+    from partial_lora.finished import server
+
+    parser = _of_run(
+        "serve",
+        "Serve a finished run of a causal language model on this machine, as OpenAI's API does (/v1), by a server that "
+        "is installed: that of transformers, vLLM or llama.cpp. It serves RUN_DIR/export/merged, of llama.cpp "
+        "RUN_DIR/export/gguf, and makes it if it is not there. Ctrl-C ends it.",
+    )
+    parser.add_argument(
+        "--server", choices=tuple(server.SERVERS), help="default: transformers, else vllm; with --base llama.cpp"
+    )
+    parser.add_argument("--base", type=Path, metavar="FILE", help="llama.cpp: a GGUF file of the base model")
+    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+    _add_device(parser)
+    parsed = parser.parse_args(list(arguments))
+    run = _answering(parsed.run)
+    run.check_causal(run.directory)
+    chosen, port = server.chosen(parsed.server, parsed.base), server.free(parsed.port)
+    with _libraries():
+        from partial_lora.building import build
+        from partial_lora.finished import export
+        from partial_lora.report import card
+    folder = run.directory.resolve() / "export" / chosen.form
+    if not directory.tensor_files(folder):
+        export.export(run, chosen.form, describe=card.write)
+    task = next(iter(run.config.task.members.values())) if run.config.task.members else run.config.task
+    is_chat = build.transform_of(run.config.model, task).chat
+    print(f"http://{server.HOST}:{port}/v1, once it has loaded {folder}; Ctrl-C ends it")
+    print(server.question(folder.name, port, chat=is_chat, max_tokens=task.max_new_tokens, stop=task.stop), flush=True)
+    server.become(chosen, folder, port, parsed.device, parsed.base)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -1027,11 +1105,14 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "calibrate": (functools.partial(_stage, "calibrate"), "find the sparsities alone (the keys of train)"),
     "info": (info, "count trainable parameters, memory and file size, and download nothing (the keys of train)"),
+    "schema": (schema, "print the JSON Schema of a settings file, for an editor"),
     "compare": (compare, "say which method to take at one size or under one limit, or what finished scores decide"),
     "evaluate": (evaluate, "score a finished run on another split or task"),
     "predict": (predict, "predict images, texts or lines of a file with a finished run"),
     "runs": (runs, "list the runs of a results directory: when, task, model, method, seed, score, path"),
     "generate": (generate, "continue a prompt with a finished run of a language model"),
+    "chat": (chat, "converse with a finished run of a language model"),
+    "serve": (serve, "serve a finished run of a language model over HTTP, as OpenAI's API does"),
     "env": (env, "print versions, platform and devices, for a report of a bug"),
     "pack": (pack, "pack the finished runs of a results directory into two tables"),
     "report": (report, "make tables, figures and a page of finished runs"),

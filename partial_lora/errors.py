@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -89,11 +88,6 @@ def of_type(key: str, value: object, kind: Any) -> bool:
 
 
 TYPES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "null"}
-
-
-def positive(key: str, value: float) -> None:
-    """Raise PartialLoraError for a value that is no finite number above 0."""
-    require(0 < value < math.inf, key, value, "a number above 0")
 
 
 def one_of(key: str, value: object, *known: object) -> None:

@@ -7,42 +7,45 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from partial_lora import files, models, worker_events
 from partial_lora.adapter import module_sparsity
-from partial_lora.budget import dense_parameters
+from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import build, memory
-from partial_lora.calibration.few_shot import halves_few_shot
-from partial_lora.errors import PartialLoraError, shortlist
+from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
-from partial_lora.methods import tuners
-from partial_lora.methods.setting import heard, training
-from partial_lora.models.skeleton import skeleton_of
+from partial_lora.launching.shape import Record
+from partial_lora.masks import Sparsity
+from partial_lora.methods import Method, tuners
+from partial_lora.methods.setting import ModuleScores, Setting, Training, heard, training
 from partial_lora.peers import of_first
 from partial_lora.report import card
 from partial_lora.settings import rates
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, is_calibrated
 from partial_lora.settings.versions import plain
+from partial_lora.tasks import Task
 from partial_lora.tasks.task import Transform
 from partial_lora.training import checkpoints, fsdp, objectives, packing
+from partial_lora.training.config import TrainerConfig
 from partial_lora.training.cost import Cost, Unreached, file_bytes, measured
-from partial_lora.training.distributed import join
+from partial_lora.training.distributed import World, join
 from partial_lora.training.tracking import Tracking
 from partial_lora.training.trainer import (
     Computation,
     Pause,
+    ResumableTrainer,
     build_trainer,
     check_arguments,
     mixed_precision,
@@ -52,7 +55,7 @@ from partial_lora.training.trainer import (
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, directory: Path, record: dict, stage: str) -> None:
+def run(config: Config, directory: Path, record: Record, stage: str) -> None:
     """Calibrate, mask, train, evaluate and record one run.
 
     Args:
@@ -61,129 +64,216 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
         record: what becomes result.json; filled in as the run goes.
         stage: "train", or "calibrate" to stop once the sparsities are known.
     """
-    config = at_commits(memory.within(config), record.get("commits") or {})  # an attempt goes on over the same models
-    method = build.method_of(config.method)
-    sharded = fsdp.ask(config.trainer.strategy)
-    world = join(config.trainer.device)
-    record["device"] = world.device
+    begun = begin(config, directory, record, trains=stage == "train")
+    data = load(begun)
+    choice = calibrate(begun, data)
+    if not begun.trains:
+        return
+    adapted = adapt(begun, data, choice)
+    trained = fit(begun, data, adapted)
+    if record["status"] != results.PAUSED:
+        evaluate(begun, data, adapted, trained)
 
-    # Data, and the frozen model with a new head. The seed decides the head, so every method starts from the same one.
-    task = build.task_of(config, mixtures=True)
-    transform = build.transform_of(config.model, config.task, task)
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages know. trains: false where the run ends with the sparsities. sharded: over its processes."""
+
+    config: Config
+    directory: Path
+    record: Record
+    trains: bool
+    method: Method
+    sharded: bool
+    world: World
+
+    def beware(self, lines: Iterable[str]) -> None:
+        """Put warnings into the record and the log."""
+        for line in lines:
+            self.record["warnings"].append(line)
+            logger.warning("beware: %s", line)
+
+    def write(self, name: str, judged: objectives.Judged) -> None:
+        """Write predictions into the run's directory."""
+        if self.world.is_main:
+            files.write_atomic(self.directory / name, judged.predictions.to_parquet(index=False))
+
+
+def begin(config: Config, directory: Path, record: Record, *, trains: bool) -> Run:
+    """Take this process's place, once the settings are resolved; an attempt goes on over the same models."""
+    config = at_commits(memory.within(config), record.get("commits") or {})
+    trainer, method = config.trainer, build.method_of(config.method)
+    sharded = fsdp.ask(trainer.strategy)
+    world = join(trainer.device)
+    record["device"] = world.device
+    return Run(config, directory, record, trains, method, sharded, world)
+
+
+# --- Data, and the frozen model with a new head.
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task, its rows as the model reads them, by split, what judges them, and the frozen model with a new head."""
+
+    task: Task
+    transform: Transform
+    judge: objectives.Judge
+    rows: Mapping[str, Dataset]
+    model: PreTrainedModel
+
+
+def load(run: Run) -> Data:
+    """Load the task and the model. The seed decides the head, so every method starts from the same one.
+
+    What cannot be read, or does not go together, ends a training before anything is computed.
+    """
+    config, record, world = run.config, run.record, run.world
+    chosen, model, trainer = config.task, config.model, config.trainer
+    task, rows = build.task_of(config, mixtures=True), {}
+    transform = build.transform_of(model, chosen, task)
     record["labels"] = list(task.labels)
     judge = build.judge_of(config, task, transform, world)
-    if stage == "train":  # what cannot be read, or does not go together, ends the run before anything is computed
-        check_arguments(config.trainer, world)
+    if run.trains:
+        check_arguments(trainer, world)
         rows = {"train": judge.train(), "validation": judge.validation(), "test": judge.test()}
-        record["warnings"] = [*build.warnings_of(config, task), *transform.warnings]
-        for warning in record["warnings"]:
-            logger.warning("beware: %s", warning)
+        run.beware([*build.warnings_of(config, task), *transform.warnings])
     set_seed(config.seed)
-    model = build.model_of(config.model, task.labels, task.class_names).to(world.device)
-    record["commits"] = models.commits(config.model)
-    if stage == "train":
-        build.check_room(config, task, model)
-    if config.trainer.packing:
-        packing.check(model)
-    calibrated = is_calibrated(config) or stage == "calibrate"
+    frozen = build.model_of(model, task.labels, task.class_names).to(world.device)
+    record["commits"] = models.commits(model)
+    if run.trains:
+        build.check_room(chosen, task, frozen)
+    if trainer.packing:
+        packing.check(frozen)
+    return Data(task, transform, judge, rows, frozen)
+
+
+# --- Calibration: from few examples and the frozen model to one sparsity for each module and axis.
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The modules to adapt, by the shape of W (out, in); sparsity and importance of their rows and columns, if any.
+
+    experts: parameters that hold fused experts, of which each counts as a module.
+    """
+
+    shapes: Shapes
+    experts: Sequence[str]
+    sparsity: Sparsity | None
+    scores: ModuleScores | None
+
+
+def calibrate(run: Run, data: Data) -> Choice:
+    """Measure the importance of rows and columns, and find the sparsities (Algorithm 1), as far as the run needs them.
+
+    One process measures importance, so that all have the same bits.
+    """
+    config, record, world = run.config, run.record, run.world
+    sizing, model = config.sizing, data.model
+    calibrates, file = sizing.is_calibrated or not run.trains, sizing.calibration.file
     # A calibration.file takes the place of examples and importance, but not for a method that ranks rows and columns.
-    reads_weights = config.method.traits.ranked or (calibrated and not config.calibration.file)
+    reads_weights = sizing.method.traits.ranked or (calibrates and not file)
     with models.dequantised(model, values=reads_weights):  # training gets the codes of 4 or 8 bits back
-        bare = skeleton_of(model)
-        shapes = bare.targets(**config.model.trained_modules)
-        targets, experts = list(shapes), bare.expert_parameters(shapes)
-        if experts and reads_weights:
-            raise PartialLoraError(
-                f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
-                " expected calibration=fixed and a method that ranks nothing, or other modules"
-            )
-
-        earlier = build.earlier_calibration(directory / results.CALIBRATION, targets, world) if calibrated else None
-
-        # Importance of rows and columns, on few examples. One process measures it, so that all have the same bits.
-        examples, scores, draws = build.few_shot_of(config, task, transform, model), None, None
+        shapes, experts = build.modules_of(model, config.model, ranked=reads_weights)
+        targets = list(shapes)
+        earlier = build.earlier_calibration(run.directory / results.CALIBRATION, targets, world) if calibrates else None
+        examples, scores = None, None
         if reads_weights:
-            with timed(record, "calibrate" if calibrated else "importance"):
-                draws = build.draws_of(config, task.train)
-                if calibrated and not (earlier or config.calibration.file):
-                    examples.announce(targets, draws, world.size)
-                scores = of_first(world, lambda: examples.importance(targets, draws))
-
-        # Calibration: from the few examples and the frozen model to one sparsity for each module and axis.
-        if calibrated:
-            calibrate = partial(examples.calibrate, scores, peers=world)
+            with timed(record, "calibrate" if calibrates else "importance"):
+                examples = build.few_shot_of(config, data.task, data.transform, model)
+                if calibrates and not (earlier or file):
+                    examples.announce(targets, world.size)
+                scores = of_first(world, partial(examples.importance, targets))
+        if calibrates:
             with timed(record, "calibrate"):
-                calibration = earlier or build.calibration(config.calibration.file, targets, draws, calibrate)
+                found = earlier or build.calibration(file, targets, examples, scores, world)
             agreement = {}
-            if config.calibration.reliability:
+            if sizing.calibration.reliability:
                 with timed(record, "reliability"):
-                    agreement["reliability"] = halves_few_shot(calibrate, task.train, draws, config.calibration_seed)
-                calibration = build.with_reliability(calibration, agreement["reliability"])
-            record["calibration"] = calibration.summary() | agreement
-            record["sparsity"] = sparsity = calibration.sparsity
+                    agreement["reliability"] = examples.halves(scores, world)
+                found = build.with_reliability(found, agreement["reliability"])
+            record["calibration"] = found.summary() | agreement
+            record["sparsity"] = found.sparsity
             record["shapes"] = {name: list(shape) for name, shape in shapes.items()}
             if world.is_main:
-                calibration.save(directory / results.CALIBRATION)
-                files.write_json(directory / results.RESULT, record)  # so that a resumed run knows the seconds spent
-    if stage == "calibrate":
-        return
-    if not calibrated:
-        sparsity = fixed_sparsity(config, shapes)
-        if point := fixed_point(config):
-            record["fixed"] = point
-        if reads_weights:
-            record["warnings"] += draws.warnings  # logged as they were drawn
+                found.save(run.directory / results.CALIBRATION)
+                files.write_json(run.directory / results.RESULT, record)  # a resumed run knows the seconds spent
+            return Choice(shapes, experts, found.sparsity, scores)
+    if sizing.point:
+        record["fixed"] = sizing.point
+    if examples:
+        record["warnings"] += examples.draws.warnings  # logged as they were drawn
+    return Choice(shapes, experts, sizing.sparsity(shapes), scores)
 
-    # Masks and the adapter: only what the masks keep exists as a parameter.
+
+# --- Masks and the adapter: only what the masks keep exists as a parameter.
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The model with its adapter, what that was made of, and its start, if it was taken out of W (`tuners`)."""
+
+    model: PeftModel
+    setting: Setting
+    start: Mapping[str, Tensor] | None
+
+
+def adapt(run: Run, data: Data, choice: Choice) -> Adapted:
+    """Draw or choose the masks and add the adapter to the frozen model, by the run's method."""
+    config, record = run.config, run.record
     set_seed(config.seed)
-    setting = build.setting_of(config, shapes, sparsity, scores, experts)
+    setting = build.setting_of(config, choice.shapes, choice.sparsity, choice.scores, choice.experts)
     with heard() as warned:
-        adapted = method(model, setting)
-    record["warnings"] += warned
-    for warning in warned:
-        logger.warning("beware: %s", warning)
-    dense = dense_parameters(shapes, setting.rank)
+        adapted = run.method(data.model, setting)
+    run.beware(warned)
+    dense = dense_parameters(choice.shapes, setting.rank)
     record["parameters"] = measured(adapted, head=setting.head, new_modules=setting.new_modules, dense=dense)
     record["sparsity"] = module_sparsity(adapted)  # measured, which proves that the masks are in force
+    return Adapted(adapted, setting, tuners.taken_out(adapted))
 
-    start = tuners.taken_out(adapted)
 
-    # How long, and at what learning rates, where the settings leave it to the run.
-    width, density = rates.width(shapes.values()), record["parameters"]["adapter_trainable"] / dense
-    geometry = {"width": width, "density": density, "has_head": config.model.trains_whole}
-    trained = rates.trainer_of(plain(config), config.trainer, **geometry)
-    record["training"] = rates.training_of(trained, len(rows["train"]), density)
-    worker_events.emit("train", 0, record["training"]["steps"], note=rates.in_words(plain(config), record["training"]))
+# --- Training, on the kept entries and the head.
 
-    # Training, on the kept entries and the head.
-    if config.model.gradient_checkpointing:
-        models.enable_gradient_checkpointing(adapted)
-    if sharded:
-        fsdp.name_blocks(adapted, config.model.blocks)
-    aids, cost = training(config.method.function, adapted, sharded=sharded), Cost(adapted)
-    unreached, pause = Unreached(adapted), Pause(trained.until)
-    record["mixed_precision"] = mixed_precision(config.trainer.mixed_precision, world.device)
+
+@dataclass(frozen=True)
+class Trained:
+    """The trainer, at the checkpoint that validation selects, what the method added to it, and who watched."""
+
+    trainer: ResumableTrainer
+    aids: Training
+    cost: Cost
+    unreached: Unreached
+    tracking: Tracking
+
+
+def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
+    """Train, from the last checkpoint of an earlier attempt on, to the end or as far as trainer.until."""
+    config, record, world, model = run.config, run.record, run.world, adapted.model
+    chosen, of_model = _with_rates(run, data, adapted), config.model
+    if of_model.gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    if run.sharded:
+        fsdp.name_blocks(model, of_model.blocks)
+    aids, cost = training(adapted.setting.method.function, model, sharded=run.sharded), Cost(model)
+    unreached, pause = Unreached(model), Pause(chosen.until)
+    record["mixed_precision"] = precision = mixed_precision(chosen.mixed_precision, world.device)
     # Under other libraries or another precision, a resumed training would compute something else.
-    computed_by, folder = record["versions"] | {"precision": record["mixed_precision"]}, directory / results.CHECKPOINTS
-    tracking = Tracking(
-        config.trainer.report_to if world.is_main else [],
-        directory=directory,
-        record=directory / results.TRACKERS_FILE,
-        results_dir=Path(config.results_dir),
-        parameters=files.flatten(plain(replace(config, trainer=trained))),
-    )
+    computed_by, folder = record["versions"] | {"precision": precision}, run.directory / results.CHECKPOINTS
+    settings = plain(replace(config, trainer=chosen))
+    tracking = Tracking(chosen.report_to if world.is_main else [], run.directory, settings)
     trainer = build_trainer(
-        adapted,
-        trained,
-        Computation(world, folder, record["mixed_precision"], config.seed, computed_by, sharded),
-        rows=rows,
-        transform=transform,
-        judge=judge,
+        model,
+        chosen,
+        Computation(world, folder, precision, config.seed, computed_by, run.sharded),
+        rows=data.rows,
+        transform=data.transform,
+        judge=data.judge,
         method=aids,
-        heads=setting.whole(),
+        heads=adapted.setting.whole(),
         callbacks=[tracking, cost, unreached, pause],
     )
-    shape = checkpoints.shape_of(adapted)
+    shape = checkpoints.shape_of(model)
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
     record["resumed_from_step"] = step = checkpoint and checkpoints.step_of(checkpoint)
     if step:
@@ -194,38 +284,50 @@ def run(config: Config, directory: Path, record: dict, stage: str) -> None:
     record["history"] = finite(trainer.state.log_history)  # with fp16 a gradient may overflow now and then
     if pause.is_over:
         record["status"] = results.PAUSED
-        paused = judge.judged(objectives.predicts(trainer), trainer.model, "validation")
-        if world.is_main:  # by which rows a comparison tells apart runs that have not ended
-            files.write_atomic(directory / results.VALIDATION, paused.predictions.to_parquet(index=False))
-        return
-    record["training"]["selected"] = trainer.state.best_global_step
-    if unreached.names:
-        record["warnings"].append(f"not trained, since the model never calls them: {shortlist(unreached.names)}")
-        logger.warning(record["warnings"][-1])
-    if still_rising(trainer.state.log_history, judge.selects):
-        longer = trained.longer(len(rows["train"]))
-        record["warnings"].append(f"validation was still getting better at the end: {longer} trains twice as long")
-        logger.warning(record["warnings"][-1])
-    record["parameters"] |= aids.summary()
+        paused = data.judge.judged(objectives.predicts(trainer), trainer.model, "validation")
+        run.write(results.VALIDATION, paused)  # by which rows a comparison tells apart runs that have not ended
+    return Trained(trainer, aids, cost, unreached, tracking)
 
-    # Evaluation: validation has selected the checkpoint, test is looked at once.
+
+def _with_rates(run: Run, data: Data, adapted: Adapted) -> TrainerConfig:
+    """Return the settings of training with the learning rates that they leave to the run, and record its length."""
+    config, setting, settings = run.config, adapted.setting, plain(run.config)
+    density = run.record["parameters"]["adapter_trainable"] / dense_parameters(setting.shapes, setting.rank)
+    geometry = {"width": rates.width(setting.shapes.values()), "density": density, "has_head": bool(setting.whole())}
+    chosen = rates.trainer_of(settings, config.trainer, **geometry)
+    run.record["training"] = length = rates.training_of(chosen, len(data.rows["train"]), density)
+    worker_events.emit("train", 0, length["steps"], note=rates.in_words(settings, length))
+    return chosen
+
+
+# --- Evaluation: validation has selected the checkpoint, test is looked at once. Records.
+
+
+def evaluate(run: Run, data: Data, adapted: Adapted, trained: Trained) -> None:
+    """Evaluate the selected checkpoint, and leave the adapter, the predictions and a whole record."""
+    record, directory, world = run.record, run.directory, run.world
+    trainer, tracking = trained.trainer, trained.tracking
+    record["training"]["selected"] = trainer.state.best_global_step
+    if names := trained.unreached.names:
+        run.beware([f"not trained, since the model never calls them: {shortlist(names)}"])
+    if still_rising(trainer.state.log_history, data.judge.selects):
+        longer = run.config.trainer.longer(len(data.rows["train"]))
+        run.beware([f"validation was still getting better at the end: {longer} trains twice as long"])
+    record["parameters"] |= trained.aids.summary()
     with timed(record, "evaluate"), tracking:
         predict = objectives.predicts(trainer)
-        judged = {split: judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
-    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}}
-    record["metrics"] |= {split: finite(outcome.metrics) for split, outcome in judged.items()}
+        judged = {split: data.judge.judged(predict, trainer.model, split) for split in ("validation", "test")}
+    metrics = {split: outcome.metrics for split, outcome in judged.items()}
+    record["metrics"] = {"train": {"primary": "loss", "loss": fmean(world.gather(trainer.mean_loss))}} | finite(metrics)
     record["peak_memory_bytes"] = world.peak_memory_bytes()
-
-    # Records. What fails here is told to the trackers, too.
-    with tracking:
-        if world.is_main:
-            files.write_atomic(directory / results.PREDICTIONS, judged["test"].predictions.to_parquet(index=False))
+    with tracking:  # what fails here is told to the trackers, too
+        run.write(results.PREDICTIONS, judged["test"])
         with checkpoints.named_on_error(directory / results.ADAPTER):
-            _save_adapter(adapted, FinishedRun(directory, config, record), transform, world.is_main, start)
+            finished = FinishedRun(directory, run.config, record)
+            _save_adapter(adapted.model, finished, data.transform, world.is_main, adapted.start)
     if world.is_main:
-        record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | cost.measured()
-    final = {split: outcome.metrics for split, outcome in judged.items()} | {"parameters": record["parameters"]}
-    tracking.finish(final, trainer.state.global_step)
+        record["cost"] = {"adapter_bytes": file_bytes(directory / results.ADAPTER)} | trained.cost.measured()
+    tracking.finish(metrics | {"parameters": record["parameters"]}, trainer.state.global_step)
 
 
 def _save_adapter(

@@ -85,7 +85,8 @@ def work(place: Path, stage: str) -> int:
             signal.signal(number, signal.SIG_IGN)  # the parent repeats its signal
         record |= {"status": "failed", "error": credentials.redacted(_in_one_line(error))}
         begun = record["parameters"] or record["calibration"] or any(record["seconds"].values())
-        record |= {directory.REFUSED: True} if isinstance(error, PartialLoraError) and not begun else {}
+        if isinstance(error, PartialLoraError) and not begun:
+            record["refused"] = True
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
             failures.report(record["error"])
         if not isinstance(error, PartialLoraError):

@@ -93,7 +93,8 @@ class Subject:
         """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
         chosen = replace(self.config, importance=replace(self.config.importance, name=measure))
         with models.dequantised(self.model):
-            return build.few_shot_of(chosen, self.task, self.transform, self.model).importance(list(self.shapes), draws)
+            examples = build.few_shot_of(chosen, self.task, self.transform, self.model, draws)
+            return examples.importance(list(self.shapes))
 
     def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
         """Return the Calibration of these draws, from the cache where it is there.
@@ -103,8 +104,8 @@ class Subject:
         chosen = replace(self.config, calibration=replace(self.config.calibration, **changes))
         task = self.task if train is None else replace(self.task, train=train)
         with models.dequantised(self.model):
-            examples = build.few_shot_of(chosen, task, self.transform, self.model)
-            return examples.calibrate(examples.importance(list(self.shapes), draws), draws)
+            examples = build.few_shot_of(chosen, task, self.transform, self.model, draws)
+            return examples.calibrate(examples.importance(list(self.shapes)))
 
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""

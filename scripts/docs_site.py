@@ -28,14 +28,11 @@ from omegaconf import MISSING
 
 from partial_lora import cli
 from partial_lora.files import flatten
-from partial_lora.methods.config import MethodConfig
-from partial_lora.models.config import ModelConfig
+from partial_lora.ranges import values_of
 from partial_lora.settings.compose import composed
 from partial_lora.settings.keys import heading, meanings
 from partial_lora.settings.schema import SECTIONS, Config
 from partial_lora.settings.versions import plain
-from partial_lora.tasks.config import TaskConfig
-from partial_lora.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {".py": "python", ".sh": "sh", ".yaml": "yaml"}  # files that get a page of their own
@@ -129,7 +126,7 @@ def on_page_content(content, page, config, files):
 
 def keys() -> str:
     """Return a table for every group of the schema: its keys with their types, defaults, ranges and comments."""
-    meaning, allowed, usual = meanings(), ranges(), flatten(plain(composed()))
+    meaning, usual = meanings(), flatten(plain(composed()))
     tables = []
     for group, kind in {"": Config, **SECTIONS}.items():
         lines = [f"## {group or 'Of the run'}", "", kind.__doc__, "", "| key | type | default | range | meaning |"]
@@ -141,8 +138,8 @@ def keys() -> str:
             default = each.default if each.default_factory is DATACLASS_MISSING else each.default_factory()
             if group not in ("model", "task"):  # of these the schema's own; conf/ has them of each
                 default = usual.get(key, default)
-            of_type = "" if each.type == "Any" else re.sub(r"^Optional\[(.*)\]$", r"\1 or null", each.type)
-            cells = [f"`{key}`", of_type, _value(default), allowed.get(key, "").replace("None", "null"), meaning[key]]
+            values = values_of(kind)[each.name]
+            cells = [f"`{key}`", values.types, _value(default), values.expected, meaning[key]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
@@ -151,29 +148,6 @@ def keys() -> str:
 def _value(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "of its file" if value == MISSING else f"`{text}`"
-
-
-def ranges() -> dict[str, str]:
-    """Return what the schema expects of each key that it checks, in the words of its errors."""
-    found: dict[str, str] = {}
-
-    def note(holds: bool, key: str, value: object, expected: str) -> None:
-        if value is not True and value is not False and MISSING not in expected:
-            found.setdefault(key, expected)
-
-    groups = ("models", "tasks", "methods", "calibration", "training")
-    modules = ("errors", "files", "settings.schema", *(f"{group}.config" for group in groups))
-    named = {"name": "x", "weights": "x", "architecture": "x", "target_modules": ["x"], "head": None}
-    with contextlib.ExitStack() as patched:
-        for module in modules:
-            patched.enter_context(patch(f"partial_lora.{module}.require", note))
-        patched.enter_context(patch("partial_lora.calibration.config.typed"))  # types have a column of their own
-        ModelConfig(family="causal", **named)
-        MethodConfig(name="peft", peft_type="LOKR")
-        TrainerConfig(num_machines=2, head_learning_rate=1e-3)
-        TaskConfig(name="x", path="files")
-        Config()
-    return found
 
 
 def choices() -> str:

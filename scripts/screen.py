@@ -2,8 +2,9 @@
 
     python scripts/screen.py docs/demo COMMAND …     # or `make screen`
 
-Runs the commands one after the other in an empty folder, and draws what they print for a reader (stdout, not the course
-of a run) into NAME.svg and NAME-dark.svg. Ends with the exit code of a command that fails.
+Runs the commands one after the other in an empty folder, and draws what they print into NAME.svg and NAME-dark.svg. The
+course of a run is left out: of what stands before a table nothing is drawn. Ends with the exit code of a command that
+fails.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ def printed(commands: Sequence[str], folder: Path) -> Text:
     seen = Text()
     for command in commands:
         seen.append(f"$ {command}\n", style="bold")
-        shown = {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}
-        done = subprocess.run(command, shell=True, cwd=folder, env=os.environ | shown, stdout=-1, text=True, check=True)
-        seen.append_text(Text.from_ansi(f"{done.stdout.rstrip()}\n"))
-        seen.append("\n")
+        as_wide = os.environ | {"COLUMNS": str(COLUMNS)}
+        done = subprocess.run(command, shell=True, cwd=folder, env=as_wide, stdout=-1, text=True, check=True)
+        _, table, rest = done.stdout.replace(f"{folder}/", "").rpartition("┌")
+        seen.append(f"{table}{rest}".rstrip() if table else rest.rstrip())
+        seen.append("\n\n")
     seen.rstrip()
     return seen
 
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return failed.returncode
     for suffix, theme in THEMES.items():
         console = Console(record=True, width=COLUMNS, file=io.StringIO())
-        console.print(text, soft_wrap=True)
+        console.print(text, overflow="fold")
         drawn = console.export_svg(title="", theme=theme, unique_id="screen")
         write_atomic(Path(f"{asked.name}{suffix}.svg"), _REMOTE.sub("", drawn))
     return 0

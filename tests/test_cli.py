@@ -19,6 +19,7 @@ import torch
 import yaml
 from commands import begun, environment, here, until
 from safetensors.torch import load_file
+from schemas import marked
 
 from partial_lora import cli
 from partial_lora.building import build
@@ -80,6 +81,7 @@ def test_a_run_leaves_everything_that_was_promised(place: Path, trained: subproc
     )
     assert result["metrics"]["test"]["primary"] == "accuracy"
     assert {"format": 1} | result["config"] == yaml.safe_load((directory / "config.yaml").read_text())
+    assert marked(directory / "config.yaml") == []
     assert result["peak_memory_bytes"] > 0
     assert set(result["sparsity"]) == set(json.loads((directory / "calibration.json").read_text())["modules"])
     assert "test accuracy" in trained.stdout

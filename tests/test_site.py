@@ -85,7 +85,7 @@ def test_every_key_is_in_the_reference_with_its_default_and_meaning(site: Path) 
     rows = dict(re.findall(r"<tr>\s*<td><code>([\w.]+)</code></td>(.*?)</tr>", text, re.DOTALL))
     assert rows.keys() == meanings().keys()
     assert f"<code>{defaults()['calibration.shots']}</code>" in rows["calibration.shots"]
-    assert "a share in (0, 1]" in rows["calibration.threshold"]
+    assert "in (0, 1]" in rows["calibration.threshold"]
 
 
 def test_formulas_are_drawn_without_a_script(site: Path) -> None:

@@ -56,11 +56,12 @@ def test_the_installed_command_runs_from_any_directory(installed: Path, tmp_path
 
 
 def test_the_wheel_holds_the_group_files_and_the_licence(installed: Path) -> None:
-    shipped = {
-        str(path.relative_to(installed / "partial_lora" / "conf"))
-        for path in (installed / "partial_lora" / "conf").rglob("*.yaml")
-    }
-    assert shipped == {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml")}
+    shipped, own = (
+        {str(path.relative_to(conf)) for path in conf.rglob("*.*")}
+        for conf in (installed / "partial_lora" / "conf", ROOT / "conf")
+    )
+    assert shipped == own
+    assert {"config.yaml", "schema.json"} <= shipped
     assert list(installed.glob("partial_lora-*.dist-info/licenses/LICENSE"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora import methods, models, tasks
-from partial_lora.budget import shrunk
+from partial_lora.budget import Shapes, shrunk
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import FewShot
 from partial_lora.calibration.reliability import verdict
@@ -27,11 +27,10 @@ from partial_lora.methods.config import MethodConfig
 from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import RESAMPLING
-from partial_lora.models.skeleton import ALL_LINEAR
+from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
 from partial_lora.peers import Peers, of_first
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import size_of
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import left_out
@@ -47,30 +46,30 @@ logger = logging.getLogger(__name__)
 
 def task_of(config: Config, *, mixtures: bool = False) -> Task:
     """Load the task of a run. Raises PartialLoraError for a mixture, unless the caller knows `mixtures`."""
-    chosen = config.task
+    chosen, seed = config.task, config.seed
     check_modality(config.model, chosen)
     if not chosen.members:
-        return tasks.load(chosen, config.seed)
+        return tasks.load(chosen, seed)
     if not mixtures:
         raise PartialLoraError(
             f"task={chosen.name}: a mixture can be trained on and calibrated, no more: take one "
             f"of its members, {', '.join(chosen.members)}"
         )
-    members = [tasks.load(member, config.seed) for member in chosen.members.values()]
-    seed = config.seed if chosen.split_seed is None else chosen.split_seed
-    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=seed)
+    members = [tasks.load(member, seed) for member in chosen.members.values()]
+    mixing = seed if chosen.split_seed is None else chosen.split_seed
+    return tasks.mix(chosen.name, members, mixing=chosen.mixing, seed=mixing)
 
 
 def warnings_of(config: Config, task: Task) -> list[str]:
     """Return warnings about a training's settings and rows, a sentence each."""
-    warnings = config.warnings
+    warnings, chosen = config.warnings, config.task
     size, rows = config.trainer.batch_size, len(task.train)
     if size > rows:
         warnings.append(f"trainer.batch_size={size}: there are {rows} training rows, so that an epoch is a single step")
-    settings = (config.task.members or {"": config.task}).values()
-    for chosen, member in zip(settings, getattr(task, "members", ()) or (task,), strict=True):
-        warnings += left_out(chosen.data_files)
-        warnings += label_warnings(member.labels, chosen)
+    settings = (chosen.members or {"": chosen}).values()
+    for own, member in zip(settings, getattr(task, "members", ()) or (task,), strict=True):
+        warnings += left_out(own.data_files)
+        warnings += label_warnings(member.labels, own)
         if shared := tasks.shared_inputs(member.test, member.train):
             warnings.append(f"task={member.name}: {shared} of {len(member.test)} test rows are training rows, too")
         warnings += _enlarged(config.model, member)
@@ -111,10 +110,10 @@ def transform_of(model: ModelConfig, chosen: TaskConfig, task: Task | None = Non
 
 def judge_of(config: Config, task: Task, transform: Transform, peers: Peers) -> objectives.Judge:
     """Return the loss and the metrics of a task, or of the members of a mixture."""
-    size = config.trainer.eval_batch_size
+    chosen, size = config.task, config.trainer.eval_batch_size
     if not isinstance(task, tasks.Mixture):
-        return objectives.judge_of(task, transform, config.task, peers, batch_size=size)
-    members = zip(task.members, transform.transforms, config.task.members.values(), strict=True)
+        return objectives.judge_of(task, transform, chosen, peers, batch_size=size)
+    members = zip(task.members, transform.transforms, chosen.members.values(), strict=True)
     judges = [objectives.judge_of(*member, peers, batch_size=size) for member in members]
     return objectives.judge_of_members(task, judges)
 
@@ -152,12 +151,12 @@ def model_of(model: ModelConfig, labels: Sequence[str], class_names: Sequence[st
     return loaded
 
 
-def check_room(config: Config, task: Task, model: PreTrainedModel) -> None:
+def check_room(chosen: TaskConfig, task: Task, model: PreTrainedModel) -> None:
     """Raise PartialLoraError where the model has too few positions for the texts that a task's metrics are of."""
     for member in getattr(task, "members", ()) or (task,):
-        chosen = config.task.members[member.name] if config.task.members else config.task
+        own = chosen.members[member.name] if chosen.members else chosen
         if OF_TEXTS.keys() & set(member.metrics):
-            room_for_prompts(model, chosen.max_new_tokens)
+            room_for_prompts(model, own.max_new_tokens)
 
 
 # --- Calibration, on few-shot draws of the training rows.
@@ -165,27 +164,29 @@ def check_room(config: Config, task: Task, model: PreTrainedModel) -> None:
 
 def draw_settings(config: Config) -> dict[str, int | float | None]:
     """Return the keys of `calibration` that decide the draws: texts are drawn by `share`, unless that is 0."""
-    key = kind_of(config.task).draws_by if config.calibration.share > 0 else "shots"
-    return {key: getattr(config.calibration, key), "max_samples": config.calibration.max_samples}
+    calibration = config.calibration
+    key = kind_of(config.task).draws_by if calibration.share > 0 else "shots"
+    return {key: getattr(calibration, key), "max_samples": calibration.max_samples}
 
 
 def draws_of(config: Config, rows: Dataset, **changes: int) -> Draws:
     """Draw the rows to fit on and those to score on; `changes`: `shots`, which then goes before `share`, and `seed`."""
-    settings = {"seed": config.calibration_seed} | draw_settings(config) | changes
+    settings, members = {"seed": config.calibration_seed} | draw_settings(config) | changes, config.task.members
     if "shots" in changes:
         settings.pop("share", None)
-    if config.task.members:
-        return tasks.member_draws(rows, list(config.task.members), **settings)
+    if members:
+        return tasks.member_draws(rows, list(members), **settings)
     return tasks.few_shot_draws(tasks.strata(rows), **settings)
 
 
 def calibration_config(config: Config, task: Task) -> CalibrationConfig:
     """Return the settings of calibration with the seed and the score that null and "auto" stand for."""
-    score = config.calibration.score
+    calibration = config.calibration
+    score = calibration.score
     if score == "auto":
         primary = "accuracy" if task.sizes else task.metrics[0]  # the only metric that all members of a mixture have
         score = kind_of(task).score or {"mse": "loss"}.get(primary, primary)
-    return dataclasses.replace(config.calibration, seed=config.calibration_seed, score=score)
+    return dataclasses.replace(calibration, seed=config.calibration_seed, score=score)
 
 
 def new_head_of(model: ModelConfig) -> str | None:
@@ -193,36 +194,40 @@ def new_head_of(model: ModelConfig) -> str | None:
     return None if model.family == "clip" else model.head
 
 
-def few_shot_of(config: Config, task: Task, transform: Transform, model: nn.Module) -> FewShot:
-    """Return a run's model and rows for importance and calibration."""
+def few_shot_of(
+    config: Config, task: Task, transform: Transform, loaded: nn.Module, draws: Draws | None = None
+) -> FewShot:
+    """Return a run's model and rows for importance and calibration. draws: those of `draws_of` where there are none."""
+    model, sizing = config.model, config.sizing
     return FewShot(
-        model,
+        loaded,
         task.train,
         transform,
+        draws or draws_of(config, task.train),
         calibration_config(config, task),
         config.importance,
-        head=new_head_of(config.model),
-        blocks=config.model.blocks,
-        rank=config.method.nominal_rank,
-        alpha=config.method.alpha,
-        granularity=config.mask.counted,
-        architecture={"architecture": config.model.architecture, "model_args": config.model.model_args},
+        head=new_head_of(model),
+        blocks=model.blocks,
+        rank=sizing.method.nominal_rank,
+        alpha=sizing.method.alpha,
+        granularity=sizing.counted,
+        architecture={"architecture": model.architecture, "model_args": model.model_args},
         drawn=draw_settings(config),
         sizes=task.sizes,
     )
 
 
 def calibration(
-    file: str | None, modules: Sequence[str], draws: Draws, calibrate: Callable[..., Calibration]
+    file: str | None, modules: Sequence[str], examples: FewShot | None, scores: ModuleScores | None, peers: Peers
 ) -> Calibration:
-    """Return the calibration in a file if one is named, whatever the other keys say; else calibrate on the draws.
+    """Return the calibration in a file if one is named, whatever the other keys say; else calibrate on few examples.
 
-    Warnings about the draws are among its warnings.
+    Warnings about the draws are among its warnings. examples, scores: not read beside a file.
     """
     if file:
         return Calibration.load(Path(file)).reused_for(list(modules))
-    calibrated = calibrate(draws=draws)
-    return dataclasses.replace(calibrated, warnings=[*draws.warnings, *calibrated.warnings])
+    calibrated = examples.calibrate(scores, peers=peers)
+    return dataclasses.replace(calibrated, warnings=[*examples.draws.warnings, *calibrated.warnings])
 
 
 def earlier_calibration(file: Path, modules: Sequence[str], peers: Peers) -> Calibration | None:
@@ -258,6 +263,22 @@ def method_of(method: MethodConfig) -> methods.Method:
     return methods.METHODS[method.function]
 
 
+def modules_of(model: PreTrainedModel, chosen: ModelConfig, *, ranked: bool) -> tuple[Shapes, list[str]]:
+    """Return the modules to adapt by the shape of W (out, in), and the parameters among them that hold fused experts.
+
+    ranked: rows and columns are ordered by importance. Raises PartialLoraError, since those of experts have none.
+    """
+    bare = skeleton_of(model)
+    shapes = bare.targets(**chosen.trained_modules)
+    experts = bare.expert_parameters(shapes)
+    if experts and ranked:
+        raise PartialLoraError(
+            f"model.target_modules: {experts[0]} has fused experts, of which rows and columns have no importance:"
+            " expected calibration=fixed and a method that ranks nothing, or other modules"
+        )
+    return shapes, experts
+
+
 def setting_of(
     config: Config,
     shapes: Mapping[str, tuple[int, int]],
@@ -266,23 +287,24 @@ def setting_of(
     experts: Sequence[str] = (),
 ) -> Setting:
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
-    modules = config.model.trained_modules
+    modules, sizing = config.model.trained_modules, config.sizing
     if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
         modules["target_modules"] = list(shapes)
     setting = Setting(
         **modules,
-        method=config.method,
+        method=sizing.method,
         mask=config.mask,
         mask_seed=config.mask_seed,
-        size=size_of(config, shapes),
+        size=sizing.parameters(shapes),
         shapes=shapes,
         sparsity=sparsity,
         scores=scores,
         experts=experts,
     )
-    if sparsity is None or not config.calibration.shrink:
+    shrink = sizing.calibration.shrink
+    if sparsity is None or not shrink:
         return setting
-    return dataclasses.replace(setting, sparsity=shrunk(sparsity, *setting.units(), config.calibration.shrink))
+    return dataclasses.replace(setting, sparsity=shrunk(sparsity, *setting.units(), shrink))
 
 
 # --- What a model's files say beside its weights: how inputs are made, and the names of the classes.

@@ -15,7 +15,6 @@ from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_point, fixed_sparsity, spent_evenly
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import KINDS, kind_of
 
@@ -76,9 +75,9 @@ def outline(config: Config, *, memory: bool = False) -> Outline:
     bare = skeleton(**model.geometry, outputs=outputs or 2)
     shapes = bare.targets(**model.trained_modules)
     granularity, passes = config.mask.counted, 0
-    sparsity = fixed_sparsity(config, shapes)
+    sparsity = config.sizing.sparsity(shapes)
     if sparsity is not None:
-        point = fixed_point(config) or {"sparsity": 0}
+        point = config.sizing.point or {"sparsity": 0}
         source = ", ".join(f"calibration.{key}={value}" for key, value in point.items())
     elif method.traits.size == "calibrated":
         sparsity, source = _expected_sparsity(config, shapes)
@@ -120,7 +119,7 @@ def _expected_sparsity(config: Config, shapes: Shapes) -> tuple[float | Sparsity
     if budget is None:
         budget = PAPER_BUDGET
         source = "the sparsity of a threshold is known once it is calibrated; here the paper's 87 % (or set a budget)"
-    return spent_evenly(config, shapes, budget), source
+    return config.sizing.evenly(shapes, budget), source
 
 
 def _counted(config: Config, shapes: Shapes, outputs: int, sparsity: Sparsity | None) -> dict[str, int | float | None]:

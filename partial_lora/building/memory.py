@@ -27,7 +27,6 @@ from partial_lora.methods import METHODS
 from partial_lora.models.skeleton import skeleton
 from partial_lora.models.weights import quiet
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_sparsity, spent_evenly
 from partial_lora.training.cost import kept_by_forward
 from partial_lora.training.trainer import mixed_precision
 
@@ -110,9 +109,8 @@ def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: i
     shapes, bare = _shapes(config), _empty(config, outputs)
     method = config.method
     if sparsity is None and method.traits.is_sparse:
-        sparsity = fixed_sparsity(config, shapes) or spent_evenly(
-            config, shapes, config.calibration.budget or PAPER_BUDGET
-        )
+        sizing = config.sizing
+        sparsity = sizing.sparsity(shapes) or sizing.evenly(shapes, sizing.calibration.budget or PAPER_BUDGET)
     # Which rows are kept, by importance or at random, changes no size.
     build = METHODS["partial"] if method.traits.ranked else method_of(method)
     with quiet():

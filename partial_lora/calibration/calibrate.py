@@ -168,7 +168,8 @@ def calibrate(
             if config.search == "gradient" and not hasattr(score, "predicted"):
                 raise PartialLoraError("calibration.search=gradient: expected a score with `predicted`: a FewShotScore")
             curves = Curves(model, score, modules, scores, shared)
-            shared.results[request] = _algorithm_1(curves, shared, config, chance, units, count, peers, progress)
+            algorithm_1 = _Predicted if config.search == "gradient" else _Measured
+            shared.results[request] = algorithm_1(curves, config, chance, units, count, peers, progress).find()
             shared.changed = True
 
             def paid() -> tuple[int, float]:
@@ -194,103 +195,96 @@ def calibrate(
     return result
 
 
-def _algorithm_1(
-    curves: Curves,
-    store: Store,
-    config: CalibrationConfig,
-    chance: float | None,
-    units: tuple[budgets.Shapes, int],
-    count: int | None,
-    peers: Peers,
-    progress: Progress,
-) -> dict:
-    """Return the fields of `Calibration` that the steps of Algorithm 1 find.
+@dataclass
+class _Measured:
+    """Algorithm 1 on curves that a scan or a bisection evaluates, level by level, as far as a threshold needs them.
 
     units: what masks count in each module, and the parameters of a unit. count: the parameters of a budget, if any.
     """
-    grid = sparsity_levels(config.levels, config.max_sparsity)
-    above = chance if config.chance == "majority" else None
-    modules = list(units[0])
-
-    # (1) The score of the frozen model, and how long all will take.
-    def expect(seconds: float, *outputs: int) -> None:
-        left = seconds_at_most(config, len(modules), seconds, *outputs, processes=peers.size)
-        progress(0, len(modules) * len(CURVE_AXES[config.axes]), share=0.0, left=left)
-
-    if trial := curves.trial():
-        expect(*trial)
-    began = time.perf_counter()
-    baseline = gathered(peers, curves.intact)[0]
-    if not trial:
-        expect(time.perf_counter() - began)
-    store.check_baseline(baseline)
-
-    def enough(score: float, threshold: float) -> bool:
-        return passes(score, baseline=baseline, threshold=threshold, chance=above)
-
-    # (2) For each module and axis, the level up to which enough of that score is left.
-    kind = _Predicted if config.search == "gradient" else _Measured
-    way = kind(curves, store, config, modules, grid, enough, peers, progress)
-    if count is None:
-        threshold = config.threshold
-        levels = way.levels(threshold, line(baseline=baseline, threshold=threshold, chance=above))
-        sparsity = both_axes(levels)
-    else:  # the largest threshold that meets the budget, but none whose line is below chance
-        levels_at = cache(way.levels_at)
-        lowest = 0.0 if chance is None or above is not None else threshold_of(chance, baseline=baseline)
-        threshold, sparsity = budgets.meet(count, *units, lambda value: both_axes(levels_at(value)), lowest)
-        levels = levels_at(threshold)
-
-    # (3) The score with all sparsities at once; where it is not enough, a repair zeroes less.
-    def together() -> dict:
-        joint, final, repaired = curves.joint(sparsity), sparsity, None
-        if config.repair:
-            before, evaluations = joint, curves.evaluations
-            sufficient = partial(enough, threshold=threshold)
-            relaxed, joint, steps = relax(
-                levels, grid, units[0], before=before, own=way.own, joint=curves.joint, enough=sufficient
-            )
-            final = both_axes(relaxed)
-            repaired = {"joint_before": before, "threshold": threshold, "steps": steps}
-            repaired["evaluations"] = curves.evaluations - evaluations
-        return {
-            "baseline": baseline,
-            "joint": joint,
-            "threshold": threshold,
-            "search": config.search,
-            "scaled": sparsity != both_axes(levels),
-            "repaired": repaired,
-            "modules": _entries(way.curve, levels, final, config.scope),
-        }
-
-    found = of_first(peers, together)
-    way.tell(way.total, 1.0)
-    return found
-
-
-@dataclass
-class _Measured:
-    """Curves that a scan or a bisection evaluates, level by level, as far as a threshold needs them.
-
-    enough: (score, threshold=) -> whether the score is enough.
-    """
 
     curves: Curves
-    store: Store
     config: CalibrationConfig
-    modules: Sequence[str]
-    grid: Sequence[float]
-    enough: Callable[..., bool]
+    chance: float | None
+    units: tuple[budgets.Shapes, int]
+    count: int | None
     peers: Peers
     progress: Progress
 
     def __post_init__(self) -> None:
         config = self.config
-        self.axes = CURVE_AXES[config.axes]
+        self.store, self.modules, self.axes = self.curves.store, list(self.units[0]), CURVE_AXES[config.axes]
+        self.grid = sparsity_levels(config.levels, config.max_sparsity)
+        self.above = self.chance if config.chance == "majority" else None
         self.total = len(self.modules) * len(self.axes)
         # How many thresholds a budget tries, and how many levels a repair relaxes, is not known before, but bounded.
         self.is_known = not config.repair and (config.budget is None or config.search == "gradient")
         self.most, self.told = most_passes(config, len(self.modules)) / self.peers.size, (0, 0.0)
+
+    def find(self) -> dict:
+        """Return the fields of `Calibration` that the steps of Algorithm 1 find."""
+        self.baseline = self._of_intact()
+        self.predict()
+        threshold, levels, sparsity = self._chosen()
+        found = of_first(self.peers, lambda: self._together(threshold, levels, sparsity))
+        self.tell(self.total, 1.0)
+        return found
+
+    def _of_intact(self) -> float:
+        """(1) Return the score of the frozen model, and say how long all will take."""
+
+        def expect(seconds: float, *outputs: int) -> None:
+            left = seconds_at_most(self.config, len(self.modules), seconds, *outputs, processes=self.peers.size)
+            self.progress(0, self.total, share=0.0, left=left)
+
+        if trial := self.curves.trial():
+            expect(*trial)
+        began = time.perf_counter()
+        baseline = gathered(self.peers, self.curves.intact)[0]
+        if not trial:
+            expect(time.perf_counter() - began)
+        self.store.check_baseline(baseline)
+        return baseline
+
+    def _chosen(self) -> tuple[float, Levels, Sparsity]:
+        """(2) Return threshold, levels and sparsities: for each module and axis, up to which enough of it is left."""
+        chance = self.chance
+        if self.count is None:
+            threshold = self.config.threshold
+            levels = self.levels(threshold, line(baseline=self.baseline, threshold=threshold, chance=self.above))
+            return threshold, levels, both_axes(levels)
+        # The largest threshold that meets the budget, but none whose line is below chance.
+        levels_at = cache(self.levels_at)
+        lowest = 0.0 if chance is None or self.above is not None else threshold_of(chance, baseline=self.baseline)
+        threshold, sparsity = budgets.meet(self.count, *self.units, lambda value: both_axes(levels_at(value)), lowest)
+        return threshold, levels_at(threshold), sparsity
+
+    def _together(self, threshold: float, levels: Levels, sparsity: Sparsity) -> dict:
+        """(3) Score all sparsities at once; where that is not enough, a repair zeroes less."""
+        curves, joint, final, repaired = self.curves, self.curves.joint(sparsity), sparsity, None
+        if self.config.repair:
+            before, evaluations, enough = joint, curves.evaluations, partial(self.enough, threshold=threshold)
+            relaxed, joint, steps = relax(
+                levels, self.grid, self.units[0], before=before, own=self.own, joint=curves.joint, enough=enough
+            )
+            final = both_axes(relaxed)
+            repaired = {"joint_before": before, "threshold": threshold, "steps": steps}
+            repaired["evaluations"] = curves.evaluations - evaluations
+        return {
+            "baseline": self.baseline,
+            "joint": joint,
+            "threshold": threshold,
+            "search": self.config.search,
+            "scaled": sparsity != both_axes(levels),
+            "repaired": repaired,
+            "modules": _entries(self.curve, levels, final, self.config.scope),
+        }
+
+    def enough(self, score: float, threshold: float) -> bool:
+        """Return True where a score is enough of the frozen model's."""
+        return passes(score, baseline=self.baseline, threshold=threshold, chance=self.above)
+
+    def predict(self) -> None:
+        """Find all curves at once, where that can be done."""
 
     def tell(self, done: int, share: float, **detail: object) -> None:
         """Tell the progress how many curves, and which share of all work, are done."""
@@ -390,8 +384,7 @@ class _Measured:
 class _Predicted(_Measured):
     """Curves that gradients predict all at once; points near the line of the only threshold are then evaluated."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def predict(self) -> None:
         points = self.total * len(self.grid)
         self.checks = checks(points, self.curves.outputs) if self.config.budget is None else 0  # at most
         self.predicting = 0.0  # the share of all work that predicts; the rest evaluates points

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
-from partial_lora.errors import one_of, positive, require, typed
+from partial_lora.errors import require, typed
 from partial_lora.files import at_home, flatten
+from partial_lora.ranges import check
 from partial_lora.tasks.metrics import OF_ALL_TOGETHER
 
 UNIFORM = "uniform"  # in place of a sparsity: one for all modules and axes, such that calibration.budget is spent
@@ -23,23 +23,20 @@ class ImportanceConfig:
     """Measure of importance, and its keys: each names the measures that read it."""
 
     name: str = "svd"  # a file of conf/importance
-    k: Optional[int] = None  # svd: number of leading singular vectors; null: as many as hold importance.energy
-    energy: float = 0.9  # svd: share of the squared spectrum that these vectors hold
-    rounds: int = 3  # imp: number of prunings
-    fraction: float = 0.2  # imp: share of the rows and columns left that each round prunes
-    steps: int = 10  # imp: optimizer steps before each pruning; adapter: optimizer steps in all
-    learning_rate: float = 1e-5  # imp, adapter: learning rate of these steps
+    # svd: number of leading singular vectors; null: as many as hold importance.energy
+    k: Annotated[Optional[int], "[1, inf)"] = None
+    energy: Annotated[float, "(0, 1]"] = 0.9  # svd: share of the squared spectrum that these vectors hold
+    rounds: Annotated[int, "[1, inf)"] = 3  # imp: number of prunings
+    fraction: Annotated[float, "(0, 1)"] = 0.2  # imp: share of the rows and columns left that each round prunes
+    # imp: optimizer steps before each pruning; adapter: optimizer steps in all
+    steps: Annotated[int, "[0, inf)"] = 10
+    learning_rate: Annotated[float, "(0, inf)"] = 1e-5  # imp, adapter: learning rate of these steps
 
     def __post_init__(self) -> None:
         typed(self, "importance")
-        require(self.k is None or self.k >= 1, "importance.k", self.k, "at least 1, or null")
-        require(0 < self.energy <= 1, "importance.energy", self.energy, "a share in (0, 1]")
-        require(self.rounds >= 1, "importance.rounds", self.rounds, "at least 1")
-        require(0 < self.fraction < 1, "importance.fraction", self.fraction, "a share between 0 and 1")
-        require(self.steps >= 0, "importance.steps", self.steps, "0 or more")
+        check(self, "importance")
         moves = self.name != "adapter" or self.steps > 1  # B is zero at first, and with it the gradient of A
         require(moves, "importance.steps", self.steps, "at least 2, for importance=adapter: A moves from the second on")
-        positive("importance.learning_rate", self.learning_rate)
 
 
 def _as_floats(sparsity: Any) -> Any:
@@ -57,69 +54,55 @@ class CalibrationConfig:
     file of conf/calibration that conf/config.yaml chooses: a search by gradients, on fewer examples.
     """
 
-    threshold: float = 0.9  # share of the frozen model's score that must be left
+    threshold: Annotated[float, "(0, 1]"] = 0.9  # share of the frozen model's score that must be left
     # trainable parameters, in place of the threshold: a share of dense LoRA's (at most 1) or a number
-    budget: Optional[float] = None
+    budget: Annotated[Optional[float], "(0, inf)"] = None
     # in place of both: the bytes that a training step may keep for its backward pass, from which the budget follows
-    kept: Optional[float] = None
-    shots: int = 16  # scored examples of each class
-    share: float = 0.03  # texts: share of the training rows to score, in place of shots; 0: take shots
+    kept: Annotated[Optional[float], "[1, inf)"] = None
+    shots: Annotated[int, "[1, inf)"] = 16  # scored examples of each class
+    # texts: share of the training rows to score, in place of shots; 0: take shots
+    share: Annotated[float, "[0, 0.5]"] = 0.03
     # most examples of each of the two draws, for the head and for the score, but one a class at least; null: no limit
-    max_samples: Optional[int] = None
-    seed: Optional[int] = 0  # draws these examples and the random numbers of importance; null: the run's seed
+    max_samples: Annotated[Optional[int], "[1, inf)"] = None
+    # draws these examples and the random numbers of importance; null: the run's seed
+    seed: Annotated[Optional[int], "[0, inf)"] = 0
     # a calibration.json whose sparsities are used in place of a calibration
     file: Optional[str] = None
-    levels: float = 0.05  # step between two sparsities to try
-    max_sparsity: float = 0.95  # largest sparsity to try
-    axes: str = "separate"  # separate: rows and columns have a sparsity each; joint: one sparsity for both
+    levels: Annotated[float, "[0.0001, 1)"] = 0.05  # step between two sparsities to try
+    max_sparsity: Annotated[float, "[0, 1)"] = 0.95  # largest sparsity to try
+    # separate: rows and columns have a sparsity each; joint: one sparsity for both
+    axes: Annotated[str, ("separate", "joint")] = "separate"
     # independent: other modules stay intact; cumulative: what was chosen before stays zeroed, from the first module
     # on; cumulative_backward: from the last
-    scope: str = "independent"
+    scope: Annotated[str, ("independent", "cumulative", "cumulative_backward")] = "independent"
     # scan: level by level to the first failure; bisect: fewer passes, an approximation; gradient: curves predicted
     # by backward passes, a rougher approximation
-    search: str = "scan"
+    search: Annotated[str, ("scan", "bisect", "gradient")] = "scan"
     repair: bool = False  # true: relax sparsities until the score with all of them at once is high enough, too
     # ignore: the threshold is a share of the score; majority: a share of the score's part above always guessing the
     # largest class
-    chance: str = "ignore"
+    chance: Annotated[str, ("ignore", "majority")] = "ignore"
     # moves all densities towards a common one, with as many parameters: 0, not at all; 0.5, half-way (in logarithms);
     # 1, all the way; 2, as far beyond it
-    shrink: float = 0.0
+    shrink: Annotated[float, "[0, 2]"] = 0.0
     # the score: auto, the task's first metric (generation and mse: the loss; choices: options; a mixture: accuracy), or
     # another by name
-    score: str = "auto"
+    score: Annotated[str, _SCORES] = "auto"
     reliability: bool = False  # true: also calibrate on two halves of the scored examples, and say how far they agree
     # in place of a calibration: the share to remove, {module or pattern: share or {rows: share, columns: share}},
     # or uniform, one share that spends the budget
-    sparsity: Any = None
-    memory: int = 2**31  # bytes to keep between passes, which saves time; changes no result
+    sparsity: Annotated[Any, float | dict | None, "[0, 1)", (UNIFORM,)] = None
+    memory: Annotated[int, "[0, inf)"] = 2**31  # bytes to keep between passes, which saves time; changes no result
 
     def __post_init__(self) -> None:
         typed(self, "calibration")
         self.file = at_home(self.file)
-        require(0 < self.threshold <= 1, "calibration.threshold", self.threshold, "a share in (0, 1]")
+        check(self, "calibration")
         budget = self.budget
-        whole = budget is None or (0 < budget < math.inf and (budget <= 1 or float(budget).is_integer()))
+        whole = budget is None or budget <= 1 or float(budget).is_integer()
         require(whole, "calibration.budget", budget, "a share in (0, 1] or a whole count of trainable parameters")
-        require(self.kept is None or self.kept >= 1, "calibration.kept", self.kept, "at least 1 byte, or null")
-        require(self.shots >= 1, "calibration.shots", self.shots, "at least 1 example a class")
-        require(0 <= self.share <= 0.5, "calibration.share", self.share, "a share in [0, 0.5]")
-        seeded = self.seed is None or self.seed >= 0
-        require(seeded, "calibration.seed", self.seed, "0 or more, or null for the run's seed")
-        most = self.max_samples
-        require(most is None or most >= 1, "calibration.max_samples", most, "at least 1")
-        step = "the step between two levels, at least 0.0001 and below 1"
-        require(1e-4 <= self.levels < 1, "calibration.levels", self.levels, step)
-        require(0 <= self.max_sparsity < 1, "calibration.max_sparsity", self.max_sparsity, "a share in [0, 1)")
-        one_of("calibration.search", self.search, "scan", "bisect", "gradient")
-        one_of("calibration.axes", self.axes, "separate", "joint")
-        one_of("calibration.scope", self.scope, "independent", "cumulative", "cumulative_backward")
         around = "independent, or calibration.search=scan or bisect: gradient predicts from the intact model"
         require(self.search != "gradient" or self.scope == "independent", "calibration.scope", self.scope, around)
-        one_of("calibration.chance", self.chance, "ignore", "majority")
-        require(0 <= self.shrink <= 2, "calibration.shrink", self.shrink, "a number in [0, 2]")
-        one_of("calibration.score", self.score, *_SCORES)
-        require(self.memory >= 0, "calibration.memory", self.memory, "0 bytes or more")
         fixed = f"false: calibration.budget={budget} fixes the parameters, and a repair would change their number"
         require(not (self.repair and budget is not None), "calibration.repair", self.repair, fixed)
         used = "false: calibration.file is used as it is, and nothing is drawn"

@@ -63,7 +63,7 @@ class Curves:
         self.evaluations = 0
         self.outputs = search.COMPETING  # of each example, as far as `trial` has told
         self._model, self._score, self._modules, self._importance = model, score, modules, importance
-        self._store = store
+        self.store = store
         self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
         self._chosen: search.Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
@@ -121,7 +121,7 @@ class Curves:
         seen: called as `FewShotScore.predicted` does.
         """
         curves = {
-            module: {axis: self._store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
+            module: {axis: self.store.curve(module, axis, PREDICTED) for axis in axes} for module in self._modules
         }
         if any(set(grid) - curve.keys() for of_module in curves.values() for curve in of_module.values()):
             removed = {
@@ -134,8 +134,8 @@ class Curves:
                 for axis, curve in of_module.items():
                     known = (search.bounds_of(score, score) for score in scores[module][axis])
                     curve.update(zip(grid, known, strict=True))
-            self._store.changed = True
-            self._store.save()
+            self.store.changed = True
+            self.store.save()
         return curves
 
     def _removed(self, module: str, axis: str, level: float) -> Tensor:
@@ -170,7 +170,7 @@ class Curves:
 
     def curve(self, module: str, axis: str) -> search.Curve:
         """Return the points known of one curve after the choices that are in force; the caller may add points."""
-        return self._store.curve(module, axis, self._after)
+        return self.store.curve(module, axis, self._after)
 
     def _settle(self, modules: Collection[str]) -> None:
         """Tell the score that modules have been altered for longer than one evaluation, or are as they were."""
@@ -182,7 +182,7 @@ class Curves:
         curve = self.curve(module, axis)
         if undecided(*curve.get(level, search.UNKNOWN)):
             curve[level] = self._evaluate(module, axis, level, undecided)
-            self._store.changed = True
+            self.store.changed = True
         return curve.get(level, search.UNKNOWN)
 
     def _evaluate(

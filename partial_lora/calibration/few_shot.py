@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -141,7 +141,8 @@ class FewShot:
     """A task's frozen model and rows, and what a few of the rows are to tell of it.
 
     Attributes:
-        train: the training rows, which both draws come from.
+        train: the training rows.
+        draws: the two draws of them.
         config: the settings of the calibration, with `score` and `seed` in place of "auto" and null.
         measure: of importance.
         head: the new module, which is fitted on the fit draw and left as it was; None where there is none.
@@ -156,6 +157,7 @@ class FewShot:
     model: nn.Module
     train: Dataset
     transform: Transform
+    draws: Draws
     config: CalibrationConfig
     measure: ImportanceConfig
     head: str | None
@@ -167,19 +169,18 @@ class FewShot:
     drawn: Mapping[str, object] = field(default_factory=dict)
     sizes: Sequence[int] = ()
 
-    def announce(self, modules: Sequence[str], draws: Draws, processes: int = 1) -> None:
+    def announce(self, modules: Sequence[str], processes: int = 1) -> None:
         """Say what the calibration will take, as a pass over a few rows tells; importance has a bar of its own."""
-        scored = batches_of(self.train, draws.scored, self.transform)
+        scored = batches_of(self.train, self.draws.scored, self.transform)
         one_pass, outputs = self._score(scored).measured(self.model)
         passes = most_passes(self.config, len(modules), outputs)
         left = seconds_at_most(self.config, len(modules), one_pass, outputs, processes=processes)
         bound = "about" if self.config.search == "gradient" else "at most"
-        note = (
-            f"{bound} {timedelta(seconds=round(left))}: at most {passes:,} passes over {len(draws.scored):,} examples"
-        )
+        examples = len(self.draws.scored)
+        note = f"{bound} {timedelta(seconds=round(left))}: at most {passes:,} passes over {examples:,} examples"
         worker_events.emit("calibrate", 0, len(modules), share=0.0, left=left, note=note)
 
-    def importance(self, modules: Sequence[str], draws: Draws) -> ModuleScores:
+    def importance(self, modules: Sequence[str]) -> ModuleScores:
         """Return the importance of every row and column of the modules.
 
         A measure that needs data sees the fit draw alone, and a new head is fitted on it; any other measure sees the
@@ -196,7 +197,7 @@ class FewShot:
                 spent += costs[module]
             worker_events.emit("importance", len(targets), len(targets), share=1.0)
             return scores
-        fit = self.transform.training_batches(self.train.select(draws.fit), _BATCH)
+        fit = self.transform.training_batches(self.train.select(self.draws.fit), _BATCH)
         loss = partial(mean_loss_within, self.sizes) if self.sizes else None
         with few_shot_head(self.model, self.head, fit, sizes=self.sizes):
             return data_scores(name, self.model, targets, fit, seed=seed, options=options, loss=loss)
@@ -210,9 +211,7 @@ class FewShot:
         options = dataclasses.asdict(self.measure) | {"rank": self.rank, "alpha": self.alpha}
         return {name: value for name, value in options.items() if name in takes}
 
-    def calibrate(
-        self, scores: ModuleScores, draws: Draws, *, peers: Peers | None = None, stage: str = "calibrate"
-    ) -> Calibration:
+    def calibrate(self, scores: ModuleScores, *, peers: Peers | None = None, stage: str = "calibrate") -> Calibration:
         """Find the sparsities (Algorithm 1), reusing what any earlier run found for the same question.
 
         Args:
@@ -220,7 +219,7 @@ class FewShot:
             peers: the processes that share the work (`calibration.calibrate`); all see the head that the first fitted.
             stage: the name of this work in progress reports.
         """
-        config = self.config
+        config, draws = self.config, self.draws
         fit, scored = (batches_of(self.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         decides = {
             "version": VERSION,
@@ -251,25 +250,22 @@ class FewShot:
         worker_events.emit(stage, 1, 1, share=1.0)  # one that was found in the cache has told nothing
         return found
 
+    def halves(self, scores: ModuleScores, peers: Peers | None = None) -> dict:
+        """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
+
+        Each half has the head of the whole fit draw. scores, peers: as `calibrate` takes them.
+        """
+        labels, sparsities = strata(self.train)[self.draws.scored], []
+        for number, half in enumerate(split_half(labels, self.config.seed), start=1):
+            logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
+            part = dataclasses.replace(self, draws=Draws(self.draws.fit, self.draws.scored[half]))
+            sparsities.append(part.calibrate(scores, peers=peers, stage=f"half {number}").sparsity)
+        return reliability(*sparsities)
+
 
 def batches_of(train: Dataset, rows: np.ndarray, transform: Transform) -> list[Batch]:
     """Return a draw as the model sees it."""
     return transform.batches(train.select(rows), _BATCH)
-
-
-def halves_few_shot(calibrate: Callable[..., Calibration], train: Dataset, draws: Draws, seed: int) -> dict:
-    """Return the agreement of two halves of the scored draw: `reliability.reliability` of their sparsities.
-
-    calibrate: `FewShot.calibrate` for some scores; each half has the head of the whole fit draw.
-    seed: splits the draw.
-    """
-    labels = strata(train)[draws.scored]
-    sparsities = []
-    for number, half in enumerate(split_half(labels, seed), start=1):
-        logger.info("reliability: half %d of the scored draw, %d examples", number, len(half))
-        part = Draws(draws.fit, draws.scored[half])
-        sparsities.append(calibrate(draws=part, stage=f"half {number}").sparsity)
-    return reliability(*sparsities)
 
 
 def _key(weights: str, batches: Sequence[Mapping[str, Tensor]], decides: Mapping) -> str:

@@ -20,7 +20,7 @@ from partial_lora.compare.halving import SURVIVORS, Trial, worth
 from partial_lora.compare.options import CANDIDATES, EVERY, LIMITS, Options
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped
-from partial_lora.launching import directory, pool
+from partial_lora.launching import pool
 from partial_lora.launching.cluster import visible
 from partial_lora.launching.packs import recorded
 from partial_lora.launching.paths import at_other_rates, run_directory
@@ -403,4 +403,4 @@ def known_rates(candidate: Candidate, until: float) -> list[float]:
 
 
 def was_killed(record: Mapping | None) -> bool:
-    return bool(record and record.get(directory.KILLED))
+    return bool(record and record.get("killed"))

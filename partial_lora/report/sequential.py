@@ -3,7 +3,8 @@
 At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
 both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
 what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
-scores, never less than a pair's own, at as many degrees of freedom as that table leaves.
+scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, at its own
+degrees of freedom: a method whose seeds are far apart does not borrow the certainty of the others.
 
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
 margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
@@ -96,12 +97,13 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
                 continue
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
             pair = Spread.of(d, moved)
-            estimate = pair.estimate(seeds, freedom)
+            degrees = freedom if pair.of_seed <= moved else min(freedom, seeds - 1)  # a larger variance is its own
+            estimate = pair.estimate(seeds, degrees)
             low, high = estimate.interval(1 - level / comparisons)
             verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
             at = Decision(verdict, leader, estimate.difference, low, high, seeds)
             if verdict == OPEN:
-                of_seed, last = freedom / (seeds - 1), 1 - levels[-1] / comparisons
+                of_seed, last = degrees / (seeds - 1), 1 - levels[-1] / comparisons
                 at = replace(at, wants=seeds_wanted(pair, of_seed, last, margin))
                 alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
                 hoped = _ends(alone, of_seed, last, looks[-1])

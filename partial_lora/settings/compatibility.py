@@ -10,7 +10,6 @@ from partial_lora.errors import PartialLoraError, require
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import Skeleton, stored_skeleton
 from partial_lora.settings.schema import Config
-from partial_lora.settings.sparsities import fixed_sparsity, is_calibrated
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.folders import FILES
 from partial_lora.tasks.kinds import kind_of, kinds_for
@@ -44,8 +43,8 @@ def check(config: Config, *, here: bool) -> None:
         return
     _check_image_size(model, bare)
     shapes = bare.targets(**model.trained_modules)
-    fixed_sparsity(config, shapes)  # refuses shares of modules that are not adapted
-    if is_calibrated(config) and calibration.budget is not None:
+    config.sizing.sparsity(shapes)  # refuses shares of modules that are not adapted
+    if config.sizing.is_calibrated and calibration.budget is not None:
         parameter_count(calibration.budget, shapes, config.method.nominal_rank, config.mask.counted)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 from omegaconf import OmegaConf
 
@@ -21,6 +21,8 @@ from partial_lora.files import at_home, flatten
 from partial_lora.masks import AS_PEFT, AXES, GRANULARITIES, MASKED
 from partial_lora.methods.config import MaskConfig, MethodConfig
 from partial_lora.models.config import ModelConfig
+from partial_lora.ranges import check, values_of
+from partial_lora.settings.sizing import Sizing
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.training.config import TrainerConfig
 
@@ -36,7 +38,7 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = 0  # draws the head, the order of the rows and the masks
+    seed: Annotated[int, "[0, 2^32)"] = 0  # draws the head, the order of the rows and the masks
     results_dir: str = "results"  # folder of runs, sweeps and reports
     overwrite: bool = False  # true: run a finished run again
     keep_records: bool = False  # true: do not run a finished run again if only its weights are gone
@@ -48,6 +50,11 @@ class Config:
     def calibration_seed(self) -> int:
         """The seed of everything that calibration draws: its own, so that runs share one calibration, or the run's."""
         return self.seed if self.calibration.seed is None else self.calibration.seed
+
+    @property
+    def sizing(self) -> Sizing:
+        """What decides the size of the adapter."""
+        return Sizing(self.method, self.calibration, self.mask.counted)
 
     @property
     def warnings(self) -> list[str]:
@@ -78,7 +85,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.results_dir, self.data_dir = at_home(self.results_dir), at_home(self.data_dir)
-        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2^32)")
+        check(self)
         if self.method.rank == "auto":
             one_of("mask.granularity", self.mask.granularity, "rows_columns")
             for axis in AXES:
@@ -140,7 +147,7 @@ SECTIONS = {
 def list_keys() -> frozenset[str]:
     """Return the keys whose values are lists, each by its full key."""
     typed = {
-        f"{group}.{key.name}" for group, kind in SECTIONS.items() for key in fields(kind) if key.type[:5] == "list["
+        f"{group}.{name}" for group, kind in SECTIONS.items() for name, key in values_of(kind).items() if key.is_list
     }
     return frozenset(typed | {"task.members"})
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 from omegaconf import MISSING
 
 from partial_lora.errors import one_of, require
 from partial_lora.files import at_home, plain_name
+from partial_lora.ranges import check
 from partial_lora.tasks.kinds import KINDS, kind_of
-from partial_lora.tasks.metrics import FITTING
+from partial_lora.tasks.metrics import FITTING, METRICS
+
+_MODALITIES, _KINDS = (tuple(dict.fromkeys(names)) for names in zip(*KINDS, strict=True))
 
 
 @dataclass
@@ -25,17 +28,19 @@ class TaskConfig:
     # where the rows are: a hub data set, bundled:NAME (out of a package), files (see data_files), or members (a
     # mixture)
     path: str = MISSING
-    members: Any = None  # of a mixture: the names of its tasks, [NAME, …], or {NAME: settings}
+    # of a mixture: the names of its tasks, [NAME, …], or {NAME: settings}
+    members: Annotated[Any, str | list | dict | None] = None
     # of a mixture: proportional, all rows of every member; equal, as many rows of each as the smallest member has
-    mixing: str = "proportional"
+    mixing: Annotated[str, ("proportional", "equal")] = "proportional"
     subset: Optional[str] = None  # the part of the hub data set, if it has several
     revision: Optional[str] = None  # the commit of the hub data set
     train_split: str = "train"  # name of the training split of the hub data set
     test_split: str = "test"  # name of the test split of the hub data set
     # your files: {train: PATH, test: PATH}, perhaps with validation: PATH, or one PATH for all; null: the hub
-    data_files: Any = None
-    modality: str = "image"  # what the model reads: image or text
-    kind: str = "label"  # what it answers: label, a class or a number; choice, one of some options; generation, a text
+    data_files: Annotated[Any, str | dict | None] = None
+    modality: Annotated[str, _MODALITIES] = "image"  # what the model reads: image or text
+    # what it answers: label, a class or a number; choice, one of some options; generation, a text
+    kind: Annotated[str, _KINDS] = "label"
     classes: Optional[int] = None  # number of classes, for `info`, which reads no data
     # the column of texts, or the two columns of a pair; []: the only column of texts
     text_columns: list[str] = field(default_factory=list)
@@ -54,36 +59,36 @@ class TaskConfig:
     # true: put texts into the tokenizer's chat template; null: do so with your own data, if there is a template
     chat_template: Optional[bool] = None
     # generation: what of a response has to match: number, its last number; null, all of it
-    answer: Optional[str] = None
+    answer: Annotated[Optional[str], ("number",)] = None
     stop: list[str] = field(default_factory=list)  # generation: texts that end a response, beside the model's end token
-    max_new_tokens: int = 256  # generation: longest response in tokens
+    max_new_tokens: Annotated[int, "[1, inf)"] = 256  # generation: longest response in tokens
     # generation: of an answer beyond model.max_length tokens cut the end, drop the training row, or refuse the run
-    too_long: str = "cut"
+    too_long: Annotated[str, ("cut", "drop", "refuse")] = "cut"
     regression: Optional[bool] = None  # true: labels are numbers; false: classes; null: numbers if some are fractions
     # metrics to report; the first selects the checkpoint, or perplexity for generation; []: the usual ones of the kind
-    metrics: list[str] = field(default_factory=list)
+    metrics: Annotated[list[str], tuple(METRICS)] = field(default_factory=list)
     # training rows to use, validation included, the same share of every class; null: all
-    train_samples: Optional[int] = None
-    test_samples: Optional[int] = None  # test rows to use, the same share of every class; null: all
-    validation_share: float = 0.1  # share of the training rows that becomes validation, if there is no validation split
-    test_share: float = 0.2  # share of the rows that becomes test, if there is no test split
+    train_samples: Annotated[Optional[int], "[1, inf)"] = None
+    # test rows to use, the same share of every class; null: all
+    test_samples: Annotated[Optional[int], "[1, inf)"] = None
+    # share of the training rows that becomes validation, if there is no validation split
+    validation_share: Annotated[float, "(0, 1)"] = 0.1
+    test_share: Annotated[float, "(0, 1)"] = 0.2  # share of the rows that becomes test, if there is no test split
     # draws every split and sample of the rows; null: the run's seed, but test rows stay those of seed 0
-    split_seed: Optional[int] = 0
-    label_noise: float = 0.0  # share of the training rows that get a wrong class, drawn by split_seed
-    cache_bytes: int = 2**32  # bytes of decoded images and tokenised texts to keep on disk; changes no result
+    split_seed: Annotated[Optional[int], "[0, inf)"] = 0
+    # share of the training rows that get a wrong class, drawn by split_seed
+    label_noise: Annotated[float, "[0, 1)"] = 0.0
+    # bytes of decoded images and tokenised texts to keep on disk; changes no result
+    cache_bytes: Annotated[int, "[0, inf)"] = 2**32
 
     def __post_init__(self) -> None:
         self.path, self.data_files = at_home(self.path), at_home(self.data_files)
         plain_name("task.name", self.name)
-        seeded = self.split_seed is None or self.split_seed >= 0
-        require(seeded, "task.split_seed", self.split_seed, "0 or more, or null for the run's seed")
-        require(0 < self.test_share < 1, "task.test_share", self.test_share, "a share in (0, 1)")
+        check(self, "task")
         columns = self.text_columns
         require(len(columns) <= 2, "task.text_columns", columns, "one column of texts, or the two of a pair")
-        one_of("task.kind", self.kind, *dict.fromkeys(kind for _, kind in KINDS))
         one_of("task.modality", self.modality, *(modality for modality, kind in KINDS if kind == self.kind))
         kind = kind_of(self)
-        one_of("task.mixing", self.mixing, "proportional", "equal")
         is_mixture = self.path == "members"
         expected = "names of tasks, such as [sst2,mrpc], for task=mixture, else null"
         require(is_mixture == bool(self.members), "task.members", self.members, expected)
@@ -93,16 +98,7 @@ class TaskConfig:
         alone = not (self.messages_column and (self.prompt_columns or self.response_column))
         expected = "null, if task.prompt_columns or task.response_column is set"
         require(alone, "task.messages_column", self.messages_column, expected)
-        one_of("task.too_long", self.too_long, "cut", "drop", "refuse")
-        require(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "at least 1")
-        for key in ("train_samples", "test_samples"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"task.{key}", value, "at least 1 row, or null for all")
-        require(self.cache_bytes >= 0, "task.cache_bytes", self.cache_bytes, "0 bytes or more")
-        share = self.validation_share
-        require(0 < share < 1, "task.validation_share", share, "a share between 0 and 1")
         noise = self.label_noise
-        require(0 <= noise < 1, "task.label_noise", noise, "a share in [0, 1)")
         require(noise == 0 or kind.has_head, "task.label_noise", noise, "0, for a task without classes")
         if isinstance(self.data_files, Mapping) and not is_mixture:  # a mixture has files by member
             splits = set(self.data_files)

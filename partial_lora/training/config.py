@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional, get_type_hints
+from typing import Annotated, Any, Optional, get_type_hints
 
-from partial_lora.errors import of_type, one_of, positive, require
+from partial_lora.errors import of_type, one_of, require
 from partial_lora.files import at_home
+from partial_lora.ranges import check
 from partial_lora.training.trackers import TRACKERS
 
 AUTO = "auto"  # in place of a learning rate
@@ -48,7 +49,7 @@ OWN_ARGUMENTS = {
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cache"),
 }
 _OWN_PREFIXES = ("do_", "eval_", "fsdp", "hub_", "log", "push_to_hub", "save_", "trackio_")
-_MOST = 2**31  # of a count: what is larger fits no tensor
+_COUNT, _RATE = "[1, 2^31)", "(0, inf)"  # a larger count fits no tensor
 _LARGEST_RATE = 1.0  # nothing can be learned at a larger one
 
 
@@ -57,55 +58,58 @@ class TrainerConfig:
     """The training of the kept entries and the head: its length, its optimizer and its machines."""
 
     # passes over the training rows; null: 5, or as many as make 300 steps
-    epochs: Optional[float] = None
-    max_steps: Optional[int] = None  # number of optimizer steps, in place of epochs
+    epochs: Annotated[Optional[float], "(0, 2^31)"] = None
+    max_steps: Annotated[Optional[int], _COUNT] = None  # number of optimizer steps, in place of epochs
     # steps between two checkpoints, each with a validation; null: one of each after every epoch
-    save_steps: Optional[int] = None
-    save_total_limit: int = 1  # checkpoints to keep beside the best one
+    save_steps: Annotated[Optional[int], _COUNT] = None
+    save_total_limit: Annotated[int, _COUNT] = 1  # checkpoints to keep beside the best one
     # the latest checkpoint within so many standard errors of the best on validation; of a loss, or with 0, the best
-    select_within: float = 1.0
-    batch_size: int = 16  # examples of one optimizer step, over all processes and accumulation steps
+    select_within: Annotated[float, "[0, inf)"] = 1.0
+    # examples of one optimizer step, over all processes and accumulation steps
+    batch_size: Annotated[int, _COUNT] = 16
     # parts in which each process computes its share of a batch, one after the other
-    gradient_accumulation_steps: int = 1
-    eval_batch_size: int = 64  # examples at once in evaluation and prediction
+    gradient_accumulation_steps: Annotated[int, _COUNT] = 1
+    eval_batch_size: Annotated[int, _COUNT] = 64  # examples at once in evaluation and prediction
     # causal models: short texts of a batch share a row, so that less of it is padding; losses stay the same
     packing: bool = False
     # learning rate of the adapter; auto: by method, size, model and the number of steps
-    learning_rate: Any = AUTO
+    learning_rate: Annotated[Any, float, _RATE, (AUTO,)] = AUTO
     # learning rate of the head and of model.new_modules; null: the adapter's, and beside auto dense LoRA's
-    head_learning_rate: Optional[float] = None
-    loraplus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
-    weight_decay: float = 0.01  # weight decay of AdamW
-    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    head_learning_rate: Annotated[Optional[float], _RATE] = None
+    # LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A
+    loraplus_ratio: Annotated[float, "(0, inf)"] = 1.0
+    weight_decay: Annotated[float, "[0, inf)"] = 0.01  # weight decay of AdamW
+    warmup_ratio: Annotated[float, "[0, 1)"] = 0.1  # share of the steps in which the learning rate rises
     # what it does after them, as transformers calls it: cosine or linear, it falls to 0; constant_with_warmup, it
     # stays; or another
     schedule: str = "cosine"
     optimizer: Optional[str] = None  # as transformers calls it: adafactor, lion_32bit, sgd, …; null: AdamW
     # training ends after so many validations in a row that were no better than the best; null: never before its end
-    patience: Optional[int] = None
+    patience: Annotated[Optional[int], "[1, inf)"] = None
     # share of the steps after whose next validation a run is paused; the same command without it goes on from there
-    until: float = 1.0
+    until: Annotated[float, "(0, 1]"] = 1.0
     # further fields of transformers' TrainingArguments, {field: value}, such as {neftune_noise_alpha: 5}
-    args: Any = None
-    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
-    mixed_precision: str = "auto"  # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
-    device: str = "auto"  # auto, cpu or cuda
+    args: Annotated[Any, Optional[dict]] = None
+    max_grad_norm: Annotated[float, "(0, inf)"] = 1.0  # gradients with a larger norm are scaled down to it
+    # auto: bf16 on accelerators that compute it natively, else fp32; bf16; fp16; no
+    mixed_precision: Annotated[str, ("auto", "no", "bf16", "fp16")] = "auto"
+    device: Annotated[str, ("auto", "cpu", "cuda")] = "auto"  # where it trains
     # fresh: every run imports everything in a process of its own; fork: the runs of a sweep are forked from a process
     # that has imported everything; changes no result
-    start: str = "fresh"
+    start: Annotated[str, ("fresh", "fork")] = "fresh"
     # processes on all machines together; null: one for every visible accelerator, 1 on a CPU
-    num_processes: Optional[int] = None
-    num_machines: int = 1  # machines that share the run; each runs the same command
-    machine_rank: int = 0  # number of this machine; machine 0 has the run's directory
+    num_processes: Annotated[Optional[int], _COUNT] = None
+    num_machines: Annotated[int, _COUNT] = 1  # machines that share the run; each runs the same command
+    machine_rank: Annotated[int, "[0, inf)"] = 0  # number of this machine; machine 0 has the run's directory
     main_process_ip: Optional[str] = None  # address of machine 0
-    main_process_port: int = 29500  # port of machine 0
+    main_process_port: Annotated[int, "[1, 2^16)"] = 29500  # port of machine 0
     accelerate_config: Optional[str] = None  # a file of `accelerate config`; keys that you set here override it
     # processes that load data for each training process; null: some with an accelerator, else none
-    num_workers: Optional[int] = None
+    num_workers: Annotated[Optional[int], "[0, inf)"] = None
     # ddp: every process has the whole model; fsdp: parameters, gradients and optimizer state are shared out
-    strategy: str = "ddp"
+    strategy: Annotated[str, ("ddp", "fsdp")] = "ddp"
     # trackers to report to, beside the local history: tensorboard, mlflow, wandb, trackio
-    report_to: list[str] = field(default_factory=list)
+    report_to: Annotated[list[str], tuple(TRACKERS)] = field(default_factory=list)
 
     def passes(self, rows: int) -> float:
         """Return the passes over so many training rows."""
@@ -159,40 +163,16 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.accelerate_config = at_home(self.accelerate_config)
-        if self.epochs is not None:
-            require(0 < self.epochs < _MOST, "trainer.epochs", self.epochs, "a number above 0 and below 2^31")
-        counts = ("max_steps", "save_steps", "save_total_limit", "batch_size", "gradient_accumulation_steps")
-        for key in (*counts, "eval_batch_size", "num_processes", "num_machines"):
-            value = getattr(self, key)
-            require(value is None or 1 <= value < _MOST, f"trainer.{key}", value, "at least 1 and below 2^31")
+        check(self, "trainer")
         if self.learning_rate != AUTO:
-            if type(self.learning_rate) is int:  # isinstance would take true for one
-                self.learning_rate = float(self.learning_rate)
-            number = isinstance(self.learning_rate, float) and 0 < self.learning_rate < math.inf
-            require(number, "trainer.learning_rate", self.learning_rate, "a number above 0, or auto")
-        positive("trainer.loraplus_ratio", self.loraplus_ratio)
-        if self.head_learning_rate is not None:
-            positive("trainer.head_learning_rate", self.head_learning_rate)
-        require(0 <= self.weight_decay < math.inf, "trainer.weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.select_within < math.inf, "trainer.select_within", self.select_within, "0 or more")
-        require(0 <= self.warmup_ratio < 1, "trainer.warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
-        positive("trainer.max_grad_norm", self.max_grad_norm)
-        require(0 < self.until <= 1, "trainer.until", self.until, "a share above 0 and at most 1")
-        require(self.patience is None or self.patience >= 1, "trainer.patience", self.patience, "1 or more, or null")
+            self.learning_rate = float(self.learning_rate)
         if self.chooses_steps:
             self._check_names()
-        require((self.num_workers or 0) >= 0, "trainer.num_workers", self.num_workers, "0 or more, or null")
-        one_of("trainer.mixed_precision", self.mixed_precision, "auto", "no", "bf16", "fp16")
-        one_of("trainer.device", self.device, "auto", "cpu", "cuda")
-        one_of("trainer.start", self.start, "fresh", "fork")
-        one_of("trainer.strategy", self.strategy, "ddp", "fsdp")
         processes, steps = self.num_processes or 1, self.gradient_accumulation_steps
         parts = processes * steps
         shared = f"a multiple of {parts}: trainer.num_processes={processes}"
         shared += f" times trainer.gradient_accumulation_steps={steps}" if steps > 1 else ""
         require(self.batch_size % parts == 0, "trainer.batch_size", self.batch_size, shared)
-        valid = set(self.report_to) <= set(TRACKERS)
-        require(valid, "trainer.report_to", self.report_to, f"some of {', '.join(TRACKERS)}")
         if self.accelerate_config is None:  # such a file is checked together with these keys where a run starts
             self._check_machines()
 
@@ -219,10 +199,9 @@ class TrainerConfig:
             of_type(f"trainer.args.{name}", args[name], get_type_hints(TrainingArguments)[name])
 
     def _check_machines(self) -> None:
-        machines, port = self.num_machines, self.main_process_port
+        machines = self.num_machines
         expected = f"0 to {machines - 1}, for trainer.num_machines={machines}"
         require(0 <= self.machine_rank < machines, "trainer.machine_rank", self.machine_rank, expected)
-        require(0 < port < 2**16, "trainer.main_process_port", port, "a port, 1 to 65535")
         if machines > 1:
             address = self.main_process_ip
             require(address is not None, "trainer.main_process_ip", address, "the address of machine 0")

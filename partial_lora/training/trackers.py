@@ -17,6 +17,7 @@ from partial_lora.errors import kind_and_line
 from partial_lora.files import one_writer
 
 PROJECT = "partial-lora"  # MLflow calls it an experiment
+FILE = "trackers.json"  # what they call the run, so that a resumed run goes on in the same place
 _PARAMETER_LENGTH, _PARAMETERS_PER_REQUEST = 500, 100  # the limits of any MLflow
 
 logger = logging.getLogger(__name__)

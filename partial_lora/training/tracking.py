@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.credentials import redacted
 from partial_lora.files import flatten, read_json, write_json
-from partial_lora.training.trackers import TRACKERS, Run, Tracker, in_words
+from partial_lora.training.trackers import FILE, TRACKERS, Run, Tracker, in_words
 
 DEFAULTS = {  # environment variables, where the user has not set them
     "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -37,26 +37,17 @@ class Tracking(TrainerCallback):
 
     Args:
         names: the trackers; none in any process but the first.
-        directory: the run's, …/task/model/method-id/seed, by which trackers name it.
-        record: the file with what each tracker calls the run, by which a resumed one continues there.
-        results_dir: the place of MLflow's local store.
-        parameters: the run's settings, flat; their credentials are hidden here.
+        directory: the run's, …/task/model/method-id/seed, by which trackers name it; a file in it (`FILE`) says what
+            each tracker calls the run, so that a resumed one continues there.
+        settings: the run's; their credentials are hidden here. MLflow's local store is in their results_dir.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        directory: Path,
-        record: Path,
-        results_dir: Path,
-        parameters: Mapping[str, object],
-    ) -> None:
+    def __init__(self, names: Sequence[str], directory: Path, settings: Mapping[str, object]) -> None:
         self._unopened = list(names)
         self._open: dict[str, Tracker] = {}
-        self._directory, self._record = Path(directory).resolve(), Path(record)
-        self._store = Path(results_dir).resolve() / "mlruns"
-        self._parameters = redacted(parameters)
+        self._directory, self._record = Path(directory).resolve(), Path(directory) / FILE
+        self._store = Path(settings["results_dir"]).resolve() / "mlruns"
+        self._parameters = redacted(flatten(settings))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begin(state.global_step)

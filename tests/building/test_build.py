@@ -94,9 +94,9 @@ def test_a_task_whose_texts_a_model_has_no_positions_for_is_refused(is_mixture: 
     loaded = SimpleNamespace(members=[task]) if is_mixture else task
     config = SimpleNamespace(task=SimpleNamespace(members={"one": chosen}) if is_mixture else chosen)
     with refusal(r"task\.max_new_tokens=13: "):
-        build.check_room(config, loaded, causal("gpt2"))
+        build.check_room(config.task, loaded, causal("gpt2"))
     task.metrics = ("perplexity",)  # of no texts
-    build.check_room(config, loaded, causal("gpt2"))
+    build.check_room(config.task, loaded, causal("gpt2"))
 
 
 @pytest.mark.parametrize(

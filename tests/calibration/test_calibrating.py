@@ -193,9 +193,9 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
     asked = []
     calibrate = few_shot.FewShot.calibrate
 
-    def watched(self, scores, draws, **settings):
-        found = calibrate(self, scores, draws, **settings)
-        asked.append((draws, found, {"scores": scores, "peers": settings["peers"]}))
+    def watched(self, scores, **settings):
+        found = calibrate(self, scores, **settings)
+        asked.append((self.draws, found, {"scores": scores, "peers": settings["peers"]}))
         return found
 
     monkeypatch.setattr(few_shot.FewShot, "calibrate", watched)
@@ -218,7 +218,7 @@ def test_reliability_is_of_two_halves_and_warns_of_chance(place: Place, monkeypa
 def test_sparsities_that_halves_do_not_support_are_warned_of(place: Place, monkeypatch, agreement, warned) -> None:
     said = "there is nothing to correlate" if agreement is None else ""
     found = {"pearson": agreement, "spearman": agreement, "spearman_brown": agreement, "n": 24, "said": said}
-    monkeypatch.setattr(train, "halves_few_shot", lambda *arguments, **settings: found)
+    monkeypatch.setattr(few_shot.FewShot, "halves", lambda *arguments: found)
     _, entry = place.calibrate("calibration.reliability=true", "calibration.max_sparsity=0.05")
     doubts = [each for each in entry["calibration"]["warnings"] if each.startswith(said or "inconsistent: ")]
     assert bool(doubts) == warned

@@ -139,8 +139,8 @@ def test_importance_sees_the_fit_draw_and_never_the_scored_one(digits, measure: 
     model = ten_classes()
 
     def importance_of(rows: Dataset) -> dict:
-        examples = FewShot(model, rows, transform, CalibrationConfig(), ImportanceConfig(measure, **options), HEAD)
-        return examples.importance(TARGETS, draws)
+        chosen = CalibrationConfig(), ImportanceConfig(measure, **options)
+        return FewShot(model, rows, transform, draws, *chosen, HEAD).importance(TARGETS)
 
     own = {key: value.clone() for key, value in model.state_dict().items()}
     scores = importance_of(task.train)
@@ -154,9 +154,8 @@ def test_gradients_flow_from_the_head_that_the_fit_draw_gives(digits) -> None:
     task, transform = digits
     draws = tasks.few_shot_draws(task.train["label"], shots=3, seed=0)
     model = ten_classes()
-    scores = FewShot(model, task.train, transform, CalibrationConfig(), ImportanceConfig("snip"), HEAD).importance(
-        TARGETS, draws
-    )
+    chosen = CalibrationConfig(), ImportanceConfig("snip")
+    scores = FewShot(model, task.train, transform, draws, *chosen, HEAD).importance(TARGETS)
     fit = transform.batches(task.train.select(draws.fit), 30)
     layer = model.get_submodule(HEAD)
     weight, bias = fitted_head(*features(model, HEAD, fit), outputs=10)
@@ -174,8 +173,7 @@ def test_measures_of_the_weights_alone_look_at_no_example(digits) -> None:
     task, transform = digits
     draws = tasks.Draws(fit=np.empty(0, dtype=np.int64), scored=np.empty(0, dtype=np.int64))
     model = ten_classes()
-    found = FewShot(model, task.train, transform, CalibrationConfig(), ImportanceConfig("svd", k=3), HEAD).importance(
-        TARGETS, draws
-    )
+    chosen = CalibrationConfig(), ImportanceConfig("svd", k=3)
+    found = FewShot(model, task.train, transform, draws, *chosen, HEAD).importance(TARGETS)
     rows, _ = importance.svd(model.get_submodule(TARGETS[0]).weight.detach(), k=3)
     assert torch.equal(found[TARGETS[0]][0], rows.cpu())

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
 from recorded_runs import leave, record
+from schemas import marked
 from torch import nn
 
 from partial_lora import PartialLoraConfig
@@ -163,3 +164,4 @@ def test_a_winner_of_peft_trains_anew_and_a_masked_one_leaves_no_file_of_dense_l
             assert [name for name, each in model.named_parameters() if each.requires_grad]
     assert not (taken / "adapter_config.json").exists()
     assert yaml.safe_load((taken / "config.yaml").read_text())["method"]["name"] == "partial"
+    assert marked(taken / "config.yaml") == []

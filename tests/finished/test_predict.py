@@ -514,13 +514,13 @@ def test_a_part_never_holds_what_a_stop_string_will_take_back() -> None:
         assert "".join(parts) == text[: min(ends, default=None)].strip(), (text, stop)
 
 
-def test_the_command_prints_the_text_and_reads_a_prompt_from_standard_input(monkeypatch, capsys) -> None:
+def test_generate_and_chat_print_the_texts_and_read_from_standard_input(monkeypatch, capsys) -> None:
     run, text = str(finished_runs.generation_run().directory), "".join(written(PROMPTS[0]))
     assert cli.main(["generate", run, PROMPTS[0], "--device", "cpu"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPTS[0]))
     assert cli.main(["generate", run, "-", "--device", "cpu"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[0]}\n\n{PROMPTS[0]}\n"))
-    assert cli.main(["generate", run, "--device", "cpu"]) == 0
+    assert cli.main(["chat", run, "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{text}\n" * 4
 
 
@@ -543,6 +543,7 @@ def test_a_turn_of_a_conversation_is_read_with_all_before_it(monkeypatch) -> Non
     [
         (finished_runs.image_run, ["a prompt"], "model=tiny_vit"),
         (finished_runs.generation_run, [" "], "PROMPT"),
+        (finished_runs.generation_run, [], "PROMPT"),
         (finished_runs.generation_run, [HALF], "PROMPT"),
         (finished_runs.generation_run, ["a prompt", "--stop", ""], "--stop"),
         (finished_runs.generation_run, ["a prompt", "--member", "one"], "--member one"),

@@ -31,7 +31,6 @@ from partial_lora.methods.config import MaskConfig
 from partial_lora.methods.controls import permuted, reversed_ranks
 from partial_lora.methods.lora import ranks_within
 from partial_lora.methods.setting import Setting, widest
-from partial_lora.settings import sparsities
 from partial_lora.settings.compose import composed
 from partial_lora.training import cost
 
@@ -395,7 +394,7 @@ def fixed(method: str, *overrides: str) -> tuple[PeftModel, Setting]:
     chosen = composed("model=tiny_vit", f"method={method}", "method.rank=8", "calibration=fixed", *overrides)
     model = load("tiny_vit")
     drawn = setting_of("tiny_vit", model)
-    sparsity = sparsities.fixed_sparsity(chosen, drawn.shapes)
+    sparsity = chosen.sizing.sparsity(drawn.shapes)
     setting = build.setting_of(chosen, drawn.shapes, sparsity, drawn.scores)
     return chosen.method.traits(model, setting), setting
 
@@ -456,7 +455,7 @@ def test_every_calibrated_method_spends_a_budget_without_a_calibration(method: s
 
 def test_uniform_needs_no_calibration_for_a_budget() -> None:
     def calibrated(*overrides: str) -> bool:
-        return sparsities.is_calibrated(composed("model=tiny_vit", *overrides))
+        return composed("model=tiny_vit", *overrides).sizing.is_calibrated
 
     assert not calibrated("method=uniform", "calibration=budget")
     for more in (["calibration=threshold"], ["calibration=budget", "calibration.reliability=true"]):
@@ -464,7 +463,7 @@ def test_uniform_needs_no_calibration_for_a_budget() -> None:
     assert calibrated("method=partial", "calibration=budget")
     one, other = (composed("model=tiny_vit", "method=uniform", f"calibration={each}") for each in ("budget", "fixed"))
     shapes = setting_of("tiny_vit", load("tiny_vit")).shapes
-    assert sparsities.fixed_sparsity(one, shapes) == sparsities.fixed_sparsity(other, shapes)
+    assert one.sizing.sparsity(shapes) == other.sizing.sparsity(shapes)
 
 
 def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_much() -> None:
@@ -477,7 +476,7 @@ def test_uniform_has_the_masks_that_it_has_after_a_calibration_that_spends_as_mu
 def test_what_is_not_calibrated_has_no_use_for_a_share() -> None:
     for method in ("lora", "dense", "full"):
         chosen = composed("model=tiny_vit", f"method={method}", "calibration=fixed")
-        assert sparsities.fixed_sparsity(chosen, {}) is None
+        assert chosen.sizing.sparsity({}) is None
 
 
 def test_info_finds_no_module_saturated_where_each_has_a_rank_of_its_own() -> None:

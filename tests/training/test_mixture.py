@@ -300,13 +300,13 @@ def test_calibration_fits_and_scores_each_member_by_itself(tables) -> None:
     assert list(model.config.id2label.values()) == list(mixed.labels)
     draws = build.draws_of(chosen, mixed.train)
     examples = dataclasses.replace(
-        build.few_shot_of(chosen, mixed, transform, model),
+        build.few_shot_of(chosen, mixed, transform, model, draws),
         config=dataclasses.replace(build.calibration_config(chosen, mixed), levels=0.3, max_sparsity=0.3),
         measure=ImportanceConfig("snip"),
     )
     (module,) = modules = ["bert.encoder.layer.0.output.dense"]
-    scores = examples.importance(modules, draws)
-    found = examples.calibrate(scores, draws)
+    scores = examples.importance(modules)
+    found = examples.calibrate(scores)
     fit, scored = (transform.batches(mixed.train.select(rows), 99) for rows in (draws.fit, draws.scored))
     right, gradients = [], 0.0
     matrix = model.get_submodule(module).weight

@@ -37,8 +37,7 @@ def run_directory(place: Path) -> Path:
 def tracking(place: Path, *names: str) -> Tracking:
     parameters = {"task.name": "digits", "task.metrics": ["accuracy"], "model.weights": f"https://host/?token={SECRET}"}
     parameters |= {f"model.key{number}": number for number in range(150)}  # more than one request takes
-    record = run_directory(place) / results.TRACKERS_FILE
-    return Tracking(names, directory=run_directory(place), record=record, results_dir=place, parameters=parameters)
+    return Tracking(names, run_directory(place), parameters | {"results_dir": str(place)})
 
 
 def in_tensorboard(place: Path) -> dict[str, dict[int, float]]:
