@@ -14,7 +14,7 @@ import partial_lora
 # From the ground up; names in one tuple stand side by side and import none of each other.
 ORDER = (
     ("errors", "worker_events", "bars"),
-    ("credentials", "files", "peers"),
+    ("credentials", "files", "peers", "ranges"),
     ("masks",),
     ("budget",),
     ("adapter", "tasks"),

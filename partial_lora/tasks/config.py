@@ -14,7 +14,10 @@ from partial_lora.ranges import check
 from partial_lora.tasks.kinds import KINDS, kind_of
 from partial_lora.tasks.metrics import FITTING, METRICS
 
-_MODALITIES, _KINDS = (tuple(dict.fromkeys(names)) for names in zip(*KINDS, strict=True))
+
+def _names(place: int) -> tuple[str, ...]:
+    """Return the modalities (0) or the kinds (1) that there are."""
+    return tuple(dict.fromkeys(key[place] for key in KINDS))
 
 
 @dataclass
@@ -38,9 +41,9 @@ class TaskConfig:
     test_split: str = "test"  # name of the test split of the hub data set
     # your files: {train: PATH, test: PATH}, perhaps with validation: PATH, or one PATH for all; null: the hub
     data_files: Annotated[Any, str | dict | None] = None
-    modality: Annotated[str, _MODALITIES] = "image"  # what the model reads: image or text
+    modality: Annotated[str, _names(0)] = "image"  # what the model reads: image or text
     # what it answers: label, a class or a number; choice, one of some options; generation, a text
-    kind: Annotated[str, _KINDS] = "label"
+    kind: Annotated[str, _names(1)] = "label"
     classes: Optional[int] = None  # number of classes, for `info`, which reads no data
     # the column of texts, or the two columns of a pair; []: the only column of texts
     text_columns: list[str] = field(default_factory=list)

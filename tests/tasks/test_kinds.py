@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 
 import pytest
 
-from partial_lora import tasks
+from partial_lora import ranges, tasks
 from partial_lora.building import build, info
 from partial_lora.finished import inputs, predict
 from partial_lora.peers import Alone
@@ -41,6 +41,7 @@ def test_all_that_an_entry_names_is_there(kind: Kind) -> None:
 def test_a_kind_like_another_is_an_entry_and_nothing_else(monkeypatch, tmp_path: Path) -> None:
     odd = dataclasses.replace(KINDS["text", "choice"], name="odd one out", metrics=("accuracy",), score="loss")
     monkeypatch.setitem(KINDS, ("text", "oddity"), odd)
+    monkeypatch.setattr(ranges, "values_of", ranges.values_of.__wrapped__)  # which has read the kinds before
     rows = tmp_path / "rows.jsonl"
     row = {"question": "which?", "options": ["rose", "tulip", "stone"], "answer": "stone"}
     rows.write_text("".join(f"{json.dumps(row)}\n" for _ in range(9)))
