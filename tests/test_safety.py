@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import zipfile
@@ -42,7 +43,9 @@ def scripts(tree: ast.Module) -> Iterator[str]:
     """Programs that a module holds as text, for an interpreter of their own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\nimport " in node.value:
-            yield node.value
+            yield from re.findall(r"```python\n(.*?)```", node.value, re.DOTALL) or [
+                node.value
+            ]  # of a page, its blocks
 
 
 def test_no_call_reads_a_pickle_or_runs_what_it_reads() -> None:
@@ -131,8 +134,9 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
     assert done.stdout.split() == ["None", "NO", "refused"], done.stderr
 
 
-def test_a_library_s_advice_to_fetch_them_is_kept_from_the_terminal_and_nothing_else(caplog) -> None:
+def test_a_library_s_advice_to_fetch_them_is_kept_from_the_terminal_and_nothing_else(caplog, monkeypatch) -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(logger, "disabled", False)  # as a library's logging.config leaves loggers that were there
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
     logger.warning("something new")
     assert [record.getMessage() for record in caplog.records] == ["something new"]

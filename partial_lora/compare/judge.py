@@ -38,6 +38,7 @@ from partial_lora.report.sequential import (
     WORSE,
     Outputs,
     Spread,
+    freedom_of,
     seeds_wanted,
     spread_of_seeds,
     verdict_of,
@@ -195,7 +196,8 @@ class _Look:
             errs = float(self.scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
             return _bound(self.known(name), *(errs + float(side[0]) for side in pairs[0]), self.level, self.margin)
         if seeds > 1:
-            pair, freedom = Spread.of(d, self.moved[0]), self.moved[1]
+            pair = Spread.of(d, self.moved[0])
+            freedom = freedom_of(pair, *self.moved, seeds)
         else:
             pair, freedom = Spread(float(d.mean()), 0.0, float(d.var(ddof=1)) / rows, rows), 1.0
         estimate = pair.estimate(seeds, freedom)

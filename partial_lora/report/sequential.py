@@ -97,7 +97,7 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
                 continue
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
             pair = Spread.of(d, moved)
-            degrees = freedom if pair.of_seed <= moved else min(freedom, seeds - 1)  # a larger variance is its own
+            degrees = freedom_of(pair, moved, freedom, seeds)
             estimate = pair.estimate(seeds, degrees)
             low, high = estimate.interval(1 - level / comparisons)
             verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
@@ -141,6 +141,11 @@ def verdict_of(low: float, high: float, margin: float) -> str:
     if low > 0:
         return WORSE
     return AS_GOOD if high < margin else OPEN
+
+
+def freedom_of(pair: Spread, moved: float, freedom: float, seeds: int) -> float:
+    """Return the degrees of freedom of how far seeds move a pair: those of all methods, or of its own larger variance."""
+    return freedom if pair.of_seed <= moved else min(freedom, seeds - 1)
 
 
 def _ends(pair: Spread, freedom: float, level: float, seeds: int) -> tuple[float, float]:
