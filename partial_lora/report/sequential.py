@@ -3,8 +3,8 @@
 At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
 both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
 what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
-scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, at its own
-degrees of freedom: a method whose seeds are far apart does not borrow the certainty of the others.
+scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, and where this
+is more than chance also its own degrees of freedom: seeds that are far apart do not borrow the certainty of others.
 
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
 margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
@@ -129,6 +129,7 @@ def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> 
 
 _UNDECIDED = Decision(OPEN, "")
 NOTHING = 1e-12  # an error that is none: seeds and rows say nothing of chance
+_MOVES_MORE = 0.1  # chance of a pair's variance being as large, if seeds moved all pairs as far
 _ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
@@ -144,8 +145,11 @@ def verdict_of(low: float, high: float, margin: float) -> str:
 
 
 def freedom_of(pair: Spread, moved: float, freedom: float, seeds: int) -> float:
-    """Return the degrees of freedom of how far seeds move a pair: those of all methods, or of its own larger variance."""
-    return freedom if pair.of_seed <= moved else min(freedom, seeds - 1)
+    """Return the degrees of freedom of what seeds move a pair by: those of all, or its own if it moves more (F test)."""
+    from scipy.special import fdtrc  # scipy.stats takes half a second to import
+
+    chance = fdtrc(seeds - 1, freedom, pair.of_seed / moved) if moved else 1.0
+    return min(freedom, seeds - 1) if chance < _MOVES_MORE else freedom
 
 
 def _ends(pair: Spread, freedom: float, level: float, seeds: int) -> tuple[float, float]:
