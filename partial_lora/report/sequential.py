@@ -3,7 +3,7 @@
 At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
 both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
 what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
-scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, and where this
+scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, and where it
 is more than chance also its own degrees of freedom: seeds that are far apart do not borrow the certainty of others.
 
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
@@ -145,7 +145,7 @@ def verdict_of(low: float, high: float, margin: float) -> str:
 
 
 def freedom_of(pair: Spread, moved: float, freedom: float, seeds: int) -> float:
-    """Return the degrees of freedom of what seeds move a pair by: those of all, or its own if it moves more (F test)."""
+    """Return the degrees of freedom of what seeds move a pair by: all pairs', or its own if it moves more (F test)."""
     from scipy.special import fdtrc  # scipy.stats takes half a second to import
 
     chance = fdtrc(seeds - 1, freedom, pair.of_seed / moved) if moved else 1.0
