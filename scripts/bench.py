@@ -20,7 +20,6 @@ import copy
 import ctypes
 import gc
 import json
-import logging
 import os
 import platform
 import random
@@ -697,7 +696,6 @@ def growth(options: argparse.Namespace) -> dict:
     not of their numbers.
     """
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     found = {}
     for size in (14,) if options.quick else options.modules:
         blocks = [nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in SEVEN}) for _ in range(size // 7)]

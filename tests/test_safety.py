@@ -134,9 +134,8 @@ def test_kernels_of_the_hub_are_not_fetched_even_where_they_could_be(tmp_path: P
     assert done.stdout.split() == ["None", "NO", "refused"], done.stderr
 
 
-def test_a_library_s_advice_to_fetch_them_is_kept_from_the_terminal_and_nothing_else(caplog, monkeypatch) -> None:
+def test_a_library_s_advice_to_fetch_them_is_kept_from_the_terminal_and_nothing_else(caplog) -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    monkeypatch.setattr(logger, "disabled", False)  # as a library's logging.config leaves loggers that were there
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
     logger.warning("something new")
     assert [record.getMessage() for record in caplog.records] == ["something new"]
