@@ -123,9 +123,9 @@ def rates(results: Path, colours: dict[str, str]) -> Figure:
         ink = colours[color]
         axes.plot([low, high], [y, y], color=ink, linewidth=2)
         axes.plot(found.difference, y, marker, color=ink, markersize=8)
-        said = f"{found.difference:+.1f}: {verdict}".replace("-", "−")
+        words_beside = f"{found.difference:+.1f}: {verdict}".replace("-", "−")
         ground = {"facecolor": colours["page"], "edgecolor": "none", "pad": 1}
-        axes.text(found.difference, y - 0.28, said, color=ink, ha="center", fontsize=11, bbox=ground)
+        axes.text(found.difference, y - 0.28, words_beside, color=ink, ha="center", fontsize=11, bbox=ground)
         axes.text(-0.04, y, words, ha="right", va="center", fontsize=12, transform=axes.get_yaxis_transform())
     axes.set(xlim=(-75, 35), ylim=(2.5, -0.7), yticks=[])
     axes.set_xlabel("points of test accuracy less plain LoRA; bars: 95 %, 8 seeds", fontsize=10)

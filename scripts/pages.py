@@ -167,6 +167,17 @@ def on_all_rows(first: str, second: str, task: str = "gtsrb", digits: int = 1) -
     return written((100 * apart.difference, 100 * apart.low, 100 * apart.high), digits)
 
 
+def in_effect(task: str) -> str:
+    """Return the lowest and highest threshold, over seeds, that a calibration to 13 % comes to."""
+    thresholds = [
+        run.record["calibration"]["threshold"]
+        for run in read(RESULTS / "decided")[0]
+        if (run.row["task"], run.row["method"], run.row["operating_point"]) == (task, PARTIAL, BUDGET)
+        and not run.record["config"]["calibration"]["shrink"]
+    ]
+    return f"{min(thresholds):.2f} to {max(thresholds):.2f}"
+
+
 def one_rate() -> list[str]:
     """Return rsLoRA less plain LoRA at each choice of learning rates, as the picture has them."""
     return [written((found.difference, *found.interval()), 1) for found in differences_at_rates(RESULTS).values()]
@@ -285,7 +296,7 @@ def pages() -> dict[Path, str]:
     loader = FileSystemLoader(RESULTS / "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.globals |= {"claim": claim, "less": less, "score": score, "with_digits": with_digits}
-    environment.globals |= {"on_all_rows": on_all_rows, "one_rate": one_rate}
+    environment.globals |= {"on_all_rows": on_all_rows, "one_rate": one_rate, "in_effect": in_effect}
     environment.globals |= {"kept": kept, "share": share, "noisy": noisy, "mixed": mixed}
     environment.globals |= {"cell": cell, "loss": loss, "apart": apart, "responses": responses, "response": response}
     names = [name for name in environment.list_templates() if not name.startswith("_")]

@@ -70,7 +70,7 @@ class _PeftType(str):
 PEFT_TYPE = _PeftType("PARTIAL_LORA")
 COMPACT_FILE = "partial_lora.safetensors"  # what compact.py writes
 Drawn = tuple[Mapping[str, ModuleMasks], Mapping[str, Geometry]]
-"""What a config comes to in a model: {module: masks} and {module: geometry}."""
+"""Masks and geometry that a config gives the modules of a model: {module: masks}, {module: geometry}."""
 
 PASSED = frozenset(
     {

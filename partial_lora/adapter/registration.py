@@ -1,4 +1,4 @@
-"""What this package changes in PEFT when it is imported, and every part of PEFT that it needs for that.
+"""Changes to PEFT that the import of this package makes, and every part of PEFT that they need.
 
 PEFT has no door for a method that it does not list: `register_peft_method` refuses it. So `register` writes into PEFT's
 maps and wraps some of its functions. Each is named in `REACHES`; a PEFT that lacks one is refused by its name.
@@ -51,7 +51,7 @@ REACHES = {
     "utils.other.get_pattern_key": "matches rank_pattern and alpha_pattern",
     "utils.other.AuxiliaryTrainingWrapper": "holds what trains whole",
 }
-"""What the package takes from PEFT without PEFT's promise to keep it, by its name in ``peft``, and what it is for."""
+"""Private parts of PEFT that the package uses, which PEFT does not promise to keep: {name in ``peft``: purpose}."""
 
 
 def check_peft() -> None:

@@ -60,7 +60,7 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Line:
-    """What is judged of a method.
+    """Judgement of a method.
 
     score: its mean, of a perplexity the logarithm. rows: of test, 0 where unknown. difference: its score less that of
     the leader or reference, upward, with the ends of its interval. basis: what the interval is over. seeds_wanted,
@@ -84,7 +84,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is judged of a set: the leader or reference first, then all others, the best first.
+    """Judgement of a set: the leader or reference first, then all others, the best first.
 
     margin: in points. comparisons: for which all intervals together err in 5 %. is_led: the first is the leader.
     """

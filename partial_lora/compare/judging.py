@@ -13,7 +13,7 @@ from partial_lora.settings.arguments import is_file, parsed
 
 @dataclass
 class Judging:
-    """What finished scores are judged by.
+    """Settings by which finished scores are judged.
 
     places: files and folders. margin: points within which a method is as good as another. reference: the method that
     others are compared with; None: the best. rows: test rows behind each score, where a file does not say it. metric:

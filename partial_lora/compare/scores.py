@@ -71,7 +71,7 @@ class Scores:
 
 
 class Found(NamedTuple):
-    """What was read: scores by set, and lines on what was left out."""
+    """Scores that were read, by set, and lines on those that were left out."""
 
     sets: list[Scores]
     left_out: list[str]

@@ -137,7 +137,7 @@ def prospects(candidates: Sequence[Candidate], options: Options) -> list[str]:
         in_time(sum(mean * options.runs_of(methods, seeds) for methods, mean in means) / options.jobs)
         for seeds in looks
     ]
-    between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as looks decide or not"
+    between = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}, as interim analyses decide or not"
     lines = [f"expected: {between}; jobs={options.jobs}, margin={options.margin:g}"]
     methods = max(SURVIVORS if options.is_race(methods) else methods for methods, _ in means)
     metric = next((each.timed["metrics"]["test"]["primary"] for each in candidates if each.timed), None)

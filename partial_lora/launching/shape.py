@@ -35,7 +35,7 @@ _FILE = (int, {"size": int, "sha256": str}, None)
 
 
 class _Trained(TypedDict):
-    """What every record of a finished training has."""
+    """Fields that every record of a finished training has."""
 
     config: Annotated[dict, _SETTINGS]  # the settings, as far as a report reads them
     seed: int
