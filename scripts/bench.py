@@ -4,10 +4,7 @@
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
-    python scripts/bench.py family         # a step of those that keep little beside plain LoRA's, in one process
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
-    python scripts/bench.py growth         # what building, saving and loading cost with more and more modules
-    python scripts/bench.py threads        # a step with one thread or all, by how OpenMP's threads wait
 
 Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md. --page makes the page of a record
 again.
@@ -33,16 +30,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle, product
+from itertools import chain, product
 from pathlib import Path
 from time import process_time
-from typing import Any
 
 import numpy as np
 import torch
 from data_sets import folder
-from model_table import STEPS, of_zeros
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
@@ -50,7 +45,7 @@ from torch import Tensor, nn
 
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
-from partial_lora.adapter.compact import load_compact, write_compact
+from partial_lora.adapter.compact import write_compact
 from partial_lora.building import build
 from partial_lora.errors import require
 from partial_lora.files import write_atomic, write_json
@@ -545,8 +540,6 @@ TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
 METHODS = ("dense", "lora", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
 METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
-FAMILY = ("lora", "dense", "partial", "entries", "lori", "lorafa", "paca")
-FAMILY_JOBS = ("`vit_s14`, 16 images of 56 pixels", "`minilm_l6`, 16 texts of 64 tokens")
 LOOP_TITLES = {
     "bare": "bare loop, PEFT's LoRA",
     "trainer": "transformers' Trainer, PEFT's LoRA",
@@ -560,13 +553,6 @@ LONG_TITLES = {
     "rows_columns": f"rows and columns at {1 - SPARSITY:.0%}, rank 16",
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-WAITING = {
-    "one thread": ONE_THREAD,
-    "all, passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "all, spin 1,000": {"GOMP_SPINCOUNT": "1000"},
-    "all, spin 10,000": {"GOMP_SPINCOUNT": "10000"},
-    "all, as OpenMP has it": {},
-}
 _OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -615,19 +601,12 @@ def starts_page(found: Mapping) -> list[str]:
     ]
 
 
-def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
-    """Start to measure a step of a job, in a process of its own."""
+def apart(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> dict[str, float]:
+    """Measure a step of a job in a process of its own; return what `work` does."""
     variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
     command = [sys.executable, __file__, "worker", loop, str(steps), *job]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
-
-
-def end_of(process: subprocess.Popen) -> dict[str, float]:
-    """Return what a worker has measured: the median seconds of a step, the most memory in bytes, and what it keeps."""
-    out, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(process.args)}: ended with code {process.returncode}")
-    return json.loads(out.splitlines()[-1])
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, list]]:
@@ -635,7 +614,7 @@ def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, tuple
     found = {name: {variant: [] for variant in variants} for name, variants in cells.items()}
     for _, (name, variants) in product(range(options.repeats), cells.items()):
         for variant, (job, loop, environment) in variants.items():
-            found[name][variant].append(end_of(begin(job, loop, options.steps, environment)))
+            found[name][variant].append(apart(job, loop, options.steps, environment))
     return found
 
 
@@ -660,91 +639,14 @@ def methods(options: argparse.Namespace) -> dict:
     return in_turns(options, cells)
 
 
-def family(options: argparse.Namespace) -> dict:
-    """Measure steps of FAMILY in this process on one thread, in an order that is drawn for each repetition."""
-    torch.set_num_threads(1)
-    drawn, found = random.Random(SEED), {}
-    jobs = TINY_JOBS if options.quick else {name: STEPS[name] for name in FAMILY_JOBS}
-    for name, job in jobs.items():
-        cells = {}
-        for method in FAMILY:
-            size = [] if method == "dense" else [f"calibration.budget={SIZE}", "calibration=fixed"]
-            model, batch = of_zeros(composed("trainer.batch_size=16", *size, *job, f"method={method}"))
-            rows = len(next(iter(batch.values())))
-            cells[method] = (model, optimizer_of(model), batch | {"labels": torch.zeros(rows, dtype=torch.long)})
-        found[name] = {method: [] for method in FAMILY}
-        for repetition in range(options.repeats + 1):  # the first makes what lasts
-            for method in drawn.sample(FAMILY, len(FAMILY)):
-                seconds = sum(step(*cells[method]).values())
-                found[name][method] += [{"step": seconds}] if repetition else []
-    return found
-
-
 def long(options: argparse.Namespace) -> dict:
     """Measure a step on one long text on one thread, in each of WAYS."""
     size = "quick" if options.quick else "full"
     return in_turns(options, {way: {each: ([way, size], each, ONE_THREAD) for each in LONG_TITLES} for way in WAYS})
 
 
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def growth(options: argparse.Namespace) -> dict:
-    """Measure what is done once for an adapter, in processor seconds of this process, on one thread.
-
-    The modules have 16 x 16 weights and each its own share, as a calibration gives it: this is the cost of the modules,
-    not of their numbers.
-    """
-    torch.set_num_threads(1)
-    found = {}
-    for size in (14,) if options.quick else options.modules:
-        blocks = [nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in SEVEN}) for _ in range(size // 7)]
-        base = nn.Sequential(*blocks)
-        every = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-        settings = {"r": 4, "lora_alpha": 4, "target_modules": list(SEVEN)}
-        shares = dict(zip(every, cycle((0.5, 0.75, 0.87)), strict=False))
-        configs = {"lora": LoraConfig(**settings), "ours": PartialLoraConfig(**settings, sparsity=shares)}
-        found[len(every)] = {name: [] for name in configs}
-        for _, (name, config) in product(range(options.repeats), configs.items()):
-            with tempfile.TemporaryDirectory() as place:
-                found[len(every)][name].append(_life(base, config, place, compact=name == "ours"))
-    return found
-
-
-def _life(base: nn.Module, config: LoraConfig, place: str, *, compact: bool) -> dict[str, float]:
-    """Build, save and load an adapter; return the processor seconds of each."""
-    seconds = {}
-
-    def timed(name: str, action: Callable) -> Any:
-        gc.collect()
-        began = process_time()
-        done = action()
-        seconds[name] = process_time() - began
-        return done
-
-    bases = [copy.deepcopy(base) for _ in range(3)]
-    model = timed("get_peft_model", lambda: get_peft_model(bases[0], copy.deepcopy(config)))
-    timed("save_pretrained", lambda: model.save_pretrained(place))
-    timed("from_pretrained", lambda: PeftModel.from_pretrained(bases[1], place, is_trainable=True))
-    if compact:
-        timed("write_compact", lambda: write_compact(model, place))
-        timed("load_compact", lambda: load_compact(bases[2], place))
-    return seconds
-
-
-def threads(options: argparse.Namespace) -> dict:
-    """Measure a step of PEFT's LoRA by every way to wait, of a run alone and of two side by side."""
-    jobs = jobs_of(options)
-    found = {name: {way: {"alone": [], "two": []} for way in WAITING} for name in jobs}
-    for _, (name, job), (way, environment) in product(range(options.repeats), jobs.items(), WAITING.items()):
-        found[name][way]["alone"].append(end_of(begin(job, "bare", options.steps, environment)))
-        both = [begin(job, "bare", options.steps, environment) for _ in range(2)]
-        found[name][way]["two"].append({"step": statistics.mean(end_of(each)["step"] for each in both)})
-    return found
-
-
 def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
-    """Train for some steps in this process and return what `end_of` does."""
+    """Train for some steps in this process; return a step's median seconds, the peak in bytes, what is kept."""
     if job[0] in WAYS:
         return _on_a_long_text(loop, steps, *job)
     config = composed(*settings_of(job, loop, steps))
@@ -868,17 +770,6 @@ def methods_page(found: Mapping) -> list[str]:
     return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
 
 
-def family_page(found: Mapping) -> list[str]:
-    rows = []
-    for job, each in found.items():
-        for method, runs in each.items():
-            pairs = zip(runs, each["lora"], strict=True)
-            low, middle, high = np.percentile([own["step"] / other["step"] for own, other in pairs], (25, 50, 75))
-            rows.append([job, method, f"{median(runs, 'step'):.3f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
-    heads = ["model, batch", "method", "processor seconds a step", "of lora's in the same turn [quartiles]"]
-    return [f"## A step of what keeps little, at {SIZE} of dense LoRA's parameters, one process", table(heads, rows)]
-
-
 def long_page(found: Mapping) -> list[str]:
     rows = []
     for way, each in found.items():
@@ -894,30 +785,6 @@ def long_page(found: Mapping) -> list[str]:
     return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(heads, rows)]
 
 
-BESIDE = {"write_compact": "save_pretrained", "load_compact": "from_pretrained"}  # what it is compared with
-
-
-def growth_page(found: Mapping) -> list[str]:
-    rows = []
-    for size, each in found.items():
-        for action in each["ours"][0]:
-            ours, lora = median(each["ours"], action), median(each["lora"], BESIDE.get(action, action))
-            rows.append([f"{int(size):,}", action, f"{lora:.2f}", f"{ours:.2f}", f"{ours / lora:.2f}"])
-    heads = ["modules", "", "plain LoRA, processor seconds", "ours", "of plain LoRA's"]
-    note = "write_compact is compared with save_pretrained of plain LoRA, load_compact with from_pretrained."
-    return ["## What is done once, by the number of modules (16 x 16)", table(heads, rows), note]
-
-
-def threads_page(found: Mapping) -> list[str]:
-    rows = [
-        [job, way, *(f"{median(each[how], 'step'):.3f}" for how in ("alone", "two"))]
-        for job, ways in found.items()
-        for way, each in ways.items()
-    ]
-    heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
-    return ["## Threads and how they wait", table(heads, rows)]
-
-
 def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
@@ -930,10 +797,7 @@ OF_RUNS = {
     "starts": (starts, starts_page),
     "steps": (steps, steps_page),
     "methods": (methods, methods_page),
-    "family": (family, family_page),
     "long": (long, long_page),
-    "growth": (growth, growth_page),
-    "threads": (threads, threads_page),
 }
 
 
@@ -964,7 +828,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
-    parser.add_argument("--modules", nargs="+", type=int, default=[500, 2000, 8000, 20000], help="of growth")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")

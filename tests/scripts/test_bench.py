@@ -196,25 +196,6 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
     assert 0 < checkpointed["saved"] < plain["saved"] / 2
 
 
-def test_what_is_done_once_is_measured_for_both_adapters(tmp_path) -> None:
-    bench.main(["growth", "--quick", "--repeats", "1", "--out", str(tmp_path)])
-    ((size, found),) = json.loads((tmp_path / "runs.json").read_text())["growth"]["found"].items()
-    assert size == "14"
-    assert found["ours"][0].keys() == found["lora"][0].keys() | bench.BESIDE.keys()
-
-
-def test_methods_that_keep_little_take_turns_with_plain_lora(tmp_path, monkeypatch) -> None:
-    order, step = [], bench.step
-    monkeypatch.setattr(bench, "step", lambda model, *given: order.append(id(model)) or step(model, *given))
-    bench.main(["family", "--quick", "--repeats", "2", "--out", str(tmp_path)])
-    ((_, found),) = json.loads((tmp_path / "runs.json").read_text())["family"]["found"].items()
-    assert list(found) == list(bench.FAMILY)
-    assert {len(turns) for turns in found.values()} == {2}
-    turns = [set(order[start : start + len(found)]) for start in range(0, len(order), len(found))]
-    assert [len(turn) for turn in turns] == 3 * [len(found)]  # every method once, and one turn to warm up
-    assert "| lora |" in (tmp_path / "runs.md").read_text()
-
-
 def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:
     with pytest.raises(SystemExit):
         bench.main(["steps", "--quick"])
