@@ -2,7 +2,6 @@
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
     python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
-    python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
 
@@ -46,12 +45,10 @@ from torch import Tensor, nn
 from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig, module_masks
 from partial_lora.adapter.compact import write_compact
-from partial_lora.building import build
 from partial_lora.errors import require
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
-from partial_lora.models.targets import target_linears
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
@@ -90,9 +87,9 @@ def where(of: Mapping, loads: Sequence[float]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def markdown(rows: Sequence[Mapping]) -> str:
-    """Rows {column: text} as a Markdown table."""
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+def table(rows: Sequence[Mapping | Sequence[str]], heads: Sequence[str] | str = "keys") -> str:
+    """Rows of texts as a Markdown table: by column, or below these heads."""
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 # --- Adapter: a training step of every variant on two models, and the bytes that it holds.
@@ -458,7 +455,7 @@ def adapter_page(result: Mapping) -> str:
 
 def _table(cells: Sequence[Mapping], columns: Callable[[Mapping, Mapping, Mapping], Mapping]) -> str:
     """One row for each rank and variant, with the columns made of (cell, variant, its ratios)."""
-    return markdown(
+    return table(
         [
             {"rank": cell["rank"], "variant": NAMES[name], **columns(cell, variant, cell["ratios"][name])}
             for cell in cells
@@ -532,28 +529,18 @@ COMMANDS = {
 JOBS = {
     "vit_s14, digits": ("model=vit_s14", "task=digits"),
     "minilm_l6, trec": ("model=minilm_l6", "task=trec"),
-    "smollm2_135m, arc_easy": (
-        *("model=smollm2_135m", "task=arc_easy", "model.target_modules=[q_proj,v_proj]", "trainer.batch_size=4"),
-    ),
 }
-TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
 METHODS = ("dense", "lora", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
 METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
-LOOP_TITLES = {
-    "bare": "bare loop, PEFT's LoRA",
-    "trainer": "transformers' Trainer, PEFT's LoRA",
-    "dense": "partial-lora train method=dense",
-    "partial": "partial-lora train method=partial",
-}
 WAYS = ("plain", "gradient checkpointing", "torch.compile")
 LONG_TITLES = {
     "dense": "LoRA, rank 16",
     "lora": "LoRA, rank 2",
     "rows_columns": f"rows and columns at {1 - SPARSITY:.0%}, rank 16",
 }
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# OpenMP's, and what keeps a script from importing what lies beside it.
+_LEFT_OUT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONSAFEPATH")
 
 
 def timed(command: Sequence[str], **more) -> dict[str, float]:
@@ -595,131 +582,57 @@ def starts_page(found: Mapping) -> list[str]:
     commands = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
     return [
         f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run",
-        table(["", "seconds", "of these in training"], rows),
+        table(rows, ["", "seconds", "of these in training"]),
         "## Commands that train nothing",
-        table(["", "seconds", "processor seconds"], commands),
+        table(commands, ["", "seconds", "processor seconds"]),
     ]
 
 
-def apart(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> dict[str, float]:
-    """Measure a step of a job in a process of its own; return what `work` does."""
-    variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
-    command = [sys.executable, __file__, "worker", loop, str(steps), *job]
-    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, list]]:
-    """Return what each variant of each job came to, by repetition; cells: job, loop and environment of each."""
+def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, list]]) -> dict[str, dict[str, list]]:
+    """Return what `work` measures of each variant of each job, by repetition, each in a process of one thread."""
+    variables = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT} | {"OMP_NUM_THREADS": "1"}
     found = {name: {variant: [] for variant in variants} for name, variants in cells.items()}
     for _, (name, variants) in product(range(options.repeats), cells.items()):
-        for variant, (job, loop, environment) in variants.items():
-            found[name][variant].append(apart(job, loop, options.steps, environment))
+        for variant, job in variants.items():
+            command = [sys.executable, __file__, "worker", variant, str(options.steps), *job]
+            done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+            found[name][variant].append(json.loads(done.stdout.splitlines()[-1]))
     return found
 
 
-def jobs_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
-
-
-def steps(options: argparse.Namespace) -> dict:
-    """Measure every job in every loop."""
-    jobs = jobs_of(options).items()
-    return in_turns(options, {name: {loop: (job, loop, {}) for loop in LOOP_TITLES} for name, job in jobs})
-
-
 def methods(options: argparse.Namespace) -> dict:
-    """Measure a step of every method on one thread, each with as many parameters."""
+    """Measure a step of every method, each with as many parameters."""
     size = [f"calibration.budget={SIZE}"]
     sized = {method: [] if method == "dense" else size for method in METHODS}
-    cells = {
-        name: {method: ([*job, *own], method, ONE_THREAD) for method, own in sized.items()}
-        for name, job in jobs_of(options).items()
-    }
-    return in_turns(options, cells)
+    return in_turns(options, {name: {each: [*job, *own] for each, own in sized.items()} for name, job in JOBS.items()})
 
 
 def long(options: argparse.Namespace) -> dict:
-    """Measure a step on one long text on one thread, in each of WAYS."""
+    """Measure a step on one long text, in each of WAYS."""
     size = "quick" if options.quick else "full"
-    return in_turns(options, {way: {each: ([way, size], each, ONE_THREAD) for each in LONG_TITLES} for way in WAYS})
+    return in_turns(options, {way: {each: [way, size] for each in LONG_TITLES} for way in WAYS})
 
 
-def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+def work(variant: str, steps: int, job: Sequence[str]) -> dict[str, float]:
     """Train for some steps in this process; return a step's median seconds, the peak in bytes, what is kept."""
-    if job[0] in WAYS:
-        return _on_a_long_text(loop, steps, *job)
-    config = composed(*settings_of(job, loop, steps))
-    with tempfile.TemporaryDirectory() as place:
-        return (_in_a_loop if loop in ("bare", "trainer") else _in_a_run)(config, loop, Path(place))
+    return _on_a_long_text(variant, steps, *job) if job[0] in WAYS else _in_a_run(variant, steps, job)
 
 
-def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
-    """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
-    method = "dense" if loop in ("bare", "trainer") else loop
+def _in_a_run(method: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+    """Train a method on a job; one share everywhere takes no calibration."""
+    from partial_lora.train import run
+
     usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
     usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
     usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
-    return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]
-
-
-def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
-    from partial_lora.train import run
-
+    config = composed(*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"]))
     record = directory.new(as_plain(config))
-    run(config, place, record, "train")
+    with tempfile.TemporaryDirectory() as place:
+        run(config, Path(place), record, "train")
     cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
     kept = {"saved": "saved_activation_bytes", "optimizer": "optimizer_bytes", "file": "adapter_bytes"}
     weighed = {name: cost[key] for name, key in kept.items()} | {"peak": record["peak_memory_bytes"]}
     return {"step": cost["step_seconds"], "parameters": trained} | weighed
-
-
-def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
-    from torch.utils.data import DataLoader
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    from partial_lora.training.distributed import join
-
-    task = build.task_of(config)
-    transform = build.transform_of(config.model, config.task, task)
-    judge = build.judge_of(config, task, transform, join("cpu"))
-    set_seed(0)
-    model = build.model_of(config.model, task.labels, task.class_names)
-    targets = list(target_linears(model, **config.model.trained_modules))
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets))
-    if config.model.head:
-        model.get_base_model().get_submodule(config.model.head).requires_grad_(True)
-    rows, limit, times = judge.train(), config.trainer.max_steps, []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *words, **more):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *words, **more):
-            times.append(time.perf_counter() - self.began)
-
-    if loop == "trainer":
-        usual = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-        usual |= {"remove_unused_columns": False, "per_device_train_batch_size": config.trainer.batch_size}
-        arguments = TrainingArguments(output_dir=str(place), max_steps=limit, learning_rate=1e-3, **usual)
-        more = {"data_collator": transform.collate, "compute_loss_func": judge.loss, "callbacks": [Clock()]}
-        Trainer(model=model, args=arguments, train_dataset=rows, **more).train()
-    else:
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-        batches = DataLoader(rows, config.trainer.batch_size, shuffle=True, collate_fn=transform.collate)
-        model.train()
-        while len(times) < limit:
-            for batch in batches:
-                began = time.perf_counter()
-                labels = batch.pop("labels")
-                judge.loss(model(**batch), labels).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                times.append(time.perf_counter() - began)
-                if len(times) == limit:
-                    break
-    return {"step": statistics.median(times[2:] or times), "peak": _peak()}
 
 
 def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
@@ -746,17 +659,6 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def steps_page(found: Mapping) -> list[str]:
-    rows = []
-    for job, loops in found.items():
-        bare = median(loops["bare"], "step")
-        for loop, each in loops.items():
-            seconds, peak = median(each, "step"), f"{median(each, 'peak') / 2**20:,.0f}"
-            rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
-    heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
-    return ["## A step beside a bare loop's", table(heads, rows)]
-
-
 def methods_page(found: Mapping) -> list[str]:
     rows = []
     for job, each in found.items():
@@ -767,7 +669,7 @@ def methods_page(found: Mapping) -> list[str]:
             rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
     kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
     heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of lora's", *kept]
-    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(rows, heads)]
 
 
 def long_page(found: Mapping) -> list[str]:
@@ -782,23 +684,14 @@ def long_page(found: Mapping) -> list[str]:
             rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
     heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
     heads += ["kept for the backward pass, MB", "peak memory, MB"]
-    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(heads, rows)]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(rows, heads)]
 
 
 def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows))
-
-
-OF_RUNS = {
-    "starts": (starts, starts_page),
-    "steps": (steps, steps_page),
-    "methods": (methods, methods_page),
-    "long": (long, long_page),
-}
+OF_RUNS = {"starts": (starts, starts_page), "methods": (methods, methods_page), "long": (long, long_page)}
 
 
 def runs_page(record: Mapping) -> str:
@@ -813,22 +706,20 @@ def runs_page(record: Mapping) -> str:
 # --- The command.
 
 PAGES = {"adapter": adapter_page, "runs": runs_page}  # by the name of the files
-WHOLE = {"adapter": (adapter, 28)}  # and usual repetitions
 
 
 @cli.script
 def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["worker"]:
-        _, loop, count, *job = words
-        print(json.dumps(work(loop, int(count), job)))
+        _, variant, count, *job = words
+        print(json.dumps(work(variant, int(count), job)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
+    parser.add_argument("what", choices=["adapter", *OF_RUNS])
     parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
     parser.add_argument("--page", action="store_true", help="make the page of the record that is there")
@@ -836,18 +727,17 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.quick and options.out == OUT:
         parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     what, options.command = options.what, shlex.join(["python", "scripts/bench.py", *words])
-    name = what if what in WHOLE else "runs"
-    measure, usual = WHOLE[what] if what in WHOLE else (OF_RUNS[what][0], 5)
-    options.repeats = options.repeats or usual
+    name = "runs" if what in OF_RUNS else what
+    options.repeats = options.repeats or (5 if what in OF_RUNS else 28)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     require(bool(record) or not options.page, "--page", file, "a record, which the same command without --page makes")
-    if not options.page and what in WHOLE:
-        record = measure(options)
-    elif not options.page:
+    if not options.page and what in OF_RUNS:
         made = {"command": options.command, "repeats": options.repeats, "cpus": os.cpu_count()}
-        record[what] = {"made": made, "found": measure(options)}
+        record[what] = {"made": made, "found": OF_RUNS[what][0](options)}
+    elif not options.page:
+        record = adapter(options)
     write_json(file, record)
     write_atomic(options.out / f"{name}.md", f"{PAGES[name](record).rstrip()}\n")
     print(f"wrote {options.out / name}.md")
