@@ -1,7 +1,6 @@
 """Benchmarks behind `make bench`: steps and bytes of adapters, whole runs.
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
-    python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
 
@@ -518,14 +517,6 @@ def _method(result: Mapping) -> str:
 # --- Whole runs, each in a process of its own.
 
 RANK, LOW_RANK = 16, 2  # of an adapter on a long text
-RUNS = 24  # of a sweep
-SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=dense", "trainer.max_steps=8")
-COMMAND = [sys.executable, "-m", "partial_lora"]
-COMMANDS = {
-    "`import peft`": [sys.executable, "-c", "import peft"],
-    "`import partial_lora.adapter`": [sys.executable, "-c", "import partial_lora.adapter"],
-    "`partial-lora info model=vit_s14`": [*COMMAND, "info", "model=vit_s14"],
-}
 JOBS = {
     "vit_s14, digits": ("model=vit_s14", "task=digits"),
     "minilm_l6, trec": ("model=minilm_l6", "task=trec"),
@@ -541,51 +532,6 @@ LONG_TITLES = {
 }
 # OpenMP's, and what keeps a script from importing what lies beside it.
 _LEFT_OUT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONSAFEPATH")
-
-
-def timed(command: Sequence[str], **more) -> dict[str, float]:
-    """Run a command; return its seconds, and those of processors that it and its children took."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - began, "processor_seconds": spent}
-
-
-def starts(options: argparse.Namespace) -> dict:
-    """Measure sweeps of short runs by either start, and what commands that train nothing take."""
-    seeds = f"seed={','.join(map(str, range(RUNS)))}"
-    sweeps: dict[str, list] = {"fresh": [], "fork": []}
-    commands: dict[str, list] = {name: [] for name in COMMANDS}
-    for _ in range(options.repeats):
-        for start, measured in sweeps.items():
-            with tempfile.TemporaryDirectory() as place:
-                command = [*COMMAND, "train", "-m", *SHORT, seeds, f"trainer.start={start}"]
-                whole = timed(command, cwd=place)
-                files = Path(place).glob("results/runs/*/*/*/*/result.json")
-                records = [json.loads(path.read_text()) for path in files]
-            assert [record["status"] for record in records] == ["finished"] * RUNS
-            # Not its processors' seconds: a forked worker is nobody's child once the process that forked it has ended.
-            trained = sum(record["seconds"]["train"] for record in records)
-            measured.append({"seconds": whole["seconds"], "of_training": trained})
-        for name, measured in commands.items():
-            measured.append(timed(COMMANDS[name]))
-    return {"runs": RUNS, "sweeps": sweeps, "commands": commands}
-
-
-def starts_page(found: Mapping) -> list[str]:
-    runs, rows = found["runs"], []
-    for start, each in found["sweeps"].items():
-        of_run = [f"{median(each, key) / runs:.2f}" for key in ("seconds", "of_training")]
-        rows.append([f"trainer.start={start}", *of_run])
-    spent = ("seconds", "processor_seconds")
-    commands = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
-    return [
-        f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run",
-        table(rows, ["", "seconds", "of these in training"]),
-        "## Commands that train nothing",
-        table(commands, ["", "seconds", "processor seconds"]),
-    ]
 
 
 def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, list]]) -> dict[str, dict[str, list]]:
@@ -691,7 +637,7 @@ def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
 
-OF_RUNS = {"starts": (starts, starts_page), "methods": (methods, methods_page), "long": (long, long_page)}
+OF_RUNS = {"methods": (methods, methods_page), "long": (long, long_page)}
 
 
 def runs_page(record: Mapping) -> str:
