@@ -6,8 +6,8 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Each
-part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one the table is made again.
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Of a
+finished analysis the table is made again. A stopped one finds its calibrations in the cache, but for those of cost.
 """
 
 from __future__ import annotations
@@ -463,31 +463,22 @@ def analyse(what: str, settings: dict, command: str) -> int:
                 f"calibration.{key}: an analysis calibrates itself, on draws that differ; leave it out"
             )
     folder = folder_of(settings, what)
-    path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
+    path = folder / "analysis.json"
     print(f"analyse {what} {folder}")
     with directory.locked(folder), logged(folder / "analysis.log"):
         if settings["overwrite"] or not path.is_file():
-            origin = directory.new(settings)
-            analysis = {"what": what, "status": "running", "command": command, "device": None, "parts": {}}
-            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")}
-        else:
-            analysis = files.read_json(path)
-            same = asked(analysis["config"]) == asked(settings)
-            require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
-        parts = ANALYSES[what].parts(settings)
-        if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
-            print("finished before, not run again (overwrite=true runs it again)")
-        else:
-            for position, (name, part) in enumerate(parts.items(), start=1):
-                done, began = name in analysis["parts"], time.perf_counter()
-                if not done:
-                    analysis["device"] = subject().device
-                    analysis["parts"][name] = part(subject())
-                    files.write_json(path, analysis)
-                seconds = "done before" if done else f"{time.perf_counter() - began:,.1f} s"
-                print(f"{position}/{len(parts)} {name}: {seconds}", flush=True)
-            analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
-            files.write_json(path, analysis)
+            analysis = directory.new(settings)
+            analysis = {key: analysis[key] for key in ("config", "versions", "git_commit", "started")}
+            subject, parts = Subject(settings), {}
+            for name, part in ANALYSES[what].parts(settings).items():
+                began = time.perf_counter()
+                parts[name] = part(subject)
+                print(f"{name}: {time.perf_counter() - began:,.1f} s", flush=True)
+            analysis |= {"what": what, "command": command, "device": subject.device, "parts": parts}
+            files.write_json(path, analysis | {"summary": ANALYSES[what].summary(settings, parts)})
+        analysis = files.read_json(path)
+        same = asked(analysis["config"]) == asked(settings)
+        require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
         files.write_atomic(folder / "table.md", markdown(analysis))
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0

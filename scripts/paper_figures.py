@@ -429,8 +429,7 @@ def fig5(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     agreed = [
         {"task": task, "model": model, "sparsities": sparsities} | {name: line[name] for name in compared}
         for (task, model), file in files.items()
-        if (content := read_json(file))["status"] == "finished"
-        for sparsities, lines in content["summary"].items()
+        for sparsities, lines in read_json(file)["summary"].items()
         for line in lines
     ]
     own = protocol.usual(runs)

@@ -248,7 +248,7 @@ def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None
     assert folder == analyses.folder_of(chosen, what)
     assert {entry.name for entry in folder.iterdir()} - {".lock"} == FILES
     assert all((folder / name).stat().st_size for name in FILES - {"analysis.log"})
-    assert (analysis["status"], analysis["what"], analysis["config"]) == ("finished", what, chosen)
+    assert (analysis["what"], analysis["config"]) == (what, chosen)
     assert list(analysis["parts"]) == list(analyses.ANALYSES[what].parts(chosen))
     assert analysis["summary"] == json.loads(json.dumps(analyses.ANALYSES[what].summary(chosen, analysis["parts"])))
     assert (folder / "table.md").read_text(encoding="utf-8") == analyses.markdown(analysis)
@@ -264,29 +264,6 @@ def test_a_finished_analysis_is_not_done_again_but_its_table_is_made(done, monke
     monkeypatch.setattr(analyses, "Subject", None)  # whoever loads the model fails
     assert analyses.main([what, *TINY, *FEW[what], f"results_dir={folder.parents[3]}"]) == 0
     assert {name: (folder / name).read_bytes() for name in FILES} == before
-
-
-def test_a_stopped_analysis_goes_on_with_the_next_part(tmp_path: Path, capsys) -> None:
-    words = ["stability", *TINY, *FEW["stability"], "--noise=[0.0]", f"results_dir={tmp_path}"]
-    own, calls = analyses.Subject.calibrate, []
-
-    def calibrated(*arguments: object, **named: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return own(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyses.Subject, "calibrate", calibrated)
-        assert analyses.main(words) == 130
-    path = next(tmp_path.rglob("analysis.json"))
-    before = json.loads(path.read_text())
-    assert (before["status"], len(before["parts"])) == ("running", 2)
-    assert analyses.main(words) == 0
-    assert capsys.readouterr().out.count("done before") == 2
-    after = json.loads(path.read_text())
-    assert (after["status"], len(after["parts"])) == ("finished", 4)
-    assert {name: after["parts"][name] for name in before["parts"]} == before["parts"]
 
 
 def test_an_analysis_with_other_settings_is_refused_and_done_again_where_that_is_said(finished, tmp_path: Path) -> None:
