@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 from partial_lora import cli
 from partial_lora.building import build
+from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.finished.evaluate import evaluate_run
 from partial_lora.finished.run import finished_run
-from partial_lora.peers import Alone
 from partial_lora.report import ranking, records
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config

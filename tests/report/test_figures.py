@@ -13,7 +13,7 @@ from PIL import Image
 from recorded_runs import place, record
 
 from partial_lora.launching.directory import PICTURE, PREDICTIONS
-from partial_lora.report import drawing, figures, folders, records
+from partial_lora.report import drawing, figures, records, seed_groups
 from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
 
@@ -243,8 +243,8 @@ def runs(tmp_path):
 
 
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
-    frame = folders.table(runs)
-    table = folders.group(frame)
+    frame = seed_groups.table(runs)
+    table = seed_groups.group(frame)
     of_digits = table[table["task"] == "digits"]
     (digits,) = figures.pareto(of_digits).figure.axes
     assert digits.get_title(loc="left") == "digits, vit"
