@@ -281,6 +281,17 @@ def test_intervals_are_those_that_were_judged_beside_the_strip_of_what_is_as_goo
     assert figures.intervals([figures.Intervals("digits", "points", 1.0, pd.DataFrame())]) is None
 
 
+@pytest.mark.parametrize(("far", "text"), [(-20.0, "◂ -20"), (20.0, "+20 ▸")])
+def test_a_difference_far_from_all_others_is_a_number_and_presses_none_together(far, text):
+    near = {"lora": -1.0, "targeted": 1.5, "uniform": 0.5}
+    assert not intervals(**near).texts
+    axes = intervals(probe=far, **near)
+    assert [(each.get_text(), each.get_position()[1]) for each in axes.texts] == [(text, 0)]
+    left, right = axes.get_xlim()
+    assert -5 < left < -2
+    assert 2.5 < right < 5
+
+
 # Files
 
 

@@ -6,6 +6,7 @@ import io
 import math
 from pathlib import Path
 
+import pytest
 from recorded_runs import place, record
 from rich.console import Console
 
@@ -41,7 +42,7 @@ def cells(text, start):
 def test_a_run_in_a_few_lines():
     text = of_run()
     assert [part for part in ("98.61 %", "700 of 1,000", "3,850", "threshold 0.9") if part not in text] == []
-    assert "threshold" not in of_run("probe")
+    assert [part for part in ("threshold", "calibrate –") if part in of_run("probe")] == ["calibrate –"]
     assert "poorly suited" in of_run(calibration={"warnings": ["poorly suited model"]})
     usual = {"usual": ["2 modules never fail"]}
     assert ("2 modules" in of_run(calibration=usual), "2 modules" in of_calibration(calibration=usual)) == (False, True)
@@ -115,6 +116,23 @@ def test_long_names_and_warnings_fit_100_columns_and_lose_nothing():
     words = " ".join(line.split("│")[-2].strip() for line in text.splitlines() if line.startswith("│"))
     assert warning.strip() in words
     assert "no reduction" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({}, ("0.9", "0.125", "0.675", "0.8000", "0.1000", "1,234", "0.75", "0.60")),
+        ({"threshold": 0.41237, "budget": 0.13, "cached": True}, ("0.4124", "0.13", "reused")),
+        ({"repaired": {"joint_before": 0.2345, "steps": 7, "threshold": 0.9}}, ("0.2345", "7")),
+        (
+            {"threshold": None, "joint": None, "reliability": {"spearman_brown": None, "said": "all are 0"}},
+            ("all are 0",),
+        ),
+    ],
+)
+def test_a_calibration_is_told_by_its_numbers(changes, numbers):
+    text = of_calibration(width=200, calibration=changes)
+    assert [number for number in numbers if number not in text] == []
 
 
 def test_a_calibration_ends_with_the_learning_rate_of_its_density():
