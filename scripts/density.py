@@ -7,8 +7,7 @@ Does a step move the outputs as far at every density? The fitted head is frozen,
 one learning rate at uniform densities. Measured is the root mean square change of the logits of held-out training rows
 after 1, 10 and 75 steps. A form that knows its density has a slope of 0 of log change against log density: the rate
 that suits dense LoRA suits it at every size (Yang and Hu 2022, arXiv 2203.03466; for sparse layers Dey et al. 2024,
-arXiv 2405.15743). Rows are added to results/density/coordinates.csv form by form, so that a check that was stopped goes
-on.
+arXiv 2405.15743). The rows are written to results/density/coordinates.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice, repeat
+from itertools import chain, islice, product, repeat
 from pathlib import Path
 
 from partial_lora.launching.cluster import openmp
@@ -38,7 +37,6 @@ from partial_lora import cli
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.building import build
 from partial_lora.calibration import few_shot
-from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.masks import AS_PEFT
 from partial_lora.report.drawing import save
@@ -63,7 +61,6 @@ MASKS: dict[str, dict] = {
     "frozen A": {"columns": "frozen", "row_exponent": 0},
     "frozen A, scaled by p^-1": {"columns": "frozen"},
 }
-FIELDS = ["task", "model", "form", "density", "seed", "learning_rate", "step", "change"]
 
 
 def batches_of(subject: Subject, rows: np.ndarray, size: int) -> Iterator[Mapping[str, Tensor]]:
@@ -83,31 +80,21 @@ def held_out(subject: Subject, seed: int) -> Mapping[str, Tensor]:
     return batch
 
 
-def measure(subject: Subject, path: Path, seeds: Sequence[int]) -> None:
-    """Add a row for every form, density, seed and number of steps that the file does not have.
-
-    Raises PartialLoraError where the file is of another task, model or learning rate: one slope over both would mean
-    nothing.
-    """
-    one = {"task": subject.config.task.name, "model": subject.config.model.name, "learning_rate": LEARNING_RATE}
-    known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=FIELDS)
-    for column, value in one.items():
-        if set(known[column]) - {value}:
-            raise PartialLoraError(f"{path}: {column} is {known[column][0]} there, not {value}: move it away")
-    done = set(known[["form", "density", "seed"]].itertuples(index=False, name=None))
+def measure(subject: Subject, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return a row for every form, density, seed and number of steps."""
+    one = {"task": subject.config.task.name, "model": subject.config.model.name}
+    rows = []
     for seed in seeds:
         fit = batches_of(subject, subject.draws(seed=seed).fit, 8)
         with few_shot.few_shot_head(subject.model, build.new_head_of(subject.config.model), fit):
-            for density in DENSITIES:
-                for form, settings in MASKS.items():
-                    if (form, density, seed) in done or (density == 1 and form != next(iter(MASKS))):
-                        continue  # at density 1 all of them are plain LoRA, but for a frozen A
-                    changes = changes_of_outputs(subject, settings, density, seed)
-                    cell = one | {"form": form, "density": density, "seed": seed}
-                    rows = [cell | {"step": step, "change": change} for step, change in changes.items()]
-                    known = pd.concat([known, pd.DataFrame(rows, columns=FIELDS)], ignore_index=True)
-                    write_atomic(path, known.to_csv(index=False))
-                    print(f"{form}, density {density}, seed {seed}: {changes}", flush=True)
+            for density, (form, settings) in product(DENSITIES, MASKS.items()):
+                if density == 1 and form != next(iter(MASKS)):
+                    continue  # at density 1 all of them are plain LoRA, but for a frozen A
+                cell = one | {"form": form, "density": density, "seed": seed, "learning_rate": LEARNING_RATE}
+                changes = changes_of_outputs(subject, settings, density, seed)
+                rows += [cell | {"step": step, "change": change} for step, change in changes.items()]
+                print(f"{form}, density {density}, seed {seed}: {changes}", flush=True)
+    return pd.DataFrame(rows)
 
 
 def changes_of_outputs(subject: Subject, settings: Mapping, density: float, seed: int) -> dict[int, float]:
@@ -195,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(config: Config) -> int:
         OUT.mkdir(parents=True, exist_ok=True)
-        measure(Subject(versions.plain(config)), path, range(options.seeds))
+        measured = measure(Subject(versions.plain(config)), range(options.seeds))
+        write_atomic(path, measured.to_csv(index=False))
         return 0
 
     code = 0 if options.draw else compose.compose("density", ["trainer.device=cpu", *overrides], work)
