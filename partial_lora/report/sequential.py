@@ -89,15 +89,14 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
                 apart = _mean(outputs[leader], 1) - _mean(outputs[name], 1)
                 decisions[name] = Decision(OPEN, leader, apart, math.nan, math.nan, 1)
             break
-        moved, freedom = spread_of_seeds({name: counted[name] for name in alive})
-        if freedom < _ENOUGH:  # what is decided tells of seeds, too
-            moved, freedom = spread_of_seeds(counted)
+        pooled = Seeds.of({name: counted[name] for name in alive})
+        if pooled.freedom < _ENOUGH:  # what is decided tells of seeds, too
+            pooled = Seeds.of(counted)
         for name in alive:
             if name == leader:
                 continue
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
-            pair = Spread.of(d, moved)
-            degrees = freedom_of(pair, moved, freedom, seeds)
+            pair, degrees = pooled.pair(d)
             estimate = pair.estimate(seeds, degrees)
             low, high = estimate.interval(1 - level / comparisons)
             verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
@@ -144,14 +143,6 @@ def verdict_of(low: float, high: float, margin: float) -> str:
     return AS_GOOD if high < margin else OPEN
 
 
-def freedom_of(pair: Spread, moved: float, freedom: float, seeds: int) -> float:
-    """Return the degrees of freedom of what seeds move a pair by: all pairs', or its own if it moves more (F test)."""
-    from scipy.special import fdtrc  # scipy.stats takes half a second to import
-
-    chance = fdtrc(seeds - 1, freedom, pair.of_seed / moved) if moved else 1.0
-    return min(freedom, seeds - 1) if chance < _MOVES_MORE else freedom
-
-
 def _ends(pair: Spread, freedom: float, level: float, seeds: int) -> tuple[float, float]:
     """Return the ends of the interval that so many seeds would have. freedom: degrees of it a seed beyond the first."""
     return pair.estimate(seeds, freedom * (seeds - 1)).interval(level)
@@ -171,24 +162,45 @@ def seeds_wanted(pair: Spread, freedom: float, level: float, margin: float) -> i
     return next((n for n in counts if verdict_of(*_ends(pair, freedom, level, n), margin) != OPEN), None)
 
 
-def spread_of_seeds(outputs: Outputs) -> tuple[float, float]:
-    """Return by how much seeds move a difference of two methods (a variance), and its degrees of freedom.
+@dataclass(frozen=True)
+class Seeds:
+    """By how much seeds move a difference of two methods: a variance, of all methods together, and its freedom."""
 
-    It is twice the mean square that effects of methods and of seeds leave of the scores, over all runs.
-    """
-    seeds = sorted({seed for by_seed in outputs.values() for seed in by_seed})
-    cells = [
-        (row, seeds.index(seed), by_seed[seed].mean())
-        for row, by_seed in enumerate(outputs.values())
-        for seed in by_seed
-    ]
-    effects = np.zeros((len(cells), len(outputs) + len(seeds)))
-    for place, (row, column, _) in enumerate(cells):
-        effects[place, [row, len(outputs) + column]] = 1
-    scores = np.array([score for *_, score in cells])
-    freedom = len(cells) - np.linalg.matrix_rank(effects)
-    left = scores - effects @ np.linalg.lstsq(effects, scores, rcond=None)[0]
-    return float(2 * left @ left / freedom), float(freedom)
+    moved: float
+    freedom: float
+
+    @classmethod
+    def of(cls, outputs: Outputs) -> Seeds:
+        """Return twice the mean square that effects of methods and of seeds leave of the scores, over all runs."""
+        seeds = sorted({seed for by_seed in outputs.values() for seed in by_seed})
+        cells = [
+            (row, seeds.index(seed), by_seed[seed].mean())
+            for row, by_seed in enumerate(outputs.values())
+            for seed in by_seed
+        ]
+        effects = np.zeros((len(cells), len(outputs) + len(seeds)))
+        for place, (row, column, _) in enumerate(cells):
+            effects[place, [row, len(outputs) + column]] = 1
+        scores = np.array([score for *_, score in cells])
+        freedom = len(cells) - np.linalg.matrix_rank(effects)
+        left = scores - effects @ np.linalg.lstsq(effects, scores, rcond=None)[0]
+        return cls(float(2 * left @ left / freedom), float(freedom))
+
+    def pair(self, d: np.ndarray) -> tuple[Spread, float]:
+        """Return what moves a difference d (seeds, rows), and the degrees of freedom of the part of seeds.
+
+        They are all pairs' or, if this one moves more than chance has it (F test), its own.
+        """
+        from scipy.special import fdtrc  # scipy.stats takes half a second to import
+
+        spread, own = Spread.of(d, self.moved), len(d) - 1
+        chance = fdtrc(own, self.freedom, spread.of_seed / self.moved) if self.moved else 1.0
+        return spread, min(self.freedom, own) if chance < _MOVES_MORE else self.freedom
+
+    def estimate(self, d: np.ndarray) -> Estimate:
+        """Return the mean of a difference d (seeds, rows), with its error."""
+        spread, freedom = self.pair(d)
+        return spread.estimate(len(d), freedom)
 
 
 @dataclass(frozen=True)

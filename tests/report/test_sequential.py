@@ -74,9 +74,10 @@ def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -
     table = np.random.default_rng(0).normal(size=(3, 5))
     outputs = {str(row): {seed: np.array([value]) for seed, value in enumerate(own)} for row, own in enumerate(table)}
     left = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
-    assert sequential.spread_of_seeds(outputs) == pytest.approx((2 * (left**2).sum() / 8, 8))
+    found = sequential.Seeds.of(outputs)
+    assert (found.moved, found.freedom) == pytest.approx((2 * (left**2).sum() / 8, 8))
     del outputs["2"][4]
-    assert sequential.spread_of_seeds(outputs)[1] == 7
+    assert sequential.Seeds.of(outputs).freedom == 7
 
 
 def test_equal_methods_are_told_apart_in_few_studies() -> None:
