@@ -29,7 +29,7 @@ from partial_lora.compare.halving import FINALISTS, HALF, SURVIVORS, Asked, Sear
 from partial_lora.compare.options import FULL, QUICK, Options
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped, is_locked
-from partial_lora.launching import directory, pool
+from partial_lora.launching import directory, packs, pool
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.packs import recorded
 from partial_lora.report import certificate, ranking, records, tables
@@ -344,8 +344,10 @@ class Comparison:
         _, numbers = ranking.write(runs, out, "compare", reference, limit)
         verdicts, lines = [], []
         for title, group in self.groups.items():
-            at_best = {one.name: one.best_places() for one in group}
-            forgotten = changes_of(at_best, [other.name for other in self.others.get(title, ())])
+            sets = {other.name for other in self.others.get(title, ())}
+            at_best = {one.name: one.best_places().items() for one in group}
+            known = {name: {seed: packs.forgetting(at, sets) for seed, at in runs} for name, runs in at_best.items()}
+            forgotten = changes_of(known)
             found, sentences = verdict.judged(group, self.options, forgotten)
             best = next(one for one in group if one.name == found.leader)
             folder, named = out / take.FOLDER, ""

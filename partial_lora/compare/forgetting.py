@@ -1,9 +1,8 @@
 """The measuring of what language models forget: finished runs on test rows of other tasks, before and after training.
 
 After is the run's model, before the untouched one, loaded anew: what an adapter leaves in a model that it is switched
-off in does not enter. Both are judged as the objective judges: the loss of the answers' tokens, each given those before
-it, as in training (`objectives.loss_of_tokens`); of questions with options the share that the model answers.
-RUN/forgetting.json has what each row adds, so that nothing is measured twice.
+off in does not enter. Both have the loss of training (`objectives.loss_of_tokens`), a mean over the tokens of responses
+or right options, each given those before it. RUN/forgetting.json has what each row adds, so nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from partial_lora.building import build
@@ -24,25 +24,24 @@ from partial_lora.finished.run import finished_run
 from partial_lora.finished.task import task_named
 from partial_lora.launching import packs
 from partial_lora.launching.directory import RESULT
-from partial_lora.peers import Alone
-from partial_lora.report.statistics import per_example
+from partial_lora.report.forgetting import LOSS
 from partial_lora.settings.identity import run_id
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
+from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
+from partial_lora.training.predictions import log_likelihoods
 
 ROWS = 200  # at most, of each set
-_MEASURES = {"text": ("loss", ["perplexity"]), "option": ("accuracy_norm", ["accuracy_norm"])}  # no text is generated
 
 
 @dataclass(frozen=True)
 class Other:
-    """Another set. metric: what is measured on it; id: of its rows and how they are read; task: its settings."""
+    """Another set. id: of its rows and how they are read; task: its settings."""
 
     name: str
-    metric: str
     id: str
     task: TaskConfig
 
@@ -61,12 +60,11 @@ class Other:
             task = replace(task_named("text_generation", None), name=Path(named).stem, data_files=files)
         else:
             task = task_named(named, config.data_dir)
-        answers = kind_of(task).answers
-        require(answers in _MEASURES, "forgets", named, "a task of texts or of questions with options")
-        metric, metrics = _MEASURES[answers]
-        task = replace(task, metrics=metrics, test_samples=ROWS)
-        _judge(config, task).test()  # reads and tokenises them
-        return cls(task.name, metric, run_id({"task": plain(task)}), task)
+        expected = "a task of responses or of questions with options"
+        require(not kind_of(task).has_head, "forgets", named, expected)
+        task = replace(task, test_samples=ROWS)
+        _rows(config, task)  # reads and tokenises them
+        return cls(task.name, run_id({"task": plain(task)}), task)
 
 
 def measure(places: Sequence[Path], others: Sequence[Other]) -> list[str]:
@@ -90,35 +88,38 @@ def measure(places: Sequence[Path], others: Sequence[Other]) -> list[str]:
             device = "auto" if run.config.trainer.device == "cuda" else run.config.trainer.device
             unknown = [one for one in missing if one.id not in before]
             untouched = RunModel(run, device, adapted=False) if unknown else None
-            before |= {one.id: scores(untouched, run.config, one) for one in unknown}
+            before |= {one.id: losses(untouched, run.config, one) for one in unknown}
             del untouched
             trained = RunModel(run, device)
-            after = {one.id: scores(trained, run.config, one) for one in missing}
+            after = {one.id: losses(trained, run.config, one) for one in missing}
         except PartialLoraError as error:
             failed.append(f"forgetting was not measured: {error}")
             continue
         for one in missing:
-            entry = {"id": one.id, "metric": one.metric, "before": before[one.id], "after": after[one.id]}
+            entry = {"id": one.id, "metric": LOSS, "before": before[one.id], "after": after[one.id]}
             known = known | {one.name: entry}
         write_json(place / packs.FORGETTING, {"version": packs.OF_FORGETTING, "sets": known})
     return failed
 
 
-def scores(model: RunModel, config: Config, other: Other) -> list[float]:
-    """Return what each row of a set adds to the metric of a model, the mean."""
-    judge = _judge(config, other.task)
+def losses(model: RunModel, config: Config, other: Other) -> list[float]:
+    """Return what each row of a set adds to a model's loss, the mean."""
+    rows, transform = _rows(config, other.task)
 
     @objectives.grouped
-    def predict(rows):
-        batches = DataLoader(rows, batch_size=config.trainer.eval_batch_size, collate_fn=judge.transform.collate)
-        return logits_of(model, batches, judge.reduce, lambda done, total: None)
+    def predict(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        batches = DataLoader(rows, batch_size=config.trainer.eval_batch_size, collate_fn=transform.collate)
+        return logits_of(model, batches, log_likelihoods, lambda done, total: None)
 
-    rows = per_example(judge.judged(predict, model.model, "test").predictions, other.metric)
-    if not np.isfinite(rows).all():
-        raise PartialLoraError(f"{other.metric} on {other.name} is not finite")
-    return np.round(rows, 9).tolist()
+    likelihoods, tokens = predict(rows)[0].T
+    added = -likelihoods / tokens.mean()
+    if not np.isfinite(added).all():
+        raise PartialLoraError(f"the loss on {other.name} is not finite")
+    return added.round(9).tolist()
 
 
-def _judge(config: Config, task: TaskConfig) -> objectives.Judge:
-    config = replace(config, task=task)
-    return build.judge_of(config, build.task_of(config), build.transform_of(config.model, task), Alone())
+def _rows(config: Config, task: TaskConfig) -> tuple[Dataset, Transform]:
+    """Return the test rows of another task as a run's model is trained on rows, and what makes batches of them."""
+    transform = build.transform_of(config.model, task)
+    test = build.task_of(replace(config, task=task)).test
+    return transform.to_judge(test, cache_bytes=task.cache_bytes), transform

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,10 +175,10 @@ def dynamics(place: Path) -> dict | None:
     return _measured(place, DYNAMICS, OF_DYNAMICS, {"metrics", "cka"})
 
 
-def forgetting(place: Path) -> dict[str, dict]:
-    """Return what a run has changed on other sets, by set; nothing where that was not measured."""
-    content = _measured(place, FORGETTING, OF_FORGETTING, {"sets"})
-    return content["sets"] if content else {}
+def forgetting(place: Path, sets: Collection[str] | None = None) -> dict[str, dict]:
+    """Return what was measured of a run on other sets, by set: on those of these names, or on all."""
+    content = _measured(place, FORGETTING, OF_FORGETTING, {"sets"}) or {"sets": {}}
+    return {name: found for name, found in content["sets"].items() if sets is None or name in sets}
 
 
 def _measured(place: Path, name: str, version: int, keys: set[str]) -> dict | None:

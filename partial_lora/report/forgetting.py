@@ -7,17 +7,15 @@ all methods. The leader was chosen by other scores; all comparisons with it, of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
-from partial_lora.launching import packs
 from partial_lora.report.sequential import NOTHING, OPEN, Outputs, Seeds
 from partial_lora.report.statistics import LEVEL, estimate
 
-LOSS = "loss"
+LOSS = "loss"  # what is measured today; records may have a share, of which more is better
 LESS, MORE = "forgets less", "forgets more"
 
 
@@ -50,25 +48,23 @@ class Change:
     less_high: float = 0.0
 
 
-def changes_of(runs: Mapping[str, Mapping[int, Path]], sets: Collection[str] | None = None) -> dict[str, Changes]:
-    """Return what the runs of methods, by seed, have changed on sets; a method counts with the seeds it is known of.
+def changes_of(runs: Mapping[str, Mapping[int, Mapping[str, Mapping]]]) -> dict[str, Changes]:
+    """Return by set what the runs of methods have changed; a method counts with the seeds that were measured.
 
-    Runs whose rows were not kept count by their means, and then all do. sets: None for all that were measured.
+    runs: what is recorded of each (`packs.forgetting`), by method and seed. Means count where rows are not known.
     """
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     metrics, before = {}, {}
     for method, seeds in runs.items():
-        for seed, place in seeds.items():
-            for name, measured in packs.forgetting(place).items():
-                if sets is not None and name not in sets:
-                    continue
+        for seed, recorded in seeds.items():
+            for name, measured in recorded.items():
                 rows = [np.asarray(measured[when], float) for when in ("before", "after")]
                 metrics[name], before[name] = measured["metric"], float(rows[0].mean())
                 found.setdefault(name, {}).setdefault(method, {})[seed] = rows[1] - rows[0]
-    return {name: Changes(metrics[name], before[name], of_the_same_rows(methods)) for name, methods in found.items()}
+    return {name: Changes(metrics[name], before[name], _of_the_same_rows(methods)) for name, methods in found.items()}
 
 
-def of_the_same_rows(outputs: Outputs) -> Outputs:
+def _of_the_same_rows(outputs: Outputs) -> Outputs:
     """Return outputs as they are where all have as many rows, else their means."""
     counts = {len(values) for seeds in outputs.values() for values in seeds.values()}
     if len(counts) == 1:

@@ -18,6 +18,7 @@ from rich.console import Group
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.masks import AS_PEFT, MASKED
 from partial_lora.methods import called
 from partial_lora.report import page, summary, tables
@@ -94,7 +95,7 @@ def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFr
         [
             run.row
             | {"size": size_in(run.record), "form": form_of(run.record["config"])}
-            | {"run": run, "outcome": Outcome.of(run.row, stored)}
+            | {"run": run, "outcome": Outcome.of(run.row, stored), "forgotten": packs.forgetting(run.directory)}
             for run in runs
         ]
     )
@@ -198,9 +199,8 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 def _changes(cell: pd.DataFrame) -> dict[str, float]:
     """Return by how much a cell's runs change the score of the untouched model on other sets, and half the interval."""
-    runs = {"": dict(zip(cell["seed"], (run.directory for run in cell["run"]), strict=True))}
     columns = {}
-    for name, changes in changes_of(runs).items():
+    for name, changes in changes_of({"": dict(zip(cell["seed"], cell["forgotten"], strict=True))}).items():
         apart = estimate(np.stack(list(changes.by_row[""].values())))
         low, high = apart.interval()
         columns[title := f"{name}{CHANGE}{changes.metric}"] = apart.difference

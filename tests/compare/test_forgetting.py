@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import finished_runs
 import pytest
@@ -20,6 +19,7 @@ from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import packs
 from partial_lora.report.forgetting import changes_of
 from partial_lora.settings.compose import composed
+from partial_lora.training.objectives import loss_of_tokens
 
 
 def pissa_run() -> FinishedRun:
@@ -41,33 +41,33 @@ def test_it_is_transformers_own_loss_of_the_trained_and_of_the_untouched_model(m
     other = Other.of(other_file(), run.config)
     assert forgetting.measure([run.directory], [other]) == []
     found = read_json(run.directory / packs.FORGETTING)["sets"]["other"]
-    judge = forgetting._judge(run.config, other.task)
+    rows, transform = forgetting._rows(run.config, other.task)
     base = build.model_of(run.config.model, ()).eval()
     for when in ("before", "after"):
         model = base if when == "before" else PeftModel.from_pretrained(base, str(run.adapter)).eval()
         losses, tokens = [], []
-        for row in judge.test():
-            batch = judge.transform.collate([row])
+        for row in rows:
+            batch = transform.collate([row])
             with torch.inference_mode():
                 output = model(**batch)  # transformers shifts the labels
-                assert judge.loss(output, batch["labels"]).item() == pytest.approx(output.loss.item(), rel=1e-5)
+                assert loss_of_tokens(output, batch["labels"]).item() == pytest.approx(output.loss.item(), rel=1e-5)
             losses.append(output.loss.item())
             tokens.append((batch["labels"][:, 1:] != -100).sum().item())
         each = [loss * count * len(tokens) / sum(tokens) for loss, count in zip(losses, tokens, strict=True)]
         assert found[when] == pytest.approx(each, rel=1e-5)
-    (changes,) = changes_of({"own": {0: run.directory}}).values()
+    (changes,) = changes_of({"own": {0: packs.forgetting(run.directory)}}).values()
     assert changes.by_row["own"][0].mean() == pytest.approx(sum(found["after"]) / 7 - sum(found["before"]) / 7)
     assert abs(changes.by_row["own"][0].mean()) > 1e-4
     monkeypatch.setattr(forgetting, "RunModel", pytest.fail)
     assert forgetting.measure([run.directory], [other]) == []  # nothing is measured twice
 
 
-def test_of_questions_it_is_the_share_of_right_answers_and_what_cannot_be_measured_is_named(tmp_path) -> None:
+def test_of_questions_it_is_the_loss_of_right_options_and_what_cannot_be_measured_is_named(tmp_path) -> None:
     run = finished_runs.choice_run()
-    other = Other("questions", "accuracy_norm", "id", replace(run.config.task, metrics=["accuracy_norm"]))
+    other = Other("questions", "id", run.config.task)
     assert forgetting.measure([run.directory], [other]) == []
     after = packs.forgetting(run.directory)["questions"]["after"]
-    assert sum(after) / len(after) == pytest.approx(run.result["metrics"]["test"]["accuracy_norm"])
+    assert sum(after) / len(after) == pytest.approx(run.result["metrics"]["test"]["loss"], rel=1e-5)
     (line,) = forgetting.measure([tmp_path / "gone"], [other])
     assert str(tmp_path / "gone") in line
 

@@ -11,7 +11,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.files import read_json, write_json
 from partial_lora.report import certificate
-from partial_lora.report.forgetting import LESS, Changes
+from partial_lora.report.forgetting import LESS, MORE, Changes
 from partial_lora.report.sequential import decide
 
 CHANCES = {"a": 0.9, "b": 0.88, "c": 0.5}
@@ -83,9 +83,9 @@ def test_a_verdict_that_its_scores_do_not_give_is_found_whoever_sealed_it(take):
     worse = next(name for name, decision in decisions.items() if decision["verdict"] == "worse")
     piqa = content["forgetting"]["piqa"]
     methods = piqa["methods"]
-    assert methods["b"]["verdict"] == LESS
+    (told,) = (name for name, change in methods.items() if change["verdict"] in (LESS, MORE))
     for changes in (
-        {"forgetting": {"piqa": piqa | {"methods": methods | {"b": methods["b"] | {"less": 0.3}}}}},
+        {"forgetting": {"piqa": piqa | {"methods": methods | {told: methods[told] | {"less": 0.3}}}}},
         {"decisions": decisions | {worse: decisions[worse] | {"difference": 0.1}}},
         {"decisions": decisions | {worse: decisions[worse] | {"verdict": "as good"}}},
         {"leader": worse},
