@@ -386,8 +386,8 @@ def compare(arguments: Sequence[str]) -> int:
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
         "(lora, else the first); forgets=FILE or TASK, or several in brackets: of a language model, its loss on other "
         "rows before and after training, too; results_dir=results/compare; all other keys are those of train. "
-        "experiment=race stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
-        "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
+        "experiment=race stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: "
+        "margin=1; reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
         "lower=true: less is better; results_dir=verdict",
     )
     _add_where(parser)

@@ -104,7 +104,7 @@ def found_wrong(file: Path) -> list[str]:
                 lines.append(f"{name}: its scores give another decision: {apart}")
         said = content["forgetting"]
         changes = {name: Changes(one["metric"], one["before"], every[name]) for name, one in said.items()}
-        derived = forgetting.as_record(changes, content["leader"])
+        derived = forgetting.as_record(changes, outcome.leader)
         wrong = [name for name in said if not _alike(flatten(derived[name]), flatten(said[name]))]
         lines += [f"{name}: its scores give another forgetting" for name in wrong]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

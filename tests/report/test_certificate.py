@@ -46,7 +46,7 @@ def take(tmp_path):
 
 def rewrite(take, **changes) -> None:
     """Change what a certificate says, its digest, too, as who knows how it is made would."""
-    content = {key: value for key, value in read_json(take / "verdict.json").items() if key != "digest"} | changes
+    content = {key: value for key, value in (read_json(take / "verdict.json") | changes).items() if key != "digest"}
     write_json(take / "verdict.json", content | {"digest": certificate._digest(content)})
 
 
@@ -90,7 +90,7 @@ def test_a_verdict_that_its_scores_do_not_give_is_found_whoever_sealed_it(take):
         {"decisions": decisions | {worse: decisions[worse] | {"verdict": "as good"}}},
         {"leader": worse},
     ):
-        rewrite(take, **{"decisions": decisions, "leader": content["leader"]} | changes)
+        rewrite(take, **content | changes)
         assert len(certificate.found_wrong(take / "verdict.json")) == 1, changes
 
 
