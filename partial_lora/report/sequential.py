@@ -14,6 +14,7 @@ the leader is chosen by the same scores. `make referee` simulates how often such
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,9 +60,28 @@ class Decisions:
     next_seeds: Mapping[str, int]
 
 
-def spent(look: int) -> float:
-    """Return the significance that a look, the first of them 0, may spend."""
-    return (1 - LEVEL) * ((look + 1) ** 2 - look**2) / len(LOOKS) ** 2
+@functools.cache
+def levels_of(looks: Sequence[int], error: float) -> tuple[float, ...]:
+    """Return the significance at which each look may judge a difference, so that all looks together err by `error`.
+
+    What is seen before is a part of what is seen now: standardised differences of n and m > n seeds correlate by
+    sqrt(n / m). So a look spends its part only on what earlier looks have not found, and may judge at more than it
+    (Armitage, McPherson and Rowe 1969, whose integral is taken over 64 nodes between the bounds of each look).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    levels, at, mass, before = [], np.zeros(1), np.ones(1), 0  # of what no look has found: z and its probability
+    for look, seeds in enumerate(looks, start=1):
+        spent = error * (look**2 - (look - 1) ** 2) / len(looks) ** 2
+        centre, spread = math.sqrt(before / seeds) * at, math.sqrt(1 - before / seeds)
+        bound = brentq(lambda z: 2 * mass @ ndtr((centre - z) / spread) - spent, 0, 40)  # noqa: B023
+        levels.append(float(2 * ndtr(-bound)))
+        z = bound * nodes
+        density = np.exp(-(((z[:, None] - centre) / spread) ** 2) / 2) / math.sqrt(2 * math.pi) / spread
+        at, mass, before = z, bound * weights * (density @ mass), seeds
+    return tuple(levels)
 
 
 def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Decisions:
@@ -70,8 +90,7 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
     margin: in units of the score. looks: numbers of seeds; a single one is an ordinary comparison at 5 %.
     """
     decisions: dict[str, Decision] = {}
-    levels = [spent(look) for look in range(len(looks))] if len(looks) > 1 else [1 - LEVEL]
-    comparisons = max(1, math.comb(len(outputs), 2))
+    levels = levels_of(tuple(looks), (1 - LEVEL) / max(1, math.comb(len(outputs), 2)))
     given_up: set[str] = set()
     leader = max(outputs, key=lambda name: _mean(outputs[name], 1))
     for seeds, level in zip(looks, levels, strict=True):
@@ -98,11 +117,11 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
             pair, degrees = pooled.pair(d)
             estimate = pair.estimate(seeds, degrees)
-            low, high = estimate.interval(1 - level / comparisons)
+            low, high = estimate.interval(1 - level)
             verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
             at = Decision(verdict, leader, estimate.difference, low, high, seeds)
             if verdict == OPEN:
-                of_seed, last = degrees / (seeds - 1), 1 - levels[-1] / comparisons
+                of_seed, last = degrees / (seeds - 1), 1 - levels[-1]
                 at = replace(at, wants=seeds_wanted(pair, of_seed, last, margin))
                 alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
                 hoped = _ends(alone, of_seed, last, looks[-1])
@@ -121,14 +140,15 @@ _SEED, _ROW_OF_SEED, _ROW = 0.011, 0.27, 0.055
 def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> float:
     """Return the least gap that a look would call one, as seeds and test rows move shares in the records."""
     freedom = (methods - 1) * (seeds - 1)
-    level = spent(looks.index(seeds)) if len(looks) > 1 else 1 - LEVEL
+    level = levels_of(tuple(looks), (1 - LEVEL) / math.comb(methods, 2))[looks.index(seeds)]
     usual = Spread(0.0, _SEED**2 + _ROW_OF_SEED**2 / rows, _ROW**2 / rows, rows)
-    return usual.estimate(seeds, freedom).interval(1 - level / math.comb(methods, 2))[1]
+    return usual.estimate(seeds, freedom).interval(1 - level)[1]
 
 
 _UNDECIDED = Decision(OPEN, "")
 NOTHING = 1e-12  # an error that is none: seeds and rows say nothing of chance
 _MOVES_MORE = 0.1  # chance of a pair's variance being as large, if seeds moved all pairs as far
+_PAIRS = 3  # of whose seeds a pooled variance counts, at most: methods do not all move as far
 _ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
@@ -195,7 +215,7 @@ class Seeds:
 
         spread, own = Spread.of(d, self.moved), len(d) - 1
         chance = fdtrc(own, self.freedom, spread.of_seed / self.moved) if self.moved else 1.0
-        return spread, min(self.freedom, own) if chance < _MOVES_MORE else self.freedom
+        return spread, min(self.freedom, own if chance < _MOVES_MORE else _PAIRS * own)
 
     def estimate(self, d: np.ndarray) -> Estimate:
         """Return the mean of a difference d (seeds, rows), with its error."""
