@@ -194,7 +194,7 @@ class _Look:
             errs = float(self.scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
             return _bound(self.known(name), *(errs + float(side[0]) for side in pairs[0]), self.level, self.margin)
         if seeds > 1:
-            pair, freedom = self.moved.pair(d)
+            pair, freedom = self.moved.pair(Spread.of(d), seeds)
         else:
             pair, freedom = Spread(float(d.mean()), 0.0, float(d.var(ddof=1)) / rows, rows), 1.0
         estimate = pair.estimate(seeds, freedom)

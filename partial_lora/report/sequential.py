@@ -115,7 +115,8 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
             if name == leader:
                 continue
             d = np.stack([counted[leader][seed] - counted[name][seed] for seed in range(seeds)])
-            pair, degrees = pooled.pair(d)
+            alone = Spread.of(d)
+            pair, degrees = pooled.pair(alone, seeds)
             estimate = pair.estimate(seeds, degrees)
             low, high = estimate.interval(1 - level)
             verdict = verdict_of(low, high, margin) if estimate.error > NOTHING else OPEN
@@ -123,7 +124,7 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
             if verdict == OPEN:
                 of_seed, last = degrees / (seeds - 1), 1 - levels[-1]
                 at = replace(at, wants=seeds_wanted(pair, of_seed, last, margin))
-                alone = Spread.of(d, 0.0)  # another method may be what seeds move so far
+                # By its own spread alone: another method may be what seeds move so far.
                 hoped = _ends(alone, of_seed, last, looks[-1])
                 if seeds == looks[-1] or not _may_decide(hoped, estimate.error, margin):
                     given_up.add(name)
@@ -139,7 +140,7 @@ _SEED, _ROW_OF_SEED, _ROW = 0.011, 0.27, 0.055
 
 def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> float:
     """Return the least gap that a look would call one, as seeds and test rows move shares in the records."""
-    freedom = (methods - 1) * (seeds - 1)
+    freedom = min(methods - 1, _PAIRS) * (seeds - 1)
     level = levels_of(tuple(looks), (1 - LEVEL) / math.comb(methods, 2))[looks.index(seeds)]
     usual = Spread(0.0, _SEED**2 + _ROW_OF_SEED**2 / rows, _ROW**2 / rows, rows)
     return usual.estimate(seeds, freedom).interval(1 - level)[1]
@@ -178,8 +179,16 @@ def seeds_wanted(pair: Spread, freedom: float, level: float, margin: float) -> i
 
     freedom: degrees of it a seed beyond the first.
     """
-    counts = range(2, MOST + 1)
-    return next((n for n in counts if verdict_of(*_ends(pair, freedom, level, n), margin) != OPEN), None)
+    from scipy.special import stdtrit
+
+    seeds = np.arange(2, MOST + 1)
+    parts = [(pair.of_seed / seeds, freedom * (seeds - 1)), (pair.of_rows, max(1, pair.rows - 1))]
+    variance = sum(part for part, _ in parts)
+    squares = sum(part**2 / degrees for part, degrees in parts)
+    with np.errstate(invalid="ignore"):  # where nothing moves it
+        half = np.sqrt(variance) * stdtrit(variance**2 / squares, (1 + level) / 2)
+    decides = (pair.difference > half) | (pair.difference + half < margin)
+    return int(seeds[decides.argmax()]) if decides.any() else None
 
 
 @dataclass(frozen=True)
@@ -206,20 +215,20 @@ class Seeds:
         left = scores - effects @ np.linalg.lstsq(effects, scores, rcond=None)[0]
         return cls(float(2 * left @ left / freedom), float(freedom))
 
-    def pair(self, d: np.ndarray) -> tuple[Spread, float]:
-        """Return what moves a difference d (seeds, rows), and the degrees of freedom of the part of seeds.
+    def pair(self, alone: Spread, seeds: int) -> tuple[Spread, float]:
+        """Return what moves a difference that has `alone` over so many seeds, and the degrees of freedom of seeds.
 
-        They are all pairs' or, if this one moves more than chance has it (F test), its own.
+        These are of all pairs, at most of three; or its own, if it moves by more than chance has it (F test).
         """
         from scipy.special import fdtrc  # scipy.stats takes half a second to import
 
-        spread, own = Spread.of(d, self.moved), len(d) - 1
+        spread, own = replace(alone, of_seed=max(self.moved, alone.of_seed)), seeds - 1
         chance = fdtrc(own, self.freedom, spread.of_seed / self.moved) if self.moved else 1.0
         return spread, min(self.freedom, own if chance < _MOVES_MORE else _PAIRS * own)
 
     def estimate(self, d: np.ndarray) -> Estimate:
         """Return the mean of a difference d (seeds, rows), with its error."""
-        spread, freedom = self.pair(d)
+        spread, freedom = self.pair(Spread.of(d), len(d))
         return spread.estimate(len(d), freedom)
 
 
@@ -233,14 +242,13 @@ class Spread:
     rows: int
 
     @classmethod
-    def of(cls, d: np.ndarray, moved: float) -> Spread:
-        """Return that of d (seeds, rows); moved: by seeds, of all methods together."""
+    def of(cls, d: np.ndarray) -> Spread:
+        """Return that of d (seeds, rows)."""
         of_means = float(d.mean(axis=1).var(ddof=1))
         if d.shape[1] == 1:
-            return cls(float(d.mean()), max(moved, of_means), 0.0, 1)
+            return cls(float(d.mean()), of_means, 0.0, 1)
         _, by_row, left = mean_squares(d)
-        least = left / d.shape[1]
-        return cls(float(d.mean()), max(moved, least, of_means), max(0.0, by_row - left) / d.size, d.shape[1])
+        return cls(float(d.mean()), max(left / d.shape[1], of_means), max(0.0, by_row - left) / d.size, d.shape[1])
 
     def estimate(self, seeds: int, freedom: float) -> Estimate:
         """Return the difference over so many seeds, with Satterthwaite's degrees of freedom."""

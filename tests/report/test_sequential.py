@@ -82,7 +82,7 @@ def test_one_method_that_spreads_lends_its_seeds_to_no_other() -> None:
     outputs = study(dict.fromkeys("abcdefghijkl", 0.5), seeds=3, rows=1)
     pooled = sequential.Seeds.of(outputs)
     apart = np.stack([outputs["a"][seed] - outputs["b"][seed] for seed in range(3)])
-    assert [pooled.pair(times * apart)[1] for times in (1, 100)] == [6, 2]
+    assert [pooled.pair(sequential.Spread.of(times * apart), 3)[1] for times in (1, 100)] == [6, 2]
 
 
 def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -> None:
