@@ -43,9 +43,9 @@ from partial_lora import budget, cli, files, models, tasks
 from partial_lora.building import build
 from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.level_search import SEARCHES, sparsity_levels
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import SEARCHES, sparsity_levels
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask

@@ -57,7 +57,7 @@ from protocol import (
 )
 
 from partial_lora import cli
-from partial_lora.calibration.search import threshold_of
+from partial_lora.calibration.level_search import threshold_of
 from partial_lora.errors import require
 from partial_lora.files import read_json, write_atomic
 from partial_lora.launching import packs

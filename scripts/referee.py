@@ -2,9 +2,9 @@
 
     python scripts/referee.py    # or `make referee`; a minute of one core, from committed records alone
 
-*Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: what a run
-was worth after a quarter of its steps is in its history. Counted are the cells (a set, a method, a size) in which it
-ends with the full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
+*Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: a run's history has
+its validation after a quarter of its steps. Counted are the cells (a set, a method, a size) in which it ends with the
+full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
 best score on test loses. A rate that the full search did not try counts as one that fails. Rates that are predicted
 without any search stand beside it: by today's rule, which has seen all sets, and by that rule moved by what the method
 wanted on the other sets.
@@ -35,7 +35,7 @@ import pandas as pd
 import protocol
 
 from partial_lora import cli
-from partial_lora.compare.halving import HALF, QUARTER, SURVIVORS, Asked, Search, Trial, early, quick, worth
+from partial_lora.compare.rate_search import HALF, QUARTER, SURVIVORS, Asked, Search, Trial, early, quick, validation_of
 from partial_lora.files import grouped, write_atomic
 from partial_lora.report import ranking, records, sequential
 from partial_lora.settings import rates
@@ -72,7 +72,7 @@ class Cell:
         reached: dict[float, float] = {}
         trials = next(searching)
         while True:
-            answers = {trial: worth(self.runs.get((trial.rate, trial.seed)), trial.until) for trial in trials}
+            answers = {trial: validation_of(self.runs.get((trial.rate, trial.seed)), trial.until) for trial in trials}
             for trial in trials:
                 reached[trial.rate] = max(reached.get(trial.rate, 0), self._share(trial))
             try:
@@ -111,7 +111,7 @@ def cells(results: Path) -> list[Cell]:
             runs = {(row.learning_rate, row.seed): row.run.record for row in cell.itertuples()}
             tried = {rate: {} for rate, _ in runs}
             for (rate, seed), record in runs.items():
-                tried[rate][seed] = worth(record)
+                tried[rate][seed] = validation_of(record)
             if sum(0 in own for own in tried.values()) < LEAST_RATES or len(runs) < len(cell):  # two settings mixed
                 continue
             record = next(iter(runs.values()))
@@ -203,7 +203,7 @@ def races(all_cells: Sequence[Cell]) -> pd.DataFrame:
         scores = {cell: cell.scores(rate) for cell, (rate, _) in whole.items()}
         best = max(scores, key=scores.__getitem__)
         for until, left in product(LOOKED_AT, LEFT):
-            losses = {cell: -worth(cell.runs[rates[0], 0], until)[1] for cell, rates in searched.items()}
+            losses = {cell: -validation_of(cell.runs[rates[0], 0], until)[1] for cell, rates in searched.items()}
             kept = sorted(losses, key=losses.__getitem__)[:left]
             half = {cell: cell.replayed(early(cell.centre, COUNT))[1] + until - QUARTER for cell in searched}
             spent = sum(whole[cell][1] if cell in kept else half[cell] for cell in searched)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.styled import Styled
 
-from partial_lora.compare import forgetting, halving, take, verdict
+from partial_lora.compare import measure_forgetting, rate_search, take, verdict
 from partial_lora.compare.candidates import (
     Half,
     Progress,
@@ -24,9 +24,9 @@ from partial_lora.compare.candidates import (
     timed,
     was_killed,
 )
-from partial_lora.compare.forgetting import Other
-from partial_lora.compare.halving import FINALISTS, HALF, SURVIVORS, Asked, Search, Trial, full, worth
+from partial_lora.compare.measure_forgetting import Other
 from partial_lora.compare.options import FULL, QUICK, Options
+from partial_lora.compare.rate_search import FINALISTS, HALF, SURVIVORS, Asked, Search, Trial, full, validation_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped, is_locked
 from partial_lora.launching import directory, packs, pool
@@ -150,7 +150,7 @@ class Comparison:
             places = [place for one in group for place in one.best_places().values()]
             others = self.others[title]
             say(f"forgetting on {', '.join(other.name for other in others)}: {len(places)} runs")
-            self.unmeasured += forgetting.measure(places, others)
+            self.unmeasured += measure_forgetting.measure(places, others)
 
     def decide(self, make: Make, say: Say) -> int:
         """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
@@ -202,10 +202,10 @@ class Comparison:
         if self.options.search == FULL:
             found = self._ask({one: full(centre, rates, seeds, known) for one, centre, known in starts}, make)
         else:
-            early = self._ask({one: halving.early(centre, rates, known) for one, centre, known in starts}, make)
+            early = self._ask({one: rate_search.early(centre, rates, known) for one, centre, known in starts}, make)
             self._race({one: by_loss[0] for one, by_loss in early.items() if by_loss}, make)
             left = {one: by_loss[:FINALISTS] for one, by_loss in early.items() if by_loss and one.dropped is None}
-            finals = self._ask({one: halving.final(rates) for one, rates in left.items()}, make)
+            finals = self._ask({one: rate_search.final(rates) for one, rates in left.items()}, make)
             found = dict.fromkeys(early) | {one: by_score[0] for one, by_score in finals.items() if by_score}
         for one, best in found.items():
             one.best = best
@@ -221,7 +221,9 @@ class Comparison:
                 runs = {trial: recorded(place) for trial, place in one.places(batch).items()}
                 one.killed += [trial.rate for trial, record in runs.items() if was_killed(record)]
                 try:
-                    trials[one] = searches[one].send({trial: worth(runs[trial], trial.until) for trial in batch})
+                    trials[one] = searches[one].send(
+                        {trial: validation_of(runs[trial], trial.until) for trial in batch}
+                    )
                     continue
                 except StopIteration as end:
                     found[one] = end.value
@@ -242,12 +244,13 @@ class Comparison:
         self.make_missing([(one, Trial(rates[one], 0, HALF)) for group in raced for one in group], make)
         for group in raced:
             places = {one: one.places([trial := Trial(rates[one], 0, HALF)])[trial] for one in group}
-            worths = {one: worth(recorded(place), HALF) for one, place in places.items()}
-            losses = {one: -found[1] for one, found in worths.items() if found is not None}
+            validations = {one: validation_of(recorded(place), HALF) for one, place in places.items()}
+            losses = {one: -found[1] for one, found in validations.items() if found is not None}
             by_loss = sorted(losses, key=losses.__getitem__)
             for place, one in enumerate(by_loss[SURVIVORS:], SURVIVORS + 1):
                 third = by_loss[SURVIVORS - 1]
-                is_whole = worth(recorded(places[one])) is not None  # it has gone on before; a pack keeps no such rows
+                # It has gone on before; a pack keeps no such rows.
+                is_whole = validation_of(recorded(places[one])) is not None
                 if not is_whole and verdict.tells_apart(places[one], places[third]):
                     one.dropped = Half(rates[one], losses[one], place, len(group), losses[third])
 
@@ -259,7 +262,8 @@ class Comparison:
         new = [
             (one, trial)
             for (one, trial), place in places.items()
-            if (one.candidate.overwrite and place not in one.records) or worth(recorded(place), trial.until) is None
+            if (one.candidate.overwrite and place not in one.records)
+            or validation_of(recorded(place), trial.until) is None
         ]
         code = make(new) if new else 0  # a record is enough: what is compared needs no weights
         for one, trial in new:
@@ -270,7 +274,7 @@ class Comparison:
             raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
         for (one, _), place in places.items():
             record = recorded(place)
-            if worth(record) is not None:
+            if validation_of(record) is not None:
                 one.records[place] = record
 
     def _side_by_side(self, runs: Sequence[Run], watch: Watch, note: Say) -> int:

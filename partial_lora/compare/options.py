@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from partial_lora.compare.halving import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
+from partial_lora.compare.rate_search import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
 from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, parsed, settings_of
 from partial_lora.settings.compose import checked
-from partial_lora.settings.study import commands
+from partial_lora.settings.study_commands import commands
 
 _INSTEAD = {  # of keys of `train` that a comparison sets
     "seed": "seeds=N: compare takes seeds 0 to N − 1",

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from partial_lora.compare.candidates import Candidate, Progress
-from partial_lora.compare.halving import SURVIVORS
 from partial_lora.compare.options import Options
+from partial_lora.compare.rate_search import SURVIVORS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped
 from partial_lora.launching import directory

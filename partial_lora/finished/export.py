@@ -33,7 +33,7 @@ from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256, written
 from partial_lora.finished import serving
-from partial_lora.finished.forms import FORMS
+from partial_lora.finished.export_forms import FORMS
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.models.weights import quiet

@@ -26,13 +26,13 @@ from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.finished.task import OneTask, one_task
+from partial_lora.finished.target_task import OneTask, one_task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
-from partial_lora.tasks.tokens import ChoiceTransform
+from partial_lora.tasks.prompt_inputs import ChoiceTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.generation import generate
-from partial_lora.training.predictions import in_parts, log_likelihoods
+from partial_lora.training.offline_metrics import in_parts, log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

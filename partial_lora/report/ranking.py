@@ -28,7 +28,7 @@ from partial_lora.report.forgetting import changes_of
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run
-from partial_lora.report.rows import NONE, worth_by_rate
+from partial_lora.report.rows import NONE, validation_by_rate
 from partial_lora.report.statistics import estimate, half_interval, holm
 from partial_lora.settings.compose import composed
 from partial_lora.settings.rates import ranked
@@ -136,8 +136,8 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        worth = worth_by_rate(cell.to_dict("records"))
-        best = (ranked(worth) or list(worth))[0]  # where every rate failed, any
+        validation = validation_by_rate(cell.to_dict("records"))
+        best = (ranked(validation) or list(validation))[0]  # where every rate failed, any
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 2 and best in (tried[0], tried[-1])
         runs = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())

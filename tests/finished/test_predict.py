@@ -33,7 +33,7 @@ from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.models.texts import byte_tokenizer
+from partial_lora.models.language import byte_tokenizer
 from partial_lora.tasks import CausalTransform, prompt_formats, questions
 
 HALF = "\ud83d"  # of a character: bytes on a command line that are no UTF-8 come as such

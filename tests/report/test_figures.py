@@ -14,7 +14,7 @@ from PIL import Image
 from recorded_runs import place, record
 
 from partial_lora.launching.directory import PICTURE, PREDICTIONS
-from partial_lora.report import drawing, figures, folders, records
+from partial_lora.report import drawing, figures, records, seed_groups
 from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
 
@@ -237,11 +237,11 @@ def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
         place(tmp_path, record(task=f"task{number:02}"))
     runs = records.read(tmp_path)[0]
     assert "5 of 11 calibrations" in figures.sparsity(runs).cut
-    frame = folders.table(runs[:1])
+    frame = seed_groups.table(runs[:1])
     most = figures._MOST_ROWS
     numbers = [f"runs/{number:02}" for number in range(most + 2)]
     rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
-    (axes,) = figures.methods(folders.group(rows), rows).figure.axes
+    (axes,) = figures.methods(seed_groups.group(rows), rows).figure.axes
     assert axes.get_title(loc="left").endswith(f"({most} of {most + 2})")
     assert len(set(words(axes.get_yticklabels()))) == most
 
@@ -278,8 +278,8 @@ def test_an_axis_of_scores_ends_about_where_the_metric_does(metric, points, ends
 
 
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
-    frame = folders.table(runs)
-    table = folders.group(frame)
+    frame = seed_groups.table(runs)
+    table = seed_groups.group(frame)
     of_digits = table[table["task"] == "digits"]
     (digits,) = figures.pareto(of_digits).figure.axes
     assert digits.get_title(loc="left") == "digits, vit"

@@ -8,7 +8,7 @@ import referee
 from checkout import RESULTS, needs_results
 from recorded_runs import KEPT, leave, record
 
-from partial_lora.compare.halving import quick
+from partial_lora.compare.rate_search import quick
 from partial_lora.report import sequential
 
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from partial_lora.compare import options
 from partial_lora.errors import PartialLoraError
 from partial_lora.settings import compose, schema
-from partial_lora.settings import study as studies
+from partial_lora.settings import study_commands as studies
 
 ROOT = schema.conf_dir().parent
 FILES = {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / "conf/experiment").glob("*.yaml")}

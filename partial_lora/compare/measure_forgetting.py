@@ -21,7 +21,7 @@ from partial_lora.files import write_json
 from partial_lora.finished.evaluate import logits_of
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import finished_run
-from partial_lora.finished.task import task_named
+from partial_lora.finished.target_task import task_named
 from partial_lora.launching import packs
 from partial_lora.launching.directory import RESULT
 from partial_lora.report.forgetting import LOSS
@@ -32,7 +32,7 @@ from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.task import Transform
 from partial_lora.training import objectives
-from partial_lora.training.predictions import log_likelihoods
+from partial_lora.training.offline_metrics import log_likelihoods
 
 ROWS = 200  # at most, of each set
 

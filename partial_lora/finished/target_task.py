@@ -15,7 +15,7 @@ from partial_lora.settings.resolving import check_files, with_files
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import split_folders
+from partial_lora.tasks.image_folders import split_folders
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.training.config import TrainerConfig
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 from refusals import refusal
 
 from partial_lora.building import build
-from partial_lora.compare import forgetting
-from partial_lora.compare.forgetting import Other
+from partial_lora.compare import measure_forgetting
+from partial_lora.compare.measure_forgetting import Other
 from partial_lora.files import read_json
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import packs
@@ -39,9 +39,9 @@ def other_file() -> str:
 def test_it_is_transformers_own_loss_of_the_trained_and_of_the_untouched_model(make, monkeypatch) -> None:
     run = make()
     other = Other.of(other_file(), run.config)
-    assert forgetting.measure([run.directory], [other]) == []
+    assert measure_forgetting.measure([run.directory], [other]) == []
     found = read_json(run.directory / packs.FORGETTING)["sets"]["other"]
-    rows, transform = forgetting._rows(run.config, other.task)
+    rows, transform = measure_forgetting._rows(run.config, other.task)
     base = build.model_of(run.config.model, ()).eval()
     for when in ("before", "after"):
         model = base if when == "before" else PeftModel.from_pretrained(base, str(run.adapter)).eval()
@@ -58,17 +58,17 @@ def test_it_is_transformers_own_loss_of_the_trained_and_of_the_untouched_model(m
     (changes,) = changes_of({"own": {0: packs.forgetting(run.directory)}}).values()
     assert changes.by_row["own"][0].mean() == pytest.approx(sum(found["after"]) / 7 - sum(found["before"]) / 7)
     assert abs(changes.by_row["own"][0].mean()) > 1e-4
-    monkeypatch.setattr(forgetting, "RunModel", pytest.fail)
-    assert forgetting.measure([run.directory], [other]) == []  # nothing is measured twice
+    monkeypatch.setattr(measure_forgetting, "RunModel", pytest.fail)
+    assert measure_forgetting.measure([run.directory], [other]) == []  # nothing is measured twice
 
 
 def test_of_questions_it_is_the_loss_of_right_options_and_what_cannot_be_measured_is_named(tmp_path) -> None:
     run = finished_runs.choice_run()
     other = Other("questions", "id", run.config.task)
-    assert forgetting.measure([run.directory], [other]) == []
+    assert measure_forgetting.measure([run.directory], [other]) == []
     after = packs.forgetting(run.directory)["questions"]["after"]
     assert sum(after) / len(after) == pytest.approx(run.result["metrics"]["test"]["loss"], rel=1e-5)
-    (line,) = forgetting.measure([tmp_path / "gone"], [other])
+    (line,) = measure_forgetting.measure([tmp_path / "gone"], [other])
     assert str(tmp_path / "gone") in line
 
 
