@@ -109,7 +109,7 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
                 decisions[name] = Decision(OPEN, leader, apart, math.nan, math.nan, 1)
             break
         pooled = Seeds.of({name: counted[name] for name in alive})
-        if pooled.freedom < _ENOUGH:  # what is decided tells of seeds, too
+        if pooled.freedom < ENOUGH:  # what is decided tells of seeds, too
             pooled = Seeds.of(counted)
         for name in alive:
             if name == leader:
@@ -148,10 +148,11 @@ def shows(methods: int, rows: int, seeds: int, looks: Sequence[int] = LOOKS) -> 
 
 _UNDECIDED = Decision(OPEN, "")
 NOTHING = 1e-12  # an error that is none: seeds and rows say nothing of chance
+TINY = 1e-300  # in place of 0 below a fraction
 _MOVES_MORE = 0.1  # chance of a pair's variance being as large, if seeds moved all pairs as far
-_HOPE = 0.7  # of an error: with a whole one, a seed more is spent on what eight will not decide (`make referee`)
+HOPE = 0.7  # of an error: with a whole one, a seed more is spent on what eight will not decide (`make referee`)
 _PAIRS = 3  # of whose seeds a pooled variance counts, at most: methods do not all move as far
-_ENOUGH = 4  # degrees of freedom of methods that are still compared
+ENOUGH = 4  # degrees of freedom of methods that are still compared
 
 
 def _mean(by_seed: Mapping[int, np.ndarray], seeds: int) -> float:
@@ -172,7 +173,7 @@ def _ends(pair: Spread, freedom: float, level: float, seeds: int) -> tuple[float
 
 def _may_decide(ends: tuple[float, float], error: float, margin: float) -> bool:
     """Return whether an interval like this would decide, if the difference was a part of an error more or less."""
-    return ends[0] + _HOPE * error > 0 or ends[1] - _HOPE * error < margin
+    return ends[0] + HOPE * error > 0 or ends[1] - HOPE * error < margin
 
 
 def seeds_wanted(pair: Spread, freedom: float, level: float, margin: float) -> int | None:
@@ -186,8 +187,7 @@ def seeds_wanted(pair: Spread, freedom: float, level: float, margin: float) -> i
     parts = [(pair.of_seed / seeds, freedom * (seeds - 1)), (pair.of_rows, max(1, pair.rows - 1))]
     variance = sum(part for part, _ in parts)
     squares = sum(part**2 / degrees for part, degrees in parts)
-    with np.errstate(invalid="ignore"):  # where nothing moves it
-        half = np.sqrt(variance) * stdtrit(variance**2 / squares, (1 + level) / 2)
+    half = np.sqrt(variance) * stdtrit(variance**2 / np.maximum(squares, TINY), (1 + level) / 2)
     decides = (pair.difference > half) | (pair.difference + half < margin)
     return int(seeds[decides.argmax()]) if decides.any() else None
 
@@ -223,9 +223,9 @@ class Seeds:
         """
         from scipy.special import fdtrc  # scipy.stats takes half a second to import
 
-        spread, own = replace(alone, of_seed=max(self.moved, alone.of_seed)), seeds - 1
-        chance = fdtrc(own, self.freedom, spread.of_seed / self.moved) if self.moved else 1.0
-        return spread, min(self.freedom, own if chance < _MOVES_MORE else _PAIRS * own)
+        spread, own = replace(alone, of_seed=np.maximum(self.moved, alone.of_seed)), seeds - 1
+        chance = fdtrc(own, self.freedom, spread.of_seed / np.maximum(self.moved, TINY))
+        return spread, np.minimum(self.freedom, np.where(chance < _MOVES_MORE, own, _PAIRS * own))
 
     def estimate(self, d: np.ndarray) -> Estimate:
         """Return the mean of a difference d (seeds, rows), with its error."""
@@ -244,16 +244,19 @@ class Spread:
 
     @classmethod
     def of(cls, d: np.ndarray) -> Spread:
-        """Return that of d (seeds, rows)."""
-        of_means = float(d.mean(axis=1).var(ddof=1))
-        if d.shape[1] == 1:
-            return cls(float(d.mean()), of_means, 0.0, 1)
+        """Return that of d (…, seeds, rows)."""
+        seeds, rows = d.shape[-2:]
+        means = d.mean(axis=-1)
+        of_means = means.var(axis=-1, ddof=1)
+        if rows == 1:
+            return cls(means.mean(axis=-1), of_means, 0.0, 1)
         _, by_row, left = mean_squares(d)
-        return cls(float(d.mean()), max(left / d.shape[1], of_means), max(0.0, by_row - left) / d.size, d.shape[1])
+        of_rows = np.maximum(0.0, by_row - left) / (seeds * rows)
+        return cls(means.mean(axis=-1), np.maximum(left / rows, of_means), of_rows, rows)
 
     def estimate(self, seeds: int, freedom: float) -> Estimate:
         """Return the difference over so many seeds, with Satterthwaite's degrees of freedom."""
         parts = [(self.of_seed / seeds, freedom), (self.of_rows, max(1, self.rows - 1))]
         variance = sum(part for part, _ in parts)
         squares = sum(part**2 / degrees for part, degrees in parts)
-        return Estimate(self.difference, math.sqrt(variance), variance**2 / squares if squares else freedom)
+        return Estimate(self.difference, np.sqrt(variance), variance**2 / np.maximum(squares, TINY))
