@@ -21,7 +21,18 @@ from partial_lora.files import grouped
 from partial_lora.launching import directory
 from partial_lora.report import forgetting, predictions, records
 from partial_lora.report.forgetting import LOSS, Changes
-from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Decision, Decisions, Outputs, decide, shows
+from partial_lora.report.sequential import (
+    AS_GOOD,
+    LOOKS,
+    OPEN,
+    WORSE,
+    Decision,
+    Decisions,
+    Outputs,
+    decide,
+    fallen,
+    shows,
+)
 from partial_lora.report.statistics import estimate, per_example
 from partial_lora.tasks.metrics import GUESSES, LOWER_IS_BETTER, SHARES
 
@@ -82,7 +93,11 @@ def judged(
             "(trainer.epochs, trainer.max_steps) or take another model; more seeds would not help."
         )
         return replace(found, next_seeds={}), [line]
-    return found, sentences_on(group, found, metric, options.margin, options.jobs, forgotten)
+    lines = [
+        f"{name}: seed {seed} ends {_points(below, metric)} below its other seeds; the verdict counts it as it is."
+        for (name, seed), below in fallen(outputs).items()
+    ]
+    return found, [*sentences_on(group, found, metric, options.margin, options.jobs, forgotten), *lines]
 
 
 def looks_of(options: Options) -> Sequence[int]:

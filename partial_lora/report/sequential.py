@@ -3,13 +3,15 @@
 At each look every method still in doubt is set beside the leader. Their difference d over the seeds and test rows that
 both have is modelled as in `statistics`; but two or three seeds say little of how far seeds move *one* difference, so
 what they move is taken from all methods that are in doubt together: the residual of methods and seeds in the table of
-scores, at as many degrees of freedom as that table leaves. A pair that moves more keeps its own variance, and where it
-is more than chance also its own degrees of freedom: seeds that are far apart do not borrow the certainty of others.
+scores. It counts for the seeds of three pairs at most, since methods do not all move as far. A pair that moves more
+keeps its own variance, and where it is more than chance also its own degrees of freedom: seeds that are far apart do
+not borrow the certainty of others.
 
 A method is *worse* where the whole interval lies on the leader's side of 0, *as good* where none of it reaches the
 margin. Looking again and again would find something in the end. So each look spends a part of 5 %, growing with its
-number (a group-sequential test with spending by the square: Lan and DeMets 1983), shared by all pairs of methods, since
-the leader is chosen by the same scores. `make referee` simulates how often such a study says something false.
+number (a group-sequential test with spending by the square: Lan and DeMets 1983), on what earlier looks have not found.
+All pairs of methods share it, since the leader is chosen by the same scores. `make referee` simulates how often such a
+study says something false.
 """
 
 from __future__ import annotations
@@ -133,6 +135,31 @@ def decide(outputs: Outputs, margin: float, looks: Sequence[int] = LOOKS) -> Dec
     return Decisions(leader, decisions, {})
 
 
+def fallen(outputs: Outputs) -> dict[tuple[str, int], float]:
+    """Return the runs, by method and seed, that end far below the other seeds of their method, and by how much.
+
+    Each is tested beside the others of its method, with the spread of all runs but itself (Student's t); all together
+    err in 1 %. A run of which there are fewer than two others is not judged. No verdict depends on it: where a method's
+    seeds differ so, its interval is as wide (`make referee` has such methods).
+    """
+    from scipy.special import stdtr
+
+    scores = {name: {seed: float(one.mean()) for seed, one in seeds.items()} for name, seeds in outputs.items()}
+    found, runs = {}, sum(map(len, scores.values()))
+    for name, seeds in scores.items():
+        for seed, score in seeds.items():
+            others = [value for other, value in seeds.items() if other != seed]
+            kept = [others, *([*own.values()] for other, own in scores.items() if other != name)]
+            freedom = sum(len(own) - 1 for own in kept)
+            if len(others) < 2:
+                continue
+            error = math.sqrt(sum(np.var(own) * len(own) for own in kept) / freedom * (1 + 1 / len(others)))
+            below = float(np.mean(others)) - score
+            if error > NOTHING and stdtr(freedom, -below / error) < _FELL / runs:
+                found[name, seed] = below
+    return found
+
+
 # Standard deviations of a difference of shares: what a seed moves it by, and a test row, for one seed and for all.
 # Medians over sets (results/referee/spread.csv).
 _SEED, _ROW_OF_SEED, _ROW = 0.011, 0.27, 0.055
@@ -150,6 +177,7 @@ _UNDECIDED = Decision(OPEN, "")
 NOTHING = 1e-12  # an error that is none: seeds and rows say nothing of chance
 TINY = 1e-300  # in place of 0 below a fraction
 _MOVES_MORE = 0.1  # chance of a pair's variance being as large, if seeds moved all pairs as far
+_FELL = 0.01  # chance that any run is named that has not fallen
 HOPE = 0.7  # of an error: with a whole one, a seed more is spent on what eight will not decide (`make referee`)
 _PAIRS = 3  # of whose seeds a pooled variance counts, at most: methods do not all move as far
 ENOUGH = 4  # degrees of freedom of methods that are still compared

@@ -96,6 +96,14 @@ def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -
     assert sequential.Seeds.of(outputs).freedom == 7
 
 
+def test_a_run_far_below_the_others_of_its_method_is_named_and_no_other() -> None:
+    outputs = study({"a": 0.8, "b": 0.7, "c": 0.9}, seeds=4)
+    outputs["b"][2] = outputs["b"][2] - 0.3
+    assert {run: pytest.approx(below, abs=0.05) for run, below in sequential.fallen(outputs).items()} == {("b", 2): 0.3}
+    named = [sequential.fallen(study({"a": 0.8, "b": 0.7}, seeds=3, rows=1, seed=seed)) for seed in range(200)]
+    assert sum(map(bool, named)) <= 0.03 * 200
+
+
 def test_equal_methods_are_told_apart_in_few_studies() -> None:
     wrong = 0
     for seed in range(150):
