@@ -1,8 +1,8 @@
 """The measuring of what language models forget: finished runs on test rows of other tasks, before and after training.
 
-After is the run's model, before the untouched one, loaded anew: what an adapter leaves in a model that it is switched
-off in does not enter. Both have the loss of training (`objectives.loss_of_tokens`), a mean over the tokens of responses
-or right options, each given those before it. RUN/forgetting.json has what each row adds, so nothing is measured twice.
+After is the run's model, before the untouched one, loaded anew: nothing of a run is in it. Both have the loss of
+training (`objectives.loss_of_tokens`), a mean over the tokens of responses or right options, each given those before
+it. RUN/forgetting.json has what each row adds, so nothing is measured twice.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from partial_lora.training.objectives import loss_of_tokens
 
 
 def pissa_run() -> FinishedRun:
-    """An adapter whose start is taken out of W: switched off, it leaves another model than the untouched one."""
+    """An adapter whose start is taken out of W while it trains."""
     given = ("model=tiny_llama", "task=text_generation", "method=pissa", *GENERATION, "task.metrics=[perplexity]")
     return trained("pissa", *given, override(exchange_files()))
 
