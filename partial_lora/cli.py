@@ -1037,8 +1037,8 @@ def pack(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(list(arguments))
     with _libraries():
-        from partial_lora.report import pack_study, tables
-    done = pack_study.pack(parsed.results_dir, remove=parsed.remove)
+        from partial_lora.report import tables, write_pack
+    done = write_pack.pack(parsed.results_dir, remove=parsed.remove)
     for line in tables.said_of(done.left_out):
         print(f"partial-lora: {line}", file=sys.stderr)
     removed = f", {len(done.removed)} folders removed" if parsed.remove else ""

@@ -115,8 +115,9 @@ def claim(second: str) -> list[dict[str, str]]:
         row = rows.loc[f"{task}, {BUDGET}"]
         papers, _, of_papers = row["paper's"].partition(", among ")
         after, _, among = row["verdict"].partition(", among ")
+        found, seeds = row["found"].split(f" points, {task}, ")
         lines.append(
-            {"task": task, "less": less(task, PARTIAL, second)}
+            {"task": task, "less": _signed(found), "seeds": seeds}
             | {"alone": plainly(row["alone"], second), "papers": plainly(papers, second), "papers_count": of_papers}
             | {"after": plainly(after, second), "count": among}
         )

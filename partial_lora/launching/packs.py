@@ -2,7 +2,7 @@
 example.
 
 A results directory may hold runs in folders, packed runs, or both; where both have a run, its folder counts. Packed
-runs are called by the path that their folder had below the results directory. Written by `report.pack_study`.
+runs are called by the path that their folder had below the results directory. Written by `report.write_pack`.
 
 The record of a run, None where there is none, is read by `directory.read_result` out of its folder, by `packed` out of
 the pack, and by `recorded` wherever it is.

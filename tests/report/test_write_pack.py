@@ -20,7 +20,7 @@ from partial_lora.files import write_json
 from partial_lora.launching import packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import predictions, records
-from partial_lora.report.pack_study import pack
+from partial_lora.report.write_pack import pack
 
 
 def tables_of(folder: Path) -> list[bytes]:
@@ -202,7 +202,7 @@ def test_predictions_of_another_pack_are_refused(study: Path) -> None:
 
 
 def test_a_folder_is_removed_only_if_the_pack_holds_what_is_there(study: Path, monkeypatch) -> None:
-    monkeypatch.setattr("partial_lora.report.pack_study._write", lambda table, file: None)
+    monkeypatch.setattr("partial_lora.report.write_pack._write", lambda table, file: None)
     with refusal(str(study)):
         pack(study, remove=True)
     assert len(list(study.glob("runs/*/*/*/*/result.json"))) == 8
