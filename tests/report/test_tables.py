@@ -108,27 +108,16 @@ def test_three_files_begin_with_their_command(tmp_path):
         f"report/table.{kind}" for kind in ("md", "csv", "tex")
     ]
     markdown, table, latex = (path.read_text(encoding="utf-8") for path in files)
-    assert markdown.startswith("    partial-lora report \\ results/first\n")
-    above, left_out = (
-        "Commit: 0123456789ab. Device: cpu.",
-        "- 3 runs have not finished (2 failed, 1 missing), such as a",
-    )
-    for part in (above, left_out, "98.50 ± 0.71", "- broken: why"):
-        assert part in markdown
+    for text, mark in ((markdown, "    "), (table, "# "), (latex, "% ")):
+        assert text.startswith(f"{mark}partial-lora report \\ results/first\n")
+    assert "- broken: why" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1
-    assert len(rows) == 2 + 2
-
-    assert table.startswith("# partial-lora report \\ results/first\n")
+    assert (len({line.count("|") for line in rows}), len(rows)) == (1, 2 + 2)
     assert str(tmp_path) not in table
     numbers = pd.read_csv(files[1], comment="#")
-    assert numbers["method"].tolist() == ["lora", "partial"]
     assert numbers["adapter_parameters"].tolist() == [1000, 700]
     assert numbers["test_mean"].tolist() == pytest.approx([0.9861, 0.985])
-
-    assert latex.startswith("% partial-lora report \\ results/first\n")
-    for part in (r"98.50 $\pm$ 0.71", r"vit\_s14", r"70.0\%"):
-        assert part in latex
+    assert r"vit\_s14" in latex
     assert latex.isascii()
 
 
