@@ -94,7 +94,7 @@ first-day:
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter methods long; do $(SCRIPT)/bench.py $$part || exit 1; done
+	for part in adapter methods long growth; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

@@ -384,9 +384,10 @@ def compare(arguments: Sequence[str]) -> int:
         "as good; hours=N: that it may take; jobs=N: runs side by side (as many as cores and memory allow); "
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
-        "(lora, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
-        "stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
-        "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
+        "(lora, else the first); forgets=FILE or TASK, or several in brackets: of a language model, its loss on other "
+        "rows before and after training, too; results_dir=results/compare; all other keys are those of train. "
+        "experiment=race stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: "
+        "margin=1; reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
         "lower=true: less is better; results_dir=verdict",
     )
     _add_where(parser)
@@ -1036,8 +1037,8 @@ def pack(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(list(arguments))
     with _libraries():
-        from partial_lora.report import pack_study, tables
-    done = pack_study.pack(parsed.results_dir, remove=parsed.remove)
+        from partial_lora.report import tables, write_pack
+    done = write_pack.pack(parsed.results_dir, remove=parsed.remove)
     for line in tables.said_of(done.left_out):
         print(f"partial-lora: {line}", file=sys.stderr)
     removed = f", {len(done.removed)} folders removed" if parsed.remove else ""

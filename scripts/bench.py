@@ -3,6 +3,7 @@
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
+    python scripts/bench.py growth         # what building, saving and loading cost with more and more modules
 
 Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md. --page makes the page of a record
 again.
@@ -28,21 +29,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain, cycle, product
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import numpy as np
 import torch
 from data_sets import folder
-from peft import LoraConfig, ShiraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from partial_lora import cli
-from partial_lora.adapter import PartialLoraConfig, module_masks
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks
 from partial_lora.adapter.compact import write_compact
 from partial_lora.errors import require
 from partial_lora.files import write_atomic, write_json
@@ -637,7 +639,67 @@ def median(measured: Sequence[Mapping], key: str) -> float:
     return statistics.median(each[key] for each in measured)
 
 
-OF_RUNS = {"methods": (methods, methods_page), "long": (long, long_page)}
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def growth(options: argparse.Namespace) -> dict:
+    """Measure what is done once for an adapter, in processor seconds of this process, on one thread.
+
+    The modules have 16 x 16 weights and each its own share, as a calibration gives it: this is the cost of the modules,
+    not of their numbers.
+    """
+    torch.set_num_threads(1)
+    found = {}
+    for size in (14,) if options.quick else options.modules:
+        blocks = [nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in SEVEN}) for _ in range(size // 7)]
+        base = nn.Sequential(*blocks)
+        every = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+        settings = {"r": 4, "lora_alpha": 4, "target_modules": list(SEVEN)}
+        shares = dict(zip(every, cycle((0.5, 0.75, 0.87)), strict=False))
+        configs = {"lora": LoraConfig(**settings), "ours": PartialLoraConfig(**settings, sparsity=shares)}
+        found[len(every)] = {name: [] for name in configs}
+        for _, (name, config) in product(range(options.repeats), configs.items()):
+            with tempfile.TemporaryDirectory() as place:
+                found[len(every)][name].append(_life(base, config, place, compact=name == "ours"))
+    return found
+
+
+def _life(base: nn.Module, config: LoraConfig, place: str, *, compact: bool) -> dict[str, float]:
+    """Build, save and load an adapter; return the processor seconds of each."""
+    seconds = {}
+
+    def timed(name: str, action: Callable) -> Any:
+        gc.collect()
+        began = process_time()
+        done = action()
+        seconds[name] = process_time() - began
+        return done
+
+    bases = [copy.deepcopy(base) for _ in range(3)]
+    model = timed("get_peft_model", lambda: get_peft_model(bases[0], copy.deepcopy(config)))
+    timed("save_pretrained", lambda: model.save_pretrained(place))
+    timed("from_pretrained", lambda: PeftModel.from_pretrained(bases[1], place, is_trainable=True))
+    if compact:
+        timed("write_compact", lambda: write_compact(model, place))
+        timed("load_compact", lambda: load_compact(bases[2], place))
+    return seconds
+
+
+BESIDE = {"write_compact": "save_pretrained", "load_compact": "from_pretrained"}  # what it is compared with
+
+
+def growth_page(found: Mapping) -> list[str]:
+    rows = []
+    for size, each in found.items():
+        for action in each["ours"][0]:
+            ours, lora = median(each["ours"], action), median(each["lora"], BESIDE.get(action, action))
+            rows.append([f"{int(size):,}", action, f"{lora:.2f}", f"{ours:.2f}", f"{ours / lora:.2f}"])
+    heads = ["modules", "", "plain LoRA, processor seconds", "ours", "of plain LoRA's"]
+    note = "write_compact is compared with save_pretrained of plain LoRA, load_compact with from_pretrained."
+    return ["## What is done once, by the number of modules (16 x 16)", table(rows, heads), note]
+
+
+OF_RUNS = {"methods": (methods, methods_page), "long": (long, long_page), "growth": (growth, growth_page)}
 
 
 def runs_page(record: Mapping) -> str:
@@ -666,6 +728,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
+    parser.add_argument("--modules", nargs="+", type=int, default=[500, 2000, 8000, 20000], help="of growth")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
     parser.add_argument("--page", action="store_true", help="make the page of the record that is there")

@@ -163,15 +163,20 @@ class Progress:
     @property
     def seeds(self) -> int:
         """How many seeds are done at the best rate."""
-        rates = [record["config"]["trainer"]["learning_rate"] for record in self.records.values()]
-        return rates.count(self.best)
+        return len(self.best_places())
+
+    def best_places(self) -> dict[int, Path]:
+        """Return the directories of the runs at the best rate, by seed."""
+        return {
+            record["seed"]: place
+            for place, record in self.records.items()
+            if record["config"]["trainer"]["learning_rate"] == self.best
+        }
 
     def of_seed(self, seed: int) -> dict | None:
         """Return the record of a seed at the best rate."""
-        records = (
-            record for record in self.records.values() if record["config"]["trainer"]["learning_rate"] == self.best
-        )
-        return next((record for record in records if record["seed"] == seed), None)
+        place = self.best_places().get(seed)
+        return None if place is None else self.records[place]
 
     def configs(self, trials: Sequence[Trial]) -> dict[Trial, Config]:
         """Return the settings of trials of one seed; one that was made here goes on from where it has paused."""

@@ -56,13 +56,16 @@ class Prediction:
 
 
 class RunModel:
-    """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had."""
+    """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had.
 
-    def __init__(self, run: FinishedRun, device: str = "auto") -> None:
+    adapted: false for the untouched model that was adapted, loaded anew.
+    """
+
+    def __init__(self, run: FinishedRun, device: str = "auto", *, adapted: bool = True) -> None:
         self.device = device_of(device, "device")
         precision = run.result.get("mixed_precision", "no")
         self.precision = precision if run.result.get("device") == self.device and precision in _AUTOCAST else "no"
-        self.model = export.adapted_model(run).to(self.device)
+        self.model = (export.adapted_model(run) if adapted else export.base_model(run).eval()).to(self.device)
 
     @torch.inference_mode()
     def logits(

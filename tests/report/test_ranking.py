@@ -27,7 +27,7 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     return [
         common
         | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
-        | {"outcome": Outcome(test, "accuracy", "", seed, None)}
+        | {"outcome": Outcome(test, "accuracy", "", seed, None), "forgotten": {}}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 

@@ -197,3 +197,10 @@ def test_a_step_on_a_long_text_keeps_less_with_gradient_checkpointing(variant) -
 def test_a_quick_one_does_not_take_the_place_of_the_results() -> None:
     with pytest.raises(SystemExit):
         bench.main(["long", "--quick"])
+
+
+def test_what_is_done_once_is_measured_for_both_adapters(tmp_path) -> None:
+    bench.main(["growth", "--quick", "--repeats", "1", "--out", str(tmp_path)])
+    ((size, found),) = json.loads((tmp_path / "runs.json").read_text())["growth"]["found"].items()
+    assert size == "14"
+    assert found["ours"][0].keys() == found["lora"][0].keys() | bench.BESIDE.keys()

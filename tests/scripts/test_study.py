@@ -21,7 +21,7 @@ FILES = {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / 
 STUDIES = sorted(name for name, settings in FILES.items() if settings and "study" in settings)
 SETS = ("cifar10", "signdigits", "gtsrb", "flowers17", "sst2", "trec")
 SETS += ("qnli", "mrpc", "imdb", "rte", "arc_easy", "piqa")
-OF_COMPARE = ("methods=", "budgets=", "rates=", "seeds=", "search=")
+OF_COMPARE = ("methods=", "forgets=", "budgets=", "rates=", "seeds=", "search=")
 
 
 @pytest.fixture(scope="module")
