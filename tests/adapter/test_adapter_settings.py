@@ -117,6 +117,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         ("rows", {"rows": "frozen"}),
         ("rows", {"rows": "one_hot", "columns": "frozen"}),
         *(("granularity", {"granularity": "groups", axis: "one_hot"}) for axis in ("rows", "columns")),
+        *(("lora_bias", {"lora_bias": True, **form}) for form in ({"granularity": "element"}, {"rows": "one_hot"})),
         ("count", {"granularity": "units", "count": "bernoulli"}),
         *(("granularity", {"granularity": each, **TOP}) for each in ("groups", "units")),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5, -1)),

@@ -137,6 +137,7 @@ def test_the_names_that_a_class_had_before_stand_for_its_fused_experts():
         ({"target_parameters": ["experts.missing"]}, "target_parameters"),
         ({"granularity": "groups"}, "target_parameters"),
         ({"columns": "one_hot"}, "target_parameters"),
+        ({"lora_bias": True}, "target_parameters"),
     ):
         with refusal(key):
             adapted("qwen3", **settings)
