@@ -59,12 +59,13 @@ class PartialLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             named = peft_config.target_modules
+            _name_experts(peft_config, model)  # first: "all-linear" stands for them, too
             _maybe_include_all_linear_layers(peft_config, model)
             if peft_config.target_modules != named:
                 # PEFT lists parts of its wrappers, too: a head in there trains whole already.
                 listed = cast("set[str]", peft_config.target_modules)
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
-            _name_experts(peft_config, model)
+                _warn_of_experts(peft_config, model, named)
             _check_tying(peft_config, model)
             geometries = self._geometries(peft_config, model)
             self._drawn = peft_config.choose_masks(geometries), geometries
@@ -275,8 +276,8 @@ _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWr
 def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
     """Name fused experts by their parameters, where target_modules names their parts as a class had them before.
 
-    PEFT does so for its own LoRA, in the config, and so again when it reads the saved one. Raises PartialLoraError for
-    a part without the one that it is fused with.
+    "all-linear" names them and the router. PEFT does so for its own LoRA, in the config, and so again when it reads the
+    saved one. Raises PartialLoraError for a part without the one that it is fused with.
     """
     if config.expected is not None or not hasattr(getattr(model, "config", None), "model_type"):
         return
@@ -289,6 +290,24 @@ def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
         raise PartialLoraError(f"target_modules={config.target_modules!r}: {error}") from None
     if plain.target_parameters and plain.target_parameters != config.target_parameters:
         config.target_modules, config.target_parameters = plain.target_modules, plain.target_parameters
+
+
+def _warn_of_experts(config: PartialLoraConfig, model: nn.Module, named: object) -> None:
+    """Warn of fused experts that "all-linear" leaves out: PEFT knows only some classes of them."""
+    if not isinstance(named, str) or config.target_parameters:
+        return
+    modules = [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    fused = dict.fromkeys(
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+    if fused:
+        warnings.warn(
+            f"target_modules={named!r} leaves out fused experts: target_parameters={[*fused]} adapts them, too",
+            stacklevel=2,
+        )
 
 
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:
