@@ -10,7 +10,7 @@
 # make calibration-analyses   how far calibration can be trusted: agreement, reliability, stability, cost (results/analyses)
 # make referee            what compare's search and its looks at seeds save, and how often they err, from the records
 # make coverage           how often intervals hold the truth, from the records
-# make figures, pages     the five figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
+# make figures, pages     the four figures at a glance; the numbers of README.md, results/ and docs/, out of these tables
 # make models, first-day  every model's sizes, and what a step keeps; the defaults on tables cut out of real sets, beside searched rates
 #
 # PRESET=cpu     models out of PyPI wheels; digits always, and the tasks that DATA=FOLDER has
@@ -47,7 +47,6 @@ data:
 $(STUDIES):
 	$(call STUDY,$@,preset=$(PRESET))
 
-reproduce-table5: calibration-analyses
 reproduce-fig5: analysis-agreement
 reproduce-table7: results/bench/adapter.json
 $(TABLES:%=reproduce-%): reproduce-%:
@@ -60,7 +59,7 @@ $(FIGURES:%=reproduce-%): reproduce-%:
 	$(if $(filter fig3 fig7,$*),$(SCRIPT)/dynamics.py $$($(SCRIPT)/paper_figures.py $* --results $(RESULTS) --runs) || test $$? = 3)
 	$(SCRIPT)/paper_figures.py $* --results $(RESULTS)
 
-reproduce: $(VIEWS)
+reproduce: $(VIEWS) calibration-analyses
 	$(SCRIPT)/paper_tables.py claims --results $(RESULTS)
 
 reports:
@@ -95,7 +94,7 @@ first-day:
 results/bench/adapter.json: | $(VENV)/.installed
 	$(SCRIPT)/bench.py adapter
 bench:
-	for part in adapter starts steps methods family long growth threads; do $(SCRIPT)/bench.py $$part || exit 1; done
+	for part in adapter methods long growth; do $(SCRIPT)/bench.py $$part || exit 1; done
 
 # One after the other, so that the cost is measured on an idle machine. ANALYSES='task=… model=…' sets keys for all.
 # Stability is of half of the modules, by bisection: 18 calibrations. What one module gets does not depend on the others.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partial_lora.adapter import PartialLoraConfig, PartialLoraModel, load_compact, warm_start, write_compact
-    from partial_lora.building.rate import learning_rate
+    from partial_lora.building.rate_in_python import learning_rate
     from partial_lora.calibration.calibrate import calibrate
     from partial_lora.calibration.result import Calibration
     from partial_lora.errors import PartialLoraError
@@ -31,7 +31,7 @@ _PUBLIC = {
     "PartialLoraModel": "adapter",
     "Predictor": "finished.predict",
     "calibrate": "calibration.calibrate",
-    "learning_rate": "building.rate",
+    "learning_rate": "building.rate_in_python",
     "load_compact": "adapter",
     "warm_start": "adapter",
     "write_compact": "adapter",

@@ -24,27 +24,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from partial_lora import credentials
-from partial_lora.bars import Bars, bar
 from partial_lora.errors import PartialLoraError, ProofError, escaped, require
-from partial_lora.finished.forms import FORMS
+from partial_lora.finished.export_forms import FORMS
 from partial_lora.finished.inputs import is_stream, read_inputs
 from partial_lora.finished.run import finished_run
-from partial_lora.finished.task import evaluation_settings, one_task
+from partial_lora.finished.target_task import evaluation_settings, one_task
 from partial_lora.launching import cluster, directory, imports, launch, packs
+from partial_lora.progress import Bars, bar
 from partial_lora.report import EXAMPLES
 from partial_lora.settings.arguments import is_file, settings_of
 from partial_lora.settings.compose import USAGE_ERROR, compose, composed
 from partial_lora.settings.rates import trainer_of
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
+from partial_lora.signals import handling, leave
 from partial_lora.tasks.kinds import kind_of
-from partial_lora.worker_events import handling, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from partial_lora.building.info import Outline
-    from partial_lora.compare.judging import Judging
+    from partial_lora.compare.judge_options import Judging
     from partial_lora.finished.inputs import Input
     from partial_lora.finished.predict import Prediction
     from partial_lora.finished.run import FinishedRun
@@ -384,16 +384,17 @@ def compare(arguments: Sequence[str]) -> int:
         "as good; hours=N: that it may take; jobs=N: runs side by side (as many as cores and memory allow); "
         "search=quick, or full; seeds=N: of every method, in place of two and more where they decide; "
         "rates=3: learning rates of a search; reference=NAME: the method from which the table's differences are "
-        "(lora, else the first); results_dir=results/compare; all other keys are those of train. experiment=race "
-        "stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: margin=1; "
-        "reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
+        "(lora, else the first); forgets=FILE or TASK, or several in brackets: of a language model, its loss on other "
+        "rows before and after training, too; results_dir=results/compare; all other keys are those of train. "
+        "experiment=race stage=methods alone is that stage of the study that its file lists. Beside FILE or FOLDER: "
+        "margin=1; reference=NAME: judge by it in place of the best; rows=N: test rows behind each score; metric=NAME; "
         "lower=true: less is better; results_dir=verdict",
     )
     _add_where(parser)
     parser.add_argument("--json", action="store_true", help="of finished scores: print one JSON object")
     parser.add_argument("--verify", action="store_true", help="derive the verdict of take/verdict.json again")
     parsed = parser.parse_intermixed_args(list(arguments))
-    from partial_lora.compare.judging import Judging
+    from partial_lora.compare.judge_options import Judging
     from partial_lora.compare.options import check, of_one, of_study, read
 
     if parsed.verify:
@@ -854,10 +855,10 @@ def serve(arguments: Sequence[str]) -> int:
     with _libraries():
         from partial_lora.building import build
         from partial_lora.finished import export
-        from partial_lora.report import card
+        from partial_lora.report import run_card
     folder = run.directory.resolve() / "export" / chosen.form
     if not directory.tensor_files(folder):
-        export.export(run, chosen.form, describe=card.write)
+        export.export(run, chosen.form, describe=run_card.write)
     task = next(iter(run.config.task.members.values())) if run.config.task.members else run.config.task
     is_chat = build.transform_of(run.config.model, task).chat
     print(f"http://{server.HOST}:{port}/v1, once it has loaded {folder}; Ctrl-C ends it")
@@ -885,8 +886,8 @@ def export(arguments: Sequence[str]) -> int:
     run = finished_run(parsed.run)
     with _libraries():
         from partial_lora.finished import export
-        from partial_lora.report import card
-    done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=card.write)
+        from partial_lora.report import run_card
+    done = export.export(run, parsed.to, parsed.out, check=parsed.check, describe=run_card.write)
     written = "written again, as it was" if done.existed else "written"
     print(f"{done.folder}: {written} ({done.size:,} bytes)")
     if done.proof:
@@ -980,9 +981,9 @@ def push(arguments: Sequence[str]) -> int:
     push.check(parsed.repo)
     run = finished_run(parsed.run)
     with _libraries():
-        from partial_lora.report import card
+        from partial_lora.report import run_card
     folder = push.write(
-        run, lambda built: card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact
+        run, lambda built: run_card.card(run, parsed.repo, built, license=parsed.license), compact=parsed.compact
     )
     place = folder if parsed.dry_run else push.upload(folder, parsed.repo, private=parsed.private)
     print(f"{place}: written")
@@ -1036,8 +1037,8 @@ def pack(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(list(arguments))
     with _libraries():
-        from partial_lora.report import pack, tables
-    done = pack.pack(parsed.results_dir, remove=parsed.remove)
+        from partial_lora.report import tables, write_pack
+    done = write_pack.pack(parsed.results_dir, remove=parsed.remove)
     for line in tables.said_of(done.left_out):
         print(f"partial-lora: {line}", file=sys.stderr)
     removed = f", {len(done.removed)} folders removed" if parsed.remove else ""
@@ -1076,14 +1077,14 @@ def report(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse_args(list(arguments))
     with _libraries():
-        from partial_lora.report import make, page, records
+        from partial_lora.report import make_report, page, records
     place = directory.find(parsed.results_dir)
     if (place / directory.RESULT).is_file():
         if parsed.where or parsed.by:
             raise PartialLoraError(f"{place}: --where and --by choose among runs, and this is one; leave them out")
         print(f"wrote {page.write_run(records.one(place), examples=parsed.examples)}")
         return 0
-    made = make.report(
+    made = make_report.report(
         place,
         where=parsed.where,
         by=parsed.by,

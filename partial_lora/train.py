@@ -18,20 +18,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from partial_lora import files, models, worker_events
+from partial_lora import files, models, progress
 from partial_lora.adapter import module_sparsity
 from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import build, memory
+from partial_lora.calibration.peers import of_first
 from partial_lora.errors import shortlist
 from partial_lora.finished.run import FinishedRun, at_commits
 from partial_lora.launching import directory as results
 from partial_lora.launching.directory import finite, timed
-from partial_lora.launching.shape import Record
+from partial_lora.launching.run_record import Record
 from partial_lora.masks import Sparsity
 from partial_lora.methods import Method, tuners
 from partial_lora.methods.setting import ModuleScores, Setting, Training, heard, training
-from partial_lora.peers import of_first
-from partial_lora.report import card
+from partial_lora.report import run_card
 from partial_lora.settings import rates
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain
@@ -277,7 +277,7 @@ def fit(run: Run, data: Data, adapted: Adapted) -> Trained:
     checkpoint = of_first(world, lambda: checkpoints.resumable(folder, computed_by, shape))
     record["resumed_from_step"] = step = checkpoint and checkpoints.step_of(checkpoint)
     if step:
-        worker_events.emit("train", 0, 0, note=f"goes on after step {step}")
+        progress.emit("train", 0, 0, note=f"goes on after step {step}")
     with tracking:
         trainer.train(checkpoint)
     record["seconds"]["train"] = round(trainer.seconds, 3)
@@ -296,7 +296,7 @@ def _with_rates(run: Run, data: Data, adapted: Adapted) -> TrainerConfig:
     geometry = {"width": rates.width(setting.shapes.values()), "density": density, "has_head": bool(setting.whole())}
     chosen = rates.trainer_of(settings, config.trainer, **geometry)
     run.record["training"] = length = rates.training_of(chosen, len(data.rows["train"]), density)
-    worker_events.emit("train", 0, length["steps"], note=rates.in_words(settings, length))
+    progress.emit("train", 0, length["steps"], note=rates.in_words(settings, length))
     return chosen
 
 
@@ -344,7 +344,7 @@ def _save_adapter(
         if start:
             tuners.put_back(temporary, start)
         build.describe(adapted.get_base_model(), run.config.model, transform, temporary)
-        card.write(run, temporary)
+        run_card.write(run, temporary)
         files.replace_folder(temporary, run.adapter)
 
 

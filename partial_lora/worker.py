@@ -16,9 +16,9 @@ from pathlib import Path
 
 from partial_lora import credentials, files
 from partial_lora.errors import PartialLoraError, kind_and_line
-from partial_lora.launching import directory, failures, imports, launch
+from partial_lora.launching import directory, first_failure, imports, launch
 from partial_lora.settings import versions
-from partial_lora.worker_events import STOPPING, leave
+from partial_lora.signals import STOPPING, leave
 
 logger = logging.getLogger("partial_lora.worker")
 
@@ -88,7 +88,7 @@ def work(place: Path, stage: str) -> int:
         if isinstance(error, PartialLoraError) and not begun:
             record["refused"] = True
         if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            failures.report(record["error"])
+            first_failure.report(record["error"])
         if not isinstance(error, PartialLoraError):
             raise
         logger.error("%s", record["error"])

@@ -6,8 +6,8 @@
     python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
 
 KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Each
-part is saved when it is done, so a stopped analysis goes on where it was. Of a finished one the table is made again.
+--shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Of a
+finished analysis the table is made again. A stopped one finds its calibrations in the cache, but for those of cost.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ import transformers
 import yaml
 from scipy.stats import hypergeom
 
-from partial_lora import budget, cli, files, models, tasks
+from partial_lora import budget, cli, files, tasks
 from partial_lora.building import build
 from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
+from partial_lora.calibration.level_search import SEARCHES, sparsity_levels
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import SEARCHES, sparsity_levels
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.launching import directory
 from partial_lora.masks import AXES, Mask
@@ -70,9 +70,8 @@ class Subject:
         self.transform = build.transform_of(self.config.model, self.config.task)
         transformers.set_seed(self.config.seed)
         self.model = build.model_of(self.config.model, self.task.labels).to(self.device)
-        with models.dequantised(self.model, values=False):
-            modules = target_linears(self.model, **self.config.model.trained_modules)
-            self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+        modules = target_linears(self.model, **self.config.model.trained_modules)
+        self.shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
 
     def draws(self, **changes: int) -> tasks.Draws:
         """Draw the examples to fit and to score on; `changes` are of shots and seed."""
@@ -80,8 +79,6 @@ class Subject:
 
     def mislabelled(self, draws: tasks.Draws, share: float, seed: int) -> tuple[datasets.Dataset, tasks.Draws]:
         """Return the examples of both draws with a share of each draw's labels wrong, and the draws among them."""
-        if len(self.task.labels) < 2:
-            raise PartialLoraError(f"--noise={share}: expected 2 classes or more, found {self.task.labels}")
         fit, scored = (
             with_label_noise(self.task.train.select(rows), share, [seed, draw], self.config.task.name)
             for draw, rows in enumerate((draws.fit, draws.scored))
@@ -92,9 +89,8 @@ class Subject:
     def importance(self, measure: str, draws: tasks.Draws) -> dict:
         """Score the rows and columns of every module by a measure's name, which sees the fit draw alone."""
         chosen = replace(self.config, importance=replace(self.config.importance, name=measure))
-        with models.dequantised(self.model):
-            examples = build.few_shot_of(chosen, self.task, self.transform, self.model, draws)
-            return examples.importance(list(self.shapes))
+        examples = build.few_shot_of(chosen, self.task, self.transform, self.model, draws)
+        return examples.importance(list(self.shapes))
 
     def calibrate(self, draws: tasks.Draws, *, train: datasets.Dataset | None = None, **changes: int):
         """Return the Calibration of these draws, from the cache where it is there.
@@ -103,28 +99,19 @@ class Subject:
         """
         chosen = replace(self.config, calibration=replace(self.config.calibration, **changes))
         task = self.task if train is None else replace(self.task, train=train)
-        with models.dequantised(self.model):
-            examples = build.few_shot_of(chosen, task, self.transform, self.model, draws)
-            return examples.calibrate(examples.importance(list(self.shapes)))
+        examples = build.few_shot_of(chosen, task, self.transform, self.model, draws)
+        return examples.calibrate(examples.importance(list(self.shapes)))
 
     def calibrate_counted(self, draws: tasks.Draws, search: str) -> tuple[Calibration, FewShotScore]:
         """Return a Calibration that does not come from the cache, and its score, which has counted its evaluations."""
         fit, scored = (few_shot.batches_of(self.task.train, rows, self.transform) for rows in (draws.fit, draws.scored))
         scores = self.importance(self.config.importance.name, draws)
-        with models.dequantised(self.model):
-            model, chosen = self.config.model, build.calibration_config(self.config, self.task)
-            with few_shot.few_shot_head(self.model, build.new_head_of(model), fit):
-                score = FewShotScore(self.model, scored, chosen.score, model.blocks, chosen.memory)
-                calibrated = calibrate(
-                    self.model,
-                    score,
-                    chosen,
-                    target_modules=list(self.shapes),
-                    importance=scores,
-                    search=search,
-                    rank=self.config.method.nominal_rank,
-                    granularity=self.config.mask.counted,
-                )
+        model, chosen = self.config.model, build.calibration_config(self.config, self.task)
+        with few_shot.few_shot_head(self.model, build.new_head_of(model), fit):
+            score = FewShotScore(self.model, scored, chosen.score, model.blocks, chosen.memory)
+            given = {"target_modules": list(self.shapes), "importance": scores, "search": search}
+            given |= {"rank": self.config.method.nominal_rank, "granularity": self.config.mask.counted}
+            calibrated = calibrate(self.model, score, chosen, **given)
         return calibrated, score
 
     def record(self, calibrated: Calibration) -> dict:
@@ -476,31 +463,22 @@ def analyse(what: str, settings: dict, command: str) -> int:
                 f"calibration.{key}: an analysis calibrates itself, on draws that differ; leave it out"
             )
     folder = folder_of(settings, what)
-    path, subject = folder / "analysis.json", cache(lambda: Subject(settings))
+    path = folder / "analysis.json"
     print(f"analyse {what} {folder}")
     with directory.locked(folder), logged(folder / "analysis.log"):
         if settings["overwrite"] or not path.is_file():
-            origin = directory.new(settings)
-            analysis = {"what": what, "status": "running", "command": command, "device": None, "parts": {}}
-            analysis |= {key: origin[key] for key in ("config", "versions", "git_commit", "started")}
-        else:
-            analysis = files.read_json(path)
-            same = asked(analysis["config"]) == asked(settings)
-            require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
-        parts = ANALYSES[what].parts(settings)
-        if analysis["status"] == "finished" and parts.keys() <= analysis["parts"].keys():
-            print("finished before, not run again (overwrite=true runs it again)")
-        else:
-            for position, (name, part) in enumerate(parts.items(), start=1):
-                done, began = name in analysis["parts"], time.perf_counter()
-                if not done:
-                    analysis["device"] = subject().device
-                    analysis["parts"][name] = part(subject())
-                    files.write_json(path, analysis)
-                seconds = "done before" if done else f"{time.perf_counter() - began:,.1f} s"
-                print(f"{position}/{len(parts)} {name}: {seconds}", flush=True)
-            analysis |= {"status": "finished", "summary": ANALYSES[what].summary(settings, analysis["parts"])}
-            files.write_json(path, analysis)
+            analysis = directory.new(settings)
+            analysis = {key: analysis[key] for key in ("config", "versions", "git_commit", "started")}
+            subject, parts = Subject(settings), {}
+            for name, part in ANALYSES[what].parts(settings).items():
+                began = time.perf_counter()
+                parts[name] = part(subject)
+                print(f"{name}: {time.perf_counter() - began:,.1f} s", flush=True)
+            analysis |= {"what": what, "command": command, "device": subject.device, "parts": parts}
+            files.write_json(path, analysis | {"summary": ANALYSES[what].summary(settings, parts)})
+        analysis = files.read_json(path)
+        same = asked(analysis["config"]) == asked(settings)
+        require(same, "results_dir", folder, "an analysis with these settings; take another, or set overwrite=true")
         files.write_atomic(folder / "table.md", markdown(analysis))
     print(f"\n{markdown(analysis)}\nfiles in {folder}")
     return 0

@@ -1,13 +1,9 @@
 """Benchmarks behind `make bench`: steps and bytes of adapters, whole runs.
 
     python scripts/bench.py adapter        # a training step beside dense LoRA's and SHiRA's, on one thread; an hour
-    python scripts/bench.py starts         # what a run of a sweep costs to start, and commands that train nothing
-    python scripts/bench.py steps          # a step of a run beside a bare loop's and a plain Trainer's
     python scripts/bench.py methods        # a step of every method at one size, one thread, and what it keeps
-    python scripts/bench.py family         # a step of those that keep little beside plain LoRA's, in one process
     python scripts/bench.py long           # one text of 2,048 tokens, with gradient checkpointing and compiled, too
     python scripts/bench.py growth         # what building, saving and loading cost with more and more modules
-    python scripts/bench.py threads        # a step with one thread or all, by how OpenMP's threads wait
 
 Variants take turns. Every repetition is in OUT/NAME.json, the tables are in NAME.md. --page makes the page of a record
 again.
@@ -41,7 +37,6 @@ from typing import Any
 import numpy as np
 import torch
 from data_sets import folder
-from model_table import STEPS, of_zeros
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from scipy.stats import bootstrap, quantile_test, trim_mean
@@ -49,14 +44,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from partial_lora import cli
-from partial_lora.adapter import PartialLoraConfig, module_masks
-from partial_lora.adapter.compact import load_compact, write_compact
-from partial_lora.building import build
+from partial_lora.adapter import PartialLoraConfig, load_compact, module_masks
+from partial_lora.adapter.compact import write_compact
 from partial_lora.errors import require
 from partial_lora.files import write_atomic, write_json
 from partial_lora.launching import directory
 from partial_lora.masks import kept_count
-from partial_lora.models.targets import target_linears
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain as as_plain
 from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
@@ -95,9 +88,9 @@ def where(of: Mapping, loads: Sequence[float]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def markdown(rows: Sequence[Mapping]) -> str:
-    """Rows {column: text} as a Markdown table."""
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+def table(rows: Sequence[Mapping | Sequence[str]], heads: Sequence[str] | str = "keys") -> str:
+    """Rows of texts as a Markdown table: by column, or below these heads."""
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 # --- Adapter: a training step of every variant on two models, and the bytes that it holds.
@@ -463,7 +456,7 @@ def adapter_page(result: Mapping) -> str:
 
 def _table(cells: Sequence[Mapping], columns: Callable[[Mapping, Mapping, Mapping], Mapping]) -> str:
     """One row for each rank and variant, with the columns made of (cell, variant, its ratios)."""
-    return markdown(
+    return table(
         [
             {"rank": cell["rank"], "variant": NAMES[name], **columns(cell, variant, cell["ratios"][name])}
             for cell in cells
@@ -526,164 +519,124 @@ def _method(result: Mapping) -> str:
 # --- Whole runs, each in a process of its own.
 
 RANK, LOW_RANK = 16, 2  # of an adapter on a long text
-RUNS = 24  # of a sweep
-SHORT = ("model=tiny_vit", "trainer.device=cpu", "method=dense", "trainer.max_steps=8")
-COMMAND = [sys.executable, "-m", "partial_lora"]
-COMMANDS = {
-    "`import peft`": [sys.executable, "-c", "import peft"],
-    "`import partial_lora.adapter`": [sys.executable, "-c", "import partial_lora.adapter"],
-    "`partial-lora info model=vit_s14`": [*COMMAND, "info", "model=vit_s14"],
-}
 JOBS = {
     "vit_s14, digits": ("model=vit_s14", "task=digits"),
     "minilm_l6, trec": ("model=minilm_l6", "task=trec"),
-    "smollm2_135m, arc_easy": (
-        *("model=smollm2_135m", "task=arc_easy", "model.target_modules=[q_proj,v_proj]", "trainer.batch_size=4"),
-    ),
 }
-TINY_JOBS = {"tiny_vit, digits": ("model=tiny_vit", "task=digits")}
 SIZE = 0.13  # of dense LoRA's parameters
 METHODS = ("dense", "lora", "partial", "entries", "random_weights", "lokr", "loha", "hira", "dora", "vera", "pissa")
 METHODS += ("psoft", "oft", "unilora", "fourierft", "randlora", "gralora", "lori", "lorafa", "paca")
-FAMILY = ("lora", "dense", "partial", "entries", "lori", "lorafa", "paca")
-FAMILY_JOBS = ("`vit_s14`, 16 images of 56 pixels", "`minilm_l6`, 16 texts of 64 tokens")
-LOOP_TITLES = {
-    "bare": "bare loop, PEFT's LoRA",
-    "trainer": "transformers' Trainer, PEFT's LoRA",
-    "dense": "partial-lora train method=dense",
-    "partial": "partial-lora train method=partial",
-}
 WAYS = ("plain", "gradient checkpointing", "torch.compile")
 LONG_TITLES = {
     "dense": "LoRA, rank 16",
     "lora": "LoRA, rank 2",
     "rows_columns": f"rows and columns at {1 - SPARSITY:.0%}, rank 16",
 }
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-WAITING = {
-    "one thread": ONE_THREAD,
-    "all, passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "all, spin 1,000": {"GOMP_SPINCOUNT": "1000"},
-    "all, spin 10,000": {"GOMP_SPINCOUNT": "10000"},
-    "all, as OpenMP has it": {},
-}
-_OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# OpenMP's, and what keeps a script from importing what lies beside it.
+_LEFT_OUT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONSAFEPATH")
 
 
-def timed(command: Sequence[str], **more) -> dict[str, float]:
-    """Run a command; return its seconds, and those of processors that it and its children took."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - began, "processor_seconds": spent}
-
-
-def starts(options: argparse.Namespace) -> dict:
-    """Measure sweeps of short runs by either start, and what commands that train nothing take."""
-    seeds = f"seed={','.join(map(str, range(RUNS)))}"
-    sweeps: dict[str, list] = {"fresh": [], "fork": []}
-    commands: dict[str, list] = {name: [] for name in COMMANDS}
-    for _ in range(options.repeats):
-        for start, measured in sweeps.items():
-            with tempfile.TemporaryDirectory() as place:
-                command = [*COMMAND, "train", "-m", *SHORT, seeds, f"trainer.start={start}"]
-                whole = timed(command, cwd=place)
-                files = Path(place).glob("results/runs/*/*/*/*/result.json")
-                records = [json.loads(path.read_text()) for path in files]
-            assert [record["status"] for record in records] == ["finished"] * RUNS
-            # Not its processors' seconds: a forked worker is nobody's child once the process that forked it has ended.
-            trained = sum(record["seconds"]["train"] for record in records)
-            measured.append({"seconds": whole["seconds"], "of_training": trained})
-        for name, measured in commands.items():
-            measured.append(timed(COMMANDS[name]))
-    return {"runs": RUNS, "sweeps": sweeps, "commands": commands}
-
-
-def starts_page(found: Mapping) -> list[str]:
-    runs, rows = found["runs"], []
-    for start, each in found["sweeps"].items():
-        of_run = [f"{median(each, key) / runs:.2f}" for key in ("seconds", "of_training")]
-        rows.append([f"trainer.start={start}", *of_run])
-    spent = ("seconds", "processor_seconds")
-    commands = [[name, *(f"{median(each, key):.2f}" for key in spent)] for name, each in found["commands"].items()]
-    return [
-        f"## A sweep of {runs} short runs (`{' '.join(SHORT)}`), for each run",
-        table(["", "seconds", "of these in training"], rows),
-        "## Commands that train nothing",
-        table(["", "seconds", "processor seconds"], commands),
-    ]
-
-
-def begin(job: Sequence[str], loop: str, steps: int, environment: Mapping[str, str]) -> subprocess.Popen:
-    """Start to measure a step of a job, in a process of its own."""
-    variables = {key: value for key, value in os.environ.items() if key not in _OPENMP} | environment
-    command = [sys.executable, __file__, "worker", loop, str(steps), *job]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
-
-
-def end_of(process: subprocess.Popen) -> dict[str, float]:
-    """Return what a worker has measured: the median seconds of a step, the most memory in bytes, and what it keeps."""
-    out, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(process.args)}: ended with code {process.returncode}")
-    return json.loads(out.splitlines()[-1])
-
-
-def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, list]]:
-    """Return what each variant of each job came to, by repetition; cells: job, loop and environment of each."""
+def in_turns(options: argparse.Namespace, cells: Mapping[str, Mapping[str, list]]) -> dict[str, dict[str, list]]:
+    """Return what `work` measures of each variant of each job, by repetition, each in a process of one thread."""
+    variables = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT} | {"OMP_NUM_THREADS": "1"}
     found = {name: {variant: [] for variant in variants} for name, variants in cells.items()}
     for _, (name, variants) in product(range(options.repeats), cells.items()):
-        for variant, (job, loop, environment) in variants.items():
-            found[name][variant].append(end_of(begin(job, loop, options.steps, environment)))
+        for variant, job in variants.items():
+            command = [sys.executable, __file__, "worker", variant, str(options.steps), *job]
+            done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+            found[name][variant].append(json.loads(done.stdout.splitlines()[-1]))
     return found
-
-
-def jobs_of(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return TINY_JOBS if options.quick else {name: job for name, job in JOBS.items() if name in options.jobs}
-
-
-def steps(options: argparse.Namespace) -> dict:
-    """Measure every job in every loop."""
-    jobs = jobs_of(options).items()
-    return in_turns(options, {name: {loop: (job, loop, {}) for loop in LOOP_TITLES} for name, job in jobs})
 
 
 def methods(options: argparse.Namespace) -> dict:
-    """Measure a step of every method on one thread, each with as many parameters."""
+    """Measure a step of every method, each with as many parameters."""
     size = [f"calibration.budget={SIZE}"]
     sized = {method: [] if method == "dense" else size for method in METHODS}
-    cells = {
-        name: {method: ([*job, *own], method, ONE_THREAD) for method, own in sized.items()}
-        for name, job in jobs_of(options).items()
-    }
-    return in_turns(options, cells)
-
-
-def family(options: argparse.Namespace) -> dict:
-    """Measure steps of FAMILY in this process on one thread, in an order that is drawn for each repetition."""
-    torch.set_num_threads(1)
-    drawn, found = random.Random(SEED), {}
-    jobs = TINY_JOBS if options.quick else {name: STEPS[name] for name in FAMILY_JOBS}
-    for name, job in jobs.items():
-        cells = {}
-        for method in FAMILY:
-            size = [] if method == "dense" else [f"calibration.budget={SIZE}", "calibration=fixed"]
-            model, batch = of_zeros(composed("trainer.batch_size=16", *size, *job, f"method={method}"))
-            rows = len(next(iter(batch.values())))
-            cells[method] = (model, optimizer_of(model), batch | {"labels": torch.zeros(rows, dtype=torch.long)})
-        found[name] = {method: [] for method in FAMILY}
-        for repetition in range(options.repeats + 1):  # the first makes what lasts
-            for method in drawn.sample(FAMILY, len(FAMILY)):
-                seconds = sum(step(*cells[method]).values())
-                found[name][method] += [{"step": seconds}] if repetition else []
-    return found
+    return in_turns(options, {name: {each: [*job, *own] for each, own in sized.items()} for name, job in JOBS.items()})
 
 
 def long(options: argparse.Namespace) -> dict:
-    """Measure a step on one long text on one thread, in each of WAYS."""
+    """Measure a step on one long text, in each of WAYS."""
     size = "quick" if options.quick else "full"
-    return in_turns(options, {way: {each: ([way, size], each, ONE_THREAD) for each in LONG_TITLES} for way in WAYS})
+    return in_turns(options, {way: {each: [way, size] for each in LONG_TITLES} for way in WAYS})
+
+
+def work(variant: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+    """Train for some steps in this process; return a step's median seconds, the peak in bytes, what is kept."""
+    return _on_a_long_text(variant, steps, *job) if job[0] in WAYS else _in_a_run(variant, steps, job)
+
+
+def _in_a_run(method: str, steps: int, job: Sequence[str]) -> dict[str, float]:
+    """Train a method on a job; one share everywhere takes no calibration."""
+    from partial_lora.train import run
+
+    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
+    usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
+    usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
+    config = composed(*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"]))
+    record = directory.new(as_plain(config))
+    with tempfile.TemporaryDirectory() as place:
+        run(config, Path(place), record, "train")
+    cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
+    kept = {"saved": "saved_activation_bytes", "optimizer": "optimizer_bytes", "file": "adapter_bytes"}
+    weighed = {name: cost[key] for name, key in kept.items()} | {"peak": record["peak_memory_bytes"]}
+    return {"step": cost["step_seconds"], "parameters": trained} | weighed
+
+
+def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
+    torch.manual_seed(SEED)
+    model = (QUICK_LONG if size == "quick" else LONG)()
+    batch, rank = model.batch(), LOW_RANK if variant == "lora" else RANK
+    own = built("dense" if variant == "lora" else variant, model.build(), model, rank)
+    optimizer = optimizer_of(own)
+    if way == "gradient checkpointing":
+        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif way == "torch.compile":
+        own.compile()
+    began = time.perf_counter()
+    step(own, optimizer, batch)
+    first = time.perf_counter() - began
+    times = [sum(step(own, optimizer, batch).values()) for _ in range(steps)]
+    parameters = sum(each.numel() for each in trainable(own))
+    measured = {"step": statistics.median(times), "first": first, "parameters": parameters, "peak": _peak()}
+    # What autograd is handed can be counted only where Python hands it over; a compiled forward pass does not.
+    return measured | ({"saved": saved_bytes(own, batch)} if way != "torch.compile" else {})
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def methods_page(found: Mapping) -> list[str]:
+    rows = []
+    for job, each in found.items():
+        reference = median(each["lora"], "step")
+        for method, runs in each.items():
+            seconds, parameters = median(runs, "step"), f"{median(runs, 'parameters'):,.0f}"
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" for key in ("saved", "optimizer", "file", "peak")]
+            rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
+    kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
+    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of lora's", *kept]
+    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(rows, heads)]
+
+
+def long_page(found: Mapping) -> list[str]:
+    rows = []
+    for way, each in found.items():
+        reference = median(each["lora"], "step")
+        for variant, runs in each.items():
+            seconds = median(runs, "step")
+            weighed = [f"{median(runs, key) / 1e6:,.1f}" if key in runs[0] else "–" for key in ("saved", "peak")]
+            share, first = f"{seconds / reference:.2f}", f"{median(runs, 'first'):.1f}"
+            title, parameters = LONG_TITLES[variant], f"{median(runs, 'parameters'):,.0f}"
+            rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
+    heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
+    heads += ["kept for the backward pass, MB", "peak memory, MB"]
+    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(rows, heads)]
+
+
+def median(measured: Sequence[Mapping], key: str) -> float:
+    return statistics.median(each[key] for each in measured)
 
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -732,168 +685,6 @@ def _life(base: nn.Module, config: LoraConfig, place: str, *, compact: bool) -> 
     return seconds
 
 
-def threads(options: argparse.Namespace) -> dict:
-    """Measure a step of PEFT's LoRA by every way to wait, of a run alone and of two side by side."""
-    jobs = jobs_of(options)
-    found = {name: {way: {"alone": [], "two": []} for way in WAITING} for name in jobs}
-    for _, (name, job), (way, environment) in product(range(options.repeats), jobs.items(), WAITING.items()):
-        found[name][way]["alone"].append(end_of(begin(job, "bare", options.steps, environment)))
-        both = [begin(job, "bare", options.steps, environment) for _ in range(2)]
-        found[name][way]["two"].append({"step": statistics.mean(end_of(each)["step"] for each in both)})
-    return found
-
-
-def work(loop: str, steps: int, job: Sequence[str]) -> dict[str, float]:
-    """Train for some steps in this process and return what `end_of` does."""
-    if job[0] in WAYS:
-        return _on_a_long_text(loop, steps, *job)
-    config = composed(*settings_of(job, loop, steps))
-    with tempfile.TemporaryDirectory() as place:
-        return (_in_a_loop if loop in ("bare", "trainer") else _in_a_run)(config, loop, Path(place))
-
-
-def settings_of(job: Sequence[str], loop: str, steps: int) -> list[str]:
-    """Return the settings of a job with so many steps; one share everywhere takes no calibration."""
-    method = "dense" if loop in ("bare", "trainer") else loop
-    usual = ["trainer.batch_size=16", "trainer.device=cpu", "method.rank=16", "calibration=fixed", f"method={method}"]
-    usual += [f"trainer.max_steps={steps}", f"trainer.save_steps={steps}", "trainer.learning_rate=1e-3"]
-    usual += [f"task.train_samples={16 * 25}", "task.test_samples=64"]
-    return [*usual, *job, *([] if "task=digits" in job else [f"data_dir={folder()}"])]
-
-
-def _in_a_run(config, loop: str, place: Path) -> dict[str, float]:
-    from partial_lora.train import run
-
-    record = directory.new(as_plain(config))
-    run(config, place, record, "train")
-    cost, trained = record["cost"], record["parameters"]["adapter_trainable"]
-    kept = {"saved": "saved_activation_bytes", "optimizer": "optimizer_bytes", "file": "adapter_bytes"}
-    weighed = {name: cost[key] for name, key in kept.items()} | {"peak": record["peak_memory_bytes"]}
-    return {"step": cost["step_seconds"], "parameters": trained} | weighed
-
-
-def _in_a_loop(config, loop: str, place: Path) -> dict[str, float]:
-    from torch.utils.data import DataLoader
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    from partial_lora.training.distributed import join
-
-    task = build.task_of(config)
-    transform = build.transform_of(config.model, config.task, task)
-    judge = build.judge_of(config, task, transform, join("cpu"))
-    set_seed(0)
-    model = build.model_of(config.model, task.labels, task.class_names)
-    targets = list(target_linears(model, **config.model.trained_modules))
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets))
-    if config.model.head:
-        model.get_base_model().get_submodule(config.model.head).requires_grad_(True)
-    rows, limit, times = judge.train(), config.trainer.max_steps, []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *words, **more):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *words, **more):
-            times.append(time.perf_counter() - self.began)
-
-    if loop == "trainer":
-        usual = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-        usual |= {"remove_unused_columns": False, "per_device_train_batch_size": config.trainer.batch_size}
-        arguments = TrainingArguments(output_dir=str(place), max_steps=limit, learning_rate=1e-3, **usual)
-        more = {"data_collator": transform.collate, "compute_loss_func": judge.loss, "callbacks": [Clock()]}
-        Trainer(model=model, args=arguments, train_dataset=rows, **more).train()
-    else:
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-        batches = DataLoader(rows, config.trainer.batch_size, shuffle=True, collate_fn=transform.collate)
-        model.train()
-        while len(times) < limit:
-            for batch in batches:
-                began = time.perf_counter()
-                labels = batch.pop("labels")
-                judge.loss(model(**batch), labels).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                times.append(time.perf_counter() - began)
-                if len(times) == limit:
-                    break
-    return {"step": statistics.median(times[2:] or times), "peak": _peak()}
-
-
-def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, float]:
-    torch.manual_seed(SEED)
-    model = (QUICK_LONG if size == "quick" else LONG)()
-    batch, rank = model.batch(), LOW_RANK if variant == "lora" else RANK
-    own = built("dense" if variant == "lora" else variant, model.build(), model, rank)
-    optimizer = optimizer_of(own)
-    if way == "gradient checkpointing":
-        own.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif way == "torch.compile":
-        own.compile()
-    began = time.perf_counter()
-    step(own, optimizer, batch)
-    first = time.perf_counter() - began
-    times = [sum(step(own, optimizer, batch).values()) for _ in range(steps)]
-    parameters = sum(each.numel() for each in trainable(own))
-    measured = {"step": statistics.median(times), "first": first, "parameters": parameters, "peak": _peak()}
-    # What autograd is handed can be counted only where Python hands it over; a compiled forward pass does not.
-    return measured | ({"saved": saved_bytes(own, batch)} if way != "torch.compile" else {})
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def steps_page(found: Mapping) -> list[str]:
-    rows = []
-    for job, loops in found.items():
-        bare = median(loops["bare"], "step")
-        for loop, each in loops.items():
-            seconds, peak = median(each, "step"), f"{median(each, 'peak') / 2**20:,.0f}"
-            rows.append([job, LOOP_TITLES[loop], f"{seconds:.3f}", f"{seconds / bare:.2f}", peak])
-    heads = ["model, task", "", "seconds a step", "of the bare loop's", "peak memory, MiB"]
-    return ["## A step beside a bare loop's", table(heads, rows)]
-
-
-def methods_page(found: Mapping) -> list[str]:
-    rows = []
-    for job, each in found.items():
-        reference = median(each["lora"], "step")
-        for method, runs in each.items():
-            seconds, parameters = median(runs, "step"), f"{median(runs, 'parameters'):,.0f}"
-            weighed = [f"{median(runs, key) / 1e6:,.1f}" for key in ("saved", "optimizer", "file", "peak")]
-            rows.append([job, method, parameters, f"{seconds:.3f}", f"{seconds / reference:.2f}", *weighed])
-    kept = ("kept for the backward pass, MB", "optimizer, MB", "adapter's file, MB", "peak memory, MB")
-    heads = ["model, task", "method", "adapter's parameters", "seconds a step", "of lora's", *kept]
-    return [f"## A step of every method, at {SIZE} of dense LoRA's parameters, one thread", table(heads, rows)]
-
-
-def family_page(found: Mapping) -> list[str]:
-    rows = []
-    for job, each in found.items():
-        for method, runs in each.items():
-            pairs = zip(runs, each["lora"], strict=True)
-            low, middle, high = np.percentile([own["step"] / other["step"] for own, other in pairs], (25, 50, 75))
-            rows.append([job, method, f"{median(runs, 'step'):.3f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
-    heads = ["model, batch", "method", "processor seconds a step", "of lora's in the same turn [quartiles]"]
-    return [f"## A step of what keeps little, at {SIZE} of dense LoRA's parameters, one process", table(heads, rows)]
-
-
-def long_page(found: Mapping) -> list[str]:
-    rows = []
-    for way, each in found.items():
-        reference = median(each["lora"], "step")
-        for variant, runs in each.items():
-            seconds = median(runs, "step")
-            weighed = [f"{median(runs, key) / 1e6:,.1f}" if key in runs[0] else "–" for key in ("saved", "peak")]
-            share, first = f"{seconds / reference:.2f}", f"{median(runs, 'first'):.1f}"
-            title, parameters = LONG_TITLES[variant], f"{median(runs, 'parameters'):,.0f}"
-            rows.append([way, title, parameters, f"{seconds:.2f}", share, first, *weighed])
-    heads = ["", "adapter", "its parameters", "seconds a step", "of rank 2's", "first step, seconds"]
-    heads += ["kept for the backward pass, MB", "peak memory, MB"]
-    return ["## One text of 2,048 tokens a step, Llama of 8 layers, d = 1024, one thread", table(heads, rows)]
-
-
 BESIDE = {"write_compact": "save_pretrained", "load_compact": "from_pretrained"}  # what it is compared with
 
 
@@ -905,36 +696,10 @@ def growth_page(found: Mapping) -> list[str]:
             rows.append([f"{int(size):,}", action, f"{lora:.2f}", f"{ours:.2f}", f"{ours / lora:.2f}"])
     heads = ["modules", "", "plain LoRA, processor seconds", "ours", "of plain LoRA's"]
     note = "write_compact is compared with save_pretrained of plain LoRA, load_compact with from_pretrained."
-    return ["## What is done once, by the number of modules (16 x 16)", table(heads, rows), note]
+    return ["## What is done once, by the number of modules (16 x 16)", table(rows, heads), note]
 
 
-def threads_page(found: Mapping) -> list[str]:
-    rows = [
-        [job, way, *(f"{median(each[how], 'step'):.3f}" for how in ("alone", "two"))]
-        for job, ways in found.items()
-        for way, each in ways.items()
-    ]
-    heads = ["model, task", "OpenMP's threads", "seconds a step, alone", "two runs side by side"]
-    return ["## Threads and how they wait", table(heads, rows)]
-
-
-def median(measured: Sequence[Mapping], key: str) -> float:
-    return statistics.median(each[key] for each in measured)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(each)} |" for each in (heads, ["---" for _ in heads], *rows))
-
-
-OF_RUNS = {
-    "starts": (starts, starts_page),
-    "steps": (steps, steps_page),
-    "methods": (methods, methods_page),
-    "family": (family, family_page),
-    "long": (long, long_page),
-    "growth": (growth, growth_page),
-    "threads": (threads, threads_page),
-}
+OF_RUNS = {"methods": (methods, methods_page), "long": (long, long_page), "growth": (growth, growth_page)}
 
 
 def runs_page(record: Mapping) -> str:
@@ -949,23 +714,21 @@ def runs_page(record: Mapping) -> str:
 # --- The command.
 
 PAGES = {"adapter": adapter_page, "runs": runs_page}  # by the name of the files
-WHOLE = {"adapter": (adapter, 28)}  # and usual repetitions
 
 
 @cli.script
 def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["worker"]:
-        _, loop, count, *job = words
-        print(json.dumps(work(loop, int(count), job)))
+        _, variant, count, *job = words
+        print(json.dumps(work(variant, int(count), job)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*WHOLE, *OF_RUNS])
+    parser.add_argument("what", choices=["adapter", *OF_RUNS])
     parser.add_argument("--repeats", type=int, help="adapter 28, others 5")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64], help="of adapter")
     parser.add_argument("--steps", type=int, default=20, help="of whole runs")
     parser.add_argument("--modules", nargs="+", type=int, default=[500, 2000, 8000, 20000], help="of growth")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="of whole runs")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="something tiny: a test, no measurement")
     parser.add_argument("--page", action="store_true", help="make the page of the record that is there")
@@ -973,18 +736,17 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.quick and options.out == OUT:
         parser.error("--quick measures nothing that is worth keeping: give another folder with --out")
     what, options.command = options.what, shlex.join(["python", "scripts/bench.py", *words])
-    name = what if what in WHOLE else "runs"
-    measure, usual = WHOLE[what] if what in WHOLE else (OF_RUNS[what][0], 5)
-    options.repeats = options.repeats or usual
+    name = "runs" if what in OF_RUNS else what
+    options.repeats = options.repeats or (5 if what in OF_RUNS else 28)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     require(bool(record) or not options.page, "--page", file, "a record, which the same command without --page makes")
-    if not options.page and what in WHOLE:
-        record = measure(options)
-    elif not options.page:
+    if not options.page and what in OF_RUNS:
         made = {"command": options.command, "repeats": options.repeats, "cpus": os.cpu_count()}
-        record[what] = {"made": made, "found": measure(options)}
+        record[what] = {"made": made, "found": OF_RUNS[what][0](options)}
+    elif not options.page:
+        record = adapter(options)
     write_json(file, record)
     write_atomic(options.out / f"{name}.md", f"{PAGES[name](record).rstrip()}\n")
     print(f"wrote {options.out / name}.md")

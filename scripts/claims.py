@@ -27,6 +27,7 @@ HOLDS, FAILS, OPEN = "holds", "refuted", "open"
 NO_RUNS = "no runs of both"
 WORSE = "worse, two points open"
 MARGIN = 0.02  # of all claims
+FIRST_LOOK = 8  # seeds; what has more of them was looked at twice, and each look has half of the error
 
 
 def differences(
@@ -205,7 +206,7 @@ def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[
     that is open where there are no runs.
 
     It is of all sets (of a mixture of its average) or of the only one: one of several never stands for the others. All
-    verdicts are corrected for how many they are.
+    verdicts are corrected for how many they are, and those of a second look for the first (Bonferroni).
     """
     rows, made = part_of(numbers, DIFFERENCE), []  # with each verdict, what decides it
     for first, second, claim, point in claims:
@@ -219,22 +220,35 @@ def judged(numbers: pd.DataFrame, *claims: tuple[str, str, Claim, str]) -> list[
             finding = "nothing over all tasks" if row is None else _finding(row)
             verdict, of = Verdict(words, ", ".join(filter(None, where)), OPEN, finding, OPEN), None
             if row is not None and row["seeds"] > 1 and not math.isnan(row["low"]):
-                of = claim, Estimate(row["difference"], row["error"], row["freedom"]), row["metric"]
+                of = claim, _estimate(row), row["metric"], _looks(row)
             made.append((verdict, of))
     known = [of for _, of in made if of]
-    levels = iter(by_sides(claim.significances(found, metric) for claim, found, metric in known))
+    sides = ([min(1.0, looks * p) for p in claim.significances(found, metric)] for claim, found, metric, looks in known)
+    levels = iter(by_sides(sides))
     return [verdict if of is None else _decided(verdict, *of, next(levels), len(known)) for verdict, of in made]
 
 
 def _decided(
-    verdict: Verdict, claim: Claim, found: Estimate, metric: str, levels: tuple[float, float], among: int
+    verdict: Verdict, claim: Claim, found: Estimate, metric: str, looks: int, levels: tuple[float, float], among: int
 ) -> Verdict:
     """A verdict with what its estimate says, alone and among all that can be decided."""
-    alone, corrected = (claim.judge(found, metric, own) for own in ((1 - LEVEL,) * 2, levels))
+    shared = [[level / looks for level in own] for own in ((1 - LEVEL,) * 2, levels)]
+    alone, corrected = (claim.judge(found, metric, own) for own in shared)
     return replace(verdict, verdict=corrected, alone=alone, among=among)
 
 
+def _looks(row: Mapping) -> int:
+    return 2 if row["tasks"] == 1 and row["seeds"] > FIRST_LOOK else 1
+
+
+def _estimate(row: Mapping) -> Estimate:
+    return Estimate(row["difference"], row["error"], row["freedom"])
+
+
 def _finding(row: Mapping) -> str:
+    """Return a difference with its interval, which has 95 %, and at a second look 97.5 %."""
+    if (looks := _looks(row)) > 1:
+        row = {**row, **dict(zip(("low", "high"), _estimate(row).ends(((1 - LEVEL) / looks,) * 2), strict=True))}
     where = row["task"]
     if row["tasks"] > 1:
         of = "sets" if row["task"] == ALL_SETS else "tasks"

@@ -23,7 +23,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import building, file_sha256
 from partial_lora.settings.compose import composed
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import FILES
+from partial_lora.tasks.image_folders import FILES
 from partial_lora.tasks.sources import first_line, read_hub
 from partial_lora.tasks.task import places
 

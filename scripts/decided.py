@@ -28,6 +28,7 @@ from claims import (
     AS_GOOD,
     AVERAGE,
     BETTER,
+    FIRST_LOOK,
     NO_RUNS,
     at_ceiling,
     by_loss,
@@ -134,7 +135,8 @@ def at_one_rate(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
             of_task = runs[(runs["task"] == task) & (runs["operating_point"] == BUDGET)]
             same = of_task[(of_task["method"] == UNIFORM) & (of_task["learning_rate"] == rates[PARTIAL])]
             same = ranking.once(same, [task, UNIFORM])
-            if set(own.loc[own["method"] == PARTIAL, "seed"]) <= set(same["seed"]):
+            seeds = set(own.loc[own["method"] == PARTIAL, "seed"])
+            if len(seeds & set(same["seed"])) >= min(FIRST_LOOK, len(seeds)):
                 rows.append(same.assign(method=AT_ONE_RATE))
     return pd.concat(rows)
 

@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader
 
 from partial_lora import cli, files
 from partial_lora.building import build
+from partial_lora.calibration.peers import Alone
 from partial_lora.calibration.reuse import block_names
 from partial_lora.errors import PartialLoraError
 from partial_lora.finished import evaluate, export
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.launching.packs import DYNAMICS, OF_DYNAMICS, dynamics
-from partial_lora.peers import Alone
 
 MOST = 1_000  # rows of each split, at most
 MISSING = 3  # how the command ends where some could not be measured; a traceback ends with 1

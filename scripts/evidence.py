@@ -1,4 +1,4 @@
-"""The evidence in a minute: five figures, each for a light and a dark page, out of the tables of results/.
+"""The evidence in a minute: four figures, each for a light and a dark page, out of the tables of results/.
 
     python scripts/evidence.py      # or `make figures`
 
@@ -35,15 +35,6 @@ NAMED = {  # the method of a form, in ordinary words, and how far its label is f
     "paca": ("paca", "PaCA", {"gtsrb": (8, -8), "trec": (8, -16)}),
     "oft": ("oft", "OFT", (8, 6)),
     "hira": ("hira", "HiRA", {"gtsrb": (-36, 8), "trec": (-36, 22)}),
-}
-NEAR = {  # the labels of those that keep little and of what they are compared with, in the figure of them alone
-    "partial": (7, 4),
-    "dense": (7, 7),
-    "lora": (7, -11),
-    "entries": (7, 3),
-    "lori": (7, 5),
-    "lorafa": (-52, 2),
-    "paca": (-36, -13),
 }
 LIGHT = {"black": "#1d2329", "faint": "#d0d7de", "grey": "#59636e", "page": "#ffffff"}  # dark enough for words
 LIGHT |= {"blue": "#0072b2", "vermillion": "#c44601", "green": "#00795a", "purple": "#8f4e9f", "orange": "#9a6700"}
@@ -161,25 +152,10 @@ def memory(results: Path, colours: dict[str, str]) -> Figure:
     drawn = figure.subplots(2, 1, sharex=True, height_ratios=(5, 4))
     cells = raced(results)
     for axes, task in zip(drawn, ("gtsrb", "trec"), strict=True):
-        frontier(axes, cells[cells["task"] == task], "0.13", colours)
+        frontier(axes, cells[cells["task"] == task], colours)
         axes.set_title(SETS[task])
     drawn[-1].set_xlabel(_KEPT)
     figure.supxlabel(f"{_MARKS}; dots: other methods", fontsize=9)
-    return figure
-
-
-def memory_more(results: Path, colours: dict[str, str]) -> Figure:
-    """Draw the same for the third set, and for methods of 2 % of dense LoRA's parameters."""
-    figure = Figure(figsize=(WIDTH, 11), layout="constrained")
-    cells = raced(results)
-    drawn = (("signdigits", "0.13"), ("signdigits", "0.02"), ("gtsrb", "0.02"), ("trec", "0.02"))
-    panels = figure.subplots(len(drawn), 1, sharex=True)
-    for axes, (task, size) in zip(panels, drawn, strict=True):
-        of_task = cells[(cells["task"] == task) & (cells["form"].str.split(" on ").str[0].isin(NEAR))]
-        frontier(axes, of_task, size, colours, {"xlim": (-9, 45)})
-        axes.set_title(f"{task}, {float(size):.0%} of dense LoRA's parameters")
-    panels[-1].set_xlabel(_KEPT)
-    figure.supxlabel(_MARKS, fontsize=9)
     return figure
 
 
@@ -187,24 +163,19 @@ _KEPT = "MB kept for the backward pass, above what the frozen model keeps"
 _MARKS = "filled: 8 seeds, hollow: fewer; bars: 95 %"
 
 
-def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str], across: dict | None = None) -> None:
-    """Draw the methods of one set and size by what they keep and how far they are from dense LoRA.
-
-    across: the horizontal axis, in place of one whose marks are by the root of their distance.
-    """
+def frontier(axes: Axes, cells: pd.DataFrame, colours: dict[str, str]) -> None:
+    """Draw the methods of 13 % on one set by what they keep and how far they are from dense LoRA."""
     floor = floor_of(cells)
     cells = cells.assign(above=(cells["saved_bytes"] - floor) / 1e6)
     dense = cells.loc[cells["form"] == "dense", "above"].iloc[0]
-    own = ~cells["form"].str.contains(" ") & (cells["size"] == size)
-    if size == "0.13":  # of which LoRA on some modules has about as many parameters
-        own |= cells["form"].str.startswith("lora on")
+    own = ~cells["form"].str.contains(" ") & (cells["size"] == "0.13")
+    own |= cells["form"].str.startswith("lora on")  # which has about as many parameters
     for row in cells[own].itertuples():
         at, ink, marker = (row.above, row.lead), colours["grey"], "."
         if row.form in NAMED:
             method, name, places = NAMED[row.form]
             ink, marker = look_of(method, colours)
             axes.errorbar(*at, row.lead_half, color=ink, linewidth=1, capsize=2)
-            places = NEAR[method] if across else places
             place = places[row.task] if isinstance(places, dict) else places
             label(axes, name, at, place, ink)
         mark(axes, at, marker, ink, row.lead_seeds, colours)
@@ -212,14 +183,12 @@ def frontier(axes: Axes, cells: pd.DataFrame, size: str, colours: dict[str, str]
     low, high = axes.get_ylim()
     for x, y, words, place in (
         (0, low, f"the frozen model: {floor / 1e6:.0f} MB", (4, 4)),
-        (dense, high, f"dense LoRA: {dense:+.0f} MB", (4, -12) if across else (-112, -12)),
+        (dense, high, f"dense LoRA: {dense:+.0f} MB", (-112, -12)),
     ):
         axes.axvline(x, color=colours["grey"], linewidth=1.5, linestyle="--")
         label(axes, words, (x, y), place, colours["grey"])
-    if not across:
-        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    usual = {"xlim": (0, 170), "xticks": (5, 10, 20, 40, 60, 80, 100, 120)}
-    axes.set(**(across or usual), ylabel="points from dense LoRA")
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set(xlim=(0, 170), xticks=(5, 10, 20, 40, 60, 80, 100, 120), ylabel="points from dense LoRA")
 
 
 def look_of(method: str, colours: dict[str, str]) -> tuple[str, object]:
@@ -318,7 +287,7 @@ def claims(results: Path, colours: dict[str, str]) -> Figure:
     return figure
 
 
-DRAWN = {"rates": rates, "memory": memory, "memory-more": memory_more, "size": size, "claims": claims}
+DRAWN = {"rates": rates, "memory": memory, "size": size, "claims": claims}
 
 
 def claim_of(second: str) -> str:

@@ -24,7 +24,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
 from partial_lora.report.pairs import Outcome, Pair, between
 from partial_lora.report.predictions import Predictions
-from partial_lora.report.ranking import at_best_rates, rows_of
+from partial_lora.report.ranking import CHANGE, at_best_rates, rows_of
 from partial_lora.report.records import read
 from partial_lora.report.statistics import Estimate, half_interval, over_sets
 
@@ -115,8 +115,9 @@ def claim(second: str) -> list[dict[str, str]]:
         row = rows.loc[f"{task}, {BUDGET}"]
         papers, _, of_papers = row["paper's"].partition(", among ")
         after, _, among = row["verdict"].partition(", among ")
+        found, seeds = row["found"].split(f" points, {task}, ")
         lines.append(
-            {"task": task, "less": less(task, PARTIAL, second)}
+            {"task": task, "less": _signed(found), "seeds": seeds}
             | {"alone": plainly(row["alone"], second), "papers": plainly(papers, second), "papers_count": of_papers}
             | {"after": plainly(after, second), "count": among}
         )
@@ -264,8 +265,15 @@ def responses(size: str) -> list[dict[str, str]]:
         if f"{form} at {size}" in from_dense.index:
             apart = from_dense.loc[f"{form} at {size}"]
             line["from_dense"] = _nats(apart["difference"], apart["difference_half"], dense["test"])
-        lines.append(line | {task: forgotten(form, size, task) for task in ("piqa", "arc_easy")})
+        changes = [name for name in cells if CHANGE in name and not name.endswith("half")]
+        lines.append(line | {name.partition(CHANGE)[0]: _change(row, name) for name in changes})
     return lines
+
+
+def _change(row: pd.Series, name: str) -> str:
+    """Return what training has changed on another set: a loss in nats, or a share in points."""
+    times, digits = (1, 3) if name.endswith("loss") else (100, 1)
+    return around(times * row[name], times * row[f"{name}, half"], digits)
 
 
 def response(form: str, size: str = "0.13") -> dict[str, str]:
@@ -276,19 +284,6 @@ def response(form: str, size: str = "0.13") -> dict[str, str]:
 def _nats(difference: float, half: float, perplexity: float) -> str:
     """Return a difference from a perplexity, with its interval, in nats."""
     return written((math.log1p((difference + side * half) / perplexity) for side in (0, -1, 1)), digits=3)
-
-
-def forgotten(form: str, size: str, name: str) -> str:
-    """Return what a form has changed on another set, a mean over seeds: loss in nats, or points of accuracy."""
-    scores = pd.read_csv(RESULTS / "language" / "forgetting.csv", dtype={"size": str})
-    scores = scores[scores["set"] == name]
-    (before,) = scores.loc[scores["form"] == "frozen", "value"]
-    changes = scores.loc[(scores["form"] == form) & (scores["size"] == size), "value"] - before
-    if changes.empty:
-        return "–"
-    half = half_interval(changes.std(), len(changes))
-    times, digits = (1, 3) if name == "piqa" else (100, 1)
-    return around(times * changes.mean(), times * half, digits)
 
 
 def pages() -> dict[Path, str]:

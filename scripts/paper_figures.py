@@ -28,7 +28,7 @@ from protocol import BUDGET, IMPORTANCE, PARTIAL, THRESHOLD, UNIFORM, USUAL
 
 from partial_lora import cli
 from partial_lora.errors import one_of, require
-from partial_lora.files import write_atomic
+from partial_lora.files import read_json, write_atomic
 from partial_lora.launching.directory import ADAPTER
 from partial_lora.launching.packs import dynamics
 from partial_lora.masks import AXES
@@ -422,11 +422,14 @@ def fig5(runs: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     tasks with two measures at least. calibrations: how many the seeds have; with one, their spread has none of its own.
     """
     compared = ["first", "second", "jaccard", "chance", "beyond_chance"]
+    files: dict[tuple[str, ...], Path] = {}  # by task and model, of this folder before those of the one that holds it
+    for place in (results_dir, results_dir.parent):
+        for file in sorted(place.glob("analyses/agreement/*/*/analysis.json")):
+            files.setdefault(file.parts[-3:-1], file)
     agreed = [
-        {"task": content["config"]["task"]["name"], "model": model, "sparsities": sparsities}
-        | {name: line[name] for name in compared}
-        for content, model in protocol.analyses(results_dir, "agreement")[0]
-        for sparsities, lines in content["summary"].items()
+        {"task": task, "model": model, "sparsities": sparsities} | {name: line[name] for name in compared}
+        for (task, model), file in files.items()
+        for sparsities, lines in read_json(file)["summary"].items()
         for line in lines
     ]
     own = protocol.usual(runs)

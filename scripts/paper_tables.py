@@ -35,7 +35,6 @@ from claims import (
     in_order,
     judged,
     part_of,
-    plain,
     readable,
     readable_differences,
     readable_scores,
@@ -49,7 +48,6 @@ from protocol import (
     POINTS,
     UNIFORM,
     USUAL,
-    analyses,
     at_best_rates,
     draw_of,
     forms,
@@ -57,7 +55,7 @@ from protocol import (
 )
 
 from partial_lora import cli
-from partial_lora.calibration.search import threshold_of
+from partial_lora.calibration.level_search import threshold_of
 from partial_lora.errors import require
 from partial_lora.files import read_json, write_atomic
 from partial_lora.launching import packs
@@ -280,36 +278,24 @@ _NOTES = {
 # Table 5
 
 JOINT, REPAIR = "joint", "repair"
-ANALYSES = {
-    "cost": "Cost of the search",
-    "reliability": "Split halves of the scored draw",
-    "stability": "Stability of the sparsities",
-}
 _CALIBRATION = ["task", "model", "importance", "operating_point"]
 
 
 def table5(evidence: Evidence) -> Table:
-    """Table 5, calibration: what it costs, what all sparsities do at once, what repair gives back, how stable it is."""
+    """Table 5, calibration: what all sparsities do at once, and what repair gives back."""
     runs = usual(evidence.runs)
     runs = runs[runs["method"] == PARTIAL].replace({"importance": {"": IMPORTANCE}})
     repaired = repairs(calibrations(evidence.results_dir))
-    found = {name: analyses(evidence.results_dir, name) for name in ANALYSES}
-    measured = pd.DataFrame(
-        [row for finished, _ in found.values() for analysis in finished for row in of_analysis(*analysis)]
-    )
-    numbers = pd.concat([joint(runs), repaired, measured], ignore_index=True)
+    numbers = pd.concat([joint(runs), repaired], ignore_index=True)
     lacking = [] if len(runs) else ["calibrated runs of partial; make reproduce-table1"]
     lacking += [] if len(repaired) else ["calibrations with calibration.repair=true; make reproduce-table5"]
-    for name, (finished, unfinished) in found.items():
-        lacking += [f"{file}: not finished; make calibration-analyses" for file in unfinished]
-        lacking += [] if finished or unfinished else [f"analysis of {name}; make calibration-analyses"]
     notes = [
         "Share kept: the frozen model's few-shot score with all sparsities at once, of its intact score; ± is half the "
         "95 % interval of the mean over calibrations (Student's t).",
         "seconds: of calibrations that were made, not those found in the cache. On trec at threshold 0.9 they went on "
         "from the curves of 13 %.",
     ]
-    shown = _readable_calibrations(numbers) | _readable_analyses(numbers)
+    shown = _readable_calibrations(numbers)
     verdicts = _of_verdicts(_score_is_kept(_rows(numbers[numbers["importance"] == IMPORTANCE], JOINT)))
     return Table("table5", verdicts, numbers, shown, notes, lacking, origin_of(runs))
 
@@ -410,51 +396,6 @@ def _readable_calibrations(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "All sparsities at once", part_of(numbers, JOINT), first | together | kept | {"seconds": ("seconds", ",.0f")}
     )
     return shown | readable("Repair", part_of(numbers, REPAIR), first | repair | kept)
-
-
-def of_analysis(analysis: Mapping, model: str) -> list[dict]:
-    """A row a number of analysis.json: {part, task, model, condition, quantity, value, deviation}."""
-    config, summary, rows = analysis["config"], analysis["summary"], []
-
-    def add(condition: str, quantity: str, value: float | None, deviation: float | None = None) -> None:
-        named = {"part": analysis["what"], "task": config["task"]["name"], "model": model}
-        named |= {"condition": condition, "quantity": quantity}
-        rows.append(named | {"value": number(value), "deviation": number(deviation)})
-
-    if analysis["what"] == "cost":
-        names = {"passes": "passes", "sample_blocks": "sample-block evaluations", "seconds": "seconds"}
-        for search, cost in summary["searches"].items():
-            for key, quantity in names.items() if cost is not None else ():
-                add(search, quantity, cost[key])
-    elif analysis["what"] == "reliability":
-        names = {"spearman_brown": "corrected", "pearson": "Pearson"}
-        names |= {"rows": "Pearson, rows", "columns": "Pearson, columns"}
-        for key, quantity in names.items():
-            add(f"{summary['splits']} splits", quantity, summary[key]["mean"], summary[key]["deviation"])
-    else:
-        for line in summary["conditions"]:
-            noise = f", {line['noise']:.0%} wrong" if line["noise"] else ""
-            condition, seeds = f"{line['shots']} shots{noise}, {line['seeds']} seeds", line["between_seeds"]
-            add(condition, "Pearson between seeds", seeds["pearson"])
-            add(condition, "mean absolute difference", seeds["mean_absolute"])
-            add(condition, "density", line["density"]["mean"], line["density"]["deviation"])
-            add(condition, "score of the frozen model", line["baseline"]["mean"], line["baseline"]["deviation"])
-    return rows
-
-
-def _readable_analyses(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """{title: a row a condition, a column a quantity}."""
-    shown = {}
-    for what, title in ANALYSES.items():
-        rows: dict[tuple, dict] = {}
-        for row in _rows(numbers, what):
-            where = {"task": row["task"], "model": row["model"], "what": row["condition"]}
-            deviation = "" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.2f}"
-            value = cell(row["value"], ",.0f" if row["value"] >= 10 else ".2f") + deviation
-            rows.setdefault(tuple(where.values()), where)[row["quantity"]] = value
-        if rows:
-            shown[title] = plain(pd.DataFrame(rows.values()))
-    return shown
 
 
 # Table 6

@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.files import read_json
 from partial_lora.methods import called
 from partial_lora.methods.config import nominal_rank
 from partial_lora.report import ranking
@@ -152,18 +151,3 @@ def draw_of(record: Mapping) -> int:
     """
     own, rows = record["config"]["calibration"].get("seed"), record["config"]["task"].get("split_seed", 0)
     return record["seed"] if own is None or rows is None else own
-
-
-def analyses(results_dir: Path, what: str) -> tuple[list[tuple[dict, str]], list[Path]]:
-    """Return the finished analyses of a kind, each with its model, and the files of those that are not finished.
-
-    They lie in analyses/WHAT/TASK/MODEL of the results directory or of the one that holds it; of one that is in both
-    the first.
-    """
-    found: dict[tuple[str, ...], Path] = {}  # by task and model
-    for place in (results_dir, results_dir.parent):
-        for file in sorted(place.glob(f"analyses/{what}/*/*/analysis.json")):
-            found.setdefault(file.parts[-3:-1], file)
-    read = {file: read_json(file) for file in found.values()}
-    finished = [(content, file.parent.name) for file, content in read.items() if content["status"] == "finished"]
-    return finished, [file for file, content in read.items() if content["status"] != "finished"]

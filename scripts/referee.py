@@ -1,10 +1,10 @@
 """What `compare` saves, and at what risk: a quick search replayed on recorded ones, and seeds looked at one by one.
 
-    python scripts/referee.py    # or `make referee`; a minute of one core, from committed records alone
+    python scripts/referee.py    # or `make referee`; some minutes of one core, from committed records alone
 
-*Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: what a run
-was worth after a quarter of its steps is in its history. Counted are the cells (a set, a method, a size) in which it
-ends with the full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
+*Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: a run's history has
+its validation after a quarter of its steps. Counted are the cells (a set, a method, a size) in which it ends with the
+full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
 best score on test loses. A rate that the full search did not try counts as one that fails. Rates that are predicted
 without any search stand beside it: by today's rule, which has seen all sets, and by that rule moved by what the method
 wanted on the other sets.
@@ -33,11 +33,13 @@ import intervals
 import numpy as np
 import pandas as pd
 import protocol
+from scipy.special import stdtrit
 
 from partial_lora import cli
-from partial_lora.compare.halving import HALF, QUARTER, SURVIVORS, Asked, Search, Trial, early, quick, worth
+from partial_lora.compare.rate_search import HALF, QUARTER, SURVIVORS, Asked, Search, Trial, early, quick, validation_of
 from partial_lora.files import grouped, write_atomic
 from partial_lora.report import ranking, records, sequential
+from partial_lora.report.statistics import LEVEL
 from partial_lora.settings import rates
 
 RESULTS = Path("results")
@@ -72,7 +74,7 @@ class Cell:
         reached: dict[float, float] = {}
         trials = next(searching)
         while True:
-            answers = {trial: worth(self.runs.get((trial.rate, trial.seed)), trial.until) for trial in trials}
+            answers = {trial: validation_of(self.runs.get((trial.rate, trial.seed)), trial.until) for trial in trials}
             for trial in trials:
                 reached[trial.rate] = max(reached.get(trial.rate, 0), self._share(trial))
             try:
@@ -111,7 +113,7 @@ def cells(results: Path) -> list[Cell]:
             runs = {(row.learning_rate, row.seed): row.run.record for row in cell.itertuples()}
             tried = {rate: {} for rate, _ in runs}
             for (rate, seed), record in runs.items():
-                tried[rate][seed] = worth(record)
+                tried[rate][seed] = validation_of(record)
             if sum(0 in own for own in tried.values()) < LEAST_RATES or len(runs) < len(cell):  # two settings mixed
                 continue
             record = next(iter(runs.values()))
@@ -203,7 +205,7 @@ def races(all_cells: Sequence[Cell]) -> pd.DataFrame:
         scores = {cell: cell.scores(rate) for cell, (rate, _) in whole.items()}
         best = max(scores, key=scores.__getitem__)
         for until, left in product(LOOKED_AT, LEFT):
-            losses = {cell: -worth(cell.runs[rates[0], 0], until)[1] for cell, rates in searched.items()}
+            losses = {cell: -validation_of(cell.runs[rates[0], 0], until)[1] for cell, rates in searched.items()}
             kept = sorted(losses, key=losses.__getitem__)[:left]
             half = {cell: cell.replayed(early(cell.centre, COUNT))[1] + until - QUARTER for cell in searched}
             spent = sum(whole[cell][1] if cell in kept else half[cell] for cell in searched)
@@ -242,9 +244,10 @@ def left_out(found: pd.DataFrame) -> pd.DataFrame:
 
 # --- The seeds.
 
-MARGIN, REPETITIONS, ROWS = 0.01, 400, 100
+MARGIN, REPETITIONS, ROWS = 0.01, 4000, 100
 PLANS = {"looks": sequential.LOOKS, "3 seeds": (3,), "8 seeds": (8,)}
-KINDS = ("normal", "heavy", "uneven", "tailed")
+KINDS = ("normal", "heavy", "uneven", "tailed", "one falls")
+AT_ONCE = 250  # studies
 FALL, FALLING = 0.1, 1 / 8  # what a run of a tail is too low by, and how many are
 TRUTHS = {  # points
     "all equal": (0, 0, 0),
@@ -279,57 +282,119 @@ def spread(parts: dict[str, tuple[float, float, float, int]]) -> pd.DataFrame:
 
 
 def drawn(
-    truth: Sequence[float], parts: tuple[float, float, float, int], generator: np.random.Generator, kind: str
-) -> dict[str, dict[int, np.ndarray]]:
-    """Return the outputs of a study, by method and seed.
+    truth: Sequence[float],
+    parts: tuple[float, float, float, int],
+    generator: np.random.Generator,
+    kind: str,
+    studies: int,
+) -> np.ndarray:
+    """Return the outputs of studies (studies, methods, seeds, rows).
 
     heavy: seeds by t(3). uneven: one method moves three times as far, of twelve ten times. tailed: one run in eight
-    ends ten points low, as some of the records do.
+    ends ten points low, as some of the records do. one falls: of one method alone, whose other runs make up for it.
     """
-    methods, most = len(truth), max(sequential.LOOKS)
+    shape = (studies, len(truth), max(sequential.LOOKS))
     of_seed, of_rows, left = (part / math.sqrt(2) for part in parts[:3])  # of one method
-    luck = generator.normal(size=(methods, most))
-    if kind == "heavy":
-        luck = generator.standard_t(3, size=(methods, most)) / math.sqrt(3)
-    luck[0] *= 1 if kind != "uneven" else 10 if methods > 6 else 3
-    shared, rest = generator.normal(size=(methods, 1, ROWS)), generator.normal(size=(methods, most, ROWS))
-    fallen = FALL * (generator.random((methods, most)) < FALLING) if kind == "tailed" else np.zeros((methods, most))
-    scores = np.array(truth)[:, None, None] / 100 + (of_seed * luck - fallen)[:, :, None]
-    scores = scores + math.sqrt(ROWS) * (of_rows * shared + left * rest)
-    return {str(method): dict(enumerate(own)) for method, own in enumerate(scores)}
+    luck = generator.standard_t(3, size=shape) / math.sqrt(3) if kind == "heavy" else generator.normal(size=shape)
+    luck[:, 0] *= 1 if kind != "uneven" else 10 if len(truth) > 6 else 3
+    fallen = FALL * (generator.random(shape) < FALLING) * (kind in ("tailed", "one falls"))
+    if kind == "one falls":
+        fallen[:, 1:], fallen[:, 0] = 0, fallen[:, 0] - FALL * FALLING
+    shared, rest = generator.normal(size=(*shape[:2], 1, ROWS)), generator.normal(size=(*shape, ROWS))
+    scores = np.array(truth)[:, None] / 100 + of_seed * luck - fallen
+    return scores[..., None] + math.sqrt(ROWS) * (of_rows * shared + left * rest)
 
 
-def is_false(judged: sequential.Decisions, truth: Sequence[float], margin: float) -> bool:
-    """Return whether a study says something that is not so."""
-    for name, decision in judged.by_method.items():
-        behind = (truth[int(decision.against)] - truth[int(name)]) / 100
-        if (decision.verdict == sequential.WORSE and behind <= 0) or (
-            decision.verdict == sequential.AS_GOOD and behind > margin
-        ):
-            return True
-    return False
+@dataclass(frozen=True)
+class Judged:
+    """What `sequential.decide` decides of many studies, at once, by the same intervals.
+
+    leader: of each study. verdict, against, seeds: of each method (studies, methods).
+    """
+
+    leader: np.ndarray
+    verdict: np.ndarray
+    against: np.ndarray
+    seeds: np.ndarray
+
+    @classmethod
+    def of(cls, outputs: np.ndarray, looks: Sequence[int]) -> Judged:
+        """Return the decisions on outputs (studies, methods, seeds, rows)."""
+        studies, methods = outputs.shape[:2]
+        every, scores = np.arange(studies), outputs.mean(axis=-1)
+        levels = sequential.levels_of(tuple(looks), (1 - LEVEL) / math.comb(methods, 2))
+        verdict = np.full((studies, methods), sequential.OPEN, dtype="<U8")
+        against, seeds_of = np.zeros((2, studies, methods), int)
+        alive, leader = np.ones((studies, methods), bool), np.zeros(studies, int)
+        for seeds, level in zip(looks, levels, strict=True):
+            goes_on = alive.sum(axis=1) > 1
+            alive &= goes_on[:, None]
+            means = np.where(alive, scores[:, :, :seeds].mean(axis=-1), -np.inf)
+            leader = np.where(goes_on, means.argmax(axis=1), leader)
+            seeds_of[alive] = seeds
+            pooled = _pooled(scores, alive, seeds_of, seeds)
+            alone = sequential.Spread.of(outputs[every, leader, None, :seeds] - outputs[:, :, :seeds])
+            pair, freedom = pooled.pair(alone, seeds)
+            estimate, wide = pair.estimate(seeds, freedom), level / 2
+            half = estimate.error * stdtrit(estimate.freedom, 1 - wide)
+            hoped = alone.estimate(looks[-1], freedom / (seeds - 1) * (looks[-1] - 1))
+            hope = hoped.error * stdtrit(hoped.freedom, 1 - levels[-1] / 2) - sequential.HOPE * estimate.error
+            judged = alive & (np.arange(methods) != leader[:, None])
+            against = np.where(judged, leader[:, None], against)
+            worse = judged & (estimate.difference > half)
+            as_good = judged & ~worse & (estimate.difference + half < MARGIN)
+            may = (estimate.difference > hope) | (estimate.difference + hope < MARGIN)
+            verdict[worse], verdict[as_good] = sequential.WORSE, sequential.AS_GOOD
+            alive &= ~(worse | as_good | (judged & ~may))
+        return cls(leader, verdict, against, seeds_of)
+
+    def is_false(self, truth: Sequence[float]) -> np.ndarray:
+        """Return of each study whether it says something that is not so."""
+        truth = np.array(truth)
+        behind = (truth[self.against] - truth) / 100
+        worse, as_good = self.verdict == sequential.WORSE, self.verdict == sequential.AS_GOOD
+        return ((worse & (behind <= 0)) | (as_good & (behind > MARGIN))).any(axis=1)
+
+
+def _pooled(scores: np.ndarray, alive: np.ndarray, seeds_of: np.ndarray, seeds: int) -> sequential.Seeds:
+    """Return what seeds move of each study (studies, 1): of those alive or, where they are few, of all methods."""
+    counts = alive.sum(axis=1)
+    freedom = np.maximum(counts - 1, 1) * (seeds - 1)
+    kept = scores[:, :, :seeds] * alive[..., None]
+    of_seed, of_method = kept.sum(axis=1, keepdims=True) / np.maximum(counts, 1)[:, None, None], kept.mean(axis=2)
+    grand = of_seed.mean(axis=2, keepdims=True)
+    left = (kept - of_method[..., None] - of_seed + grand) * alive[..., None]
+    moved = 2 * (left**2).sum(axis=(1, 2)) / freedom
+    for study in np.flatnonzero((freedom < sequential.ENOUGH) & (counts > 1) & (counts < alive.shape[1])):
+        runs = {
+            str(one): dict(enumerate(own[:count]))
+            for one, (own, count) in enumerate(zip(scores[study], seeds_of[study], strict=True))
+        }
+        of_all = sequential.Seeds.of(runs)
+        moved[study], freedom[study] = of_all.moved, of_all.freedom
+    return sequential.Seeds(moved[:, None], freedom[:, None].astype(float))
 
 
 def simulate(parts: dict[str, tuple[float, float, float, int]], repetitions: int) -> pd.DataFrame:
-    """Return a row for each truth, kind, set and plan."""
+    """Return a row for each truth, kind, set and plan; all plans have the same studies."""
     rows = []
-    for (title, truth), kind, (task, own), (plan, looks) in (
-        (named, kind, part, plan)
+    for (title, truth), kind, (task, own) in (
+        (named, kind, part)
         for named in TRUTHS.items()
         for kind in KINDS[: len(KINDS) if "equal" in named[0] else 1]
         for part in parts.items()
-        for plan in PLANS.items()
     ):
-        generator = np.random.default_rng(list(parts).index(task))  # the same studies for every plan
-        studies = [sequential.decide(drawn(truth, own, generator, kind), MARGIN, looks) for _ in range(repetitions)]
-        settled = [
-            fmean(each.by_method[name].verdict != sequential.OPEN for name in each.by_method if name != each.leader)
-            for each in studies
-        ]
-        seeds = [sum(decision.seeds for decision in each.by_method.values()) / len(truth) for each in studies]
-        row = {"truth": title, "seeds are": kind, "set": task, "plan": plan, "seeds a method": fmean(seeds)}
-        false = fmean(is_false(each, truth, MARGIN) for each in studies)
-        rows.append(row | {"false studies": false, "decided": fmean(settled)})
+        generator, found = np.random.default_rng(list(parts).index(task)), {plan: [] for plan in PLANS}
+        for done in range(0, repetitions, AT_ONCE):
+            outputs = drawn(truth, own, generator, kind, min(AT_ONCE, repetitions - done))
+            for plan, looks in PLANS.items():
+                judged = Judged.of(outputs, looks)
+                settled = (judged.verdict != sequential.OPEN).sum(axis=1) / (len(truth) - 1)
+                found[plan].append((judged.seeds.mean(axis=1), judged.is_false(truth), settled))
+        for plan, several in found.items():
+            seeds, false, settled = (np.concatenate(one).mean() for one in zip(*several, strict=True))
+            row = {"truth": title, "seeds are": kind, "set": task, "plan": plan, "seeds a method": seeds}
+            rows.append(row | {"false studies": false, "decided": settled})
     return pd.DataFrame(rows)
 
 
@@ -350,10 +415,12 @@ def page(searched: pd.DataFrame, raced: pd.DataFrame, seeds: pd.DataFrame) -> st
         f"took {hours:.1f} hours of one core. A share is of these. Points lost are on test, over seeds that both have.",
         policies.round(2).to_markdown(index=False),
         *_of_races(raced),
-        f"Seeds in turn beside 3 and 8 for all: {REPETITIONS} studies of each kind and set, with the variances of "
+        f"Seeds in turn beside 3 and 8 for all: {REPETITIONS:,} studies of each kind and set, with the variances of "
         f"{', '.join(seeds['set'].unique())}, {ROWS} test rows that weigh as those do, and a margin of one point. "
         "Truths are in points below the best. Heavy: seeds by Student's t with three degrees of freedom. Uneven: one "
-        "method moves three times as far. Decided: methods called worse, or as good within the margin.",
+        "method moves three times as far, of twelve ten times. Tailed: one run in eight ends ten points low. One "
+        "falls: so do those of one method alone, whose other runs make up for it; before one has fallen nothing tells. "
+        "Decided: methods called worse, or as good within the margin.",
         means.round(1).to_markdown(index=False),
     ]
     return "\n\n".join(parts) + "\n"

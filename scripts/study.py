@@ -19,7 +19,7 @@ from pathlib import Path
 
 from partial_lora import cli
 from partial_lora.errors import require
-from partial_lora.settings.study import OF_RUNS, commands, keys
+from partial_lora.settings.study_commands import OF_RUNS, commands, keys
 
 
 @cli.script

@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 from transformers import conversion_mapping
 
 import partial_lora.train  # noqa: F401  and what a worker does
-from partial_lora import cli, worker, worker_events
+from partial_lora import cli, signals, worker
 from partial_lora.launching import launch
 from partial_lora.tasks import sources
 
@@ -164,7 +164,7 @@ def _run(
         os.close(descriptor)
     code = 1
     try:
-        for number in worker_events.STOPPING:
+        for number in signals.STOPPING:
             signal.signal(number, signal.SIG_DFL)  # of what its parent does about them it knows nothing
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()

@@ -13,7 +13,7 @@ import pandas as pd
 from partial_lora import files
 from partial_lora.launching import directory, packs
 from partial_lora.methods.config import nominal_rank
-from partial_lora.report import folders, records
+from partial_lora.report import records, seed_groups
 
 EXAMPLES = 200
 LABEL = np.arange(EXAMPLES) % 4
@@ -148,4 +148,4 @@ def _predicted(wrong: int) -> pd.DataFrame:
 
 def rows_of(results_dir: Path) -> pd.DataFrame:
     """The rows of the runs under a results directory."""
-    return folders.table(records.read(results_dir)[0])
+    return seed_groups.table(records.read(results_dir)[0])

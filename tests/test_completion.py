@@ -18,7 +18,7 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.completion import candidates, complete
-from partial_lora.finished.forms import FORMS
+from partial_lora.finished.export_forms import FORMS
 from partial_lora.launching import directory
 from partial_lora.settings.schema import defaults
 

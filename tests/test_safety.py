@@ -22,7 +22,7 @@ import partial_lora
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.models import bundled, tokenizer
-from partial_lora.models.texts import byte_tokenizer
+from partial_lora.models.language import byte_tokenizer
 from partial_lora.settings import schema
 
 PACKAGE = Path(partial_lora.__file__).parent

@@ -16,7 +16,7 @@ from partial_lora import models
 from partial_lora.adapter import PartialLoraConfig
 from partial_lora.launching import directory as results
 from partial_lora.models.config import ModelConfig
-from partial_lora.training import checkpoints, objectives, predictions
+from partial_lora.training import checkpoints, objectives, offline_metrics
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.trainer import Computation, ResumableTrainer, build_trainer
@@ -76,7 +76,7 @@ def trainer(
     judge = SimpleNamespace(
         loss=objectives.loss_of_batch,
         reduce=None,
-        measure=lambda outputs: predictions.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
+        measure=lambda outputs: offline_metrics.metrics_of(chosen, outputs.predictions, np.asarray(outputs.label_ids)),
         selects=chosen[0],
     )
     world = World("cpu", changes.pop("world_size", 1))

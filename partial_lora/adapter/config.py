@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.card import complete_card
+from partial_lora.adapter.adapter_card import complete_card
 from partial_lora.adapter.layer import EMBEDDED
 from partial_lora.adapter.selection import (
     Geometry,

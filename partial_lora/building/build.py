@@ -17,6 +17,7 @@ from partial_lora import methods, models, tasks
 from partial_lora.budget import Shapes, shrunk
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.few_shot import FewShot
+from partial_lora.calibration.peers import Peers, of_first
 from partial_lora.calibration.reliability import verdict
 from partial_lora.calibration.result import Calibration
 from partial_lora.errors import PartialLoraError
@@ -28,12 +29,11 @@ from partial_lora.methods.setting import ModuleScores, Setting
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.from_files import RESAMPLING
 from partial_lora.models.skeleton import ALL_LINEAR, skeleton_of
-from partial_lora.peers import Peers, of_first
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.schema import Config
 from partial_lora.tasks import Draws, Task
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import left_out
+from partial_lora.tasks.image_folders import left_out
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import OF_TEXTS
 from partial_lora.tasks.sources import label_warnings

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from partial_lora.budget import Shapes, dense_parameters
 from partial_lora.building import peak, size
+from partial_lora.calibration.level_search import most_passes
 from partial_lora.calibration.result import Calibration
-from partial_lora.calibration.search import most_passes
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.settings import rates

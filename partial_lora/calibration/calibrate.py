@@ -23,15 +23,11 @@ from typing import Any
 from torch import nn
 
 from partial_lora import budget as budgets
-from partial_lora.bars import bar
 from partial_lora.calibration.config import CalibrationConfig
 from partial_lora.calibration.curves import Curves, Store
 from partial_lora.calibration.gradient import Point, checked, levels_of
 from partial_lora.calibration.importance import Importance, Scores, name_of, scores_of
-from partial_lora.calibration.repair import relax
-from partial_lora.calibration.result import Calibration, usual_of, warnings_of
-from partial_lora.calibration.score import Score
-from partial_lora.calibration.search import (
+from partial_lora.calibration.level_search import (
     BACKWARD,
     BOTH,
     CURVE_AXES,
@@ -52,11 +48,15 @@ from partial_lora.calibration.search import (
     threshold_of,
     walk,
 )
+from partial_lora.calibration.peers import Alone, Peers, gathered, of_first
+from partial_lora.calibration.repair import relax
+from partial_lora.calibration.result import Calibration, usual_of, warnings_of
+from partial_lora.calibration.score import Score
 from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.masks import AXES, Sparsity
 from partial_lora.models.modes import frozen
 from partial_lora.models.targets import target_linears
-from partial_lora.peers import Alone, Peers, gathered, of_first
+from partial_lora.progress import bar
 
 _ROUND = 4  # modules that each process calibrates between two exchanges; a process that is killed loses no more
 

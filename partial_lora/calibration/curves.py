@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from partial_lora.calibration import search
+from partial_lora.calibration import level_search
 from partial_lora.calibration.importance import Scores
+from partial_lora.calibration.peers import Peers, gathered
 from partial_lora.calibration.score import BoundedScore, Score
 from partial_lora.errors import PartialLoraError, kind_and_line, require
 from partial_lora.files import one_writer, write_json
 from partial_lora.masks import AXES, Mask, Sparsity
-from partial_lora.peers import Peers, gathered
 
 VERSION = 1
 PREDICTED = "predicted"  # names predicted curves in a store, in place of what is zeroed in other modules
@@ -61,11 +61,11 @@ class Curves:
         store: Store,
     ) -> None:
         self.evaluations = 0
-        self.outputs = search.COMPETING  # of each example, as far as `trial` has told
+        self.outputs = level_search.COMPETING  # of each example, as far as `trial` has told
         self._model, self._score, self._modules, self._importance = model, score, modules, importance
         self.store = store
         self._started: set[tuple[str, str, str, float]] = set()  # points of this score: it may go on with them
-        self._chosen: search.Levels = {}  # what stays zeroed while curves are measured
+        self._chosen: level_search.Levels = {}  # what stays zeroed while curves are measured
         self._after = ""  # its digest
         self._unsettled: set[str] = set()  # modules altered for good that the score does not know of yet
 
@@ -115,7 +115,7 @@ class Curves:
 
     def predicted(
         self, axes: Sequence[str], grid: Sequence[float], seen: Callable[[float, int], None]
-    ) -> dict[str, dict[str, search.Curve]]:
+    ) -> dict[str, dict[str, level_search.Curve]]:
         """Return every curve as gradients predict it around the intact model, by module and axis (gradient.py).
 
         seen: called as `FewShotScore.predicted` does.
@@ -132,7 +132,7 @@ class Curves:
             self.evaluations += passes
             for module, of_module in curves.items():
                 for axis, curve in of_module.items():
-                    known = (search.bounds_of(score, score) for score in scores[module][axis])
+                    known = (level_search.bounds_of(score, score) for score in scores[module][axis])
                     curve.update(zip(grid, known, strict=True))
             self.store.changed = True
             self.store.save()
@@ -155,7 +155,7 @@ class Curves:
         def choose(module: str, axis: str, level: float) -> None:
             stack.enter_context(self._zeroed(module, axis, level))
             self._chosen.setdefault(module, {})[axis] = level
-            self._after = search.digest_of(self._chosen)
+            self._after = level_search.digest_of(self._chosen)
             if level:
                 altered.add(module)
                 self._unsettled.add(module)
@@ -168,7 +168,7 @@ class Curves:
             self._settle(altered - self._unsettled)  # the score never knew that the others were altered
             self._unsettled = set()
 
-    def curve(self, module: str, axis: str) -> search.Curve:
+    def curve(self, module: str, axis: str) -> level_search.Curve:
         """Return the points known of one curve after the choices that are in force; the caller may add points."""
         return self.store.curve(module, axis, self._after)
 
@@ -178,22 +178,24 @@ class Curves:
             for module in modules:
                 self._score.settled(module)
 
-    def _point(self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]) -> search.Bounds:
+    def _point(
+        self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]
+    ) -> level_search.Bounds:
         curve = self.curve(module, axis)
-        if undecided(*curve.get(level, search.UNKNOWN)):
+        if undecided(*curve.get(level, level_search.UNKNOWN)):
             curve[level] = self._evaluate(module, axis, level, undecided)
             self.store.changed = True
-        return curve.get(level, search.UNKNOWN)
+        return curve.get(level, level_search.UNKNOWN)
 
     def _evaluate(
         self, module: str, axis: str, level: float, undecided: Callable[[float, float], bool]
-    ) -> search.Bounds:
+    ) -> level_search.Bounds:
         point = self._after, module, axis, level
         # A score without `settled` would reuse what it knows of the intact model, which earlier choices have changed.
         bounded = isinstance(self._score, BoundedScore) and (not self._after or hasattr(self._score, "settled"))
         with self._zeroed(module, axis, level):
             if not bounded:
-                return search.bounds_of(*(self._score_of_model(),) * 2)
+                return level_search.bounds_of(*(self._score_of_model(),) * 2)
             others = self._unsettled - {module}
             self._settle(others)
             self._unsettled -= others
@@ -201,13 +203,13 @@ class Curves:
             self.evaluations += 1
             bounds = self._score.bounds(self._model, module, undecided, earlier)
         self._started.add(point)
-        return search.bounds_of(*bounds)
+        return level_search.bounds_of(*bounds)
 
     @contextmanager
     def _zeroed(self, module: str, axis: str, level: float) -> Iterator[None]:
         """Zero all but the most important rows, columns or both of a module, as importance ranks the intact one."""
         with ExitStack() as stack:
-            for mask_axis in AXES if axis == search.BOTH else (axis,):
+            for mask_axis in AXES if axis == level_search.BOTH else (axis,):
                 mask = Mask.top(self._importance(module)[AXES.index(mask_axis)], level)
                 stack.enter_context(zeroed(self._modules[module].weight, mask_axis, mask))
             yield
@@ -235,7 +237,7 @@ class Store:
         self.baseline: float | None = None
         self.results: dict[str, dict] = {}
         self.changed = False
-        self._curves: dict[str, dict[str, search.Curve]] = {}
+        self._curves: dict[str, dict[str, level_search.Curve]] = {}
         if self.path is not None and self.path.exists():
             try:
                 text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -282,7 +284,7 @@ class Store:
             finally:
                 opened[0].save()
 
-    def curve(self, module: str, axis: str, after: str = "") -> search.Curve:
+    def curve(self, module: str, axis: str, after: str = "") -> level_search.Curve:
         """Return the points known of one curve; the caller may add points. `after` names what is zeroed elsewhere."""
         return self._curves.setdefault(module, {}).setdefault(f"{axis}@{after}" if after else axis, {})
 
@@ -303,7 +305,7 @@ class Store:
     def content(self) -> dict:
         """Return everything that is known, as plain data."""
         curves = {
-            module: {axis: search.points_of(curve) for axis, curve in axes.items()}
+            module: {axis: level_search.points_of(curve) for axis, curve in axes.items()}
             for module, axes in self._curves.items()
         }
         return {"key": self.key, "baseline": self.baseline, "curves": curves, "results": self.results}
@@ -311,7 +313,7 @@ class Store:
     def take(self, content: Mapping) -> None:
         """Add another store's `content`. A broken one raises before anything is taken."""
         curves = {
-            (module, axis): search.curve_of(points)
+            (module, axis): level_search.curve_of(points)
             for module, axes in content["curves"].items()
             for axis, points in axes.items()
         }

@@ -22,19 +22,19 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.config import CalibrationConfig, ImportanceConfig
 from partial_lora.calibration.importance import MEASURES, NEEDS_DATA, ModuleScores, data_scores, scores_of
+from partial_lora.calibration.level_search import most_passes, seconds_at_most
+from partial_lora.calibration.peers import Alone, Peers, of_first
 from partial_lora.calibration.reliability import reliability, split_half
 from partial_lora.calibration.result import Calibration
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import most_passes, seconds_at_most
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import cache_dir
 from partial_lora.models import weights_digest
 from partial_lora.models.modes import frozen
-from partial_lora.peers import Alone, Peers, of_first
 from partial_lora.tasks import Draws, strata
 from partial_lora.tasks.mixture import starts, within
 from partial_lora.tasks.task import Transform
@@ -178,7 +178,7 @@ class FewShot:
         bound = "about" if self.config.search == "gradient" else "at most"
         examples = len(self.draws.scored)
         note = f"{bound} {timedelta(seconds=round(left))}: at most {passes:,} passes over {examples:,} examples"
-        worker_events.emit("calibrate", 0, len(modules), share=0.0, left=left, note=note)
+        progress.emit("calibrate", 0, len(modules), share=0.0, left=left, note=note)
 
     def importance(self, modules: Sequence[str]) -> ModuleScores:
         """Return the importance of every row and column of the modules.
@@ -192,10 +192,10 @@ class FewShot:
             costs = {module: layer.weight.numel() * min(layer.weight.shape) for module, layer in targets.items()}
             scores, spent = {}, 0
             for module, layer in targets.items():
-                worker_events.emit("importance", len(scores), len(targets), share=spent / sum(costs.values()))
+                progress.emit("importance", len(scores), len(targets), share=spent / sum(costs.values()))
                 scores[module] = scores_of(module, layer.weight, name, seed=seed, options=options)
                 spent += costs[module]
-            worker_events.emit("importance", len(targets), len(targets), share=1.0)
+            progress.emit("importance", len(targets), len(targets), share=1.0)
             return scores
         fit = self.transform.training_batches(self.train.select(self.draws.fit), _BATCH)
         loss = partial(mean_loss_within, self.sizes) if self.sizes else None
@@ -245,9 +245,9 @@ class FewShot:
                 settings=decides | dict(self.drawn) | {"seed": config.seed, "key": key},
                 store=cache_dir() / "calibrations" / f"{key}.json",
                 peers=peers,
-                progress=lambda done, total, **detail: worker_events.emit(stage, done, total, **detail),
+                progress=lambda done, total, **detail: progress.emit(stage, done, total, **detail),
             )
-        worker_events.emit(stage, 1, 1, share=1.0)  # one that was found in the cache has told nothing
+        progress.emit(stage, 1, 1, share=1.0)  # one that was found in the cache has told nothing
         return found
 
     def halves(self, scores: ModuleScores, peers: Peers | None = None) -> dict:

@@ -15,8 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from partial_lora.calibration.level_search import BOTH, COMPETING, Curve, Levels, checks, scan
 from partial_lora.calibration.reuse import wrapped
-from partial_lora.calibration.search import BOTH, COMPETING, Curve, Levels, checks, scan
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 

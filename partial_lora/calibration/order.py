@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from partial_lora.calibration.answers import Batch, Measure
+from partial_lora.calibration.answer_scores import Batch, Measure
 
 
 @dataclass

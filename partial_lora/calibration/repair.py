@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from partial_lora.budget import Shapes
-from partial_lora.calibration.search import BOTH, Levels, both_axes
+from partial_lora.calibration.level_search import BOTH, Levels, both_axes
 from partial_lora.masks import AXES, Sparsity, kept_count
 
 Joint = Callable[[Sparsity], float | None]

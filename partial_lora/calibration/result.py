@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from partial_lora.calibration.search import BOTH, CURVE_AXES, Levels, line, passes, sparsity_levels
+from partial_lora.calibration.level_search import BOTH, CURVE_AXES, Levels, line, passes, sparsity_levels
 from partial_lora.errors import PartialLoraError, kind_and_line, shortlist
 from partial_lora.files import FORMAT, other_format, read_json, write_json
 from partial_lora.masks import AXES, Sparsity

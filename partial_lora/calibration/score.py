@@ -18,11 +18,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from partial_lora.calibration.answers import SCORES, Batch, Metric, Whole, Within
+from partial_lora.calibration.answer_scores import SCORES, Batch, Metric, Whole, Within
 from partial_lora.calibration.gradient import Removed, linearised
+from partial_lora.calibration.level_search import COMPETING, Bounds
 from partial_lora.calibration.order import Tally, arranged, enough, next_batch
 from partial_lora.calibration.reuse import Reuse, logits_of
-from partial_lora.calibration.search import COMPETING, Bounds
 from partial_lora.errors import PartialLoraError
 from partial_lora.models.modes import differentiable, frozen
 

@@ -16,8 +16,8 @@ from joblib import cpu_count
 from partial_lora.building.build import task_of
 from partial_lora.building.info import outline
 from partial_lora.building.memory import kept_by_step
-from partial_lora.compare.halving import SURVIVORS, Trial, worth
 from partial_lora.compare.options import CANDIDATES, EVERY, LIMITS, Options
+from partial_lora.compare.rate_search import SURVIVORS, Trial, validation_of
 from partial_lora.errors import PartialLoraError, require
 from partial_lora.files import grouped
 from partial_lora.launching import pool
@@ -163,15 +163,20 @@ class Progress:
     @property
     def seeds(self) -> int:
         """How many seeds are done at the best rate."""
-        rates = [record["config"]["trainer"]["learning_rate"] for record in self.records.values()]
-        return rates.count(self.best)
+        return len(self.best_places())
+
+    def best_places(self) -> dict[int, Path]:
+        """Return the directories of the runs at the best rate, by seed."""
+        return {
+            record["seed"]: place
+            for place, record in self.records.items()
+            if record["config"]["trainer"]["learning_rate"] == self.best
+        }
 
     def of_seed(self, seed: int) -> dict | None:
         """Return the record of a seed at the best rate."""
-        records = (
-            record for record in self.records.values() if record["config"]["trainer"]["learning_rate"] == self.best
-        )
-        return next((record for record in records if record["seed"] == seed), None)
+        place = self.best_places().get(seed)
+        return None if place is None else self.records[place]
 
     def configs(self, trials: Sequence[Trial]) -> dict[Trial, Config]:
         """Return the settings of trials of one seed; one that was made here goes on from where it has paused."""
@@ -368,7 +373,7 @@ def timed(candidate: Candidate) -> Candidate:
 
 def is_made(config: Config) -> bool:
     """Return whether a run is recorded as far as its settings ask for."""
-    return worth(recorded(run_directory(config)), config.trainer.until) is not None
+    return validation_of(recorded(run_directory(config)), config.trainer.until) is not None
 
 
 def jobs_at_once(candidates: Iterable[Candidate]) -> int:
@@ -398,7 +403,7 @@ def known_rates(candidate: Candidate, until: float) -> list[float]:
     if candidate.overwrite:
         return []
     records = (recorded(place) for place in at_other_rates(candidate.usual))
-    tried = (record for record in records if worth(record, until) is not None or was_killed(record))
+    tried = (record for record in records if validation_of(record, until) is not None or was_killed(record))
     return sorted({record["config"]["trainer"]["learning_rate"] for record in tried} - {AUTO})
 
 

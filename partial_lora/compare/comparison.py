@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.styled import Styled
 
-from partial_lora.compare import halving, take, verdict
+from partial_lora.compare import measure_forgetting, rate_search, take, verdict
 from partial_lora.compare.candidates import (
     Half,
     Progress,
@@ -24,14 +24,16 @@ from partial_lora.compare.candidates import (
     timed,
     was_killed,
 )
-from partial_lora.compare.halving import FINALISTS, HALF, SURVIVORS, Asked, Search, Trial, full, worth
+from partial_lora.compare.measure_forgetting import Other
 from partial_lora.compare.options import FULL, QUICK, Options
+from partial_lora.compare.rate_search import FINALISTS, HALF, SURVIVORS, Asked, Search, Trial, full, validation_of
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped, is_locked
-from partial_lora.launching import directory, pool
+from partial_lora.launching import directory, packs, pool
 from partial_lora.launching.launch import Outcome
 from partial_lora.launching.packs import recorded
 from partial_lora.report import certificate, ranking, records, tables
+from partial_lora.report.forgetting import changes_of
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
@@ -61,7 +63,8 @@ class Comparison:
 
     left_out: a line on each method that is not among them. reached: the share of its steps that each run has made, by
     candidate, learning rate and seed. total: whole runs that there are if all looks are made at what is not decided.
-    share: of them, which is done.
+    share: of them, which is done. others: sets that each group may forget. unmeasured: a line on each run of which
+    that is not known.
     """
 
     options: Options
@@ -70,6 +73,8 @@ class Comparison:
     reached: dict[tuple[Progress, float, int], float] = field(default_factory=dict)
     total: float = 0.0
     share: float = 0.0
+    others: dict[str, list[Other]] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, options: Options, parts: Sequence[tuple[Options, Sequence[str]]]) -> Comparison:
@@ -80,7 +85,10 @@ class Comparison:
         found = [prepared(*part) for part in parts]
         candidates = [candidate for candidates, _ in found for candidate in candidates]
         refuse_twins(candidates)
-        return cls(options, list(map(Progress, candidates)), [line for _, lines in found for line in lines])
+        fit = {one.group: one for one in reversed(candidates) if one.unfit is None} if options.forgets else {}
+        others = {title: [Other.of(name, one.usual) for name in options.forgets] for title, one in fit.items()}
+        left_out = [line for _, lines in found for line in lines]
+        return cls(options, list(map(Progress, candidates)), left_out, others=others)
 
     def measure(self, say: Say) -> None:
         """Say what is left out and what every candidate takes, timed for a quick search; share the cores among runs.
@@ -131,7 +139,18 @@ class Comparison:
         code = self.decide(make, say)
         if code < 2 and self.reached:
             watch({"stage": "runs", "done": 1, "total": 1})
+        if code < 2 and self.others:
+            self.measure_forgetting(say)
         return code
+
+    def measure_forgetting(self, say: Say) -> None:
+        """Measure the runs at the best rates on other sets, where that is not recorded."""
+        self.unmeasured = []
+        for title, group in self.groups.items():
+            places = [place for one in group for place in one.best_places().values()]
+            others = self.others[title]
+            say(f"forgetting on {', '.join(other.name for other in others)}: {len(places)} runs")
+            self.unmeasured += measure_forgetting.measure(places, others)
 
     def decide(self, make: Make, say: Say) -> int:
         """Search for every learning rate, and train with the seeds that looks ask for; return the exit code.
@@ -183,10 +202,10 @@ class Comparison:
         if self.options.search == FULL:
             found = self._ask({one: full(centre, rates, seeds, known) for one, centre, known in starts}, make)
         else:
-            early = self._ask({one: halving.early(centre, rates, known) for one, centre, known in starts}, make)
+            early = self._ask({one: rate_search.early(centre, rates, known) for one, centre, known in starts}, make)
             self._race({one: by_loss[0] for one, by_loss in early.items() if by_loss}, make)
             left = {one: by_loss[:FINALISTS] for one, by_loss in early.items() if by_loss and one.dropped is None}
-            finals = self._ask({one: halving.final(rates) for one, rates in left.items()}, make)
+            finals = self._ask({one: rate_search.final(rates) for one, rates in left.items()}, make)
             found = dict.fromkeys(early) | {one: by_score[0] for one, by_score in finals.items() if by_score}
         for one, best in found.items():
             one.best = best
@@ -202,7 +221,9 @@ class Comparison:
                 runs = {trial: recorded(place) for trial, place in one.places(batch).items()}
                 one.killed += [trial.rate for trial, record in runs.items() if was_killed(record)]
                 try:
-                    trials[one] = searches[one].send({trial: worth(runs[trial], trial.until) for trial in batch})
+                    trials[one] = searches[one].send(
+                        {trial: validation_of(runs[trial], trial.until) for trial in batch}
+                    )
                     continue
                 except StopIteration as end:
                     found[one] = end.value
@@ -223,12 +244,13 @@ class Comparison:
         self.make_missing([(one, Trial(rates[one], 0, HALF)) for group in raced for one in group], make)
         for group in raced:
             places = {one: one.places([trial := Trial(rates[one], 0, HALF)])[trial] for one in group}
-            worths = {one: worth(recorded(place), HALF) for one, place in places.items()}
-            losses = {one: -found[1] for one, found in worths.items() if found is not None}
+            validations = {one: validation_of(recorded(place), HALF) for one, place in places.items()}
+            losses = {one: -found[1] for one, found in validations.items() if found is not None}
             by_loss = sorted(losses, key=losses.__getitem__)
             for place, one in enumerate(by_loss[SURVIVORS:], SURVIVORS + 1):
                 third = by_loss[SURVIVORS - 1]
-                is_whole = worth(recorded(places[one])) is not None  # it has gone on before; a pack keeps no such rows
+                # It has gone on before; a pack keeps no such rows.
+                is_whole = validation_of(recorded(places[one])) is not None
                 if not is_whole and verdict.tells_apart(places[one], places[third]):
                     one.dropped = Half(rates[one], losses[one], place, len(group), losses[third])
 
@@ -240,7 +262,8 @@ class Comparison:
         new = [
             (one, trial)
             for (one, trial), place in places.items()
-            if (one.candidate.overwrite and place not in one.records) or worth(recorded(place), trial.until) is None
+            if (one.candidate.overwrite and place not in one.records)
+            or validation_of(recorded(place), trial.until) is None
         ]
         code = make(new) if new else 0  # a record is enough: what is compared needs no weights
         for one, trial in new:
@@ -251,7 +274,7 @@ class Comparison:
             raise PartialLoraError(f"{held[0]} is in use by another process: run this again when it has ended")
         for (one, _), place in places.items():
             record = recorded(place)
-            if worth(record) is not None:
+            if validation_of(record) is not None:
                 one.records[place] = record
 
     def _side_by_side(self, runs: Sequence[Run], watch: Watch, note: Say) -> int:
@@ -299,7 +322,8 @@ class Comparison:
             for one in self.progress
             for rate in one.killed
         ]
-        return [*self.left_out, *(f"{names}: {reason}" for reason, names in named.items()), *untried]
+        refused = [f"{names}: {reason}" for reason, names in named.items()]
+        return [*self.left_out, *refused, *untried, *self.unmeasured]
 
     def conclude(self, command: str) -> Conclusion | None:
         """Write table, page and the files to act with; None where nothing has been trained. command: for the page.
@@ -324,7 +348,11 @@ class Comparison:
         _, numbers = ranking.write(runs, out, "compare", reference, limit)
         verdicts, lines = [], []
         for title, group in self.groups.items():
-            found, sentences = verdict.judged(group, self.options)
+            sets = {other.name for other in self.others.get(title, ())}
+            at_best = {one.name: one.best_places().items() for one in group}
+            known = {name: {seed: packs.forgetting(at, sets) for seed, at in runs} for name, runs in at_best.items()}
+            forgotten = changes_of(known)
+            found, sentences = verdict.judged(group, self.options, forgotten)
             best = next(one for one in group if one.name == found.leader)
             folder, named = out / take.FOLDER, ""
             if len(self.groups) > 1:
@@ -340,6 +368,7 @@ class Comparison:
                 looks=verdict.looks_of(self.options),
                 settings={one.name: one.of_seed(0)["config"] for one in group if one.of_seed(0)},
                 verdict=sentences,
+                forgotten=forgotten,
             )
             lines += [f"{named}{sentences[0]}", *sentences[1:]]
         dropped = verdict.dropped(self.progress)

@@ -37,10 +37,9 @@ from partial_lora.report.sequential import (
     OPEN,
     WORSE,
     Outputs,
+    Seeds,
     Spread,
-    freedom_of,
     seeds_wanted,
-    spread_of_seeds,
     verdict_of,
 )
 from partial_lora.report.statistics import LEVEL, Estimate
@@ -170,11 +169,10 @@ class _Look:
     margin: float
 
     @cached_property
-    def moved(self) -> tuple[float, float]:
-        """By how much seeds move a difference, over all methods with several, and its degrees of freedom."""
+    def moved(self) -> Seeds:
+        """By how much seeds move a difference, over all methods with several."""
         own = self.outputs[self.first]
-        several = {name: seeds for name, seeds in self.outputs.items() if len(seeds.keys() & own.keys()) > 1}
-        return spread_of_seeds(several)
+        return Seeds.of({name: seeds for name, seeds in self.outputs.items() if len(seeds.keys() & own.keys()) > 1})
 
     def known(self, name: str) -> dict:
         """Return what is known of a method before it is judged."""
@@ -196,8 +194,7 @@ class _Look:
             errs = float(self.scores.lower_is_better)  # an error rate counts as the share of what is right, less 1
             return _bound(self.known(name), *(errs + float(side[0]) for side in pairs[0]), self.level, self.margin)
         if seeds > 1:
-            pair = Spread.of(d, self.moved[0])
-            freedom = freedom_of(pair, *self.moved, seeds)
+            pair, freedom = self.moved.pair(Spread.of(d), seeds)
         else:
             pair, freedom = Spread(float(d.mean()), 0.0, float(d.var(ddof=1)) / rows, rows), 1.0
         estimate = pair.estimate(seeds, freedom)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from partial_lora.compare.halving import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
+from partial_lora.compare.rate_search import FINALISTS, HALF, QUARTER, SURVIVORS, runs_at_least
 from partial_lora.errors import PartialLoraError, one_of, require
 from partial_lora.files import flatten
 from partial_lora.methods import called
 from partial_lora.settings.arguments import is_file, is_record, parsed, settings_of
 from partial_lora.settings.compose import checked
-from partial_lora.settings.study import commands
+from partial_lora.settings.study_commands import commands
 
 _INSTEAD = {  # of keys of `train` that a comparison sets
     "seed": "seeds=N: compare takes seeds 0 to N − 1",
@@ -49,6 +49,7 @@ class Options:
     on an accelerator, else as many as cores and memory allow. search: "quick" drops learning rates at a quarter of
     their steps, "full" trains them all. seeds: of every method; None: two, and up to eight where they decide. rates:
     with which a search begins. reference: the method that others are compared with; by default lora, else the first.
+    forgets: other sets, files or tasks by name, on which runs are measured before and after their training.
     """
 
     methods: list[str]
@@ -62,8 +63,11 @@ class Options:
     seeds: int | None = None
     rates: int | None = None
     reference: str | None = None
+    forgets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        sets = all(isinstance(one, str) and one for one in self.forgets)
+        require(sets, "forgets", self.forgets, "a file of rows or the name of a task, or several in brackets")
         named = bool(self.methods) and all(isinstance(method, str) and method for method in self.methods)
         require(named, "methods", self.methods, "some of conf/method, such as [partial,lora,lokr], or auto")
         numbers = self.budgets == [None] or (bool(self.budgets) and all(map(_is_positive, self.budgets)))
@@ -179,7 +183,7 @@ def read(settings: Sequence[str]) -> tuple[Options, list[str]]:
         values[key] = written.value()
         if key == "budgets" and values[key] is None:
             values[key] = [None]
-        if key in ("methods", "budgets") and not isinstance(values[key], (list, type(None))):
+        if key in ("methods", "budgets", "forgets") and not isinstance(values[key], (list, type(None))):
             values[key] = [values[key]]
     is_sized = "limit" in values and "budgets" in values
     require(not is_sized, "budgets", values.get("budgets"), "no budgets beside a limit, which sizes every method")

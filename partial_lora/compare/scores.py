@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError, one_line, shortlist
 from partial_lora.files import grouped, read_json
 from partial_lora.launching.directory import RESULT, RUNS
 from partial_lora.launching.packs import PREDICTIONS_TABLE, RUNS_TABLE
-from partial_lora.report import choice, folders, records
+from partial_lora.report import filters, records, seed_groups
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.rows import NONE
 from partial_lora.report.statistics import per_example
@@ -99,7 +99,7 @@ def read(
 ) -> Found:
     """Return the scores of files and folders; sets of the same name and metric are one, whatever files they are of.
 
-    where: conditions on runs of this project (`choice.where`). metric: of those that a file has; by default its first.
+    where: conditions on runs of this project (`filters.where`). metric: of those that a file has; by default its first.
     lower: whether less is better, of a metric that this project does not know. rows: behind each whole score, where
     its file does not say it. Raises PartialLoraError for what is
     nothing of the kind, and for two scores of one method and seed.
@@ -244,8 +244,8 @@ def _of_runs(places: Sequence[Path], *, where: Sequence[str], metric: str | None
         else:
             runs, broken = records.read(root)
             left_out += [str(run) for run in broken if run.is_broken]
-        every = folders.without_searches(folders.folders(choice.where(runs, where)))
-        differs, stored = folders.told_apart(every), Predictions(root)
+        every = seed_groups.without_searches(seed_groups.folders(filters.where(runs, where)))
+        differs, stored = seed_groups.told_apart(every), Predictions(root)
         by_set = grouped(every, lambda one: tuple(one.row[key] for key in ("task", "model", "metric", "conditions")))
         several = [key[:3] for key in by_set]
         for (task, model, name, conditions), of_set in by_set.items():

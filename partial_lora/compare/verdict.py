@@ -14,17 +14,30 @@ import numpy as np
 import pandas as pd
 
 from partial_lora.compare.candidates import Candidate, Progress
-from partial_lora.compare.halving import SURVIVORS
 from partial_lora.compare.options import Options
+from partial_lora.compare.rate_search import SURVIVORS
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import grouped
 from partial_lora.launching import directory
-from partial_lora.report import predictions, records
-from partial_lora.report.sequential import AS_GOOD, LOOKS, OPEN, WORSE, Decision, Decisions, Outputs, decide, shows
+from partial_lora.report import forgetting, predictions, records
+from partial_lora.report.forgetting import LOSS, Changes
+from partial_lora.report.sequential import (
+    AS_GOOD,
+    LOOKS,
+    OPEN,
+    WORSE,
+    Decision,
+    Decisions,
+    Outputs,
+    decide,
+    fallen,
+    shows,
+)
 from partial_lora.report.statistics import estimate, per_example
 from partial_lora.tasks.metrics import GUESSES, LOWER_IS_BETTER, SHARES
 
 PERPLEXITY = "perplexity"  # of which a hundredth of its logarithm, the loss, is a point
+NOTHING_MEASURED: Mapping[str, Changes] = {}
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)  # a comparison looks several times
 
@@ -62,8 +75,10 @@ def outputs_of(group: Sequence[Progress], out: Path) -> tuple[Outputs, str, np.n
     return (by_row, metric, guess) if len(rows) == 1 and rows != {0} else (whole, metric, None)
 
 
-def judged(group: Sequence[Progress], options: Options) -> tuple[Decisions, list[str]]:
-    """Return what the runs of a group decide so far, and that in sentences."""
+def judged(
+    group: Sequence[Progress], options: Options, forgotten: Mapping[str, Changes] = NOTHING_MEASURED
+) -> tuple[Decisions, list[str]]:
+    """Return what the runs of a group decide so far, and that in sentences. forgotten: on other sets, at the end."""
     outputs, metric, guess = outputs_of(group, results_of(group[0].records))
     found = decide(outputs, options.margin / 100, looks_of(options))
     leader = outputs[found.leader]
@@ -78,7 +93,11 @@ def judged(group: Sequence[Progress], options: Options) -> tuple[Decisions, list
             "(trainer.epochs, trainer.max_steps) or take another model; more seeds would not help."
         )
         return replace(found, next_seeds={}), [line]
-    return found, sentences_on(group, found, metric, options.margin, options.jobs)
+    lines = [
+        f"{name}: seed {seed} ends {_points(below, metric)} below its other seeds; the verdict counts it as it is."
+        for (name, seed), below in fallen(outputs).items()
+    ]
+    return found, [*sentences_on(group, found, metric, options.margin, options.jobs, forgotten), *lines]
 
 
 def looks_of(options: Options) -> Sequence[int]:
@@ -160,8 +179,16 @@ def in_time(seconds: float) -> str:
 _TOO_FEW = 2  # seeds: their interval may be as wide as the metric
 
 
-def sentences_on(group: Sequence[Progress], found: Decisions, metric: str, margin: float, jobs: int) -> list[str]:
+def sentences_on(
+    group: Sequence[Progress],
+    found: Decisions,
+    metric: str,
+    margin: float,
+    jobs: int,
+    forgotten: Mapping[str, Changes] = NOTHING_MEASURED,
+) -> list[str]:
     """Return the verdict on a group, a sentence or two a line. margin: in points. jobs: runs that are made at once."""
+    changes = forgetting.judged(forgotten, found.leader)
     by_name = {one.name: one for one in group}
     short = {one.name: one.candidate.method for one in group}
     leader, best = found.leader, by_name[found.leader]
@@ -170,7 +197,8 @@ def sentences_on(group: Sequence[Progress], found: Decisions, metric: str, margi
         if name != leader:
             by_verdict[decision.verdict].append((name, decision))
     if len(group) == 1:
-        return [f"{short[leader]} stands alone: learning rate {best.best:g}"]
+        alone = f"{short[leader]} stands alone: learning rate {best.best:g}"
+        return [alone, *_of_leader(short[leader], leader, forgotten, changes)]
     unjudged = by_name.keys() - found.by_method.keys() - {leader}  # seeds are missing
     lines = [
         f"Take {short[leader]} (learning rate {best.best:g}): nothing is better."
@@ -181,11 +209,13 @@ def sentences_on(group: Sequence[Progress], found: Decisions, metric: str, margi
     for name, decision in by_verdict[WORSE]:
         dropped = "dropped " if decision.seeds < most else ""
         apart = f"{short[decision.against]} by {_apart(decision, metric)}"
-        lines.append(f"{short[name]} is worse than {apart}, {dropped}after {_seeds(decision)}.")
+        less = _forgets(name, short[leader], forgotten, changes)
+        lines.append(f"{short[name]} is worse than {apart}, {dropped}after {_seeds(decision)}{less}.")
     for name, decision in by_verdict[AS_GOOD]:
         cheaper = _cheaper(by_name[name].candidate, by_name[decision.against].candidate)
         alike = f"as good as {short[decision.against]} within {_points(margin / 100, metric)}"
-        lines.append(f"{short[name]} is {alike} ({_apart(decision, metric)} below){cheaper}.")
+        less = _forgets(name, short[leader], forgotten, changes)
+        lines.append(f"{short[name]} is {alike} ({_apart(decision, metric)} below){cheaper}{less}.")
     for name, decision in by_verdict[OPEN]:
         then = _what_decides(decision, by_name[name], by_name[decision.against], found.next_seeds.get(name), jobs)
         if decision.seeds <= _TOO_FEW:
@@ -193,10 +223,33 @@ def sentences_on(group: Sequence[Progress], found: Decisions, metric: str, margi
             apart = _points(decision.difference, metric)
         else:
             tell, apart = f"not decided after {_seeds(decision)}", _apart(decision, metric)
-        lines.append(f"{short[name]}: {tell}, {apart} below {short[decision.against]}; {then}")
+        less = _forgets(name, short[leader], forgotten, changes)
+        lines.append(f"{short[name]}: {tell}, {apart} below {short[decision.against]}{less}; {then}")
     missing = found.next_seeds
     lines += [f"{short[name]}: not decided, it lacks some of {missing[name]} seeds." for name in sorted(unjudged)]
-    return lines
+    return lines + _of_leader(short[leader], leader, forgotten, changes)
+
+
+def _forgets(name: str, leader: str, forgotten: Mapping[str, Changes], changes: Mapping[str, Mapping]) -> str:
+    """Return what a method is told apart by from the leader on other sets."""
+    told = [(of_set, changes[of_set][name]) for of_set in changes if name in changes[of_set]]
+    parts = [
+        f"{change.verdict} of {of_set} than {leader}, by "
+        + _interval(abs(change.less), *sorted((abs(change.less_low), abs(change.less_high))), forgotten[of_set].metric)
+        for of_set, change in told
+        if change.verdict != OPEN
+    ]
+    return f", and {', and '.join(parts)}" if parts else ""
+
+
+def _of_leader(method: str, leader: str, forgotten: Mapping[str, Changes], changes: Mapping[str, Mapping]) -> list[str]:
+    """Return a line on each other set: what the untouched model scores there, and what the leader changes of it."""
+    return [
+        f"On {of_set} the untouched model has {_points(forgotten[of_set].before, forgotten[of_set].metric)}; {method} "
+        f"changes that by {_interval(change.change, change.low, change.high, forgotten[of_set].metric)}."
+        for of_set, by_method in changes.items()
+        if (change := by_method.get(leader))
+    ]
 
 
 def _what_decides(decision: Decision, one: Progress, other: Progress, next_look: int | None, jobs: int) -> str:
@@ -217,12 +270,15 @@ def _seeds(decision: Decision) -> str:
 
 
 def _apart(decision: Decision, metric: str) -> str:
-    points = _points(decision.difference, metric)
-    if math.isnan(decision.low):
-        return points
+    return _interval(decision.difference, decision.low, decision.high, metric)
+
+
+def _interval(value: float, low: float, high: float, metric: str) -> str:
+    if math.isnan(low):
+        return _points(value, metric)
     most = 1 if metric in SHARES else math.inf
-    low, high = (_number(min(max(end, -most), most), metric) for end in (decision.low, decision.high))
-    return f"{points} [{low}, {high}]"
+    low, high = (_number(min(max(end, -most), most), metric) for end in (low, high))
+    return f"{_points(value, metric)} [{low}, {high}]"
 
 
 def _number(value: float, metric: str) -> str:
@@ -234,6 +290,8 @@ def _points(value: float, metric: str) -> str:
     number = _number(value, metric)
     if metric in SHARES:
         return f"{number} point{'' if number == '1.0' else 's'}"
+    if metric == LOSS:
+        return f"{number} nats"
     return f"{number} % of perplexity" if metric == PERPLEXITY else f"{number} of {metric}"
 
 

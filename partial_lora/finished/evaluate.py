@@ -13,13 +13,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from partial_lora.building import build
+from partial_lora.calibration.peers import Alone
 from partial_lora.errors import PartialLoraError, require, shortlist
 from partial_lora.files import write_atomic, write_json
 from partial_lora.finished.predict import RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import CUT_FIRST, CUTS, files_by_split, one_task
+from partial_lora.finished.target_task import CUT_FIRST, CUTS, files_by_split, one_task
 from partial_lora.launching import directory
-from partial_lora.peers import Alone
 from partial_lora.settings.identity import run_id
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import plain

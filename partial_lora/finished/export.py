@@ -32,8 +32,8 @@ from partial_lora.adapter import PartialLoraConfig, load_compact, write_compact
 from partial_lora.building import build
 from partial_lora.errors import PartialLoraError, ProofError, one_line
 from partial_lora.files import building, file_sha256, written
-from partial_lora.finished import serving
-from partial_lora.finished.forms import FORMS
+from partial_lora.finished import export_to_servers
+from partial_lora.finished.export_forms import FORMS
 from partial_lora.finished.run import FinishedRun
 from partial_lora.launching import directory
 from partial_lora.models.weights import quiet
@@ -249,7 +249,7 @@ def prove_compact(run: FinishedRun, folder: Path) -> str:
     adapted = adapted_model(run)
     with quiet():
         loaded = load_compact(base_model(run), folder)
-    count, inputs = serving.prove_equal(folder, _tensors(adapted), _tensors(loaded)), _samples(run).inputs
+    count, inputs = export_to_servers.prove_equal(folder, _tensors(adapted), _tensors(loaded)), _samples(run).inputs
     elsewhere = {"a fresh base model": _logits(loaded, inputs)}
     return f"{count} tensors equal bit for bit; {_compared(adapted, inputs, elsewhere, folder, rounding=0.0)}"
 

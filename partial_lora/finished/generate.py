@@ -12,9 +12,9 @@ from partial_lora.building import build
 from partial_lora.errors import require
 from partial_lora.finished.predict import RunModel, is_text
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import one_task
+from partial_lora.finished.target_task import one_task
+from partial_lora.tasks.prompt_inputs import Message, Prompt
 from partial_lora.tasks.questions import ASSISTANT
-from partial_lora.tasks.tokens import Message, Prompt
 from partial_lora.training.generation import generation_config, room_for_prompts
 
 

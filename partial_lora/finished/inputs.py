@@ -13,7 +13,7 @@ from typing import BinaryIO
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import walk
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import is_image
+from partial_lora.tasks.image_folders import is_image
 from partial_lora.tasks.kinds import kind_of
 
 _LONGEST = 2**24  # bytes of a line

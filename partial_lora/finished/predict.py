@@ -26,13 +26,13 @@ from partial_lora.files import with_an_end
 from partial_lora.finished import export
 from partial_lora.finished.inputs import problem_of_question
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.finished.task import OneTask, one_task
+from partial_lora.finished.target_task import OneTask, one_task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
-from partial_lora.tasks.tokens import ChoiceTransform
+from partial_lora.tasks.prompt_inputs import ChoiceTransform
 from partial_lora.training.distributed import device_of
 from partial_lora.training.generation import generate
-from partial_lora.training.predictions import in_parts, log_likelihoods
+from partial_lora.training.offline_metrics import in_parts, log_likelihoods
 
 _DECODERS = min(8, os.cpu_count() or 1)  # threads; Pillow releases the interpreter's lock while it decodes
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,13 +56,16 @@ class Prediction:
 
 
 class RunModel:
-    """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had."""
+    """A finished run's model on a device: tensors in, logits out, in the number format that its own evaluation had.
 
-    def __init__(self, run: FinishedRun, device: str = "auto") -> None:
+    adapted: false for the untouched model that was adapted, loaded anew.
+    """
+
+    def __init__(self, run: FinishedRun, device: str = "auto", *, adapted: bool = True) -> None:
         self.device = device_of(device, "device")
         precision = run.result.get("mixed_precision", "no")
         self.precision = precision if run.result.get("device") == self.device and precision in _AUTOCAST else "no"
-        self.model = export.adapted_model(run).to(self.device)
+        self.model = (export.adapted_model(run) if adapted else export.base_model(run).eval()).to(self.device)
 
     @torch.inference_mode()
     def logits(

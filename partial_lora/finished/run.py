@@ -10,7 +10,7 @@ from pathlib import Path
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import mapped, read_json
 from partial_lora.launching import directory as results
-from partial_lora.launching import shape
+from partial_lora.launching import run_record
 from partial_lora.settings.compatibility import check_modality
 from partial_lora.settings.identity import digests
 from partial_lora.settings.schema import Config
@@ -23,7 +23,7 @@ class FinishedRun:
 
     directory: Path
     config: Config
-    result: shape.Record
+    result: run_record.Record
 
     @property
     def adapter(self) -> Path:
@@ -96,12 +96,12 @@ def _check_labels(directory: Path, labels: list[str]) -> None:
         raise ValueError(f"its labels are {labels!r:.60}, and {described} has others")
 
 
-def _record_of(directory: Path) -> shape.Record:
+def _record_of(directory: Path) -> run_record.Record:
     """Return the record of the finished run in a directory; raises PartialLoraError that says what is there else."""
     record = directory / results.RESULT
     try:
         result = results.finished(read_json(record))
-        if found := shape.fault(result, shape.RECORD | {"labels": [str]}):
+        if found := run_record.fault(result, run_record.RECORD | {"labels": [str]}):
             raise ValueError(f"foreign, {found}")
         return result
     except OSError as error:

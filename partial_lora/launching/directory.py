@@ -23,7 +23,7 @@ import yaml
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.files import FORMAT, difference, entry, flatten, lock, mapped, other_format, read_json
-from partial_lora.launching import shape
+from partial_lora.launching import run_record
 from partial_lora.settings.versions import of_yaml
 from partial_lora.training.trackers import FILE as TRACKERS_FILE
 from partial_lora.training.trackers import TRACKERS
@@ -53,7 +53,7 @@ _CARD = f"{ADAPTER}/README.md"  # for people, who may write in it
 _OF_TRACKERS = {TRACKERS_FILE, *TRACKERS}  # some write into a folder of their name
 
 
-def read_result(directory: Path, name: str = RESULT) -> shape.Record | None:
+def read_result(directory: Path, name: str = RESULT) -> run_record.Record | None:
     """Return the record of a run, or None where none can be read or it lacks a status.
 
     Raises PartialLoraError, naming the file, for one of another format.
@@ -74,7 +74,7 @@ class UnfinishedError(ValueError):
     """A record of a run that failed, has not ended or only calibrated."""
 
 
-def finished(result: object) -> shape.Record:
+def finished(result: object) -> run_record.Record:
     """Return the record of a training that ended well, as it is in JSON.
 
     Raises ValueError that says what it is instead, an UnfinishedError for a run that has not finished.
@@ -88,10 +88,10 @@ def finished(result: object) -> shape.Record:
     return record
 
 
-def _record(result: object) -> shape.Record:
+def _record(result: object) -> run_record.Record:
     if not isinstance(result, dict):
         raise ValueError("foreign, no record of a run")
-    if found := shape.fault(result, shape.HEAD):
+    if found := run_record.fault(result, run_record.HEAD):
         raise ValueError(f"foreign, {found}")
     writer = f"partial-lora {result.get('versions', {}).get('partial-lora', 'before 1.0')}"
     if fault := other_format(result.get("format"), writer):
@@ -311,13 +311,13 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> shape.Record:
+def new(settings: Mapping, earlier: Mapping | None = None, digests: Mapping | None = None) -> run_record.Record:
     """Return the record of a run that has just begun.
 
     earlier: of the attempt before it, which gives when the run began and the seconds that need not be spent again.
     digests: of the files that the run reads, by key; None where they are not known.
     """
-    record: shape.Record = {
+    record: run_record.Record = {
         "format": FORMAT,
         "status": "running",
         "seed": settings["seed"],
@@ -360,7 +360,7 @@ def finite(value: object) -> object:
 
 
 @contextmanager
-def timed(record: shape.Record, stage: str) -> Iterator[None]:
+def timed(record: run_record.Record, stage: str) -> Iterator[None]:
     """Add the wall seconds of the block to those of a stage, earlier attempts among them."""
     start = time.perf_counter()
     yield

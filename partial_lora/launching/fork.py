@@ -11,14 +11,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.launching import directory, imports
 from partial_lora.launching.cluster import Cluster
 from partial_lora.settings.schema import Config
 
 _PRELOADED = ["partial_lora.launching.fork_preload", "partial_lora.train", "datasets", "timm", "sklearn.linear_model"]
 _STARTED: list[bool] = []
-_OF_ONE_RUN = (worker_events.VARIABLE, directory.VARIABLE)
+_OF_ONE_RUN = (progress.VARIABLE, directory.VARIABLE)
 
 
 def can_fork(config: Config, cluster: Cluster) -> bool:

@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from partial_lora import files, worker_events
+from partial_lora import files, progress, signals
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError, kind_and_line
-from partial_lora.launching import directory, failures, packs
+from partial_lora.launching import directory, first_failure, packs
 from partial_lora.launching.cluster import Cluster, cluster_environment, cluster_of, command, visible
 from partial_lora.launching.fork import Forked, can_fork, fork, ready
 from partial_lora.launching.paths import calibration_directory, run_directory
@@ -33,7 +33,7 @@ from partial_lora.settings.versions import plain
 
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")  # of other launchers
-_STOPPED = [128 + number for number in worker_events.STOPPING]  # exit codes of what was asked to stop
+_STOPPED = [128 + number for number in signals.STOPPING]  # exit codes of what was asked to stop
 _RECORD = 40.0  # seconds that may pass until the record says that a run has ended
 
 
@@ -173,7 +173,7 @@ def _environment(config: Config, place: Path, cluster: Cluster, slot: int = 0) -
     environment = {
         key: value for key, value in os.environ.items() if key not in _WORLD and not key.startswith(_FOREIGN)
     }
-    environment[worker_events.VARIABLE] = str((place / ".progress").resolve())
+    environment[progress.VARIABLE] = str((place / ".progress").resolve())
     environment["PARTIAL_LORA_WORLD"] = str(cluster.processes)
     if cluster.processes == 1:  # Trainer would spread the batch of one worker over every device that it sees
         devices = visible(counted=slot > 0 and config.trainer.device != "cpu")
@@ -204,7 +204,7 @@ def _follow(config: Config, stage: str, place: Path, cluster: Cluster, stop: Cal
         return Outcome(place, "skipped")
     before = directory.read_result(place)
     environment = _environment(config, place, cluster)
-    del environment[worker_events.VARIABLE]  # process 0 reports to machine 0
+    del environment[progress.VARIABLE]  # process 0 reports to machine 0
     log = place.resolve() / f"train.machine{cluster.rank}.log"
     with tempfile.TemporaryDirectory(prefix="partial-lora-") as folder:
         workers = _command(place, stage, cluster, "--log", str(log))
@@ -241,7 +241,7 @@ def _run_process(
     watch: Callable[[dict], None] = lambda event: None,
     lock: int | None = None,
     stop: Callable[[], Sequence[int]] = tuple,
-) -> tuple[int, failures.Failure | None]:
+) -> tuple[int, first_failure.Failure | None]:
     """Run a command to its end; return its exit code, and which of its processes failed first if they left word.
 
     Its output is added to `log`, and its progress goes to `watch`. It inherits the descriptor `lock`, into which its
@@ -249,17 +249,17 @@ def _run_process(
     to stop is passed on; the code is then 128 plus the signal's number. start: `_start`, the default, or `fork`. stop:
     as `launch` takes it.
     """
-    events_file = environment.get(worker_events.VARIABLE)
-    events = worker_events.Reader(Path(events_file)) if events_file else None
+    events_file = environment.get(progress.VARIABLE)
+    events = progress.Reader(Path(events_file)) if events_file else None
 
     def look() -> None:
         for event in events or ():
             watch(event)
 
     requests = _StopRequests()
-    with worker_events.handling(requests), tempfile.TemporaryDirectory(prefix="partial-lora-") as words:
+    with signals.handling(requests), tempfile.TemporaryDirectory(prefix="partial-lora-") as words:
         with open(log, "ab") as file:
-            worker = (start or _start)(command, {**environment, failures.VARIABLE: words}, file.fileno(), lock)
+            worker = (start or _start)(command, {**environment, first_failure.VARIABLE: words}, file.fileno(), lock)
         requests.worker = worker
         try:
             if lock is not None:
@@ -276,7 +276,7 @@ def _run_process(
             worker.wait()
             raise
         look()
-        failure = failures.first(Path(words)) if worker.returncode else None
+        failure = first_failure.first(Path(words)) if worker.returncode else None
     if events is not None:
         events.path.unlink(missing_ok=True)
     return (128 + requests.received[0] if requests.received else worker.returncode), failure
@@ -347,7 +347,7 @@ class _StopRequests:
                 os.killpg(self.worker.pid, signal.SIGKILL)
 
 
-def _record_failure(place: Path, failure: failures.Failure | None, cluster: Cluster, code: int) -> None:
+def _record_failure(place: Path, failure: first_failure.Failure | None, cluster: Cluster, code: int) -> None:
     """Write into the record of a run which process failed first; process 0 may not have lived to do so."""
     result = directory.read_result(place)
     if result is None:
@@ -387,19 +387,21 @@ def main() -> None:
             return
         raise SignalException(f"asked to stop by {signal.Signals(number).name}", signal.Signals(number))
 
-    for number in worker_events.STOPPING:
+    for number in signals.STOPPING:
         signal.signal(number, stop)
     try:
         accelerate.main()
     except ChildFailedError as error:
-        failures.report_exits({rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()})
+        first_failure.report_exits(
+            {rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
+        )
         sys.exit(1)
     except SignalException as stopped:
-        for number in worker_events.STOPPING:
+        for number in signals.STOPPING:
             signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except Exception as error:
-        failures.report(redacted(f"accelerate launch: {kind_and_line(error, None)}"))
+        first_failure.report(redacted(f"accelerate launch: {kind_and_line(error, None)}"))
         raise
 
 

@@ -2,7 +2,7 @@
 example.
 
 A results directory may hold runs in folders, packed runs, or both; where both have a run, its folder counts. Packed
-runs are called by the path that their folder had below the results directory. Written by `report.pack`.
+runs are called by the path that their folder had below the results directory. Written by `report.write_pack`.
 
 The record of a run, None where there is none, is read by `directory.read_result` out of its folder, by `packed` out of
 the pack, and by `recorded` wherever it is.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,14 @@ RUNS_TABLE = "runs.parquet"
 PREDICTIONS_TABLE = "predictions.parquet"
 DYNAMICS = "dynamics.json"  # what scripts/dynamics.py has measured of a run
 OF_DYNAMICS = 1  # version of its content: metrics by split (train, test), linear CKA by block
+FORGETTING = "forgetting.json"  # what `compare forgets=…` has measured of a run, by set
+OF_FORGETTING = 1  # version of its content: id, metric, and what each row adds to it, before and after
 _FORMAT, _BEFORE = b"partial_lora_format", b"partial_lora_pack"  # in the metadata of both tables; before 1.0
 METADATA = {_FORMAT: str(FORMAT).encode()}
-COLUMN = {RESULT: "record", DYNAMICS: "dynamics"}  # of runs.parquet: the content of a JSON file of the run's folder
+# Of runs.parquet: the content of a JSON file of the run's folder. A pack may lack a column that no run of it has.
+COLUMN = {RESULT: "record", DYNAMICS: "dynamics", FORGETTING: "forgetting"}
 
+_OPTIONAL = {COLUMN[DYNAMICS], COLUMN[FORGETTING]}
 _RESTORE = "restore it, or pack the runs again"
 
 # A column holds one type, and labels are classes, numbers or texts: each kind has a column, called by its name here.
@@ -61,7 +65,7 @@ class Pack:
 
     def json(self, path: str, name: str = RESULT) -> dict | None:
         """Return what a JSON file of a run's folder held; None where the run is not packed or had no such file."""
-        text = self._runs[COLUMN[name]][self._row[path]] if path in self._row else None
+        text = self._runs[COLUMN[name]][self._row[path]] if path in self._row and COLUMN[name] in self._runs else None
         try:
             content = None if text is None else json.loads(text)
             if isinstance(content, (dict, type(None))):
@@ -107,8 +111,9 @@ def _table(file: Path, columns: list[str] | None = None) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        metadata = parquet.read_schema(with_an_end(file)).metadata or {}
-        fault = _fault(metadata)
+        schema = parquet.read_schema(with_an_end(file))
+        fault = _fault(schema.metadata or {})
+        columns = [name for name in columns or schema.names if name in schema.names or name not in _OPTIONAL]
         table = None if fault else parquet.read_table(file, columns=columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = f"cannot be read ({one_line(error)})"
@@ -167,14 +172,24 @@ def recorded(place: Path) -> dict | None:
 
 def dynamics(place: Path) -> dict | None:
     """Return what scripts/dynamics.py has measured of a run; None where there is nothing, or something else."""
+    return _measured(place, DYNAMICS, OF_DYNAMICS, {"metrics", "cka"})
+
+
+def forgetting(place: Path, sets: Collection[str] | None = None) -> dict[str, dict]:
+    """Return what was measured of a run on other sets, by set: on those of these names, or on all."""
+    content = _measured(place, FORGETTING, OF_FORGETTING, {"sets"}) or {"sets": {}}
+    return {name: found for name, found in content["sets"].items() if sets is None or name in sets}
+
+
+def _measured(place: Path, name: str, version: int, keys: set[str]) -> dict | None:
     try:
-        content = read_json(place / DYNAMICS)
+        content = read_json(place / name)
     except FileNotFoundError:
-        content = packed(place, DYNAMICS)
+        content = None if (place / RESULT).is_file() else packed(place, name)  # a packed one may be of another training
     except (OSError, ValueError):
         return None
-    is_dynamics = isinstance(content, dict) and content.get("version") == OF_DYNAMICS
-    return content if is_dynamics and {"metrics", "cka"} <= content.keys() else None
+    is_known = isinstance(content, dict) and content.get("version") == version
+    return content if is_known and keys <= content.keys() else None
 
 
 def predictions_of(place: Path) -> pa.Table | None:

@@ -15,7 +15,7 @@ from partial_lora.files import is_locked
 from partial_lora.launching import directory, launch
 from partial_lora.launching.paths import run_directory
 from partial_lora.settings.schema import Config
-from partial_lora.worker_events import handling
+from partial_lora.signals import handling
 
 IsMade = Callable[[Config], bool]  # whether a run is recorded as far as it is to go
 

@@ -32,7 +32,7 @@ from partial_lora.errors import PartialLoraError, kind_and_line
 from partial_lora.launching import directory, imports, launch, packs
 from partial_lora.settings.compose import Plan
 from partial_lora.settings.schema import Config
-from partial_lora.worker_events import STOPPING, handling
+from partial_lora.signals import STOPPING, handling
 
 _LOOK = 0.3  # seconds between two looks at the jobs
 _PATIENCE = 3  # requests to stop after which the sweep leaves, whether its jobs have stopped or not

@@ -10,7 +10,7 @@ _MODULES = {
     "family": ("empty", "enable_gradient_checkpointing", "head_name", "load", "weights_digest"),
     "fetch": ("commits",),
     "quantization": ("dequantised", "size_of"),
-    "texts": ("longest_text", "tokenizer"),
+    "language": ("longest_text", "tokenizer"),
     "weights": ("in_full_precision",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

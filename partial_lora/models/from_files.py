@@ -23,8 +23,8 @@ from partial_lora.files import read_json
 from partial_lora.models.config import CHANNELS, FROM_FILES, ModelConfig
 from partial_lora.models.family import empty, head_name
 from partial_lora.models.fetch import config_folder_of
+from partial_lora.models.language import longest_text
 from partial_lora.models.skeleton import ALL_LINEAR, Skeleton, skeleton_of
-from partial_lora.models.texts import longest_text
 from partial_lora.models.weights import AUTO, classes_of, quiet, takes
 from partial_lora.tasks.kinds import KINDS
 

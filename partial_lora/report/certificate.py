@@ -1,8 +1,8 @@
 """The certificate of a comparison: what was decided, from which scores, so that anyone can derive it again.
 
 verdict.json has the verdict with all that it was decided by; scores.parquet beside it what each test row adds to each
-score. `partial-lora compare verdict.json --verify` derives the one from the other. A digest finds what was changed
-since, by accident or to please; it is no signature.
+score, and what training has changed on each row of other sets. `partial-lora compare verdict.json --verify` derives the
+one from the other. A digest finds what was changed since, by accident or to please; it is no signature.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import numpy as np
 import pandas as pd
 
 from partial_lora.errors import PartialLoraError, one_line
-from partial_lora.files import read_json, write_atomic, write_json
+from partial_lora.files import flatten, read_json, write_atomic, write_json
+from partial_lora.report import forgetting
+from partial_lora.report.forgetting import Changes
 from partial_lora.report.sequential import Decisions, Outputs, decide
 from partial_lora.report.statistics import LEVEL
 from partial_lora.settings.identity import computed_from
 
+OWN = ""  # of the columns of scores, the set that is compared on; others have their names
 VERDICT, SCORES = "verdict.json", "scores.parquet"
 _VERSIONS = ("partial-lora", "numpy", "scipy")  # of what decides
 _EXACT = 1e-9  # of a difference that is derived again, by another version of a library
@@ -39,14 +42,21 @@ def write(
     looks: Sequence[int],
     settings: Mapping[str, Mapping],
     verdict: Sequence[str],
+    forgotten: Mapping[str, Changes],
 ) -> Path:
     """Write a certificate into a folder; return its file.
 
     outputs: what `sequential.decide` decided by. margin: in units of a score. settings: of the first run of each
-    method. verdict: in words.
+    method. verdict: in words. forgotten: by set, what the verdict says of forgetting.
     """
-    rows = [(name, seed, values) for name, seeds in outputs.items() for seed, values in sorted(seeds.items())]
-    table = pd.DataFrame(rows, columns=["method", "seed", "values"])
+    every = {OWN: outputs} | {name: changes.by_row for name, changes in forgotten.items()}
+    rows = [
+        (of_set, name, seed, values)
+        for of_set, methods in every.items()
+        for name, seeds in methods.items()
+        for seed, values in sorted(seeds.items())
+    ]
+    table = pd.DataFrame(rows, columns=["set", "method", "seed", "values"])
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     write_atomic(folder / SCORES, buffer.getvalue())
@@ -59,7 +69,8 @@ def write(
         "leader": outcome.leader,
         "decisions": {name: asdict(one) for name, one in outcome.by_method.items()},
         "rows": {name: {seed: len(one) for seed, one in seeds.items()} for name, seeds in outputs.items()},
-        "scores": digest_of_scores(outputs),
+        "scores": digest_of_scores(every),
+        "forgetting": forgetting.as_record(forgotten, outcome.leader),
         "settings": {name: digest_of_settings(one) for name, one in settings.items()},
         "versions": {name: version(name) for name in _VERSIONS},
     }
@@ -76,32 +87,40 @@ def found_wrong(file: Path) -> list[str]:
     try:
         content = read_json(file)
         table = pd.read_parquet(file.with_name(SCORES))
-        outputs: dict[str, dict[int, np.ndarray]] = {}
-        for name, seed, values in table[["method", "seed", "values"]].itertuples(index=False):
-            outputs.setdefault(name, {})[int(seed)] = np.asarray(values, float)
+        every: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+        for of_set, name, seed, values in table[["set", "method", "seed", "values"]].itertuples(index=False):
+            every.setdefault(of_set, {}).setdefault(name, {})[int(seed)] = np.asarray(values, float)
+        outputs = every[OWN]
         sealed = {key: value for key, value in content.items() if key != "digest"}
         outcome = decide(outputs, content["margin"], content["looks"])
         decisions, scores = content["decisions"], content["scores"]
         lines = [] if content["digest"] == _digest(sealed) else [f"{file.name} was changed after it was written"]
-        lines += [] if scores == digest_of_scores(outputs) else [f"{SCORES} has other scores than were decided by"]
+        lines += [] if scores == digest_of_scores(every) else [f"{SCORES} has other scores than were decided by"]
         lines += [] if outcome.leader == content["leader"] else [f"{outcome.leader} leads, not {content['leader']}"]
         for name in sorted({*decisions, *outcome.by_method}):
             derived, said = outcome.by_method.get(name), decisions.get(name)
             if derived is None or said is None or not _alike(asdict(derived), said):
                 apart = f"{derived.verdict}, {derived.difference:.6g} below {derived.against}" if derived else "none"
                 lines.append(f"{name}: its scores give another decision: {apart}")
+        said = content["forgetting"]
+        changes = {name: Changes(one["metric"], one["before"], every[name]) for name, one in said.items()}
+        derived = forgetting.as_record(changes, outcome.leader)
+        wrong = [name for name in said if not _alike(flatten(derived[name]), flatten(said[name]))]
+        lines += [f"{name}: its scores give another forgetting" for name in wrong]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"expected the certificate of a comparison, with {SCORES} beside it ({one_line(error)})"
         raise PartialLoraError(f"{file}: {what}") from error
     return lines
 
 
-def digest_of_scores(outputs: Outputs) -> str:
-    """Return the SHA-256 of scores, whatever file they are in."""
+def digest_of_scores(every: Mapping[str, Outputs]) -> str:
+    """Return the SHA-256 of scores by set, whatever file they are in."""
     digest = hashlib.sha256()
-    for name in sorted(outputs):
-        for seed, values in sorted(outputs[name].items()):
-            digest.update(json.dumps([name, seed, len(values)]).encode() + np.asarray(values, "<f8").tobytes())
+    for of_set in sorted(every):
+        for name, seeds in sorted(every[of_set].items()):
+            for seed, values in sorted(seeds.items()):
+                key = json.dumps([of_set, name, seed, len(values)])
+                digest.update(key.encode() + np.asarray(values, "<f8").tobytes())
     return digest.hexdigest()
 
 

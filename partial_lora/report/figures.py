@@ -16,11 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from partial_lora.calibration.search import Curve, curve_of, line
+from partial_lora.calibration.level_search import Curve, curve_of, line
 from partial_lora.files import grouped, read_json
 from partial_lora.launching.directory import CALIBRATION, EXAMPLE, PICTURE
 from partial_lora.masks import AXES, Sparsity
-from partial_lora.report import folders, tables
+from partial_lora.report import seed_groups, tables
 from partial_lora.report.depth import depth_name, depth_of, grid, without_common_start
 from partial_lora.report.drawing import (
     BLUE,
@@ -372,8 +372,8 @@ def maps(runs: Sequence[Run]) -> dict[tuple[str, str, str, str], Sparsity]:
     Of the methods that share a calibration, runs of `partial` count if there are any: others may move sparsities. Of
     these count the ones under the usual conditions that are no variants, again if there are any.
     """
-    every = folders.folders(runs)
-    usual = folders.usual_conditions(every)
+    every = seed_groups.folders(runs)
+    usual = seed_groups.usual_conditions(every)
     calibrated = [
         folder for folder in every if folder.runs[0].record["calibration"] and folder.runs[0].record.get("sparsity")
     ]
@@ -635,9 +635,9 @@ def draw_gallery(every: Sequence[Run], results_dir: Path, is_choice: bool = Fals
 
     is_choice: runs are some of the folder's, so that calibrations without runs are not drawn.
     """
-    runs = [run for best in folders.without_searches(folders.folders(every)) for run in best.runs]
-    frame = folders.table(runs)
-    table = folders.group(frame)
+    runs = [run for best in seed_groups.without_searches(seed_groups.folders(every)) for run in best.runs]
+    frame = seed_groups.table(runs)
+    table = seed_groups.group(frame)
     searched = " Of each row the best learning rate on validation is drawn." if len(runs) < len(every) else ""
     folder = Path(results_dir) / "report" / "figures"
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,10 @@ from partial_lora.report import EXAMPLES, figures, tables
 from partial_lora.report.classes import MOST, Classes, counted
 from partial_lora.report.drawing import words_of
 from partial_lora.report.examples import Example, hardest, rows_of, with_inputs
-from partial_lora.report.folders import OF_SEED, folders, without_searches
 from partial_lora.report.predictions import Predictions, read_all
 from partial_lora.report.records import LeftOut, Run, run_of
 from partial_lora.report.rows import NONE, number, panel_of, warnings_of
+from partial_lora.report.seed_groups import OF_SEED, folders, without_searches
 from partial_lora.report.statistics import over_examples
 from partial_lora.report.summary import cell, measured, named_in_full, next_commands, percent
 from partial_lora.tasks.metrics import SHARES

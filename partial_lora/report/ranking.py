@@ -12,21 +12,24 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Group
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
+from partial_lora.launching import packs
 from partial_lora.masks import AS_PEFT, MASKED
 from partial_lora.methods import called
 from partial_lora.report import page, summary, tables
 from partial_lora.report.drawing import BLUE, name_beside, panels, plain, save_both, scored, sized
 from partial_lora.report.figures import Shown, front
+from partial_lora.report.forgetting import changes_of
 from partial_lora.report.pairs import Outcome, Pair, between, by_seed
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import Run
-from partial_lora.report.rows import NONE, worth_by_rate
-from partial_lora.report.statistics import half_interval, holm
+from partial_lora.report.rows import NONE, validation_by_rate
+from partial_lora.report.statistics import estimate, half_interval, holm
 from partial_lora.settings.compose import composed
 from partial_lora.settings.rates import ranked
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES
@@ -36,6 +39,7 @@ _PEFTS = {**AS_PEFT, "column_exponent": 0.0}  # draw
 CELL = ["task", "size", "form"]
 _WINDOW = ("low_1", "high_1", "low_2", "high_2")  # learning rates between which no point is lost, and no two
 _NOTHING = 1e-9
+CHANGE = ": change of "  # between another set and its metric, in the title of a column
 _AVERAGED = {  # columns of rows, and what the ranking calls their means
     "adapter_parameters": "parameters",
     "step_seconds": "step_seconds",
@@ -91,7 +95,7 @@ def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFr
         [
             run.row
             | {"size": size_in(run.record), "form": form_of(run.record["config"])}
-            | {"run": run, "outcome": Outcome.of(run.row, stored)}
+            | {"run": run, "outcome": Outcome.of(run.row, stored), "forgotten": packs.forgetting(run.directory)}
             for run in runs
         ]
     )
@@ -132,8 +136,8 @@ def at_best_rates(table: pd.DataFrame, cells: Sequence[str] = CELL) -> pd.DataFr
     chosen = []
     for place, every in table.groupby(list(cells), sort=False):
         cell = once(every, filter(None, place))
-        worth = worth_by_rate(cell.to_dict("records"))
-        best = (ranked(worth) or list(worth))[0]  # where every rate failed, any
+        validation = validation_by_rate(cell.to_dict("records"))
+        best = (ranked(validation) or list(validation))[0]  # where every rate failed, any
         tried = sorted(cell["learning_rate"].unique())
         edge = len(tried) > 2 and best in (tried[0], tried[-1])
         runs = cell[cell["learning_rate"] == best].assign(rates=len(tried), edge=edge, spent=cell["seconds"].sum())
@@ -183,6 +187,7 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
             | {"seeds": len(cell), "test": cell["test"].mean()}
             | {"half": half_interval(cell["test"].std(), len(cell)) if len(cell) != _TOO_FEW else math.nan}
             | _apart(Pair(by_seed(cell), by_seed(other if form != reference else other[:0]), first["metric"]))
+            | _changes(cell)
             | counted[list(_AVERAGED)].mean().rename(_AVERAGED).to_dict()
         )
     numbers = pd.DataFrame(rows)
@@ -190,6 +195,17 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
     numbers["holds"] = together.transform(lambda p: p <= holm(list(p))).astype(bool)
     order = numbers["test"].where(numbers["metric"].isin(LOWER_IS_BETTER), -numbers["test"])
     return numbers.assign(order=order).sort_values(["task", "size", "order"]).drop(columns="order")
+
+
+def _changes(cell: pd.DataFrame) -> dict[str, float]:
+    """Return by how much a cell's runs change the score of the untouched model on other sets, and half the interval."""
+    columns = {}
+    for name, changes in changes_of({"": dict(zip(cell["seed"], cell["forgotten"], strict=True))}).items():
+        apart = estimate(np.stack(list(changes.by_row[""].values())))
+        low, high = apart.interval()
+        columns[title := f"{name}{CHANGE}{changes.metric}"] = apart.difference
+        columns[f"{title}, half"] = (high - low) / 2 if len(changes.by_row[""]) != _TOO_FEW else math.nan
+    return columns
 
 
 _TOO_FEW = 2  # seeds: an interval of two is 25 errors wide, and says nothing
@@ -217,12 +233,14 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     parts = {}
     for (task, size), part in numbers.groupby(["task", "size"], sort=False):
         rows = list(part.itertuples())
+        changed = [name for name in part if CHANGE in name and not name.endswith("half") and part[name].notna().any()]
         columns = {
             "method": part["form"],
             "best rate": [f"{row.learning_rate:g}{' (edge)' if row.edge else ''}" for row in rows],
             "rates within two points": [_between(row.low_2, row.high_2) for row in rows],
             "test": [_score(row.metric, row.test, row.half) for row in rows],
             f"− {reference}": [_score(row.metric, row.difference, row.difference_half, "+") for row in rows],
+            **{name: _changes_in(part, name) for name in changed},
             "difference over": [_basis(row.paired, row.examples) for row in rows],
             "after correction": [_verdict(row) for row in rows],
             "seeds": part["seeds"],
@@ -234,6 +252,11 @@ def titled(numbers: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
             columns.pop("rates within two points")
         parts[f"{task}, {in_words(size)}"] = pd.DataFrame(columns)
     return parts
+
+
+def _changes_in(part: pd.DataFrame, title: str) -> list[str]:
+    metric = title.partition(CHANGE)[2]
+    return [_score(metric, *pair, "+") for pair in zip(part[title], part[f"{title}, half"], strict=True)]
 
 
 def _between(low: float, high: float) -> str:
@@ -278,9 +301,13 @@ _JUDGED = ["difference over", "after correction"]  # columns that a verdict take
 
 def on_screen(numbers: pd.DataFrame, reference: str) -> Group:
     """Return the ranking for a terminal of 80 columns; verdicts and the price of a step are in files and page."""
-    parts = titled(numbers, reference)
-    narrow = {title: part.drop(columns=[*_JUDGED, *part.columns[-2:]]) for title, part in parts.items()}
-    return Group(*(tables.drawn(title, part) for title, part in narrow.items()))
+    shown = {}
+    for title, part in titled(numbers, reference).items():
+        changed = [name for name in part if CHANGE in name]
+        shown[title] = part.drop(columns=[*_JUDGED, *changed, *part.columns[-2:]])
+        if changed:
+            shown[f"{title}, after training less before"] = part[["method", *changed]]
+    return Group(*(tables.drawn(title, part) for title, part in shown.items()))
 
 
 def _origin(reference: str, *, corrected: bool = True) -> str:

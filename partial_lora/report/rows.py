@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from partial_lora.launching import shape
+from partial_lora.launching import run_record
 from partial_lora.methods import called
 from partial_lora.settings import identity, schema
-from partial_lora.settings.rates import Worth
+from partial_lora.settings.rates import Validation
 from partial_lora.settings.versions import wherever
-from partial_lora.tasks.folders import FILES
+from partial_lora.tasks.image_folders import FILES
 from partial_lora.tasks.kinds import kind_in
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
@@ -29,7 +29,7 @@ def row(result: Mapping) -> dict:
 
     conditions: eight hex digits, the same for runs that may be compared (`conditions`).
     """
-    if found := shape.fault(result):
+    if found := run_record.fault(result):
         raise ValueError(f"foreign, {found}")
     try:
         kind_in(result["config"]["task"])  # which there has to be
@@ -89,13 +89,13 @@ def _row(result: Mapping) -> dict:
     }
 
 
-def worth_by_rate(rows: Iterable[Mapping]) -> dict[float, dict[int, Worth]]:
-    """Return what runs of one metric are worth on validation, by learning rate and seed (`rates.ranked`)."""
-    tried: dict[float, dict[int, Worth]] = {}
+def validation_by_rate(rows: Iterable[Mapping]) -> dict[float, dict[int, Validation]]:
+    """Return the validation of runs of one metric, by learning rate and seed (`rates.ranked`)."""
+    tried: dict[float, dict[int, Validation]] = {}
     for run in rows:
         sign = -1 if run["metric"] in LOWER_IS_BETTER else 1
-        worth = sign * run["validation"], -run["validation_loss"]
-        tried.setdefault(run["learning_rate"], {})[run["seed"]] = None if math.isnan(worth[0]) else worth
+        validation = sign * run["validation"], -run["validation_loss"]
+        tried.setdefault(run["learning_rate"], {})[run["seed"]] = None if math.isnan(validation[0]) else validation
     return tried
 
 

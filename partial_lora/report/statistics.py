@@ -94,16 +94,18 @@ def estimate(*parts: np.ndarray) -> Estimate:
 
 
 def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, of examples and of what is left, from d (seeds, examples); of a single one NaN.
+    """Return the mean squares of seeds, examples and what is left, from d (…, seeds, examples); of a single one NaN.
 
     They are expected to be N var(a) + var(e), S var(b) + var(e), and var(e).
     """
-    seeds, examples = d.shape
-    of_seeds, of_examples, mean = d.mean(axis=1, keepdims=True), d.mean(axis=0, keepdims=True), d.mean()
-    sums = [examples * ((of_seeds - mean) ** 2).sum(), seeds * ((of_examples - mean) ** 2).sum()]
-    sums.append(((d - of_seeds - of_examples + mean) ** 2).sum())
+    seeds, examples = d.shape[-2:]
+    of_seeds, of_examples = d.mean(axis=-1, keepdims=True), d.mean(axis=-2, keepdims=True)
+    mean = of_seeds.mean(axis=-2, keepdims=True)
+    parts = (of_seeds - mean, of_examples - mean, d - of_seeds - of_examples + mean)
+    totals = [(part**2).sum(axis=(-2, -1)) for part in parts]
+    totals = [examples * totals[0], seeds * totals[1], totals[2]]
     freedoms = (seeds - 1, examples - 1, (seeds - 1) * (examples - 1))
-    return tuple(float(total / freedom) if freedom else math.nan for total, freedom in zip(sums, freedoms, strict=True))
+    return tuple(total / freedom if freedom else math.nan for total, freedom in zip(totals, freedoms, strict=True))
 
 
 def over_sets(estimates: Sequence[Estimate]) -> Estimate:

@@ -20,10 +20,10 @@ from tabulate import tabulate
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.files import write_atomic
-from partial_lora.report.folders import distinct, group
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.records import LeftOut
 from partial_lora.report.rows import BLOCK, NONE, PLACE
+from partial_lora.report.seed_groups import distinct, group
 from partial_lora.report.statistics import MARGIN, over_examples
 from partial_lora.report.summary import cell, measured, percent, size_text
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, SHARES, within

@@ -11,7 +11,7 @@ from partial_lora.models.config import ModelConfig
 from partial_lora.models.skeleton import Skeleton, stored_skeleton
 from partial_lora.settings.schema import Config
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import FILES
+from partial_lora.tasks.image_folders import FILES
 from partial_lora.tasks.kinds import kind_of, kinds_for
 
 

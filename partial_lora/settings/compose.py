@@ -107,7 +107,7 @@ def hydra_of(arguments: Sequence[str]) -> Iterator[tuple]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from partial_lora.settings.loader import Loader
+    from partial_lora.settings.hydra_loader import Loader
 
     refuse(arguments)
     flags = parse(for_hydra(arguments))

@@ -13,24 +13,25 @@ from partial_lora.training.config import AUTO, TrainerConfig
 
 # --- The best of the rates that a search tried.
 
-Worth = tuple[float, float] | None  # a run's score and loss on validation, the larger the better; None if it failed
+# A run's score and loss on validation, the larger the better; None if it failed.
+Validation = tuple[float, float] | None
 
 
-def ranked(tried: Mapping[float, Mapping[int, Worth]]) -> list[float]:
+def ranked(tried: Mapping[float, Mapping[int, Validation]]) -> list[float]:
     """Return the learning rates that compete, the best on validation first, without those at which a seed failed.
 
-    tried: what runs are worth by rate and seed. Only rates with the most seeds compete, since a search goes on with the
-    better ones alone. What decides is the mean score over the seeds that these share, of equals the mean loss, and then
-    the lower rate.
+    tried: the validation of runs by rate and seed. Only rates with the most seeds compete, since a search goes on with
+    the better ones alone. What decides is the mean score over the seeds that these share, of equals the mean loss, and
+    then the lower rate.
     """
     most = max(map(len, tried.values()))
     competing = {rate: of_seeds for rate, of_seeds in tried.items() if len(of_seeds) == most}
     shared = set.intersection(*map(set, competing.values()))
     means = {}
     for rate, of_seeds in competing.items():
-        worth = [of_seeds[seed] for seed in shared or of_seeds]
-        if None not in worth:
-            means[rate] = tuple(map(statistics.fmean, zip(*worth, strict=True)))
+        validation = [of_seeds[seed] for seed in shared or of_seeds]
+        if None not in validation:
+            means[rate] = tuple(map(statistics.fmean, zip(*validation, strict=True)))
     return sorted(means, key=lambda rate: (*means[rate], -rate), reverse=True)
 
 

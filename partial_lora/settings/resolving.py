@@ -24,12 +24,12 @@ from partial_lora.models.skeleton import stored_settings
 from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.settings.keys import no_such_key
 from partial_lora.settings.schema import SECTIONS, Config, conf_dir
-from partial_lora.settings.study import chosen_from
+from partial_lora.settings.study_commands import chosen_from
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import FITTING
-from partial_lora.training import optimizers
+from partial_lora.training import optimizer_check
 from partial_lora.training.trackers import TRACKERS
 
 _OF_PHOTOGRAPHS, _OF_SETS = 98, 56  # pixels of model.image_size=null, both multiples of vit_s14's patch
@@ -151,7 +151,7 @@ def _check_surroundings(config: Config) -> None:
     missing = [TRACKERS[name][0] for name in trainer.report_to if not _installed(name)]
     to_do = f"trackers that are installed: `pip install {' '.join(missing)}` (all: partial-lora's extra `trackers`)"
     require(not missing, "trainer.report_to", trainer.report_to, to_do)
-    optimizers.check(trainer)
+    optimizer_check.check(trainer)
     if trainer.accelerate_config is not None:
         accelerate_file(trainer.accelerate_config)  # launching.cluster checks it together with the keys of the trainer
     exists = data_dir is None or os.path.isdir(data_dir)  # Path("") is the working folder

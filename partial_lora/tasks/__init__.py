@@ -7,13 +7,13 @@ from typing import Any
 
 # Imported on first use, so that a report can read the rows of a task without torch.
 _MODULES = {
-    "images": ("ImageTransform",),
+    "image_inputs": ("ImageTransform",),
     "metrics": ("final_number",),
     "mixture": ("Joined", "Mixture", "MixtureTransform", "member_draws", "mix"),
-    "tokens": ("CausalTransform", "ChoiceTransform"),
+    "prompt_inputs": ("CausalTransform", "ChoiceTransform"),
     "splits": ("Draws", "few_shot_draws", "shared_inputs", "strata"),
     "task": ("SPLITS", "Task", "load"),
-    "texts": ("TextTransform",),
+    "text_inputs": ("TextTransform",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from datasets import Dataset, Features, List, Value
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.metrics import final_number
@@ -208,7 +208,7 @@ def _with_layout(splits: Mapping[str, Dataset], name: str) -> tuple[Mapping[str,
     read = [column for column in (*layout.prompt, layout.response) if column in features]
     line = f"task={name}: read as {layout.name}, columns {', '.join(read)}"
     logger.info(line)
-    worker_events.emit("rows", 0, 0, note=line)
+    progress.emit("rows", 0, 0, note=line)
     if not layout.prompt or isinstance(features[layout.response], Value):
         return splits, layout._replace(prompt=tuple(read[:-1]))
     joined = {}

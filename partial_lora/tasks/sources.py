@@ -28,7 +28,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import FILES, classes, is_image, split_folders
+from partial_lora.tasks.image_folders import FILES, classes, is_image, split_folders
 from partial_lora.tasks.kinds import kind_of
 
 Label = str | int | float | bool

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from partial_lora.errors import require
 from partial_lora.models import longest_text
 from partial_lora.tasks import CausalTransform
-from partial_lora.tasks.tokens import Prompt
+from partial_lora.tasks.prompt_inputs import Prompt
 
 
 def generation_config(

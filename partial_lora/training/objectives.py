@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 
-from partial_lora import worker_events
+from partial_lora import progress
+from partial_lora.calibration.peers import Peers
 from partial_lora.errors import PartialLoraError
-from partial_lora.peers import Peers
 from partial_lora.tasks import Joined, Mixture, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.tasks.metrics import IGNORED, LOWER_IS_BETTER, OF_TEXTS
 from partial_lora.tasks.mixture import starts, within
+from partial_lora.tasks.prompt_inputs import Prompt
 from partial_lora.tasks.task import Transform
-from partial_lora.tasks.tokens import Prompt
-from partial_lora.training import predictions
+from partial_lora.training import offline_metrics
 from partial_lora.training.fsdp import is_sharded_model
 from partial_lora.training.generation import generate
 
@@ -166,13 +166,13 @@ class ByLabels(_TaskJudge):
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the metrics and the loss over all examples: Trainer's own loss is of one process's batches."""
         logits, references = outputs.predictions, np.asarray(outputs.label_ids)
-        loss = predictions.mean_loss(logits, references)
-        return predictions.metrics_of(self.task.metrics, logits, references) | {"loss": loss}
+        loss = offline_metrics.mean_loss(logits, references)
+        return offline_metrics.metrics_of(self.task.metrics, logits, references) | {"loss": loss}
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         logits, references = predict(self._rows(split))
         values = self.measure(EvalPrediction(logits, references))
-        frame = predictions.predictions_of(logits, references, self.task.labels)
+        frame = offline_metrics.predictions_of(logits, references, self.task.labels)
         return Judged({"primary": self.task.metrics[0], **values}, frame)
 
 
@@ -180,21 +180,21 @@ class ByOptions(_TaskJudge):
     """Multiple choice: trained on the right option alone, judged by the most likely of all."""
 
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(predictions.log_likelihoods)
+    reduce = staticmethod(offline_metrics.log_likelihoods)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
-        columns = predictions.option_predictions(outputs.predictions[:, 0], *self._of_validation)
-        return predictions.option_metrics(columns)
+        columns = offline_metrics.option_predictions(outputs.predictions[:, 0], *self._of_validation)
+        return offline_metrics.option_metrics(columns)
 
     def judged(self, predict: Predict, model: nn.Module, split: str) -> Judged:
         rows = self._rows(split)
         (likelihoods, tokens), (items, right, characters) = predict(rows)[0].T, _option_columns(rows)
         loss = -likelihoods[right].sum() / tokens[right].sum()  # a mean over tokens of right options, as in training
-        columns = predictions.option_predictions(likelihoods, items, right, characters)
+        columns = offline_metrics.option_predictions(likelihoods, items, right, characters)
         frame = pandas.DataFrame(columns)
         frame.insert(0, "index", np.arange(len(frame)))
         frame["score"] = [max(scores) for scores in frame["scores"]]
-        values = predictions.option_metrics(columns)
+        values = offline_metrics.option_metrics(columns)
         chosen = {name: values[name] for name in self.task.metrics}
         return Judged({"primary": self.task.metrics[0], **chosen, "loss": float(loss)}, frame)
 
@@ -213,7 +213,7 @@ class ByTexts(_TaskJudge):
     """
 
     loss = staticmethod(loss_of_tokens)
-    reduce = staticmethod(predictions.log_likelihoods)
+    reduce = staticmethod(offline_metrics.log_likelihoods)
 
     def measure(self, outputs: EvalPrediction) -> dict[str, float]:
         """Return the perplexity and the loss over all tokens: Trainer's own loss depends on the batches."""
@@ -254,7 +254,7 @@ class ByTexts(_TaskJudge):
             model,
             self.transform,
             assigned,
-            progress=lambda done, total: worker_events.emit("generate", done, total),
+            progress=lambda done, total: progress.emit("generate", done, total),
             together=together,
             stop=self.config.stop,
             max_new_tokens=self.config.max_new_tokens,

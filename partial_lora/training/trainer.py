@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_liger_kernel_available
 
-from partial_lora import worker_events
+from partial_lora import progress, signals
 from partial_lora.adapter.factor import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError, one_line
 from partial_lora.files import seal
@@ -40,7 +40,7 @@ from partial_lora.methods.setting import Training
 from partial_lora.models.modes import keep_statistics
 from partial_lora.tasks.metrics import LOWER_IS_BETTER, standard_error
 from partial_lora.tasks.task import Transform
-from partial_lora.training import checkpoints, fsdp, predictions
+from partial_lora.training import checkpoints, fsdp, offline_metrics
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World
 from partial_lora.training.fsdp import is_sharded_model
@@ -130,7 +130,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return loss, logits[0] if isinstance(logits, tuple) else logits, labels  # an encoder's states come after
         outputs, labels = [], []
-        for part in [inputs] if is_sharded_model(self.model) else predictions.in_parts(inputs):
+        for part in [inputs] if is_sharded_model(self.model) else offline_metrics.in_parts(inputs):
             _, logits, of_part = super().prediction_step(model, part, False, ignore_keys)
             outputs.append(self._reduce(logits, of_part))
             labels.append(of_part)
@@ -331,7 +331,7 @@ class UninterruptedCollate:
 
     def __call__(self, rows: Sequence) -> dict[str, Tensor]:
         if get_worker_info() is not None:
-            for number in worker_events.STOPPING:
+            for number in signals.STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         batch = self.collate(rows)
         return packed(batch) if self.packs else batch
@@ -359,11 +359,11 @@ class ReportProgress(TrainerCallback):
         tokens = state.num_input_tokens_seen - self._earlier_tokens
         if tokens > 0:  # the time since training began includes validation and checkpoints
             detail["tokens_per_second"] = tokens / max(time.monotonic() - self._began, 1e-9)
-        worker_events.emit("train", state.global_step, state.max_steps, **detail)
+        progress.emit("train", state.global_step, state.max_steps, **detail)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self._batches += 1
-        worker_events.emit(self._stage, self._batches, len(eval_dataloader))
+        progress.emit(self._stage, self._batches, len(eval_dataloader))
         if self._batches == len(eval_dataloader):
             self._batches = 0
 
@@ -479,7 +479,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")  # a flag on the CPU: no accelerator has to wait for it
-        self._handlers = {number: signal.signal(number, self._receive) for number in worker_events.STOPPING}
+        self._handlers = {number: signal.signal(number, self._receive) for number in signals.STOPPING}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._in_step = True

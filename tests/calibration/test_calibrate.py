@@ -16,8 +16,8 @@ from torch import nn
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.budget import kept_parameters
 from partial_lora.calibration.importance import svd
+from partial_lora.calibration.level_search import bisect, line, passes, passes_at_most, scan
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import bisect, line, passes, passes_at_most, scan
 from partial_lora.masks import AXES
 
 NAMES = [f"vit.blocks.{block}.{target}" for block in range(2) for target in TARGETS]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from partial_lora import Calibration, tasks, train, worker_events
+from partial_lora import Calibration, progress, tasks, train
 from partial_lora.budget import kept_parameters
 from partial_lora.building import build
 from partial_lora.calibration import few_shot
@@ -45,8 +45,8 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("PARTIAL_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(worker_events.VARIABLE, str(tmp_path / "events"))
-    monkeypatch.setattr(worker_events, "_last", {})
+    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
+    monkeypatch.setattr(progress, "_last", {})
     return Place(tmp_path)
 
 

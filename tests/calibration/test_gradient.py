@@ -25,11 +25,11 @@ from torch import nn
 
 from partial_lora import PartialLoraError, calibrate
 from partial_lora.budget import kept_parameters
-from partial_lora.calibration import gradient, score, search
+from partial_lora.calibration import gradient, level_search, score
 from partial_lora.calibration.importance import svd
+from partial_lora.calibration.level_search import COMPETING, passes_at_most
 from partial_lora.calibration.reuse import logits_of
 from partial_lora.calibration.score import FewShotScore
-from partial_lora.calibration.search import COMPETING, passes_at_most
 from partial_lora.masks import AXES, Mask
 
 LEVELS = [0.2, 0.4, 0.6, 0.8]
@@ -209,7 +209,7 @@ def found_by(model, batches, **kind):
 
 
 def test_few_points_are_evaluated_and_what_they_say_goes_before_the_prediction(model, batches, monkeypatch):
-    monkeypatch.setattr(search, "CHECKED", 0.3)
+    monkeypatch.setattr(level_search, "CHECKED", 0.3)
     literal, differing = calibrate(model, Counted(batches), threshold=0.01, **GRID), 0
     for threshold in (0.9, 0.8, 0.6):
         found, scored = found_by(model, batches, threshold=threshold)
@@ -255,7 +255,7 @@ def test_the_points_nearest_to_the_line_are_evaluated_first(monkeypatch):
 
     for share, expected in ((0.0, []), (0.25, [("a", 0.5), ("b", 0.5)]), (0.4, [("a", 0.5), ("b", 0.5), ("b", 0.75)])):
         asked.clear()
-        monkeypatch.setattr(search, "CHECKED", share)
+        monkeypatch.setattr(level_search, "CHECKED", share)
         found = gradient.checked(predicted, grid, survives=survives, **kind)
         assert asked == expected
         levels = gradient.levels_of(predicted, grid, kind["enough"], found)
@@ -264,8 +264,8 @@ def test_the_points_nearest_to_the_line_are_evaluated_first(monkeypatch):
 
 
 def test_of_many_points_few_are_evaluated():
-    assert [search.checks(points) for points in (0, 19, 100, 639, 640, 10**4)] == [0, 0, 5, 31, 32, 32]
-    assert [search.checks(points, outputs=1) for points in (100, 10**4)] == [5, 7]  # as long as one gradient
+    assert [level_search.checks(points) for points in (0, 19, 100, 639, 640, 10**4)] == [0, 0, 5, 31, 32, 32]
+    assert [level_search.checks(points, outputs=1) for points in (100, 10**4)] == [5, 7]  # as long as one gradient
 
 
 def test_what_is_stored_is_what_a_fresh_calibration_finds(model, batches, tmp_path, monkeypatch):

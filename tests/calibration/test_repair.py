@@ -9,8 +9,8 @@ import pytest
 from scored_models import GRID, Counted, full_accuracy, with_zeroed
 
 from partial_lora import calibrate
+from partial_lora.calibration.level_search import both_axes, passes
 from partial_lora.calibration.repair import relax, relaxations
-from partial_lora.calibration.search import both_axes, passes
 from partial_lora.masks import kept_count
 
 LEVELS = [0.2, 0.4, 0.6, 0.8]

@@ -14,8 +14,8 @@ from scored_models import Altered, graded, labelled, linears, questions, scored_
 from sklearn import metrics
 from torch import nn
 
-from partial_lora.calibration import answers
-from partial_lora.calibration.answers import Correctness, Loss
+from partial_lora.calibration import answer_scores
+from partial_lora.calibration.answer_scores import Correctness, Loss
 from partial_lora.calibration.order import Tally, arranged, batch_sizes, enough, next_batch
 from partial_lora.calibration.score import BoundedScore, FewShotScore
 from partial_lora.errors import PartialLoraError
@@ -528,13 +528,13 @@ def test_the_logits_of_one_batch_are_held_at_a_time():
 
 
 def test_only_tokens_that_count_are_made_numbers_of_four_bytes(monkeypatch):
-    compared, cross_entropy = [], answers.F.cross_entropy
+    compared, cross_entropy = [], answer_scores.F.cross_entropy
 
     def seen(logits, labels, **settings):
         compared.append(labels)
         return cross_entropy(logits, labels, **settings)
 
-    monkeypatch.setattr(answers.F, "cross_entropy", seen)
+    monkeypatch.setattr(answer_scores.F, "cross_entropy", seen)
     model, batches, _ = texts()
     FewShotScore(model, batches, "loss")(model)
     assert len(compared) >= len(batches)

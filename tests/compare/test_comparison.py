@@ -20,7 +20,7 @@ from recorded_runs import record
 from refusals import refusal
 
 from partial_lora import cli
-from partial_lora.compare import candidates, comparison, halving, options
+from partial_lora.compare import candidates, comparison, options, rate_search
 from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.compare.comparison import Comparison
 from partial_lora.compare.options import Options
@@ -106,7 +106,7 @@ def leave_records(configs: Iterable[Config], best: float = 1e-3, failing: str = 
     for config in configs:  # whole ones, whatever share is asked for
         score = 0.9 - abs(math.log2(config.trainer.learning_rate / best)) / 10
         left = record(config.method.name, score, budget=0.3, seed=config.seed, fixed={"budget": 0.3}, **changes)
-        left["config"]["trainer"] |= {"learning_rate": config.trainer.learning_rate, "until": halving.QUARTER}
+        left["config"]["trainer"] |= {"learning_rate": config.trainer.learning_rate, "until": rate_search.QUARTER}
         left["history"] = [{"step": 10, "eval_loss": 1 - score}]
         left["metrics"]["train"] = {"primary": "loss", "loss": 0.1}
         failed = {"status": "failed", "error": "the loss is not finite"} if config.method.name == failing else {}
@@ -135,7 +135,7 @@ def comparing(chosen: Iterable[Candidate], make, **settings) -> tuple[int, list[
     return made.decide(make, lambda line: None), made.progress
 
 
-def config_of(one: Progress, trial: halving.Trial) -> Config:
+def config_of(one: Progress, trial: rate_search.Trial) -> Config:
     (config,) = one.configs([trial]).values()
     return config
 
@@ -163,7 +163,7 @@ def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> No
     code, one = compared(leaving(made, best=2e-3))
     assert (code, one.best) == (0, 2e-3)
     assert len(one.records) == len(made) == len(set(made))
-    assert len(made) >= halving.runs_at_least(3, 2)
+    assert len(made) >= rate_search.runs_at_least(3, 2)
     again: list = []
     code, other = compared(leaving(again))
     assert (code, again, other.records) == (0, [], one.records)  # records suffice: there are no weights here
@@ -209,7 +209,7 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
     assert all(trial.rate == one.best for one, trial in made if trial.seed)
     assert [max(trial.seed for other, trial in made if other is one) for one in progress] == last
     # Whole records answer for the rest of the first seed.
-    assert {trial.until for _, trial in made if not trial.seed} == {halving.QUARTER}
+    assert {trial.until for _, trial in made if not trial.seed} == {rate_search.QUARTER}
 
 
 @pytest.mark.parametrize(("hours", "first"), [(None, 8), (1e-9, 2)])
@@ -234,7 +234,7 @@ def test_a_run_that_another_process_holds_ends_a_comparison(entry) -> None:
 
 def test_of_two_comparisons_at_once_one_waits_for_the_runs_of_the_other(monkeypatch, entry) -> None:
     monkeypatch.setattr(pool.launch, "launch", lambda *_, **__: pytest.fail("made twice"))
-    (config,) = entry.configs([halving.Trial(entry.centre, 0, halving.QUARTER)]).values()
+    (config,) = entry.configs([rate_search.Trial(entry.centre, 0, rate_search.QUARTER)]).values()
     outcomes: list[str] = []
     with contextlib.ExitStack() as other:
         other.enter_context(directory.locked(run_directory(config)))
@@ -257,7 +257,7 @@ def test_runs_side_by_side_have_different_slots_and_each_is_told_by_its_place(tm
         return launch.Outcome(run_directory(config), "finished")
 
     monkeypatch.setattr(pool.launch, "launch", launched)
-    configs = list(entry.configs([halving.Trial(entry.centre * factor, 0) for factor in (1, 2, 3, 4)]).values())
+    configs = list(entry.configs([rate_search.Trial(entry.centre * factor, 0) for factor in (1, 2, 3, 4)]).values())
     pool.side_by_side(configs, 2, candidates.is_made, lambda *end: ended.append(end))
     assert sorted(slots) == [0, 0, 1, 1]
     assert {place: outcome.directory for place, outcome in ended} == dict(enumerate(map(run_directory, configs)))
@@ -323,7 +323,7 @@ def test_what_one_verdict_cannot_tell_apart_is_refused(tmp_path) -> None:
 def test_a_recorded_rate_of_many_digits_is_the_rate_of_its_seeds() -> None:
     rate = 0.0012345678
     entry = Candidate("dense", "own size", ("model=tiny_vit", "task=digits", "method=dense"))
-    (config,) = entry.configs([halving.Trial(rate, 1)]).values()
+    (config,) = entry.configs([rate_search.Trial(rate, 1)]).values()
     assert config.trainer.learning_rate == rate
 
 
@@ -474,7 +474,7 @@ def test_a_race_lets_three_go_on_and_those_whose_rows_do_not_tell_them_from_the_
     assert (code, dropped) == (0, gone)
     assert all((one.best is None) == (one.candidate.method in gone) for one in progress)
     assert not [one for one, trial in made if trial.until == 1 and one.candidate.method in gone]
-    assert {trial.until for _, trial in made} == {halving.QUARTER, halving.HALF, 1.0}
+    assert {trial.until for _, trial in made} == {rate_search.QUARTER, rate_search.HALF, 1.0}
     before = len(made)
     for rows in tmp_path.rglob(directory.VALIDATION):  # as packed runs are without them
         rows.unlink()

@@ -13,10 +13,10 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.compare import judge, scores
-from partial_lora.compare.judging import Judging
+from partial_lora.compare.judge_options import Judging
 from partial_lora.compare.scores import Scores
 from partial_lora.files import read_json
-from partial_lora.report import pack, sequential
+from partial_lora.report import sequential, write_pack
 
 
 def drawn(chances: dict[str, float], seeds: int, rows: int, spread: float = 0.02) -> dict[str, dict[int, np.ndarray]]:
@@ -212,7 +212,7 @@ def test_runs_their_pack_and_tables_of_the_same_rows_or_scores_are_judged_alike(
     assert numbers(of_scores).keys() == numbers(of_runs).keys()
     folders = sorted(runs.glob("runs/*/*/*/seed*"))
     assert numbers(judged(folders)[0]) == numbers(of_runs)
-    pack.pack(runs, remove=True)
+    write_pack.pack(runs, remove=True)
     assert numbers(judged([runs])[0]) == numbers(judged([runs / "runs.parquet"])[0]) == numbers(of_runs)
     (some,) = judged([runs], where=["method=partial,lora"])
     assert numbers(some).keys() == {"partial", "lora"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.compare.options import Options
 from partial_lora.files import read_json
 from partial_lora.report import sequential
+from partial_lora.report.forgetting import LESS, MORE, Changes
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Decision, Decisions
 
 SPARSE = PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5)
@@ -58,9 +60,18 @@ def test_what_is_decided_is_said_of_each_method_and_the_rest_has_the_margin_that
         "hira": Decision(OPEN, "lori, 0.13", 0.01, -0.02, 0.0431, 5),
     }
     found = Decisions("lori, 0.13", {f"{method}, 0.13": decision for method, decision in of.items()}, {})
-    first, *others = verdict.sentences_on(group(*of), found, "accuracy", 0.01, 1)
+    noise = 0.01 * np.random.default_rng(0).normal(size=(4, 3, 30))
+    by_row = {
+        f"{method}, 0.13": dict(enumerate(shift + own))
+        for method, shift, own in zip(of, (0.5, 0.6, 0.1, 0.5), noise, strict=True)
+    }
+    forgotten = {"piqa": Changes("loss", 3.7, by_row)}
+    first, *others, last = verdict.sentences_on(group(*of), found, "accuracy", 0.01, 1, forgotten)
+    assert last.startswith("On piqa")
     lines = {line.split()[0].rstrip(":"): line for line in others}
     assert lines.keys() == {"dora", "oft", "hira"}
+    assert [word for line in lines.values() for word in (LESS, MORE) if word in line] == [MORE, LESS]
+    assert LESS in lines["oft"]
     assert "dropped after 2 seeds" in lines["dora"]
     assert "margin=4.4" in lines["hira"]
     assert "not all is decided" in first

@@ -19,7 +19,7 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.finished import evaluate as evaluate_run
 from partial_lora.finished.run import FinishedRun, finished_run
-from partial_lora.finished.task import evaluation_settings
+from partial_lora.finished.target_task import evaluation_settings
 from partial_lora.launching import directory as results
 from partial_lora.settings import identity, versions
 

@@ -30,7 +30,7 @@ from partial_lora.finished import export, merge
 from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun, finished_run
 from partial_lora.launching import directory as record
-from partial_lora.models.texts import byte_tokenizer
+from partial_lora.models.language import byte_tokenizer
 from partial_lora.report import records
 from partial_lora.settings.identity import digests
 from partial_lora.settings.versions import plain

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from partial_lora.finished import export
+from partial_lora.finished.export_to_servers import _ARCHITECTURES
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.serving import _ARCHITECTURES
 from partial_lora.models import bundled
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python, which make test-serve builds")

@@ -21,7 +21,7 @@ from partial_lora.building import build
 from partial_lora.finished import export
 from partial_lora.finished.predict import Predictor
 from partial_lora.finished.run import FinishedRun
-from partial_lora.finished.task import one_task
+from partial_lora.finished.target_task import one_task
 from partial_lora.settings import versions
 
 

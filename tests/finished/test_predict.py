@@ -11,13 +11,11 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import finished_runs
-import mixed_runs
 import numpy as np
 import pandas
 import pytest
@@ -33,7 +31,7 @@ from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
 from partial_lora.finished.predict import Prediction, Predictor, RunModel
 from partial_lora.finished.run import FinishedRun
-from partial_lora.models.texts import byte_tokenizer
+from partial_lora.models.language import byte_tokenizer
 from partial_lora.tasks import CausalTransform, prompt_formats, questions
 
 HALF = "\ud83d"  # of a character: bytes on a command line that are no UTF-8 come as such
@@ -397,20 +395,6 @@ def test_the_latest_run_says_which_it_is(run, photos, predict, tmp_path, capsys)
 def test_a_number_out_of_range_is_refused_by_name(run, option) -> None:
     with refusal(f"argument {option[0]}: "):
         cli.predict([str(run.directory), "x", *option])
-
-
-def test_neither_help_nor_a_mistake_imports_torch(run) -> None:
-    mistakes = [[str(run.directory), "nowhere.png"], ["nowhere", "x"]]
-    mistakes += [[str(mixed_runs.text_mixture().directory), "a text"]]  # of which member?
-    script = (
-        "import sys\nfrom partial_lora import cli\nfrom partial_lora.errors import PartialLoraError\n"
-        f"for arguments in (['--help'], *{mistakes!r}):\n"
-        "    try:\n        cli.predict(arguments)\n"
-        "    except (SystemExit, PartialLoraError) as error:\n        print(type(error).__name__)\n"
-        "print('torch' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-5:] == ["SystemExit", *["PartialLoraError"] * 3, "False"]
 
 
 # Streams

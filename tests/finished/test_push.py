@@ -22,7 +22,7 @@ from refusals import refusal
 
 from partial_lora import cli, load_compact
 from partial_lora.finished import export, push
-from partial_lora.report import card, certificate
+from partial_lora.report import certificate, run_card
 from partial_lora.report.sequential import decide
 
 TOKEN = "hf_" + "AbCd1234" * 4
@@ -107,7 +107,7 @@ def test_a_dry_run_reaches_nothing_and_its_folder_is_what_the_page_says(hub, cap
 
 def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> None:
     run = choice_run()
-    page = card.card(run, "me/mine", run.adapter)
+    page = run_card.card(run, "me/mine", run.adapter)
     data, test = page.data, run.result["metrics"]["test"]
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", test["accuracy"])
@@ -121,7 +121,7 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> 
     assert int(count) == 11
     assert f"{run.result['parameters']['adapter_trainable']:,} parameters" in page.text
     without = dataclasses.replace(run, directory=tmp_path)  # its predictions are gone
-    assert f"| accuracy | {score} | – | – |" in card.card(without, "me/mine", run.adapter).text
+    assert f"| accuracy | {score} | – | – |" in run_card.card(without, "me/mine", run.adapter).text
     assert f"{(run.adapter / 'adapter_model.safetensors').stat().st_size:,} bytes" in page.text
 
 
@@ -133,7 +133,7 @@ def test_the_page_of_a_run_that_has_won_a_comparison_has_the_verdict_and_its_com
     (tmp_path / "take").mkdir()
     certificate.write(tmp_path / "take", outputs, decide(outputs, 0.01, (2,)), settings=settings, **decided)
     won = dataclasses.replace(run, directory=tmp_path / "runs" / "task" / "model" / "method-id" / "seed0")
-    page, other = (card.card(each, "me/mine", run.adapter).text for each in (won, run))
+    page, other = (run_card.card(each, "me/mine", run.adapter).text for each in (won, run))
     assert "Take a: nothing is better." in page
     assert "partial-lora compare take/verdict.json --verify" in page
     assert "--verify" not in other
@@ -141,7 +141,7 @@ def test_the_page_of_a_run_that_has_won_a_comparison_has_the_verdict_and_its_com
 
 def test_the_page_of_a_mixture_has_the_share_of_each_member_in_percent() -> None:
     run = mixed_runs.image_mixture()
-    page = card.card(run, "me/mine", run.adapter).text
+    page = run_card.card(run, "me/mine", run.adapter).text
     for member in ("colours", "digits"):
         assert re.search(rf"^\| {member}/accuracy \| \d+\.\d\d % ", page, re.MULTILINE)
 
@@ -149,7 +149,7 @@ def test_the_page_of_a_mixture_has_the_share_of_each_member_in_percent() -> None
 def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_them() -> None:
     run = finished_runs.changed(choice_run(), "model", weights="Qwen/Qwen2.5-0.5B@main", architecture="qwen2")
     run = finished_runs.changed(run, "task", path="allenai/ai2_arc")
-    page = card.card(run, "me/mine", run.adapter, license="mit")
+    page = run_card.card(run, "me/mine", run.adapter, license="mit")
     assert (page.data.base_model, page.data.datasets, page.data.license) == (
         "Qwen/Qwen2.5-0.5B",
         ["allenai/ai2_arc"],
@@ -163,7 +163,7 @@ def test_the_page_names_base_model_and_data_of_the_hub_and_the_lines_that_load_t
 
 def test_settings_have_no_place_of_this_machine(hub, tmp_path) -> None:
     run = choice_run()
-    folder = push.write(run, lambda built: card.card(run, "me/mine", built))
+    folder = push.write(run, lambda built: run_card.card(run, "me/mine", built))
     settings = (folder / "config.yaml").read_text()
     files = finished_runs.question_files()
     assert all(Path(path).is_absolute() for path in files.values())
@@ -198,7 +198,7 @@ def test_no_text_of_a_run_is_markup_on_its_page() -> None:
     run = finished_runs.changed(run, "model", weights="a/<b>", architecture=evil[0], target_modules=[evil[3]])
     run = finished_runs.changed(run, "task", path="a/b)](c", text_columns=evil[3:])
     for repo in (None, "me/mine"):
-        page = card.card(run, repo, run.adapter)
+        page = run_card.card(run, repo, run.adapter)
         shown = "\n".join(line for line in page.text.splitlines() if not line.startswith("    "))
         for markup in ("<", r"(?<!\\)\]\((javascript|c)", r"!\[", r"\n# e", r"\n---", r"(?<!\\)`\n"):
             assert not re.search(markup, shown.replace("```\n", "")), markup
@@ -213,7 +213,7 @@ def test_a_run_whose_score_is_no_number_keeps_the_page_that_is_there(tmp_path) -
     test = run.result["metrics"]["test"] | {"accuracy": None}
     metrics = run.result["metrics"] | {"test": test}
     broken = dataclasses.replace(run, result=run.result | {"metrics": metrics})
-    card.write(broken, tmp_path / "adapter")
+    run_card.write(broken, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "README.md").read_text() == "PEFT's"
     with refusal(f"{run.directory}/result.json"):
-        push.write(broken, lambda folder: card.card(broken, "me/mine", folder))
+        push.write(broken, lambda folder: run_card.card(broken, "me/mine", folder))

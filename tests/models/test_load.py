@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertModel, DebertaV2Model, LlamaForCausalLM, Qwen2ForCausalLM
 
 from partial_lora import models
-from partial_lora.models import images
+from partial_lora.models import vision
 from partial_lora.models.config import ModelConfig
 
 VIT, BERT, DEBERTA, LLAMA = (
@@ -148,7 +148,7 @@ def test_images_of_other_sizes_fit_where_the_architecture_takes_them(pretrained)
     model = load("tiny_vit", weights=str(pretrained("tiny_vit")), model_args=dynamic, image_size=48)
     assert model(torch.zeros(1, 3, 48, 48)).logits.shape == (1, 3)
     convolutional = load("tiny_vit", architecture="resnet10t", model_args={}, image_size=37)
-    assert images.head_name(convolutional) == "timm_model.fc"
+    assert vision.head_name(convolutional) == "timm_model.fc"
     assert convolutional(torch.zeros(2, 3, 37, 37)).logits.shape == (2, 3)
 
 

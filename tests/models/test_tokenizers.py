@@ -13,7 +13,7 @@ from refusals import refusal
 from transformers import BertTokenizer
 
 from partial_lora import models
-from partial_lora.models import texts
+from partial_lora.models import language
 
 TEXTS = ["the owl sleeps by day", "the cat and the dog sleep by night", "a day and a night", "owls, cats and dogs"]
 
@@ -24,7 +24,7 @@ def tokenizer(weights: object, family: str = "encoder"):
 
 def test_random_weights_read_bytes():
     built = tokenizer("random")
-    assert len(built) == texts.VOCABULARY == 260
+    assert len(built) == language.VOCABULARY == 260
     read = built(["ab", "é!"], padding=True)
     cls, sep, pad = built.cls_token_id, built.sep_token_id, built.pad_token_id
     assert read["input_ids"][0] == [cls, *built.convert_tokens_to_ids(["a", "b"]), sep, pad]
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path, broken):
 def test_padding_is_the_end_of_a_text_where_nothing_else_is(tmp_path, own, expected):
     """Llama's tokenizers have no token for it; one that has keeps its own."""
     load("tiny_llama").save_pretrained(tmp_path)
-    built = texts.byte_tokenizer()
+    built = language.byte_tokenizer()
     built.pad_token = own
     built.save_pretrained(tmp_path)
     read = tokenizer(tmp_path, "causal")

@@ -11,9 +11,11 @@ from refusals import refusal
 from partial_lora import cli
 from partial_lora.files import read_json, write_json
 from partial_lora.report import certificate
+from partial_lora.report.forgetting import LESS, MORE, Changes
 from partial_lora.report.sequential import decide
 
 CHANCES = {"a": 0.9, "b": 0.88, "c": 0.5}
+FORGOTTEN = {"a": 0.5, "b": 0.1}
 
 
 @pytest.fixture
@@ -22,6 +24,9 @@ def take(tmp_path):
     outputs = {
         name: {seed: (generator.uniform(size=120) < chance).astype(float) for seed in range(3)}
         for name, chance in CHANCES.items()
+    }
+    changes = {
+        name: {seed: shift + 0.1 * generator.normal(size=40) for seed in range(3)} for name, shift in FORGOTTEN.items()
     }
     folder = tmp_path / "take"
     folder.mkdir()
@@ -34,13 +39,14 @@ def take(tmp_path):
         looks=(2, 3, 5, 8),
         settings={name: record(name)["config"] for name in CHANCES},
         verdict=["Take a."],
+        forgotten={"piqa": Changes("loss", 3.7, changes)},
     )
     return folder
 
 
 def rewrite(take, **changes) -> None:
     """Change what a certificate says, its digest, too, as who knows how it is made would."""
-    content = {key: value for key, value in read_json(take / "verdict.json").items() if key != "digest"} | changes
+    content = {key: value for key, value in (read_json(take / "verdict.json") | changes).items() if key != "digest"}
     write_json(take / "verdict.json", content | {"digest": certificate._digest(content)})
 
 
@@ -52,9 +58,13 @@ def test_what_was_decided_is_derived_again(take, capsys):
     assert certificate.found_wrong(take / "verdict.json") == []  # in another order they are the same scores
 
 
-def test_a_changed_row_is_found(take):
+@pytest.mark.parametrize("of_set", ["", "piqa"])
+def test_a_changed_row_is_found(take, of_set):
     table = pd.read_parquet(take / "scores.parquet")
-    table["values"] = [np.where(np.arange(120) == 7, 1 - one, one) for one in table["values"]]
+    table["values"] = [
+        np.where(np.arange(len(one)) == 7, 1 - one, one) if name == of_set else one
+        for name, one in zip(table["set"], table["values"], strict=True)
+    ]
     table.to_parquet(take / "scores.parquet")
     assert any("scores.parquet" in line for line in certificate.found_wrong(take / "verdict.json"))
     assert cli.compare([str(take / "verdict.json"), "--verify"]) == 1
@@ -71,12 +81,16 @@ def test_a_verdict_that_its_scores_do_not_give_is_found_whoever_sealed_it(take):
     content = read_json(take / "verdict.json")
     decisions = content["decisions"]
     worse = next(name for name, decision in decisions.items() if decision["verdict"] == "worse")
+    piqa = content["forgetting"]["piqa"]
+    methods = piqa["methods"]
+    (told,) = (name for name, change in methods.items() if change["verdict"] in (LESS, MORE))
     for changes in (
+        {"forgetting": {"piqa": piqa | {"methods": methods | {told: methods[told] | {"less": 0.3}}}}},
         {"decisions": decisions | {worse: decisions[worse] | {"difference": 0.1}}},
         {"decisions": decisions | {worse: decisions[worse] | {"verdict": "as good"}}},
         {"leader": worse},
     ):
-        rewrite(take, **{"decisions": decisions, "leader": content["leader"]} | changes)
+        rewrite(take, **content | changes)
         assert len(certificate.found_wrong(take / "verdict.json")) == 1, changes
 
 

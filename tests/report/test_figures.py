@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from matplotlib.image import imread
-from matplotlib.lines import Line2D
 from PIL import Image
 from recorded_runs import place, record
 
 from partial_lora.launching.directory import PICTURE, PREDICTIONS
-from partial_lora.report import drawing, figures, folders, records
+from partial_lora.report import drawing, figures, records, seed_groups
 from partial_lora.report.depth import depth_of
 from partial_lora.report.drawing import look
 
@@ -232,29 +231,6 @@ def test_every_method_has_a_marker_of_its_own():
     assert threshold.linestyle != budget.linestyle
 
 
-def test_a_figure_says_of_how_many_places_and_rows_it_draws_some(tmp_path):
-    for number in range(figures.MOST + 2):
-        place(tmp_path, record(task=f"task{number:02}"))
-    runs = records.read(tmp_path)[0]
-    assert "5 of 11 calibrations" in figures.sparsity(runs).cut
-    frame = folders.table(runs[:1])
-    most = figures._MOST_ROWS
-    numbers = [f"runs/{number:02}" for number in range(most + 2)]
-    rows = frame.head(1).loc[np.zeros(most + 2, int)].assign(group=numbers, differs=numbers)
-    (axes,) = figures.methods(folders.group(rows), rows).figure.axes
-    assert axes.get_title(loc="left").endswith(f"({most} of {most + 2})")
-    assert len(set(words(axes.get_yticklabels()))) == most
-
-
-def test_a_legend_of_many_methods_leaves_its_panel_room():
-    figure, (axes,) = drawing.panels(1, wide=3.9, high=2.9)
-    points = ("threshold 0.9", "budget 0.13")
-    names = (f"{method}, {point}" for method in drawing._LOOKS for point in points)
-    drawing.legend_below(figure, [Line2D([], [], label=name) for name in names])
-    figure.draw_without_rendering()
-    assert axes.get_window_extent().y0 > figure.legends[0].get_window_extent().y1
-
-
 @pytest.fixture
 def runs(tmp_path):
     history = [{"step": step, "loss": 1 / step, "eval_accuracy": 0.5 + step / 100} for step in (10, 20, 30)]
@@ -266,35 +242,15 @@ def runs(tmp_path):
     return records.read(tmp_path)[0]
 
 
-@pytest.mark.parametrize(
-    ("metric", "points", "ends"),
-    [("accuracy", False, (0, 1)), ("pearson", False, (-1, 1)), ("accuracy", True, (-1, 1)), ("mse", False, (0, 9.9))],
-)
-def test_an_axis_of_scores_ends_about_where_the_metric_does(metric, points, ends):
-    _, (axes,) = drawing.panels(1, wide=4, high=3)
-    axes.errorbar([0, 1], [0.5, 0.9], yerr=9)
-    drawing.scored(axes, metric, points=points)
-    assert axes.get_ylim() == pytest.approx(ends, abs=0.021 if metric != "mse" else 1)
-
-
 def test_methods_are_drawn_with_means_sizes_and_intervals(runs):
-    frame = folders.table(runs)
-    table = folders.group(frame)
+    frame = seed_groups.table(runs)
+    table = seed_groups.group(frame)
     of_digits = table[table["task"] == "digits"]
     (digits,) = figures.pareto(of_digits).figure.axes
     assert digits.get_title(loc="left") == "digits, vit"
     points = [tuple(point) for line in digits.lines if line.get_marker() != "None" for point in data(line)]
     assert (700 + 3850, pytest.approx(0.92)) in points
     assert (1000 + 3850, 0.96) in points
-    low, high = digits.get_xlim()
-    assert high / low > 5.9  # so that several of its ticks, at 1, 2 and 5, have names
-    for most, shown in ((5_000, ["1 k", "2 k", "5 k"]), (5_000_000, ["1 k", "10 k", "100 k", "1 M"])):
-        figure, (axes,) = drawing.panels(1, wide=4, high=3)
-        drawing.sized(axes, [1_000, most])
-        figure.draw_without_rendering()
-        left, right = axes.get_xlim()
-        ticks = zip(axes.get_xticks(), words(axes.get_xticklabels()), strict=True)
-        assert [name for place, name in ticks if left <= place <= right] == shown
     (digits,) = figures.methods(of_digits, frame).figure.axes
     assert words(digits.get_yticklabels()) == ["lora", "partial, threshold 0.9", "uniform, budget 0.13"]
     ends = [path.get_extents().bounds for bars in digits.collections for path in bars.get_paths() if len(path) == 2]

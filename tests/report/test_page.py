@@ -20,7 +20,7 @@ from refusals import refusal
 
 from partial_lora import cli
 from partial_lora.launching.directory import EXAMPLE, PICTURE, is_drawn
-from partial_lora.report import page, records
+from partial_lora.report import page
 from partial_lora.report.summary import measured
 from partial_lora.settings.versions import plain
 
@@ -144,25 +144,6 @@ def test_what_scrolls_is_named_and_can_be_reached(elements):
     assert all(each["tabindex"] == "0" and each["aria-label"] for each in scrolling)
     assert all(each.get("alt") for each in elements.all("img"))
     assert all(each["type"] == "button" for each in elements.all("button"))
-
-
-def test_seeds_of_a_folder_share_a_section_whose_numbers_are_means(tmp_path):
-    for seed, kept in enumerate((600, 800)):
-        warned = {"joint": 0.4 + seed / 10, "warnings": ["of both", f"of seed {seed}"]}
-        cost = {"adapter_bytes": kept * 4}
-        place(tmp_path, record(seed=seed, share=kept / 1000, calibration=warned, cost=cost))
-    place(tmp_path, record("lora"))
-    lora, *both = records.read(tmp_path)[0]
-    section, dense = page.sections([both, [lora]], 0)
-    assert section["facts"]["adapter, trainable"] == "700 (70.00 % of the dense adapter), mean of 2 seeds"
-    assert section["facts"]["adapter on disk"] == "3 KB, mean of 2 seeds"
-    assert "few-shot score" not in section["facts"]
-    assert section["warnings"] == ["of both", "of seed 0", "of seed 1"]
-    assert (dense["own"], section["own"]) == ({"method.name": "lora"}, {"method.name": "partial"})
-    assert "trainer.learning_rate" in section["shared"]
-    assert "seed" not in section["shared"]
-    ((alone,),) = (page.sections([both[:1]], 0),)
-    assert alone["facts"]["adapter, trainable"] == "600 (60.00 % of the dense adapter)"
 
 
 def test_a_run_leaves_a_page_with_its_score_its_classes_and_its_own_test_images():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     return [
         common
         | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
-        | {"outcome": Outcome(test, "accuracy", "", seed, None)}
+        | {"outcome": Outcome(test, "accuracy", "", seed, None), "forgotten": {}}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 
@@ -147,10 +146,7 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     table.loc[table["form"] == "lora", ["adapter_parameters", "step_seconds", "saved_activation_bytes"]] *= 2
     text = ranking.write_page(ranked(table), tmp_path, **settings).read_text()
     assert text.count("<title>partial, 0.13: 60.00 ± 24.84 (3 seeds, learning rate 0.002), 10 parameters") == 3
-    assert "<use xlink:href=" in text  # as letters and markers are drawn
-    assert "step_seconds" in text
     assert "oft: not applicable" in text
-    assert 'id="tab-1"' not in text  # one task
     one = pd.DataFrame([run for name in ("partial", "lora") for run in runs(name, {(2e-3, 0): (0.9, 1.0, 0.5)})])
     assert (
         ">nan<" not in ranking.write_page(ranked(one), tmp_path / "one", **settings).read_text()
@@ -158,7 +154,6 @@ def test_a_page_names_its_points_and_has_every_number(tmp_path) -> None:
     two = pd.concat([table, table.assign(task="cars")])
     text = ranking.write_page(ranked(two), tmp_path, **settings).read_text()
     assert [text.index(f'<h2 id="of-tab-{count}">{task}<') for count, task in ((1, "cars"), (2, "digits"))]
-    assert "<b>cars, 13 % of dense LoRA&#39;s parameters:</b> " in text
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is fetched
 
 
@@ -173,21 +168,6 @@ def test_what_another_form_beats_at_no_higher_cost_is_grey_and_has_no_name(tmp_p
     marks = {index: drawn[drawn.index(f'id="front-{index}"') :].partition("/>")[0] for index in both.index}
     assert [index for index, mark in marks.items() if "#bfbfbf" in mark] == [1, 5, 6, 8]
     assert [drawn.count(f">{form}</text>") for form in "abcde"] == [1, 0, 2, 1, 2]
-
-
-def test_no_point_lies_on_the_frame_however_little_costs_differ(tmp_path) -> None:
-    rows = [("a", 0.9, 0.066), ("b", 1.0, 0.07)]
-    table = pd.DataFrame(rows, columns=["form", "test", "step_seconds"])
-    shared = {"task": "digits", "size": "0.13", "metric": "accuracy", "half": 0.0, "seeds": 3, "learning_rate": 1e-3}
-    _, svg = ranking.draw_front(table.assign(**shared, parameters=9), "step_seconds", tmp_path, "front")
-    drawn = svg.read_text()
-    left, bottom, right, _, _, top = map(float, re.search(PANEL, drawn).groups())
-    for index in table.index:
-        x, y = map(float, re.search(rf'id="front-{index}">.*? x="(\S+)" y="(\S+)"', drawn, re.DOTALL).groups())
-        assert (left + 4 < x < right - 4, top + 4 < y < bottom - 4) == (True, True)  # a mark is six points wide
-
-
-PANEL = r'id="patch_2">\s*<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*L (\S+) (\S+) '
 
 
 def test_sizes_that_differ_little_stay_apart_and_counts_are_no_shares() -> None:

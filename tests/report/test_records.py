@@ -13,7 +13,7 @@ from recorded_runs import leave, place, record, rows_of
 from refusals import refusal
 
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.report import choice, folders, make, records, summary, tables
+from partial_lora.report import filters, make_report, records, seed_groups, summary, tables
 from partial_lora.report.predictions import Predictions
 from partial_lora.report.rows import NONE, conditions, differing, operating_point, point_of, point_order, row
 
@@ -69,7 +69,7 @@ def test_a_user_s_own_rows_go_by_their_file_or_folder_too(tmp_path, files, path,
     assert row(own)["task"] == name
     place(tmp_path, own)
     (run,) = runs = records.read(tmp_path)[0]
-    assert [choice.where(runs, [f"task={word}"]) for word in {"own", name}] == [[run]] * len({"own", name})
+    assert [filters.where(runs, [f"task={word}"]) for word in {"own", name}] == [[run]] * len({"own", name})
     assert summary.run_line(run.directory, own)[1] == name
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_field_is_named_or_does_without_and_never_ends_the_report(tmp_
         folder = tmp_path / "runs" / "digits" / "vit" / f"partial-{id}" / "seed3"
         folder.mkdir(parents=True)
         (folder / RESULT).write_text(json.dumps(result))
-    make.report(tmp_path, where=[], by=None, examples=2, command="", note=lambda line: None)
+    make_report.report(tmp_path, where=[], by=None, examples=2, command="", note=lambda line: None)
     runs, left_out = records.read(tmp_path)
     assert {run.directory.parent.name for run in runs} >= {"lora-whole", "partial-whole"}
     why = {problem.path.split("/")[3].removeprefix("partial-"): problem.why for problem in left_out}
@@ -219,7 +219,7 @@ def test_seeds_of_one_folder_are_averaged(tmp_path):
         of_seed["parameters"]["adapter_trainable"] = 700 + seed // 2
         place(tmp_path, of_seed, id="0")
     place(tmp_path, record(test=0.5), id="1")
-    table = folders.group(rows_of(tmp_path))
+    table = seed_groups.group(rows_of(tmp_path))
     assert table["n"].tolist() == [3, 1]
     assert table["seeds"].tolist() == ["0 1 2", "0"]
     assert table["test_mean"][0] == pytest.approx(statistics.mean(accuracies))
@@ -234,9 +234,9 @@ def test_seeds_whose_learning_rates_came_out_unlike_are_a_folder_still(tmp_path)
         of_seed = record(seed=seed, training={"learning_rate": rate}, trainer__learning_rate="auto")
         of_seed["metrics"]["validation"]["loss"] = loss
         place(tmp_path, of_seed)
-    (kept,) = folders.without_searches(folders.folders(records.read(tmp_path)[0]))
+    (kept,) = seed_groups.without_searches(seed_groups.folders(records.read(tmp_path)[0]))
     assert kept.seeds == [0, 1, 2]
-    table = folders.group(rows_of(tmp_path))
+    table = seed_groups.group(rows_of(tmp_path))
     assert (table["n"].tolist(), table["learning_rate"].tolist()) == ([3], [1.1e-3])
     assert table["differs"].tolist() == ["–"]
 
@@ -245,7 +245,7 @@ def test_seeds_whose_learning_rates_came_out_unlike_are_a_folder_still(tmp_path)
 def test_runs_of_different_precision_are_not_averaged(tmp_path, by):
     for seed, precision in enumerate(("no", "no", "bf16")):
         place(tmp_path, record(seed=seed, mixed_precision=precision))
-    table = folders.group(rows_of(tmp_path), by)
+    table = seed_groups.group(rows_of(tmp_path), by)
     assert dict(zip(table["precision"], table["n"], strict=True)) == {"fp32": 2, "bf16": 1}
     assert dict(zip(table["precision"], table["differs"], strict=True)) == {"fp32": "–", "bf16": "mixed_precision=bf16"}
     assert set(tables.readable(table, by=by)["precision"]) == {"fp32", "bf16"}
@@ -276,17 +276,17 @@ def runs(tmp_path_factory):
     ],
 )
 def test_conditions_are_met_together_and_values_by_what_they_are(runs, conditions, count):
-    assert len(choice.where(runs, conditions)) == count
+    assert len(filters.where(runs, conditions)) == count
 
 
 @pytest.mark.parametrize(
     ("choose", "words", "names"),
     [
-        (choice.where, ["task"], "--where task"),
-        (choice.where, ["=1"], "--where =1"),
-        (choice.where, ["taks=digits"], ".*taks.*task"),
-        (choice.where, ["task=rte"], "--where task=rte"),
-        (choice.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
+        (filters.where, ["task"], "--where task"),
+        (filters.where, ["=1"], "--where =1"),
+        (filters.where, ["taks=digits"], ".*taks.*task"),
+        (filters.where, ["task=rte"], "--where task=rte"),
+        (filters.keys, "method.rnk", r".*method\.rnk.*method\.rank"),
     ],
 )
 def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, names):
@@ -295,18 +295,18 @@ def test_a_choice_without_runs_or_of_no_key_is_refused(runs, choose, words, name
 
 
 def test_runs_are_averaged_over_all_that_the_keys_do_not_tell_apart(runs):
-    assert choice.keys(runs, "method, method.rank") == ["method", "method.rank"]
-    table = folders.group(folders.table(runs), ["method"])
+    assert filters.keys(runs, "method, method.rank") == ["method", "method.rank"]
+    table = seed_groups.group(seed_groups.table(runs), ["method"])
     assert table[["method", "n"]].to_numpy().tolist() == [["lora", 1], ["partial", 7]]
     assert table["test_mean"][1] == pytest.approx(statistics.mean([0.98, 0.985, 0.9925, *[0.9861] * 4]))
     assert table["operating_point"].tolist() == ["–", "–"]  # the one has none, the other several
 
 
-@pytest.mark.parametrize("key", [*choice._COLUMNS, "model.target_modules"])
+@pytest.mark.parametrize("key", [*filters._COLUMNS, "model.target_modules"])
 def test_every_column_and_a_setting_of_many_values_can_be_grouped_by(runs, key):
-    frame = folders.table(runs)
-    frame[key] = [choice.value_of(run, key) for run in runs]
-    table = folders.group(frame, [key])
+    frame = seed_groups.table(runs)
+    frame[key] = [filters.value_of(run, key) for run in runs]
+    table = seed_groups.group(frame, [key])
     assert table["n"].sum() == len(runs)
     shown = tables.readable(table, by=[key])
     assert next(iter(shown)) == key

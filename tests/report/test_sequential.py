@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal, norm
 
 from partial_lora.report import sequential
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, decide
@@ -65,8 +66,23 @@ def test_a_smaller_gap_shows_with_more_seeds_more_rows_and_fewer_methods() -> No
     assert usual.estimate(8, 7).interval()[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_looks_spend_five_percent_together() -> None:
-    assert sum(map(sequential.spent, range(len(sequential.LOOKS)))) == pytest.approx(0.05)
+@pytest.mark.parametrize("error", [0.05, 0.01])
+def test_the_looks_err_together_as_often_as_they_may(error: float) -> None:
+    """By scipy's own integral of the normal whose parts are what each look sees."""
+    levels = np.array(sequential.levels_of(sequential.LOOKS, error))
+    assert (np.diff(levels) > 0).all()
+    bounds, seeds = norm.isf(levels / 2), np.array(sequential.LOOKS)
+    together = multivariate_normal(cov=np.sqrt(np.minimum.outer(seeds, seeds) / np.maximum.outer(seeds, seeds)))
+    assert 1 - together.cdf(bounds, lower_limit=-bounds) == pytest.approx(error, rel=0.01)
+    assert sequential.levels_of((8,), error) == pytest.approx((error,))
+
+
+def test_one_method_that_spreads_lends_its_seeds_to_no_other() -> None:
+    """What is pooled of twelve counts as that of three; a pair that moves far more keeps its own freedom."""
+    outputs = study(dict.fromkeys("abcdefghijkl", 0.5), seeds=3, rows=1)
+    pooled = sequential.Seeds.of(outputs)
+    apart = np.stack([outputs["a"][seed] - outputs["b"][seed] for seed in range(3)])
+    assert [pooled.pair(sequential.Spread.of(times * apart), 3)[1] for times in (1, 100)] == [6, 2]
 
 
 def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -> None:
@@ -74,9 +90,18 @@ def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -
     table = np.random.default_rng(0).normal(size=(3, 5))
     outputs = {str(row): {seed: np.array([value]) for seed, value in enumerate(own)} for row, own in enumerate(table)}
     left = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
-    assert sequential.spread_of_seeds(outputs) == pytest.approx((2 * (left**2).sum() / 8, 8))
+    found = sequential.Seeds.of(outputs)
+    assert (found.moved, found.freedom) == pytest.approx((2 * (left**2).sum() / 8, 8))
     del outputs["2"][4]
-    assert sequential.spread_of_seeds(outputs)[1] == 7
+    assert sequential.Seeds.of(outputs).freedom == 7
+
+
+def test_a_run_far_below_the_others_of_its_method_is_named_and_no_other() -> None:
+    outputs = study({"a": 0.8, "b": 0.7, "c": 0.9}, seeds=4)
+    outputs["b"][2] = outputs["b"][2] - 0.3
+    assert {run: pytest.approx(below, abs=0.05) for run, below in sequential.fallen(outputs).items()} == {("b", 2): 0.3}
+    named = [sequential.fallen(study({"a": 0.8, "b": 0.7}, seeds=3, rows=1, seed=seed)) for seed in range(200)]
+    assert sum(map(bool, named)) <= 0.03 * 200
 
 
 def test_equal_methods_are_told_apart_in_few_studies() -> None:

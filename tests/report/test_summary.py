@@ -41,27 +41,11 @@ def cells(text, start):
 
 def test_a_run_in_a_few_lines():
     text = of_run()
-    for part in (
-        *("98.61 %", "700 of 1,000", "3,850", "0.300", "fp32", "threshold 0.9"),
-        "calibrate 60.0 · train 100.0 · evaluate 2.5",
-    ):
-        assert part in text
-    text = of_run("probe")
-    assert "calibrate –" in text
-    assert "threshold" not in text
-    assert "partial (element) · vit" in of_run(mask__granularity="element")
-    budgeted = of_run("entries", mask__granularity="element", fixed={"budget": 0.13})
-    assert "entries · vit · digits · budget 0.13 · seed 0" in budgeted
-    assert "calibrate –" in budgeted
+    assert [part for part in ("98.61 %", "700 of 1,000", "3,850", "threshold 0.9") if part not in text] == []
+    assert [part for part in ("threshold", "calibrate –") if part in of_run("probe")] == ["calibrate –"]
     assert "poorly suited" in of_run(calibration={"warnings": ["poorly suited model"]})
-    usual = {"usual": ["2 modules never fail", "no better than chance"]}
-    assert "no better than chance" not in of_run(calibration=usual)
-    assert "2 modules never fail; no better than chance" in of_calibration(width=200, calibration=usual)
-
-
-def test_only_shares_are_percentages():
-    text = of_run(metrics={"test": {"primary": "pearson", "pearson": -0.2395}})
-    assert cells(text, "│ test pearson")[-2] == "-0.2395"
+    usual = {"usual": ["2 modules never fail"]}
+    assert ("2 modules" in of_run(calibration=usual), "2 modules" in of_calibration(calibration=usual)) == (False, True)
 
 
 def test_a_list_of_runs_has_one_line_of_each_whatever_its_record_is():
@@ -135,29 +119,20 @@ def test_long_names_and_warnings_fit_100_columns_and_lose_nothing():
 
 
 @pytest.mark.parametrize(
-    ("changes", "shown"),
+    ("changes", "numbers"),
     [
-        ({}, "0.9 of the intact score"),
-        ({}, "rows 0.125 · columns 0.675 over 2 modules"),
-        ({}, "0.8000 intact · 0.1000 with all"),
-        ({}, "1,234 (scan)"),
-        ({"cached": True}, "60.0 (reused)"),
-        ({"above_chance": True}, "0.9 of what the score is above chance (0.1000)"),
-        ({"threshold": 0.41237, "budget": 0.13}, "0.4124 of the intact score, what a budget of 0.13 comes to"),
-        ({"threshold": None}, "–"),
-        ({"joint": None}, "– with all sparsities at once"),
-        ({"repaired": {"joint_before": 0.1, "steps": 7, "threshold": 0.9}}, "0.1000 before 7 steps of repair"),
-        ({}, "0.75 (split-half, Spearman-Brown; 0.60 between the halves)"),
-        ({"reliability": {"spearman_brown": None, "pearson": None, "said": "all are 0"}}, "– (all are 0)"),
+        ({}, ("0.9", "0.125", "0.675", "0.8000", "0.1000", "1,234", "0.75", "0.60")),
+        ({"threshold": 0.41237, "budget": 0.13, "cached": True}, ("0.4124", "0.13", "reused")),
+        ({"repaired": {"joint_before": 0.2345, "steps": 7, "threshold": 0.9}}, ("0.2345", "7")),
+        (
+            {"threshold": None, "joint": None, "reliability": {"spearman_brown": None, "said": "all are 0"}},
+            ("all are 0",),
+        ),
     ],
 )
-def test_numbers_of_a_calibration_say_what_they_are_of(changes, shown):
-    assert shown in of_calibration(width=200, calibration=changes)
-
-
-def test_reliability_that_was_not_measured_has_no_line_and_its_seconds_stand_apart():
-    assert "reliability" not in of_calibration(calibration={"reliability": None})
-    assert "calibrate 60.0 · reliability 12.5" in of_calibration(seconds={"calibrate": 60.0, "reliability": 12.5})
+def test_a_calibration_is_told_by_its_numbers(changes, numbers):
+    text = of_calibration(width=200, calibration=changes)
+    assert [number for number in numbers if number not in text] == []
 
 
 def test_a_calibration_ends_with_the_learning_rate_of_its_density():
@@ -167,8 +142,3 @@ def test_a_calibration_ends_with_the_learning_rate_of_its_density():
     aware = of_calibration(mask__fan_in="kept", mask__row_exponent=1.0)
     assert f"0.002, at density {density:.3g}" in aware
     assert "to try" not in of_calibration(method__name="lora") + of_calibration(shapes=None)
-
-
-@pytest.mark.parametrize(("size", "text"), [(999, "999"), (999_499, "999 k"), (999_936, "1 M"), (999_999_999, "1 G")])
-def test_a_size_never_needs_a_power_of_ten(size, text):
-    assert summary.size_text(size) == text

@@ -17,13 +17,10 @@ import pytest
 import torch
 from refusals import refusal
 
-from partial_lora import tasks, train
+from partial_lora import tasks
 from partial_lora.calibration.calibrate import calibrate
 from partial_lora.calibration.few_shot import batches_of, few_shot_head
-from partial_lora.calibration.importance import scores_of
 from partial_lora.calibration.reliability import difference, reliability, split_half
-from partial_lora.launching import directory
-from partial_lora.masks import Mask
 from partial_lora.settings import versions
 from partial_lora.settings.compose import composed
 
@@ -124,27 +121,6 @@ def test_what_is_kept_whole_does_not_enter_the_summary(cut: bool) -> None:
     assert tuple(line[key] for key in ("n", "whole", "jaccard", "chance", "beyond_chance")) == expected
 
 
-def test_agreement_is_of_the_most_important_ones_at_one_sparsity(subject) -> None:
-    chosen = settings("--measures=[svd,magnitude,snip]", "--sparsities=[0.5]")
-    parts = {name: part(subject) for name, part in analyses.agreement_parts(chosen).items()}
-    assert list(parts) == ["calibrated", "0.5"]
-    assert parts["calibrated"]["sparsity"] == subject.calibrate(subject.draws()).sparsity
-    line = next(one for one in parts["0.5"]["comparisons"] if (one["first"], one["second"]) == ("svd", "magnitude"))
-    weight = subject.model.get_submodule(line["module"]).weight
-    rows = [scores_of("", weight, measure, seed=0, options={})[0].numpy() for measure in ("svd", "magnitude")]
-    assert (line["axis"], line["jaccard"]) == ("rows", by_sets(*(Mask.top(each, 0.5).kept for each in rows)))
-
-
-def test_measures_see_the_fit_draw_and_never_the_scored_one(subject) -> None:
-    draws, others = subject.draws(), subject.draws(seed=5)
-    own, same, moved = (
-        subject.importance("snip", each) for each in (draws, tasks.Draws(fit=draws.fit, scored=others.scored), others)
-    )
-    module = next(iter(own))
-    assert torch.equal(own[module][0], same[module][0])
-    assert not torch.equal(own[module][0], moved[module][0])
-
-
 # Reliability
 
 
@@ -193,22 +169,6 @@ def test_without_noise_the_calibration_is_the_ordinary_one_out_of_the_cache(subj
     assert clean.cached
 
 
-def test_a_calibration_of_another_seed_and_size_is_that_of_calibrate_with_them() -> None:
-    usual = analyses.Subject(settings("importance=random"))
-    draws = usual.draws(seed=1, shots=2)
-    own = usual.calibrate(draws, seed=1, shots=2)
-    assert own.sparsity == literal(usual, usual.task.train, draws, "random", seed=1)[0]
-    other = analyses.Subject(settings("importance=random", "calibration.seed=1", "calibration.shots=2"))
-    again = other.calibrate(other.draws())
-    assert (own.cached, again.cached) == (False, True)
-    assert (again.settings, again.sparsity) == (own.settings, own.sparsity)
-
-
-def test_conditions_begin_with_the_reference_and_repeat_none() -> None:
-    chosen = settings("--shots=[2,4,8]", "--noise=[0.0,0.1]")
-    assert analyses.conditions(chosen) == [(4, 0.0), (2, 0.0), (8, 0.0), (4, 0.1)]
-
-
 def test_stability_is_that_of_the_calibrations_made(subject) -> None:
     chosen = settings("--shots=[2,4]", "--noise=[0.0,0.5]", "--seeds=[0,1]")
     parts = {name: part(subject) for name, part in analyses.stability_parts(chosen).items()}
@@ -237,18 +197,6 @@ def test_wrong_labels_are_refused_where_there_are_no_classes() -> None:
         assert analyses.stability_parts(chosen)
 
 
-def test_the_record_of_a_calibration_has_its_density_and_no_cost_out_of_the_cache(subject) -> None:
-    subject.calibrate(subject.draws())
-    cached = subject.calibrate(subject.draws())
-    kept = [
-        (m * (1 - cached.sparsity[module]["rows"]) + n * (1 - cached.sparsity[module]["columns"]), m + n)
-        for module, (m, n) in subject.shapes.items()
-    ]
-    record = subject.record(cached)
-    assert record["density"] == pytest.approx(np.divide(*np.sum(kept, 0)), abs=0.01)
-    assert record["cost"] == {"evaluations": None, "seconds": None}
-
-
 # Cost
 
 
@@ -269,45 +217,6 @@ def test_the_literal_reference_is_what_a_calibration_without_reuse_takes(subject
     assert (agreement["scan"]["differ"], agreement["scan"]["mean_absolute"]) == (0, 0)
     assert 0 < costs["gradient"]["passes"] < costs["bisect"]["passes"]
     assert agreement["gradient"]["differ"] > 0
-
-
-def of_causal(kind: str, *overrides: str) -> tuple[dict, analyses.Subject]:
-    """The settings and the subject of a small causal model on a task of some kind."""
-    given = ("model=tiny_llama", f"task={kind}", "calibration.levels=0.9", "calibration.share=0.1")
-    chosen = settings(*given, "model.target_modules=[q_proj,down_proj]", *overrides)
-    return chosen, analyses.Subject(chosen)
-
-
-def of_questions(*overrides: str) -> tuple[dict, analyses.Subject]:
-    files = finished_runs.override(finished_runs.question_files())
-    return of_causal("choice_table", *finished_runs.CHOICE, files, *overrides)
-
-
-def test_a_pass_over_questions_runs_a_row_for_every_option() -> None:
-    chosen, subject = of_questions()
-    parts = {name: part(subject) for name, part in analyses.cost_parts(chosen).items() if "search" in name}
-    scan = parts["search scan"]
-    options = sum(len(subject.task.train[int(row)]["options"]) for row in subject.draws().scored)
-    assert scan["rows"] == options > scan["scored"]
-    literal = analyses.cost_summary(chosen, parts)["searches"]["literal"]
-    assert literal["sample_blocks"] == literal["passes"] * options * scan["depth"]
-    assert literal["examples"] == literal["passes"] * scan["scored"]
-
-
-def test_the_calibration_of_a_run_serves_an_analysis_of_a_4_bit_model_too(tmp_path: Path) -> None:
-    chosen, subject = of_questions("model.quantization=nf4")
-    entry = directory.new(chosen)
-    train.run(subject.config, tmp_path, entry, "calibrate")
-    cached = subject.calibrate(subject.draws())
-    assert cached.cached
-    assert cached.sparsity == entry["sparsity"]
-
-
-def test_halves_of_rows_without_labels_are_of_all_alike() -> None:
-    files = finished_runs.override(finished_runs.exchange_files())
-    chosen, subject = of_causal("text_generation", *finished_runs.GENERATION, files, "--splits=1")
-    part = analyses.reliability_parts(chosen)["split 0"](subject)
-    assert sum(half["examples"] for half in part["halves"]) == len(subject.draws().scored)
 
 
 # Files and command line
@@ -339,7 +248,7 @@ def test_an_analysis_leaves_its_files_and_the_summary_of_its_parts(done) -> None
     assert folder == analyses.folder_of(chosen, what)
     assert {entry.name for entry in folder.iterdir()} - {".lock"} == FILES
     assert all((folder / name).stat().st_size for name in FILES - {"analysis.log"})
-    assert (analysis["status"], analysis["what"], analysis["config"]) == ("finished", what, chosen)
+    assert (analysis["what"], analysis["config"]) == (what, chosen)
     assert list(analysis["parts"]) == list(analyses.ANALYSES[what].parts(chosen))
     assert analysis["summary"] == json.loads(json.dumps(analyses.ANALYSES[what].summary(chosen, analysis["parts"])))
     assert (folder / "table.md").read_text(encoding="utf-8") == analyses.markdown(analysis)
@@ -355,29 +264,6 @@ def test_a_finished_analysis_is_not_done_again_but_its_table_is_made(done, monke
     monkeypatch.setattr(analyses, "Subject", None)  # whoever loads the model fails
     assert analyses.main([what, *TINY, *FEW[what], f"results_dir={folder.parents[3]}"]) == 0
     assert {name: (folder / name).read_bytes() for name in FILES} == before
-
-
-def test_a_stopped_analysis_goes_on_with_the_next_part(tmp_path: Path, capsys) -> None:
-    words = ["stability", *TINY, *FEW["stability"], "--noise=[0.0]", f"results_dir={tmp_path}"]
-    own, calls = analyses.Subject.calibrate, []
-
-    def calibrated(*arguments: object, **named: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return own(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyses.Subject, "calibrate", calibrated)
-        assert analyses.main(words) == 130
-    path = next(tmp_path.rglob("analysis.json"))
-    before = json.loads(path.read_text())
-    assert (before["status"], len(before["parts"])) == ("running", 2)
-    assert analyses.main(words) == 0
-    assert capsys.readouterr().out.count("done before") == 2
-    after = json.loads(path.read_text())
-    assert (after["status"], len(after["parts"])) == ("finished", 4)
-    assert {name: after["parts"][name] for name in before["parts"]} == before["parts"]
 
 
 def test_an_analysis_with_other_settings_is_refused_and_done_again_where_that_is_said(finished, tmp_path: Path) -> None:
@@ -398,12 +284,3 @@ def test_a_wrong_word_is_refused_in_one_line(capsys, monkeypatch, word: str) -> 
     assert analyses.main(["cost", word]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert word.partition("=")[0] in line
-
-
-def test_the_literal_algorithm_tries_every_level_up_to_the_first_failure() -> None:
-    assert analyses.literal_passes([0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75]) == 2 + 1 + 2 + 3 + 3
-
-
-def test_moments_are_of_what_there_is() -> None:
-    assert analyses.moments([1.0, None, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5)}
-    assert analyses.moments([1.0, None])["deviation"] is None

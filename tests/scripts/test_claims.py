@@ -53,6 +53,8 @@ def test_a_verdict_is_among_those_of_its_table_that_can_be_decided() -> None:
     numbers = rows(0.03, 0.04)
     numbers.loc[1, "seeds"] = 1  # decides nothing, and is no comparison
     assert of(numbers) == [(HOLDS, HOLDS, 1), (OPEN, OPEN, 0)]
+    second = [rows(p).assign(seeds=claims.FIRST_LOOK + 1) for p in (0.03, 0.02)]  # of two looks each has half
+    assert [of(each)[0][:2] for each in second] == [(OPEN, OPEN), (HOLDS, HOLDS)]
 
 
 def test_only_shares_are_read_in_points() -> None:

@@ -39,9 +39,3 @@ def test_a_page_runs_as_it_is_written(tmp_path: Path, expected: int, long: bool,
     done, failed = docs_commands.run_page(page, long)
     assert (done, len(failed)) == (ran, failures)
     assert not (tmp_path / "number").exists()
-
-
-def test_pages_say_what_their_commands_need() -> None:
-    notes = [block.note for page in docs_commands.pages() for block in docs_commands.blocks(page)]
-    assert {note.split()[0] for note in notes if note} == {"needs", "takes"}
-    assert "" in notes

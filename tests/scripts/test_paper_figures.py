@@ -137,7 +137,7 @@ def agreement(place: Path, jaccard: float) -> None:
     config = {"task": {"name": "digits"}, "model": {"name": "vit"}}
     folder = place / "analyses" / "agreement" / "digits" / "vit"
     folder.mkdir(parents=True)
-    content = {"status": "finished", "config": config, "summary": {"calibrated": [line]}}
+    content = {"config": config, "summary": {"calibrated": [line]}}
     (folder / "analysis.json").write_text(json.dumps(content))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -188,11 +187,3 @@ def test_a_table_of_sets_that_are_not_there_says_what_is_missing(name: str, tmp_
     table = make(name, tmp_path)
     assert table.missing or name == "table7"
     assert tables.main([name, "--results", str(tmp_path)]) == 0
-
-
-def test_an_analysis_that_has_not_ended_is_named_and_stops_no_table(tmp_path: Path) -> None:
-    file = tmp_path / "analyses" / "cost" / "digits" / "vit" / "analysis.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"status": "running"}))
-    leave(tmp_path, **KEPT)
-    assert any(line.startswith(f"{file}: ") for line in make("table5", tmp_path).missing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 import referee
 from checkout import RESULTS, needs_results
 from recorded_runs import KEPT, leave, record
 
-from partial_lora.compare.halving import quick
+from partial_lora.compare.rate_search import quick
 from partial_lora.report import sequential
 
 
@@ -55,19 +56,41 @@ def test_forms_of_the_one_protocol_are_searches_of_their_own(tmp_path, monkeypat
     assert found == {"partial": ("0.13", 3), "partial, caps at 0.99": ("0.13", 3)}
 
 
-def test_a_study_is_false_that_calls_an_equal_method_worse_or_a_distant_one_as_good() -> None:
-    def judged(verdict: str) -> sequential.Decisions:
-        decisions = {"0": sequential.Decision("leads", "0"), "1": sequential.Decision(verdict, "0")}
-        return sequential.Decisions("0", decisions, {})
+PARTS = (0.008, 0.001, 0.006, 900)  # of digits
 
-    assert referee.is_false(judged(sequential.WORSE), (0, 0), 0.01)
-    assert not referee.is_false(judged(sequential.WORSE), (0, -1), 0.01)
-    assert referee.is_false(judged(sequential.AS_GOOD), (0, -2), 0.01)
-    assert not referee.is_false(judged(sequential.OPEN), (0, -2), 0.01)
+
+@pytest.mark.parametrize("looks", referee.PLANS.values())
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [("one far behind", "normal"), ("six, spread", "normal"), ("six equal", "tailed"), ("twelve equal", "uneven")],
+)
+def test_many_studies_at_once_are_decided_as_each_by_itself(title: str, kind: str, looks: tuple[int, ...]) -> None:
+    outputs = referee.drawn(referee.TRUTHS[title], PARTS, np.random.default_rng(0), kind, 12)
+    found = referee.Judged.of(outputs, looks)
+    for study, of_study in enumerate(outputs):
+        alone = sequential.decide({str(name): dict(enumerate(own)) for name, own in enumerate(of_study)}, 0.01, looks)
+        assert alone.leader == str(found.leader[study])
+        others = {int(name): one for name, one in alone.by_method.items() if name != alone.leader}
+        assert {name: (one.verdict, one.against, one.seeds) for name, one in others.items()} == {
+            name: (found.verdict[study, name], str(found.against[study, name]), found.seeds[study, name])
+            for name in others
+        }
+
+
+def test_a_study_is_false_that_calls_an_equal_method_worse_or_a_distant_one_as_good() -> None:
+    def is_false(verdict: str, truth: tuple[float, float]) -> bool:
+        against = np.zeros((1, 2), int)
+        judged = referee.Judged(np.zeros(1, int), np.array([[sequential.OPEN, verdict]]), against, against)
+        return bool(judged.is_false(truth)[0])
+
+    assert is_false(sequential.WORSE, (0, 0))
+    assert not is_false(sequential.WORSE, (0, -1))
+    assert is_false(sequential.AS_GOOD, (0, -2))
+    assert not is_false(sequential.OPEN, (0, -2))
 
 
 def test_clear_gaps_are_decided_with_fewer_seeds_than_eight() -> None:
-    numbers = referee.simulate({"digits": (0.005, 0.001, 0.005)}, 2).set_index(["truth", "plan"])
+    numbers = referee.simulate({"digits": PARTS}, 2).set_index(["truth", "plan"])
     assert numbers.loc[("clear gaps", "looks"), "seeds a method"] < 8
     assert numbers.loc[("clear gaps", "8 seeds"), "decided"] == 1
 

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import evidence
 import pages
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,30 +41,10 @@ def test_pages_are_those_that_the_tables_make() -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["gtsrb", "trec", "signdigits"])
-def test_plain_lora_of_a_lower_rank_has_one_best_rate(task: str) -> None:
-    """The table of what to take says so to those who are short of time to tune."""
-    rates = evidence.raced(RESULTS).set_index(["task", "form", "size"])["learning_rate"]
-    assert rates[task, "lora", "0.13"] == 4e-3
-
-
 def test_a_difference_of_two_forms_is_of_their_runs_at_the_best_rates() -> None:
     for task, form in (("gtsrb", "lori"), ("signdigits", "lora on attn.qkv"), ("trec", "rows")):
         size = "own" if " on " in form else "0.13"
         assert pages.apart(task, form, "lora") == pages.cell(task, form, size)["less"]
-
-
-def test_every_figure_has_a_name_beside_every_mark_that_it_explains(tmp_path: Path) -> None:
-    for study in ("race", "decided"):
-        (tmp_path / study).symlink_to(RESULTS / study)
-    evidence.figures(tmp_path)
-    drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()}
-    names = evidence.DRAWN
-    assert drawn.keys() == {f"{name}{theme}.svg" for name in names for theme in ("", "-dark")}
-    for _, name, _ in evidence.NAMED.values():
-        assert name in drawn["memory.svg"]
-    words = {*(verdict.partition(",")[0] for verdict in evidence.VERDICTS), "no gain of 2"}
-    assert sum(drawn["claims.svg"].count(f">{word}<") for word in words) == 4 * len(evidence.CLAIMS)
 
 
 _FOLDER = re.compile(r"(?<![\w./:<-])(?:/|[A-Za-z]:\\\\)[\w.-]+[/\\][\w./-]*")  # "/work/data", and no share such as 1/2

@@ -21,7 +21,7 @@ from partial_lora.calibration import importance
 from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory
 from partial_lora.models import skeleton
-from partial_lora.settings import compose, identity, keys, resolving, schema, study, versions
+from partial_lora.settings import compose, identity, keys, resolving, schema, study_commands, versions
 from partial_lora.settings.compose import composed
 from partial_lora.settings.schema import Config
 
@@ -162,9 +162,9 @@ def test_a_schedule_with_its_arguments_and_a_record_of_an_optimizer_that_is_miss
 def test_an_experiment_that_lists_no_runs_has_no_study(tmp_path: Path, monkeypatch, text: str) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "own.yaml").write_text(text)
-    monkeypatch.setattr(study, "conf_dir", lambda: tmp_path)
-    assert study.chosen_from(["own seed=1"]) == "own"
-    assert list(study.commands("own", tmp_path)) == []
+    monkeypatch.setattr(study_commands, "conf_dir", lambda: tmp_path)
+    assert study_commands.chosen_from(["own seed=1"]) == "own"
+    assert list(study_commands.commands("own", tmp_path)) == []
 
 
 @pytest.mark.parametrize(

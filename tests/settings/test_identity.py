@@ -17,7 +17,7 @@ from partial_lora import files
 from partial_lora.finished.run import finished_run
 from partial_lora.launching import directory, packs, paths
 from partial_lora.report import records
-from partial_lora.settings import compose, identity, schema, study, versions
+from partial_lora.settings import compose, identity, schema, study_commands, versions
 from partial_lora.settings.compose import composed
 
 
@@ -233,7 +233,7 @@ def test_commands_of_a_study_find_its_committed_runs() -> None:
     only = {"preset": {"cpu"}, "task": {"digits"}, "stage": {"point"}, "method": {"partial"}}
     decided = RESULTS / "decided"
     there, found = set(packs.directories(decided)), []
-    for words in study.commands("decided", Path("none"), only):
+    for words in study_commands.commands("decided", Path("none"), only):
         if words[0] == "train":
             found += [run for _, run in compose.plan([*words[1:], f"results_dir={decided}"]).runs]
     assert {run.calibration.search for run in found} == {"bisect"}

@@ -12,8 +12,8 @@ import pytest
 
 from partial_lora import ranges, tasks
 from partial_lora.building import build, info
+from partial_lora.calibration.peers import Alone
 from partial_lora.finished import inputs, predict
-from partial_lora.peers import Alone
 from partial_lora.report.summary import next_commands
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain

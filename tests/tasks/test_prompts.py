@@ -9,7 +9,7 @@ from refusals import refusal
 from tiny_causal import CHAT, bytes_tokenizer, merging_tokenizer
 
 from partial_lora import tasks
-from partial_lora.calibration.answers import Loss, OptionLikelihood
+from partial_lora.calibration.answer_scores import Loss, OptionLikelihood
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import CHOICE_FEATURES, COMPLETION_FEATURES, format_completions
 

@@ -17,7 +17,7 @@ from refusals import refusal
 from partial_lora import tasks
 from partial_lora.tasks import sources
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import left_out
+from partial_lora.tasks.image_folders import left_out
 
 TEXTS = [f"text number {number}" for number in range(12)]
 ANIMALS = ["dog", "cat"] * 6

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from partial_lora import tasks as tasks_of
 from partial_lora.building import build
-from partial_lora.calibration import answers
-from partial_lora.calibration.answers import SCORES
+from partial_lora.calibration import answer_scores
+from partial_lora.calibration.answer_scores import SCORES
 from partial_lora.calibration.config import ImportanceConfig
 from partial_lora.calibration.few_shot import features, fitted_head
 from partial_lora.calibration.score import FewShotScore
@@ -267,7 +267,7 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_of_the_members_losses() -> None:
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
 def test_an_example_is_scored_within_its_member_and_guessed_there(measure: str) -> None:
     logits, labels = logits_and_labels()
-    rubric, batch = answers.Within(SCORES[measure](), SIZES), {"labels": labels}
+    rubric, batch = answer_scores.Within(SCORES[measure](), SIZES), {"labels": labels}
     values, sureness, chance = (torch.empty(len(labels), dtype=torch.float64) for _ in range(3))
     plain = SCORES[measure]()
     for own, columns, start in parts(labels, SIZES):

@@ -14,7 +14,7 @@ from tiny_causal import llama, merging_tokenizer
 from torch import nn
 from transformers import EvalPrediction
 
-from partial_lora.peers import Alone
+from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, ChoiceTransform, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.questions import format_completions

@@ -13,7 +13,7 @@ from judged_tasks import TOKENIZER, trained
 from refusals import refusal
 from tiny_causal import llama
 
-from partial_lora.peers import Alone
+from partial_lora.calibration.peers import Alone
 from partial_lora.tasks import CausalTransform, Task
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.training import objectives, packing

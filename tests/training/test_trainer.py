@@ -24,7 +24,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.launching import directory as results
 from partial_lora.methods.setting import training as training_of
 from partial_lora.tasks.metrics import standard_error
-from partial_lora.training import checkpoints, objectives, predictions
+from partial_lora.training import checkpoints, objectives, offline_metrics
 from partial_lora.training import trainer as training_module
 from partial_lora.training.config import TrainerConfig
 from partial_lora.training.distributed import World, join
@@ -381,11 +381,11 @@ def in_parts(name: str, folder: Path, parts: int, **changes: object) -> Trainer:
         ),
         judge=SimpleNamespace(
             loss=objectives.loss_of_tokens if causal else objectives.loss_of_batch,
-            reduce=predictions.log_likelihoods if causal else None,
+            reduce=offline_metrics.log_likelihoods if causal else None,
             measure=lambda outputs: (
                 {"perplexity": float(np.exp(-outputs.predictions[:, 0].sum() / outputs.predictions[:, 1].sum()))}
                 if causal
-                else predictions.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
+                else offline_metrics.metrics_of(("accuracy",), outputs.predictions, np.asarray(outputs.label_ids))
             ),
             selects="perplexity" if causal else "accuracy",
         ),
@@ -430,7 +430,7 @@ def test_texts_are_evaluated_in_parts_that_change_nothing(monkeypatch, tmp_path:
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     whole = training.evaluate(rows), training.predict(rows)
-    monkeypatch.setattr(predictions, "_TOKENS", 20)  # of 9 tokens two texts
+    monkeypatch.setattr(offline_metrics, "_TOKENS", 20)  # of 9 tokens two texts
     parts = training.evaluate(rows), training.predict(rows)
     assert [tuple(shape) for shape in seen] == [(6, 9)] * 2 + [(2, 9)] * 6
     np.testing.assert_allclose(parts[1].predictions, whole[1].predictions, rtol=1e-5)

@@ -11,32 +11,32 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from partial_lora import bars, worker_events
+from partial_lora import progress
 
 
 @pytest.fixture
 def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "events"
-    monkeypatch.setenv(worker_events.VARIABLE, str(path))
-    monkeypatch.setattr(worker_events, "_last", {})
+    monkeypatch.setenv(progress.VARIABLE, str(path))
+    monkeypatch.setattr(progress, "_last", {})
     return path
 
 
 def test_the_first_and_the_last_event_of_a_stage_always_arrive(events: Path, monkeypatch) -> None:
     """Events between the two are one in 0.1 s: here every seventh."""
     clock = itertools.count()
-    monkeypatch.setattr(worker_events, "time", SimpleNamespace(monotonic=lambda: next(clock) / 64))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock) / 64))
     for done in range(1, 1001):
-        worker_events.emit("train", done, 1000, loss=0.5)
-    read = list(worker_events.Reader(events))
+        progress.emit("train", done, 1000, loss=0.5)
+    read = list(progress.Reader(events))
     assert read[0] == {"stage": "train", "done": 1, "total": 1000, "loss": 0.5}
     assert [each["done"] for each in read] == [*range(1, 1000, 7), 1000]
 
 
 def test_a_reader_gives_each_event_once_and_waits_for_the_rest_of_half_a_line(events: Path) -> None:
-    reader = worker_events.Reader(events)
+    reader = progress.Reader(events)
     assert list(reader) == []
-    worker_events.emit("train", 1, 2)
+    progress.emit("train", 1, 2)
     with events.open("a") as file:
         file.write('{"stage": "tr')
     assert [event["done"] for event in reader] == [1]
@@ -48,18 +48,18 @@ def test_a_reader_gives_each_event_once_and_waits_for_the_rest_of_half_a_line(ev
 
 def test_other_ranks_and_a_place_that_is_gone_are_silent(events: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    worker_events.emit("train", 2, 2)
+    progress.emit("train", 2, 2)
     assert not events.exists()
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv(worker_events.VARIABLE, str(events / "gone" / "events"))
-    worker_events.emit("train", 2, 2)
+    monkeypatch.setenv(progress.VARIABLE, str(events / "gone" / "events"))
+    progress.emit("train", 2, 2)
     assert not events.exists()
 
 
 def drawn(terminal: bool) -> str:
     written = io.StringIO()
     console = Console(file=written, force_terminal=terminal, width=120)
-    with bars.Bars(console) as drawing:
+    with progress.Bars(console) as drawing:
         drawing.update({"stage": "download", "done": 45_000_000, "total": 90_000_000})
         drawing.update({"stage": "calibrate", "done": 0, "total": 96, "share": 0.0})
         for done, share in ((1, 0.02), (95, 0.998), (96, 1.0)):
@@ -92,8 +92,8 @@ def test_a_log_shows_when_a_stage_begins_and_ends() -> None:
 def lines(*events: tuple[float, dict]) -> list[str]:
     """The plain lines about events of one stage, which come after so many seconds each."""
     written, seconds = io.StringIO(), itertools.accumulate(took for took, _ in events)
-    shown = bars.Bars(Console(file=written, width=30))
-    with mock.patch.object(bars, "time", SimpleNamespace(monotonic=lambda: next(seconds))):
+    shown = progress.Bars(Console(file=written, width=30))
+    with mock.patch.object(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds))):
         for _, event in events:
             shown.update({"stage": "calibrate"} | event)
     return written.getvalue().splitlines()

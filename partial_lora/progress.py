@@ -1,7 +1,13 @@
-"""Progress of a run on a terminal: a bar for each stage, or plain lines where there is no terminal."""
+"""Progress of a run: events from its worker to its parent, and what they look like on a terminal.
+
+A worker may outlive its parent and may write from inside libraries that own the terminal, so progress does not go
+through a pipe or a terminal bar: it is one JSON object a line, appended to a file that the parent reads.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections import deque
@@ -9,14 +15,58 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+VARIABLE = "PARTIAL_LORA_PROGRESS"
+_INTERVAL = 0.1  # seconds between two events of one stage; a bar drawn more often than that looks the same
 _EVERY = 30.0  # seconds between two lines about a stage, where there is no bar
 _ENOUGH = 0.05  # of a stage's work, or a minute of it, is done before it says how long the rest takes
+
+_last: dict[str, float] = {}
+
+
+def emit(stage: str, done: int, total: int, **detail: object) -> None:
+    """Tell the parent that `done` of `total` units of a stage are finished.
+
+    Free to call often: events of one stage closer than 0.1 s are dropped, except the first and the last. Does nothing
+    outside a worker, on ranks other than 0, and where the file cannot be written.
+    """
+    now = time.monotonic()
+    if done < total and now - _last.get(stage, -_INTERVAL) < _INTERVAL:
+        return
+    _last[stage] = now
+    path = os.environ.get(VARIABLE)
+    if not path or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "done": done, "total": total, **detail}) + "\n")
+    except OSError:
+        os.environ.pop(VARIABLE)  # a progress bar must not end a training over a full disk or a removed directory
+
+
+class Reader:
+    """The events appended to a progress file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8") as file:
+            file.seek(self._position)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break  # half a line: the rest comes with the next look
+                self._position = file.tell()
+                yield json.loads(line)
 
 
 @dataclass

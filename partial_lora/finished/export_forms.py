@@ -24,6 +24,10 @@ FORMS = {
     "merged": Form(
         "the whole model in the format of transformers or timm", "export:write_merged", "export:prove_merged"
     ),
-    "gguf": Form("an adapter for llama.cpp, of a Llama, Mistral or Qwen", "serving:write_gguf", "serving:prove_gguf"),
-    "serve": Form("a LoRA for vLLM, SGLang and LoRAX", "serving:write_serve", "export:prove_serve"),
+    "gguf": Form(
+        "an adapter for llama.cpp, of a Llama, Mistral or Qwen",
+        "export_to_servers:write_gguf",
+        "export_to_servers:prove_gguf",
+    ),
+    "serve": Form("a LoRA for vLLM, SGLang and LoRAX", "export_to_servers:write_serve", "export:prove_serve"),
 }

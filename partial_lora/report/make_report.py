@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from partial_lora.report import choice, figures, folders, page, records, tables
+from partial_lora.report import figures, filters, page, records, seed_groups, tables
 from partial_lora.report.predictions import Predictions
 
 
@@ -41,7 +41,7 @@ def report(
     """Write the report of the runs below `place` into place/report.
 
     Args:
-        where: conditions on runs, KEY=VALUE each (`choice.where`).
+        where: conditions on runs, KEY=VALUE each (`filters.where`).
         by: the keys, with commas between them, that rows of the table differ in; None for the usual ones.
         examples: how many of the hardest test examples the page shows for each row.
         command: the command line, for the head of every file.
@@ -53,19 +53,19 @@ def report(
     for line in tables.said_of(left_out):
         note(line)
     predictions = Predictions(place)
-    keys = choice.keys(runs, by) if by else []
-    runs = choice.where(runs, where)
-    frame = folders.table(runs)
+    keys = filters.keys(runs, by) if by else []
+    runs = filters.where(runs, where)
+    frame = seed_groups.table(runs)
     for key in keys:
-        frame[key] = [choice.value_of(run, key) for run in runs]
-    table = folders.group(frame)
+        frame[key] = [filters.value_of(run, key) for run in runs]
+    table = seed_groups.group(frame)
     files = tables.write(frame, place, command=command, left_out=left_out, by=keys)
     drawn = figures.draw_gallery(runs, place, bool(where))
     whole = page.write(
         place,
         runs=runs,
         table=table,
-        by=(keys, folders.group(frame, keys)) if keys else None,
+        by=(keys, seed_groups.group(frame, keys)) if keys else None,
         predictions=predictions,
         gallery=drawn,
         command=command,

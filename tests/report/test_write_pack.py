@@ -16,10 +16,11 @@ from recorded_runs import EXAMPLES, LABEL, leave, measure, place, record
 from refusals import refusal
 
 from partial_lora import cli
+from partial_lora.files import write_json
 from partial_lora.launching import packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
 from partial_lora.report import predictions, records
-from partial_lora.report.pack import pack
+from partial_lora.report.write_pack import pack
 
 
 def tables_of(folder: Path) -> list[bytes]:
@@ -31,7 +32,9 @@ def study(tmp_path: Path) -> Path:
     """Runs of two methods, three seeds each, one without predictions, one measured, and one of a mixture."""
     for seed in range(3):
         leave(tmp_path, "lora", wrong=10 + seed, seed=seed, id="0a")
-        measure(leave(tmp_path, "partial", wrong=20 + 2 * seed, seed=seed, id="0b"), 0.9, 0.8)
+        run = leave(tmp_path, "partial", wrong=20 + 2 * seed, seed=seed, id="0b")
+        measure(run, 0.9, 0.8)
+        write_json(run / packs.FORGETTING, {"version": packs.OF_FORGETTING, "sets": {"piqa": {"before": [3.5]}}})
     leave(tmp_path, "targeted", 0.5, id="0c")
     leave(tmp_path, members={"a": 3, "b": 30}, id="0d")
     return tmp_path
@@ -49,6 +52,7 @@ def test_what_is_packed_reads_as_it_did_in_its_folders(study: Path) -> None:
     stored = packs.pack_of(study)
     assert {path: stored.json(path.relative_to(study).as_posix()) for path in loose} == loose
     assert packs.packed(runs[3].directory, packs.DYNAMICS)["metrics"]["train"]["accuracy"] == 0.9
+    assert [packs.forgetting(runs[place].directory) for place in (0, 3)] == [{}, {"piqa": {"before": [3.5]}}]
     for path, columns in predicted.items():
         kept = packs.predictions_of(path).to_pydict()
         assert {name: kept[name] for name in columns} == columns
@@ -198,7 +202,7 @@ def test_predictions_of_another_pack_are_refused(study: Path) -> None:
 
 
 def test_a_folder_is_removed_only_if_the_pack_holds_what_is_there(study: Path, monkeypatch) -> None:
-    monkeypatch.setattr("partial_lora.report.pack._write", lambda table, file: None)
+    monkeypatch.setattr("partial_lora.report.write_pack._write", lambda table, file: None)
     with refusal(str(study)):
         pack(study, remove=True)
     assert len(list(study.glob("runs/*/*/*/*/result.json"))) == 8

@@ -15,7 +15,7 @@ from partial_lora.settings.resolving import check_files, with_files
 from partial_lora.settings.schema import Config, conf_dir
 from partial_lora.settings.versions import plain
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import split_folders
+from partial_lora.tasks.image_folders import split_folders
 from partial_lora.tasks.kinds import kind_of
 from partial_lora.training.config import TrainerConfig
 
@@ -81,11 +81,6 @@ def evaluation_settings(
     where that has them. member: as `one_task` takes it. reads_rows: the task's files have to be there. Raises
     PartialLoraError, in one line, for any other key, and as `resolving.resolve` does.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
     overrides = [in_grammar(override) for override in overrides]
     keys = {override.partition("=")[0] for override in overrides}
     of_another = "task" in keys
@@ -116,21 +111,44 @@ def evaluation_settings(
                 )
         files, overrides = _with_files(recorded.data_files, overrides)
         node["task"] = plain(recorded) | {"data_files": files}
-    register_schema()
-    ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
-    GlobalHydra.instance().clear()
     with in_one_line(overrides):
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            composed = compose("evaluated", overrides)
-        task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
-        folder = composed.data_dir if of_another else None
-        if folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):
+        task, trainer, folder = _composed(node, overrides)
+        if of_another and folder and ("data_dir" in keys or Path(folder, task.name, "train.parquet").is_file()):
             task = with_files(task, Path(folder))
         if reads_rows:
             _check_rows(task)
     if not of_another and not _is_copy(run, trained, task):
         _refuse_another_cut(recorded.data_files, task.data_files)
     return task, trainer
+
+
+def task_named(name: str, data_dir: str | None) -> TaskConfig:
+    """Return the settings of a task by itself; its files are those that `data_dir` has for it, if it has any.
+
+    Raises PartialLoraError, in one line, for a name that is no task's, and for files that are not there.
+    """
+    with in_one_line([override := f"task={name}"]):
+        task, _, folder = _composed({"data_dir": data_dir}, [override])
+        if folder and Path(folder, task.name, "train.parquet").is_file():
+            task = with_files(task, Path(folder))
+        check_files(task)
+    return task
+
+
+def _composed(node: Mapping, overrides: Sequence[str]) -> tuple[TaskConfig, TrainerConfig, str | None]:
+    """Return the task, the trainer and `data_dir` that overrides make of settings."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    register_schema()
+    ConfigStore.instance().store(name="evaluated", node={"defaults": ["schema", "_self_", {"task": None}], **node})
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("evaluated", list(overrides))
+    task, trainer = (OmegaConf.to_object(composed[group]) for group in ("task", "trainer"))  # runs __post_init__
+    return task, trainer, composed.data_dir
 
 
 def _check_rows(task: TaskConfig) -> None:

@@ -1,6 +1,6 @@
-"""Searches for a learning rate: which runs to make next, by what the last ones are worth, and which rate is the best.
+"""Searches for a learning rate: which runs to make next, by validation of the last ones, and which rate is the best.
 
-A search is a generator that knows no run: it yields trials and is sent their worth. `scripts/referee.py` asks the
+A search is a generator that knows no run: it yields trials and is sent their validation. `scripts/referee.py` asks the
 same generators about runs that are recorded.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Collection, Generator, Mapping
 from typing import NamedTuple
 
 from partial_lora.launching.directory import PAUSED
-from partial_lora.settings.rates import Worth, ranked
+from partial_lora.settings.rates import Validation, ranked
 from partial_lora.tasks.metrics import LOWER_IS_BETTER
 
 QUARTER = 0.25  # of its steps, after which a quick search looks at a run
@@ -30,14 +30,14 @@ class Trial(NamedTuple):
     until: float = 1.0
 
 
-Asked = Generator[list[Trial], Mapping[Trial, Worth], list[float]]  # ends with rates, the best first
-Search = Generator[list[Trial], Mapping[Trial, Worth], float | None]
+Asked = Generator[list[Trial], Mapping[Trial, Validation], list[float]]  # ends with rates, the best first
+Search = Generator[list[Trial], Mapping[Trial, Validation], float | None]
 
 
 def quick(
     centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER, finalists: int = FINALISTS
 ) -> Search:
-    """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
+    """Yield the trials to make next, be sent their validation, and return the best learning rate; None if all fail.
 
     Rates a factor of two apart train for a quarter of their steps, at their full schedule, and more while the best is
     at an edge. The two of the least loss on validation go on to the end. results/referee/referee.md says how often that
@@ -49,22 +49,22 @@ def quick(
 
 
 def early(centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER) -> Asked:
-    """Yield trials of a part of their steps, be sent what they are worth, and return the rates, the least loss first.
+    """Yield trials of a part of their steps, be sent their validation, and return the rates, the least loss first.
 
     Arguments as `quick` takes them.
     """
     tried = yield from _first_seed(centre, count, earlier, until)
-    return ranked({rate: {0: worth} for rate, worth in tried.items()})
+    return ranked({rate: {0: validation} for rate, validation in tried.items()})
 
 
 def final(rates: Collection[float]) -> Asked:
-    """Yield whole trials of the first seed at these rates, be sent what they are worth, and return them, ranked."""
-    worths = yield [Trial(rate, 0) for rate in rates]
-    return ranked({trial.rate: {0: worth} for trial, worth in worths.items()})
+    """Yield whole trials of the first seed at these rates, be sent their validation, and return them, ranked."""
+    validations = yield [Trial(rate, 0) for rate in rates]
+    return ranked({trial.rate: {0: validation} for trial, validation in validations.items()})
 
 
 def full(centre: float, count: int, seeds: int, earlier: Collection[float] = ()) -> Search:
-    """Yield the trials to make next, be sent what they are worth, and return the best learning rate; None if all fail.
+    """Yield the trials to make next, be sent their validation, and return the best learning rate; None if all fail.
 
     The first seed tries `count` rates a factor of two apart around the centre; or the rates that an earlier search has
     tried with it (earlier), if they are as many, so that another centre does not begin the search again. It tries more
@@ -74,33 +74,33 @@ def full(centre: float, count: int, seeds: int, earlier: Collection[float] = ())
     seeds.
     """
     first = yield from _first_seed(centre, count, earlier, 1.0)
-    tried = {rate: {0: worth} for rate, worth in first.items()}
+    tried = {rate: {0: validation} for rate, validation in first.items()}
     rates = ranked(tried)[: math.ceil(len(tried) / 2)]
     for seed in range(1, seeds):
         if not rates:
             return None
-        worths = yield [Trial(rate, seed) for rate in rates]
-        for trial, worth in worths.items():
-            tried[trial.rate][seed] = worth
+        validations = yield [Trial(rate, seed) for rate in rates]
+        for trial, validation in validations.items():
+            tried[trial.rate][seed] = validation
         rates = ranked(tried)[: math.ceil(len(rates) / 2)]
     return rates[0] if rates else None
 
 
 def _first_seed(
     centre: float, count: int, earlier: Collection[float], until: float
-) -> Generator[list[Trial], Mapping[Trial, Worth], dict[float, Worth]]:
-    """Yield trials of the first seed until the best of them is inside of their rates; return their worth by rate.
+) -> Generator[list[Trial], Mapping[Trial, Validation], dict[float, Validation]]:
+    """Yield trials of the first seed until the best of them is inside of their rates; return their validation by rate.
 
     The best is that of the least loss and, of whole runs, that of the best score.
     """
     rates = [_rung(centre, power) for power in range(-(count // 2), count - count // 2)]
     rates = sorted(earlier) if len(earlier) >= count else rates
-    tried: dict[float, Worth] = {}
+    tried: dict[float, Validation] = {}
     while rates:
-        worths = yield [Trial(rate, 0, until) for rate in rates]
-        tried |= {trial.rate: worth for trial, worth in worths.items()}
-        by_loss = ranked({rate: {0: worth and worth[::-1]} for rate, worth in tried.items()})[:1]
-        by_score = ranked({rate: {0: worth} for rate, worth in tried.items()})[:1] if until == 1 else []
+        validations = yield [Trial(rate, 0, until) for rate in rates]
+        tried |= {trial.rate: validation for trial, validation in validations.items()}
+        by_loss = ranked({rate: {0: validation and validation[::-1]} for rate, validation in tried.items()})[:1]
+        by_score = ranked({rate: {0: validation} for rate, validation in tried.items()})[:1] if until == 1 else []
         edges = [best for best in (*by_loss, *by_score) if best in (min(tried), max(tried))]
         if until < 1 and not _stands_out(tried):
             edges = []
@@ -114,9 +114,9 @@ def _rung(rate: float, power: int) -> float:
     return float(f"{rate * 2.0**power:g}")
 
 
-def _stands_out(tried: Mapping[float, Worth]) -> bool:
+def _stands_out(tried: Mapping[float, Validation]) -> bool:
     """Return whether the least loss is less than all others by one part in a thousand: else no rate stands out yet."""
-    first, *others = sorted(-worth[1] for worth in tried.values() if worth) or [math.inf]
+    first, *others = sorted(-validation[1] for validation in tried.values() if validation) or [math.inf]
     return not others or first < (1 - _GAIN) * others[0]
 
 
@@ -128,7 +128,7 @@ def runs_at_least(count: int, seeds: int) -> int:
     return total
 
 
-def worth(record: Mapping | None, until: float = 1.0) -> Worth:
+def validation_of(record: Mapping | None, until: float = 1.0) -> Validation:
     """Return a run's score and loss on validation, the larger the better; None where one of them is no number.
 
     until: the share of its steps after which it is asked; before the end the loss of the first validation from then on

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.config import TaskConfig
 from partial_lora.tasks.sources import eight_bits, first_line
-from partial_lora.tasks.texts import cached
+from partial_lora.tasks.text_inputs import cached
 
 # Raised by Pillow for a file of another format, one that is cut short, and one that claims to be far too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)

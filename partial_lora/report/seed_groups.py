@@ -62,8 +62,8 @@ def without_searches(every: Iterable[Folder]) -> list[Folder]:
     for rivals in grouped(every, _but_for_its_rate).values():
         # A rate that is set as auto may come to another one for each seed; a folder goes by its first.
         rated = ((folder.row["learning_rate"], run.row) for folder in rivals for run in folder.runs)
-        worth = rows.worth_by_rate(row | {"learning_rate": rate} for rate, row in rated)
-        best = ranked(worth)[:1] or list(worth)
+        validation = rows.validation_by_rate(row | {"learning_rate": rate} for rate, row in rated)
+        best = ranked(validation)[:1] or list(validation)
         kept += [folder for folder in rivals if folder.row["learning_rate"] in best]
     return kept
 

@@ -24,13 +24,14 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.files import one_writer, read_json, write_atomic
 from partial_lora.launching import directory, packs
 from partial_lora.launching.directory import PREDICTIONS, RESULT
-from partial_lora.launching.packs import COLUMN, DYNAMICS, Pack
+from partial_lora.launching.packs import COLUMN, Pack
 from partial_lora.report import predictions, ranking, records
 from partial_lora.settings.versions import record_for_others
 from partial_lora.tasks.metrics import OF_TEXTS
 
 _KEPT = ("index", "label", "prediction", "label_name", "prediction_name", "prediction_norm", "tokens", *OF_TEXTS)
 _TYPES = {"large_string": pa.string(), "float": pa.float64(), "int32": pa.int64()}  # one for texts, and one for numbers
+_LATER = [name for name in COLUMN if name != RESULT]
 _SUFFIX = {"double": "_number", "string": "_text"}
 _OF_DEFAULTS = {"group", "conditions"}  # columns of `rows.row` that hold only under the defaults of one version
 
@@ -45,10 +46,13 @@ class Packed(NamedTuple):
 
 
 class Content(NamedTuple):
-    """A run as a pack keeps it: its record, what was measured of it later, and its predictions, each None if absent."""
+    """A run as a pack keeps it: its record, and its predictions, each None if absent.
+
+    measured: what was measured of it later, by the name of its file.
+    """
 
     record: dict | None
-    dynamics: dict | None
+    measured: dict[str, dict | None]
     predictions: pa.Table | None
 
 
@@ -86,7 +90,8 @@ def pack(results_dir: Path, *, remove: bool = False) -> Packed:
 
 
 def _packed(earlier: Pack, path: str) -> Content:
-    return Content(_told(earlier.json(path)), earlier.json(path, DYNAMICS), earlier.predictions(path))
+    measured = {name: earlier.json(path, name) for name in _LATER}
+    return Content(_told(earlier.json(path)), measured, earlier.predictions(path))
 
 
 def _told(record: dict | None) -> dict | None:
@@ -96,11 +101,9 @@ def _told(record: dict | None) -> dict | None:
 
 def _loose(place: Path) -> Content:
     """Return a run out of its folder; raises ValueError, KeyError or OSError where a file of it is broken."""
-    files = (place / name for name in (RESULT, DYNAMICS))
-    parsed = [read_json(file) if file.is_file() else None for file in files]
+    parsed = {name: read_json(file) if (file := place / name).is_file() else None for name in COLUMN}
     file = place / PREDICTIONS
-    record, dynamics = parsed
-    return Content(_told(record), dynamics, _kept(predictions.read(file)) if file.is_file() else None)
+    return Content(_told(parsed.pop(RESULT)), parsed, _kept(predictions.read(file)) if file.is_file() else None)
 
 
 def _kept(table: pa.Table) -> pa.Table:
@@ -143,7 +146,7 @@ def _row(path: str, content: Content) -> dict:
         "started": record.get("started"),
         "examples": 0 if content.predictions is None else len(content.predictions),
         COLUMN[RESULT]: _in_one_line(content.record),
-        COLUMN[DYNAMICS]: _in_one_line(content.dynamics),
+        **{COLUMN[name]: _in_one_line(measured) for name, measured in content.measured.items()},
     }
 
 
@@ -178,7 +181,7 @@ def _remove(loose: Mapping[str, Path], results_dir: Path) -> None:
 
 
 def _alike(first: Content, second: Content) -> bool:
-    if (first.record, first.dynamics) != (second.record, second.dynamics):
+    if (first.record, first.measured) != (second.record, second.measured):
         return False
     if first.predictions is None or second.predictions is None:
         return first.predictions is second.predictions

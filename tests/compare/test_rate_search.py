@@ -7,23 +7,23 @@ import math
 import pytest
 from recorded_runs import record
 
-from partial_lora.compare import halving
-from partial_lora.compare.halving import QUARTER, Trial
+from partial_lora.compare import rate_search
+from partial_lora.compare.rate_search import QUARTER, Trial
 
 
 def searched(score, *, searching=None, centre=1.0, count=5, seeds=3, known=()):
     """The best rate, and the batches of trials of a search; score: of a run by its rate and seed."""
-    searching, batches = searching or halving.full(centre, count, seeds, known), []
+    searching, batches = searching or rate_search.full(centre, count, seeds, known), []
     trials = next(searching)
     while True:
         batches.append(trials)
         scores = {trial: score(trial.rate, trial.seed) for trial in trials}
-        worth = {
+        validation = {
             trial: value if value is None or isinstance(value, tuple) else (value, 0.0)
             for trial, value in scores.items()
         }
         try:
-            trials = searching.send(worth)
+            trials = searching.send(validation)
         except StopIteration as end:
             return end.value, batches
 
@@ -32,7 +32,7 @@ def test_a_quick_search_drops_rates_at_a_quarter_and_trains_two_to_the_end() -> 
     def loss(rate: float, seed: int) -> tuple[float, float]:
         return (-1 - abs(math.log2(rate / 4) - 0.1),) * 2
 
-    best, batches = searched(loss, searching=halving.quick(1.0, 3))
+    best, batches = searched(loss, searching=rate_search.quick(1.0, 3))
     assert batches[:-1] == [
         [Trial(0.5, 0, QUARTER), Trial(1.0, 0, QUARTER), Trial(2.0, 0, QUARTER)],
         [Trial(4.0, 0, QUARTER)],
@@ -43,19 +43,19 @@ def test_a_quick_search_drops_rates_at_a_quarter_and_trains_two_to_the_end() -> 
 
 
 def test_where_no_rate_stands_out_at_a_quarter_a_quick_search_looks_no_further() -> None:
-    _, batches = searched(lambda rate, seed: (-1 + rate * 1e-5,) * 2, searching=halving.quick(1.0, 3))
+    _, batches = searched(lambda rate, seed: (-1 + rate * 1e-5,) * 2, searching=rate_search.quick(1.0, 3))
     assert [len(batch) for batch in batches] == [3, 2]
 
 
 def test_the_end_decides_between_the_two_that_a_quarter_left() -> None:
-    searching = halving.quick(1.0, 3)
+    searching = rate_search.quick(1.0, 3)
     first = next(searching)
     last = searching.send({trial: (-abs(trial.rate - 1.1),) * 2 for trial in first})
     assert {trial.rate for trial in last} == {1.0, 0.5}
     with pytest.raises(StopIteration) as end:
         searching.send({Trial(1.0, 0): (0.5, -1.0), Trial(0.5, 0): (0.6, -1.0)})
     assert end.value.value == 0.5
-    assert searched(lambda rate, seed: None, searching=halving.quick(1.0, 3))[0] is None
+    assert searched(lambda rate, seed: None, searching=rate_search.quick(1.0, 3))[0] is None
 
 
 def test_the_better_half_of_the_rates_goes_on_to_the_next_seed() -> None:
@@ -66,7 +66,7 @@ def test_the_better_half_of_the_rates_goes_on_to_the_next_seed() -> None:
         [(1.0, 1), (0.5, 1), (2.0, 1)],
         [(1.0, 2), (0.5, 2)],
     ]
-    assert sum(map(len, batches)) == halving.runs_at_least(5, 3)
+    assert sum(map(len, batches)) == rate_search.runs_at_least(5, 3)
 
 
 def test_a_best_at_an_edge_extends_the_range_until_it_is_inside() -> None:
@@ -105,19 +105,19 @@ def test_the_mean_over_seeds_decides() -> None:
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
 def test_a_run_whose_score_or_loss_is_no_number_is_worth_nothing(name) -> None:
     run = record()
-    assert halving.worth(run) is not None
+    assert rate_search.validation_of(run) is not None
     run["metrics"]["validation"][name] = None  # as JSON has NaN
-    assert halving.worth(run) is None
+    assert rate_search.validation_of(run) is None
 
 
 def test_before_the_end_a_run_is_worth_the_loss_of_the_first_validation_from_there_on() -> None:
     run = record()
     run["history"] = [{"step": 5, "loss": 9.0}] + [{"step": at, "eval_loss": 10.0 - at} for at in (1, 3, 6, 10)]
     run["training"] = {"steps": 10}
-    assert halving.worth(run, QUARTER) == (-7.0, -7.0)
-    assert halving.worth(run | {"status": "paused", "metrics": {}}, QUARTER) == (-7.0, -7.0)
-    assert halving.worth(run | {"status": "paused", "metrics": {}}) is None
-    assert halving.worth(run | {"history": run["history"][:3]}, 0.5) is None
+    assert rate_search.validation_of(run, QUARTER) == (-7.0, -7.0)
+    assert rate_search.validation_of(run | {"status": "paused", "metrics": {}}, QUARTER) == (-7.0, -7.0)
+    assert rate_search.validation_of(run | {"status": "paused", "metrics": {}}) is None
+    assert rate_search.validation_of(run | {"history": run["history"][:3]}, 0.5) is None
 
 
 def test_rates_that_fail_go_no_further_and_a_search_of_failures_has_no_best() -> None:

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from partial_lora.adapter.card import TAGS
+from partial_lora.adapter.adapter_card import TAGS
 from partial_lora.adapter.config import COMPACT_FILE
 from partial_lora.errors import PartialLoraError, shortlist
 from partial_lora.finished.run import FinishedRun

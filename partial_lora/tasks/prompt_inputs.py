@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from partial_lora.errors import PartialLoraError
 from partial_lora.tasks.config import TaskConfig
-from partial_lora.tasks.folders import FILES
+from partial_lora.tasks.image_folders import FILES
 from partial_lora.tasks.metrics import IGNORED
 from partial_lora.tasks.questions import ASSISTANT
-from partial_lora.tasks.texts import cached, fingerprint, in_memory
+from partial_lora.tasks.text_inputs import cached, fingerprint, in_memory
 
 Tokens = list[int]
 Message = Mapping[str, str]  # role and content

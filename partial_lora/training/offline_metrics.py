@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
-from partial_lora.calibration.answers import token_losses, tokens
+from partial_lora.calibration.answer_scores import token_losses, tokens
 from partial_lora.tasks.metrics import FUNCTIONS, mse
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from partial_lora.calibration.search import (
+from partial_lora.calibration.level_search import (
     bisect,
     digest_of,
     line,

@@ -20,7 +20,7 @@ from partial_lora.errors import PartialLoraError, one_line
 from partial_lora.models import weights
 from partial_lora.models.config import ModelConfig
 from partial_lora.models.fetch import RANDOM, folder_of, name_after
-from partial_lora.models.texts import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
+from partial_lora.models.language import VOCABULARY, byte_tokenizer, load_classifier, tokenizer_in
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, TimmWrapperForImageClassification
