@@ -49,7 +49,7 @@ _INDICES = "#indices"  # a name that no module has
 _LEFT_OUT = {"sparsity", "scores", "indices", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
 # What a setting is that the file leaves out, whatever its default is.
 _ABSENT = {"r": 8, "lora_alpha": 8, "mask_seed": 0, "fan_in": "dense", "row_exponent": 0.0, "column_exponent": 0.0}
-_ABSENT |= {"granularity": "rows_columns", "rows": "masked", "columns": "masked"}
+_ABSENT |= {"lora_bias": False, "granularity": "rows_columns", "rows": "masked", "columns": "masked"}
 _ABSENT |= {"selection": "random", "count": "exact"}
 
 
@@ -78,8 +78,7 @@ def write_compact(
     )
     kept = {
         name: {
-            factor: getattr(layers[name], f"lora_{factor}")[adapter_name].kept.detach().cpu()
-            for factor in _trained_factors(config.rows, config.columns)
+            part: _parameter(layers[name], adapter_name, part).detach().cpu() for part in _trained_parts(vars(config))
         }
         for name in masks
     }
@@ -189,9 +188,9 @@ def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:
                 f"{name} is {list(here[name].shape)} in this model, but {list(value.shape)} in the file."
             )
     layers = adapter_layers(adapted, adapter_name)
-    for name, factors in compact.kept.items():
-        for factor, value in factors.items():
-            parameter = getattr(layers[name], f"lora_{factor}")[adapter_name].kept
+    for name, parts in compact.kept.items():
+        for part, value in parts.items():
+            parameter = _parameter(layers[name], adapter_name, part)
             dtype = parameter.dtype if compact.rounded else value.dtype
             parameter.data = value.to(parameter.device, dtype).reshape(parameter.shape)
     with torch.no_grad():
@@ -209,7 +208,7 @@ class Compact:
     Attributes:
         config: its settings.
         geometries, masks: {module: ...}, of the same modules in the same order.
-        kept: {module: {"A": tensor, "B": tensor}}, the kept part of the factors.
+        kept: {module: {"A": tensor, "B": tensor}}, the kept part of the factors; with lora_bias "bias", that of B.
         whole: the tensors that trained beside them, by their names in the base model.
         base: the fingerprint of the base model.
         rounded: True where the values have a narrower dtype than in training.
@@ -314,8 +313,8 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
         counts[name] = dict(zip(AXES, (rows, columns), strict=True))
         if name not in tensors:
             raise PartialLoraError(f"the values of module {name} are missing.")
-        trained = _trained_factors(settings["rows"], settings["columns"])
-        kept[name] = _factors(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
+        trained = _trained_parts(settings)
+        kept[name] = _parts(name, tensors.pop(name), geometries[name], counts[name], granularity, trained)
     masks_of: dict[str, Any] = {}
     if settings["selection"] != "random":
         sizes = [axes[axis] for axes in counts.values() for axis in AXES]
@@ -346,27 +345,33 @@ def _decoded(header: Mapping, tensors: dict[str, Tensor]) -> Compact:
     return Compact(config, geometries, masks, kept, tensors, base, rounded=bool(header.get("rounded")))
 
 
-def _trained_factors(rows: str, columns: str) -> str:
-    """Return the factors whose values the file holds, without one that the seed draws."""
-    return "B" if columns != MASKED else "A" if rows != MASKED else "AB"
+def _trained_parts(settings: Mapping[str, Any]) -> list[str]:
+    """Return what the file holds of a module: A and B, without one that the seed draws, and the bias of B."""
+    factors = "B" if settings["columns"] != MASKED else "A" if settings["rows"] != MASKED else "AB"
+    return [*factors, *["bias"] * bool(settings["lora_bias"])]
 
 
-def _factors(
-    name: str, values: Tensor, geometry: Geometry, counts: Mapping, granularity: str, trained: str
+def _parameter(layer: Any, adapter_name: str, part: str) -> Tensor:
+    """Return the parameter of a layer that is one of `_trained_parts`."""
+    factor = (layer.lora_A if part == "A" else layer.lora_B)[adapter_name]
+    return factor.kept_bias if part == "bias" else factor.kept
+
+
+def _parts(
+    name: str, values: Tensor, geometry: Geometry, counts: Mapping, granularity: str, trained: list[str]
 ) -> dict[str, Tensor]:
-    """Return the kept part of each ``trained`` factor, A before B, out of one flat tensor."""
-    shapes = {"A": [counts["columns"]], "B": [counts["rows"]]}
+    """Return the kept part of each ``trained`` factor, A before B, and of B's bias, out of one flat tensor."""
+    shapes = {"A": [counts["columns"]], "B": [counts["rows"]], "bias": [counts["rows"]]}
     if geometry.experts is None and not GRANULARITIES[granularity].over_entries:
-        shapes = {"A": [geometry.rank, counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
-    shapes = {factor: shapes[factor] for factor in trained}
+        shapes |= {"A": [geometry.rank, counts["columns"], *geometry.a[2:]], "B": [counts["rows"], *geometry.b[1:]]}
+    shapes = {part: shapes[part] for part in trained}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if values.dim() != 1 or len(values) != sum(sizes) or not values.is_floating_point():
         raise PartialLoraError(
             f"module {name} has {list(values.shape)} values of {values.dtype}: expected {sum(sizes)} numbers."
         )
-    return {
-        factor: part.reshape(shape) for (factor, shape), part in zip(shapes.items(), values.split(sizes), strict=True)
-    }
+    split = zip(shapes.items(), values.split(sizes), strict=True)
+    return {part: value.reshape(shape) for (part, shape), value in split}
 
 
 # The model: checked to be the adapter's base, and left as it was whatever goes wrong.

@@ -76,7 +76,8 @@ PASSED = frozenset(
     {
         # What is adapted, and what trains beside it.
         *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying", "layer_replication"),
+        *("modules_to_save", "trainable_token_indices", "bias", "lora_bias", "ensure_weight_tying"),
+        "layer_replication",
         # How each adapter is sized, scaled, drawn and run.
         *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
         *("init_lora_weights", "fan_in_fan_out", "inference_mode", "runtime_config", "alora_invocation_tokens"),
@@ -88,7 +89,6 @@ PASSED = frozenset(
 
 REFUSED = {
     "use_dora": "its magnitudes are trained densely",
-    "lora_bias": "its bias is dense",
     "use_qalora": "it pools the columns that a mask tells apart",
     "qalora_group_size": "it belongs to use_qalora",
     "use_bdlora": "its factors are block diagonal",
@@ -223,6 +223,11 @@ class PartialLoraConfig(LoraConfig):
         if not form.ranked and self.selection != "random":
             raise PartialLoraError(f"granularity is {self.granularity!r}: it needs selection 'random'.")
         check_factors(self.granularity, self.rows, self.columns)
+        if self.lora_bias and (form.over_entries or self.rows != MASKED):
+            raise PartialLoraError(
+                "lora_bias: a row that is kept has its bias: expected granularity 'rows_columns' or 'groups', and rows"
+                " 'masked'."
+            )
         if self.fan_in == "kept" and self._is_gaussian:
             raise PartialLoraError("fan_in is 'kept': init_lora_weights='gaussian' ignores the number of inputs.")
         if self.sparsity is None:
@@ -374,6 +379,8 @@ class PartialLoraConfig(LoraConfig):
                 mask: Mask = getattr(masks[module], axis)
                 whole += math.prod(factor)
                 trained += 0 if axis == self.frozen_axis else round(math.prod(factor) * len(mask.kept) / mask.size)
+            if self.lora_bias:
+                whole, trained = whole + shapes.b[0], trained + len(masks[module].rows.kept)
         share = 1 - trained / whole
         return f"Of the {whole:,} numbers in the low-rank factors {trained:,} were trained (sparsity {share:.3f})."
 

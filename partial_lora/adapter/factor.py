@@ -26,6 +26,9 @@ from partial_lora.masks import GATHER_DENSITY, Mask, TiedMask
 SCATTER_DENSITY_PER_RANK = 0.01
 """Up to a density of this times the rank, adding to kept features beats adding a zero-filled product to all."""
 
+PARTS = {"weight": "kept", "bias": "kept_bias"}
+"""Names of what other code sees of a factor, and of the parameters that hold the kept part of it."""
+
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
 
 
@@ -33,10 +36,11 @@ class MaskedFactor(nn.Module):
     """A low-rank factor that holds only what its ``mask`` keeps, as the parameter ``kept``; the rest is zero.
 
     Other code sees the whole factor: ``weight`` is the dense tensor with zeros where masked, and the state dict holds
-    it under PEFT's own key, ``weight``. A state dict with ``kept``, the parameter's own name, loads as well.
+    it under PEFT's own key, ``weight``. A state dict with ``kept``, the parameter's own name, loads as well. Where B
+    has a bias (``lora_bias``), it is one more column: ``kept_bias`` holds that of kept rows, and ``bias`` is the whole.
 
     Args:
-        dense: the factor as PEFT has drawn it, a linear layer or a convolution without bias.
+        dense: the factor as PEFT has drawn it, a linear layer or a convolution.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
         multiple: what ``kept`` is multiplied by in the whole factor, a power of two, which rounds nothing.
@@ -71,6 +75,9 @@ class MaskedFactor(nn.Module):
         self._find_places()
         self._move_indices(weight.device)
         self.kept = nn.Parameter(self.keep(weight.detach()), requires_grad=weight.requires_grad)
+        bias = getattr(dense, "bias", None)
+        kept = None if bias is None else nn.Parameter(self.keep(bias.detach()), requires_grad=bias.requires_grad)
+        self.register_parameter("kept_bias", kept)
 
     def _set(self, **values: Any) -> None:
         """Set plain attributes: one by one, torch would first take each for a parameter, a buffer or a module."""
@@ -87,10 +94,10 @@ class MaskedFactor(nn.Module):
         touched = len(places["features" if self.entries else "kept"])
         self._set(_places=places, touched=touched, density=touched / self.shape[self.axis])
 
-    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None, bias: Tensor | None = None) -> None:
         """Take over another factor, of a mask that keeps as many, into the same tensors as far as their sizes agree.
 
-        dense: the other factor, of this rank or padded to it. drawn: its values where it does not train.
+        dense: the other factor, of this rank or padded to it. drawn: its values where it does not train. bias: its own.
         """
         self.mask = mask
         self._find_places()
@@ -99,6 +106,8 @@ class MaskedFactor(nn.Module):
             self._indices[name] = index.copy_(places) if index.shape == places.shape else places
         dense = self.padded(self._unpadded(dense), self.rank).to(self.kept)
         self.kept.data.copy_(self._checked(dense, f"lora_{'BA'[self.axis]}"))
+        if bias is not None:
+            self.kept_bias.data.copy_(self._checked(bias.to(self.kept_bias), "the bias of lora_B"))
 
     @property
     def widens(self) -> bool:
@@ -155,27 +164,29 @@ class MaskedFactor(nn.Module):
         return self._index("features" if self.entries else "kept", device)
 
     def keep(self, dense: Tensor) -> Tensor:
-        """Return what the mask keeps of ``dense`` (a tensor like the dense factor), in the form of ``kept``."""
+        """Return what the mask keeps of ``dense``, like the dense factor or its bias, in the form of ``kept``."""
         index = self._index("kept", dense.device)
         if self.entries:
             return dense.flatten().index_select(0, index).unsqueeze(1)
         return dense.index_select(self.axis, index)
 
     def fill(self, kept: Tensor) -> Tensor:
-        """Return a factor with ``kept`` where the mask keeps and zeros elsewhere; the inverse of `keep`."""
+        """Return a factor or bias with ``kept`` where the mask keeps, zeros elsewhere; the inverse of `keep`."""
         if self.full:
-            return kept.view(self.shape)
+            return kept.view(self.shape) if self.entries else kept
         index = self._index("kept", kept.device)
         if self.entries:
             return kept.new_zeros(self.shape.numel()).index_copy(0, index, kept.squeeze(1)).view(self.shape)
-        return kept.new_zeros(self.shape).index_copy(self.axis, index, kept)
+        shape = [*kept.shape]
+        shape[self.axis] = self.shape[self.axis]
+        return kept.new_zeros(shape).index_copy(self.axis, index, kept)
 
     def nearest(self, dense: Tensor) -> Tensor:
         """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
 
     def dense(self, kept: Tensor) -> Tensor:
-        """Return the dense factor as other code sees it."""
+        """Return the dense factor, or its bias, as other code sees it."""
         return self.fill(kept) if self.multiple == 1 else self.fill(kept * self.multiple)
 
     def padded(self, dense: Tensor, rank: int) -> Tensor:
@@ -214,6 +225,11 @@ class MaskedFactor(nn.Module):
         if not (is_same and torch.equal(kept, here)):  # else an optimizer goes on with it, as after functional_call
             self.kept = nn.Parameter(kept, requires_grad=here.requires_grad)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The dense bias, zero where masked, as ``weight`` is; None where the factor has none."""
+        return None if self.kept_bias is None else _read_only(self.dense(whole(self.kept_bias)))
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as any module does, but assign ``weight``, which is not a parameter here."""
         if name == "weight":
@@ -243,9 +259,9 @@ class MaskedFactor(nn.Module):
         narrow = kept.new_zeros(math.prod(shape))
         return narrow.index_copy(0, self._index("narrow", kept.device), kept.squeeze(1)).view(shape)
 
-    def times(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return `operand` x."""
-        return self._apply_weight(x, self.operand(kept))
+    def times(self, x: Tensor, kept: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `operand` x, plus the kept part of a bias."""
+        return self._apply_weight(x, self.operand(kept), bias)
 
     def transposed(self, x: Tensor, kept: Tensor) -> Tensor:
         """Return the transpose of `operand` times x (tokens × features)."""
@@ -261,7 +277,8 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        return self._apply_weight(x, self.dense(self.kept))
+        bias = None if self.kept_bias is None else self.dense(self.kept_bias)
+        return self._apply_weight(x, self.dense(self.kept), bias)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return an activation's features that meet `operand`: those that have kept entries."""
@@ -283,25 +300,30 @@ class MaskedFactor(nn.Module):
         if getattr(self.kept, "_fsdp_flattened", False):  # FSDP 1 looks parameters up by their names
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        kept = self.kept
-        dense = entry_like(kept, self.dense(whole(kept)))
-        destination[prefix + "weight"] = dense if keep_vars else dense.detach()
+        for name, part in PARTS.items():
+            if (kept := getattr(self, part)) is not None:
+                dense = entry_like(kept, self.dense(whole(kept)))
+                destination[prefix + name] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         state = {}
-        dense, kept = (state_dict.get(prefix + name) for name in ("weight", "kept"))
-        dense = dense if dense is None else self._unpadded(dense)
-        if dense is None and kept is not None:  # parameters copied by name, as by averaging of weights
-            state[prefix + "kept"] = sharded_like(self.kept, whole(kept))
-        elif dense is None:
-            missing_keys.append(prefix + "weight")
-        elif dense.shape != self.shape:
-            error_msgs.append(f"size mismatch for {prefix}weight: {tuple(dense.shape)} is not {tuple(self.shape)}")
-        else:
-            state[prefix + "kept"] = sharded_like(self.kept, self._checked(whole(dense), prefix + "weight"))
-        with gathered(self.kept):
+        for name, part in PARTS.items():
+            here, shape = getattr(self, part), self.shape if name == "weight" else self.shape[:1]
+            dense, kept = state_dict.get(prefix + name), state_dict.get(prefix + part)
+            dense = dense if dense is None else self._unpadded(dense)
+            if here is None:
+                unexpected_keys += [] if dense is None else [prefix + name]
+            elif dense is None and kept is not None:  # parameters copied by name, as by averaging of weights
+                state[prefix + part] = sharded_like(here, whole(kept))
+            elif dense is None:
+                missing_keys.append(prefix + name)
+            elif dense.shape != shape:
+                error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(dense.shape)} is not {tuple(shape)}")
+            else:
+                state[prefix + part] = sharded_like(here, self._checked(whole(dense), prefix + name))
+        with gathered(self.kept), gathered(self.kept_bias):
             super()._load_from_state_dict(state, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
@@ -333,10 +355,12 @@ class FactorB(MaskedFactor):
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
-        low = low * (scaling * self.multiple)  # narrower than the result
+        scaling = scaling * self.multiple
+        low = low * scaling  # narrower than the result
+        bias = None if self.kept_bias is None else self.kept_bias * scaling
         if self.scatters:
-            return self._with(result, self.times(low, self.kept))
-        return result + self._apply_weight(low, self.fill(self.kept))
+            return self._with(result, self.times(low, self.kept, bias))
+        return result + self._apply_weight(low, self.fill(self.kept), None if bias is None else self.fill(bias))
 
     def _with(self, result: Tensor, change: Tensor) -> Tensor:
         """Return result with a change of those features that `gather` takes."""
@@ -368,7 +392,7 @@ class _Frozen:
 
     widens = False
 
-    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None, bias: None = None) -> None:
         """Take over another frozen factor, of other values or features."""
         self.mask = mask
         self._find_places()
@@ -433,12 +457,12 @@ class _OneHot(_Frozen):
         super().__init__(dense, mask, drawn, beside, entries=entries)
         self._length = float(drawn[0, 0])
 
-    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None) -> None:
+    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None, bias: None = None) -> None:
         """Take over unit vectors of other features, in another length."""
         super().swap(mask, dense, drawn)
         self._length = float(drawn[0, 0])
 
-    def times(self, x: Tensor, kept: Tensor) -> Tensor:
+    def times(self, x: Tensor, kept: Tensor, bias: None = None) -> Tensor:
         """Return x times the length: the operand is a multiple of the identity."""
         return x if self._length == 1 else x * self._length
 
@@ -625,7 +649,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
+def gathered(parameter: Tensor | None) -> Iterator[None]:
     """Restore, inside the block, a parameter that ZeRO's stage 3 has emptied; what process 0 writes into it stays."""
     if not _emptied(parameter):
         yield
@@ -636,7 +660,7 @@ def gathered(parameter: Tensor) -> Iterator[None]:
         yield
 
 
-def _emptied(parameter: Tensor) -> bool:
+def _emptied(parameter: Tensor | None) -> bool:
     """Return True where ZeRO's stage 3 currently keeps the values elsewhere."""
     return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
 

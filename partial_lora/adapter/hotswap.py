@@ -22,7 +22,7 @@ from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
 
 _ALIKE = ("target_parameters", "use_rslora", "lora_dropout", "granularity", "rows", "columns", "bias")
-_ALIKE += ("alora_invocation_tokens",)
+_ALIKE += ("lora_bias", "alora_invocation_tokens")
 
 
 def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, new: PartialLoraConfig) -> None:
@@ -59,8 +59,10 @@ def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: s
             a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             frozen = new.frozen(name, geometries[name])
             for factor, mask, letter in ((a, masks[name].columns, "A"), (b, masks[name].rows, "B")):
-                dense = values[f"{name}.lora_{letter}.{adapter_name}.weight"] / (power if letter == "B" else 1)
-                factor.swap(mask, dense, None if frozen is None else frozen * new.density_factor(masks[name]) * rest)
+                key, multiple = f"{name}.lora_{letter}.{adapter_name}", power if letter == "B" else 1
+                dense, bias = values[f"{key}.weight"] / multiple, values.get(f"{key}.bias")
+                drawn = None if frozen is None else frozen * new.density_factor(masks[name]) * rest
+                factor.swap(mask, dense, drawn, bias if bias is None else bias / multiple)
     for key in ("lora_alpha", "indices", *sidecar.SETTINGS):
         setattr(config, key, getattr(new, key))
     config.scores, config.expected = None, new.expected

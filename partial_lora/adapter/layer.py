@@ -76,13 +76,13 @@ class InvokedVariant(ALoraLinearVariant):
     ) -> Tensor:
         """Return what PartialLoraVariant does, for the last ``alora_offsets[i]`` tokens of text i; None is none.
 
-        PEFT finds the offsets in the model's input. The others' features are zero in B A x, and so is its change.
+        PEFT finds the offsets in the model's input.
         """
         tokens = result.shape[1] if result.dim() == 3 else 1
         counts = [offset or 0 for offset in alora_offsets or [None] * len(result)]
         before = torch.arange(tokens, device=x.device) < tokens - torch.tensor(counts, device=x.device).unsqueeze(1)
-        x = x.masked_fill(before.view(*x.shape[:-1], 1), 0)
-        return PartialLoraVariant.forward(module, active_adapter, x, result)
+        changed = PartialLoraVariant.forward(module, active_adapter, x, result)
+        return torch.where(before.view(*x.shape[:-1], 1), result, changed)
 
 
 def _change_of(weight: Tensor, module: LoraLayer, adapter: str) -> Tensor:
@@ -131,6 +131,8 @@ class PartialLinear(lora.Linear):
             return None
         if not (isinstance(a, FactorA) and isinstance(b, FactorB)) or (a.full and b.full):
             return None  # dense: PEFT's own way, to the last bit
+        if b.kept_bias is not None:
+            return None  # in the base's bias, a small one would be lost where that is in half precision
         return active[0] if _is_plain(self.base_layer) and not _is_traced() else None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, backends, nn
 from torch.nn.modules.conv import _ConvNd
 
 from partial_lora.adapter.config import Drawn, PartialLoraConfig
-from partial_lora.adapter.factor import FactorA, FactorB, MaskedFactor
+from partial_lora.adapter.factor import PARTS, FactorA, FactorB, MaskedFactor
 from partial_lora.adapter.fingerprint import forget_base, remember_base
 from partial_lora.adapter.layer import EMBEDDED, PartialEmbedding, as_factors, mask_layer
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry
@@ -59,12 +59,13 @@ class PartialLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, PartialLoraConfig):
             named = peft_config.target_modules
+            _name_experts(peft_config, model)  # first: "all-linear" stands for them, too
             _maybe_include_all_linear_layers(peft_config, model)
             if peft_config.target_modules != named:
                 # PEFT lists parts of its wrappers, too: a head in there trains whole already.
                 listed = cast("set[str]", peft_config.target_modules)
                 peft_config.target_modules = {name for name in listed if not set(name.split(".")) & _WRAPPED}
-            _name_experts(peft_config, model)
+                _warn_of_experts(peft_config, model, named)
             _check_tying(peft_config, model)
             geometries = self._geometries(peft_config, model)
             self._drawn = peft_config.choose_masks(geometries), geometries
@@ -102,10 +103,13 @@ class PartialLoraModel(LoraModel):
         placed = getattr(model, "hf_device_map", None) or {}
         away = {"cpu", "disk"} if {*placed.values()} - {"cpu", "disk"} else {"disk"}
         offloaded = {part for part, place in placed.items() if place in away}
-        if parameters and peft_config.alora_invocation_tokens:
-            raise PartialLoraError("target_parameters: expected modules alone beside alora_invocation_tokens.")
-        axis = peft_config.frozen_axis
-        unfit = nn.Embedding if axis and getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
+        for key in ("alora_invocation_tokens", "lora_bias"):
+            if parameters and getattr(peft_config, key):
+                raise PartialLoraError(f"target_parameters: expected modules alone beside {key}.")
+        unfit: dict[str, Any] = {"alora_invocation_tokens": (nn.Embedding, _ConvNd), "lora_bias": nn.Embedding}
+        unfit = {key: kinds for key, kinds in unfit.items() if getattr(peft_config, key)}
+        if axis := peft_config.frozen_axis:
+            unfit[axis] = nn.Embedding if getattr(peft_config, axis) == "frozen" else (nn.Embedding, _ConvNd)
         for name in targets:
             if any(f"{name}.".startswith(f"{part}.") for part in offloaded):
                 raise PartialLoraError(
@@ -125,16 +129,12 @@ class PartialLoraModel(LoraModel):
                 )
             adapted = modules[name]
             base = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
-            if peft_config.alora_invocation_tokens and isinstance(base, (nn.Embedding, _ConvNd)):
-                raise PartialLoraError(
-                    f"target module {name} is a {type(base).__name__}: alora_invocation_tokens takes linear layers;"
-                    " leave it out of target_modules."
-                )
-            if axis and isinstance(base, unfit):
-                raise PartialLoraError(
-                    f"target module {name} is a {type(base).__name__}:"
-                    f" {axis}={getattr(peft_config, axis)!r} does not fit it; leave it out of target_modules."
-                )
+            for key, kinds in unfit.items():
+                if isinstance(base, kinds):
+                    raise PartialLoraError(
+                        f"target module {name} is a {type(base).__name__}: {key}={getattr(peft_config, key)!r} does not"
+                        " fit it; leave it out of target_modules."
+                    )
         geometries = {
             loaded_name(name): geometry(name, modules[name], peft_config.rank_of(loaded_name(name))) for name in targets
         }
@@ -177,6 +177,8 @@ class PartialLoraModel(LoraModel):
             if isinstance(layer, PartialEmbedding) and layer.lora_B.keys() & configs.keys():
                 raise PartialLoraError(f"{loaded_name(key)} is an embedding: PEFT cannot combine its masked adapters.")
         for name, config in configs.items():
+            if config.lora_bias and isinstance(config, PartialLoraConfig):  # of its own LoRA, it drops them
+                raise PartialLoraError(f"adapter {name!r} has lora_bias: PEFT combines factors without their biases.")
             if config.rank_pattern and combination_type != "cat" and not combination_type.endswith("svd"):
                 raise PartialLoraError(
                     f"adapter {name!r} has a rank_pattern: combination_type={combination_type!r} adds up factors, which"
@@ -214,7 +216,7 @@ class PartialLoraModel(LoraModel):
         """Return the adapter's part of a state dict as it is on disk: every factor dense, all of one rank and alpha.
 
         A masked factor writes itself dense. ZeRO's stage 3 instead gathers a state dict by the names of parameters, so
-        there it has the kept entries under ``kept``.
+        there it has the kept entries under the names of these.
         """
         options: dict[str, Any] = {"model": model, "config": config, "adapter_name": adapter_name}
         state = super()._get_adapter_state_dict(state_dict=state_dict, **options, **kwargs)
@@ -224,7 +226,8 @@ class PartialLoraModel(LoraModel):
         layers: dict[str, Any] = {}
         factors: dict[str, tuple[str, str, str]] = {}
         owned = f".{adapter_name}"
-        for key in [key for key in state if key.endswith((f"{owned}.kept", f"{owned}.weight")) and ".lora_" in key]:
+        ends = tuple(f"{owned}.{name}" for name in (*PARTS, *PARTS.values()))
+        for key in [key for key in state if key.endswith(ends) and ".lora_" in key]:
             path, part, _, name = key.rsplit(".", 3)
             if path not in layers:
                 layers[path] = model.get_submodule(path)
@@ -234,15 +237,16 @@ class PartialLoraModel(LoraModel):
         for key, (path, part, name) in factors.items():
             value, layer = state.pop(key), layers[path]
             factor = getattr(layer, part)[adapter_name]
-            dense = factor.dense(value) if name == "kept" else value
-            if not isinstance(layer, ParamWrapper):
+            dense = value if name in PARTS else factor.dense(value)
+            whole_name = "weight" if name in ("weight", "kept") else "bias"
+            if whole_name == "weight" and not isinstance(layer, ParamWrapper):
                 dense = factor.padded(dense, rank)
             if part == "lora_B" and (power := config.own_scaling(_layer_name(base_name(path), layer))[0]) != 1:
                 dense = dense * power
             if isinstance(layer, PartialEmbedding):
                 state[f"{path}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
             else:
-                state[f"{path}.{part}.{adapter_name}.weight"] = dense
+                state[f"{path}.{part}.{adapter_name}.{whole_name}"] = dense
         return state
 
     @classmethod
@@ -272,8 +276,8 @@ _WRAPPED = {"modules_to_save", "original_module"}  # what PEFT's ModulesToSaveWr
 def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
     """Name fused experts by their parameters, where target_modules names their parts as a class had them before.
 
-    PEFT does so for its own LoRA, in the config, and so again when it reads the saved one. Raises PartialLoraError for
-    a part without the one that it is fused with.
+    "all-linear" names them and the router. PEFT does so for its own LoRA, in the config, and so again when it reads the
+    saved one. Raises PartialLoraError for a part without the one that it is fused with.
     """
     if config.expected is not None or not hasattr(getattr(model, "config", None), "model_type"):
         return
@@ -286,6 +290,24 @@ def _name_experts(config: PartialLoraConfig, model: nn.Module) -> None:
         raise PartialLoraError(f"target_modules={config.target_modules!r}: {error}") from None
     if plain.target_parameters and plain.target_parameters != config.target_parameters:
         config.target_modules, config.target_parameters = plain.target_modules, plain.target_parameters
+
+
+def _warn_of_experts(config: PartialLoraConfig, model: nn.Module, named: object) -> None:
+    """Warn of fused experts that "all-linear" leaves out: PEFT knows only some classes of them."""
+    if not isinstance(named, str) or config.target_parameters:
+        return
+    modules = [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    fused = dict.fromkeys(
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+    if fused:
+        warnings.warn(
+            f"target_modules={named!r} leaves out fused experts: target_parameters={[*fused]} adapts them, too",
+            stacklevel=2,
+        )
 
 
 def _check_tying(config: PartialLoraConfig, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from partial_lora.adapter.config import PartialLoraConfig, refuse_options, saved_file, scaling_of
-from partial_lora.adapter.factor import MaskedFactor
+from partial_lora.adapter.factor import PARTS, MaskedFactor
 from partial_lora.adapter.layer import as_factors
 from partial_lora.adapter.model import (
     adapter_layers,
@@ -85,8 +85,9 @@ def warm_start(
             if key not in factors:
                 state[key].copy_(value)
                 continue
-            kept = factors[key].kept.copy_(factors[key].nearest(value))
-            module, _, factor = key.removesuffix(".weight").rpartition(".")
+            path, name = key.rsplit(".", 1)
+            kept = getattr(factors[key], PARTS[name]).copy_(factors[key].nearest(value))
+            module, _, factor = path.rpartition(".")
             if factor == "lora_B":
                 scaling = layers[module].scaling[adapter_name] * factors[key].multiple
                 kept.mul_(scaling_of(source.config, module, config.r) / scaling)
@@ -106,9 +107,11 @@ def _masked_factors(model: nn.Module, adapter_name: str) -> dict[str, MaskedFact
     check_unmerged(model)
     module_masks(model, adapter_name)  # raises where masks were lost
     factors = {
-        f"{name}.{factor}.weight": getattr(layer, factor)[adapter_name]
+        f"{name}.{factor}.{part}": getattr(layer, factor)[adapter_name]
         for name, layer in adapter_layers(model, adapter_name).items()
         for factor in ("lora_A", "lora_B")
+        for part, kept in PARTS.items()
+        if getattr(getattr(layer, factor)[adapter_name], kept) is not None
     }
     for name, factor in factors.items():
         if factor.kept.is_meta:

@@ -289,7 +289,7 @@ def setting_of(
     """Return what a method makes an adapter of: the settings, the shapes of the modules, sparsities and importance."""
     modules, sizing = config.model.trained_modules, config.sizing
     if ALL_LINEAR in modules["target_modules"]:  # PEFT takes the word alone, not in a list
-        modules["target_modules"] = list(shapes)
+        modules["target_modules"] = [name for name in shapes if name.rpartition(".")[0] not in experts]
     setting = Setting(
         **modules,
         method=sizing.method,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("skeletons.json")
 CONFIGS = Path(__file__).with_name("configs.json")
-ALL_LINEAR = "all-linear"  # in place of names, as in PEFT: every linear layer but a causal model's output
+ALL_LINEAR = "all-linear"  # as in PEFT: every linear layer but a causal model's output, and fused experts
 _CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 
 
@@ -76,7 +76,7 @@ class Skeleton:
         if not isinstance(target_modules, Collection):
             raise PartialLoraError(f"target_modules={target_modules}: expected names or a regular expression")
         if ALL_LINEAR in ([target_modules] if isinstance(target_modules, str) else target_modules):
-            matched = [name for name in self.linears if name != self.output]
+            matched = [name for name in (*self.linears, *self.experts) if name != self.output]
         elif isinstance(target_modules, str):
             try:
                 matched = [name for name in self.modules if re.fullmatch(target_modules, name)]

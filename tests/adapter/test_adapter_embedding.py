@@ -122,8 +122,9 @@ def test_it_merges_comes_off_again_and_stands_beside_others(safe):
 
 
 def test_what_an_embedding_has_not_is_refused_by_name():
-    with pytest.raises(PartialLoraError, match=f"{EMBED} .*columns"):
-        adapted(columns="frozen")
+    for key, value in (("columns", "frozen"), ("lora_bias", True)):
+        with pytest.raises(PartialLoraError, match=f"{EMBED} .*{key}"):
+            adapted(**{key: value})
 
 
 def test_a_masked_adapter_joins_a_plain_one_that_is_there():

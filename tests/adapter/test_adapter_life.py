@@ -289,7 +289,7 @@ def test_saved_adapters_are_swapped_into_each_other_as_plain_lora(tmp_path, base
         (llama, {"granularity": "groups"}),
         (llama, {"columns": "frozen"}),
         (llama, {"columns": "one_hot"}),
-        (convnext, {"rank_pattern": {"pwconv1": 3}}),
+        (convnext, {"rank_pattern": {"pwconv1": 3}, "lora_bias": True}),
     ],
 )
 def test_a_masked_adapter_is_swapped_for_one_that_keeps_as_many(tmp_path, base, form):

@@ -17,6 +17,8 @@ from adapter_models import (
     llama,
     logits,
     loss_of,
+    optimizer_of,
+    step,
     to,
     tokens,
     trainable_parameters,
@@ -34,7 +36,7 @@ from peft.tuners.lora import LoraModel
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification, MambaConfig, MambaForCausalLM
 
 from partial_lora.adapter import PartialLoraConfig, module_masks
-from partial_lora.adapter.factor import FactorA, FactorB
+from partial_lora.adapter.factor import PARTS, FactorA, FactorB, MaskedFactor
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AS_PEFT
 
@@ -275,6 +277,61 @@ def test_biases_train_as_in_plain_lora(tmp_path, name, bias, granularity):
     torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("wrapped_vit", {**AS_PEFT, "alpha_pattern": {"fc1": 3}}),
+        ("gpt2", AS_PEFT),
+        ("timm_convnext", AS_PEFT),
+        ("timm_convnext", {}),
+        ("wrapped_vit", {"granularity": "groups"}),
+        ("wrapped_vit", {"columns": "one_hot", "row_exponent": 0}),
+    ],
+)
+def test_the_bias_of_b_trains_where_its_row_is_kept(tmp_path, name, settings):
+    kind = KINDS[name]
+    settings = {
+        "sparsity": {kind.targets[0]: UNEVEN, ".*": EVEN},
+        "lora_bias": True,
+        "modules_to_save": None,
+    } | settings
+    model = fill(adapt(kind.build, task_type=kind.task, **settings))
+    batch, masks = kind.batch(0), module_masks(model)
+    if settings.get("granularity") != "groups":
+        for module, layer in layers(model).items():
+            assert layer.lora_B["default"].bias.bool().tolist() == masks[module].rows.dense().tolist()
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    twin = PeftModel.from_pretrained(
+        kind.build(), tmp_path, is_trainable=True, config=LoraConfig.from_pretrained(tmp_path)
+    )
+    again = PeftModel.from_pretrained(kind.build(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(twin, batch), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(again, batch), expected)
+    assert trainable_parameters(again) == trainable_parameters(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload(), batch), expected, atol=1e-5, rtol=1e-5)
+
+    if settings.get("row_exponent") != 0 or "alpha_pattern" in settings:  # whose B has another multiple
+        return
+    factors = {key: each for key, each in model.named_modules() if isinstance(each, MaskedFactor)}
+    for key, module in twin.named_modules():
+        for part, kept in PARTS.items() if key in factors else ():
+            if not [*factors[key].parameters()]:
+                module.requires_grad_(False)
+            elif (whole := getattr(module, part)) is not None:
+                exists = factors[key].fill(torch.ones_like(getattr(factors[key], kept))).detach()
+                whole.register_hook(lambda gradient, exists=exists: gradient * exists)
+    for each in (model, twin):
+        optimizer = optimizer_of(each)
+        for seed in range(4):
+            step(each, optimizer, kind.batch(seed))
+    torch.testing.assert_close(logits(model, batch), logits(twin, batch), atol=1e-4, rtol=1e-4)
+    assert (logits(model, batch) - expected).abs().max() > 0.01
+
+
 def test_what_is_loaded_to_train_is_masked_unless_a_dense_config_is_asked_for(tmp_path):
     model = fill(adapt(sparsity=0.6))
     model.save_pretrained(tmp_path)
@@ -287,10 +344,10 @@ def test_what_is_loaded_to_train_is_masked_unless_a_dense_config_is_asked_for(tm
         torch.testing.assert_close(logits(dense, images()), logits(model, images()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", ["rows_columns", "element"])
-def test_an_invoked_adapter_changes_the_tokens_from_its_invocation_on_as_in_plain_lora(tmp_path, granularity):
+@pytest.mark.parametrize("form", [{}, {"granularity": "element"}, {"lora_bias": True}])
+def test_an_invoked_adapter_changes_the_tokens_from_its_invocation_on_as_in_plain_lora(tmp_path, form):
     words = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
-    model = fill(adapt(llama, sparsity={".*": UNEVEN}, granularity=granularity, **words))
+    model = fill(adapt(llama, sparsity={".*": UNEVEN}, **form, **words))
     batch = tokens()
     batch["input_ids"][0, 3:5] = torch.tensor([7, 8])  # the second text does not invoke it
     model.save_pretrained(tmp_path)

@@ -117,6 +117,7 @@ TOP = {"selection": "top", "scores": {"qkv": both([0])}}
         ("rows", {"rows": "frozen"}),
         ("rows", {"rows": "one_hot", "columns": "frozen"}),
         *(("granularity", {"granularity": "groups", axis: "one_hot"}) for axis in ("rows", "columns")),
+        *(("lora_bias", {"lora_bias": True, **form}) for form in ({"granularity": "element"}, {"rows": "one_hot"})),
         ("count", {"granularity": "units", "count": "bernoulli"}),
         *(("granularity", {"granularity": each, **TOP}) for each in ("groups", "units")),
         *(("mask_seed", {"mask_seed": value}) for value in (True, 0.5, -1)),
@@ -322,7 +323,7 @@ def test_targets_that_plain_peft_takes_for_fused_experts_are_those_here_too(tmp_
 
     with pytest.raises(PartialLoraError, match=r"^target_modules"):
         get_peft_model(base(), PartialLoraConfig(r=2, target_modules=["o_proj", "up_proj"], sparsity=0.5))
-    for targets in (["q_proj", "o_proj"], ["o_proj", "gate_proj", "up_proj"], r".*(o_proj|down_proj)"):
+    for targets in (["q_proj", "o_proj"], ["o_proj", "gate_proj", "up_proj"], r".*(o_proj|down_proj)", "all-linear"):
         model = fill(get_peft_model(base(), PartialLoraConfig(r=2, target_modules=targets, sparsity=0.5)))
         dense = get_peft_model(base(), LoraConfig(r=2, target_modules=targets))
         assert list(layers(model)) == list(layers(dense))

@@ -183,7 +183,7 @@ def test_loading_gives_every_value_back_bit_for_bit(tmp_path, base, settings):
     [
         (vit, {"bias": "all"}),
         (vit, {"bias": "lora_only", "use_rslora": True, "alpha_pattern": {"fc1": 3}}),
-        (vit, {"target_modules": "all-linear", "exclude_modules": ["fc2"], "lora_dropout": 0.1}),
+        (vit, {"target_modules": "all-linear", "exclude_modules": ["fc2"], "lora_dropout": 0.1, "lora_bias": True}),
         (vit, {"target_modules": r".*\.blocks\.0\.(attn\.qkv|mlp\.fc1)", "modules_to_save": None}),
         (llama, {"trainable_token_indices": [1, 3]}),
         (llama, {"modules_to_save": ["embed_tokens", "lm_head"]}),

@@ -132,11 +132,14 @@ def test_the_names_that_a_class_had_before_stand_for_its_fused_experts():
     names = ["o_proj", "gate_proj", "up_proj", "down_proj"]
     model = adapted("qwen3", target_modules=names, target_parameters=None)
     assert module_masks(model).keys() == module_masks(adapted("qwen3")).keys()
+    with pytest.warns(UserWarning, match=r"target_parameters=\['experts.gate_up_proj', 'experts.down_proj'\]"):
+        adapted("gpt_oss", target_modules="all-linear", target_parameters=None, sparsity=0.5)
     for settings, key in (
         ({"target_modules": ["o_proj", "gate_proj"], "target_parameters": None}, "target_modules"),
         ({"target_parameters": ["experts.missing"]}, "target_parameters"),
         ({"granularity": "groups"}, "target_parameters"),
         ({"columns": "one_hot"}, "target_parameters"),
+        ({"lora_bias": True}, "target_parameters"),
     ):
         with refusal(key):
             adapted("qwen3", **settings)

@@ -94,15 +94,18 @@ def test_kept_entries_are_those_of_the_lora_and_the_others_zero(name, granularit
 @pytest.mark.parametrize(
     "settings", [{}, {"column_exponent": 0.5}, {"lora_alpha": 3}, {"use_rslora": True}, {"alpha_pattern": {"fc1": 2}}]
 )
-def test_under_another_scaling_the_kept_part_of_the_lora_says_the_same(tmp_path, lora, settings):
-    model, expected = adapt(sparsity=0.7, **settings), adapt(sparsity=0.7, row_exponent=0)
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_under_another_scaling_the_kept_part_of_the_lora_says_the_same(tmp_path, settings, lora_bias):
+    lora = trained(lora_bias=lora_bias)
+    settings = {"sparsity": 0.7, "lora_bias": lora_bias, **settings}
+    model, expected = adapt(**settings), adapt(sparsity=0.7, row_exponent=0, lora_bias=lora_bias)
     warm_start(expected, lora)
     warm_start(model, lora)
     said = logits(expected, images())
     torch.testing.assert_close(logits(model, images()), said, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "masked")
     for source in (model, tmp_path / "masked"):
-        again = adapt(sparsity=0.7, row_exponent=0)
+        again = adapt(sparsity=0.7, row_exponent=0, lora_bias=lora_bias)
         warm_start(again, source)
         torch.testing.assert_close(logits(again, images()), said, atol=1e-5, rtol=1e-5)
 
