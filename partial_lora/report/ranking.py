@@ -95,7 +95,7 @@ def rows_of(runs: Iterable[Run], stored: Predictions | None = None) -> pd.DataFr
         [
             run.row
             | {"size": size_in(run.record), "form": form_of(run.record["config"])}
-            | {"run": run, "outcome": Outcome.of(run.row, stored), "forgotten": packs.forgetting(run.directory)}
+            | {"run": run, "outcome": Outcome.of(run.row, stored)}
             for run in runs
         ]
     )
@@ -199,8 +199,9 @@ def compared(chosen: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 def _changes(cell: pd.DataFrame) -> dict[str, float]:
     """Return by how much a cell's runs change the score of the untouched model on other sets, and half the interval."""
+    measured = {seed: packs.forgetting(run.directory) for seed, run in zip(cell["seed"], cell["run"], strict=True)}
     columns = {}
-    for name, changes in changes_of({"": dict(zip(cell["seed"], cell["forgotten"], strict=True))}).items():
+    for name, changes in changes_of({"": measured}).items():
         apart = estimate(np.stack(list(changes.by_row[""].values())))
         low, high = apart.interval()
         columns[title := f"{name}{CHANGE}{changes.metric}"] = apart.difference

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def runs(form: str, scores: dict[tuple[float, int], tuple[float, float, float]])
     return [
         common
         | {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": loss, "test": test}
-        | {"outcome": Outcome(test, "accuracy", "", seed, None), "forgotten": {}}
+        | {"outcome": Outcome(test, "accuracy", "", seed, None), "run": SimpleNamespace(directory=Path("nowhere"))}
         for (rate, seed), (validation, loss, test) in scores.items()
     ]
 
