@@ -128,7 +128,13 @@ def test_the_page_has_the_score_its_interval_and_how_many_examples(tmp_path) -> 
 def test_the_page_of_a_run_that_has_won_a_comparison_has_the_verdict_and_its_command(tmp_path) -> None:
     run = choice_run()
     outputs = {name: {seed: np.full(3, score) for seed in range(2)} for name, score in (("a", 0.9), ("b", 0.1))}
-    decided = {"metric": "accuracy", "margin": 0.01, "looks": (2,), "verdict": ["Take a: nothing is better."]}
+    decided = {
+        "metric": "accuracy",
+        "margin": 0.01,
+        "looks": (2,),
+        "forgotten": {},
+        "verdict": ["Take a: nothing is better."],
+    }
     settings = {"a": run.result["config"]}
     (tmp_path / "take").mkdir()
     certificate.write(tmp_path / "take", outputs, decide(outputs, 0.01, (2,)), settings=settings, **decided)
