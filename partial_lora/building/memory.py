@@ -24,7 +24,7 @@ from partial_lora.building.build import method_of, setting_of
 from partial_lora.errors import PartialLoraError, one_line, require
 from partial_lora.masks import PAPER_BUDGET, Sparsity
 from partial_lora.methods import METHODS
-from partial_lora.models.skeleton import skeleton
+from partial_lora.models.skeleton import Skeleton, skeleton
 from partial_lora.models.weights import quiet
 from partial_lora.settings.schema import Config
 from partial_lora.training.cost import kept_by_forward
@@ -106,15 +106,15 @@ def within(config: Config) -> Config:
 
 def adapted(config: Config, sparsity: float | Sparsity | None = None, outputs: int = _OUTPUTS) -> PeftModel:
     """Return the model with its adapter on the meta device, where neither has values. outputs: of the head."""
-    shapes, bare = _shapes(config), _empty(config, outputs)
-    method = config.method
+    whole, bare = _skeleton(config), _empty(config, outputs)
+    shapes, method = whole.targets(**config.model.trained_modules), config.method
     if sparsity is None and method.traits.is_sparse:
         sizing = config.sizing
         sparsity = sizing.sparsity(shapes) or sizing.evenly(shapes, sizing.calibration.budget or PAPER_BUDGET)
     # Which rows are kept, by importance or at random, changes no size.
     build = METHODS["partial"] if method.traits.ranked else method_of(method)
     with quiet():
-        return build(bare, setting_of(config, shapes, sparsity))
+        return build(bare, setting_of(config, shapes, sparsity, experts=whole.expert_parameters(shapes)))
 
 
 def _at(config: Config, share: float) -> Config:
@@ -129,7 +129,11 @@ def _largest(config: Config) -> float:
 
 
 def _shapes(config: Config) -> Shapes:
-    return skeleton(**config.model.geometry, outputs=_OUTPUTS).targets(**config.model.trained_modules)
+    return _skeleton(config).targets(**config.model.trained_modules)
+
+
+def _skeleton(config: Config) -> Skeleton:
+    return skeleton(**config.model.geometry, outputs=_OUTPUTS)
 
 
 def _empty(config: Config, outputs: int = _OUTPUTS) -> nn.Module:

@@ -73,3 +73,15 @@ def test_layers_that_cannot_be_counted_are_refused() -> None:
 def test_a_method_that_has_no_large_size_has_the_largest_that_it_can_have() -> None:
     given = ("model=tiny_vit", "task=cifar10", "method=ia3", "trainer.batch_size=4", "calibration=fixed")
     assert 0 < memory.within(composed(*given, "calibration.kept=1e9")).calibration.budget < 1
+
+
+def test_fused_experts_are_adapted_where_memory_is_counted_and_ranks_of_their_own_are_refused_there() -> None:
+    sizes = (
+        "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 4, num_local_experts: 4}"
+    )
+    targets = "model.target_modules=[o_proj,experts.down_proj]"
+    model = ("model=tiny_qwen", "model.architecture=mixtral", f"++model.model_args={sizes}", targets)
+    adapted = memory.adapted(composed(*model, "task=arc_easy", *SMALL))
+    assert any("experts" in name for name, value in adapted.named_parameters() if value.requires_grad)
+    with pytest.raises(PartialLoraError, match=r"^model\.target_modules"):
+        memory.adapted(composed(*model, "task=arc_easy", *SMALL, "method=lora"))
