@@ -48,11 +48,6 @@ def kept_count(size: int, sparsity: float) -> int:
     return max(1, math.floor((1 - _checked(sparsity)) * size + 0.5))
 
 
-def power_of_two(factor: float) -> float:
-    """Return the nearest power of two, by which numbers are multiplied and divided without rounding."""
-    return 2.0 ** round(math.log2(factor))
-
-
 def _checked(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise PartialLoraError(f"sparsity is {sparsity}: it is the share removed and must be in [0, 1).")

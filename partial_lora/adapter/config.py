@@ -48,7 +48,6 @@ from partial_lora.masks import (
     Selection,
     Sparsity,
     check_factors,
-    power_of_two,
     read_sparsity,
 )
 
@@ -302,14 +301,14 @@ class PartialLoraConfig(LoraConfig):
         ranks = self.rank_pattern or {}
         return ranks.get(get_pattern_key(list(ranks), module), self.r)
 
-    def density_factor(self, masks: ModuleMasks) -> float:
-        """Return the factor p^-row_exponent · q^-column_exponent on the change of a module with these masks.
+    def alpha_in_model(self, module: str, masks: ModuleMasks) -> float:
+        """Return the alpha of a module with these masks: its own times p^-row_exponent · q^-column_exponent.
 
         A factor that does not train has a density of 1 here.
         """
         exponents = {"rows": cast("float", self.row_exponent), "columns": self.column_exponent}  # set by __post_init__
         trains = [axis for axis in AXES if axis != self.frozen_axis]
-        return math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
+        return _alpha_of(self, module) * math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
 
     def as_lora(self, rank: int | None = None) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter on disk: all modules with one alpha and one ``rank``.
@@ -319,25 +318,11 @@ class PartialLoraConfig(LoraConfig):
         options = {option.name: getattr(self, option.name) for option in fields(LoraConfig)}
         options |= {"rank_pattern": {}, "alpha_pattern": {}}
         if rank not in (None, self.r):  # the same scaling
-            options |= {"r": rank, "lora_alpha": self.lora_alpha * self._unit(rank) / self._unit(self.r)}
+            options |= {"r": rank, "lora_alpha": self.lora_alpha * self.unit(rank) / self.unit(self.r)}
         return LoraConfig(**options)
 
-    def own_scaling(self, module: str) -> tuple[float, float]:
-        """Return a module's scaling over that of a module without a rank or alpha of its own: a power of two, the rest.
-
-        The power of two is in the module's scaling, and on disk in B. The rest is in the values that A is drawn with.
-        """
-        if not (self.rank_pattern or self.alpha_pattern):
-            return 1.0, 1.0
-        ratio = scaling_of(self, module, self.rank_of(module)) * self._unit(self.r) / self.lora_alpha
-        return power_of_two(ratio), ratio / power_of_two(ratio)
-
-    def scaled_alpha(self, module: str) -> float:
-        """Return the alpha of a module in a model, with the power of two of its `own_scaling`."""
-        return self.lora_alpha * self.own_scaling(module)[0] * self._unit(self.rank_of(module)) / self._unit(self.r)
-
-    def _unit(self, rank: int) -> float:
-        """Return the alpha that gives a scaling of 1."""
+    def unit(self, rank: int) -> float:
+        """Return the alpha that gives a scaling of 1 at a rank."""
         return math.sqrt(rank) if self.use_rslora else rank
 
     def to_dict(self) -> dict:
@@ -417,7 +402,7 @@ class PartialLoraConfig(LoraConfig):
         except PartialLoraError as error:
             raise PartialLoraError(f"{path} is broken: {error}") from None
         if config.r != lora.r:  # the same scaling
-            config.lora_alpha = lora.lora_alpha * config._unit(config.r) / config._unit(lora.r)
+            config.lora_alpha = lora.lora_alpha * config.unit(config.r) / config.unit(lora.r)
         config.expected = modules
         return config
 

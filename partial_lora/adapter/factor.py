@@ -43,7 +43,6 @@ class MaskedFactor(nn.Module):
         dense: the factor as PEFT has drawn it, a linear layer or a convolution.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
-        multiple: what ``kept`` is multiplied by in the whole factor, a power of two, which rounds nothing.
 
     Where the mask keeps everything (``full``), this is plain LoRA's factor and is computed as in PEFT.
     """
@@ -51,7 +50,7 @@ class MaskedFactor(nn.Module):
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
 
-    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
+    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
         super().__init__()
         weight, groups, is_convolution = dense.weight, getattr(dense, "groups", 1), not isinstance(dense, nn.Linear)
         if is_convolution:
@@ -63,7 +62,6 @@ class MaskedFactor(nn.Module):
         self._set(
             mask=mask,
             entries=entries,
-            multiple=multiple,
             full=len(mask.kept) == mask.size,
             shape=weight.shape,
             rank=weight.shape[1 - self.axis] * groups,
@@ -185,10 +183,6 @@ class MaskedFactor(nn.Module):
         """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
 
-    def dense(self, kept: Tensor) -> Tensor:
-        """Return the dense factor, or its bias, as other code sees it."""
-        return self.fill(kept) if self.multiple == 1 else self.fill(kept * self.multiple)
-
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
         missing = rank - dense.shape[1 - self.axis]
@@ -212,9 +206,9 @@ class MaskedFactor(nn.Module):
         Writing into it raises. Assigning a dense factor with other values makes ``kept`` a new parameter with what the
         mask keeps. All processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
-        dense = self.dense(whole(self.kept))
+        dense = self.fill(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full and self.multiple == 1 else _read_only(dense)
+        return dense if self.full else _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -228,7 +222,7 @@ class MaskedFactor(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The dense bias, zero where masked, as ``weight`` is; None where the factor has none."""
-        return None if self.kept_bias is None else _read_only(self.dense(whole(self.kept_bias)))
+        return None if self.kept_bias is None else _read_only(self.fill(whole(self.kept_bias)))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as any module does, but assign ``weight``, which is not a parameter here."""
@@ -246,7 +240,7 @@ class MaskedFactor(nn.Module):
                 " with PartialLoraConfig.from_pretrained of its own folder, or remove a partial_lora.json that another"
                 " adapter has left there."
             )
-        return kept / self.multiple
+        return kept
 
     def operand(self, kept: Tensor) -> Tensor:
         """Return the matrix of a product: the factor's part for the gathered features, or the dense factor."""
@@ -277,8 +271,8 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        bias = None if self.kept_bias is None else self.dense(self.kept_bias)
-        return self._apply_weight(x, self.dense(self.kept), bias)
+        bias = None if self.kept_bias is None else self.fill(self.kept_bias)
+        return self._apply_weight(x, self.fill(self.kept), bias)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return an activation's features that meet `operand`: those that have kept entries."""
@@ -302,7 +296,7 @@ class MaskedFactor(nn.Module):
             return
         for name, part in PARTS.items():
             if (kept := getattr(self, part)) is not None:
-                dense = entry_like(kept, self.dense(whole(kept)))
+                dense = entry_like(kept, self.fill(whole(kept)))
                 destination[prefix + name] = dense if keep_vars else dense.detach()
 
     def _load_from_state_dict(
@@ -355,7 +349,6 @@ class FactorB(MaskedFactor):
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
         if self.full:
             return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
-        scaling = scaling * self.multiple
         low = low * scaling  # narrower than the result
         bias = None if self.kept_bias is None else self.kept_bias * scaling
         if self.scatters:
@@ -446,25 +439,13 @@ class FrozenA(_Frozen, FactorA):
 
 
 class _OneHot(_Frozen):
-    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features.
-
-    All of them have one length, which need not be 1.
-    """
+    """A frozen factor of unit vectors, in the order of the features that they meet: a product selects features."""
 
     gathers = scatters = True
 
-    def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
-        super().__init__(dense, mask, drawn, beside, entries=entries)
-        self._length = float(drawn[0, 0])
-
-    def swap(self, mask: Mask, dense: Tensor, drawn: np.ndarray | None, bias: None = None) -> None:
-        """Take over unit vectors of other features, in another length."""
-        super().swap(mask, dense, drawn)
-        self._length = float(drawn[0, 0])
-
     def times(self, x: Tensor, kept: Tensor, bias: None = None) -> Tensor:
-        """Return x times the length: the operand is a multiple of the identity."""
-        return x if self._length == 1 else x * self._length
+        """Return x: the operand is the identity."""
+        return x
 
     transposed = times
 
@@ -535,7 +516,7 @@ class _Tied:
                 f"{name} is not tied in this adapter's groups: it was trained under others or none, load it with"
                 " PartialLoraConfig.from_pretrained of its own folder."
             )
-        return kept / self.multiple
+        return kept
 
 
 class TiedA(_Tied, FactorA):

@@ -13,10 +13,10 @@ from peft.utils.hotswap import _update_scaling
 from torch import Tensor, nn
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PartialLoraConfig, scaling_of
+from partial_lora.adapter.config import PartialLoraConfig
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
-from partial_lora.adapter.model import adapter_layers, base_name, config_of
+from partial_lora.adapter.model import adapter_layers, base_name, config_of, saved_multiple
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
@@ -54,15 +54,16 @@ def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: s
         _check_fit(name, layer, adapter_name, masks[name], geometries[name])
     with torch.no_grad():
         for name, layer in layers.items():
-            power, rest = new.own_scaling(name)
-            _update_scaling(layer, adapter_name, scaling_of(new, name, new.rank_of(name)) / rest)
+            rank = layer.r[adapter_name] = new.rank_of(name)
+            alpha = layer.lora_alpha[adapter_name] = new.alpha_in_model(name, masks[name])
+            _update_scaling(layer, adapter_name, alpha / new.unit(rank))
+            multiple = saved_multiple(new, layer, adapter_name)
             a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             frozen = new.frozen(name, geometries[name])
-            for factor, mask, letter in ((a, masks[name].columns, "A"), (b, masks[name].rows, "B")):
-                key, multiple = f"{name}.lora_{letter}.{adapter_name}", power if letter == "B" else 1
-                dense, bias = values[f"{key}.weight"] / multiple, values.get(f"{key}.bias")
-                drawn = None if frozen is None else frozen * new.density_factor(masks[name]) * rest
-                factor.swap(mask, dense, drawn, bias if bias is None else bias / multiple)
+            a.swap(masks[name].columns, values[f"{name}.lora_A.{adapter_name}.weight"], frozen)
+            key = f"{name}.lora_B.{adapter_name}"
+            dense, bias = values[f"{key}.weight"] / multiple, values.get(f"{key}.bias")
+            b.swap(masks[name].rows, dense, frozen, bias if bias is None else bias / multiple)
     for key in ("lora_alpha", "indices", *sidecar.SETTINGS):
         setattr(config, key, getattr(new, key))
     config.scores, config.expected = None, new.expected

@@ -20,7 +20,7 @@ from partial_lora.adapter.fingerprint import remember_base
 from partial_lora.adapter.fused import adapted_linear
 from partial_lora.adapter.selection import ModuleMasks
 from partial_lora.errors import PartialLoraError
-from partial_lora.masks import MASKED, TiedMask, power_of_two
+from partial_lora.masks import MASKED, TiedMask
 
 
 class PartialLoraVariant(LoraVariant):
@@ -167,7 +167,7 @@ class PartialEmbedding(lora.Embedding):
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
-        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * (self.scaling[name] * b.multiple)
+        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * self.scaling[name]
         scale = self._get_embed_scale()
         return change if scale is None else change * scale.to(change.dtype)
 
@@ -262,15 +262,13 @@ def mask_layer(
     rows: str = MASKED,
     columns: str = MASKED,
     frozen: np.ndarray | None = None,
-    factor: float = 1.0,
     invoked: bool = False,
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
     Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``rows`` and ``columns`` say
-    which factor does not train; ``frozen`` are its values. The other starts at zero. The change of W is ``factor``
-    times PEFT's: a factor that does not train takes it all, else B the nearest power of two, in which nothing is
-    rounded when B is saved and read, and A's draw the rest. ``invoked``: it changes the tokens from its invocation on.
+    which factor does not train; ``frozen`` are its values. The other starts at zero. ``invoked``: it changes the tokens
+    from its invocation on.
     """
     # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
     # for custom ones (_register_custom_module) would displace the quantised layers.
@@ -282,23 +280,19 @@ def mask_layer(
     if embeds:
         layer.with_linears(adapter_name)
     dense_a, dense_b, entries = layer.lora_A[adapter_name], layer.lora_B[adapter_name], masks.element
-    if frozen is not None:
-        frozen = frozen * np.float32(factor)
     if rows != MASKED:
         a = FactorA(dense_a, masks.columns, entries=entries)
         a.kept.data.zero_()
         b = OneHotB(dense_b, masks.rows, frozen, a, entries=False)
-    elif columns != MASKED:
-        b = FactorB(dense_b, masks.rows, entries=entries)
-        hot = columns == "one_hot"
-        a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)
     else:
-        power = power_of_two(factor)
-        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries, multiple=power)
-        a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
-        a.kept.data *= factor / power
-        if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
-            a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
+        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries)
+        if columns != MASKED:
+            hot = columns == "one_hot"
+            a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)
+        else:
+            a = (TiedA if tied else FactorA)(dense_a, masks.columns, entries=entries)
+            if fan_in == "kept" and not embeds:  # an embedding's output is no sum over columns of A
+                a.kept.data *= masks.columns.reach**-0.5  # from PEFT's draw for all inputs to one for the kept
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
     if not isinstance(layer, lora.layer.ParamWrapper):  # which adds B A to its parameter, and reads both whole
         layer.lora_variant[adapter_name] = InvokedVariant() if invoked else PartialLoraVariant()

@@ -89,8 +89,7 @@ def warm_start(
             kept = getattr(factors[key], PARTS[name]).copy_(factors[key].nearest(value))
             module, _, factor = path.rpartition(".")
             if factor == "lora_B":
-                scaling = layers[module].scaling[adapter_name] * factors[key].multiple
-                kept.mul_(scaling_of(source.config, module, config.r) / scaling)
+                kept.mul_(scaling_of(source.config, module, config.r) / layers[module].scaling[adapter_name])
 
 
 @dataclass(frozen=True)
