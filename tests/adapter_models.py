@@ -228,8 +228,20 @@ def dense_twin(model, base, **settings):
     for name in configs:
         result = set_peft_model_state_dict(twin, get_peft_model_state_dict(model, adapter_name=name), name)
         assert not result.unexpected_keys
+        scaled_as(model, twin, name)
     twin.set_adapter(model.active_adapter)
     return twin
+
+
+def scaled_as(model, twin, name="default"):
+    """Give ``twin``, read from a file of ``model``, its scalings: the file has one, and the rest in B, which trains."""
+    own = layers(model)
+    for module, layer in layers(twin).items():
+        if name in layer.lora_B:
+            ratio = own[module].scaling[name] / layer.scaling[name]
+            layer.scaling[name] *= ratio
+            for parameter in layer.lora_B[name].parameters():
+                parameter.data /= ratio
 
 
 def redrawn(base=vit):

@@ -122,10 +122,8 @@ class PartialLoraConfig(LoraConfig):
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
     ΔW is p^-row_exponent · q^-column_exponent times what alpha / rank gives, so that dense LoRA's learning rate suits
-    densities down to 12 %; below, it is lower. The nearest power of two of this factor is in B as other code sees it,
-    in files too, and the rest of it in the values that A is drawn with (in a factor that does not train, all of it). So
-    ``lora_alpha`` is the alpha of every module, and what is saved is read back bit for bit. Every default is that of
-    the command line.
+    densities down to 12 %; below, it is lower. This factor is in the module's scaling in a model, and in B on disk,
+    where ``lora_alpha`` is the alpha of every module. Every default is that of the command line.
 
     Attributes:
         r, lora_alpha: 16 and 16, in place of LoraConfig's 8 and 8.

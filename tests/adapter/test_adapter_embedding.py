@@ -46,7 +46,7 @@ def shares(model: PeftModel) -> dict[str, dict[str, float]]:
 def gradient_of_kept(factor: MaskedFactor, dense: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the numbers that a masked factor trains, from a dense factor's."""
     if not isinstance(factor.mask, TiedMask):
-        return factor.keep(dense) * factor.multiple
+        return factor.keep(dense)
     summed = torch.zeros_like(factor.kept)
     for feature, (place, sign) in enumerate(zip(factor.mask.places, factor.mask.signs, strict=True)):
         summed.select(factor.axis, place).add_(dense.select(factor.axis, feature) * sign)
@@ -92,7 +92,7 @@ def test_its_folder_is_a_lora_of_peft_and_gives_the_masks_back(settings, tmp_pat
     assert torch.allclose(logits(plain), expected, atol=1e-5)
     config = PartialLoraConfig.from_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path, config=config)
-    assert torch.equal(logits(again), expected)
+    assert torch.allclose(logits(again), expected, atol=1e-6)
     assert module_masks(again) == module_masks(model)
     write_compact(model, tmp_path / "compact")
     assert torch.equal(logits(load_compact(llama(), tmp_path / "compact")), expected)

@@ -301,12 +301,14 @@ def test_a_masked_adapter_is_swapped_for_one_that_keeps_as_many(tmp_path, base, 
     other.save_pretrained(tmp_path / "two")
     places = [id(value) for value in model.parameters()]
     hotswap_adapter(model, str(tmp_path / "two"), adapter_name="default")
-    assert torch.equal(logits(model, batch), logits(other, batch))
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    swapped = logits(model, batch)
+    torch.testing.assert_close(swapped, logits(other, batch), **close)
     assert [id(value) for value in model.parameters()] == places
     assert module_masks(model) == module_masks(other)
     model.save_pretrained(tmp_path / "again")  # with the masks that came with it
     again = PeftModel.from_pretrained(base(), tmp_path / "again", is_trainable=True)
-    assert torch.equal(logits(again, batch), logits(other, batch))
+    torch.testing.assert_close(logits(again, batch), logits(other, batch), **close)
 
     if "granularity" not in form and base is llama:  # another number of rows, or no masks at all
         masked(3, sparsity=0.4).save_pretrained(tmp_path / "more")
@@ -315,7 +317,7 @@ def test_a_masked_adapter_is_swapped_for_one_that_keeps_as_many(tmp_path, base, 
                 fill(adapt(base, modules_to_save=None)).save_pretrained(tmp_path / folder)
             with refusal(f".*{key}"):
                 hotswap_adapter(model, str(tmp_path / folder), adapter_name="default")
-        assert torch.equal(logits(model, batch), logits(other, batch))
+        assert torch.equal(logits(model, batch), swapped)
 
 
 def test_a_compiled_masked_model_takes_adapters_of_lower_ranks_without_compiling_again(tmp_path):

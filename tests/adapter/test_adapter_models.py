@@ -73,17 +73,18 @@ def test_saved_it_is_plain_lora_without_a_warning_and_masked_again_it_trains_on(
 
     config = PartialLoraConfig.from_pretrained(str(tmp_path))
     settings = {"config": config, "is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
-    assert_trains_on(kind, model, PeftModel.from_pretrained(kind.build(), str(tmp_path), **settings))
+    assert_trains_on(kind, model, PeftModel.from_pretrained(kind.build(), str(tmp_path), **settings), atol=1e-5)
 
 
-def assert_trains_on(kind, model, again):
-    """The same masks and outputs, to the last bit, before and after a step."""
+def assert_trains_on(kind, model, again, atol=0):
+    """The same masks and outputs, before and after a step: to the last bit, or as near as given."""
+    close = {"atol": atol, "rtol": atol}
     assert module_masks(again) == module_masks(model)
     assert {p.device.type for p in again.parameters()} == {"cpu"}
-    assert torch.equal(logits(again, kind.batch(0)), logits(model, kind.batch(0)))
+    torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), **close)
     losses = [step(each, optimizer_of(each), kind.batch(1)) for each in (model, again)]
-    assert losses[0] == losses[1]
-    assert torch.equal(logits(again, kind.batch(0)), logits(model, kind.batch(0)))
+    assert losses[0] == pytest.approx(losses[1], abs=atol, rel=0)
+    torch.testing.assert_close(logits(again, kind.batch(0)), logits(model, kind.batch(0)), **close)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -68,7 +68,7 @@ def test_masks_of_every_kind_come_back_from_the_file(tmp_path, name, settings):
     assert module_masks(again) == module_masks(model)
     assert trainable_parameters(again) == trainable_parameters(model)
     batch = KINDS[name].batch(0)
-    assert torch.equal(logits(again, batch), logits(model, batch))
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
 
     again.save_pretrained(tmp_path / "two")  # and once more, with nothing lost on the way
     assert json.loads((tmp_path / "two" / "partial_lora.json").read_text()) == sidecar

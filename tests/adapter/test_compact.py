@@ -64,6 +64,10 @@ def state(model, adapter_name="default"):
     return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
+def trained(model):
+    return {name: value.detach() for name, value in model.named_parameters() if ".lora_" in name}
+
+
 def assert_same(own, other, dtype=None):
     """Equal names, types and bits; of values rounded to ``dtype`` where one is given."""
     assert own.keys() == other.keys()
@@ -130,7 +134,7 @@ def test_the_folder_is_as_small_as_promised(tmp_path, base, selection, granulari
     model = fill(adapt(base, sparsity=0.87, **chosen))
     assert written_size(model, tmp_path, dtype) <= promised_size(model, dtype)
     loaded = load_compact(base(), tmp_path)
-    assert_same(state(model), state(loaded), dtype)
+    assert_same(trained(model), trained(loaded), dtype)
     assert module_masks(loaded) == module_masks(model)
 
 

@@ -120,7 +120,8 @@ def test_every_form_of_a_lora_gives_the_same(tmp_path, way):
     dense.save_pretrained(tmp_path / "here" if way == "subfolder" else tmp_path)
     settings = {"subfolder": "here"} if way == "subfolder" else {}
     warm_start(model, dense if way.endswith("model") else str(tmp_path) if way == "str" else tmp_path, **settings)
-    assert all(torch.equal(value, state(expected)[key]) for key, value in state(model).items())
+    for key, value in state(model).items():  # B of a masked one is rounded in its file
+        torch.testing.assert_close(value, state(expected)[key])
 
 
 def test_it_is_the_adapter_named_that_starts_warm(lora):
