@@ -317,6 +317,9 @@ def test_a_masked_adapter_is_swapped_for_one_that_keeps_as_many(tmp_path, base, 
                 fill(adapt(base, modules_to_save=None)).save_pretrained(tmp_path / folder)
             with refusal(f".*{key}"):
                 hotswap_adapter(model, str(tmp_path / folder), adapter_name="default")
+        with refusal("'default'.*hotswap_adapter"):
+            tensors = get_peft_model_state_dict(other)
+            hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig.from_pretrained(tmp_path / "two"))
         assert torch.equal(logits(model, batch), swapped)
 
 
