@@ -36,7 +36,7 @@ import pandas as pd
 import transformers
 from scipy.stats import hypergeom
 
-from partial_lora import budget, cli, files, tasks
+from partial_lora import cli, files, tasks
 from partial_lora.building import build
 from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
@@ -110,20 +110,6 @@ class Subject:
             given |= {"rank": self.config.method.nominal_rank, "granularity": self.config.mask.counted}
             calibrated = calibrate(self.model, score, chosen, **given)
         return calibrated, score
-
-    def record(self, calibrated: Calibration) -> dict:
-        """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
-        rank, granularity = self.config.method.nominal_rank, self.config.mask.counted
-        units = budget.masked_units(self.shapes, rank, granularity)
-        cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
-        return {
-            "baseline": calibrated.baseline,
-            "joint": calibrated.joint,
-            "density": budget.kept_parameters(*units, calibrated.sparsity) / budget.dense_parameters(self.shapes, rank),
-            "cost": dict.fromkeys(cost) if calibrated.cached else cost,
-            "sparsity": calibrated.sparsity,
-            "warnings": calibrated.warnings,
-        }
 
 
 class Analysis(NamedTuple):
@@ -220,7 +206,7 @@ def reliability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]
         halves, calibrations = [], []
         for half in reliability.split_half(labels, seed):
             calibrations.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))
-            halves.append(subject.record(calibrations[-1]) | {"examples": len(half)})
+            halves.append({"sparsity": calibrations[-1].sparsity, "examples": len(half)})
         first, second = (each.sparsity for each in calibrations)
         of_axis = {
             axis: reliability.correlation(*({m: {axis: s[m][axis]} for m in s} for s in (first, second)))
@@ -245,14 +231,11 @@ def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
 
 
 def conditions(settings: Mapping) -> list[tuple[int, float]]:
-    """Return (shots, noise) of the calibrations to compare, the reference first: the settings' shots, no noise.
-
-    There are no wrong labels of a task without classes.
-    """
+    """Return (shots, noise) of the calibrations to compare. No labels are wrong of a task without classes."""
     usual, options, task = settings["calibration"]["shots"], settings["analysis"], settings["task"]
     sizes = [(shots, 0.0) for shots in options["shots"]]
     noisy = [(usual, noise) for noise in options["noise"]] if task["kind"] == "label" and not task["regression"] else []
-    return list(dict.fromkeys([(usual, 0.0), *sizes, *noisy]))
+    return list(dict.fromkeys([*sizes, *noisy]))
 
 
 def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
@@ -264,7 +247,7 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
             train, draws = subject.mislabelled(draws, noise, seed)
         calibrated = subject.calibrate(draws, train=train, shots=shots, seed=seed)
         condition = {"shots": shots, "noise": noise, "seed": seed, "examples": len(draws.scored)}
-        return condition | subject.record(calibrated)
+        return condition | {"sparsity": calibrated.sparsity}
 
     return {
         f"{shots} shots, {100 * noise:g}% noise, seed {seed}": partial(part, shots, noise, seed)
@@ -274,12 +257,8 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
 
 
 def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
-    """Return a line for each condition: how far its seeds agree with each other, and with the reference's."""
-    by_condition: dict[tuple[int, float], list[dict]] = {}
-    for part in parts.values():
-        by_condition.setdefault((part["shots"], part["noise"]), []).append(part)
-    usual = conditions(settings)[0]
-    reference = {part["seed"]: part["sparsity"] for part in by_condition[usual]}
+    """Return a line for each condition: how far its seeds agree with each other."""
+    by_condition = files.grouped(parts.values(), lambda part: (part["shots"], part["noise"]))
     lines = [
         {
             "shots": shots,
@@ -287,13 +266,10 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
             "seeds": len(own),
             "examples": reliability.mean_of([part["examples"] for part in own]),
             "between_seeds": reliability.mean_difference(combinations((part["sparsity"] for part in own), 2)),
-            "to_reference": reliability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
-            **{key: moments(part[key] for part in own) for key in ("density", "baseline", "joint")},
-            **{key: moments(part["cost"][key] for part in own) for key in ("evaluations", "seconds")},
         }
         for (shots, noise), own in sorted(by_condition.items())
     ]
-    return {"reference": {"shots": usual[0], "noise": 0.0}, "conditions": lines}
+    return {"conditions": lines}
 
 
 # Cost: what does a calibration take?

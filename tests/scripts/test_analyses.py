@@ -132,7 +132,7 @@ def test_halves_are_calibrated_on_what_is_theirs(subject) -> None:
 
 def test_without_any_correlation_there_is_a_table() -> None:
     """A model that nothing changes is cut to the highest level everywhere: nothing correlates, and a note tells why."""
-    halves = [{"examples": 2, "density": 0.1, "sparsity": {"m.0": {"rows": 0.9, "columns": 0.9}}}] * 2
+    halves = [{"examples": 2, "sparsity": {"m.0": {"rows": 0.9, "columns": 0.9}}}] * 2
     none = {"pearson": None, "spearman": None, "spearman_brown": None, "n": 2, "said": "all equal"}
     parts = {"split 0": {"halves": halves, "reliability": none, "rows": none, "columns": none}}
     analysis = {"what": "reliability", "config": settings(), "parts": parts, "git_commit": None, "device": "cpu"}
@@ -171,13 +171,8 @@ def test_stability_is_that_of_the_calibrations_made(subject) -> None:
     assert parts["4 shots, 50% noise, seed 1"]["sparsity"] == literal(subject, train, drawn)[0]
     assert parts["2 shots, 0% noise, seed 0"]["examples"] == 20
     lines = {(line["shots"], line["noise"]): line for line in analyses.stability_summary(chosen, parts)["conditions"]}
-    two, reference = (
-        [parts[f"{shots} shots, 0% noise, seed {seed}"]["sparsity"] for seed in (0, 1)] for shots in (2, 4)
-    )
+    two = [parts[f"2 shots, 0% noise, seed {seed}"]["sparsity"] for seed in (0, 1)]
     assert lines[2, 0.0]["between_seeds"]["mean_absolute"] == difference(*two)["mean_absolute"]
-    same = [difference(*pair)["mean_absolute"] for pair in zip(two, reference, strict=True)]
-    assert lines[2, 0.0]["to_reference"]["mean_absolute"] == pytest.approx(np.mean(same))
-    assert lines[4, 0.0]["to_reference"]["mean_absolute"] == 0
 
 
 def test_there_are_no_wrong_labels_where_there_are_no_classes() -> None:
@@ -185,7 +180,7 @@ def test_there_are_no_wrong_labels_where_there_are_no_classes() -> None:
     generation += ("model.target_modules=[q_proj,down_proj]",)
     assert (4, 0.2) in analyses.conditions(settings())
     for given in (generation, ["task.regression=true"]):
-        assert analyses.conditions(settings(*given)) == [(4, 0.0), (2, 0.0)]
+        assert analyses.conditions(settings(*given)) == [(2, 0.0), (4, 0.0)]
 
 
 # Cost
