@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,8 +26,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
-from partial_lora.adapter.config import PartialLoraConfig, saved_file
-from partial_lora.adapter.factor import is_sharded
+from partial_lora.adapter.config import PartialLoraConfig, saved_file, scaling_of
+from partial_lora.adapter.factor import MaskedFactor, is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
     adapter_layers,
@@ -36,6 +36,7 @@ from partial_lora.adapter.model import (
     check_unmerged,
     config_of,
     drawn,
+    layer_rank,
     module_masks,
 )
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
@@ -76,6 +77,8 @@ def write_compact(
         adapter_layers(model, adapter_name),
         drawn(model, adapter_name),
     )
+    for name in masks:
+        _check_scaling(config, name, layers[name], adapter_name, masks[name])
     kept = {
         name: {
             part: _parameter(layers[name], adapter_name, part).detach().cpu() for part in _trained_parts(vars(config))
@@ -167,6 +170,20 @@ def _writable_config(model: PeftModel, adapter_name: str) -> PartialLoraConfig:
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
     return config
+
+
+def _check_scaling(
+    config: PartialLoraConfig, name: str, layer: LoraLayer, adapter_name: str, masks: ModuleMasks
+) -> None:
+    """Raise PartialLoraError where a layer is not as the config, which is all that the file holds, would build it."""
+    rank, b = layer_rank(layer, adapter_name), cast(MaskedFactor, layer.lora_B[adapter_name])
+    here = layer.lora_alpha[adapter_name] / config.unit(layer.r[adapter_name]) * b.multiple
+    there = scaling_of(config, name, rank) * config.density_factor(masks)
+    if rank != config.rank_of(name) or not math.isclose(here, there):
+        raise PartialLoraError(
+            f"{name} has rank {rank} and scaling {here:g}, by the config of {adapter_name!r} {config.rank_of(name)} and"
+            f" {there:g}: set the config's r, lora_alpha and exponents back, or use save_pretrained."
+        )
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:

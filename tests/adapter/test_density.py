@@ -74,7 +74,7 @@ def test_a_drawn_for_the_kept_inputs_has_features_of_the_size_of_plain_lora_s(gr
 
 
 @pytest.mark.parametrize("trained", [{}, {"columns": "frozen"}, {"columns": "one_hot"}])
-def test_the_scaling_is_that_of_the_densities_that_are_there(trained):
+def test_b_is_multiplied_by_what_the_densities_that_are_there_ask_for(trained):
     exponents = {"row_exponent": 0.5, "column_exponent": 0.25}
     scaled, plain = (
         adapt(sparsity=MIXED, alpha_pattern={"fc1": 3}, **trained, **each) for each in (exponents, AS_PEFT)
@@ -83,9 +83,8 @@ def test_the_scaling_is_that_of_the_densities_that_are_there(trained):
         expected = masks.rows.density**-0.5 * (1 if trained else masks.columns.density**-0.25)
         draw = 1 if trained else masks.columns.density**-0.5  # fan_in, which AS_PEFT leaves alone
         torch.testing.assert_close(factors(scaled, "A")[name].kept, factors(plain, "A")[name].kept * draw)
-        assert layers(scaled)[name].scaling["default"] == pytest.approx(
-            (3 if name.endswith("fc1") else 6) / 4 * expected
-        )
+        assert factors(scaled, "B")[name].multiple == pytest.approx(expected)
+        assert layers(scaled)[name].scaling["default"] == (3 if name.endswith("fc1") else 6) / 4
 
 
 @pytest.mark.parametrize("fused", [True, False])
