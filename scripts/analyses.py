@@ -3,23 +3,21 @@
     python scripts/analyses.py agreement     # do measures of importance choose the same rows and columns?
     python scripts/analyses.py reliability   # do two halves of the examples give the same sparsities?
     python scripts/analyses.py stability     # over few-shot seeds, shots and wrong labels
-    python scripts/analyses.py cost          # passes, blocks and seconds of each search, seconds of each measure
+    python scripts/analyses.py cost          # passes, blocks and seconds of each search
 
-KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep; those of DEFAULTS are options, lists as in
---shots=[4,8]. Files go to RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json, analysis.log and table.md. Of a
-finished analysis the table is made again. A stopped one finds its calibrations in the cache, but for those of cost.
+KEY=VALUE are the settings of `partial-lora calibrate`, with -m a sweep. Files go to
+RESULTS_DIR/analyses/ANALYSIS/TASK/MODEL: analysis.json and table.md. Of a finished analysis the table is made again. A
+stopped one finds its calibrations in the cache, but for those of cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations
@@ -36,10 +34,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import transformers
-import yaml
 from scipy.stats import hypergeom
 
-from partial_lora import budget, cli, files, tasks
+from partial_lora import cli, files, tasks
 from partial_lora.building import build
 from partial_lora.calibration import few_shot, reliability
 from partial_lora.calibration.calibrate import calibrate
@@ -113,20 +110,6 @@ class Subject:
             given |= {"rank": self.config.method.nominal_rank, "granularity": self.config.mask.counted}
             calibrated = calibrate(self.model, score, chosen, **given)
         return calibrated, score
-
-    def record(self, calibrated: Calibration) -> dict:
-        """Return what a part holds of a calibration. The cost of one out of the cache is not known."""
-        rank, granularity = self.config.method.nominal_rank, self.config.mask.counted
-        units = budget.masked_units(self.shapes, rank, granularity)
-        cost = {"evaluations": calibrated.evaluations, "seconds": calibrated.seconds}
-        return {
-            "baseline": calibrated.baseline,
-            "joint": calibrated.joint,
-            "density": budget.kept_parameters(*units, calibrated.sparsity) / budget.dense_parameters(self.shapes, rank),
-            "cost": dict.fromkeys(cost) if calibrated.cached else cost,
-            "sparsity": calibrated.sparsity,
-            "warnings": calibrated.warnings,
-        }
 
 
 class Analysis(NamedTuple):
@@ -223,7 +206,7 @@ def reliability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]
         halves, calibrations = [], []
         for half in reliability.split_half(labels, seed):
             calibrations.append(subject.calibrate(tasks.Draws(fit=draws.fit, scored=draws.scored[half])))
-            halves.append(subject.record(calibrations[-1]) | {"examples": len(half)})
+            halves.append({"sparsity": calibrations[-1].sparsity, "examples": len(half)})
         first, second = (each.sparsity for each in calibrations)
         of_axis = {
             axis: reliability.correlation(*({m: {axis: s[m][axis]} for m in s} for s in (first, second)))
@@ -248,21 +231,15 @@ def reliability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
 
 
 def conditions(settings: Mapping) -> list[tuple[int, float]]:
-    """Return (shots, noise) of the calibrations to compare, the reference first: the settings' shots, no noise."""
-    usual, options = settings["calibration"]["shots"], settings["analysis"]
-    sizes = [(shots, 0.0) for shots in sorted(options["shots"])]
-    return list(dict.fromkeys([(usual, 0.0), *sizes, *((usual, noise) for noise in sorted(options["noise"]))]))
+    """Return (shots, noise) of the calibrations to compare. No labels are wrong of a task without classes."""
+    usual, options, task = settings["calibration"]["shots"], settings["analysis"], settings["task"]
+    sizes = [(shots, 0.0) for shots in options["shots"]]
+    noisy = [(usual, noise) for noise in options["noise"]] if task["kind"] == "label" and not task["regression"] else []
+    return list(dict.fromkeys([*sizes, *noisy]))
 
 
 def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
-    """One part for each number of shots, share of wrong labels and seed.
-
-    Raises PartialLoraError for wrong labels of a task that has no classes.
-    """
-    noise, task = settings["analysis"]["noise"], settings["task"]
-    if any(noise) and (task["kind"] != "label" or task["regression"]):
-        kind = f"task={task['name']} is of kind {'regression' if task['regression'] else task['kind']}"
-        raise PartialLoraError(f"--noise={noise}: {kind} and has no classes; expected [0.0]")
+    """One part for each number of shots, share of wrong labels and seed."""
 
     def part(shots: int, noise: float, seed: int, subject: Subject) -> dict:
         draws, train = subject.draws(shots=shots, seed=seed), None
@@ -270,7 +247,7 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
             train, draws = subject.mislabelled(draws, noise, seed)
         calibrated = subject.calibrate(draws, train=train, shots=shots, seed=seed)
         condition = {"shots": shots, "noise": noise, "seed": seed, "examples": len(draws.scored)}
-        return condition | subject.record(calibrated)
+        return condition | {"sparsity": calibrated.sparsity}
 
     return {
         f"{shots} shots, {100 * noise:g}% noise, seed {seed}": partial(part, shots, noise, seed)
@@ -280,12 +257,8 @@ def stability_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
 
 
 def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
-    """Return a line for each condition: how far its seeds agree with each other, and with the reference's."""
-    by_condition: dict[tuple[int, float], list[dict]] = {}
-    for part in parts.values():
-        by_condition.setdefault((part["shots"], part["noise"]), []).append(part)
-    usual = conditions(settings)[0]
-    reference = {part["seed"]: part["sparsity"] for part in by_condition[usual]}
+    """Return a line for each condition: how far its seeds agree with each other."""
+    by_condition = files.grouped(parts.values(), lambda part: (part["shots"], part["noise"]))
     lines = [
         {
             "shots": shots,
@@ -293,22 +266,17 @@ def stability_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
             "seeds": len(own),
             "examples": reliability.mean_of([part["examples"] for part in own]),
             "between_seeds": reliability.mean_difference(combinations((part["sparsity"] for part in own), 2)),
-            "to_reference": reliability.mean_difference([(part["sparsity"], reference[part["seed"]]) for part in own]),
-            **{key: moments(part[key] for part in own) for key in ("density", "baseline", "joint")},
-            **{key: moments(part["cost"][key] for part in own) for key in ("evaluations", "seconds")},
         }
         for (shots, noise), own in sorted(by_condition.items())
     ]
-    return {"reference": {"shots": usual[0], "noise": 0.0}, "conditions": lines}
+    return {"conditions": lines}
 
 
-# Cost: what does a calibration take, and what each measure of importance?
-
-_AGREEMENT = ("mean", "pearson", "spearman", "mean_absolute", "differ")
+# Cost: what does a calibration take?
 
 
 def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
-    """One part for each search and for each measure."""
+    """One part for each search."""
 
     def search_cost(search: str, subject: Subject) -> dict:
         draws, blocks = subject.draws(), subject.config.model.blocks
@@ -324,19 +292,11 @@ def cost_parts(settings: Mapping) -> dict[str, Callable[[Subject], dict]]:
             "sparsity": calibrated.sparsity,
         }
 
-    def importance_cost(measure: str, subject: Subject) -> dict:
-        draws = subject.draws()
-        began = time.perf_counter()
-        subject.importance(measure, draws)
-        return {"measure": measure, "seconds": time.perf_counter() - began}
-
-    parts = {f"search {search}": partial(search_cost, search) for search in SEARCHES}
-    measures = settings["analysis"]["measures"]
-    return parts | {f"importance {measure}": partial(importance_cost, measure) for measure in measures}
+    return {f"search {search}": partial(search_cost, search) for search in SEARCHES}
 
 
 def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
-    """Return the searches beside the literal reference, how far they differ from scan, and the seconds of each measure.
+    """Return the searches beside the literal reference, and how far they differ from scan.
 
     The literal reference is counted, not run: full passes over the whole scored draw, for the baseline, for each level
     upward to the first failure, and for all sparsities at once. There is none with a budget, nor with a repair, after
@@ -348,11 +308,10 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
         curves = AXES[:1] if options["axes"] == "joint" else AXES
         chosen = [axes[axis] for axes in scan["sparsity"].values() for axis in curves]
         passes = literal_passes(chosen, sparsity_levels(options["levels"], options["max_sparsity"]))
-        rows = scan.get("rows", scan["scored"])  # not in parts of earlier versions, where an example was a row
         literal = {"passes": passes, "examples": passes * scan["scored"]}
-        literal |= {"sample_blocks": passes * rows * scan["depth"], "seconds": None}
+        literal |= {"sample_blocks": passes * scan["rows"] * scan["depth"], "seconds": None}
     keys = ("passes", "examples", "sample_blocks", "seconds")
-    by_search = {part["search"]: part for part in parts.values() if "search" in part}
+    by_search = {part["search"]: part for part in parts.values()}
     searches = {search: {key: part[key] for key in keys} for search, part in by_search.items()}
 
     def from_scan(search: str) -> dict:
@@ -360,11 +319,7 @@ def cost_summary(settings: Mapping, parts: Mapping[str, dict]) -> dict:
         own = {"mean": float(pairs[:, 1].mean()), "differ": float((pairs[:, 0] != pairs[:, 1]).mean())}
         return own | reliability.difference(scan["sparsity"], by_search[search]["sparsity"])
 
-    return {
-        "searches": {"literal": literal} | searches,
-        "from_scan": {search: from_scan(search) for search in by_search},
-        "importance": {part["measure"]: part["seconds"] for part in parts.values() if "measure" in part},
-    }
+    return {"searches": {"literal": literal} | searches, "from_scan": {name: from_scan(name) for name in by_search}}
 
 
 ANALYSES = {
@@ -415,8 +370,8 @@ def _table(rows: Sequence[Mapping]) -> str:
 
 # From a command line to files
 
-DEFAULTS = {
-    "measures": ["svd", "snip", "imp", "magnitude", "activation"],  # of agreement and cost
+OPTIONS = {
+    "measures": ["svd", "snip", "imp", "magnitude", "activation"],  # of agreement
     "calibrated": True,  # agreement: also at the sparsities that importance.name is calibrated to
     "sparsities": [0.25, 0.5, 0.75],  # of agreement, each for all modules
     "splits": 5,  # reliability: how many of the scored draw
@@ -424,18 +379,6 @@ DEFAULTS = {
     "shots": [4, 8, 16, 32],  # stability: scored examples a class
     "noise": [0.0, 0.1, 0.2],  # stability: shares of labels that are wrong
 }
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, dict, list[str]]:
-    """Return the name of the analysis, its options, and what is left for Hydra."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("what", choices=ANALYSES, metavar="ANALYSIS")
-    for key, value in DEFAULTS.items():
-        parser.add_argument(f"--{key}", type=yaml.safe_load, default=value, metavar="VALUE", help=f"default: {value}")
-    known, rest = parser.parse_known_args(arguments)
-    return known.what, {key: getattr(known, key) for key in DEFAULTS}, rest
 
 
 def folder_of(settings: Mapping, what: str) -> Path:
@@ -465,7 +408,7 @@ def analyse(what: str, settings: dict, command: str) -> int:
     folder = folder_of(settings, what)
     path = folder / "analysis.json"
     print(f"analyse {what} {folder}")
-    with directory.locked(folder), logged(folder / "analysis.log"):
+    with directory.locked(folder):
         if settings["overwrite"] or not path.is_file():
             analysis = directory.new(settings)
             analysis = {key: analysis[key] for key in ("config", "versions", "git_commit", "started")}
@@ -484,30 +427,21 @@ def analyse(what: str, settings: dict, command: str) -> int:
     return 0
 
 
-@contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """Write the warnings of the calibrations to a file: there are many, and the terminal shows the table."""
-    logger, handler = logging.getLogger("partial_lora"), logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-
-
 @cli.script
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose the settings of one analysis or of a sweep, and do it; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    what, options, rest = parse(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("what", choices=ANALYSES, metavar="ANALYSIS")
+    known, overrides = parser.parse_known_args(arguments)
     words = shlex.join(["python", "scripts/analyses.py", *arguments])
 
     def work(composed: Config) -> int:
-        return analyse(what, versions.plain(composed) | {"analysis": options}, words)
+        return analyse(known.what, versions.plain(composed) | {"analysis": OPTIONS}, words)
 
-    return compose.compose(f"analyses {what}", paper_calibration(rest), work)
+    return compose.compose(f"analyses {known.what}", paper_calibration(overrides), work)
 
 
 def paper_calibration(overrides: Sequence[str]) -> list[str]:

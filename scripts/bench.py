@@ -39,7 +39,7 @@ import torch
 from data_sets import folder
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
-from scipy.stats import bootstrap, quantile_test, trim_mean
+from scipy.stats import bootstrap, trim_mean
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ from partial_lora.launching import directory
 from partial_lora.masks import kept_count
 from partial_lora.settings.compose import composed
 from partial_lora.settings.versions import plain as as_plain
-from partial_lora.training.cost import Storages, alive, kept_by_forward, storages, tensors_in, total
+from partial_lora.training.cost import Storages, kept_by_forward, storages, tensors_in, total
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench"
@@ -105,8 +105,7 @@ NAMES = {
 }
 REFERENCES = ("dense", "floor")  # what ratios are taken against
 PARTIAL = ("rows_columns", "element")
-SELDOM = ("element", "shira")  # compared with LoRA's whole step, which fewer repetitions tell precisely enough
-STAGES = ("forward", "backward", "optimizer")
+SELDOM = ("element", "shira")  # which fewer repetitions tell precisely enough
 Batch = Mapping[str, Tensor]
 
 
@@ -115,15 +114,13 @@ class Model:
     """A model class at one size.
 
     title: what it is and what a step works on. build: gives the model, with random weights. batch: the arguments of a
-    forward pass. unit: what a user counts, `units` of them a step. targets: the modules that get an adapter.
-    first_block: the module whose input the frozen floor's backward pass reaches.
+    forward pass. targets: the modules that get an adapter. first_block: the module whose input the frozen floor's
+    backward pass reaches.
     """
 
     title: str
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
-    unit: str
-    units: int
     targets: tuple[str, ...]
     first_block: str
 
@@ -145,7 +142,7 @@ def _vit(title: str, *, labels: int, images: int, **size) -> Model:
     targets = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # "proj" alone would also be the patch embedding's
     first = "timm_model.blocks.0"
     title = f"{title}, {images} images of {pixels} px a step"
-    return Model(title, build, batch, "images", images, targets, first)
+    return Model(title, build, batch, targets, first)
 
 
 def _llama(title: str, *, tokens: int, **size) -> Model:
@@ -161,7 +158,7 @@ def _llama(title: str, *, tokens: int, **size) -> Model:
     first = "model.layers.0"
     title = f"{title}, one text of {tokens} tokens a step"
     build = partial(LlamaForCausalLM, copy.deepcopy(config))
-    return Model(title, build, batch, "tokens", tokens, targets, first)
+    return Model(title, build, batch, targets, first)
 
 
 _WIDE = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8}
@@ -261,18 +258,14 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch) -> dict[str, float]:
-    """Train on `batch` once: {stage: processor seconds of this process}."""
-    times = [process_time()]
-    loss = model(**batch).loss
-    times.append(process_time())
-    loss.backward()
-    times.append(process_time())
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch) -> float:
+    """Train on `batch` once; return the processor seconds of this process."""
+    began = process_time()
+    model(**batch).loss.backward()
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
-    times.append(process_time())
-    return {stage: end - start for stage, start, end in zip(STAGES, times, times[1:], strict=False)}
+    return process_time() - began
 
 
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
@@ -282,14 +275,8 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
     return kept.bytes - total(storages([loss]), without={})
 
 
-def state_bytes(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, before: Storages
-) -> dict[str, int]:
-    """Return what trains, and the bytes that training holds from step to step. Takes a training step.
-
-    lasting_bytes: what the variant holds beyond the frozen model, its parameters and Adam (indices, buffers). before:
-    what was alive before the variant was built.
-    """
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch) -> dict[str, int]:
+    """Return what trains, and the bytes that training holds of it from step to step. Takes a training step."""
     model(**batch).loss.backward()
     parameters = trainable(model)
     gradients = storages(parameter.grad for parameter in parameters)
@@ -298,13 +285,10 @@ def state_bytes(
         optimizer.step()
         optimizer.zero_grad()
         state = storages(tensors_in(optimizer.state.values()))
-    counted = {**before, **storages(parameters), **gradients, **state}
     return {
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable_tensors": len(parameters),
         "gradient_bytes": total(gradients, without={}),
         "optimizer_bytes": total(state, without={}),
-        "lasting_bytes": total(alive(), without=counted),
     }
 
 
@@ -323,15 +307,6 @@ def file_bytes(model: nn.Module, *, compact: bool) -> dict[str, int | None]:
             "dense": Path(folder, "dense", "adapter_model.safetensors").stat().st_size,
             "compact": sum(file.stat().st_size for file in Path(folder, "compact").iterdir()) if compact else None,
         }
-
-
-def kept_entries(model: nn.Module) -> int:
-    """The entries of A and B that the masks keep, counted on the masks."""
-    rank = model.peft_config["default"].r
-    return sum(
-        (len(masks.rows.kept) + len(masks.columns.kept)) * (1 if masks.element else rank)
-        for masks in module_masks(model).values()
-    )
 
 
 def adapter(options: argparse.Namespace) -> dict:
@@ -353,16 +328,14 @@ def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
     base, batch = model.build(), model.batch()
     variants, measured = {}, {}
     for variant in VARIANTS:
-        before = alive()
         own = built(variant, base, model, rank)
         variants[variant] = own, optimizer_of(own)
         measured[variant] = {
-            **state_bytes(*variants[variant], batch, before),
-            "kept_entries": kept_entries(own) if variant in PARTIAL else None,
+            **state_bytes(*variants[variant], batch),
             "saved_bytes": saved_bytes(own, batch),
             "file_bytes": file_bytes(own, compact=variant in PARTIAL),
             "repetitions": [],
-            "seconds": {stage: [] for stage in STAGES},
+            "seconds": [],
         }
     shuffle = random.Random(f"{SEED}/{name}/{rank}")
     gc.disable()
@@ -373,26 +346,18 @@ def cell_of(name: str, model: Model, rank: int, repeats: int) -> dict:
             spent = step(*variants[variant], batch)
             if repetition >= 0:
                 measured[variant]["repetitions"].append(repetition)
-                for stage, seconds in spent.items():
-                    measured[variant]["seconds"][stage].append(seconds)
+                measured[variant]["seconds"].append(spent)
     gc.enable()
     return {
         "model": name,
         "rank": rank,
         "title": model.title,
-        "unit": model.unit,
-        "units": model.units,
         "modules": len(module_masks(variants["dense"][0])),
         "load": [load, os.getloadavg()[0]],
         "wall_seconds": time.perf_counter() - started,
         "variants": measured,
         "ratios": ratios(measured),
     }
-
-
-def step_seconds(variant: Mapping) -> np.ndarray:
-    """Processor seconds of each repetition's whole step (repetitions,)."""
-    return np.sum([variant["seconds"][stage] for stage in STAGES], axis=0)
 
 
 def ratio(values: np.ndarray, dense: np.ndarray, floor: np.ndarray) -> dict[str, float | None]:
@@ -418,28 +383,20 @@ def ratios(variants: Mapping[str, Mapping]) -> dict[str, dict[str, dict]]:
     """Every variant against dense LoRA: {variant: {name: {ratio, low, high}}}.
 
     step: t / t_lora. overhead: (t - floor) / (t_lora - floor). saved: (b - floor) / (b_lora - floor) of the bytes saved
-    for the backward pass. state, of a variant with masks: bytes of
-    gradients and Adam for each kept entry, over the 12 it takes (Adam's 4 for the number of steps of a tensor left
-    out). Bytes are the same every time.
+    for the backward pass, which are the same every time.
     """
-    seconds = {name: step_seconds(variant) for name, variant in variants.items()}
+    seconds = {name: np.array(variant["seconds"]) for name, variant in variants.items()}
     saved = {name: variant["saved_bytes"] for name, variant in variants.items()}
     against = {}
     for name, variant in variants.items():
         dense, floor = (seconds[reference][variant["repetitions"]] for reference in REFERENCES)
+        bytes_saved = (saved[name] - saved["floor"]) / (saved["dense"] - saved["floor"])
         against[name] = {
             "step": ratio(seconds[name], dense, np.zeros_like(dense)),
             "overhead": ratio(seconds[name], dense, floor),
-            "saved": _exact((saved[name] - saved["floor"]) / (saved["dense"] - saved["floor"])),
+            "saved": dict.fromkeys(("ratio", "low", "high"), bytes_saved),
         }
-        if name in PARTIAL:
-            state = variant["gradient_bytes"] + variant["optimizer_bytes"] - 4 * variant["trainable_tensors"]
-            against[name]["state"] = _exact(state / (12 * variant["kept_entries"]))
     return against
-
-
-def _exact(value: float) -> dict[str, float]:
-    return {"ratio": value, "low": value, "high": value}
 
 
 def adapter_page(result: Mapping) -> str:
@@ -472,12 +429,8 @@ def _interval(measured: Mapping) -> str:
 
 
 def _times(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
-    seconds = step_seconds(variant)
-    low, high = quantile_test(seconds, p=0.5).confidence_interval(CONFIDENCE)
     return {
-        f"{cell['unit']} / s": f"{cell['units'] / np.median(seconds):.2f}",
-        "step, s": f"{np.median(seconds):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(seconds) >= ENOUGH else ""),
-        **{stage: f"{np.median(variant['seconds'][stage]):.3f}" for stage in STAGES},
+        "step, s": f"{np.median(variant['seconds']):.3f}",
         "step / LoRA": _interval(own["step"]),
         "overhead": _interval(own["overhead"]),
     }
@@ -493,7 +446,6 @@ def _memory(cell: Mapping, variant: Mapping, own: Mapping) -> dict:
         "saved above floor": _interval(own["saved"]),
         "gradients": mib(variant["gradient_bytes"]),
         "Adam": mib(variant["optimizer_bytes"]),
-        "lasting": mib(variant["lasting_bytes"]),
         "file": mib(variant["file_bytes"]["dense"]),
         "compact": mib(variant["file_bytes"]["compact"]),
     }
@@ -509,8 +461,7 @@ def _method(result: Mapping) -> str:
         'Overhead is (t - floor) / (t_LoRA - floor), "saved above floor" (b - floor) / (b_LoRA - floor): quotients of'
         " two interquartile means of differences within a repetition, with a bootstrap over repetitions. The frozen"
         " floor's backward pass goes down to the input of the first block.",
-        "Saved: memory that one forward pass keeps for its backward pass. Lasting: what a variant holds from step to"
-        " step beyond the frozen model, its parameters, gradients and Adam. File: what save_pretrained writes. Compact:"
+        "Saved: memory that one forward pass keeps for its backward pass. File: what save_pretrained writes. Compact:"
         " the whole folder of kept values. SHiRA has as many entries in every module as rows and columns keep there.",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -596,7 +547,7 @@ def _on_a_long_text(variant: str, steps: int, way: str, size: str) -> dict[str, 
     began = time.perf_counter()
     step(own, optimizer, batch)
     first = time.perf_counter() - began
-    times = [sum(step(own, optimizer, batch).values()) for _ in range(steps)]
+    times = [step(own, optimizer, batch) for _ in range(steps)]
     parameters = sum(each.numel() for each in trainable(own))
     measured = {"step": statistics.median(times), "first": first, "parameters": parameters, "peak": _peak()}
     # What autograd is handed can be counted only where Python hands it over; a compiled forward pass does not.

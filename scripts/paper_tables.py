@@ -483,7 +483,7 @@ def of_bench(cells: Sequence[Mapping]) -> pd.DataFrame:
                     "method": method,
                     "parameters": own["trainable_parameters"],
                     "share": own["trainable_parameters"] / dense["trainable_parameters"],
-                    "step_seconds": median(map(sum, zip(*own["seconds"].values(), strict=True))),
+                    "step_seconds": median(own["seconds"]),
                     "step": ratios["step"]["ratio"],
                     "low": ratios["step"]["low"],
                     "high": ratios["step"]["high"],

@@ -5,9 +5,8 @@
 *Search*: the recorded searches of race and decided answer the search of `compare` in place of runs: a run's history has
 its validation after a quarter of its steps. Counted are the cells (a set, a method, a size) in which it ends with the
 full search's rate or one next to it, the run-seconds of all runs but those of the best rate, and what the
-best score on test loses. A rate that the full search did not try counts as one that fails. Rates that are predicted
-without any search stand beside it: by today's rule, which has seen all sets, and by that rule moved by what the method
-wanted on the other sets.
+best score on test loses. A rate that the full search did not try counts as one that fails. Beside it stands the rate
+that today's rule, which has seen all sets, gives without any search.
 
 *Race*: the methods of a recorded study, set and size are searched as above and trained to a share of their steps; the
 few of the least loss on validation are left, and the best of all may be among those that are not.
@@ -16,7 +15,7 @@ few of the least loss on validation are left, and the best of all may be among t
 `report.sequential` look by look, beside 3 and 8 seeds for all. False is a study that calls a method worse that is not,
 or as good though it is further off than the margin.
 
-Writes referee.md, races.csv and spread.csv into results/referee.
+Writes referee.md and spread.csv into results/referee.
 """
 
 from __future__ import annotations
@@ -134,38 +133,21 @@ def _recorded(study: Path) -> pd.DataFrame:
     return runs.assign(form=runs["method"], size=[ranking.size_in(run.record) for run in runs["run"]])
 
 
-def predicted(cell: Cell, all_cells: Sequence[Cell]) -> float:
-    """Return the rule's rate, moved by what the form wanted on other sets than the cell's."""
-    others = [other for other in all_cells if other.form == cell.form and other.task != cell.task]
-    others = [other for other in others if other.size == cell.size] or others
-    moved = sum(math.log2(other.best / other.suits) for other in others) / (len(others) + 1)  # with one vote for none
-    return cell.suits * 2.0**moved
+def by_rule(cell: Cell) -> tuple[float, float]:
+    """Return the recorded rate that is nearest to the rule's, and its cost."""
+    return min({own for own, seed in cell.runs if seed == 0}, key=lambda own: abs(math.log2(own / cell.suits))), 1.0
 
 
-def policies(all_cells: Sequence[Cell]) -> dict[str, Callable[[Cell], tuple[float | None, float]]]:
-    """Return by name what gives a cell's rate, and its cost in runs of the first seed."""
-
-    def search(until: float, finalists: int, count: int = COUNT) -> Callable[[Cell], tuple[float | None, float]]:
-        return lambda cell: cell.replayed(quick(cell.centre, count, until=until, finalists=finalists))
-
-    def tried(cell: Cell, rate: float) -> tuple[float, float]:
-        return min({own for own, seed in cell.runs if seed == 0}, key=lambda own: abs(math.log2(own / rate))), 1.0
-
-    return {
-        "two go on from a quarter (the default)": search(QUARTER, 2),
-        "one goes on from a quarter": search(QUARTER, 1),
-        "two rates, two go on from a quarter": search(QUARTER, 2, 2),
-        "two go on from half": search(0.5, 2),
-        "one goes on from half": search(0.5, 1),
-        "the rule alone": lambda cell: tried(cell, cell.suits),
-        "the rule, moved by other sets, alone": lambda cell: tried(cell, predicted(cell, all_cells)),
-    }
+POLICIES: dict[str, Callable[[Cell], tuple[float | None, float]]] = {  # of a cell: its rate, and the cost of it
+    "two go on from a quarter (the default)": lambda cell: cell.replayed(quick(cell.centre, COUNT)),
+    "the rule alone": by_rule,
+}
 
 
 def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
     """Return a row for each policy: how near it comes to the best rates, what it takes, and what it loses on test."""
     rows = []
-    for name, policy in policies(all_cells).items():
+    for name, policy in POLICIES.items():
         found = []
         for cell in all_cells:
             rate, cost = policy(cell)
@@ -186,7 +168,6 @@ def replay(all_cells: Sequence[Cell]) -> pd.DataFrame:
 LEAST_METHODS = 5  # of a race
 LOOKED_AT = (QUARTER, HALF, 1.0)  # shares of their steps after which all but some methods are dropped
 LEFT = (1, 2, 3, 4)
-ALLOWED = 0.5  # points that a rule may lose on other sets, where one is chosen by them
 
 
 def races(all_cells: Sequence[Cell]) -> pd.DataFrame:
@@ -222,24 +203,6 @@ def over_races(found: pd.DataFrame) -> pd.DataFrame:
     rules = found.assign(dropped=found["dropped"] != "").groupby(["until", "left"], sort=False)
     table = rules.agg(races=("lost", "size"), lost=("lost", "mean"), most=("lost", "max"), dropped=("dropped", "mean"))
     return table.assign(runs=rules["runs"].mean()).reset_index()
-
-
-def left_out(found: pd.DataFrame) -> pd.DataFrame:
-    """Return what each set loses by the rule that is chosen on the others, and by the default.
-
-    It is the cheapest that loses half a point there, or less.
-    """
-    rows = []
-    for task in dict.fromkeys(found["set"]):
-        others = over_races(found[found["set"] != task])
-        fit = others[others["lost"] <= ALLOWED] if (others["lost"] <= ALLOWED).any() else others.nsmallest(1, "lost")
-        rule = fit.nsmallest(1, "runs").iloc[0]
-        own = found[found["set"] == task].groupby(["until", "left"])["lost"].mean()
-        rows.append(
-            {"set": task, "rule by the others": f"{rule['left']:.0f} after {rule['until']:g}"}
-            | {"points lost by it": own[rule["until"], rule["left"]], "by the default": own[HALF, SURVIVORS]}
-        )
-    return pd.DataFrame(rows)
 
 
 # --- The seeds.
@@ -427,7 +390,7 @@ def page(searched: pd.DataFrame, raced: pd.DataFrame, seeds: pd.DataFrame) -> st
 
 
 def _of_races(found: pd.DataFrame) -> list[str]:
-    """Return what a race comes to, the sets that a rule was not made on, and the races that the default loses by."""
+    """Return what a race comes to, and the races that the default loses by."""
     table = over_races(found)
     names = {"lost": "points lost", "most": "at most", "dropped": "best dropped", "runs": "runs a method"}
     shown = table.assign(dropped=[f"{100 * share:.0f} %" for share in table["dropped"]]).rename(columns=names)
@@ -441,8 +404,6 @@ def _of_races(found: pd.DataFrame) -> list[str]:
         "a whole one, searches included, before any second seed. Losses of single validation rows are not recorded: "
         "`compare` lets methods go on, too, that these do not tell from the third.",
         shown.round(2).to_markdown(index=False),
-        f"One set left out: the cheapest rule that loses at most {ALLOWED:g} points on the others.",
-        left_out(found).round(2).to_markdown(index=False),
         f"Races in which {SURVIVORS} after half a run drop the best method:",
         missed[columns].round(2).to_markdown(index=False),
     ]
@@ -457,7 +418,6 @@ def main() -> None:
     out = RESULTS / "referee"
     out.mkdir(exist_ok=True)
     write_atomic(out / "spread.csv", spread(parts).to_csv(index=False, float_format="%.4g"))
-    write_atomic(out / "races.csv", raced.to_csv(index=False, float_format="%.4g"))
     write_atomic(out / "referee.md", page(searched, raced, seeds))
     print(out / "referee.md")
 

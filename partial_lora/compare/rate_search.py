@@ -34,26 +34,24 @@ Asked = Generator[list[Trial], Mapping[Trial, Validation], list[float]]  # ends 
 Search = Generator[list[Trial], Mapping[Trial, Validation], float | None]
 
 
-def quick(
-    centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER, finalists: int = FINALISTS
-) -> Search:
+def quick(centre: float, count: int, earlier: Collection[float] = ()) -> Search:
     """Yield the trials to make next, be sent their validation, and return the best learning rate; None if all fail.
 
     Rates a factor of two apart train for a quarter of their steps, at their full schedule, and more while the best is
     at an edge. The two of the least loss on validation go on to the end. results/referee/referee.md says how often that
     is the rate of a full search. earlier: as `full` takes it.
     """
-    by_loss = yield from early(centre, count, earlier, until=until)
-    best = (yield from final(by_loss[:finalists])) if by_loss else []
+    by_loss = yield from early(centre, count, earlier)
+    best = (yield from final(by_loss[:FINALISTS])) if by_loss else []
     return best[0] if best else None
 
 
-def early(centre: float, count: int, earlier: Collection[float] = (), *, until: float = QUARTER) -> Asked:
-    """Yield trials of a part of their steps, be sent their validation, and return the rates, the least loss first.
+def early(centre: float, count: int, earlier: Collection[float] = ()) -> Asked:
+    """Yield trials of a quarter of their steps, be sent their validation, and return the rates, the least loss first.
 
     Arguments as `quick` takes them.
     """
-    tried = yield from _first_seed(centre, count, earlier, until)
+    tried = yield from _first_seed(centre, count, earlier, QUARTER)
     return ranked({rate: {0: validation} for rate, validation in tried.items()})
 
 

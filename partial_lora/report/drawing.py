@@ -26,7 +26,7 @@ from partial_lora.tasks.metrics import SHARES, within
 
 HUES = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
 HUES |= {"purple": "#CC79A7", "sky": "#56B4E9", "black": "#000000", "grey": "#808080"}  # Okabe and Ito's palette
-COLOURS, BLUE, VERMILLION, GREEN = tuple(HUES.values()), HUES["blue"], HUES["vermillion"], HUES["green"]
+COLOURS, BLUE, VERMILLION = tuple(HUES.values()), HUES["blue"], HUES["vermillion"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LOOKS: dict[str, tuple[str, object]] = {  # a marker each, so that colour is never what tells two apart
     "partial": ("blue", "o"),

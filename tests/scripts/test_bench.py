@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 from types import SimpleNamespace
@@ -50,9 +49,7 @@ def test_every_model_rank_and_variant_is_measured(result):
         for name, variant in cell["variants"].items():
             every = bench.EVERY if name in ("element", "shira") else 1
             assert variant["repetitions"] == list(range(0, 6, every))
-            assert {stage: len(each) for stage, each in variant["seconds"].items()} == dict.fromkeys(
-                ("forward", "backward", "optimizer"), 6 // every
-            )
+            assert len(variant["seconds"]) == 6 // every
     assert {"torch", "peft", "partial-lora"} <= set(result["machine"]["versions"])
 
 
@@ -60,8 +57,7 @@ def test_bytes_are_proportional_to_what_the_masks_keep(result):
     for cell in result["cells"]:
         floor, dense, rows_columns, element, shira = (cell["variants"][name] for name in VARIANTS)
         for variant in (rows_columns, element):
-            kept = variant["kept_entries"]
-            assert variant["trainable_parameters"] == kept
+            kept = variant["trainable_parameters"]
             assert variant["gradient_bytes"] == 4 * kept
             assert variant["optimizer_bytes"] == 8 * kept + 4 * 2 * cell["modules"]
             assert variant["file_bytes"]["dense"] == pytest.approx(dense["file_bytes"]["dense"], rel=0.02)
@@ -73,10 +69,6 @@ def test_bytes_are_proportional_to_what_the_masks_keep(result):
         assert floor["saved_bytes"] < rows_columns["saved_bytes"] < dense["saved_bytes"]
         assert floor["saved_bytes"] < element["saved_bytes"]
         assert [cell["ratios"][name]["saved"]["ratio"] for name in ("floor", "dense")] == [0, 1]
-        assert [cell["ratios"][name]["state"]["ratio"] for name in bench.PARTIAL] == [1, 1]
-    cell = copy.deepcopy(result["cells"][0])
-    cell["variants"]["element"]["optimizer_bytes"] += 1  # one byte more is seen
-    assert bench.ratios(cell["variants"])["element"]["state"]["ratio"] > 1
 
 
 @pytest.mark.parametrize("name", bench.QUICK_MODELS)
@@ -147,15 +139,11 @@ def test_saved_bytes_of_a_model_counted_by_hand(loss, kept):
 
 
 def test_state_bytes_of_a_model_counted_by_hand():
-    batch, before = {"x": torch.ones(100)}, bench.alive()
     model = Counted(torch.sum)
-    model.index = torch.arange(10)
-    assert bench.state_bytes(model, bench.optimizer_of(model), batch, before) == {
+    assert bench.state_bytes(model, bench.optimizer_of(model), {"x": torch.ones(100)}) == {
         "trainable_parameters": 100,
-        "trainable_tensors": 1,
         "gradient_bytes": 400,
         "optimizer_bytes": 804,
-        "lasting_bytes": 80,
     }
 
 

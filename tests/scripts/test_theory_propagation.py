@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import product
 
@@ -10,10 +9,7 @@ import numpy as np
 import pytest
 import theory_propagation as script
 import torch
-from checkout import RESULTS, needs_results
 from theory_propagation import Step
-
-RECORDED = RESULTS / "theory"
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +115,11 @@ def test_no_change_is_above_its_bound_and_small_ones_grow_with_the_update(networ
     monkeypatch.setattr(script, "SIZES", (1e-4, 1e-3, 3.0))
     record = script.measured("tiny_vit", 3)
     for point in record["points"]:
-        assert point["measured"]["least"] > 0
-        for key in ("secant", "bound"):
-            assert point["measured"]["median"] <= point[key]["median"]
+        assert 0 < point["measured"] <= min(point["secant"], point["bound"])
     small, ten_times, _ = record["points"]
     for key in ("measured", "secant", "slopes", "bound"):
-        assert ten_times[key]["median"] == pytest.approx(10 * small[key]["median"], rel=0.02)
-    assert small["measured"]["most"] < small["slopes"]["most"] < small["bound"]["least"]
+        assert ten_times[key] == pytest.approx(10 * small[key], rel=0.02)
+    assert small["measured"] < small["slopes"] < small["bound"]
 
 
 def test_the_bound_is_of_the_modules_errors_alone(network) -> None:
@@ -163,11 +157,3 @@ def test_the_largest_slope_is_the_jacobians_norm() -> None:
         jacobian = torch.autograd.functional.jacobian(lambda tokens: torch.tanh(tokens @ weight), one)
         norm = float(torch.linalg.matrix_norm(jacobian.reshape(18, 18), 2))
         assert 0.9 * norm <= slope <= norm * (1 + 1e-9)
-
-
-@needs_results
-def test_the_recorded_page_is_of_the_record() -> None:
-    record = json.loads((RECORDED / "propagation.json").read_text(encoding="utf-8"))
-    assert (RECORDED / "propagation.md").read_text(encoding="utf-8") == script.page(record)
-    for point in (point for model in record["models"] for point in model["points"]):
-        assert point["measured"]["median"] <= point["secant"]["median"] <= point["bound"]["median"]
