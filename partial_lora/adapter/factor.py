@@ -222,7 +222,8 @@ class MaskedFactor(nn.Module):
             raise PartialLoraError(f"weight has shape {tuple(dense.shape)}, this masked factor {tuple(self.shape)}.")
         kept, here = self._checked(dense.detach(), "weight"), self.kept
         is_same = (kept.dtype, kept.device) == (here.dtype, here.device) and not (kept.is_meta or is_sharded(here))
-        if not (is_same and torch.equal(dense, self.dense(here))):  # else an optimizer goes on with it, as after functional_call
+        # Else an optimizer goes on with it, as after functional_call; by `dense`, since dividing may round.
+        if not (is_same and torch.equal(dense, self.dense(here))):
             self.kept = nn.Parameter(kept, requires_grad=here.requires_grad)
 
     @property
