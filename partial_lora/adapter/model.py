@@ -454,24 +454,15 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 
     Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
-    partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
-    return _masks_of(adapter_layers(model, adapter_name), adapter_name, partial=partial)
-
-
-def _masks_of(layers: Mapping[str, LoraLayer], adapter_name: str, *, partial: bool) -> dict[str, ModuleMasks]:
+    masked, layers = isinstance(config_of(model, adapter_name), PartialLoraConfig), adapter_layers(model, adapter_name)
+    if masked:
+        return dict(drawn_of(layers, adapter_name)[0])
     masks = {}
     for name, layer in layers.items():
-        embeds = adapter_name in layer.lora_embedding_A  # of plain LoRA, whose factors are parameters there
-        a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
-        low, high = cast(Any, a[adapter_name]), cast(Any, b[adapter_name])
-        if isinstance(low, FactorA) and isinstance(high, FactorB):
-            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
-        elif partial:
-            raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
-        else:
-            # Of an embedding, rank × rows of W, and columns of W × rank.
-            shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
-            masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
+        shape = layer.out_features, layer.in_features
+        if adapter_name in layer.lora_embedding_A:  # rank × rows of W, and columns of W × rank
+            shape = layer.lora_embedding_A[adapter_name].shape[1], layer.lora_embedding_B[adapter_name].shape[0]
+        masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
 
 
@@ -481,12 +472,15 @@ def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
 
 
 def drawn_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> Drawn:
-    """Return the masks and geometries of the layers of a masked adapter, {module: layer}."""
-    masks, geometries = _masks_of(layers, adapter_name, partial=True), {}
+    """Return the masks and geometries of the layers of a masked adapter, {module: layer}, read off its factors."""
+    masks, geometries = {}, {}
     for name, layer in layers.items():
-        a, b = (tuple(factor[adapter_name].shape) for factor in (layer.lora_A, layer.lora_B))
-        experts = layer.num_experts if isinstance(layer, ParamWrapper) else None
-        geometries[name] = Geometry((b[0], a[1]), a=a, b=b, experts=experts)
+        a, b = (factors._modules.get(adapter_name) for factors in (layer.lora_A, layer.lora_B))
+        if not (isinstance(a, FactorA) and isinstance(b, FactorB)):
+            raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
+        shape, experts = (b.shape[0], a.shape[1]), layer.num_experts if isinstance(layer, ParamWrapper) else None
+        masks[name] = ModuleMasks(rows=b.mask, columns=a.mask, shape=shape)
+        geometries[name] = Geometry(shape, a=tuple(a.shape), b=tuple(b.shape), experts=experts)
     return masks, geometries
 
 
