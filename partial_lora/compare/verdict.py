@@ -1,4 +1,4 @@
-"""Verdict of a comparison in sentences, and what it may be before the first run."""
+"""Verdict of a comparison in sentences, and what it may be before the first run; report/sequential.py decides."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def judged(
     leader = outputs[found.leader]
     if guess is not None and found.by_method and not beats(leader, guess):
         sign = -1 if metric in LOWER_IS_BETTER else 1
-        score, guessed = (_number(sign * float(np.mean(outputs)), metric) for outputs in ([*leader.values()], guess))
+        score, guessed = (_number(sign * float(np.mean(each)), metric) for each in ([*leader.values()], guess))
         unit = " %" if metric in SHARES else f" of {metric}"
         best = next(one.candidate for one in group if one.name == found.leader)
         line = (

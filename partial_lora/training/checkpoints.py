@@ -104,7 +104,7 @@ def resumable(folder: Path, versions: dict[str, str], shape: str) -> Path | None
     """
     usable = {}
     for path in _checkpoints(folder):
-        reason = fault(path) or _difference(Progress.load(path), versions, shape)
+        reason = fault(path) or _difference(path, versions, shape)
         if reason:
             logger.warning("%s: cannot resume from it (%s): set aside", path, reason)
             _set_aside(path)
@@ -132,8 +132,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
 
 
-def _difference(progress: Progress, versions: dict[str, str], shape: str) -> str | None:
-    """Return the reason why a checkpoint would not continue this training, or None."""
+def _difference(checkpoint: Path, versions: dict[str, str], shape: str) -> str | None:
+    """Return the reason why a whole checkpoint would not continue this training, or None."""
+    try:
+        progress = Progress.load(checkpoint)
+    except TypeError as error:
+        return f"{_PROGRESS} is that of another version: {error}"
     if progress.shape != shape:
         return "other parameters train, or under other masks"
     for name in sorted(progress.versions.keys() | versions.keys()):

@@ -77,6 +77,30 @@ def test_what_is_decided_is_said_of_each_method_and_the_rest_has_the_margin_that
     assert "not all is decided" in first
 
 
+@pytest.mark.parametrize(
+    ("costs", "named"),
+    [
+        ({"served": 100, "step_seconds": 1.0}, [False, False]),
+        ({"served": 91, "step_seconds": 0.91}, [False, False]),
+        ({"served": 89, "step_seconds": 1.0}, [True, False]),
+        ({"served": 100, "step_seconds": 0.89}, [False, True]),
+        ({"served": 50, "step_seconds": None}, [True, False]),
+    ],
+)
+def test_what_is_as_good_is_named_with_what_it_takes_a_tenth_less_of(costs, named) -> None:
+    def candidate(method, served, step_seconds):
+        return group(method, served=served, timed=step_seconds and {"cost": {"step_seconds": step_seconds}})[0]
+
+    leader, other = candidate("lori", 100, 1.0), candidate("oft", **costs)
+    decisions = {
+        "lori, 0.13": Decision(LEADS, "lori, 0.13", seeds=5),
+        "oft, 0.13": Decision(AS_GOOD, "lori, 0.13", 0.001, -0.005, 0.009, 5),
+    }
+    found = Decisions("lori, 0.13", decisions, {})
+    _, line = verdict.sentences_on([leader, other], found, "accuracy", 0.01, 1)
+    assert [word in line for word in ("file", "step")] == named
+
+
 def test_seeds_that_would_decide_take_the_time_of_runs_side_by_side_and_intervals_end_at_their_metric() -> None:
     timed = {"seconds": {"train": 3600.0}, "cost": {"step_seconds": 0.0}, "training": {"steps": 1}, "history": []}
     compared = group("lori", "oft", timed=timed)

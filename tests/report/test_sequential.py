@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm, t
 
 from partial_lora.report import sequential
 from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, decide
@@ -94,6 +94,29 @@ def test_seeds_move_a_difference_by_what_methods_and_seeds_leave_unexplained() -
     assert (found.moved, found.freedom) == pytest.approx((2 * (left**2).sum() / 8, 8))
     del outputs["2"][4]
     assert sequential.Seeds.of(outputs).freedom == 7
+
+
+@pytest.mark.parametrize(("seed", "margin"), [(0, 0.004), (1, 0.002), (2, 0.012), (3, 0.03), (4, 0.0005), (5, 0.02)])
+def test_the_seeds_that_would_decide_are_the_first_whose_interval_does(seed, margin) -> None:
+    """One number of seeds after the other, by Student's t with Satterthwaite's freedom, written out."""
+    difference, of_seed, of_rows = np.abs(np.random.default_rng(seed).normal(0, [0.01, 0.02, 0.001]))
+    pair, freedom, level = sequential.Spread(difference, of_seed**2, of_rows**2, 80), 1.5, 0.99
+    expected = None
+    for seeds in range(64, 1, -1):
+        parts = of_seed**2 / seeds, of_rows**2
+        degrees = sum(parts) ** 2 / (parts[0] ** 2 / (freedom * (seeds - 1)) + parts[1] ** 2 / 79)
+        half = t.ppf((1 + level) / 2, degrees) * sum(parts) ** 0.5
+        if difference - half > 0 or difference + half < margin:
+            expected = seeds
+    assert sequential.seeds_wanted(pair, freedom, level, margin) == expected
+
+
+def test_a_method_is_as_good_where_its_interval_ends_below_the_margin_and_nowhere_else() -> None:
+    outputs = study({"a": 0.8, "b": 0.8}, seeds=2)
+    (other,) = (name for name, by in decide(outputs, 1, (2,)).by_method.items() if by.verdict != LEADS)
+    end = decide(outputs, 1, (2,)).by_method[other].high
+    for margin, verdict in ((end * 1.001, AS_GOOD), (end * 0.999, OPEN)):
+        assert decide(outputs, margin, (2,)).by_method[other].verdict == verdict
 
 
 def test_a_run_far_below_the_others_of_its_method_is_named_and_no_other() -> None:

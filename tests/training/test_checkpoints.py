@@ -131,6 +131,19 @@ def test_other_versions_of_the_libraries_or_other_masks_start_over(folder: Path,
     assert f"computed by torch {torch.__version__}, this is 0.4" in caplog.text
 
 
+def test_a_checkpoint_of_another_version_of_this_package_is_set_aside(folder: Path, caplog) -> None:
+    newest, building = folder / "checkpoint-4", folder / ".building"
+    newest.rename(building)
+    progress = files.read_json(building / "progress.json")
+    del progress["shape"]
+    (building / "complete.json").unlink()
+    files.write_json(building / "progress.json", progress)
+    files.seal(building, newest)
+    assert files.fault(newest) is None
+    assert resumable(folder.parent).name == "checkpoint-2"
+    assert "progress.json" in caplog.text
+
+
 def test_what_may_end_best_has_to_be_there_still(folder: Path, caplog) -> None:
     (folder / "checkpoint-2" / checkpoints.TRAINABLE).write_bytes(b"")
     with caplog.at_level(logging.WARNING):
