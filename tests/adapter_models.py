@@ -234,11 +234,12 @@ def dense_twin(model, base, **settings):
 
 
 def scaled_as(model, twin, name="default"):
-    """Give ``twin``, read from a file of ``model``, its scalings: the file has one, and the rest in B, which trains."""
+    """Give ``twin``, read from a file of ``model``, the scalings that this trains with: in the file they are in B."""
     own = layers(model)
     for module, layer in layers(twin).items():
         if name in layer.lora_B:
-            ratio = own[module].scaling[name] / layer.scaling[name]
+            scaling = own[module].scaling[name] * getattr(own[module].lora_B[name], "multiple", 1)
+            ratio = scaling / layer.scaling[name]
             layer.scaling[name] *= ratio
             for parameter in layer.lora_B[name].parameters():
                 parameter.data /= ratio

@@ -26,8 +26,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
-from partial_lora.adapter.config import PartialLoraConfig, saved_file
-from partial_lora.adapter.factor import is_sharded
+from partial_lora.adapter.config import PartialLoraConfig, saved_file, scaling_of
+from partial_lora.adapter.factor import MaskedFactor, is_sharded
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
     adapter_layers,
@@ -36,6 +36,7 @@ from partial_lora.adapter.model import (
     check_unmerged,
     config_of,
     drawn_of,
+    layer_rank,
     module_masks,
 )
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
@@ -73,6 +74,8 @@ def write_compact(
     layers = adapter_layers(model, adapter_name)
     config, base = _writable_config(model, adapter_name, layers), model.get_base_model()
     masks, geometries = drawn_of(layers, adapter_name)
+    for name in masks:
+        _check_scaling(config, name, layers[name], adapter_name, masks[name])
     if config.choose_masks(geometries) != masks:
         raise PartialLoraError(f"adapter {adapter_name!r}: its config does not make the masks that it has.")
     kept = {
@@ -159,11 +162,25 @@ def _writable_config(model: PeftModel, adapter_name: str, layers: Mapping[str, L
     parameters = [(name, parameter) for name, _, parameter in base_parameters(model.get_base_model())]
     for name, layer in layers.items():
         factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        parameters += [(name, parameter) for factor in factors for parameter in factor._parameters.values()]
+        parameters += [(name, part) for factor in factors for part in factor._parameters.values() if part is not None]
     for name, parameter in parameters:
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
     return config
+
+
+def _check_scaling(
+    config: PartialLoraConfig, name: str, layer: LoraLayer, adapter_name: str, masks: ModuleMasks
+) -> None:
+    """Raise PartialLoraError where a layer is not as the config, which is all that the file holds, would build it."""
+    rank, b = layer_rank(layer, adapter_name), cast(MaskedFactor, layer.lora_B[adapter_name])
+    here = layer.lora_alpha[adapter_name] / config.unit(layer.r[adapter_name]) * b.multiple
+    there = scaling_of(config, name, rank) * config.density_factor(masks)
+    if rank != config.rank_of(name) or not math.isclose(here, there):
+        raise PartialLoraError(
+            f"{name} has rank {rank} and scaling {here:g}, by the config of {adapter_name!r} {config.rank_of(name)} and"
+            f" {there:g}: set the config's r, lora_alpha and exponents back, or use save_pretrained."
+        )
 
 
 def _fill(adapted: PeftModel, compact: Compact, adapter_name: str) -> None:

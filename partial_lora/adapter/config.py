@@ -122,8 +122,8 @@ class PartialLoraConfig(LoraConfig):
 
     Where a module keeps a share p of its rows and q of its columns, A is drawn for the kept columns (``fan_in``), and
     ΔW is p^-row_exponent · q^-column_exponent times what alpha / rank gives, so that dense LoRA's learning rate suits
-    densities down to 12 %; below, it is lower. This factor is in the module's scaling in a model, and in B on disk,
-    where ``lora_alpha`` is the alpha of every module. Every default is that of the command line.
+    densities down to 12 %; below, it is lower. This factor is in B as other code sees it, in files too, so that
+    ``lora_alpha`` is the alpha of every module; what trains is B without it. Every default is that of the command line.
 
     Attributes:
         r, lora_alpha: 16 and 16, in place of LoraConfig's 8 and 8.
@@ -299,14 +299,14 @@ class PartialLoraConfig(LoraConfig):
         ranks = self.rank_pattern or {}
         return ranks.get(get_pattern_key(list(ranks), module), self.r)
 
-    def alpha_in_model(self, module: str, masks: ModuleMasks) -> float:
-        """Return the alpha of a module with these masks: its own times p^-row_exponent · q^-column_exponent.
+    def density_factor(self, masks: ModuleMasks) -> float:
+        """Return the factor p^-row_exponent · q^-column_exponent on the change of a module with these masks.
 
         A factor that does not train has a density of 1 here.
         """
         exponents = {"rows": cast("float", self.row_exponent), "columns": self.column_exponent}  # set by __post_init__
         trains = [axis for axis in AXES if axis != self.frozen_axis]
-        return _alpha_of(self, module) * math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
+        return math.prod(getattr(masks, axis).reach ** -exponents[axis] for axis in trains)
 
     def as_lora(self, rank: int | None = None) -> LoraConfig:
         """Return the plain LoraConfig of the same adapter on disk: all modules with one alpha and one ``rank``.
@@ -318,6 +318,12 @@ class PartialLoraConfig(LoraConfig):
         if rank not in (None, self.r):  # the same scaling
             options |= {"r": rank, "lora_alpha": self.lora_alpha * self.unit(rank) / self.unit(self.r)}
         return LoraConfig(**options)
+
+    def own_scaling(self, module: str) -> float:
+        """Return a module's scaling over that of a module without a rank or alpha of its own: on disk it is in B."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return 1.0
+        return scaling_of(self, module, self.rank_of(module)) * self.unit(self.r) / self.lora_alpha
 
     def unit(self, rank: int) -> float:
         """Return the alpha that gives a scaling of 1 at a rank."""

@@ -43,6 +43,7 @@ class MaskedFactor(nn.Module):
         dense: the factor as PEFT has drawn it, a linear layer or a convolution.
         mask: what stays: rows of B or columns of A, or entries in row-major order.
         entries: True where the mask is over entries.
+        multiple: what ``kept`` is multiplied by in the whole factor. In a product it joins the scaling.
 
     Where the mask keeps everything (``full``), this is plain LoRA's factor and is computed as in PEFT.
     """
@@ -50,7 +51,7 @@ class MaskedFactor(nn.Module):
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
 
-    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool) -> None:
+    def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()
         weight, bias, groups, is_convolution = dense.weight, dense.bias, 1, not isinstance(dense, nn.Linear)
         if is_convolution:
@@ -63,6 +64,7 @@ class MaskedFactor(nn.Module):
         self._set(
             mask=mask,
             entries=entries,
+            multiple=multiple,
             full=len(mask.kept) == mask.size,
             shape=weight.shape,
             rank=weight.shape[1 - self.axis] * groups,
@@ -183,6 +185,10 @@ class MaskedFactor(nn.Module):
         """Return the values of ``kept`` that bring the factor nearest to ``dense``."""
         return self.keep(dense)
 
+    def dense(self, kept: Tensor) -> Tensor:
+        """Return the dense factor, or its bias, as other code sees it."""
+        return self.fill(kept) if self.multiple == 1 else self.fill(kept * self.multiple)
+
     def padded(self, dense: Tensor, rank: int) -> Tensor:
         """Return a dense factor padded with units of zeros to ``rank``, as on disk."""
         missing = rank - dense.shape[1 - self.axis]
@@ -206,9 +212,9 @@ class MaskedFactor(nn.Module):
         Writing into it raises. Assigning a dense factor with other values makes ``kept`` a new parameter with what the
         mask keeps. All processes have to read a sharded factor (FSDP2, ZeRO) together.
         """
-        dense = self.fill(whole(self.kept))
+        dense = self.dense(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full else _read_only(dense)
+        return dense if self.full and self.multiple == 1 else _read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -216,13 +222,15 @@ class MaskedFactor(nn.Module):
             raise PartialLoraError(f"weight has shape {tuple(dense.shape)}, this masked factor {tuple(self.shape)}.")
         kept, here = self._checked(dense.detach(), "weight"), self.kept
         is_same = (kept.dtype, kept.device) == (here.dtype, here.device) and not (kept.is_meta or is_sharded(here))
-        if not (is_same and torch.equal(kept, here)):  # else an optimizer goes on with it, as after functional_call
+        if not (
+            is_same and torch.equal(dense, self.dense(here))
+        ):  # else an optimizer goes on with it, as after functional_call
             self.kept = nn.Parameter(kept, requires_grad=here.requires_grad)
 
     @property
     def bias(self) -> Tensor | None:
         """The dense bias, zero where masked, as ``weight`` is; None where the factor has none."""
-        return None if self.kept_bias is None else _read_only(self.fill(whole(self.kept_bias)))
+        return None if self.kept_bias is None else _read_only(self.dense(whole(self.kept_bias)))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as any module does, but assign ``weight``, which is not a parameter here."""
@@ -240,7 +248,7 @@ class MaskedFactor(nn.Module):
                 " with PartialLoraConfig.from_pretrained of its own folder, or remove a partial_lora.json that another"
                 " adapter has left there."
             )
-        return kept
+        return kept / self.multiple
 
     def operand(self, kept: Tensor) -> Tensor:
         """Return the matrix of a product: the factor's part for the gathered features, or the dense factor."""
@@ -271,8 +279,8 @@ class MaskedFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense factor times x, as the linear layer or convolution it stands in for computes it."""
-        bias = None if self.kept_bias is None else self.fill(self.kept_bias)
-        return self._apply_weight(x, self.fill(self.kept), bias)
+        bias = None if self.kept_bias is None else self.dense(self.kept_bias)
+        return self._apply_weight(x, self.dense(self.kept), bias)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return an activation's features that meet `operand`: those that have kept entries."""
@@ -297,7 +305,7 @@ class MaskedFactor(nn.Module):
         for name, part in PARTS.items():
             if (kept := getattr(self, part)) is not None:
                 values = whole(kept) if keep_vars else whole(kept).detach()
-                destination[prefix + name] = entry_like(kept, self.fill(values))
+                destination[prefix + name] = entry_like(kept, self.dense(values))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -347,8 +355,9 @@ class FactorB(MaskedFactor):
 
     def add_to(self, result: Tensor, low: Tensor, scaling: float) -> Tensor:
         """Return result + scaling * B low; where it `scatters`, only the kept features are touched."""
-        if self.full:
-            return result + self(low) * scaling  # PEFT's order of operations: equal to the last bit
+        scaling = scaling * self.multiple
+        if self.full:  # PEFT's order of operations: equal to the last bit
+            return result + self._apply_weight(low, self.fill(self.kept), self.kept_bias) * scaling
         low = low * scaling  # narrower than the result
         bias = None if self.kept_bias is None else self.kept_bias * scaling
         if self.scatters:
@@ -375,10 +384,20 @@ class _Frozen:
         mask: what of it is not zero.
         drawn: the values there, in float32.
         beside: the factor that trains.
+        multiple: as of other factors.
     """
 
-    def __init__(self, dense: nn.Module, mask: Mask, drawn: np.ndarray, beside: MaskedFactor, *, entries: bool) -> None:
-        super().__init__(dense, mask, entries=entries)
+    def __init__(
+        self,
+        dense: nn.Module,
+        mask: Mask,
+        drawn: np.ndarray,
+        beside: MaskedFactor,
+        *,
+        entries: bool,
+        multiple: float = 1.0,
+    ) -> None:
+        super().__init__(dense, mask, entries=entries, multiple=multiple)
         del self._parameters["kept"]
         self._drawn = self._cast = torch.from_numpy(drawn.copy())
         self._beside = (beside,)  # in a tuple: it is a module of the layer, not of this one
@@ -407,7 +426,7 @@ class _Frozen:
     @property
     def weight(self) -> Tensor:
         """The factor, read-only; nothing but its own values can be assigned."""
-        return _read_only(self.fill(self.kept))
+        return _read_only(self.dense(self.kept))
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -415,11 +434,11 @@ class _Frozen:
 
     def _check_values(self, dense: Tensor, name: str) -> None:
         """Refuse a factor that is not the one drawn, rounded to its own dtype or to this one's."""
-        expected = self.fill(self.kept)
+        expected = self.dense(self.kept)
         matches = dense.shape == expected.shape and (
             dense.is_meta
             or expected.is_meta
-            or torch.equal(self.fill(self._drawn.to(dense.device, dense.dtype)), dense)
+            or torch.equal(self.dense(self._drawn.to(dense.device, dense.dtype)), dense)
             or torch.equal(dense.to(expected), expected)
         )
         if not matches:
@@ -516,7 +535,7 @@ class _Tied:
                 f"{name} is not tied in this adapter's groups: it was trained under others or none, load it with"
                 " PartialLoraConfig.from_pretrained of its own folder."
             )
-        return kept
+        return kept / self.multiple
 
 
 class TiedA(_Tied, FactorA):

@@ -22,14 +22,14 @@ def adapted_linear(
         weight: W (out × in), which gets no gradient.
         bias: b (out), which may get a gradient.
         a: the masked A; b: the masked B, both of a linear layer.
-        scaling: the module's factor of B A.
+        scaling: the module's factor of B A, for B's own multiple of ``kept``.
         dropout: the probability of zeroing a feature of x on its way into A; 0 in evaluation.
 
     Returns (..., out) in the dtype of W x. Where the factors have a wider dtype than x, the adapter is computed in it,
     as PEFT does. A backward pass that is to be differentiated again raises RuntimeError.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    kept_a, kept_b = a.kept, b.kept
+    kept_a, kept_b, scaling = a.kept, b.kept, scaling * b.multiple
     if (dtype := _autocast_dtype(x)) is not None:
         tokens, weight, bias, kept_a, kept_b = (
             tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)

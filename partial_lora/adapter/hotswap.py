@@ -13,10 +13,10 @@ from peft.utils.hotswap import _update_scaling
 from torch import Tensor, nn
 
 from partial_lora.adapter import sidecar
-from partial_lora.adapter.config import PartialLoraConfig
+from partial_lora.adapter.config import PartialLoraConfig, scaling_of
 from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.layer import as_factors
-from partial_lora.adapter.model import adapter_layers, base_name, config_of, saved_multiple
+from partial_lora.adapter.model import adapter_layers, base_name, config_of
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import AXES
@@ -55,15 +55,15 @@ def swap_masked(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: s
     with torch.no_grad():
         for name, layer in layers.items():
             rank = layer.r[adapter_name] = new.rank_of(name)
-            alpha = layer.lora_alpha[adapter_name] = new.alpha_in_model(name, masks[name])
-            _update_scaling(layer, adapter_name, alpha / new.unit(rank))
-            multiple = saved_multiple(new, layer, adapter_name)
+            _update_scaling(layer, adapter_name, scaling_of(new, name, rank))
+            layer.lora_alpha[adapter_name] = scaling_of(new, name, rank) * new.unit(rank)
             a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            frozen = new.frozen(name, geometries[name])
+            frozen, ratio = new.frozen(name, geometries[name]), new.own_scaling(name)
             a.swap(masks[name].columns, values[f"{name}.lora_A.{adapter_name}.weight"], frozen)
             key = f"{name}.lora_B.{adapter_name}"
-            dense, bias = values[f"{key}.weight"] / multiple, values.get(f"{key}.bias")
-            b.swap(masks[name].rows, dense, frozen, bias if bias is None else bias / multiple)
+            dense, bias = values[f"{key}.weight"] / ratio, values.get(f"{key}.bias")
+            b.multiple = new.density_factor(masks[name])
+            b.swap(masks[name].rows, dense, frozen, bias if bias is None else bias / ratio)
     for key in ("lora_alpha", "indices", *sidecar.SETTINGS):
         setattr(config, key, getattr(new, key))
     config.scores, config.expected = None, new.expected
@@ -80,4 +80,5 @@ def _check_fit(where: str, layer: LoraLayer, adapter_name: str, masks: ModuleMas
             )
         rank, highest = shapes.rank, factors[axis].rank
         if rank > highest or (rank != highest and not factors[axis].widens):
-            raise PartialLoraError(f"{where} has rank {rank}, this model {highest}: expected the same for a hot swap.")
+            most = "at most that" if factors[axis].widens else "the same"
+            raise PartialLoraError(f"{where} has rank {rank}, this model {highest}: expected {most} for a hot swap.")

@@ -167,7 +167,7 @@ class PartialEmbedding(lora.Embedding):
 
     def _change(self, x: Tensor, name: str) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
-        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * self.scaling[name]
+        change = self._embed(x, b.fill(b.kept)) @ a.fill(a.kept) * (self.scaling[name] * b.multiple)
         scale = self._get_embed_scale()
         return change if scale is None else change * scale.to(change.dtype)
 
@@ -262,13 +262,14 @@ def mask_layer(
     rows: str = MASKED,
     columns: str = MASKED,
     frozen: np.ndarray | None = None,
+    factor: float = 1.0,
     invoked: bool = False,
 ) -> None:
     """Reduce the adapter that PEFT has just put into ``layer`` to what ``masks`` keeps.
 
     Its values stay as drawn; ``fan_in`` "kept" rescales A as if the kept inputs were all. ``rows`` and ``columns`` say
-    which factor does not train; ``frozen`` are its values. The other starts at zero. ``invoked``: it changes the tokens
-    from its invocation on.
+    which factor does not train; ``frozen`` are its values. The other starts at zero. The change of W is ``factor``
+    times PEFT's, by the multiple of B. ``invoked``: it changes the tokens from its invocation on.
     """
     # The same layer with another forward pass. The functions of PEFT that build layers name their classes, and its hook
     # for custom ones (_register_custom_module) would displace the quantised layers.
@@ -283,9 +284,9 @@ def mask_layer(
     if rows != MASKED:
         a = FactorA(dense_a, masks.columns, entries=entries)
         a.kept.data.zero_()
-        b = OneHotB(dense_b, masks.rows, frozen, a, entries=False)
+        b = OneHotB(dense_b, masks.rows, frozen, a, entries=False, multiple=factor)
     else:
-        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries)
+        b = (TiedB if tied else FactorB)(dense_b, masks.rows, entries=entries, multiple=factor)
         if columns != MASKED:
             hot = columns == "one_hot"
             a = (OneHotA if hot else FrozenA)(dense_a, masks.columns, frozen, b, entries=entries and not hot)

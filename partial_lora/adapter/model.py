@@ -160,9 +160,8 @@ class PartialLoraModel(LoraModel):
             options: dict[str, Any] = {key: getattr(lora_config, key) for key in ("fan_in", "rows", "columns")}
             options["invoked"] = bool(lora_config.alora_invocation_tokens)
             options["frozen"] = lora_config.frozen(name, geometries[name])
+            options["factor"] = lora_config.density_factor(masks[name])
             mask_layer(layer, adapter_name, masks[name], **options)
-            layer.lora_alpha[adapter_name] = lora_config.alpha_in_model(name, masks[name])
-            layer.set_scale(adapter_name, 1)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs
@@ -229,17 +228,16 @@ class PartialLoraModel(LoraModel):
             factor = getattr(layers[path], part)[adapter_name]
             if isinstance(factor, MaskedFactor):
                 factors[key] = path, part, name, factor
-        rank = max(
-            (_rank(layers[path], adapter_name) for path in {path for path, *_ in factors.values()}), default=config.r
-        )
+        paths = {path for path, *_ in factors.values()}
+        rank = max((layer_rank(layers[path], adapter_name) for path in paths), default=config.r)
         for key, (path, part, name, factor) in factors.items():
             value, layer = state.pop(key), layers[path]
-            dense = value if name in PARTS else factor.fill(value)
+            dense = value if name in PARTS else factor.dense(value)
             whole_name = "weight" if name in ("weight", "kept") else "bias"
             if whole_name == "weight" and not isinstance(layer, ParamWrapper):
                 dense = factor.padded(dense, rank)
-            if part == "lora_B" and (multiple := saved_multiple(config, layer, adapter_name)) != 1:
-                dense = dense * multiple
+            if part == "lora_B" and (ratio := config.own_scaling(_layer_name(base_name(path), layer))) != 1:
+                dense = dense * ratio
             if isinstance(layer, PartialEmbedding):
                 state[f"{path}.{EMBEDDED[part]}.{adapter_name}"] = dense.T.contiguous()
             else:
@@ -248,18 +246,16 @@ class PartialLoraModel(LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, *, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict
+        cls, *, model: nn.Module, config: LoraConfig, state_dict: dict, **kwargs
     ) -> dict:
         factors = as_factors(state_dict)
-        if isinstance(config, PartialLoraConfig):
-            layers = {base_name(path): layer for path, layer in _modules(model) if isinstance(layer, LoraLayer)}
+        if isinstance(config, PartialLoraConfig) and (config.rank_pattern or config.alpha_pattern):
+            names = {base_name(path): name for path, name in _layer_names(model).items()}
             for key in factors:
                 path, is_b, _ = key.partition(".lora_B.")
-                layer = layers.get(base_name(path)) if is_b else None
-                if layer and (multiple := saved_multiple(config, layer, adapter_name)) != 1:
-                    factors[key] = factors[key] / multiple
-        options: dict[str, Any] = {"model": model, "config": config, "adapter_name": adapter_name}
-        return super()._remap_adapter_state_dict_for_load(state_dict=factors, **options)
+                if is_b and base_name(path) in names:
+                    factors[key] = factors[key] / config.own_scaling(names[base_name(path)])
+        return super()._remap_adapter_state_dict_for_load(model=model, config=config, state_dict=factors, **kwargs)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs) -> dict:
@@ -364,6 +360,12 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         for name, layer in _modules(_base_of(model))
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     }
+
+
+def _layer_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of layers with adapters in the base model, by their names in this model."""
+    layers = {path: layer for path, layer in _modules(model) if isinstance(layer, LoraLayer)}
+    return {path: _layer_name(base_name(path), layer) for path, layer in layers.items()}
 
 
 def _layer_name(name: str, layer: LoraLayer) -> str:
@@ -486,16 +488,11 @@ def drawn_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> Drawn:
 
 def saved_rank(model: nn.Module, adapter_name: str) -> int:
     """Return the rank of every module of a masked adapter on disk: the highest."""
-    return max(_rank(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values())
+    return max(layer_rank(layer, adapter_name) for layer in adapter_layers(model, adapter_name).values())
 
 
-def saved_multiple(config: PartialLoraConfig, layer: LoraLayer, adapter_name: str) -> float:
-    """Return what a module's B is multiplied by on disk, where one scaling holds for all modules."""
-    alpha, unit = layer.lora_alpha[adapter_name], config.unit(layer.r[adapter_name])
-    return alpha * config.unit(config.r) / (unit * config.lora_alpha)  # exactly 1 where they are equal
-
-
-def _rank(layer: LoraLayer, adapter_name: str) -> int:
+def layer_rank(layer: LoraLayer, adapter_name: str) -> int:
+    """Return the rank of a masked layer's factors, padded or not; of experts that of each."""
     experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
     return cast(MaskedFactor, layer.lora_A[adapter_name]).rank // experts
 

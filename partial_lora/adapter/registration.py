@@ -198,11 +198,12 @@ def _into_masked(swap_tensors: Callable) -> Callable:
 
     @functools.wraps(swap_tensors)
     def swap(model: Any, state_dict: dict, adapter_name: str, config: LoraConfig, *args, **kwargs) -> None:
-        masked = isinstance(getattr(model, "peft_config", {}).get(adapter_name), PartialLoraConfig)
-        if masked and hasattr(config, "folder"):
-            swap_masked(model, state_dict, adapter_name, config.folder())
-        else:
+        if not isinstance(getattr(model, "peft_config", {}).get(adapter_name), PartialLoraConfig):
             swap_tensors(model, state_dict, adapter_name, config, *args, **kwargs)
+        elif hasattr(config, "folder"):
+            swap_masked(model, state_dict, adapter_name, config.folder())
+        else:  # tensors do not tell the masks
+            raise PartialLoraError(f"{adapter_name!r} is masked: expected hotswap_adapter with a folder of masks.")
 
     return swap
 

@@ -79,7 +79,6 @@ def warm_start(
     source = _from_model(lora) if isinstance(lora, PeftModel) else _from_files(lora, subfolder, revision, token)
     state, factors = adapter_tensors(model, adapter_name), _masked_factors(model, adapter_name)
     _check_fit(source, config, state, factors)
-    layers = adapter_layers(model, adapter_name)
     with torch.no_grad():
         for key, value in source.tensors.items():
             if key not in factors:
@@ -89,7 +88,8 @@ def warm_start(
             kept = getattr(factors[key], PARTS[name]).copy_(factors[key].nearest(value))
             module, _, factor = path.rpartition(".")
             if factor == "lora_B":
-                kept.mul_(scaling_of(source.config, module, config.r) / layers[module].scaling[adapter_name])
+                scaling = scaling_of(config, module, config.r) * factors[key].multiple
+                kept.mul_(scaling_of(source.config, module, config.r) / scaling)
 
 
 @dataclass(frozen=True)

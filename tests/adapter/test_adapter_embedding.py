@@ -46,7 +46,7 @@ def shares(model: PeftModel) -> dict[str, dict[str, float]]:
 def gradient_of_kept(factor: MaskedFactor, dense: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the numbers that a masked factor trains, from a dense factor's."""
     if not isinstance(factor.mask, TiedMask):
-        return factor.keep(dense)
+        return factor.keep(dense) * factor.multiple
     summed = torch.zeros_like(factor.kept)
     for feature, (place, sign) in enumerate(zip(factor.mask.places, factor.mask.signs, strict=True)):
         summed.select(factor.axis, place).add_(dense.select(factor.axis, feature) * sign)

@@ -376,6 +376,22 @@ def test_what_peft_refuses_for_lora_is_refused_with_its_words():
     assert messages[0] == messages[1]
 
 
+def test_state_dicts_and_transformers_read_b_as_the_file_has_it(tmp_path):
+    """With the factor of its density, whose alpha a model of plain LoRA has not."""
+    model = fill(adapt(llama, sparsity={".*": UNEVEN}, modules_to_save=None))
+    batch, expected = tokens(), logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(llama(), tmp_path)
+    plain.load_state_dict(fill(plain, seed=5) and model.state_dict())
+    masked = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    masked.load_state_dict(fill(masked, seed=5) and plain.state_dict())
+    in_transformers = llama()
+    in_transformers.load_adapter(str(tmp_path), peft_config=PartialLoraConfig.from_pretrained(tmp_path))
+    for each in (plain, masked, in_transformers):
+        torch.testing.assert_close(logits(each, batch), expected, atol=1e-5, rtol=1e-5)
+    assert any(isinstance(module, MaskedFactor) for module in in_transformers.modules())
+
+
 # AutoPeft
 
 

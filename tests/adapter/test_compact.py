@@ -541,8 +541,13 @@ def test_only_a_masked_adapter_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_masks_that_the_config_does_not_make_are_not_written(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "value", "key"),
+    [("mask_seed", 4, "masks"), ("lora_alpha", 5, "lora_alpha"), ("row_exponent", 0.5, "exponents"), ("r", 8, "rank")],
+)
+def test_what_the_config_does_not_make_is_not_written(tmp_path, setting, value, key):
     model = fill(adapt(sparsity=0.6))
-    model.peft_config["default"].mask_seed = 4
-    with pytest.raises(PartialLoraError, match="masks"):
+    setattr(model.peft_config["default"], setting, value)
+    with pytest.raises(PartialLoraError, match=key):
         write_compact(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

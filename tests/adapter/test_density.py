@@ -74,7 +74,7 @@ def test_a_drawn_for_the_kept_inputs_has_features_of_the_size_of_plain_lora_s(gr
 
 
 @pytest.mark.parametrize("trained", [{}, {"columns": "frozen"}, {"columns": "one_hot"}])
-def test_the_scaling_is_that_of_the_densities_that_are_there(trained):
+def test_b_is_multiplied_by_what_the_densities_that_are_there_ask_for(trained):
     exponents = {"row_exponent": 0.5, "column_exponent": 0.25}
     scaled, plain = (
         adapt(sparsity=MIXED, alpha_pattern={"fc1": 3}, **trained, **each) for each in (exponents, AS_PEFT)
@@ -83,9 +83,8 @@ def test_the_scaling_is_that_of_the_densities_that_are_there(trained):
         expected = masks.rows.density**-0.5 * (1 if trained else masks.columns.density**-0.25)
         draw = 1 if trained else masks.columns.density**-0.5  # fan_in, which AS_PEFT leaves alone
         torch.testing.assert_close(factors(scaled, "A")[name].kept, factors(plain, "A")[name].kept * draw)
-        assert layers(scaled)[name].scaling["default"] == pytest.approx(
-            (3 if name.endswith("fc1") else 6) / 4 * expected
-        )
+        assert factors(scaled, "B")[name].multiple == pytest.approx(expected)
+        assert layers(scaled)[name].scaling["default"] == (3 if name.endswith("fc1") else 6) / 4
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -108,7 +107,7 @@ def test_it_trains_as_lora_of_that_scaling_with_masked_gradients(fused, monkeypa
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for which in "AB":
         for name, factor in factors(model, which).items():
-            torch.testing.assert_close(factor.weight.clone(), factors(twin, which)[name].weight, **CLOSE)
+            torch.testing.assert_close(factor.fill(factor.kept), factors(twin, which)[name].weight, **CLOSE)
 
 
 @pytest.mark.parametrize("sparsity", [0.75, {"qkv": 0.75, "fc1": 0.5}])
@@ -234,7 +233,7 @@ def test_a_factor_trains_as_in_lora_whose_other_factor_is_frozen(method, fused, 
     assert losses[0][-1] != losses[0][0]
     for which in "AB":
         for name, factor in factors(model, which).items():
-            torch.testing.assert_close(factor.weight.clone(), factors(twin, which)[name].weight, **CLOSE)
+            torch.testing.assert_close(factor.fill(factor.kept), factors(twin, which)[name].weight, **CLOSE)
 
 
 def test_unit_vectors_are_of_rows_and_columns_that_there_are_and_their_order_is_the_seed_s():
