@@ -70,7 +70,7 @@ class Mask:
         if kept.ndim != 1 or kept.size == 0 or kept.dtype.kind not in "iu":
             raise PartialLoraError(f"a mask over {self.size} entries needs a non-empty list of whole numbers to keep.")
         kept = kept.astype(np.int64)  # a copy: the mask owns its indices
-        if kept[0] < 0 or kept[-1] >= self.size or (np.diff(kept) <= 0).any():
+        if kept[0] < 0 or kept[-1] >= self.size or (kept[1:] <= kept[:-1]).any():
             raise PartialLoraError(
                 f"a mask over {self.size} entries needs ascending, distinct indices from 0 to {self.size - 1}."
             )

@@ -35,7 +35,7 @@ from partial_lora.adapter.model import (
     base_modules,
     check_unmerged,
     config_of,
-    drawn,
+    drawn_of,
     layer_rank,
     module_masks,
 )
@@ -71,14 +71,13 @@ def write_compact(
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise PartialLoraError(f"dtype is {dtype}: expected torch.float32, torch.bfloat16, or None (as trained).")
-    config = _writable_config(model, adapter_name)
-    base, layers, (masks, geometries) = (
-        model.get_base_model(),
-        adapter_layers(model, adapter_name),
-        drawn(model, adapter_name),
-    )
+    layers = adapter_layers(model, adapter_name)
+    config, base = _writable_config(model, adapter_name, layers), model.get_base_model()
+    masks, geometries = drawn_of(layers, adapter_name)
     for name in masks:
         _check_scaling(config, name, layers[name], adapter_name, masks[name])
+    if config.choose_masks(geometries) != masks:
+        raise PartialLoraError(f"adapter {adapter_name!r}: its config does not make the masks that it has.")
     kept = {
         name: {
             part: _parameter(layers[name], adapter_name, part).detach().cpu() for part in _trained_parts(vars(config))
@@ -96,8 +95,6 @@ def write_compact(
     ).rounded_to(dtype)
     path = Path(folder) / FILE_NAME
     content = encode(compact)
-    if decode(content, path).masks != masks:
-        raise PartialLoraError(f"adapter {adapter_name!r}: its config does not make the masks that it has.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     return path
@@ -154,7 +151,7 @@ def load_compact(
     return adapted
 
 
-def _writable_config(model: PeftModel, adapter_name: str) -> PartialLoraConfig:
+def _writable_config(model: PeftModel, adapter_name: str, layers: Mapping[str, LoraLayer]) -> PartialLoraConfig:
     """Return the config of an adapter that can be written; raise PartialLoraError for any other."""
     config = config_of(model, adapter_name)
     if not isinstance(config, PartialLoraConfig):
@@ -163,9 +160,9 @@ def _writable_config(model: PeftModel, adapter_name: str) -> PartialLoraConfig:
         )
     check_unmerged(model)
     parameters = [(name, parameter) for name, _, parameter in base_parameters(model.get_base_model())]
-    for name, layer in adapter_layers(model, adapter_name).items():
+    for name, layer in layers.items():
         factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        parameters += [(name, parameter) for factor in factors for parameter in factor.parameters()]
+        parameters += [(name, part) for factor in factors for part in factor._parameters.values() if part is not None]
     for name, parameter in parameters:
         if is_sharded(parameter):
             raise PartialLoraError(f"{name} is spread over processes: use save_pretrained, which gathers it.")
@@ -261,9 +258,9 @@ def encode(compact: Compact) -> bytes:
         counts = [len(getattr(masks[name], axis).kept) for axis in AXES]
         modules[name] = [shapes.b, shapes.a, *counts, _digest(masks[name])]
     if config.count == "bernoulli":  # the number kept is random: it does not give the requested sparsity
-        linears = {name: each for name, each in compact.geometries.items() if each.experts is None}
-        for name, share in shares_of(linears, config.shares).items():
-            modules[name] += [share[axis] for axis in AXES]
+        shares = shares_of(compact.geometries, config.shares)
+        for name in (name for name, each in compact.geometries.items() if each.experts is None):
+            modules[name] += [shares[name][axis] for axis in AXES]
     header: dict[str, Any] = {"config": _changed_settings(config, masks), "modules": modules, "base": str(compact.base)}
     if compact.rounded:
         header["rounded"] = True
@@ -437,6 +434,8 @@ def _check_base(base: nn.Module, compact: Compact, path: Path, *, values: bool) 
 
 def _trained_whole(base: nn.Module, config: PartialLoraConfig, whole: Mapping[str, Tensor]) -> set[str]:
     """Return the names of base parameters that the adapter replaces, and that so say nothing about its base."""
+    if not whole:
+        return set()
     modules = base_modules(base)
     heads = tuple(config.modules_to_save or ())
     copied = tuple(f"{name}." for name in modules if heads and name.endswith(heads))

@@ -53,8 +53,9 @@ class MaskedFactor(nn.Module):
 
     def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()
-        weight, groups, is_convolution = dense.weight, getattr(dense, "groups", 1), not isinstance(dense, nn.Linear)
+        weight, bias, groups, is_convolution = dense.weight, dense.bias, 1, not isinstance(dense, nn.Linear)
         if is_convolution:
+            groups = dense.groups
             settings = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups")}
             apply_weight = partial(_CONVOLUTIONS[weight.dim()], **settings)
         else:
@@ -75,7 +76,6 @@ class MaskedFactor(nn.Module):
         self._find_places()
         self._move_indices(weight.device)
         self.kept = nn.Parameter(self.keep(weight.detach()), requires_grad=weight.requires_grad)
-        bias = getattr(dense, "bias", None)
         kept = None if bias is None else nn.Parameter(self.keep(bias.detach()), requires_grad=bias.requires_grad)
         self.register_parameter("kept_bias", kept)
 
@@ -303,8 +303,8 @@ class MaskedFactor(nn.Module):
             return
         for name, part in PARTS.items():
             if (kept := getattr(self, part)) is not None:
-                dense = entry_like(kept, self.dense(whole(kept)))
-                destination[prefix + name] = dense if keep_vars else dense.detach()
+                values = whole(kept) if keep_vars else whole(kept).detach()
+                destination[prefix + name] = entry_like(kept, self.dense(values))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, cast
 
 from peft import LoraConfig, PeftType, get_peft_model_state_dict
@@ -143,9 +143,8 @@ class PartialLoraModel(LoraModel):
         return geometries
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT goes by the method's name to refuse targets that LoRA does not work on, so it is shown that of LoRA.
-        shown = copy.copy(peft_config)
-        shown.peft_type = PeftType.LORA
+        # PEFT goes by the method's name, and by nothing else, to refuse targets that LoRA does not work on.
+        shown = cast(LoraConfig, SimpleNamespace(peft_type=PeftType.LORA))
         super()._check_target_module_compatiblity(shown, model, target_name)
 
     def _create_and_replace(
@@ -219,20 +218,20 @@ class PartialLoraModel(LoraModel):
         if not isinstance(config, PartialLoraConfig):
             return state
         _save_with(config, model, adapter_name)  # which is saved next
-        layers: dict[str, Any] = {}
-        factors: dict[str, tuple[str, str, str]] = {}
-        owned = f".{adapter_name}"
-        ends = tuple(f"{owned}.{name}" for name in (*PARTS, *PARTS.values()))
+        layers: dict[str, Any] = dict(_modules(model))
+        factors: dict[str, tuple[str, str, str, MaskedFactor]] = {}
+        ends = tuple(f".{adapter_name}.{name}" for name in (*PARTS, *PARTS.values()))
         for key in [key for key in state if key.endswith(ends) and ".lora_" in key]:
             path, part, _, name = key.rsplit(".", 3)
-            if path not in layers:
+            if path not in layers:  # of a layer's second name
                 layers[path] = model.get_submodule(path)
-            if isinstance(getattr(layers[path], part)[adapter_name], MaskedFactor):
-                factors[key] = path, part, name
-        rank = max((layer_rank(layers[path], adapter_name) for path, *_ in factors.values()), default=config.r)
-        for key, (path, part, name) in factors.items():
+            factor = getattr(layers[path], part)[adapter_name]
+            if isinstance(factor, MaskedFactor):
+                factors[key] = path, part, name, factor
+        paths = {path for path, *_ in factors.values()}
+        rank = max((layer_rank(layers[path], adapter_name) for path in paths), default=config.r)
+        for key, (path, part, name, factor) in factors.items():
             value, layer = state.pop(key), layers[path]
-            factor = getattr(layer, part)[adapter_name]
             dense = value if name in PARTS else factor.dense(value)
             whole_name = "weight" if name in ("weight", "kept") else "bias"
             if whole_name == "weight" and not isinstance(layer, ParamWrapper):
@@ -333,31 +332,32 @@ def base_name(key: str) -> str:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model, with PEFT's layers but not what these hold, by their names as loaded."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {loaded_name(name): module for name, module in _modules(base)}
+    return {loaded_name(name): module for name, module in _modules(_base_of(model))}
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield a model's modules by name, as named_modules does, without a LoRA layer's dozen of parts but its base."""
-    met: set[nn.Module] = set()
-
-    def below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        met.add(module)
-        yield name, module
-        parts = module._modules
-        for part in ("base_layer",) if isinstance(module, LoraLayer) else parts:
-            child = parts[part]
-            if child is not None and child not in met:
-                yield from below(f"{name}.{part}" if name else part, child)
-
-    return below("", model)
+    met: set[nn.Module | None] = {None}
+    ahead: list[tuple[str, nn.Module | None]] = [("", model)]
+    while ahead:  # no recursion, which costs at every level
+        name, module = ahead.pop()
+        if module not in met:
+            met.add(module)
+            yield name, module
+            parts, prefix = module._modules, f"{name}." if name else ""
+            below = ("base_layer",) if isinstance(module, LoraLayer) else reversed(parts)
+            ahead += [(prefix + part, parts[part]) for part in below]
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of a LoRA or Partial-LoRA model that hold the adapter, by their names in the base model."""
     return {
-        _layer_name(name, layer): layer
-        for name, layer in base_modules(model).items()
+        _layer_name(loaded_name(name), layer): layer
+        for name, layer in _modules(_base_of(model))
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     }
 
@@ -456,35 +456,33 @@ def module_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, M
 
     Raises PartialLoraError for a module that has lost its masks, as when PEFT code builds its layers again.
     """
-    partial = isinstance(config_of(model, adapter_name), PartialLoraConfig)
-    return _masks_of(adapter_layers(model, adapter_name), adapter_name, partial=partial)
-
-
-def _masks_of(layers: Mapping[str, LoraLayer], adapter_name: str, *, partial: bool) -> dict[str, ModuleMasks]:
+    masked, layers = isinstance(config_of(model, adapter_name), PartialLoraConfig), adapter_layers(model, adapter_name)
+    if masked:
+        return dict(drawn_of(layers, adapter_name)[0])
     masks = {}
     for name, layer in layers.items():
-        embeds = adapter_name in layer.lora_embedding_A  # of plain LoRA, whose factors are parameters there
-        a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
-        low, high = cast(Any, a[adapter_name]), cast(Any, b[adapter_name])
-        if isinstance(low, FactorA) and isinstance(high, FactorB):
-            masks[name] = ModuleMasks(rows=high.mask, columns=low.mask, shape=(high.shape[0], low.shape[1]))
-        elif partial:
-            raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
-        else:
-            # Of an embedding, rank × rows of W, and columns of W × rank.
-            shape = (low.shape[1], high.shape[0]) if embeds else (layer.out_features, layer.in_features)
-            masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
+        shape = layer.out_features, layer.in_features
+        if adapter_name in layer.lora_embedding_A:  # rank × rows of W, and columns of W × rank
+            shape = layer.lora_embedding_A[adapter_name].shape[1], layer.lora_embedding_B[adapter_name].shape[0]
+        masks[name] = ModuleMasks(*map(Mask.full, shape), shape)
     return masks
 
 
 def drawn(model: nn.Module, adapter_name: str = "default") -> Drawn:
     """Return the masks and geometries of a masked adapter, {module: masks} and {module: geometry}."""
-    layers = adapter_layers(model, adapter_name)
-    masks, geometries = _masks_of(layers, adapter_name, partial=True), {}
+    return drawn_of(adapter_layers(model, adapter_name), adapter_name)
+
+
+def drawn_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> Drawn:
+    """Return the masks and geometries of the layers of a masked adapter, {module: layer}, read off its factors."""
+    masks, geometries = {}, {}
     for name, layer in layers.items():
-        a, b = (tuple(factor[adapter_name].shape) for factor in (layer.lora_A, layer.lora_B))
-        experts = layer.num_experts if isinstance(layer, ParamWrapper) else None
-        geometries[name] = Geometry((b[0], a[1]), a=a, b=b, experts=experts)
+        a, b = (factors._modules.get(adapter_name) for factors in (layer.lora_A, layer.lora_B))
+        if not (isinstance(a, FactorA) and isinstance(b, FactorB)):
+            raise PartialLoraError(f"{name} has lost its masks: something has rebuilt its adapter as dense LoRA.")
+        shape, experts = (b.shape[0], a.shape[1]), layer.num_experts if isinstance(layer, ParamWrapper) else None
+        masks[name] = ModuleMasks(rows=b.mask, columns=a.mask, shape=shape)
+        geometries[name] = Geometry(shape, a=tuple(a.shape), b=tuple(b.shape), experts=experts)
     return masks, geometries
 
 
