@@ -50,6 +50,7 @@ class MaskedFactor(nn.Module):
 
     axis_name: str
     axis: int  # the weight's axis of W's own features; its other axis is the rank
+    multiple: float
 
     def __init__(self, dense: nn.Module, mask: Mask, *, entries: bool, multiple: float = 1.0) -> None:
         super().__init__()

@@ -143,3 +143,14 @@ def test_the_names_that_a_class_had_before_stand_for_its_fused_experts():
     ):
         with refusal(key):
             adapted("qwen3", **settings)
+
+
+def test_a_compact_file_of_shares_by_expert_is_written_again_as_it_was(tmp_path):
+    """Of entries that stay by chance, whose number does not tell the share that was asked for."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    shares = {f"{name}.{expert}": 0.4 + expert / 10 for expert in range(4)}
+    settings = {"granularity": "element", "count": "bernoulli", "target_parameters": ["experts.down_proj"]}
+    model = adapted("qwen3", sparsity=shares | {"o_proj": 0.5}, **settings)
+    first = write_compact(model, tmp_path / "first")
+    again = write_compact(load_compact(base("qwen3"), tmp_path / "first"), tmp_path / "again")
+    assert again.read_bytes() == first.read_bytes()
