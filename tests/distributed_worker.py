@@ -212,7 +212,7 @@ def fsdp2(case: Case, rank: int, folder: Path) -> dict:
 
     other = shard(case.build(seed=7))
     set_model_state_dict(other, dict(state), options=whole_state)
-    found["loaded"] = equal(trained(other), trained(model))
+    found["loaded"] = equal(trained(other), trained(model), ROUNDED)
     other = shard(case.build(seed=8))
     result = set_peft_model_state_dict(other, {name: whole(tensor) for name, tensor in dense.items()})
     found["loaded_by_peft"] = not result.unexpected_keys and (head or equal(trained(other), trained(model), ROUNDED))
