@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_trainer import rows
 from transformers import Trainer, TrainerCallback
 
-from partial_lora.adapter import PartialLoraConfig, factor
+from partial_lora.adapter import PartialLoraConfig, sharding
 from partial_lora.launching import directory
 from partial_lora.training import checkpoints, distributed, fsdp
 
@@ -68,7 +68,7 @@ def main(rank: int, folder: Path, port: int) -> None:
     own.gather(None)
     kept = fsdp.optimizer_state(training.optimizer)
     moments = [value for entry in training.optimizer.state_dict()["state"].values() for value in entry.values()]
-    assert any(factor.is_sharded(value) for value in moments)
+    assert any(sharding.is_sharded(value) for value in moments)
     checkpoint = folder / "broken" / directory.CHECKPOINTS / f"checkpoint-{HALF}"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     assert len(saved) == sum(parameter.requires_grad for parameter in training.model.parameters())

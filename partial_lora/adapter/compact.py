@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from partial_lora.adapter.config import COMPACT_FILE as FILE_NAME
 from partial_lora.adapter.config import PartialLoraConfig, saved_file, scaling_of
-from partial_lora.adapter.factor import MaskedFactor, is_sharded
+from partial_lora.adapter.factor import MaskedFactor
 from partial_lora.adapter.fingerprint import Fingerprint, base_parameters, fingerprint, short
 from partial_lora.adapter.model import (
     adapter_layers,
@@ -40,6 +40,7 @@ from partial_lora.adapter.model import (
     module_masks,
 )
 from partial_lora.adapter.selection import Geometry, ModuleMasks, geometry, parameter_geometry, shares_of
+from partial_lora.adapter.sharding import is_sharded
 from partial_lora.errors import PartialLoraError, kind_and_line, one_line
 from partial_lora.files import FORMAT, other_format, with_an_end, write_atomic
 from partial_lora.masks import AXES, GRANULARITIES, MASKED

@@ -8,18 +8,16 @@ outside the rows I; only A' (rank × |J|) and B' (|I| × rank) are stored. Kept 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional as F
 
+from partial_lora.adapter.dense_view import read_only
+from partial_lora.adapter.sharding import entry_like, gathered, is_sharded, sharded_like, whole
 from partial_lora.errors import PartialLoraError
 from partial_lora.masks import GATHER_DENSITY, Mask, TiedMask
 
@@ -215,7 +213,7 @@ class MaskedFactor(nn.Module):
         """
         dense = self.dense(whole(self.kept))
         # With a full mask this is a view of `kept`: nothing written is lost.
-        return dense if self.full and self.multiple == 1 else _read_only(dense)
+        return dense if self.full and self.multiple == 1 else read_only(dense)
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -230,7 +228,7 @@ class MaskedFactor(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The dense bias, zero where masked, as ``weight`` is; None where the factor has none."""
-        return None if self.kept_bias is None else _read_only(self.dense(whole(self.kept_bias)))
+        return None if self.kept_bias is None else read_only(self.dense(whole(self.kept_bias)))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register as any module does, but assign ``weight``, which is not a parameter here."""
@@ -426,7 +424,7 @@ class _Frozen:
     @property
     def weight(self) -> Tensor:
         """The factor, read-only; nothing but its own values can be assigned."""
-        return _read_only(self.dense(self.kept))
+        return read_only(self.dense(self.kept))
 
     @weight.setter
     def weight(self, dense: Tensor) -> None:
@@ -576,114 +574,3 @@ def _within_features(entries: np.ndarray, shape: torch.Size, axis: int) -> dict[
     narrow = [*shape]
     narrow[axis] = len(features)
     return {"features": features, "narrow": np.ravel_multi_index(places, narrow)}
-
-
-# The dense form of a masked factor, as other code sees it: to be read, never written.
-
-
-class DenseView(Tensor):
-    """A tensor computed from the kept entries of a factor; writing into it, or into a view of it, raises.
-
-    Much code changes a factor by writing into ``layer.lora_A[name].weight``. Such values would be lost without a word,
-    since the next reader computes the tensor again. Copies, and all that is computed from it, are ordinary tensors.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        if _writes(func.__name__, args, kwargs or {}):
-            raise PartialLoraError(
-                f"{func.__name__.strip('_')}: the weight of a masked factor is computed from its kept entries, so that"
-                " a change would be lost: load a state dict, or change `kept`, the parameter."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs or {})
-        seen = [arg for arg in args if isinstance(arg, cls)]
-
-        def viewed(part: object) -> object:  # .data, .detach(), a slice: writing there must raise too
-            in_memory = (part.untyped_storage()._cdata == arg.untyped_storage()._cdata for arg in seen)
-            is_view = isinstance(part, Tensor) and any(in_memory)
-            return part.as_subclass(cls) if is_view else part
-
-        return type(result)(map(viewed, result)) if type(result) in (list, tuple) else viewed(result)
-
-    def __deepcopy__(self, memo: dict) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return memo.setdefault(id(self), self.as_subclass(Tensor).detach().clone())
-
-    def __reduce_ex__(self, protocol: int) -> object:
-        """Pickle as an ordinary tensor, for torch.save too: the reader may not know this class."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-
-def _read_only(dense: Tensor) -> Tensor:
-    """Return a tensor as a DenseView; as it is where nobody writes, under a compiler and where it has no values."""
-    return dense if torch.compiler.is_compiling() or type(dense) is FakeTensor else dense.as_subclass(DenseView)
-
-
-# The other operators that write, += and its kind, are functions with an underscore at the end.
-_IN_PLACE = {"__set__", "__setitem__", *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift"))}
-
-
-def _writes(name: str, args: tuple, kwargs: dict) -> bool:
-    """Return True where a function of torch called ``name`` changes the view among its arguments."""
-    if isinstance(kwargs.get("out"), DenseView):
-        return True
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    named = (kwargs[key] for key in ("tensor", "input", "self") if key in kwargs)  # as torch.nn.init has it
-    targets = args[0] if args and isinstance(args[0], (list, tuple)) else (*args[:1], *named)  # torch._foreach_add_
-    return in_place and any(isinstance(target, DenseView) for target in targets)
-
-
-# Parameters that FSDP2 or ZeRO has sharded over processes: whole when read, in parts when stored.
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or all of a sharded one; all its processes have to call this together."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if not _emptied(tensor):
-        return tensor
-    with gathered(tensor):
-        return tensor.detach().clone()
-
-
-@contextmanager
-def gathered(parameter: Tensor | None) -> Iterator[None]:
-    """Restore, inside the block, a parameter that ZeRO's stage 3 has emptied; what process 0 writes into it stays."""
-    if not _emptied(parameter):
-        yield
-        return
-    import deepspeed  # only DeepSpeed makes such a parameter
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        yield
-
-
-def _emptied(parameter: Tensor | None) -> bool:
-    """Return True where ZeRO's stage 3 currently keeps the values elsewhere."""
-    return hasattr(parameter, "ds_id") and parameter.ds_status.name == "NOT_AVAILABLE"
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Return True where a process holds only its part of the parameter."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Return a whole tensor, sharded over the processes like ``parameter``; as it is where that is not sharded."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-def entry_like(parameter: Tensor, dense: Tensor) -> Tensor:
-    """Return the state-dict entry that stands for ``parameter``, made from the whole ``dense`` tensor.
-
-    On the meta device a state dict only plans what is loaded where, and accelerate reads the mesh off its entries, so
-    they are DTensors. With values, an entry is an ordinary tensor, which anyone can save.
-    """
-    if not isinstance(parameter, DTensor) or not dense.is_meta:
-        return dense
-    mesh = parameter.device_mesh
-    return DTensor.from_local(dense, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -29,7 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from partial_lora.adapter.factor import is_sharded
+from partial_lora.adapter.sharding import is_sharded
 
 _SAMPLED = 2  # parameters outside linear layers, with two values each
 _SAMPLED_LINEAR = 4  # weights of linear layers, with one value each

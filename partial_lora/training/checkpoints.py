@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from partial_lora.adapter.factor import sharded_like, whole
+from partial_lora.adapter.sharding import sharded_like, whole
 from partial_lora.files import fault, read_json, written
 
 STATE = "trainer_state.json"

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from partial_lora.adapter.factor import is_sharded, sharded_like, whole
+from partial_lora.adapter.sharding import is_sharded, sharded_like, whole
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_liger_kernel_available
 
 from partial_lora import progress, signals
-from partial_lora.adapter.factor import whole
+from partial_lora.adapter.sharding import whole
 from partial_lora.errors import PartialLoraError, UnfitPackageError, one_line
 from partial_lora.files import seal
 from partial_lora.methods.setting import Training
