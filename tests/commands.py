@@ -34,6 +34,7 @@ from transformers import conversion_mapping
 
 import partial_lora.train  # noqa: F401  and what a worker does
 from partial_lora import cli, signals, worker
+from partial_lora.commands import train_or_calibrate
 from partial_lora.launching import launch
 from partial_lora.tasks import sources
 
@@ -70,7 +71,7 @@ def begun(place: Path, *arguments: str, first: Callable[[], object] = lambda: No
     """The command under way, as a fork, with pipes for what it prints; its workers are forks, too. It draws nothing."""
 
     def before_all_else() -> None:
-        cli._draw = lambda *given: None
+        train_or_calibrate._draw = lambda *given: None
         first()
 
     return forked(
@@ -99,7 +100,7 @@ def here(
         with (
             mock.patch.dict(os.environ, environment(place, **changes), clear=True),
             mock.patch.object(sys, "argv", list(sys.argv)),
-            contextlib.nullcontext() if drawn else mock.patch.object(cli, "_draw"),
+            contextlib.nullcontext() if drawn else mock.patch.object(train_or_calibrate, "_draw"),
             forking(first),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

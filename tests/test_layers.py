@@ -29,6 +29,7 @@ ORDER = (
     ("report",),
     ("train", "compare"),
     ("worker", "completion"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -46,7 +46,8 @@ def sweep(plan: Plan, stage: str, run: Callable[..., launch.Outcome], hydra: Cal
 
     Args:
         stage: of every run, "train" or "calibrate".
-        run: runs a stage with settings, as `cli.run` does; jobs in other processes import it by its name.
+        run: runs a stage with settings, as `commands.train_or_calibrate.run` does; jobs in other processes import it
+            by its name.
         hydra: sweeps with the job that it is given.
 
     """

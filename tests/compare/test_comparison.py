@@ -19,7 +19,7 @@ from commands import here
 from recorded_runs import record
 from refusals import refusal
 
-from partial_lora import cli
+from partial_lora.commands import compare_or_judge
 from partial_lora.compare import candidates, comparison, options, rate_search
 from partial_lora.compare.candidates import Candidate, Progress
 from partial_lora.compare.comparison import Comparison
@@ -301,7 +301,7 @@ def test_a_learning_rate_in_a_file_is_where_searches_begin(given: str, tmp_path)
 )
 def test_what_cannot_be_compared_is_refused_by_its_key(arguments: list[str], key: str, tmp_path, monkeypatch) -> None:
     """And before what counts and trains is imported."""
-    monkeypatch.setattr(cli, "_libraries", pytest.fail)
+    monkeypatch.setattr(compare_or_judge, "libraries", pytest.fail)
     done = here(tmp_path, "compare", *arguments)
     assert done.returncode == 2
     assert key in done.stderr.splitlines()[0]

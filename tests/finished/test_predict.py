@@ -26,6 +26,7 @@ from refusals import refusal
 from scipy.special import softmax
 
 from partial_lora import cli, tasks
+from partial_lora.commands import evaluate_or_predict
 from partial_lora.errors import in_yaml
 from partial_lora.finished import generate
 from partial_lora.finished import predict as predicting
@@ -304,7 +305,7 @@ def test_names_are_shown_as_they_are_written_whatever_they_hold(run, photos, pre
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))  # a terminal of few characters
     assert cli.main(["predict", str(run.directory), "--device", "cpu", str(photo)]) == 0
     assert out.getvalue().endswith(photo.name.encode("ascii", "backslashreplace") + b"\n")
-    text = cli._plain_line(1, [])(Prediction("a prompt", "one\ntwo\x1b[2J", None, {}))
+    text = evaluate_or_predict._plain_line(1, [])(Prediction("a prompt", "one\ntwo\x1b[2J", None, {}))
     assert text == "one\\ntwo\\x1b[2J  a prompt\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from refusals import refusal
 
-from partial_lora import cli
+from partial_lora.commands.common import libraries
 from partial_lora.launching import cluster
 from partial_lora.settings.accelerate_file import accelerate_file
 from partial_lora.training.config import TrainerConfig
@@ -167,7 +167,7 @@ def test_what_this_process_needs_of_openmp_is_not_for_those_it_starts(monkeypatc
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    with cli._libraries():
+    with libraries():
         assert "OMP_NUM_THREADS" in os.environ
     assert not {*names} & os.environ.keys()
 
