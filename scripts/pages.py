@@ -179,9 +179,9 @@ def in_effect(task: str) -> str:
     return f"{min(thresholds):.2f} to {max(thresholds):.2f}"
 
 
-def one_rate() -> list[str]:
-    """Return rsLoRA less plain LoRA at each choice of learning rates, as the picture has them."""
-    return [written((found.difference, *found.interval()), 1) for found in differences_at_rates(RESULTS).values()]
+def one_rate(task: str) -> list[str]:
+    """Return rsLoRA less plain LoRA on a set at each choice of learning rates, as the picture has them."""
+    return [written((found.difference, *found.interval()), 1) for found in differences_at_rates(RESULTS, task).values()]
 
 
 CELL = ["task", "form", "size"]
