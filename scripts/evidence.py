@@ -120,7 +120,7 @@ def rates(results: Path, colours: dict[str, str]) -> Figure:
         axes.text(estimate.difference, y - 0.28, words_beside, color=ink, ha="center", fontsize=11, bbox=ground)
         label = f"{task}, {words}"
         axes.text(-0.04, y, label, ha="right", va="center", fontsize=11, transform=axes.get_yaxis_transform())
-    axes.set(xlim=(-75, 35), ylim=(len(found) - 0.5, -0.7), yticks=[])
+    axes.set(xlim=(-90, 35), ylim=(len(found) - 0.5, -0.7), yticks=[])
     axes.set_xlabel("points of test accuracy less plain LoRA; bars: 95 %, 8 seeds", fontsize=10)
     axes.set_title("Is rsLoRA better than plain LoRA? It depends on the rate.", fontsize=12, x=-0.56)
     axes.spines["left"].set_visible(False)
