@@ -105,8 +105,9 @@ CLAIMS = [
     (PARTIAL, "dense", AS_GOOD, THRESHOLD),
     (PARTIAL, "targeted", AS_GOOD, THRESHOLD),
 ]
-# Of stages that were added later (measures, flow), corrected among themselves: the plan of the others was without them.
-LATER = [(PARTIAL, "targeted", AS_GOOD, BUDGET), (UNIFORM, FLOW, AS_GOOD, BUDGET)]
+# Of stages that were added later (measures, flow, plain LoRA at the threshold), corrected among themselves: the plan
+# of the others was without them.
+LATER = [(PARTIAL, "targeted", AS_GOOD, BUDGET), (UNIFORM, FLOW, AS_GOOD, BUDGET), (PARTIAL, "lora", BETTER, THRESHOLD)]
 
 COLUMNS = ["claim", "where", "alone", "paper's", "verdict", "found"]
 
@@ -255,6 +256,7 @@ def write(runs: pd.DataFrame, results_dir: Path, problems: Sequence[str] = ()) -
     full = at_ceiling(table)
     numbers = pd.concat([table, differences(runs, pairs, not_in_means=full)], ignore_index=True)
     several, later = numbers["task"].eq(ALL_SETS), (numbers["importance"] != "") | (numbers["second"] == FLOW)
+    later |= (numbers["second"] == "lora") & (numbers["operating_point"] == THRESHOLD)
     parts = [f"    python scripts/decided.py {results_dir}"]
     parts += [f"At its ceiling, and in no mean: {', '.join(full)}."] if full else []
     decided, planned = [], []
