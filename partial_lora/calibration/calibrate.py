@@ -133,21 +133,10 @@ def calibrate(
     peers = peers or Alone()
     if above_chance is not None:
         changes["chance"] = "majority" if above_chance else "ignore"
-    for name in _OF_RUNS:
-        require(name not in changes, name, changes.get(name), "nothing: only a run of `partial-lora` reads it")
-    config = replace(config or CalibrationConfig(), **changes)
-    for name in ("sparsity", "file"):
-        require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
+    config = _checked(config or CalibrationConfig(), changes)
     require(isinstance(rank, Integral) and rank >= 1, "rank", rank, "a whole number, at least 1")
     one_of("granularity", granularity, *budgets.COUNTED)
-    chance = getattr(score, "chance", None) if chance is None else chance
-    if chance is None and config.chance == "majority":
-        raise PartialLoraError(
-            "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
-        )
-    is_finite = chance is None or (isinstance(chance, Real) and math.isfinite(chance))
-    require(is_finite, "calibration.chance", chance, "the score of guessing, a finite number")
-    chance = None if chance is None else float(chance)
+    chance = _checked_chance(getattr(score, "chance", None) if chance is None else chance, config)
     modules = target_linears(model, target_modules)
     shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in modules.items()}
     units = budgets.masked_units(shapes, rank, granularity)
@@ -193,6 +182,29 @@ def calibrate(
     for warning in result.warnings if peers.rank == 0 else ():
         logger.warning("calibration: %s", warning)
     return result
+
+
+def _checked(config: CalibrationConfig, changes: Mapping) -> CalibrationConfig:
+    """Return the settings with their changes, none of which is of a run alone or finds nothing."""
+    for name in _OF_RUNS:
+        require(name not in changes, name, changes.get(name), "nothing: only a run of `partial-lora` reads it")
+    config = replace(config, **changes)
+    for name in ("sparsity", "file"):
+        require(getattr(config, name) is None, f"calibration.{name}", getattr(config, name), "null: it is to be found")
+    return config
+
+
+def _checked_chance(chance: Any, config: CalibrationConfig) -> float | None:
+    """Return the score of guessing, a finite number, or None where it is neither known nor needed."""
+    if chance is None:
+        if config.chance == "majority":
+            raise PartialLoraError(
+                "calibration.chance=majority: the score of guessing is not known; pass `chance`, or set ignore"
+            )
+        return None
+    is_finite = isinstance(chance, Real) and math.isfinite(chance)
+    require(is_finite, "calibration.chance", chance, "the score of guessing, a finite number")
+    return float(chance)
 
 
 @dataclass
