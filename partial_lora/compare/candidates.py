@@ -128,7 +128,7 @@ class Half:
 
 
 @dataclass(eq=False)
-class Progress:
+class Entrant:
     """What has become of a candidate so far; `comparison` alone changes it.
 
     best: the learning rate, once it is found. failed: why it could not be trained. dropped: what it came to after half

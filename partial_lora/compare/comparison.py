@@ -13,8 +13,8 @@ from rich.styled import Styled
 
 from partial_lora.compare import measure_forgetting, rate_search, take, verdict
 from partial_lora.compare.candidates import (
+    Entrant,
     Half,
-    Progress,
     is_made,
     jobs_at_once,
     known_rates,
@@ -37,8 +37,8 @@ from partial_lora.report.forgetting import changes_of
 
 Say = Callable[[str], None]
 Watch = Callable[[Mapping], None]  # as bars.Bars.update
-Run = tuple[Progress, Trial]
-Make = Callable[[Sequence[Run]], int]  # makes runs, returns an exit code
+EntrantRun = tuple[Entrant, Trial]
+Make = Callable[[Sequence[EntrantRun]], int]  # makes runs, returns an exit code
 
 
 class StoppedError(Exception):
@@ -68,9 +68,9 @@ class Comparison:
     """
 
     options: Options
-    progress: list[Progress]
+    progress: list[Entrant]
     left_out: list[str]
-    reached: dict[tuple[Progress, float, int], float] = field(default_factory=dict)
+    reached: dict[tuple[Entrant, float, int], float] = field(default_factory=dict)
     total: float = 0.0
     share: float = 0.0
     others: dict[str, list[Other]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Comparison:
         fit = {one.group: one for one in reversed(candidates) if one.unfit is None} if options.forgets else {}
         others = {title: [Other.of(name, one.usual) for name in options.forgets] for title, one in fit.items()}
         left_out = [line for _, lines in found for line in lines]
-        return cls(options, list(map(Progress, candidates)), left_out, others=others)
+        return cls(options, list(map(Entrant, candidates)), left_out, others=others)
 
     def measure(self, say: Say) -> None:
         """Say what is left out and what every candidate takes, timed for a quick search; share the cores among runs.
@@ -111,12 +111,12 @@ class Comparison:
                 say(line)
 
     @property
-    def alive(self) -> list[Progress]:
+    def alive(self) -> list[Entrant]:
         """Those that are not refused."""
         return [one for one in self.progress if one.refused is None]
 
     @property
-    def groups(self) -> dict[str, list[Progress]]:
+    def groups(self) -> dict[str, list[Entrant]]:
         """Those with a learning rate, by what they have in common."""
         return grouped((one for one in self.alive if one.best is not None), lambda one: one.candidate.group)
 
@@ -211,7 +211,7 @@ class Comparison:
             one.best = best
             say(f"{one.name}: " + (one.refused or f"learning rate {best:g}"))
 
-    def _ask(self, searches: Mapping[Progress, Search | Asked], make: Make) -> dict:
+    def _ask(self, searches: Mapping[Entrant, Search | Asked], make: Make) -> dict:
         """Make the trials that searches ask for, and return what each ends with; with nothing it has failed."""
         trials = {one: next(search) for one, search in searches.items()}
         found = {}
@@ -233,7 +233,7 @@ class Comparison:
                     one.failed = errors[0] if errors else "no run of it finished"
         return found
 
-    def _race(self, rates: Mapping[Progress, float], make: Make) -> None:
+    def _race(self, rates: Mapping[Entrant, float], make: Make) -> None:
         """Train the methods of each group for half a run at the best of their rates, and drop those that are behind.
 
         Three go on, those of the least loss on validation, and all that its rows do not tell from the third of them. A
@@ -254,7 +254,7 @@ class Comparison:
                 if not is_whole and verdict.tells_apart(places[one], places[third]):
                     one.dropped = Half(rates[one], losses[one], place, len(group), losses[third])
 
-    def make_missing(self, runs: Sequence[Run], make: Make) -> None:
+    def make_missing(self, runs: Sequence[EntrantRun], make: Make) -> None:
         """Make those of the runs that are not recorded, and keep the records of all; raises StoppedError."""
         places = {
             (one, trial): place for one, trials in by_candidate(runs) for trial, place in one.places(trials).items()
@@ -277,7 +277,7 @@ class Comparison:
             if validation_of(record) is not None:
                 one.records[place] = record
 
-    def _side_by_side(self, runs: Sequence[Run], watch: Watch, note: Say) -> int:
+    def _side_by_side(self, runs: Sequence[EntrantRun], watch: Watch, note: Say) -> int:
         """Make runs side by side; return the exit code.
 
         `watch` takes the share of the work that is done. It never falls where more turns up, such as at an edge: every
@@ -300,7 +300,7 @@ class Comparison:
 
         return pool.side_by_side(configs, self.options.jobs, is_made, advance)
 
-    def next_look(self, group: Sequence[Progress]) -> tuple[dict[Progress, int], list[str]]:
+    def next_look(self, group: Sequence[Entrant]) -> tuple[dict[Entrant, int], list[str]]:
         """Return the seeds that the members of a group need next, none at the end, and what is decided so far."""
         least = self.options.seeds or 1
         for seeds in (min(2, least), least) if self.options.hours else (least,):  # two in any case
@@ -379,13 +379,13 @@ class Comparison:
         return Conclusion(Group(ranking.on_screen(numbers, reference), *greyed), verdicts, page)
 
 
-def by_candidate(runs: Sequence[Run]) -> list[tuple[Progress, list[Trial]]]:
+def by_candidate(runs: Sequence[EntrantRun]) -> list[tuple[Entrant, list[Trial]]]:
     """Return the trials of each candidate, of one seed and one share each."""
     parts = grouped(runs, lambda run: (run[0], run[1].seed, run[1].until))
     return [(one, [trial for _, trial in part]) for (one, *_), part in parts.items()]
 
 
-def by_sweeps(runs: Sequence[Run], sweep: Callable[[list[str]], int]) -> int:
+def by_sweeps(runs: Sequence[EntrantRun], sweep: Callable[[list[str]], int]) -> int:
     """Make runs by sweeps of `train`, whose launcher may be that of a cluster; return the exit code."""
     codes = [0]
     for one, trials in by_candidate(runs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.candidates import Candidate, Entrant
 from partial_lora.files import read_json, write_json
 from partial_lora.launching import directory
 from partial_lora.settings.editor import write_settings
@@ -21,7 +21,7 @@ _ARGUMENTS = {  # of transformers, by which key of `trainer` each is set
 }
 
 
-def write(one: Progress, folder: Path) -> Path:
+def write(one: Entrant, folder: Path) -> Path:
     """Write into a folder what the best run was made with, for `partial-lora train` and for plain PEFT; return it.
 
     config.yaml; adapter_config.json, unless the adapter is masked, and training_arguments.json, for transformers'

@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
-from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.candidates import Candidate, Entrant
 from partial_lora.compare.options import Options
 from partial_lora.compare.rate_search import SURVIVORS
 from partial_lora.errors import PartialLoraError
@@ -47,7 +47,7 @@ def results_of(places: Iterable[Path]) -> Path:
     return next(iter(places)).parents[4]
 
 
-def outputs_of(group: Sequence[Progress], out: Path) -> tuple[Outputs, str, np.ndarray | None]:
+def outputs_of(group: Sequence[Entrant], out: Path) -> tuple[Outputs, str, np.ndarray | None]:
     """Return what each test row adds to a score (sequential.Outputs), the metric, and what it adds to that of guessing.
 
     Without rows: whole scores, and None; None, too, for a metric of texts.
@@ -76,7 +76,7 @@ def outputs_of(group: Sequence[Progress], out: Path) -> tuple[Outputs, str, np.n
 
 
 def judged(
-    group: Sequence[Progress], options: Options, forgotten: Mapping[str, Changes] = NOTHING_MEASURED
+    group: Sequence[Entrant], options: Options, forgotten: Mapping[str, Changes] = NOTHING_MEASURED
 ) -> tuple[Decisions, list[str]]:
     """Return what the runs of a group decide so far, and that in sentences. forgotten: on other sets, at the end."""
     outputs, metric, guess = outputs_of(group, results_of(group[0].records))
@@ -131,7 +131,7 @@ def tells_apart(later: Path, earlier: Path) -> bool:
     return estimate(d[None]).interval()[0] > 0
 
 
-def dropped(progress: Sequence[Progress]) -> pd.DataFrame:
+def dropped(progress: Sequence[Entrant]) -> pd.DataFrame:
     """Return a row for each method that went no further than half a run."""
     halves = [(one.name, one.dropped) for one in progress if one.dropped]
     return pd.DataFrame(
@@ -180,7 +180,7 @@ _TOO_FEW = 2  # seeds: their interval may be as wide as the metric
 
 
 def sentences_on(
-    group: Sequence[Progress],
+    group: Sequence[Entrant],
     found: Decisions,
     metric: str,
     margin: float,
@@ -252,7 +252,7 @@ def _of_leader(method: str, leader: str, forgotten: Mapping[str, Changes], chang
     ]
 
 
-def _what_decides(decision: Decision, one: Progress, other: Progress, next_look: int | None, jobs: int) -> str:
+def _what_decides(decision: Decision, one: Entrant, other: Entrant, next_look: int | None, jobs: int) -> str:
     """Return what would decide what is open: seeds and their time, or a wider margin. next_look: its seeds, if any."""
     if next_look is not None and (decision.wants or 0) <= next_look:
         return f"it goes on to {next_look} seeds."

@@ -1,8 +1,8 @@
 """Checkpoints: all that a training needs to resume as if nothing had ended it, and nothing of what is frozen.
 
 A checkpoint is a sealed folder `checkpoint-STEP` (`files.seal`): Trainer's state of optimizer, schedule, random numbers
-and history, the trainable parameters by name, and what this run adds to them (`Progress`). A checkpoint that is not
-whole is never used.
+and history, the trainable parameters by name, and what this run adds to them (`CheckpointState`). A checkpoint that is
+not whole is never used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class CheckpointState:
     """Part of a checkpoint beside Trainer's own state.
 
     losses: the sum of each process's losses over all steps. seconds: of training so far, in all attempts. versions: of
@@ -51,7 +51,7 @@ class Progress:
         (checkpoint / _PROGRESS).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, checkpoint: Path) -> Progress:
+    def load(cls, checkpoint: Path) -> CheckpointState:
         return cls(**read_json(checkpoint / _PROGRESS))
 
 
@@ -135,7 +135,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _difference(checkpoint: Path, versions: dict[str, str], shape: str) -> str | None:
     """Return the reason why a whole checkpoint would not continue this training, or None."""
     try:
-        progress = Progress.load(checkpoint)
+        progress = CheckpointState.load(checkpoint)
     except TypeError as error:
         return f"{_PROGRESS} is that of another version: {error}"
     if progress.shape != shape:

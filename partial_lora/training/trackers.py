@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """A run as a tracker is opened with it.
 
     Args:
@@ -66,7 +66,7 @@ class TensorBoard:
 
     run_id = "tensorboard"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = run.step + 1 if run.tracked_as else None
@@ -86,7 +86,7 @@ class TensorBoard:
 class MLflow:
     """A run of an experiment, at MLFLOW_TRACKING_URI or else in a store of files in results_dir."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -131,7 +131,7 @@ class MLflow:
 class Wandb:
     """A run of a project; written to files, for `wandb sync`, where the service cannot be reached."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
         self.run_id = run.tracked_as or secrets.token_hex(8)
@@ -163,7 +163,7 @@ class Wandb:
 class Trackio:
     """A run of a project in Trackio's local store, or where Trackio's own environment variables point."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import trackio
 
         self.run_id = run.name

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from partial_lora.credentials import redacted
 from partial_lora.files import flatten, read_json, write_json
-from partial_lora.training.trackers import FILE, TRACKERS, Run, Tracker, in_words
+from partial_lora.training.trackers import FILE, TRACKERS, TrackedRun, Tracker, in_words
 
 DEFAULTS = {  # environment variables, where the user has not set them
     "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -82,7 +82,7 @@ class Tracking(TrainerCallback):
         unopened, self._unopened = self._unopened, []
         for name in unopened:
             with self._guarded(name):
-                run = Run(run_name, self._parameters, self._directory, self._store, step, run_ids.get(name))
+                run = TrackedRun(run_name, self._parameters, self._directory, self._store, step, run_ids.get(name))
                 self._open[name] = TRACKERS[name][1](run)
                 run_ids[name] = self._open[name].run_id
                 write_json(self._record, run_ids)

@@ -264,7 +264,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(building / checkpoints.STATE))
             shape = checkpoints.shape_of(self.model)
-            checkpoints.Progress(losses, self.seconds, self._versions, shape).save(building)
+            checkpoints.CheckpointState(losses, self.seconds, self._versions, shape).save(building)
             seal(building, final)  # replaces what an earlier attempt left under this name
             checkpoints.rotate(final.parent, best=self.state.best_global_step, limit=self._config.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -288,7 +288,7 @@ class ResumableTrainer(fsdp.ShardedTrainer):
         done = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         self._losses.zero_()
         if resume_from_checkpoint is not None:
-            before = checkpoints.Progress.load(Path(resume_from_checkpoint))
+            before = checkpoints.CheckpointState.load(Path(resume_from_checkpoint))
             same_world = len(before.losses) == self.args.world_size
             mean = sum(before.losses) / len(before.losses)
             self._losses += before.losses[self.args.process_index] if same_world else mean

@@ -21,7 +21,7 @@ from refusals import refusal
 
 from partial_lora.commands import compare_or_judge
 from partial_lora.compare import candidates, comparison, options, rate_search
-from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.candidates import Candidate, Entrant
 from partial_lora.compare.comparison import Comparison
 from partial_lora.compare.options import Options
 from partial_lora.files import read_json, write_json
@@ -122,20 +122,20 @@ def decided(*_) -> dict:
 
 def begun(chosen: Iterable[Candidate], *, seeds_of=decided, **settings) -> Comparison:
     """A comparison of candidates. seeds_of: the seeds that its members need, in place of a look at their runs."""
-    progress = list(map(Progress, chosen))
+    progress = list(map(Entrant, chosen))
     settings = {"methods": [one.candidate.method for one in progress], "rates": 3, "jobs": 1} | settings
     made = Comparison(Options(**settings), progress, [])
     made.next_look = lambda group: (seeds_of(group), [])
     return made
 
 
-def comparing(chosen: Iterable[Candidate], make, **settings) -> tuple[int, list[Progress]]:
+def comparing(chosen: Iterable[Candidate], make, **settings) -> tuple[int, list[Entrant]]:
     """The exit code of a comparison of candidates, and what becomes of them. settings: as `begun` takes them."""
     made = begun(chosen, **settings)
     return made.decide(make, lambda line: None), made.progress
 
 
-def config_of(one: Progress, trial: rate_search.Trial) -> Config:
+def config_of(one: Entrant, trial: rate_search.Trial) -> Config:
     (config,) = one.configs([trial]).values()
     return config
 
@@ -154,7 +154,7 @@ def leaving(made: list, **changes: object):
 def test_a_full_search_makes_its_runs_and_takes_what_is_finished(tmp_path) -> None:
     """With records in place of runs: nothing twice."""
 
-    def compared(make, *more: str) -> tuple[int, Progress]:
+    def compared(make, *more: str) -> tuple[int, Entrant]:
         own = candidates.candidates_of(["lora"], [0.3], (*GIVEN, f"results_dir={tmp_path}", *more))
         code, (one,) = comparing(own, make, search="full", seeds=2)
         return code, one
@@ -214,7 +214,7 @@ def test_a_quick_comparison_asks_for_seeds_of_the_best_rate_alone_until_nothing_
 
 @pytest.mark.parametrize(("hours", "first"), [(None, 8), (1e-9, 2)])
 def test_where_time_may_be_over_two_seeds_are_asked_for_before_all(hours, first) -> None:
-    group = [Progress(Candidate(method, "0.3", ()), best=1e-3) for method in ("lora", "uniform")]
+    group = [Entrant(Candidate(method, "0.3", ()), best=1e-3) for method in ("lora", "uniform")]
     own = Options(methods=["lora", "uniform"], seeds=8, hours=hours)
     assert Comparison(own, group, []).next_look(group) == (dict.fromkeys(group, first), [])
 
@@ -336,7 +336,7 @@ def test_a_results_directory_is_taken_however_it_is_set_and_a_limit_has_no_budge
 
 
 def test_a_number_of_seeds_is_of_a_method_that_stands_alone_too() -> None:
-    one = Progress(Candidate("dense", "own size", ()), best=1e-3)
+    one = Entrant(Candidate("dense", "own size", ()), best=1e-3)
     one.records = {seed: record(seed=seed, trainer__learning_rate=1e-3) for seed in range(2)}
     assert Comparison(Options(methods=["dense"], seeds=3), [one], []).next_look([one]) == ({one: 3}, [])
 

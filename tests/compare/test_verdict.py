@@ -16,7 +16,7 @@ from torch import nn
 
 from partial_lora import PartialLoraConfig
 from partial_lora.compare import take, verdict
-from partial_lora.compare.candidates import Candidate, Progress
+from partial_lora.compare.candidates import Candidate, Entrant
 from partial_lora.compare.options import Options
 from partial_lora.files import read_json
 from partial_lora.report import sequential
@@ -26,9 +26,9 @@ from partial_lora.report.sequential import AS_GOOD, LEADS, OPEN, WORSE, Decision
 SPARSE = PartialLoraConfig(r=2, target_modules=["0"], sparsity=0.5)
 
 
-def group(*methods: str, **known: object) -> list[Progress]:
+def group(*methods: str, **known: object) -> list[Entrant]:
     """Methods at their best rates. known: of each candidate."""
-    return [Progress(Candidate(method, "0.13", (), **known), best=1e-3) for method in methods]
+    return [Entrant(Candidate(method, "0.13", (), **known), best=1e-3) for method in methods]
 
 
 def test_a_leader_is_not_among_those_that_are_open_while_looks_go_on() -> None:
@@ -193,7 +193,7 @@ def test_a_winner_of_peft_trains_anew_and_a_masked_one_leaves_no_file_of_dense_l
         place = tmp_path / method
         get_peft_model(deepcopy(base), config).save_pretrained(place / "adapter")
         done = {place: record(method=method, trainer__learning_rate=1e-3) | {"started": "", "seconds": {"train": 1.0}}}
-        taken = take.write(Progress(Candidate(method, "0.13", ()), best=1e-3, records=done), tmp_path / "take")
+        taken = take.write(Entrant(Candidate(method, "0.13", ()), best=1e-3, records=done), tmp_path / "take")
         if method == "lora":
             model = get_peft_model(deepcopy(base), PeftConfig.from_pretrained(taken))
             assert [name for name, each in model.named_parameters() if each.requires_grad]
