@@ -210,8 +210,8 @@ _AMONG = (
     "Verdicts are at a margin of two points, each form at 13 % at its best searched rate. With shares shrunk, shuffled "
     "or by gradient, and on trec at threshold 0.9, a rate of that search was taken. Verdicts are corrected by Holm's "
     "procedure among all claims of their plan, of whatever table: those of single sets, those of means, and those of "
-    "the stages measures and flow, which were added later (results/claims/repair.md says which verdicts depend on "
-    "that). decided.md has the rates."
+    "what was added later: measures, flow, and plain LoRA at threshold 0.9 (results/claims/repair.md says which "
+    "verdicts depend on that). decided.md has the rates."
 )
 _OVER = {
     SEEDS: "Where differences are over seeds alone, predictions were not kept (or are of other examples).",
