@@ -26,8 +26,9 @@ def committed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_number_is_of_one_row_of_its_table() -> None:
     assert float(pages.score("gtsrb", "dense")) == pytest.approx(74.6, abs=0.1)
     assert float(pages.score("trec", "partial")) == pytest.approx(90.7, abs=0.1)  # at 13 %; at threshold 0.9 it is 91.1
-    with refusal("tables/decided"):
-        pages.score("gtsrb", "no_method")
+    for where in ({"method": "no_method"}, {"method": "partial", "part": "score"}):  # partial: at two operating points
+        with refusal("tables/decided"):
+            pages._one("tables/decided", task="trec", **where)
 
 
 def test_pages_are_those_that_the_tables_make() -> None:
