@@ -218,12 +218,12 @@ class PartialLoraModel(LoraModel):
         if not isinstance(config, PartialLoraConfig):
             return state
         _save_with(config, model, adapter_name)  # which is saved next
-        layers: dict[str, Any] = dict(_modules(model))
+        layers: dict[str, Any] = {}
         factors: dict[str, tuple[str, str, str, MaskedFactor]] = {}
         ends = tuple(f".{adapter_name}.{name}" for name in (*PARTS, *PARTS.values()))
         for key in [key for key in state if key.endswith(ends) and ".lora_" in key]:
             path, part, _, name = key.rsplit(".", 3)
-            if path not in layers:  # of a layer's second name
+            if path not in layers:
                 layers[path] = model.get_submodule(path)
             factor = getattr(layers[path], part)[adapter_name]
             if isinstance(factor, MaskedFactor):
